@@ -1,0 +1,44 @@
+# make demo        set up, make phantoms, train on them, score the model (Linux and macOS; the README has Windows' commands)
+# make test        set up, then the linter and every test
+# make test-quick  the linter and the fast tests, for daily work
+# make benchmark   throughput, memory and input pipeline of a training, measured here
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PHANTOMS := data/phantoms
+DEMO := models/demo
+
+.PHONY: demo test test-quick lint benchmark
+
+demo: $(VENV)/installed
+	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
+	$(RUN) train_centralized.py --data-dir $(PHANTOMS) --out $(DEMO) --minutes 1.5
+	$(RUN) evaluate.py --checkpoint $(DEMO)/transunet_centralized_best.pth --data-dir $(PHANTOMS) --write-back \
+		--json $(DEMO)/scores.json --csv $(DEMO)/scores.csv --overlays $(DEMO)/overlays
+	@echo "wrote $(DEMO)/transunet_centralized_best.pth, $(DEMO)/centralized_history.csv, $(DEMO)/centralized_curves.png"
+
+test: lint
+	$(RUN) -m pytest
+
+test-quick: lint
+	$(RUN) -m pytest -m "not slow"
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+
+benchmark: $(VENV)/installed-dev
+	$(RUN) benchmarks/throughput.py
+
+# One call of pip: only then does it choose a torchvision that fits the pinned torch.
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MedFL needs Python 3.11 or newer; name one with make PYTHON=...")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MedFL needs Python 3.11 or newer; name one with make PYTHON=...")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@ $(VENV)/installed

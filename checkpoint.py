@@ -1,0 +1,121 @@
+"""Save, load and describe a model: weights and metadata in one file that `torch.load(weights_only=True)` reads."""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import preprocessing
+from common import MedFLError, __version__, atomic_write, git_commit, utc_now
+from transunet import TransUNet
+
+FORMAT = 1
+LFS_POINTER = b"version https://git-lfs"
+THRESHOLD = 0.5  # of the probability, unless the metadata says otherwise
+
+
+@dataclass
+class Checkpoint:
+    """A loaded file: the network in evaluation mode, its metadata, and what a run needs to go on (None if not stored)."""
+
+    path: Path
+    model: TransUNet
+    metadata: dict
+    state: dict | None
+
+    @property
+    def threshold(self) -> float:
+        return float(self.metadata["threshold"])
+
+    def sha256(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def describe(model: TransUNet, **more: Any) -> dict:
+    """The metadata of a model: architecture, preprocessing, threshold, versions, time, and `more` (training, data, ...)."""
+    return {
+        "format": FORMAT,
+        "architecture": {"name": model.name, "image_side": model.image_side, "norm": model.norm,
+                         "parameters": sum(p.numel() for p in model.parameters())},
+        "preprocessing": preprocessing.DESCRIPTION,
+        "threshold": THRESHOLD,
+        "versions": {"medfl": __version__, "torch": torch.__version__, "timm": version("timm"), "commit": git_commit()},
+        "created": utc_now(),
+        **more,
+    }
+
+
+def save_checkpoint(path: Path, weights: dict[str, torch.Tensor], metadata: dict, state: dict | None = None) -> None:
+    """Write weights (a state dict) and metadata (and a run's state), whole or not at all."""
+    content = {"model": {name: value.detach().cpu().contiguous() for name, value in weights.items()},
+               "metadata": json.dumps(metadata, allow_nan=False)}
+    if state is not None:
+        content["state"] = state
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """The checkpoint in `path`, its model on `device` and in evaluation mode.
+
+    Raises MedFLError, each with its own sentence: no file, a Git LFS pointer, a truncated file, a pickle that is more
+    than weights, another program's file, a newer format, other preprocessing, weights that don't fit the architecture.
+    """
+    path = Path(path)
+    content = _read(path)
+    if not (isinstance(content, dict) and isinstance(content.get("metadata"), str) and isinstance(content.get("model"), dict)):
+        raise MedFLError(f"{path} holds no model of MedFL; choose a file that train_centralized.py wrote")
+    metadata = json.loads(content["metadata"])
+    if metadata.get("format") != FORMAT:
+        raise MedFLError(f"{path} has checkpoint format {metadata.get('format')}, and this MedFL reads {FORMAT}; update MedFL")
+    if metadata["preprocessing"] != preprocessing.DESCRIPTION:
+        raise MedFLError(f"{path} was trained on other preprocessing ({metadata['preprocessing'].get('name')}); use its MedFL")
+    plan = metadata["architecture"]
+    model = TransUNet(plan["name"], plan["image_side"], plan["norm"])
+    load_weights(model, content["model"], path)
+    model.to(device, memory_format=torch.channels_last).eval()
+    return Checkpoint(path, model, metadata, content.get("state"))
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
+    """Load a state dict whole. Raises MedFLError where names or shapes are another architecture's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise MedFLError(f"{source} holds weights of another architecture than {model.name} at {model.image_side} pixels with "
+                         f"{model.norm} normalisation; choose a checkpoint of that model") from error
+
+
+def _read(path: Path) -> Any:
+    """What torch reads in the file without running any code of it."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise MedFLError(f"there is no checkpoint {path} that can be read; train one with train_centralized.py") from error
+    if head == LFS_POINTER:
+        raise MedFLError(f"{path} is a Git LFS pointer, not the weights; run `git lfs install` and `git lfs pull`")
+    if head[:2] == b"PK" and not zipfile.is_zipfile(path):
+        raise MedFLError(f"{path} is truncated; copy it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MedFLError(f"{path} holds Python objects besides weights and may be malicious: nothing of it was run; "
+                         "take a checkpoint of MedFL from a source you trust") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise MedFLError(f"{path} is no checkpoint, or a damaged one; choose a file that train_centralized.py wrote") from error
+
+
+def update_metadata(path: Path, **entries: Any) -> None:
+    """Replace entries of a checkpoint's metadata; the weights stay bit for bit."""
+    content = _read(Path(path))
+    metadata = {**json.loads(content["metadata"]), **entries}
+    save_checkpoint(Path(path), content["model"], metadata, content.get("state"))

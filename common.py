@@ -1,0 +1,122 @@
+"""What every part of MedFL may use: the user's error, exit codes, atomic writes, settings as options, the version."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+__version__ = "0.1.0"
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class MedFLError(Exception):
+    """A user's mistake, or the machine's: one sentence that says what is wrong; and what to do."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main` with the exit codes of this project: 0, 2 bad input, 130 Ctrl-C or SIGTERM, 1 a bug."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main()
+    except MedFLError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """An open file that takes the place of `path` at the end of the block, whole or not at all.
+
+    Raises MedFLError where the folder can't be made or written, or the disk is full.
+    """
+    path = Path(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    beside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        beside = Path(name)
+        with os.fdopen(handle, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        os.replace(beside, path)
+    except OSError as error:
+        raise MedFLError(f"{path} can't be written ({error.strerror or error}); free the space or choose another place") from error
+    finally:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; NaN is a bug here, not a number."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def setting(default: Any, help: str, choices: tuple | None = None, kind: type | None = None) -> Any:
+    """A field of a settings dataclass: its default, its help text with the unit, the values it may take, and its type
+    where the default is None."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "kind": kind or type(default)})
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type, names: list[str] | None = None) -> None:
+    """Add an option for each field of a settings dataclass (or those named), with the field's own default and help."""
+    for field in dataclasses.fields(settings):
+        if names is not None and field.name not in names:
+            continue
+        option, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if isinstance(field.default, bool):
+            parser.add_argument(option, action="store_true", help=text)
+            continue
+        default = "none" if field.default is None else str(field.default)
+        parser.add_argument(option, type=field.metadata["kind"], default=field.default, choices=field.metadata["choices"],
+                            metavar=None if field.metadata["choices"] else field.name.split("_")[-1].upper(),
+                            help=f"{text} (default {default})".replace("%", "%%"))
+
+
+def settings_from(arguments: argparse.Namespace, settings: type) -> Any:
+    """The settings dataclass filled with the parsed options of the same names."""
+    given = vars(arguments)
+    return settings(**{f.name: given[f.name] for f in dataclasses.fields(settings) if f.name in given})
+
+
+def utc_now() -> str:
+    """The time now, UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def git_commit() -> str | None:
+    """The commit of this working copy, or None outside one."""
+    try:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                              capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

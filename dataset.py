@@ -1,0 +1,227 @@
+"""The scans on disk: find them, check them, and hold them as one memory-mapped cache."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from common import MedFLError
+from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice, volume_statistics
+
+SITE = re.compile(r"^TCGA_([A-Z]{2})_")
+PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
+SEARCH_DEPTH = 4  # folders below --data-dir; the deepest that people make is archive/lgg-mri-segmentation/kaggle_3m
+CACHE_VERSION = 1
+HOW_TO_GET = ("download https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation and unpack it there, "
+              "or make a synthetic cohort with `python data/make_phantoms.py`")
+
+
+@dataclass(frozen=True)
+class Patient:
+    """One patient's files: name (the folder's), site code, slices in numeric order and the mask of each."""
+
+    name: str
+    site: str
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+
+
+class Dataset:
+    """Patients with their pixels, read from the cache as they are needed.
+
+    Attributes: name ("LGG MRI segmentation", "phantoms" or "own data"), root, patients, table (pandas: patient, site,
+    slices, tumour_slices, tumour_pixels, tumour_share, one row per patient).
+    """
+
+    def __init__(self, root: Path, patients: list[Patient], cache: Path):
+        self.root, self.patients = root, patients
+        self.name = _dataset_name(patients)
+        index = json.loads((cache / "index.json").read_text(encoding="utf-8"))["patients"]
+        self._entries = {entry["patient"]: entry for entry in index}
+        self._pixels = np.memmap(cache / "images.bin", np.uint8, "r")
+        self._masks = np.memmap(cache / "masks.bin", np.uint8, "r")
+        self.table = pd.DataFrame([{
+            "patient": e["patient"], "site": e["site"], "slices": e["shape"][0],
+            "tumour_slices": sum(n > 0 for n in e["tumour_pixels"]), "tumour_pixels": sum(e["tumour_pixels"]),
+            "tumour_share": sum(e["tumour_pixels"]) / np.prod(e["shape"], dtype=float),
+        } for e in index])
+
+    def site(self, patient: str) -> str:
+        """The patient's site code."""
+        return self._entries[patient]["site"]
+
+    def tumour_pixels(self, patient: str) -> list[int]:
+        """Tumour pixels in each of the patient's slices."""
+        return self._entries[patient]["tumour_pixels"]
+
+    def volume(self, patient: str) -> tuple[np.ndarray, np.ndarray]:
+        """A patient's slices (S, H, W, 3) uint8 and masks (S, H, W) uint8 0/255, both read-only views of the cache."""
+        entry = self._entries[patient]
+        shape, start = entry["shape"], entry["start"]
+        count = int(np.prod(shape))
+        return (self._pixels[3 * start:3 * (start + count)].reshape(*shape, 3),
+                self._masks[start:start + count].reshape(shape))
+
+    def statistics(self, patient: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The volume's mean and deviation per channel, (3,) and (3,) float32, as `preprocessing.volume_statistics` gives."""
+        entry = self._entries[patient]
+        return torch.tensor(entry["mean"]), torch.tensor(entry["deviation"])
+
+
+def load_dataset(data_dir: Path, site: str | None = None, progress: bool = True) -> Dataset:
+    """The dataset at or below `data_dir`, checked; its cache is built first where there is none or the files changed.
+
+    site: label of patients whose names carry no site code (default "own"). Raises MedFLError for wrong data.
+    """
+    root = find_dataset(Path(data_dir))
+    patients = read_patients(root, site or "own")
+    return Dataset(root, patients, _cache_of(root, patients, progress))
+
+
+def find_dataset(data_dir: Path) -> Path:
+    """The folder that holds the patients' folders: `data_dir` itself or one below it, in every layout people end up with.
+
+    The download holds everything twice; of folders with the same patients the one nearest to `data_dir` is taken.
+    Real scans go before phantoms. Raises MedFLError where there is none, or two that differ.
+    """
+    if not data_dir.is_dir():
+        raise MedFLError(f"there is no folder {data_dir}; {HOW_TO_GET}")
+    found = {folder: names for folder in _folders(data_dir, SEARCH_DEPTH) if (names := _patient_folders(folder))}
+    if not found:
+        raise MedFLError(f"no patients in {data_dir} (a folder per patient, each slice with its _mask file); {HOW_TO_GET}")
+    real = {f: n for f, n in found.items() if not all(PHANTOM.match(name) for name in n)} or found
+    depth = min(len(folder.parts) for folder in real)
+    nearest = [folder for folder in real if len(folder.parts) == depth]
+    for folder in nearest[1:]:
+        if real[folder] != real[nearest[0]]:
+            raise MedFLError(f"{nearest[0]} and {folder} hold different patients; name one of them with --data-dir")
+    return nearest[0]
+
+
+def _folders(top: Path, depth: int) -> list[Path]:
+    """`top` and the folders below it, nearest first, hidden ones left out."""
+    level, every = [top], [top]
+    for _ in range(depth):
+        level = sorted(c for folder in level for c in _children(folder) if c.is_dir() and not c.name.startswith("."))
+        every += level
+    return every
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise MedFLError(f"{folder} can't be read ({error.strerror}); check its permissions") from error
+
+
+def _patient_folders(folder: Path) -> frozenset[str]:
+    """Names of the sub-folders that hold slices or masks themselves."""
+    return frozenset(c.name for c in _children(folder)
+                     if c.is_dir() and not c.name.startswith(".") and any(is_image(f) or is_mask(f) for f in _children(c)))
+
+
+def read_patients(root: Path, site: str) -> list[Patient]:
+    """The patients in `root` by name, each slice paired with its mask. Raises MedFLError for a slice or mask alone."""
+    patients = []
+    for name in sorted(_patient_folders(root)):
+        files = _children(root / name)
+        images = numeric_order([f for f in files if is_image(f)])
+        masks = {f.stem[:-len("_mask")]: f for f in files if is_mask(f)}
+        for image in images:
+            if image.stem not in masks:
+                raise MedFLError(f"{image} has no mask ({image.stem}_mask{image.suffix}); add it or take the slice away")
+        alone = sorted(masks.keys() - {image.stem for image in images})
+        if alone:
+            raise MedFLError(f"{masks[alone[0]]} has no slice ({alone[0]}.*); add it or take the mask away")
+        found = SITE.match(name)
+        patients.append(Patient(name, found[1] if found else site, tuple(images), tuple(masks[i.stem] for i in images)))
+    return patients
+
+
+def _dataset_name(patients: list[Patient]) -> str:
+    if all(PHANTOM.match(p.name) for p in patients):
+        return "phantoms"
+    return "LGG MRI segmentation" if all(SITE.match(p.name) for p in patients) else "own data"
+
+
+def cache_folder() -> Path:
+    """Where caches lie: outside of every dataset, in the user's own cache folder, readable by the user alone."""
+    folder = Path.home() / ".cache" / "medfl"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise MedFLError(f"the cache folder {folder} can't be made ({error.strerror}); make it or free the disk") from error
+    return folder
+
+
+def _fingerprint(root: Path, patients: list[Patient]) -> str:
+    """Changes when a file is added, removed, renamed, resized or written again, or a label changes."""
+    digest = hashlib.sha256(f"{CACHE_VERSION}".encode())
+    for patient in patients:
+        digest.update(f"{patient.name} {patient.site}\n".encode())
+        for path in patient.images + patient.masks:
+            about = path.stat()
+            digest.update(f"{path.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
+    """The cache of these files. Built beside and renamed: of two processes that build at once, the first one's stays."""
+    dataset = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{dataset}-{_fingerprint(root, patients)}"
+    if (folder / "index.json").exists():
+        return folder
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    try:
+        _build_cache(beside, patients, progress)
+        try:
+            os.rename(beside, folder)
+        except OSError:
+            if not (folder / "index.json").exists():  # else another process was quicker, with the same content
+                raise
+    except OSError as error:
+        raise MedFLError(f"the cache in {folder.parent} can't be written ({error.strerror}); free the disk") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    for old in folder.parent.glob(f"{dataset}-*"):
+        if old != folder:  # of files that have changed since
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
+    """Write `images.bin`, `masks.bin` (uint8, patient after patient) and `index.json`. Reads and so checks every file."""
+    index, start = [], 0
+    with open(folder / "images.bin", "wb") as images, open(folder / "masks.bin", "wb") as masks:
+        for patient in tqdm(patients, desc="reading scans", unit="patient", disable=not progress):
+            volume, truth = _read_pair(patient)
+            mean, deviation = volume_statistics(torch.from_numpy(volume))
+            images.write(volume.tobytes())
+            masks.write(truth.tobytes())
+            index.append({"patient": patient.name, "site": patient.site, "shape": list(truth.shape), "start": start,
+                          "mean": mean.tolist(), "deviation": deviation.tolist(),
+                          "tumour_pixels": np.count_nonzero(truth, axis=(1, 2)).tolist()})
+            start += truth.size
+    (folder / "index.json").write_text(json.dumps({"patients": index}), encoding="utf-8")
+
+
+def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray]:
+    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8. Raises MedFLError where a size differs."""
+    volume, truth = [], []
+    for image, mask in zip(patient.images, patient.masks):
+        volume.append(read_slice(image))
+        truth.append(read_mask(mask))
+        for path, pixels in ((image, volume[-1]), (mask, truth[-1])):
+            if pixels.shape[:2] != volume[0].shape[:2]:
+                raise MedFLError(f"{path} is {pixels.shape[1]}×{pixels.shape[0]} pixels and {patient.images[0].name} is "
+                                 f"{volume[0].shape[1]}×{volume[0].shape[0]}; a patient's slices and masks have one size")
+    return np.stack(volume), np.stack(truth)

@@ -1,0 +1,116 @@
+"""Score a checkpoint on a dataset, by the rules in metrics.py.
+
+    python evaluate.py --checkpoint models/transunet_centralized_best.pth --data-dir data
+
+Prints a table per site and overall. Dice is the volume Dice of each patient, tumour slices and empty slices apart.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from checkpoint import Checkpoint, load_checkpoint, update_metadata
+from common import MedFLError, atomic_write, run_script, utc_now, write_json
+from dataset import Dataset, load_dataset
+from inference import choose_device, predict_volume, to_mask
+from metrics import report
+from overlays import draw_outlines
+from split import load_split
+from training import score_patients
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
+    parser.add_argument("--split", choices=("test", "val", "train", "all"), default="test", help="whom to score (default test)")
+    parser.add_argument("--split-file", type=Path, help="who is in which part (default split.json beside the checkpoint)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--csv", type=Path, help="write a line per patient to this file")
+    parser.add_argument("--overlays", type=Path, help="write pictures of the best, the median and the worst patient to this folder")
+    parser.add_argument("--write-back", action="store_true", help="write the test scores into the checkpoint's metadata")
+    return parser.parse_args()
+
+
+def patients_to_score(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkpoint) -> list[str]:
+    """Names of the patients to score. Raises MedFLError for a split that the model was not trained on, or an empty part."""
+    if arguments.split == "all" and arguments.split_file is None:
+        return [p.name for p in dataset.patients]
+    path = arguments.split_file or arguments.checkpoint.parent / "split.json"
+    split = load_split(path, {p.name for p in dataset.patients})
+    trained_on = checkpoint.metadata.get("data", {}).get("split_sha256")
+    if arguments.split in ("test", "val") and trained_on != split.sha256():
+        raise MedFLError(f"{path} is not the split that {arguments.checkpoint} was trained on, so its test patients may have "
+                         "been trained on; name the training's own with --split-file, or take --split all")
+    if not split.part(arguments.split):
+        raise MedFLError(f"{path} holds no {arguments.split} patients; choose another --split")
+    return list(split.part(arguments.split))
+
+
+def print_table(figures: dict) -> None:
+    """One line per site and one over all patients."""
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    print(f"{'site':8}{'patients':>9}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'IoU':>7}{'tumour slices':>15}"
+          f"{'false on empty':>16}{'HD95 px':>9}{'missed':>8}")
+    for site, row in [*figures["sites"].items(), ("all", figures)]:
+        ci95 = row["volume_dice"]["ci95"]
+        interval = f"{ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else "under 3 patients"
+        print(f"{site:8}{row['patients_scored']:>9}{number(row['volume_dice']['mean']):>11}"
+              f"{number(row['volume_dice']['median']):>8}{interval:>17}{number(row['volume_iou']['mean']):>7}"
+              f"{number(row['slice_dice_tumour']):>15}{number(row['empty_slice_false_positive_rate']):>16}"
+              f"{number(row['hd95_px']['mean'], 1):>9}{row['missed_patients']:>8}")
+
+
+def write_patients(figures: dict, path: Path) -> None:
+    """A line per patient: patient, site, slices, dice, iou, hd95_px."""
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, list(figures["patients"][0]))
+        writer.writeheader()
+        writer.writerows(figures["patients"])
+
+
+def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, folder: Path) -> None:
+    """Pictures of the patients with the best, the median and the worst Dice, called so."""
+    ranked = sorted(figures["patients"], key=lambda row: row["dice"])
+    for rank, row in (("best", ranked[-1]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[0])):
+        volume, truth = dataset.volume(row["patient"])
+        prediction = to_mask(predict_volume(checkpoint.model, volume), checkpoint.threshold)
+        path = folder / f"{rank}_{row['patient']}.png"
+        draw_outlines(volume, truth, prediction, f"{rank}: {row['patient']}, volume Dice {row['dice']:.3f}", path)
+        print(f"wrote {path}")
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.write_back and arguments.split != "test":
+        raise MedFLError("--write-back stores test scores alone; leave --split at test")
+    checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
+    dataset = load_dataset(arguments.data_dir)
+    patients = patients_to_score(arguments, dataset, checkpoint)
+    rows = score_patients(checkpoint.model, dataset, patients, checkpoint.threshold, progress=True)
+    figures = report(rows)
+    print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {len(rows)} patients")
+    print_table(figures)
+    if arguments.json:
+        about = {"checkpoint": arguments.checkpoint.name, "checkpoint_sha256": checkpoint.sha256(), "data": dataset.name,
+                 "split": arguments.split, "threshold": checkpoint.threshold, "created": utc_now()}
+        write_json(arguments.json, {**about, **figures})
+        print(f"wrote {arguments.json}")
+    if arguments.csv:
+        write_patients(figures, arguments.csv)
+        print(f"wrote {arguments.csv}")
+    if arguments.overlays:
+        write_overlays(figures, dataset, checkpoint, arguments.overlays)
+    if arguments.write_back:
+        scores = {name: value for name, value in figures.items() if name != "patients"}  # no figure of one patient
+        test = {"patients": len(rows), **scores}
+        update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
+        print(f"wrote the test scores into {arguments.checkpoint}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,44 @@
+"""Pictures of masks over scans: truth and prediction as outlines on FLAIR."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from common import atomic_write
+
+BLUE, ORANGE = "#56B4E9", "#E69F00"  # told apart by colour-blind readers (Okabe and Ito), bright enough for dark scans
+COLUMNS = 4
+MAX_SLICES = 8
+
+
+def draw_outlines(volume: np.ndarray, truth: np.ndarray, prediction: np.ndarray, title: str, path: Path) -> None:
+    """Write a PNG of up to 8 slices with the truth dashed in blue and the prediction solid in orange, on FLAIR.
+
+    volume: (S, H, W, 3) uint8; truth, prediction: (S, H, W), non-zero is tumour. The slices are spread evenly over those
+    in which either mask has pixels.
+    """
+    marked = np.flatnonzero((truth > 0).any(axis=(1, 2)) | (prediction > 0).any(axis=(1, 2)))
+    marked = marked if len(marked) else np.arange(len(volume))
+    shown = marked[np.unique(np.linspace(0, len(marked) - 1, min(MAX_SLICES, len(marked))).round().astype(int))]
+    rows = -(-len(shown) // COLUMNS)
+    figure = Figure(figsize=(3 * COLUMNS, 3.2 * rows + 0.8), dpi=100, layout="constrained", facecolor="white")
+    for axes, number in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, shown):
+        axes.imshow(volume[number, :, :, 1], cmap="gray", vmin=0, vmax=255)
+        _outline(axes, truth[number], BLUE, "dashed")
+        _outline(axes, prediction[number], ORANGE, "solid")
+        axes.set_title(f"slice {number + 1}", fontsize=10)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    figure.legend(handles=[Line2D([], [], color=BLUE, linestyle="dashed", label="truth"),
+                           Line2D([], [], color=ORANGE, label="prediction")],
+                  loc="outside lower center", ncols=2, frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _outline(axes, mask: np.ndarray, colour: str, style: str) -> None:
+    if mask.any():  # a contour of nothing warns
+        axes.contour(mask > 0, levels=[0.5], colors=colour, linestyles=style, linewidths=1.4)

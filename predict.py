@@ -1,0 +1,107 @@
+"""Segment slices: any TIFF, PNG or JPEG files, or folders of them.
+
+    python predict.py patient_folder slice.png --checkpoint models/transunet_centralized_best.pth --out predictions
+
+Writes <name>_mask.png (0 or 255, the slice's own size) per slice and predictions.csv (file, patient, slice,
+tumour_pixels, tumour_share). Slices of one patient's name in one folder form a volume and are normalised together, as
+in the evaluation; a file without a slice number is a volume of its own, and a lone slice is segmented less surely.
+`*_mask.*` files are passed over.
+"""
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from checkpoint import load_checkpoint
+from common import MedFLError, atomic_write, run_script
+from inference import choose_device, predict_volume, to_mask
+from preprocessing import is_image, is_mask, numeric_order, read_volume, slice_number, volume_name
+
+COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="slices, or folders of slices (also in sub-folders)")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for the masks (default predictions)")
+    parser.add_argument("--probabilities", action="store_true", help="also write <name>_probability.png, 255 is certain")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    return parser.parse_args()
+
+
+def find_slices(inputs: list[Path]) -> list[Path]:
+    """The slices that files and folders name, each once. Raises MedFLError for what isn't there, isn't a picture, or nothing."""
+    files = []
+    for given in inputs:
+        if given.is_dir():
+            files += [f for f in sorted(given.rglob("*")) if f.is_file() and is_image(f)]
+        elif not given.exists():
+            raise MedFLError(f"there is no {given}; check the name")
+        elif is_image(given):
+            files.append(given)
+        elif not is_mask(given):
+            raise MedFLError(f"{given} is no TIFF, PNG or JPEG; convert it first")
+    if not files:
+        raise MedFLError("there is no slice in what was named (TIFF, PNG or JPEG, masks passed over); name other files")
+    return list(dict.fromkeys(files))
+
+
+def group_volumes(files: list[Path]) -> dict[str, list[Path]]:
+    """Slices by the volume they belong to, each volume in numeric order; its name is the patient's or the file's."""
+    volumes = defaultdict(list)
+    for file in files:
+        alone = slice_number(file) is None
+        volumes[(file.parent, file.stem if alone else volume_name(file), alone and file.suffix)].append(file)
+    named = {}
+    for (folder, name, _), slices in volumes.items():
+        named[name if name not in named else f"{folder.name}/{name}"] = numeric_order(slices)
+    return named
+
+
+def output_names(files: list[Path]) -> dict[Path, str]:
+    """A name for each slice's outputs: its own, with the folder's before it where two slices share one."""
+    counts = defaultdict(int)
+    for file in files:
+        counts[file.stem] += 1
+    names = {f: f.stem if counts[f.stem] == 1 else f"{f.parent.name}_{f.stem}_{f.suffix[1:]}" for f in files}
+    if len(set(names.values())) != len(names):
+        raise MedFLError("two slices would be written to one file; predict their folders one after the other")
+    return names
+
+
+def write_picture(pixels: np.ndarray, path: Path) -> None:
+    """(H, W) uint8 as a grey PNG."""
+    with atomic_write(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG")
+
+
+def main() -> None:
+    arguments = parse()
+    files = find_slices(arguments.inputs)
+    names = output_names(files)
+    checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
+    rows = []
+    for patient, slices in tqdm(group_volumes(files).items(), desc="segmenting", unit="volume"):
+        probabilities = predict_volume(checkpoint.model, read_volume(slices))
+        for file, probability in zip(slices, probabilities):
+            mask = to_mask(probability, checkpoint.threshold)
+            write_picture(mask, arguments.out / f"{names[file]}_mask.png")
+            if arguments.probabilities:
+                write_picture((probability * 255).round().astype(np.uint8), arguments.out / f"{names[file]}_probability.png")
+            tumour = int(np.count_nonzero(mask))
+            rows.append(dict(zip(COLUMNS, (file, patient, slice_number(file), tumour, tumour / mask.size))))
+    with atomic_write(arguments.out / "predictions.csv", "w") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} slices segmented, tumour in {sum(row['tumour_pixels'] > 0 for row in rows)}; wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

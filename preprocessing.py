@@ -1,0 +1,146 @@
+"""From a file's pixels to the network's input: the one way that training, evaluation, prediction and the app take.
+
+    slice files -> (S, H, W, 3) uint8 in numeric order -> normalised per volume and channel -> (S, 3, side, side) float32
+
+From the uint8 volume on, everything is torch operations that export to ONNX: no sorting, no numpy, no branch on data.
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from common import MedFLError
+
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+CHANNELS = ("pre-contrast", "FLAIR", "post-contrast")
+MAX_SIDE = 4096  # pixels; larger than any slice of a brain, small enough not to fill the memory
+CLIP = 5.0  # deviations; beyond it lie vessels, fat and artefacts
+EPSILON = 1e-6
+
+# What a checkpoint stores, so that another version of these functions can tell that it would do something else.
+DESCRIPTION = {
+    "name": "volume-foreground-v1",
+    "channels": list(CHANNELS),
+    "foreground": "above the channel's mean over the volume",
+    "clip": CLIP,
+    "resize": "bilinear",
+}
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's name is that of a slice: an image suffix, not a mask, not hidden."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_mask(path) and not path.name.startswith(".")
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file's name is that of a mask: `<name>_mask.<suffix>`."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.stem.lower().endswith("_mask") and not path.name.startswith(".")
+
+
+def slice_number(path: Path) -> int | None:
+    """The number that ends a slice's name (`TCGA_CS_4941_19960909_12.tif` is 12), or None where there is none."""
+    found = re.search(r"(?:^|[_\-. ])(\d+)$", path.stem)
+    return int(found[1]) if found else None
+
+
+def volume_name(path: Path) -> str:
+    """The name that the slices of one volume share: the file's name without the slice number."""
+    return re.sub(r"(?:^|[_\-. ])\d+$", "", path.stem) or path.parent.name
+
+
+def numeric_order(paths: list[Path]) -> list[Path]:
+    """Slices of one volume by their number (2 before 10), those without one last, by name."""
+    return sorted(paths, key=lambda p: (slice_number(p) is None, slice_number(p) or 0, p.name))
+
+
+def read_slice(path: Path) -> np.ndarray:
+    """A slice's pixels, (H, W, 3) uint8: pre-contrast, FLAIR, post-contrast. A grey picture fills all three channels.
+
+    Raises MedFLError for a file that is unreadable, truncated, animated, huge, or not 8 bits a channel.
+    """
+    picture = _open(path)
+    if picture.mode in ("L", "1", "P", "RGBA", "LA", "RGB"):
+        return np.asarray(picture.convert("RGB"))
+    raise MedFLError(f"{path} has pixels of type {picture.mode}, and a slice has 8-bit grey or RGB; convert it first")
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A mask's pixels, (H, W) uint8, 0 or 255. Raises MedFLError for any other value and what `read_slice` refuses."""
+    picture = _open(path)
+    if picture.mode not in ("L", "1", "RGB"):
+        raise MedFLError(f"{path} has pixels of type {picture.mode}, and a mask is 8-bit grey; convert it first")
+    mask = np.asarray(picture.convert("L"))
+    if not np.isin(mask, (0, 255)).all():
+        odd = int(mask[(mask != 0) & (mask != 255)][0])
+        raise MedFLError(f"{path} has the value {odd}, and a mask holds 0 (no tumour) and 255 (tumour) only; write it again")
+    return mask
+
+
+def _open(path: Path) -> Image.Image:
+    """A single-frame picture of a sensible size, decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the sides are checked below
+            picture = Image.open(path)
+        width, height = picture.size
+        if max(width, height) > MAX_SIDE:
+            raise MedFLError(f"{path} is {width}×{height} pixels, and a slice has at most {MAX_SIDE} a side; shrink it first")
+        if getattr(picture, "n_frames", 1) != 1:
+            raise MedFLError(f"{path} holds {picture.n_frames} pictures, and a slice is one; save each as a file of its own")
+        picture.load()
+    except FileNotFoundError as error:
+        raise MedFLError(f"{path} does not exist; check the name") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MedFLError(f"{path} can't be read as a picture (truncated or another format); copy it again") from error
+    return picture
+
+
+def read_volume(paths: list[Path]) -> np.ndarray:
+    """The slices in the order given as one volume, (S, H, W, 3) uint8. Raises MedFLError where sizes differ."""
+    slices = [read_slice(path) for path in paths]
+    for path, pixels in zip(paths, slices):
+        if pixels.shape != slices[0].shape:
+            raise MedFLError(f"{path} is {_size(pixels)} and {paths[0].name} is {_size(slices[0])}, "
+                             "and the slices of a volume have one size; put them in folders of their own")
+    return np.stack(slices)
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[1]}×{pixels.shape[0]}"
+
+
+def volume_statistics(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of each channel over the volume's foreground: (3,) and (3,) float32.
+
+    volume: (S, H, W, 3) uint8, a whole patient. Foreground is what lies above the channel's mean, so that the black
+    around the head does not count. A blank channel has deviation 0. A lone slice is a volume of one slice: the same
+    rule over fewer pixels, so a slice at the top of the head comes out stretched, and its mask is less sure.
+    """
+    pixels = volume.float().reshape(-1, 3)
+    foreground = (pixels > pixels.mean(dim=0)).float()
+    count = foreground.sum(dim=0).clamp(min=1.0)
+    mean = (pixels * foreground).sum(dim=0) / count
+    variance = ((pixels - mean).square() * foreground).sum(dim=0) / count
+    return mean, variance.sqrt()
+
+
+def apply_statistics(slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """(S, H, W, 3) uint8 slices of a volume, normalised by that volume's statistics: (S, 3, H, W) float32 in ±CLIP."""
+    scaled = (slices.float() - mean) / (deviation + EPSILON)
+    blank = (deviation > 0).float()  # a blank channel is 0 everywhere, not noise over epsilon
+    return (scaled * blank).clamp(-CLIP, CLIP).permute(0, 3, 1, 2)
+
+
+def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, C, h, w) float32 to (B, C, *size), bilinear. From 256 to 128 this is the mean of each 2×2 block."""
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+
+def network_input(slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, side: int) -> torch.Tensor:
+    """Slices (B, H, W, 3) uint8 and their volume's statistics to the network's input, (B, 3, side, side) float32."""
+    return resize(apply_statistics(slices, mean, deviation), (side, side))

@@ -1,0 +1,304 @@
+"""metrics.py against scikit-learn, brute force, identities and masks that are counted by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score, jaccard_score
+
+import metrics
+from common import MedFLError
+
+SEEDS = range(6)
+
+
+def random_masks(seed, shape=(4, 11, 13), share=0.3):
+    return np.random.default_rng(seed).random((2, *shape)) < share
+
+
+def blobs(seed, slices=3, side=24):
+    """Two overlapping discs per slice, some cut off by the picture's edge: (S, H, W) uint8 0/255 each."""
+    rng = np.random.default_rng(seed)
+    centres, radii = rng.integers(2, side - 2, (slices, 2)), rng.integers(4, 8, (2, slices))
+    shifted = centres + rng.integers(-3, 4, (slices, 2))
+    y, x = np.mgrid[:side, :side]
+    discs = [[(y - cy) ** 2 + (x - cx) ** 2 <= r**2 for (cy, cx), r in zip(*of_mask)]
+             for of_mask in ((centres, radii[0]), (shifted, radii[1]))]
+    return np.array(discs, dtype=np.uint8) * 255
+
+
+def brute_force_hd95(prediction, truth):
+    distances = []
+    for first, second in zip(prediction, truth):
+        a, b = boundary_by_loop(first), boundary_by_loop(second)
+        if a and b:
+            distances += [min(np.hypot(p[0] - q[0], p[1] - q[1]) for q in b) for p in a]
+            distances += [min(np.hypot(p[0] - q[0], p[1] - q[1]) for q in a) for p in b]
+    return float(np.percentile(distances, 95)) if distances else None
+
+
+def boundary_by_loop(mask):
+    height, width = mask.shape
+
+    def inside(y, x):
+        return 0 <= y < height and 0 <= x < width and mask[y, x] != 0
+
+    return [(y, x) for y in range(height) for x in range(width) if inside(y, x)
+            and not all(inside(*n) for n in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)))]
+
+
+def row(patient="p", site="CS", prediction=(1, 0), truth=(1, 0)):
+    """A patient of one slice with two pixels."""
+    return metrics.score_patient(patient, site, np.array([[prediction]]), np.array([[truth]]))
+
+
+def rows_with_dice(values, prefix="p"):
+    return [{**row(f"{prefix}{i}"), "dice": value} for i, value in enumerate(values)]
+
+
+# Counts, Dice and IoU
+
+def test_counts_by_hand():
+    prediction = np.array([[255, 255, 0], [0, 1, 0]], dtype=np.uint8)
+    truth = np.array([[1, 0, 0], [0, 1, 1]])
+    assert metrics.counts(prediction, truth) == (2, 1, 1)
+    assert metrics.dice(2, 1, 1) == pytest.approx(2 / 3)
+    assert metrics.iou(2, 1, 1) == 0.5
+    assert all(type(count) is int for count in metrics.counts(prediction, truth))
+
+
+def test_counts_of_255_do_not_overflow():
+    full = np.full((300, 300), 255, dtype=np.uint8)
+    assert metrics.counts(full, full) == (90_000, 0, 0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_dice_and_iou_agree_with_scikit_learn(seed, share):
+    prediction, truth = random_masks(seed, share=share)
+    scored = metrics.score_patient("p", "CS", prediction, truth)
+    assert scored["dice"] == pytest.approx(f1_score(truth.ravel(), prediction.ravel()), abs=1e-12)
+    assert scored["iou"] == pytest.approx(jaccard_score(truth.ravel(), prediction.ravel()), abs=1e-12)
+    assert scored["dice"] == pytest.approx(2 * scored["iou"] / (1 + scored["iou"]), abs=1e-12)
+
+
+@pytest.mark.parametrize("figure", [metrics.dice, metrics.iou])
+def test_empty_truth(figure):
+    assert figure(0, 0, 0) == 1.0
+    assert figure(0, 1, 0) == 0.0
+    assert figure(0, 0, 5) == 0.0
+    assert figure(7, 0, 0) == 1.0
+
+
+def test_different_shapes_are_refused():
+    for call in (metrics.counts, metrics.hd95, lambda p, t: metrics.score_patient("p", "CS", p, t)):
+        with pytest.raises(MedFLError, match="differ in shape"):
+            call(np.zeros((1, 4, 4)), np.zeros((1, 4, 5)))
+
+
+def test_a_single_slice_is_no_volume():
+    for call in (metrics.hd95, lambda p, t: metrics.score_patient("p", "CS", p, t)):
+        with pytest.raises(MedFLError, match="stack the slices"):
+            call(np.ones((4, 4)), np.ones((4, 4)))
+
+
+# HD95
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("masks", [random_masks, blobs, lambda seed: random_masks(seed, share=0.01)])
+def test_hd95_agrees_with_brute_force(masks, seed):
+    prediction, truth = masks(seed)
+    expected = brute_force_hd95(prediction, truth)
+    got = metrics.hd95(prediction, truth)
+    assert got is expected is None or got == pytest.approx(expected, abs=1e-9)
+
+
+def test_hd95_by_hand():
+    prediction, truth = np.zeros((2, 1, 9, 9))
+    prediction[0, 1, 1] = truth[0, 4, 5] = 1
+    assert metrics.hd95(prediction, truth) == 5.0
+
+
+def test_hd95_pools_the_distances_of_both_directions_and_all_slices():
+    prediction, truth = np.zeros((2, 2, 3, 40))
+    prediction[0, 1, :19] = truth[0, 1, :19] = 1  # 38 distances of 0
+    prediction[1, 1, 0] = truth[1, 1, 10] = 1     # 2 distances of 10
+    assert metrics.hd95(prediction, truth) == pytest.approx(np.percentile([0] * 38 + [10] * 2, 95))
+    assert metrics.hd95(prediction, truth) == pytest.approx(0.5)
+
+
+def test_hd95_takes_the_pictures_edge_as_outside():
+    full, corner = np.ones((1, 5, 5)), np.zeros((1, 5, 5))
+    corner[0, 0, 0] = 1
+    assert len(boundary_by_loop(full[0])) == 16
+    assert metrics.hd95(full, full) == 0.0
+    assert metrics.hd95(full, corner) == pytest.approx(brute_force_hd95(full, corner))
+
+
+def test_hd95_is_none_where_no_slice_has_both():
+    prediction, truth = np.zeros((2, 2, 4, 4))
+    assert metrics.hd95(prediction, truth) is None
+    prediction[0, 1, 1] = truth[1, 1, 1] = 1
+    assert metrics.hd95(prediction, truth) is None
+
+
+def test_hd95_does_not_depend_on_where_the_tumour_lies():
+    prediction, truth = blobs(1)
+    moved = [np.pad(mask, ((0, 0), (30, 5), (7, 40))) for mask in (prediction, truth)]
+    padded = [np.pad(mask, ((0, 0), (1, 1), (1, 1))) for mask in (prediction, truth)]
+    assert metrics.hd95(*moved) == metrics.hd95(*padded)
+
+
+# One patient
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_symmetry(seed):
+    prediction, truth = blobs(seed)
+    one, other = metrics.score_patient("p", "CS", prediction, truth), metrics.score_patient("p", "CS", truth, prediction)
+    for figure in ("dice", "iou", "hd95_px", "tp"):
+        assert one[figure] == other[figure]
+    assert (one["fp"], one["fn"]) == (other["fn"], other["fp"])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_order_of_slices_does_not_matter(seed):
+    prediction, truth = blobs(seed, slices=5)
+    order = np.random.default_rng(seed).permutation(5)
+    one, other = metrics.score_patient("p", "CS", prediction, truth), metrics.score_patient("p", "CS", prediction[order], truth[order])
+    assert one == pytest.approx(other)
+
+
+def test_a_patient_by_hand():
+    truth = np.array([[[1, 1, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]], [[0, 0, 0, 0]]])
+    prediction = np.array([[[1, 1, 1, 0]], [[0, 0, 0, 0]], [[0, 0, 0, 1]], [[0, 0, 0, 0]]])
+    scored = metrics.score_patient("TCGA_CS_1", "CS", prediction, truth)
+    assert scored == {
+        "patient": "TCGA_CS_1", "site": "CS", "slices": 4, "dice": pytest.approx(4 / 7), "iou": pytest.approx(2 / 5),
+        "hd95_px": pytest.approx(0.8), "tp": 2, "fp": 2, "fn": 1, "slice_dice_sum": pytest.approx(0.8),
+        "tumour_slices": 2, "empty_slices": 2, "empty_slices_with_prediction": 1}
+    assert all(type(value) in (str, int, float) for value in scored.values())
+
+
+def test_patients_without_tumour():
+    assert row(prediction=(0, 0), truth=(0, 0))["dice"] == row(prediction=(0, 0), truth=(0, 0))["iou"] == 1.0
+    assert row(prediction=(0, 1), truth=(0, 0))["dice"] == row(prediction=(0, 1), truth=(0, 0))["iou"] == 0.0
+
+
+# The interval
+
+def test_no_interval_below_three_values():
+    assert metrics.bootstrap_interval([]) is None
+    assert metrics.bootstrap_interval([0.5, 0.6]) is None
+    assert metrics.bootstrap_interval([0.5, 0.6, 0.7]) is not None
+
+
+def test_interval_is_reproducible_and_contains_the_mean():
+    values = np.random.default_rng(0).random(20)
+    low, high = metrics.bootstrap_interval(values)
+    assert metrics.bootstrap_interval(values) == [low, high]
+    assert metrics.bootstrap_interval(values, seed=1) != [low, high]
+    assert values.min() < low < values.mean() < high < values.max()
+
+
+def test_interval_is_about_that_of_the_normal_distribution():
+    values = np.random.default_rng(0).normal(size=200)
+    half_width = 1.96 * values.std() / np.sqrt(200)
+    assert metrics.bootstrap_interval(values) == pytest.approx([values.mean() - half_width, values.mean() + half_width], abs=0.02)
+
+
+def test_interval_of_equal_values_is_a_point():
+    assert metrics.bootstrap_interval([0.5] * 4) == [0.5, 0.5]
+
+
+# Over patients
+
+def test_summary_by_hand():
+    rows = [row("a", prediction=(1, 0), truth=(1, 0)), row("b", prediction=(1, 1), truth=(1, 0)),
+            row("c", prediction=(0, 0), truth=(1, 1)), row("d", prediction=(0, 1), truth=(0, 0)),
+            row("e", prediction=(0, 0), truth=(0, 0))]
+    summary = metrics.summarise(rows)
+    assert summary["volume_dice"]["mean"] == pytest.approx((1 + 2 / 3 + 0 + 0 + 1) / 5)
+    assert summary["volume_dice"]["median"] == pytest.approx(2 / 3)
+    assert summary["volume_dice"]["ci95"] == metrics.bootstrap_interval([r["dice"] for r in rows])
+    assert summary["volume_iou"] == {"mean": pytest.approx((1 + 0.5 + 0 + 0 + 1) / 5), "median": 0.5}
+    assert summary["pooled_dice"] == pytest.approx(2 * 2 / (2 * 2 + 2 + 2))
+    assert summary["slice_dice_tumour"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert summary["empty_slice_false_positive_rate"] == 0.5
+    assert summary["hd95_px"] == {"mean": pytest.approx(np.mean([0, 0.9])), "median": pytest.approx(0.45), "undefined": 3}
+    assert summary["missed_patients"] == 1
+    assert summary["patients_scored"] == 5
+
+
+def test_missed_patients_have_a_tumour_and_no_prediction_at_all():
+    missed, elsewhere, healthy = row(prediction=(0, 0)), row(prediction=(0, 1)), row(prediction=(0, 0), truth=(0, 0))
+    assert [metrics.summarise([r])["missed_patients"] for r in (missed, elsewhere, healthy)] == [1, 0, 0]
+
+
+def test_empty_slices_do_not_lift_the_slice_dice():
+    prediction, truth = blobs(3)
+    with_empty = [np.concatenate([mask, np.zeros((50, *mask.shape[1:]))]) for mask in (prediction, truth)]
+    bare = metrics.summarise([metrics.score_patient("p", "CS", prediction, truth)])
+    padded = metrics.summarise([metrics.score_patient("p", "CS", *with_empty)])
+    assert 0 < bare["slice_dice_tumour"] < 1
+    assert padded["slice_dice_tumour"] == bare["slice_dice_tumour"]
+    assert padded["volume_dice"] == bare["volume_dice"]
+    assert (bare["empty_slice_false_positive_rate"], padded["empty_slice_false_positive_rate"]) == (None, 0.0)
+
+
+def test_slice_dice_is_a_mean_over_slices_and_not_over_patients():
+    many = metrics.score_patient("many", "CS", np.ones((3, 1, 1)), np.ones((3, 1, 1)))
+    one = row("one", prediction=(0, 0))
+    assert metrics.summarise([many, one])["slice_dice_tumour"] == 0.75
+
+
+def test_what_is_undefined_is_none_and_valid_json():
+    summary = metrics.report([row(prediction=(0, 0), truth=(0, 0))])
+    assert summary["slice_dice_tumour"] is None
+    assert summary["volume_dice"]["ci95"] is None
+    assert summary["hd95_px"] == {"mean": None, "median": None, "undefined": 1}
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+def test_no_patients_are_refused():
+    for call in (metrics.summarise, metrics.report):
+        with pytest.raises(MedFLError, match="no patients"):
+            call([])
+
+
+def test_report_by_site_and_patient():
+    rows = [metrics.score_patient(f"p{i}", site, *blobs(i)) for i, site in enumerate(["HT", "CS", "HT", "DU", "HT"])]
+    result = metrics.report(rows)
+    assert list(result["sites"]) == ["CS", "DU", "HT"]
+    assert result["sites"]["HT"] == metrics.summarise([rows[0], rows[2], rows[4]])
+    assert {name: result[name] for name in metrics.summarise(rows)} == metrics.summarise(rows)
+    assert [patient["patient"] for patient in result["patients"]] == ["p0", "p1", "p2", "p3", "p4"]
+    assert set(result["patients"][0]) == {"patient", "site", "slices", "dice", "iou", "hd95_px"}
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+# Two models
+
+def test_paired_difference_is_second_minus_first_by_patient():
+    first, second = rows_with_dice([0.5, 0.6, 0.7, 0.2]), rows_with_dice([0.6, 0.7, 0.9, 0.2])
+    difference = metrics.paired_difference(first, second[::-1])
+    assert difference["mean"] == pytest.approx(0.1)
+    assert difference["ci95"][0] < 0.1 < difference["ci95"][1]
+    assert difference["ci95"] == pytest.approx(metrics.bootstrap_interval([0.1, 0.1, 0.2, 0.0]))
+    assert difference["patients"] == 4
+    assert metrics.paired_difference(second, first)["mean"] == pytest.approx(-0.1)
+
+
+def test_paired_difference_of_few_patients_has_no_interval():
+    assert metrics.paired_difference(rows_with_dice([0.5]), rows_with_dice([0.75])) == {"mean": 0.25, "ci95": None, "patients": 1}
+
+
+@pytest.mark.parametrize("second", [rows_with_dice([0.5]), rows_with_dice([0.5, 0.5], "q"), rows_with_dice([0.5, 0.5]) * 2, []])
+def test_paired_difference_refuses_other_patients(second):
+    for one, other in ((rows_with_dice([0.5, 0.5]), second), (second, rows_with_dice([0.5, 0.5]))):
+        with pytest.raises(MedFLError, match="same patients"):
+            metrics.paired_difference(one, other)
+
+
+def test_paired_difference_refuses_nobody():
+    with pytest.raises(MedFLError, match="same patients"):
+        metrics.paired_difference([], [])

@@ -1,0 +1,36 @@
+"""Lets timm be imported beside a torchvision that was built for another torch. Import this before timm.
+
+A CPU-only torch beside the package index's torchvision (built for CUDA) fails at `import timm` with "operator
+torchvision::nms does not exist": torchvision can't load its compiled operators and then describes them all the same.
+timm never calls them, so a declaration without code is enough. Where torchvision imports by itself nothing is touched.
+"""
+
+import sys
+
+import torch
+
+DECLARATIONS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_library = torch.library.Library("torchvision", "FRAGMENT")  # the declarations live as long as this object
+
+
+def declare_where_missing() -> bool:
+    """Import torchvision, with its operators declared if it can't do without; whether they had to be."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    else:
+        return False
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]  # half imported
+    for declaration in DECLARATIONS:
+        _library.define(declaration)
+    import torchvision  # noqa: F401, F811
+    return True
+
+
+DECLARED = declare_where_missing()

@@ -1,0 +1,220 @@
+"""Train one model in one place.
+
+    python train_centralized.py --data-dir data --epochs 30
+    python train_centralized.py --data-dir data --minutes 28
+    python train_centralized.py --resume
+
+Writes into --out (default models/): transunet_centralized_best.pth, the weights that did best on the validation
+patients; transunet_centralized_last.pth, what --resume needs; split.json; centralized_curves.png; and
+centralized_history.csv, a line per epoch: epoch, step, seconds (training and scoring so far), learning_rate,
+train_loss, train_dice (soft, of batches), val_dice and val_dice_median (mean and median volume Dice, empty if nothing
+is held out).
+"""
+
+import argparse
+import csv
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
+
+from batches import TrainingBatches
+from checkpoint import describe, load_checkpoint, save_checkpoint
+from common import MedFLError, add_settings, atomic_write, run_script, settings_from
+from curves import draw_curves
+from dataset import Dataset, load_dataset
+from inference import choose_device
+from metrics import summarise
+from split import Split, load_split, make_split, split_for
+from training import PLATEAU, Learner, TrainingSettings, rate_scale, score_patients
+from transunet import TransUNet
+
+HISTORY = ("epoch", "step", "seconds", "learning_rate", "train_loss", "train_dice", "val_dice", "val_dice_median")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
+    parser.add_argument("--out", type=Path, default=Path("models"), help="folder for what is written (default models)")
+    parser.add_argument("--split-file", type=Path, help="take this split instead of the one in --out")
+    parser.add_argument("--val-fraction", type=float, default=0.1, help="share of the patients to choose by (default 0.1)")
+    parser.add_argument("--test-fraction", type=float, default=0.2, help="share of the patients kept for the test (default 0.2)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--resume", action="store_true", help="go on after the last complete epoch in --out, with its settings")
+    add_settings(parser, TrainingSettings)
+    return parser.parse_args()
+
+
+@dataclass
+class Progress:
+    """How far a run is, saved after each epoch."""
+
+    epoch: int = 0
+    seconds: float = 0.0
+    scoring_seconds: float = 0.0  # of the last epoch's end, so that --minutes can leave room for the next
+    best: float = -1.0
+    best_epoch: int = 0
+    rows: list[dict] = field(default_factory=list)
+
+
+class CentralTraining:
+    """A run on one machine, from its first epoch to its last."""
+
+    def __init__(self, dataset: Dataset, split: Split, settings: TrainingSettings, device: torch.device, out: Path):
+        torch.manual_seed(settings.seed)
+        self.dataset, self.split, self.settings, self.out = dataset, split, settings, out
+        model = TransUNet(settings.model, settings.image_size, settings.norm, settings.pretrained, settings.encoder_weights)
+        self.learner = Learner(model, settings, device)
+        self.batches = TrainingBatches(dataset, split.train, settings.image_size, settings.batch_size, settings.seed)
+        self.plateau = ReduceLROnPlateau(self.learner.optimiser, **PLATEAU) if settings.schedule == "plateau" else None
+        self.progress = Progress()
+        self.best, self.last = out / "transunet_centralized_best.pth", out / "transunet_centralized_last.pth"
+
+    def resume(self) -> None:
+        """Take up the state that the last complete epoch left. Raises MedFLError where there is none."""
+        if not self.last.exists():
+            raise MedFLError(f"there is no {self.last} to go on from; start without --resume")
+        state = load_checkpoint(self.last).state
+        if state["split"] != self.split.sha256():
+            raise MedFLError(f"{self.last} was trained on another split; name its own with --split-file, or start without --resume")
+        self.learner.load_state_dict(state["learner"])
+        if self.plateau:
+            self.plateau.load_state_dict(state["plateau"])
+        self.progress = Progress(**state["progress"])
+
+    def run(self) -> None:
+        """Epochs until the settings' end, then the summary's files are complete."""
+        while not self._finished():
+            began = time.monotonic()
+            self.learner.model.set_encoder_trainable(self.progress.epoch >= self.settings.freeze_encoder_epochs)
+            result = self._train(began)
+            if not result.steps:
+                break
+            trained = time.monotonic()
+            rows = score_patients(self.learner.weights_model, self.dataset, self.split.val, 0.5)
+            self.progress.epoch += 1
+            self.progress.seconds += time.monotonic() - began
+            self.progress.scoring_seconds = time.monotonic() - trained
+            self._record(result, summarise(rows)["volume_dice"] if rows else None)
+
+    def _finished(self) -> bool:
+        done, settings = self.progress, self.settings
+        if settings.patience and self.split.val and done.epoch - done.best_epoch >= settings.patience:
+            print(f"no better validation Dice for {settings.patience} epochs; stopped after epoch {done.epoch}")
+            return True
+        return self._share_done(0.0) >= 1 if settings.minutes else done.epoch >= settings.epochs
+
+    def _share_done(self, seconds_of_epoch: float) -> float:
+        """Share of the run that is over, 0 to 1: of its steps, or of its minutes less what the last scoring will take."""
+        if not self.settings.minutes:
+            return self.learner.step_count / (self.settings.epochs * len(self.batches))
+        room = max(60 * self.settings.minutes - 1.5 * self.progress.scoring_seconds, 1.0)
+        return (self.progress.seconds + seconds_of_epoch) / room
+
+    def _train(self, began: float):
+        """One epoch's steps, under a progress bar."""
+
+        def before_step(step: int) -> bool:
+            share = self._share_done(time.monotonic() - began)
+            if not self.plateau:
+                self.learner.set_rate(rate_scale(share, step, self.settings.warmup_steps))
+            return share < 1 or not self.settings.minutes
+
+        epoch = self.progress.epoch + 1
+        torch.manual_seed(100_003 * self.settings.seed + epoch)  # for layers that draw numbers
+        of = f" of {self.settings.epochs}" if not self.settings.minutes else ""
+        with tqdm(total=len(self.batches), desc=f"epoch {epoch}{of}", unit="step", leave=False) as bar:
+            return self.learner.train_epoch(self.batches.epoch(epoch), before_step, bar)
+
+    def _record(self, result, val: dict | None) -> None:
+        """Write what the epoch gave: best and last checkpoint, history, curves, a line on the terminal."""
+        done, learner = self.progress, self.learner
+        row = dict(zip(HISTORY, (done.epoch, learner.step_count, round(done.seconds, 1),
+                                 learner.optimiser.param_groups[0]["lr"], result.loss, result.dice,
+                                 val["mean"] if val else None, val["median"] if val else None)))
+        done.rows.append(row)
+        metadata = self._describe(val)
+        better = val is None or val["mean"] > done.best
+        if better:
+            done.best, done.best_epoch = (val["mean"] if val else -1.0), done.epoch
+            save_checkpoint(self.best, learner.weights_model.state_dict(), metadata)
+        if self.plateau and val:
+            self.plateau.step(val["mean"])
+        state = {"learner": learner.state_dict(), "plateau": self.plateau.state_dict() if self.plateau else None,
+                 "progress": asdict(done), "split": self.split.sha256()}
+        save_checkpoint(self.last, learner.weights_model.state_dict(), metadata, state)
+        write_history(done.rows, self.out / "centralized_history.csv")
+        draw_curves(done.rows, self.out / "centralized_curves.png", f"Centralised training on {self.dataset.name}")
+        scored = f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}" if val else "no validation patients"
+        print(f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice {result.dice:.3f}  {scored}")
+
+    def _describe(self, val: dict | None) -> dict:
+        data = {"name": self.dataset.name, "split_sha256": self.split.sha256()}
+        slices = self.dataset.table.set_index("patient")["slices"]
+        for part in ("train", "val", "test"):
+            patients = list(self.split.part(part))
+            data[part] = {"patients": len(patients), "slices": int(slices[patients].sum())}
+        scores = {"val": {"patients": len(self.split.val), "volume_dice": val}} if val else {}
+        training = {**asdict(self.settings), "epochs_done": self.progress.epoch, "steps": self.learner.step_count,
+                    "seconds": round(self.progress.seconds, 1), "device": self.learner.device.type,
+                    "precision_used": str(self.learner.precision).removeprefix("torch."),
+                    "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model"}
+        training["encoder_weights"] = training["encoder_weights"] and Path(training["encoder_weights"]).name
+        return describe(self.learner.weights_model, training=training, origin={"kind": "centralised"}, data=data, scores=scores)
+
+
+def write_history(rows: list[dict], path: Path) -> None:
+    """All epochs so far as CSV; whole or not at all, so that a kill leaves no half line."""
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, HISTORY)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int) -> Split:
+    """The split that the options ask for. Raises MedFLError where the one in --out has other sizes than they ask."""
+    if arguments.split_file:
+        return load_split(arguments.split_file, set(sites))
+    path, fractions = arguments.out / "split.json", (arguments.val_fraction, arguments.test_fraction)
+    split = split_for(path, sites, seed, *fractions)
+    asked, there = make_split(sites, seed, *fractions), [len(split.part(p)) for p in ("train", "val", "test")]
+    if there != [len(asked.part(p)) for p in ("train", "val", "test")] and not arguments.resume:
+        raise MedFLError(f"{path} holds {' / '.join(map(str, there))} patients for training, validation and test, and the "
+                         "fractions ask for others; choose another --out, or delete the file")
+    return split
+
+
+def main() -> None:
+    arguments = parse()
+    settings = settings_from(arguments, TrainingSettings)
+    if arguments.resume:
+        last = arguments.out / "transunet_centralized_last.pth"
+        if not last.exists():
+            raise MedFLError(f"there is no {last} to go on from; start without --resume")
+        stored = load_checkpoint(last).metadata["training"]
+        settings = replace(settings, **{name: stored[name] for name in asdict(settings) if name not in ("encoder_weights", "pretrained")},
+                           pretrained=False, encoder_weights=None)
+    device = choose_device(arguments.device)
+    dataset = load_dataset(arguments.data_dir)
+    split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
+    print(f"{dataset.name} in {dataset.root}: {len(split.train)} patients to train on, {len(split.val)} to choose by, "
+          f"{len(split.test)} kept for the test")
+    training = CentralTraining(dataset, split, settings, device, arguments.out)
+    if arguments.resume:
+        training.resume()
+    print(f"{settings.model} at {settings.image_size} pixels, {device.type}, {str(training.learner.precision).removeprefix('torch.')}, "
+          f"{len(training.batches)} steps an epoch", flush=True)
+    try:
+        training.run()
+    except KeyboardInterrupt:
+        print(f"\nstopped in epoch {training.progress.epoch + 1}; `--resume` goes on after epoch {training.progress.epoch}")
+        raise
+    done = training.progress
+    print(f"{training.best}: epoch {done.best_epoch}" + (f", validation Dice {done.best:.3f}" if split.val else ""))
+
+
+if __name__ == "__main__":
+    run_script(main)

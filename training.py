@@ -1,0 +1,183 @@
+"""The one training loop: the settings, the loss, what a step and an epoch do, and how a model is scored."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+import metrics
+from common import MedFLError, setting
+from dataset import Dataset
+from inference import predict_volume, to_mask
+from transunet import ARCHITECTURES, TransUNet
+
+FINAL_RATE = 0.01  # of the learning rate, at the end of the cosine
+PLATEAU = {"mode": "max", "factor": 0.5, "patience": 3}  # of torch's ReduceLROnPlateau, on the validation Dice
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything that decides how a model is trained, each default once."""
+
+    model: str = setting("tiny", "network: tiny, small or base", tuple(ARCHITECTURES))
+    image_size: int = setting(128, "side of the network's input in pixels, a multiple of 16")
+    norm: str = setting("batch", "normalisation of the convolutions", ("batch", "group"))
+    pretrained: bool = setting(False, "start the encoder from timm's ImageNet weights")
+    encoder_weights: str | None = setting(None, "file of encoder weights in timm's names, instead of the network", kind=str)
+    epochs: int = setting(30, "passes over the training slices")
+    minutes: float | None = setting(None, "train this many minutes of wall clock, schedule fitted, instead of --epochs", kind=float)
+    batch_size: int = setting(16, "slices a step")
+    lr: float = setting(1e-3, "learning rate of decoder and pyramid")
+    encoder_lr_factor: float = setting(1.0, "learning rate of the encoder, as a factor of --lr (0.1 suits pretrained weights)")
+    weight_decay: float = setting(0.05, "AdamW's weight decay")
+    schedule: str = setting("cosine", "warm-up and cosine, or halving on a plateau of the validation Dice", ("cosine", "plateau"))
+    warmup_steps: int = setting(100, "steps until the learning rate is reached")
+    freeze_encoder_epochs: int = setting(0, "first epochs in which the encoder keeps its weights")
+    clip: float = setting(1.0, "largest norm of a step's gradient")
+    ema_decay: float = setting(0.999, "weight of the past in the averaged weights, ramped up; 0 turns averaging off")
+    patience: int = setting(0, "stop after this many epochs without a better validation Dice; 0 never stops")
+    precision: str = setting("auto", "auto takes bfloat16 where the chip is faster in it", ("auto", "float32", "bfloat16"))
+    seed: int = setting(0, "of weights, order and augmentation")
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products. "auto": bfloat16 on a GPU or a CPU with matrix units for it (AMX), else float32.
+
+    torch is asked what the processor reports. Measured for `tiny` at 128 pixels: with AVX512-BF16 but no AMX, bfloat16
+    trains at 0.6 times the speed of float32; with neither, a matrix product takes 170 times as long.
+    """
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+
+
+def rate_scale(progress: float, step: int, warmup_steps: int) -> float:
+    """Share of the learning rate: linear warm-up times a cosine from 1 to FINAL_RATE as progress goes from 0 to 1."""
+    cosine = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return cosine * min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss (binary cross-entropy + 1 - soft Dice) and soft Dice, scalars, of logits and masks (B, 1, h, w).
+
+    The soft Dice pools over the batch (Milletari et al. 2016, arXiv:1606.04797): an empty slice has none of its own.
+    """
+    share = logits.sigmoid()
+    dice = (2 * (share * masks).sum() + 1) / (share.sum() + masks.sum() + 1)
+    return F.binary_cross_entropy_with_logits(logits, masks) + 1 - dice, dice
+
+
+@dataclass
+class EpochResult:
+    """Means over the epoch's steps."""
+
+    loss: float
+    dice: float
+    steps: int
+
+
+class Learner:
+    """A model in training: weights, averaged weights, optimiser, and the step. The federation's hospitals use it as well."""
+
+    def __init__(self, model: TransUNet, settings: TrainingSettings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.precision = choose_precision(settings.precision, device)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.average = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True) if settings.ema_decay else None
+        encoder = list(model.encoder.parameters())
+        ids = {id(p) for p in encoder}
+        self.rates = (settings.lr, settings.lr * settings.encoder_lr_factor)
+        self.optimiser = torch.optim.AdamW(
+            [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": self.rates[0]},
+             {"params": encoder, "lr": self.rates[1]}], weight_decay=settings.weight_decay)
+        self.step_count = 0
+
+    @property
+    def weights_model(self) -> TransUNet:
+        """The model that is scored and saved: with averaged weights, if there are any."""
+        return self.average.module if self.average else self.model
+
+    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        """Exponential moving average whose memory grows with the steps: early weights are forgotten quickly."""
+        decay = min(self.settings.ema_decay, (1 + float(count)) / (10 + float(count)))
+        for past, now in zip(averaged, current):
+            if past.is_floating_point():
+                past.lerp_(now, 1 - decay)
+            else:
+                past.copy_(now)  # BatchNorm's counter
+
+    def set_rate(self, scale: float) -> None:
+        """Set both learning rates to this share of the settings'."""
+        for group, rate in zip(self.optimiser.param_groups, self.rates):
+            group["lr"] = rate * scale
+
+    def train_epoch(self, batches: Iterable[tuple[Tensor, Tensor]], before_step: Callable[[int], bool] = lambda _: True,
+                    progress: tqdm | None = None) -> EpochResult:
+        """One pass over batches of (images, masks). `before_step` gets the number of the step and may end the pass.
+
+        Raises MedFLError on a loss that is not finite.
+        """
+        self.model.train()
+        loss_sum = dice_sum = 0.0
+        steps = 0
+        for images, masks in batches:
+            if not before_step(self.step_count):
+                break
+            loss, dice = self._step(images, masks)
+            loss_sum, dice_sum, steps = loss_sum + loss, dice_sum + dice, steps + 1
+            if progress is not None:
+                progress.update()
+                progress.set_postfix(loss=f"{loss_sum / steps:.3f}", dice=f"{dice_sum / steps:.3f}", refresh=False)
+        return EpochResult(loss_sum / max(steps, 1), dice_sum / max(steps, 1), steps)
+
+    def _step(self, images: Tensor, masks: Tensor) -> tuple[float, float]:
+        images = images.to(self.device, memory_format=torch.channels_last)
+        mixed = contextlib.nullcontext()
+        if self.precision != torch.float32:
+            mixed = torch.autocast(self.device.type, self.precision)
+        with mixed:
+            logits = self.model(images)
+        loss, dice = segmentation_loss(logits.float(), masks.to(self.device))
+        if not math.isfinite(loss.item()):
+            raise MedFLError(f"the loss is {loss.item()} at step {self.step_count + 1}; lower --lr (now {self.settings.lr}) "
+                             "and start again, or --resume from the last good epoch")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimiser.step()
+        self.step_count += 1
+        if self.average:
+            self.average.update_parameters(self.model)
+        return loss.item(), dice.item()
+
+    def state_dict(self) -> dict:
+        """All that `load_state_dict` needs to go on bit for bit."""
+        return {"model": self.model.state_dict(), "average": self.average.state_dict() if self.average else None,
+                "optimiser": self.optimiser.state_dict(), "step_count": self.step_count, "precision": str(self.precision)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step_count = state["step_count"]
+        self.precision = getattr(torch, state["precision"].removeprefix("torch."))
+
+
+def score_patients(model: TransUNet, dataset: Dataset, patients: Iterable[str], threshold: float,
+                   progress: bool = False) -> list[dict]:
+    """A row of `metrics.score_patient` for each patient, the whole volume at its own size."""
+    rows = []
+    for patient in tqdm(list(patients), desc="scoring", unit="patient", disable=not progress, leave=False):
+        volume, truth = dataset.volume(patient)
+        prediction = to_mask(predict_volume(model, volume), threshold)
+        rows.append(metrics.score_patient(patient, dataset.site(patient), prediction, truth))
+    return rows
