@@ -51,6 +51,8 @@ class TrainingBatches:
         """
         random = np.random.default_rng([self.seed, epoch])
         kinds = [kind for kind in (self._tumour, self._empty) if len(kind)]
+        if self.batch_size == 1:  # no halves: every slice, once an epoch
+            kinds = [np.arange(len(self._slices))]
         first = round(self.batch_size * TUMOUR_PART) if len(kinds) == 2 else self.batch_size
         parts = []
         for kind, places in zip(kinds, (first, self.batch_size - first)):

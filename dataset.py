@@ -100,11 +100,11 @@ def find_dataset(data_dir: Path) -> Path:
         raise MedFLError(f"no patients in {data_dir} (a folder per patient, each slice with its _mask file); {HOW_TO_GET}")
     real = {f: n for f, n in found.items() if not all(PHANTOM.match(name) for name in n)} or found
     depth = min(len(folder.parts) for folder in real)
-    nearest = [folder for folder in real if len(folder.parts) == depth]
-    for folder in nearest[1:]:
-        if real[folder] != real[nearest[0]]:
-            raise MedFLError(f"{nearest[0]} and {folder} hold different patients; name one of them with --data-dir")
-    return nearest[0]
+    nearest = next(folder for folder in real if len(folder.parts) == depth)
+    for folder in real:
+        if real[folder] != real[nearest] and not folder.is_relative_to(nearest):
+            raise MedFLError(f"{nearest} and {folder} hold different patients; name one of them with --data-dir")
+    return nearest
 
 
 def _folders(top: Path, depth: int) -> list[Path]:

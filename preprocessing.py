@@ -95,7 +95,7 @@ def _open(path: Path) -> Image.Image:
         picture.load()
     except FileNotFoundError as error:
         raise MedFLError(f"{path} does not exist; check the name") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
         raise MedFLError(f"{path} can't be read as a picture (truncated or another format); copy it again") from error
     return picture
 

@@ -62,7 +62,7 @@ def _shares(room: dict[str, int], total: int) -> dict[str, int]:
     if not everyone:
         return dict.fromkeys(room, 0)
     exact = {site: total * n / everyone for site, n in room.items()}
-    given = {site: int(share) for site, share in exact.items()}
+    given = {site: min(int(share), max(room[site] - 1, 0)) for site, share in exact.items()}
     for site in sorted(room, key=lambda s: (given[s] - exact[s], s)):
         if sum(given.values()) < total and given[site] + 1 < room[site]:
             given[site] += 1

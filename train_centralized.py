@@ -14,7 +14,7 @@ is held out).
 import argparse
 import csv
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +33,8 @@ from training import PLATEAU, Learner, TrainingSettings, rate_scale, score_patie
 from transunet import TransUNet
 
 HISTORY = ("epoch", "step", "seconds", "learning_rate", "train_loss", "train_dice", "val_dice", "val_dice_median")
+
+BEST, LAST = "transunet_centralized_best.pth", "transunet_centralized_last.pth"
 
 
 def parse() -> argparse.Namespace:
@@ -71,12 +73,10 @@ class CentralTraining:
         self.batches = TrainingBatches(dataset, split.train, settings.image_size, settings.batch_size, settings.seed)
         self.plateau = ReduceLROnPlateau(self.learner.optimiser, **PLATEAU) if settings.schedule == "plateau" else None
         self.progress = Progress()
-        self.best, self.last = out / "transunet_centralized_best.pth", out / "transunet_centralized_last.pth"
+        self.best, self.last = out / BEST, out / LAST
 
     def resume(self) -> None:
-        """Take up the state that the last complete epoch left. Raises MedFLError where there is none."""
-        if not self.last.exists():
-            raise MedFLError(f"there is no {self.last} to go on from; start without --resume")
+        """Take up the state that the last complete epoch left. Raises MedFLError where the split is another."""
         state = load_checkpoint(self.last).state
         if state["split"] != self.split.sha256():
             raise MedFLError(f"{self.last} was trained on another split; name its own with --split-file, or start without --resume")
@@ -149,7 +149,7 @@ class CentralTraining:
         write_history(done.rows, self.out / "centralized_history.csv")
         draw_curves(done.rows, self.out / "centralized_curves.png", f"Centralised training on {self.dataset.name}")
         scored = f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}" if val else "no validation patients"
-        print(f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice {result.dice:.3f}  {scored}")
+        print(f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice {result.dice:.3f}  {scored}", flush=True)
 
     def _describe(self, val: dict | None) -> dict:
         data = {"name": self.dataset.name, "split_sha256": self.split.sha256()}
@@ -187,16 +187,20 @@ def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int
     return split
 
 
+def stored_settings(last: Path) -> TrainingSettings:
+    """The settings of an interrupted run; its weights come from the checkpoint, not from a file or the network again."""
+    if not last.exists():
+        raise MedFLError(f"there is no {last} to go on from; start without --resume")
+    stored = load_checkpoint(last).metadata["training"]
+    known = {name: stored[name] for name in asdict(TrainingSettings()) if name in stored}
+    return TrainingSettings(**{**known, "pretrained": False, "encoder_weights": None})
+
+
 def main() -> None:
     arguments = parse()
     settings = settings_from(arguments, TrainingSettings)
     if arguments.resume:
-        last = arguments.out / "transunet_centralized_last.pth"
-        if not last.exists():
-            raise MedFLError(f"there is no {last} to go on from; start without --resume")
-        stored = load_checkpoint(last).metadata["training"]
-        settings = replace(settings, **{name: stored[name] for name in asdict(settings) if name not in ("encoder_weights", "pretrained")},
-                           pretrained=False, encoder_weights=None)
+        settings = stored_settings(arguments.out / LAST)
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data_dir)
     split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
@@ -205,8 +209,8 @@ def main() -> None:
     training = CentralTraining(dataset, split, settings, device, arguments.out)
     if arguments.resume:
         training.resume()
-    print(f"{settings.model} at {settings.image_size} pixels, {device.type}, {str(training.learner.precision).removeprefix('torch.')}, "
-          f"{len(training.batches)} steps an epoch", flush=True)
+    precision = str(training.learner.precision).removeprefix("torch.")
+    print(f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, {len(training.batches)} steps an epoch")
     try:
         training.run()
     except KeyboardInterrupt:

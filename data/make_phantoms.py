@@ -59,10 +59,8 @@ GREY, WHITE, VESSEL, CHOROID = (0.35, 0.43, 0.37), (0.47, 0.36, 0.48), (0.25, 0.
 
 @dataclass
 class Head:
-    """A head's geometry; radius and brain are (S, size, size) float32.
-
-    x (right) and y (back), (1, size, size), and z (up), (S, 1, 1), run over about -1 to 1; radius is 0 in the middle and 1 on the skin; brain is 0 to 1.
-    """
+    """A head's geometry, float32: radius (0 in the middle, 1 on the skin) and brain (0 to 1) are (S, size, size);
+    x (right) and y (back), (1, size, size), and z (up), (S, 1, 1), run over about -1 to 1."""
 
     x: np.ndarray
     y: np.ndarray
@@ -92,7 +90,7 @@ def make_phantoms(out: Path, patients: int, slices: int, size: int, seed: int, p
             for name in [*names, "data.csv"]:
                 (Path(beside) / name).replace(root / name)
     except OSError as error:
-        raise MedFLError(f"{root} can't be written ({error.strerror or error}); free the space or choose another --out") from error
+        raise MedFLError(f"{root} can't be written ({error.strerror or error}); free the space or change --out") from error
     return root
 
 
@@ -203,7 +201,7 @@ def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> Head:
 def _paint_skull(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> None:
     """Scalp fat, bone, fluid; below, the face with its fat, muscles, air and eyes."""
     shape, low = tissue.shape[1:], np.clip((-0.15 - head.z) / 0.12, 0, 1)
-    texture = 0.8 * _noise(rng, shape, 0.008) + 0.6 * _noise(rng, shape, 0.025)
+    texture = 0.8 * _noise(rng, shape, 0.012) + 0.6 * _noise(rng, shape, 0.025)
     _paint(tissue, _step(1 - head.radius, 0.03) * np.clip(0.85 + 0.12 * texture, 0.4, 1.1), FAT)
     _paint(tissue, _step(rng.uniform(0.92, 0.95) - head.radius, 0.03), BONE)
     _paint(tissue, _step(0.885 - head.radius, 0.02), FLUID)
@@ -222,10 +220,11 @@ def _paint_brain(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> No
     """Cortex folded around white matter, fissures, and the ventricles."""
     shape, x, y, z = tissue.shape[1:], head.x, head.y, head.z
     folds, side = _noise(rng, shape, 0.018), np.abs(head.x)
+    outward = head.radius + 0.28 * np.clip((-0.2 - z) / 0.5, 0, 1)  # reaches 0.86 on the brain's surface, below too
     _paint(tissue, head.brain, GREY)
     nuclei = _bump((side - 0.2) / 0.09, (y + 0.02) / 0.14, (z - 0.02) / 0.2)
-    _paint(tissue, head.brain * _step(0.68 + 0.07 * folds - head.radius, 0.06) * (1 - nuclei), WHITE)
-    rim = _step(head.radius - rng.uniform(0.54, 0.62), 0.15)
+    _paint(tissue, head.brain * _step(0.68 + 0.07 * folds - outward, 0.06) * (1 - nuclei), WHITE)
+    rim = _step(outward - rng.uniform(0.50, 0.60), 0.15)
     _paint(tissue, head.brain * rim * _bump(folds / 0.5) * 0.9, GREY)
     _paint(tissue, head.brain * rim * _bump(folds / 0.16) * rng.uniform(0.5, 0.95), FLUID)  # sulci: where the noise is 0
     leaves = np.sin(75 * np.hypot(0.7 * x, y - 0.1)) * _step(-0.42 - z, 0.1) * _step(y - 0.15, 0.1)  # of the cerebellum
@@ -254,7 +253,8 @@ def _paint_distractors(rng: np.random.Generator, tissue: np.ndarray, head: Head)
         spot = _bump((x - right) / width, (y - back) / width, (z - rng.uniform(-0.1, 0.6)) / 0.06)
         tissue[1] += head.brain * spot * rng.uniform(0.1, 0.35)
     for side in (-1, 1):  # artefact above the air of the ear and the nose
-        base = _bump((x - side * rng.uniform(0.25, 0.4)) / 0.1, (y + rng.uniform(-0.1, 0.3)) / 0.1, (z + rng.uniform(0.25, 0.5)) / 0.1)
+        right, back, up = side * rng.uniform(0.25, 0.4), rng.uniform(-0.3, 0.1), rng.uniform(-0.5, -0.25)
+        base = _bump((x - right) / 0.1, (y - back) / 0.1, (z - up) / 0.1)
         tissue[1] += head.brain * base * rng.uniform(0, 0.4)
     inside = _step(0.92 - head.radius, 0.04)
     sinus = _bump(x / 0.05, (head.radius - 0.87) / 0.05) * (y > 0) + _bump(x / 0.02, (head.radius - 0.84) / 0.03) * (y < 0)
@@ -270,14 +270,14 @@ def _paint_lesion(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> n
     home = np.argwhere((head.brain[middle] > 0.9) & (head.radius[middle] < 0.7) & (tissue[0, middle] > 0.3))
     row, column = home[rng.integers(len(home))]
     x0, y0, z0 = (np.broadcast_to(axis, shape)[middle, row, column] for axis in (head.x, head.y, head.z))
-    width = float(np.clip(0.23 * np.exp(rng.normal(0, 0.35)), 0.1, 0.42))
+    width = float(np.clip(0.2 * np.exp(rng.normal(0, 0.35)), 0.1, 0.36))
     reach = float(np.clip(width * rng.uniform(1.0, 1.5), 0.18, 0.42))
     long = rng.uniform(0.8, 1.25)
     distance = np.sqrt(((head.x - x0) * long / width) ** 2 + ((head.y - y0) / long / width) ** 2 + ((head.z - z0) / reach) ** 2)
     distance = distance + 0.28 * _noise(rng, shape, 0.05) * np.clip(distance, 0, 1) + 0.06 * _noise(rng, shape, 0.015)
     distance[[0, -1]] = 2
     inside = (distance < 1) & (head.brain > 0.5)
-    contrast = rng.uniform(0.1, 0.42) * np.clip(1 + 0.3 * _noise(rng, shape, 0.03), 0.3, 1.6)
+    contrast = rng.uniform(0.13, 0.5) * np.clip(1 + 0.3 * _noise(rng, shape, 0.03), 0.3, 1.6)
     soft = _step(1 - distance, rng.uniform(0.15, 0.5)) * head.brain
     for channel, value in zip(tissue, (-0.3 * contrast, contrast, -0.25 * contrast)):
         channel += soft * (0.35 * (0.42 - channel) + value)  # swelling blurs the pattern beneath

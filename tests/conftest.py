@@ -1,0 +1,52 @@
+"""What several tests share: a small phantom cohort, a model trained on it for a moment, and scripts run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A home folder of the tests' own, so that no cache of the user's is touched."""
+    folder = tmp_path_factory.mktemp("home")
+    before = {name: os.environ.get(name) for name in ("HOME", "USERPROFILE")}
+    os.environ.update(HOME=str(folder), USERPROFILE=str(folder))
+    yield folder
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def phantoms(home, tmp_path_factory) -> Path:
+    """A cohort of 10 small phantoms, about 8 slices of 64 pixels each."""
+    from data.make_phantoms import make_phantoms
+
+    out = tmp_path_factory.mktemp("phantoms")
+    make_phantoms(out, patients=10, slices=8, size=64, seed=0)
+    return out
+
+
+def run_script(script: str, *options: object, cwd: Path = ROOT, **kept) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a user does; what it printed is kept."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, options)], cwd=cwd, capture_output=True,
+                          text=True, timeout=300, **kept)
+
+
+@pytest.fixture(scope="session")
+def trained(phantoms, tmp_path_factory) -> Path:
+    """The folder that two epochs of training on the phantoms wrote."""
+    out = tmp_path_factory.mktemp("trained")
+    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", out, "--image-size", 32, "--epochs", 2,
+                      "--batch-size", 8, "--warmup-steps", 2)
+    assert done.returncode == 0, done.stderr
+    return out
