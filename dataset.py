@@ -136,7 +136,9 @@ def read_patients(root: Path, site: str) -> list[Patient]:
         files = _children(root / name)
         images = numeric_order([f for f in files if is_image(f)])
         masks = {f.stem[:-len("_mask")]: f for f in files if is_mask(f)}
-        for image in images:
+        for before, image in zip([None, *images], images):
+            if before and before.stem == image.stem:
+                raise MedFLError(f"{before} and {image.name} are the same slice twice; take one of them away")
             if image.stem not in masks:
                 raise MedFLError(f"{image} has no mask ({image.stem}_mask{image.suffix}); add it or take the slice away")
         alone = sorted(masks.keys() - {image.stem for image in images})

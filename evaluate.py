@@ -15,7 +15,7 @@ from dataset import Dataset, load_dataset
 from inference import choose_device, predict_volume, to_mask
 from metrics import report
 from overlays import draw_outlines
-from split import load_split
+from split import MIN_SITE, load_split
 from training import score_patients
 
 
@@ -106,8 +106,8 @@ def main() -> None:
     if arguments.overlays:
         write_overlays(figures, dataset, checkpoint, arguments.overlays)
     if arguments.write_back:
-        scores = {name: value for name, value in figures.items() if name != "patients"}  # no figure of one patient
-        test = {"patients": len(rows), **scores}
+        test = {**figures, "patients": len(rows),  # a checkpoint is handed on: no figure of one patient or two
+                "sites": {site: row for site, row in figures["sites"].items() if row["patients_scored"] >= MIN_SITE}}
         update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
         print(f"wrote the test scores into {arguments.checkpoint}")
 

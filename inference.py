@@ -29,7 +29,7 @@ def predict_volume(model: TransUNet, volume: np.ndarray) -> np.ndarray:
     own device and leaves the model in evaluation mode.
     """
     device = next(model.parameters()).device
-    pixels = torch.from_numpy(np.ascontiguousarray(volume))
+    pixels = torch.from_numpy(np.array(volume))  # a copy: a cached volume is read-only, and torch wants to own
     mean, deviation = (value.to(device) for value in volume_statistics(pixels))
     model.eval()
     blocks = []

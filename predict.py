@@ -35,12 +35,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_slices(inputs: list[Path]) -> list[Path]:
-    """The slices that files and folders name, each once. Raises MedFLError for what isn't there, isn't a picture, or nothing."""
+def find_slices(inputs: list[Path], out: Path) -> list[Path]:
+    """The slices that files and folders name, each once, what an earlier run wrote to `out` left aside.
+
+    Raises MedFLError for what isn't there or is no picture, and where nothing is left.
+    """
     files = []
     for given in inputs:
         if given.is_dir():
-            files += [f for f in sorted(given.rglob("*")) if f.is_file() and is_image(f)]
+            files += [f for f in sorted(given.rglob("*")) if f.is_file() and is_image(f) and not f.is_relative_to(out)]
         elif not given.exists():
             raise MedFLError(f"there is no {given}; check the name")
         elif is_image(given):
@@ -83,7 +86,7 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
 
 def main() -> None:
     arguments = parse()
-    files = find_slices(arguments.inputs)
+    files = find_slices(arguments.inputs, arguments.out)
     names = output_names(files)
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     rows = []

@@ -85,13 +85,15 @@ def _open(path: Path) -> Image.Image:
     """A single-frame picture of a sensible size, decoded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the sides are checked below
+            warnings.simplefilter("ignore")  # of huge sides, which are checked below, and of metadata that nobody reads
             picture = Image.open(path)
         width, height = picture.size
         if max(width, height) > MAX_SIDE:
             raise MedFLError(f"{path} is {width}×{height} pixels, and a slice has at most {MAX_SIDE} a side; shrink it first")
         if getattr(picture, "n_frames", 1) != 1:
             raise MedFLError(f"{path} holds {picture.n_frames} pictures, and a slice is one; save each as a file of its own")
+        if any("16" in str(tile[3]) for tile in picture.tile):  # Pillow would cut 16-bit colours to 8 without a word
+            raise MedFLError(f"{path} has 16 bits a channel, and a slice has 8; convert it first")
         picture.load()
     except FileNotFoundError as error:
         raise MedFLError(f"{path} does not exist; check the name") from error

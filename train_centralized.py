@@ -28,7 +28,7 @@ from curves import draw_curves
 from dataset import Dataset, load_dataset
 from inference import choose_device
 from metrics import summarise
-from split import Split, load_split, make_split, split_for
+from split import Split, load_split, make_split, save_split, split_for
 from training import PLATEAU, Learner, TrainingSettings, rate_scale, score_patients
 from transunet import TransUNet
 
@@ -149,7 +149,8 @@ class CentralTraining:
         write_history(done.rows, self.out / "centralized_history.csv")
         draw_curves(done.rows, self.out / "centralized_curves.png", f"Centralised training on {self.dataset.name}")
         scored = f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}" if val else "no validation patients"
-        print(f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice {result.dice:.3f}  {scored}", flush=True)
+        print(f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice {result.dice:.3f}  {scored}",
+              flush=True)
 
     def _describe(self, val: dict | None) -> dict:
         data = {"name": self.dataset.name, "split_sha256": self.split.sha256()}
@@ -176,12 +177,15 @@ def write_history(rows: list[dict], path: Path) -> None:
 
 def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int) -> Split:
     """The split that the options ask for. Raises MedFLError where the one in --out has other sizes than they ask."""
-    if arguments.split_file:
-        return load_split(arguments.split_file, set(sites))
     path, fractions = arguments.out / "split.json", (arguments.val_fraction, arguments.test_fraction)
+    if arguments.split_file or arguments.resume:
+        split = load_split(arguments.split_file or path, set(sites))
+        if arguments.split_file:
+            save_split(split, path)  # beside the checkpoint, where evaluate.py looks
+        return split
     split = split_for(path, sites, seed, *fractions)
     asked, there = make_split(sites, seed, *fractions), [len(split.part(p)) for p in ("train", "val", "test")]
-    if there != [len(asked.part(p)) for p in ("train", "val", "test")] and not arguments.resume:
+    if there != [len(asked.part(p)) for p in ("train", "val", "test")]:
         raise MedFLError(f"{path} holds {' / '.join(map(str, there))} patients for training, validation and test, and the "
                          "fractions ask for others; choose another --out, or delete the file")
     return split
@@ -214,7 +218,8 @@ def main() -> None:
     try:
         training.run()
     except KeyboardInterrupt:
-        print(f"\nstopped in epoch {training.progress.epoch + 1}; `--resume` goes on after epoch {training.progress.epoch}")
+        done = training.progress.epoch
+        print(f"\nstopped in epoch {done + 1}; " + (f"--resume goes on after epoch {done}" if done else "nothing to resume yet"))
         raise
     done = training.progress
     print(f"{training.best}: epoch {done.best_epoch}" + (f", validation Dice {done.best:.3f}" if split.val else ""))

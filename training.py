@@ -147,8 +147,8 @@ class Learner:
             logits = self.model(images)
         loss, dice = segmentation_loss(logits.float(), masks.to(self.device))
         if not math.isfinite(loss.item()):
-            raise MedFLError(f"the loss is {loss.item()} at step {self.step_count + 1}; lower --lr (now {self.settings.lr}) "
-                             "and start again, or --resume from the last good epoch")
+            raise MedFLError(f"the loss is {loss.item()} at step {self.step_count + 1}, and weights made by it "
+                             f"would be worthless; lower --lr (now {self.settings.lr}) and start again")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)

@@ -164,7 +164,8 @@ def test_symmetry(seed):
 def test_order_of_slices_does_not_matter(seed):
     prediction, truth = blobs(seed, slices=5)
     order = np.random.default_rng(seed).permutation(5)
-    one, other = metrics.score_patient("p", "CS", prediction, truth), metrics.score_patient("p", "CS", prediction[order], truth[order])
+    one = metrics.score_patient("p", "CS", prediction, truth)
+    other = metrics.score_patient("p", "CS", prediction[order], truth[order])
     assert one == pytest.approx(other)
 
 

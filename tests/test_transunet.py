@@ -43,6 +43,9 @@ def test_unknown_names_are_refused():
 def test_gradients_reach_every_parameter(name):
     torch.manual_seed(0)
     model = TransUNet(name, 32)
+    for parameter in model.encoder.parameters():
+        if not parameter.any():  # timm starts residual branches at 0, which holds their gradients back for one step
+            torch.nn.init.normal_(parameter, std=0.5)
     model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
@@ -51,14 +54,14 @@ def test_gradients_reach_every_parameter(name):
 def test_the_head_depends_on_skips_and_on_tokens():
     """Either path can be taken away and the logits change: neither is dead."""
     torch.manual_seed(0)
-    model, image = TransUNet("tiny", 32).eval(), torch.randn(1, 3, 32, 32)
+    model, image = TransUNet("tiny", 32, "group").eval(), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         whole = model(image)
         for part in (model.encoder, *model.pyramid.stages):
             before = {n: p.clone() for n, p in part.named_parameters()}
             for parameter in part.parameters():
                 parameter.zero_()
-            assert not torch.allclose(model(image), whole, atol=1e-6)
+            assert not torch.allclose(model(image), whole, atol=1e-5)
             for n, p in part.named_parameters():
                 p.copy_(before[n])
         assert torch.equal(model(image), whole)
@@ -119,6 +122,6 @@ def test_timm_imports_and_a_matching_torchvision_is_left_alone():
 
 def test_another_fault_of_torchvision_is_not_hidden(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('broken in another way')\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.path.insert(0, {str(ROOT)!r}); import torchvision_operators"
-    done = subprocess.run([sys.executable, "-c", code.replace("'); sys", "'); sys")], capture_output=True, text=True)
-    assert done.returncode == 1 and "not exist" not in done.stderr
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import torchvision_operators"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "broken in another way" in done.stderr

@@ -1,0 +1,115 @@
+"""Saving and loading a model, and every file that is none."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from checkpoint import describe, load_checkpoint, save_checkpoint, update_metadata
+from common import MedFLError
+from transunet import TransUNet
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "model.pth"
+    torch.manual_seed(0)
+    model = TransUNet("tiny", 32).eval()
+    save_checkpoint(path, model.state_dict(), describe(model, origin={"kind": "centralised"}))
+    return path, model
+
+
+def test_round_trip_is_bit_equal(saved):
+    path, model = saved
+    loaded = load_checkpoint(path)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(image), model.to(memory_format=torch.channels_last)(image))
+    assert not loaded.model.training
+    assert loaded.metadata["architecture"] == {"name": "tiny", "image_side": 32, "norm": "batch",
+                                               "parameters": sum(p.numel() for p in model.parameters())}
+    assert loaded.threshold == 0.5 and loaded.state is None
+
+
+def test_update_metadata_leaves_the_weights(saved, tmp_path):
+    path = tmp_path / "copy.pth"
+    path.write_bytes(saved[0].read_bytes())
+    update_metadata(path, scores={"test": {"patients": 3}})
+    before, after = load_checkpoint(saved[0]), load_checkpoint(path)
+    assert after.metadata["scores"] == {"test": {"patients": 3}} and after.metadata["created"] == before.metadata["created"]
+    for name, value in before.model.state_dict().items():
+        assert torch.equal(value, after.model.state_dict()[name])
+
+
+def refused(path) -> str:
+    with pytest.raises(MedFLError) as caught:
+        load_checkpoint(path)
+    return str(caught.value)
+
+
+def test_no_file(tmp_path):
+    assert "there is no checkpoint" in refused(tmp_path / "missing.pth")
+
+
+def test_git_lfs_pointer(tmp_path):
+    (tmp_path / "p.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert "git lfs pull" in refused(tmp_path / "p.pth")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_truncated(saved, tmp_path, share):
+    content = saved[0].read_bytes()
+    (tmp_path / "t.pth").write_bytes(content[:int(len(content) * share)])
+    assert "truncated" in refused(tmp_path / "t.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" * 20])
+def test_no_checkpoint_at_all(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    assert "x.pth" in refused(tmp_path / "x.pth")
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("write", [lambda o, p: p.write_bytes(pickle.dumps(o)), torch.save], ids=["pickle", "torch"])
+def test_malicious_pickle_is_not_run(tmp_path, write):
+    write({"model": Malicious(tmp_path / "owned"), "metadata": "{}"}, tmp_path / "evil.pth")
+    assert "malicious" in refused(tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_another_programs_file(saved, tmp_path):
+    torch.save(saved[1].state_dict(), tmp_path / "state.pth")
+    assert "no model of MedFL" in refused(tmp_path / "state.pth")
+
+
+def changed(saved, path, **entries):
+    metadata = {**describe(saved[1]), **entries}
+    torch.save({"model": saved[1].state_dict(), "metadata": json.dumps(metadata)}, path)
+    return refused(path)
+
+
+def test_newer_format_and_other_preprocessing(saved, tmp_path):
+    assert "format 2" in changed(saved, tmp_path / "f.pth", format=2)
+    assert "other preprocessing (whitened)" in changed(saved, tmp_path / "p.pth", preprocessing={"name": "whitened"})
+
+
+def test_another_architecture(saved, tmp_path):
+    plan = {"name": "tiny", "image_side": 64, "norm": "batch"}
+    assert "another architecture" in changed(saved, tmp_path / "a.pth", architecture=plan)
+
+
+def test_a_failed_save_keeps_the_old_file(saved, tmp_path):
+    path = tmp_path / "kept.pth"
+    path.write_bytes(saved[0].read_bytes())
+    with pytest.raises(ValueError, match="JSON"):
+        save_checkpoint(path, saved[1].state_dict(), {"dice": float("nan")})
+    assert path.read_bytes() == saved[0].read_bytes() and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,186 @@
+"""The three commands as a user runs them: real processes on phantoms."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from checkpoint import load_checkpoint
+from conftest import ROOT, run_script
+from dataset import load_dataset
+from inference import predict_volume, to_mask
+
+pytestmark = pytest.mark.slow
+SHORT = ("--image-size", 32, "--batch-size", 8, "--warmup-steps", 2)
+BEST, LAST = "transunet_centralized_best.pth", "transunet_centralized_last.pth"
+
+
+def history(folder) -> list[dict]:
+    with open(folder / "centralized_history.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def sentence(done: subprocess.CompletedProcess, text: str) -> None:
+    """The script ended with 2 and one sentence on the error stream, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert text in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith(("train_", "evaluate", "predict"))]) == 1
+
+
+def test_training_writes_what_it_says(trained):
+    written = {p.name for p in trained.iterdir()}
+    assert written == {BEST, LAST, "split.json", "centralized_history.csv", "centralized_curves.png"}
+    assert Image.open(trained / "centralized_curves.png").size[0] > 500
+    rows = history(trained)
+    assert [row["epoch"] for row in rows] == ["1", "2"] and all(0 <= float(row["val_dice"]) <= 1 for row in rows)
+    metadata = load_checkpoint(trained / BEST).metadata
+    assert metadata["data"]["name"] == "phantoms" and metadata["origin"] == {"kind": "centralised"}
+    assert [metadata["data"][part]["patients"] for part in ("train", "val", "test")] == [7, 1, 2]
+    assert metadata["training"]["epochs_done"] <= 2 and metadata["training"]["selected_by"].startswith("validation")
+
+
+def test_a_checkpoint_names_no_patient(trained, phantoms):
+    content = (trained / BEST).read_bytes() + (trained / LAST).read_bytes()
+    for patient in load_dataset(phantoms, progress=False).patients:
+        assert patient.name.encode() not in content
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+def test_resume_after_a_kill_equals_an_unbroken_run(phantoms, tmp_path, schedule):
+    options = ("--data-dir", phantoms, *SHORT, "--epochs", 4, "--schedule", schedule, "--freeze-encoder-epochs", 1)
+    assert run_script("train_centralized.py", *options, "--out", tmp_path / "whole").returncode == 0
+    broken = tmp_path / "broken"
+    process = subprocess.Popen([sys.executable, ROOT / "train_centralized.py", *map(str, options), "--out", broken],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (broken / LAST).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (broken / LAST).exists() and len(history(broken) if (broken / "centralized_history.csv").exists() else []) < 4
+    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", broken, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in (BEST, LAST):
+        one, other = (load_checkpoint(tmp_path / run / name).model.state_dict() for run in ("whole", "broken"))
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    for one, other in zip(history(tmp_path / "whole"), history(broken), strict=True):
+        assert {**one, "seconds": ""} == {**other, "seconds": ""}
+
+
+def test_ctrl_c_ends_with_130_and_can_be_resumed(phantoms, tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "train_centralized.py", "--data-dir", phantoms, "--out", tmp_path,
+                                *map(str, SHORT), "--epochs", "50"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if re.match(r"epoch +1 ", line):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 130 and "--resume goes on after epoch" in rest
+    assert load_checkpoint(tmp_path / LAST).state["progress"]["epoch"] >= 1
+
+
+def test_minutes_end_in_time(phantoms, tmp_path):
+    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--minutes", 0.1)
+    assert done.returncode == 0, done.stderr
+    rows = history(tmp_path)
+    assert len(rows) >= 1 and float(rows[-1]["learning_rate"]) < float(rows[0]["learning_rate"]) or len(rows) == 1
+
+
+def test_everybody_trains_when_nobody_is_held_out(phantoms, tmp_path):
+    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--epochs", 1,
+                      "--val-fraction", 0, "--test-fraction", 0)
+    assert done.returncode == 0 and "no validation patients" in done.stdout
+    metadata = load_checkpoint(tmp_path / BEST).metadata
+    assert metadata["training"]["selected_by"].startswith("nothing") and metadata["scores"] == {}
+
+
+def test_early_stop(phantoms, tmp_path):
+    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--epochs", 20,
+                      "--patience", 1, "--lr", 1e-9)
+    assert done.returncode == 0 and "stopped after epoch" in done.stdout and len(history(tmp_path)) < 20
+
+
+def test_training_says_what_is_wrong(phantoms, trained, tmp_path):
+    sentence(run_script("train_centralized.py", "--data-dir", tmp_path / "none", "--out", tmp_path), "make_phantoms.py")
+    sentence(run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path / "a", "--image-size", 100), "multiple of 16")
+    sentence(run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path / "b", "--resume"), "start without --resume")
+    sentence(run_script("train_centralized.py", "--data-dir", phantoms, "--out", trained, "--test-fraction", 0), "another --out")
+    (tmp_path / "split.json").write_text(json.dumps({"version": 1, "seed": 0, "train": ["nobody"], "val": [], "test": []}))
+    sentence(run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path / "c",
+                        "--split-file", tmp_path / "split.json"), "names nobody")
+
+
+def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
+    done = run_script("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", phantoms, "--json", tmp_path / "s.json",
+                      "--csv", tmp_path / "s.csv", "--overlays", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "s.json").read_text())
+    assert figures["volume_dice"].keys() == {"mean", "median", "ci95"} and figures["hd95_px"].keys() == {"mean", "median", "undefined"}
+    assert {"pooled_dice", "slice_dice_tumour", "empty_slice_false_positive_rate", "missed_patients", "sites"} <= figures.keys()
+    assert all(p.keys() == {"patient", "site", "slices", "dice", "iou", "hd95_px"} for p in figures["patients"])
+    assert {p["patient"] for p in figures["patients"]} == set(json.loads((trained / "split.json").read_text())["test"])
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 3
+    assert sorted(p.name.split("_")[0] for p in (tmp_path / "o").iterdir()) == ["best", "median", "worst"]
+
+
+def test_evaluate_writes_back_no_figure_of_one_patient(phantoms, trained, tmp_path):
+    for name in (BEST, "split.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    assert run_script("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--write-back").returncode == 0
+    scores = load_checkpoint(tmp_path / BEST).metadata["scores"]
+    assert scores["test"]["patients"] == 2 and scores["test"]["sites"] == {} and "val" in scores
+
+
+def test_evaluate_says_what_is_wrong(phantoms, trained, tmp_path):
+    split = json.loads((trained / "split.json").read_text())
+    split["test"], split["train"] = split["train"][:2], split["test"] + split["train"][2:]
+    (tmp_path / "other.json").write_text(json.dumps(split))
+    check = ("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", phantoms)
+    sentence(run_script(*check, "--split-file", tmp_path / "other.json"), "not the split")
+    sentence(run_script(*check, "--split-file", tmp_path / "missing.json"), "there is no split file")
+    sentence(run_script("evaluate.py", "--checkpoint", tmp_path / "no.pth", "--data-dir", phantoms), "there is no checkpoint")
+    sentence(run_script(*check, "--split", "all", "--write-back"), "leave --split at test")
+
+
+def test_predictions_are_bit_equal_with_what_is_scored(phantoms, trained, tmp_path):
+    dataset = load_dataset(phantoms, progress=False)
+    folder = dataset.patients[0].images[0].parent
+    done = run_script("predict.py", folder, "--checkpoint", trained / BEST, "--out", tmp_path, "--probabilities")
+    assert done.returncode == 0, done.stderr
+    checkpoint = load_checkpoint(trained / BEST)
+    probabilities = predict_volume(checkpoint.model, dataset.volume(folder.name)[0])
+    wanted = to_mask(probabilities, checkpoint.threshold)
+    with open(tmp_path / "predictions.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(wanted) == len(list(tmp_path.glob("*_mask.png")))
+    for number, (row, image) in enumerate(zip(rows, dataset.patients[0].images)):
+        mask = np.asarray(Image.open(tmp_path / f"{image.stem}_mask.png"))
+        assert np.array_equal(mask, wanted[number])
+        shown = np.asarray(Image.open(tmp_path / f"{image.stem}_probability.png"))
+        assert np.abs(shown / 255 - probabilities[number]).max() <= 0.5 / 255 + 1e-6
+        assert (row["patient"], row["slice"], int(row["tumour_pixels"])) == (folder.name, str(number + 1), np.count_nonzero(mask))
+
+
+def test_predict_takes_any_picture_and_says_what_is_wrong(trained, tmp_path):
+    given = tmp_path / "in"
+    given.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
+    for name in ("scan.png", "other.jpg", "a_1.tif", "a_2.tif", "a_1_mask.tif"):
+        Image.fromarray(pixels).save(given / name)
+    options = ("--checkpoint", trained / BEST, "--out", given / "out", "--probabilities")
+    for _ in range(2):  # what the first run wrote is not taken for slices
+        done = run_script("predict.py", given, *options)
+        assert done.returncode == 0 and "4 slices segmented" in done.stdout, done.stderr
+    assert Image.open(given / "out" / "scan_mask.png").size == (56, 40)
+    sentence(run_script("predict.py", tmp_path / "missing", *options), "there is no")
+    (given / "text.tif").write_text("hello")
+    sentence(run_script("predict.py", given / "text.tif", *options), "can't be read as a picture")
+    sentence(run_script("predict.py", given / "a_1_mask.tif", *options), "there is no slice")
