@@ -92,7 +92,8 @@ def _open(path: Path) -> Image.Image:
             raise MedFLError(f"{path} is {width}×{height} pixels, and a slice has at most {MAX_SIDE} a side; shrink it first")
         if getattr(picture, "n_frames", 1) != 1:
             raise MedFLError(f"{path} holds {picture.n_frames} pictures, and a slice is one; save each as a file of its own")
-        if any("16" in str(tile[3]) for tile in picture.tile):  # Pillow would cut 16-bit colours to 8 without a word
+        if any(_stored_as(tile).startswith("RGB") and ";16" in _stored_as(tile) for tile in picture.tile):
+            # Pillow would cut 16-bit colours to 8 without a word
             raise MedFLError(f"{path} has 16 bits a channel, and a slice has 8; convert it first")
         picture.load()
     except FileNotFoundError as error:
@@ -100,6 +101,11 @@ def _open(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
         raise MedFLError(f"{path} can't be read as a picture (truncated or another format); copy it again") from error
     return picture
+
+
+def _stored_as(tile: tuple) -> str:
+    """Pillow's name of how a tile's pixels lie in the file, such as "RGB;16B"."""
+    return str(tile[3] if isinstance(tile[3], str) or not tile[3] else tile[3][0])
 
 
 def read_volume(paths: list[Path]) -> np.ndarray:

@@ -241,3 +241,11 @@ def test_the_real_scans_are_40_patients_and_1361_slices():
     for patient in patients:
         numbers = [int(p.stem.split("_")[-1]) for p in patient.images]
         assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_one_slice_in_two_formats(tmp_path):
+    root = write_patients(tmp_path / "kaggle_3m")
+    slice_ = next(f for f in sorted(root.rglob("*_1.tif")))
+    Image.open(slice_).save(slice_.with_suffix(".png"))
+    with pytest.raises(MedFLError, match="the same slice twice"):
+        load_dataset(tmp_path, progress=False)

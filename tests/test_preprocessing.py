@@ -1,5 +1,7 @@
 """preprocessing.py: names and their order, files that are wrong, and what normalisation promises."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -281,3 +283,15 @@ def test_the_way_of_the_pixels_exports_with_any_number_of_slices():
     for slices in (3, 8):
         volume = brain(seed=slices, slices=slices)
         assert torch.equal(graph(volume), Preprocessing()(volume))
+
+
+def test_16_bit_colours_are_not_cut_to_8(tmp_path):
+    """A PNG of one pixel, 16 bits in each of three channels, written by hand: Pillow can't."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    path = tmp_path / "deep.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b""))
+    with pytest.raises(MedFLError, match="16 bits a channel"):
+        read_slice(path)

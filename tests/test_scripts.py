@@ -90,8 +90,8 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(phantoms, tmp_path):
 def test_minutes_end_in_time(phantoms, tmp_path):
     done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--minutes", 0.1)
     assert done.returncode == 0, done.stderr
-    rows = history(tmp_path)
-    assert len(rows) >= 1 and float(rows[-1]["learning_rate"]) < float(rows[0]["learning_rate"]) or len(rows) == 1
+    last = history(tmp_path)[-1]
+    assert float(last["learning_rate"]) < 0.1 * 1e-3  # the cosine came to its end, whatever the machine's speed
 
 
 def test_everybody_trains_when_nobody_is_held_out(phantoms, tmp_path):
@@ -110,12 +110,12 @@ def test_early_stop(phantoms, tmp_path):
 
 def test_training_says_what_is_wrong(phantoms, trained, tmp_path):
     sentence(run_script("train_centralized.py", "--data-dir", tmp_path / "none", "--out", tmp_path), "make_phantoms.py")
-    sentence(run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path / "a", "--image-size", 100), "multiple of 16")
-    sentence(run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path / "b", "--resume"), "start without --resume")
-    sentence(run_script("train_centralized.py", "--data-dir", phantoms, "--out", trained, "--test-fraction", 0), "another --out")
+    train = ("train_centralized.py", "--data-dir", phantoms, "--out")
+    sentence(run_script(*train, tmp_path / "a", "--image-size", 100), "multiple of 16")
+    sentence(run_script(*train, tmp_path / "b", "--resume"), "start without --resume")
+    sentence(run_script(*train, trained, "--test-fraction", 0), "another --out")
     (tmp_path / "split.json").write_text(json.dumps({"version": 1, "seed": 0, "train": ["nobody"], "val": [], "test": []}))
-    sentence(run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path / "c",
-                        "--split-file", tmp_path / "split.json"), "names nobody")
+    sentence(run_script(*train, tmp_path / "c", "--split-file", tmp_path / "split.json"), "names nobody")
 
 
 def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
@@ -123,7 +123,8 @@ def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
                       "--csv", tmp_path / "s.csv", "--overlays", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "s.json").read_text())
-    assert figures["volume_dice"].keys() == {"mean", "median", "ci95"} and figures["hd95_px"].keys() == {"mean", "median", "undefined"}
+    assert figures["volume_dice"].keys() == {"mean", "median", "ci95"}
+    assert figures["hd95_px"].keys() == {"mean", "median", "undefined"}
     assert {"pooled_dice", "slice_dice_tumour", "empty_slice_false_positive_rate", "missed_patients", "sites"} <= figures.keys()
     assert all(p.keys() == {"patient", "site", "slices", "dice", "iou", "hd95_px"} for p in figures["patients"])
     assert {p["patient"] for p in figures["patients"]} == set(json.loads((trained / "split.json").read_text())["test"])
