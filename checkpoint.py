@@ -39,13 +39,14 @@ class Checkpoint:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
-def describe(model: TransUNet, **more: Any) -> dict:
-    """The metadata of a model: architecture, preprocessing, threshold, versions, time, and `more` (training, data, ...)."""
+def describe(model: TransUNet, training_images: dict | None = None, **more: Any) -> dict:
+    """The metadata of a model: architecture, preprocessing (with what the training images look like, if known),
+    threshold, versions, time, and `more` (training, data, ...)."""
     return {
         "format": FORMAT,
         "architecture": {"name": model.name, "image_side": model.image_side, "norm": model.norm,
                          "parameters": sum(p.numel() for p in model.parameters())},
-        "preprocessing": preprocessing.DESCRIPTION,
+        "preprocessing": {**preprocessing.DESCRIPTION, "training_images": training_images},
         "threshold": THRESHOLD,
         "versions": {"medfl": __version__, "torch": torch.__version__, "timm": version("timm"), "commit": git_commit()},
         "created": utc_now(),
@@ -73,16 +74,28 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoin
     content = _read(path)
     if not (isinstance(content, dict) and isinstance(content.get("metadata"), str) and isinstance(content.get("model"), dict)):
         raise MedFLError(f"{path} holds no model of MedFL; choose a file that train_centralized.py wrote")
-    metadata = json.loads(content["metadata"])
+    metadata = _metadata(content, path)
     if metadata.get("format") != FORMAT:
         raise MedFLError(f"{path} has checkpoint format {metadata.get('format')}, and this MedFL reads {FORMAT}; update MedFL")
-    if metadata["preprocessing"] != preprocessing.DESCRIPTION:
+    if {**metadata["preprocessing"], **preprocessing.DESCRIPTION} != metadata["preprocessing"]:
         raise MedFLError(f"{path} was trained on other preprocessing ({metadata['preprocessing'].get('name')}); use its MedFL")
     plan = metadata["architecture"]
     model = TransUNet(plan["name"], plan["image_side"], plan["norm"])
     load_weights(model, content["model"], path)
     model.to(device, memory_format=torch.channels_last).eval()
     return Checkpoint(path, model, metadata, content.get("state"))
+
+
+def _metadata(content: dict, path: Path) -> dict:
+    """The metadata's JSON. Raises MedFLError where entries are missing that every checkpoint has."""
+    try:
+        metadata = json.loads(content["metadata"])
+        missing = {"format", "architecture", "preprocessing", "threshold"} - metadata.keys()
+    except (ValueError, AttributeError) as error:
+        raise MedFLError(f"{path} has damaged metadata; copy it again") from error
+    if missing:
+        raise MedFLError(f"{path} has no {sorted(missing)[0]} in its metadata; choose a file that train_centralized.py wrote")
+    return metadata
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
@@ -108,6 +121,8 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if head[:2] != b"PK" and head[:1] != b"\x80":  # a page saved instead of the file, say: no pickle at all
+            raise MedFLError(f"{path} is no checkpoint; choose a file that train_centralized.py wrote") from error
         raise MedFLError(f"{path} holds Python objects besides weights and may be malicious: nothing of it was run; "
                          "take a checkpoint of MedFL from a source you trust") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:

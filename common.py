@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, UTC
 from pathlib import Path
@@ -59,12 +60,24 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        os.replace(beside, path)
+        _replace(beside, path)
+    except PermissionError as error:
+        raise MedFLError(f"{path} can't be written; close the program that has it open, or choose a folder of your own") from error
     except OSError as error:
         raise MedFLError(f"{path} can't be written ({error.strerror or error}); free the space or choose another place") from error
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)
+
+
+def _replace(beside: Path, path: Path) -> None:
+    """Rename, with patience: on Windows a virus scanner or a viewer can hold the old file for a moment."""
+    for wait in (0.1, 0.3, 0.6, 1.0):
+        try:
+            return os.replace(beside, path)
+        except PermissionError:
+            time.sleep(wait)
+    os.replace(beside, path)
 
 
 def _umask() -> int:

@@ -106,7 +106,7 @@ def main() -> None:
     if arguments.overlays:
         write_overlays(figures, dataset, checkpoint, arguments.overlays)
     if arguments.write_back:
-        test = {**figures, "patients": len(rows),  # a checkpoint is handed on: no figure of one patient or two
+        test = {**figures, "patients": len(rows),  # a checkpoint is handed on: no site of one patient or two
                 "sites": {site: row for site, row in figures["sites"].items() if row["patients_scored"] >= MIN_SITE}}
         update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
         print(f"wrote the test scores into {arguments.checkpoint}")

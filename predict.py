@@ -43,7 +43,9 @@ def find_slices(inputs: list[Path], out: Path) -> list[Path]:
     files = []
     for given in inputs:
         if given.is_dir():
-            files += [f for f in sorted(given.rglob("*")) if f.is_file() and is_image(f) and not f.is_relative_to(out)]
+            pictures = [f for f in sorted(given.rglob("*")) if f.is_file() and is_image(f)]
+            below = given.resolve() in out.resolve().parents
+            files += [f for f in pictures if not (below and f.resolve().is_relative_to(out.resolve()))]
         elif not given.exists():
             raise MedFLError(f"there is no {given}; check the name")
         elif is_image(given):
@@ -55,16 +57,13 @@ def find_slices(inputs: list[Path], out: Path) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def group_volumes(files: list[Path]) -> dict[str, list[Path]]:
-    """Slices by the volume they belong to, each volume in numeric order; its name is the patient's or the file's."""
+def group_volumes(files: list[Path]) -> list[tuple[str, list[Path]]]:
+    """Each volume's name (the patient's, or the file's) and slices in numeric order."""
     volumes = defaultdict(list)
     for file in files:
         alone = slice_number(file) is None
         volumes[(file.parent, file.stem if alone else volume_name(file), alone and file.suffix)].append(file)
-    named = {}
-    for (folder, name, _), slices in volumes.items():
-        named[name if name not in named else f"{folder.name}/{name}"] = numeric_order(slices)
-    return named
+    return [(name, numeric_order(slices)) for (_, name, _), slices in volumes.items()]
 
 
 def output_names(files: list[Path]) -> dict[Path, str]:
@@ -87,10 +86,12 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
 def main() -> None:
     arguments = parse()
     files = find_slices(arguments.inputs, arguments.out)
+    if arguments.out.resolve() in {file.parent.resolve() for file in files}:
+        raise MedFLError(f"{arguments.out} holds slices, and masks could take the place of others there; choose another --out")
     names = output_names(files)
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     rows = []
-    for patient, slices in tqdm(group_volumes(files).items(), desc="segmenting", unit="volume"):
+    for patient, slices in tqdm(group_volumes(files), desc="segmenting", unit="volume"):
         probabilities = predict_volume(checkpoint.model, read_volume(slices))
         for file, probability in zip(slices, probabilities):
             mask = to_mask(probability, checkpoint.threshold)

@@ -22,14 +22,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from batches import TrainingBatches
-from checkpoint import describe, load_checkpoint, save_checkpoint
+from checkpoint import THRESHOLD, describe, load_checkpoint, save_checkpoint
 from common import MedFLError, add_settings, atomic_write, run_script, settings_from
 from curves import draw_curves
 from dataset import Dataset, load_dataset
 from inference import choose_device
 from metrics import summarise
-from split import Split, load_split, make_split, save_split, split_for
-from training import PLATEAU, Learner, TrainingSettings, rate_scale, score_patients
+from split import MIN_SITE, Split, load_split, make_split, save_split, split_for
+from training import PLATEAU, EpochResult, Learner, TrainingSettings, rate_scale, score_patients
 from transunet import TransUNet
 
 HISTORY = ("epoch", "step", "seconds", "learning_rate", "train_loss", "train_dice", "val_dice", "val_dice_median")
@@ -56,7 +56,7 @@ class Progress:
 
     epoch: int = 0
     seconds: float = 0.0
-    scoring_seconds: float = 0.0  # of the last epoch's end, so that --minutes can leave room for the next
+    ending_seconds: float = 0.0  # of the last epoch's scoring and saving, so that --minutes can leave room for the next
     best: float = -1.0
     best_epoch: int = 0
     rows: list[dict] = field(default_factory=list)
@@ -65,60 +65,72 @@ class Progress:
 class CentralTraining:
     """A run on one machine, from its first epoch to its last."""
 
-    def __init__(self, dataset: Dataset, split: Split, settings: TrainingSettings, device: torch.device, out: Path):
+    def __init__(self, dataset: Dataset, split: Split, settings: TrainingSettings, device: torch.device, out: Path,
+                 resume: bool = False):
+        if settings.schedule == "plateau" and not split.val:
+            raise MedFLError("a plateau is seen on validation patients, and there are none; take --schedule cosine")
         torch.manual_seed(settings.seed)
         self.dataset, self.split, self.settings, self.out = dataset, split, settings, out
-        model = TransUNet(settings.model, settings.image_size, settings.norm, settings.pretrained, settings.encoder_weights)
+        source = (False, None) if resume else (settings.pretrained, settings.encoder_weights)
+        model = TransUNet(settings.model, settings.image_size, settings.norm, *source)
         self.learner = Learner(model, settings, device)
         self.batches = TrainingBatches(dataset, split.train, settings.image_size, settings.batch_size, settings.seed)
         self.plateau = ReduceLROnPlateau(self.learner.optimiser, **PLATEAU) if settings.schedule == "plateau" else None
         self.progress = Progress()
         self.best, self.last = out / BEST, out / LAST
+        self.saved_epoch = 0
+        if resume:
+            self._resume()
+        else:
+            self.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
+        self.began = time.monotonic() - self.progress.seconds
 
-    def resume(self) -> None:
-        """Take up the state that the last complete epoch left. Raises MedFLError where the split is another."""
+    def _resume(self) -> None:
+        """Take up the state that the last complete epoch left. Raises MedFLError where there is none, or another split."""
         state = load_checkpoint(self.last).state
+        if state is None:
+            raise MedFLError(f"{self.last} holds a model but no run to go on with; start without --resume")
         if state["split"] != self.split.sha256():
             raise MedFLError(f"{self.last} was trained on another split; name its own with --split-file, or start without --resume")
         self.learner.load_state_dict(state["learner"])
         if self.plateau:
             self.plateau.load_state_dict(state["plateau"])
         self.progress = Progress(**state["progress"])
+        self.saved_epoch = self.progress.epoch
 
     def run(self) -> None:
         """Epochs until the settings' end, then the summary's files are complete."""
         while not self._finished():
-            began = time.monotonic()
             self.learner.model.set_encoder_trainable(self.progress.epoch >= self.settings.freeze_encoder_epochs)
-            result = self._train(began)
+            result = self._train()
             if not result.steps:
                 break
             trained = time.monotonic()
-            rows = score_patients(self.learner.weights_model, self.dataset, self.split.val, 0.5)
+            rows = score_patients(self.learner.weights_model, self.dataset, self.split.val, THRESHOLD)
             self.progress.epoch += 1
-            self.progress.seconds += time.monotonic() - began
-            self.progress.scoring_seconds = time.monotonic() - trained
+            self.progress.seconds = time.monotonic() - self.began
             self._record(result, summarise(rows)["volume_dice"] if rows else None)
+            self.progress.ending_seconds = time.monotonic() - trained
 
     def _finished(self) -> bool:
         done, settings = self.progress, self.settings
         if settings.patience and self.split.val and done.epoch - done.best_epoch >= settings.patience:
             print(f"no better validation Dice for {settings.patience} epochs; stopped after epoch {done.epoch}")
             return True
-        return self._share_done(0.0) >= 1 if settings.minutes else done.epoch >= settings.epochs
+        return self._share_done() >= 1 if settings.minutes else done.epoch >= settings.epochs
 
-    def _share_done(self, seconds_of_epoch: float) -> float:
-        """Share of the run that is over, 0 to 1: of its steps, or of its minutes less what the last scoring will take."""
+    def _share_done(self) -> float:
+        """Share of the run that is over, 0 to 1: of its steps, or of its minutes less what the last epoch's end will take."""
         if not self.settings.minutes:
             return self.learner.step_count / (self.settings.epochs * len(self.batches))
-        room = max(60 * self.settings.minutes - 1.5 * self.progress.scoring_seconds, 1.0)
-        return (self.progress.seconds + seconds_of_epoch) / room
+        room = max(60 * self.settings.minutes - 1.5 * self.progress.ending_seconds, 1.0)
+        return (time.monotonic() - self.began) / room
 
-    def _train(self, began: float):
+    def _train(self) -> EpochResult:
         """One epoch's steps, under a progress bar."""
 
         def before_step(step: int) -> bool:
-            share = self._share_done(time.monotonic() - began)
+            share = self._share_done()
             if not self.plateau:
                 self.learner.set_rate(rate_scale(share, step, self.settings.warmup_steps))
             return share < 1 or not self.settings.minutes
@@ -129,7 +141,7 @@ class CentralTraining:
         with tqdm(total=len(self.batches), desc=f"epoch {epoch}{of}", unit="step", leave=False) as bar:
             return self.learner.train_epoch(self.batches.epoch(epoch), before_step, bar)
 
-    def _record(self, result, val: dict | None) -> None:
+    def _record(self, result: EpochResult, val: dict | None) -> None:
         """Write what the epoch gave: best and last checkpoint, history, curves, a line on the terminal."""
         done, learner = self.progress, self.learner
         row = dict(zip(HISTORY, (done.epoch, learner.step_count, round(done.seconds, 1),
@@ -146,8 +158,12 @@ class CentralTraining:
         state = {"learner": learner.state_dict(), "plateau": self.plateau.state_dict() if self.plateau else None,
                  "progress": asdict(done), "split": self.split.sha256()}
         save_checkpoint(self.last, learner.weights_model.state_dict(), metadata, state)
-        write_history(done.rows, self.out / "centralized_history.csv")
-        draw_curves(done.rows, self.out / "centralized_curves.png", f"Centralised training on {self.dataset.name}")
+        self.saved_epoch = done.epoch
+        try:
+            write_history(done.rows, self.out / "centralized_history.csv")
+            draw_curves(done.rows, self.out / "centralized_curves.png", f"Centralised training on {self.dataset.name}")
+        except MedFLError as error:  # a viewer may hold the file; both are written anew after the next epoch
+            print(f"not this time: {error}")
         scored = f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}" if val else "no validation patients"
         print(f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice {result.dice:.3f}  {scored}",
               flush=True)
@@ -164,7 +180,21 @@ class CentralTraining:
                     "precision_used": str(self.learner.precision).removeprefix("torch."),
                     "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model"}
         training["encoder_weights"] = training["encoder_weights"] and Path(training["encoder_weights"]).name
-        return describe(self.learner.weights_model, training=training, origin={"kind": "centralised"}, data=data, scores=scores)
+        images = image_statistics(self.dataset, self.split.train)
+        return describe(self.learner.weights_model, images, training=training, origin={"kind": "centralised"}, data=data, scores=scores)
+
+
+def image_statistics(dataset: Dataset, patients: tuple[str, ...]) -> dict | None:
+    """What the training images look like, per channel: mean and deviation over patients of the foreground's mean and
+    deviation (uint8 units). None below 3 patients, where it would say something of one."""
+    if len(patients) < MIN_SITE:
+        return None
+    means, deviations = (torch.stack(values) for values in zip(*(dataset.statistics(p) for p in patients)))
+
+    def over_patients(values: torch.Tensor) -> dict:
+        return {"mean": [round(v, 2) for v in values.mean(0).tolist()], "deviation": [round(v, 2) for v in values.std(0).tolist()]}
+
+    return {"foreground_mean": over_patients(means), "foreground_deviation": over_patients(deviations)}
 
 
 def write_history(rows: list[dict], path: Path) -> None:
@@ -180,7 +210,7 @@ def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int
     path, fractions = arguments.out / "split.json", (arguments.val_fraction, arguments.test_fraction)
     if arguments.split_file or arguments.resume:
         split = load_split(arguments.split_file or path, set(sites))
-        if arguments.split_file:
+        if not arguments.resume:
             save_split(split, path)  # beside the checkpoint, where evaluate.py looks
         return split
     split = split_for(path, sites, seed, *fractions)
@@ -192,12 +222,11 @@ def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int
 
 
 def stored_settings(last: Path) -> TrainingSettings:
-    """The settings of an interrupted run; its weights come from the checkpoint, not from a file or the network again."""
+    """The settings of an interrupted run."""
     if not last.exists():
         raise MedFLError(f"there is no {last} to go on from; start without --resume")
     stored = load_checkpoint(last).metadata["training"]
-    known = {name: stored[name] for name in asdict(TrainingSettings()) if name in stored}
-    return TrainingSettings(**{**known, "pretrained": False, "encoder_weights": None})
+    return TrainingSettings(**{name: stored[name] for name in asdict(TrainingSettings()) if name in stored})
 
 
 def main() -> None:
@@ -205,20 +234,19 @@ def main() -> None:
     settings = settings_from(arguments, TrainingSettings)
     if arguments.resume:
         settings = stored_settings(arguments.out / LAST)
+        print("going on with the interrupted run's own settings; other training options are passed over")
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data_dir)
     split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
     print(f"{dataset.name} in {dataset.root}: {len(split.train)} patients to train on, {len(split.val)} to choose by, "
           f"{len(split.test)} kept for the test")
-    training = CentralTraining(dataset, split, settings, device, arguments.out)
-    if arguments.resume:
-        training.resume()
+    training = CentralTraining(dataset, split, settings, device, arguments.out, arguments.resume)
     precision = str(training.learner.precision).removeprefix("torch.")
     print(f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, {len(training.batches)} steps an epoch")
     try:
         training.run()
     except KeyboardInterrupt:
-        done = training.progress.epoch
+        done = training.saved_epoch
         print(f"\nstopped in epoch {done + 1}; " + (f"--resume goes on after epoch {done}" if done else "nothing to resume yet"))
         raise
     done = training.progress

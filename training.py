@@ -45,6 +45,17 @@ class TrainingSettings:
     precision: str = setting("auto", "auto takes bfloat16 where the chip is faster in it", ("auto", "float32", "bfloat16"))
     seed: int = setting(0, "of weights, order and augmentation")
 
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "lr", "clip", "encoder_lr_factor") + (() if self.minutes is None else ("minutes",))
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0")
+        for name in ("weight_decay", "warmup_steps", "freeze_encoder_epochs", "patience", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 0 or more")
+        if not 0 <= self.ema_decay < 1:
+            raise MedFLError(f"--ema-decay is {self.ema_decay}; choose a number from 0 to below 1")
+
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     """The dtype of the matrix products. "auto": bfloat16 on a GPU or a CPU with matrix units for it (AMX), else float32.

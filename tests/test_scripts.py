@@ -75,6 +75,28 @@ def test_resume_after_a_kill_equals_an_unbroken_run(phantoms, tmp_path, schedule
         assert {**one, "seconds": ""} == {**other, "seconds": ""}
 
 
+def test_resume_refuses_another_split_and_keeps_its_own(phantoms, trained, tmp_path):
+    for name in (BEST, LAST, "split.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    split = json.loads((trained / "split.json").read_text())
+    split["test"], split["val"] = split["val"], split["test"]
+    (tmp_path / "other.json").write_text(json.dumps(split))
+    resume = ("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, "--resume")
+    sentence(run_script(*resume, "--split-file", tmp_path / "other.json"), "another split")
+    assert (tmp_path / "split.json").read_bytes() == (trained / "split.json").read_bytes()
+    (tmp_path / LAST).write_bytes((trained / BEST).read_bytes())
+    sentence(run_script(*resume), "no run to go on with")
+
+
+def test_a_new_run_leaves_nothing_to_resume_of_the_old(phantoms, trained, tmp_path):
+    for name in (BEST, LAST, "split.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--lr", 1e30, "--epochs", 3,
+                      "--clip", 1e30)
+    sentence(done, "lower --lr")
+    assert not (tmp_path / LAST).exists() or load_checkpoint(tmp_path / LAST).metadata["training"]["lr"] == 1e30
+
+
 def test_ctrl_c_ends_with_130_and_can_be_resumed(phantoms, tmp_path):
     process = subprocess.Popen([sys.executable, ROOT / "train_centralized.py", "--data-dir", phantoms, "--out", tmp_path,
                                 *map(str, SHORT), "--epochs", "50"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -181,6 +203,8 @@ def test_predict_takes_any_picture_and_says_what_is_wrong(trained, tmp_path):
         done = run_script("predict.py", given, *options)
         assert done.returncode == 0 and "4 slices segmented" in done.stdout, done.stderr
     assert Image.open(given / "out" / "scan_mask.png").size == (56, 40)
+    assert run_script("predict.py", given, "--checkpoint", trained / BEST, "--out", tmp_path).returncode == 0
+    sentence(run_script("predict.py", given, "--checkpoint", trained / BEST, "--out", given), "another --out")
     sentence(run_script("predict.py", tmp_path / "missing", *options), "there is no")
     (given / "text.tif").write_text("hello")
     sentence(run_script("predict.py", given / "text.tif", *options), "can't be read as a picture")

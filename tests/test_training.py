@@ -143,3 +143,10 @@ def test_bfloat16_trains():
     for _ in range(20):
         result = subject.train_epoch([batch()])
     assert result.dice > 0.7 and subject.model.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("settings", [{"minutes": 0.0}, {"epochs": 0}, {"batch_size": 0}, {"seed": -1}, {"lr": float("nan")},
+                                      {"ema_decay": 1.0}], ids=str)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(MedFLError, match="--" + next(iter(settings)).replace("_", "-")):
+        TrainingSettings(**settings)
