@@ -181,7 +181,8 @@ class CentralTraining:
                     "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model"}
         training["encoder_weights"] = training["encoder_weights"] and Path(training["encoder_weights"]).name
         images = image_statistics(self.dataset, self.split.train)
-        return describe(self.learner.weights_model, images, training=training, origin={"kind": "centralised"}, data=data, scores=scores)
+        return describe(self.learner.weights_model, images, training=training, origin={"kind": "centralised"},
+                        data=data, scores=scores)
 
 
 def image_statistics(dataset: Dataset, patients: tuple[str, ...]) -> dict | None:
@@ -192,7 +193,8 @@ def image_statistics(dataset: Dataset, patients: tuple[str, ...]) -> dict | None
     means, deviations = (torch.stack(values) for values in zip(*(dataset.statistics(p) for p in patients)))
 
     def over_patients(values: torch.Tensor) -> dict:
-        return {"mean": [round(v, 2) for v in values.mean(0).tolist()], "deviation": [round(v, 2) for v in values.std(0).tolist()]}
+        mean, deviation = ([round(v, 2) for v in row.tolist()] for row in (values.mean(0), values.std(0)))
+        return {"mean": mean, "deviation": deviation}
 
     return {"foreground_mean": over_patients(means), "foreground_deviation": over_patients(deviations)}
 
