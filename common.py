@@ -17,7 +17,10 @@ from typing import IO, Any
 
 __version__ = "0.1.0"
 
+SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
+
 EXIT_BAD_INPUT = 2
+EXIT_NO_QUORUM = 3
 EXIT_INTERRUPTED = 130
 
 

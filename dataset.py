@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from common import MedFLError
+from common import SMALLEST_GROUP, MedFLError
 from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice, volume_statistics
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
@@ -153,6 +153,35 @@ def _dataset_name(patients: list[Patient]) -> str:
     if all(PHANTOM.match(p.name) for p in patients):
         return "phantoms"
     return "LGG MRI segmentation" if all(SITE.match(p.name) for p in patients) else "own data"
+
+
+def image_statistics(dataset: Dataset, patients: tuple[str, ...]) -> dict | None:
+    """What the training images look like, per channel: mean and deviation over patients of the foreground's mean and
+    deviation (uint8 units). None below 3 patients, where it would say something of one."""
+    if len(patients) < SMALLEST_GROUP:
+        return None
+    means, deviations = (torch.stack(values) for values in zip(*(dataset.statistics(p) for p in patients)))
+
+    def over_patients(values: torch.Tensor) -> dict:
+        mean, deviation = ([round(v, 2) for v in row.tolist()] for row in (values.mean(0), values.std(0)))
+        return {"mean": mean, "deviation": deviation}
+
+    return {"foreground_mean": over_patients(means), "foreground_deviation": over_patients(deviations)}
+
+
+def pool_image_statistics(groups: list[tuple[int, dict]]) -> dict | None:
+    """`image_statistics` of all patients together, from (patients, statistics) of each group; None without a group."""
+    if not groups:
+        return None
+    counts = np.array([[count] for count, _ in groups], float)
+    pooled = {}
+    for name in ("foreground_mean", "foreground_deviation"):
+        means, deviations = (np.array([statistics[name][key] for _, statistics in groups]) for key in ("mean", "deviation"))
+        mean = (counts * means).sum(axis=0) / counts.sum()
+        squares = ((counts - 1) * deviations**2 + counts * (means - mean) ** 2).sum(axis=0)
+        deviation = np.sqrt(squares / (counts.sum() - 1))
+        pooled[name] = {"mean": mean.round(2).tolist(), "deviation": deviation.round(2).tolist()}
+    return pooled
 
 
 def cache_folder() -> Path:

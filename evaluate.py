@@ -10,12 +10,12 @@ import csv
 from pathlib import Path
 
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
-from common import MedFLError, atomic_write, run_script, utc_now, write_json
+from common import SMALLEST_GROUP, MedFLError, atomic_write, run_script, utc_now, write_json
 from dataset import Dataset, load_dataset
 from inference import choose_device, predict_volume, to_mask
 from metrics import report
 from overlays import draw_outlines
-from split import MIN_SITE, load_split
+from split import load_split
 from training import score_patients
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         write_overlays(figures, dataset, checkpoint, arguments.overlays)
     if arguments.write_back:
         test = {**figures, "patients": len(rows),  # a checkpoint is handed on: no site of one patient or two
-                "sites": {site: row for site, row in figures["sites"].items() if row["patients_scored"] >= MIN_SITE}}
+                "sites": {site: row for site, row in figures["sites"].items() if row["patients_scored"] >= SMALLEST_GROUP}}
         update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
         print(f"wrote the test scores into {arguments.checkpoint}")
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from common import MedFLError, write_json
 
+PARTS = ("train", "val", "test")
+VAL_FRACTION, TEST_FRACTION = 0.1, 0.2  # of the patients, where nothing else is asked
 MIN_SITE = 3  # a smaller site goes to training whole: it can't give one to each part
 
 
@@ -30,7 +32,7 @@ class Split:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def make_split(sites: dict[str, str], seed: int, val_fraction: float = 0.1, test_fraction: float = 0.2) -> Split:
+def make_split(sites: dict[str, str], seed: int, val_fraction: float = VAL_FRACTION, test_fraction: float = TEST_FRACTION) -> Split:
     """The split of these patients (name to site), the same for the same patients, seed and fractions.
 
     Validation and test get their shares of all patients, rounded; each site gives its part of them by the largest
@@ -46,7 +48,7 @@ def make_split(sites: dict[str, str], seed: int, val_fraction: float = 0.1, test
     test = _shares(room, round(test_fraction * len(sites)))
     room = {site: n - test[site] for site, n in room.items()}
     val = _shares(room, round(val_fraction * len(sites)))
-    parts = {"train": [], "val": [], "test": []}
+    parts = {part: [] for part in PARTS}
     for site, names in groups.items():
         parts["test"] += names[:test[site]]
         parts["val"] += names[test[site]:test[site] + val[site]]
@@ -78,7 +80,7 @@ def load_split(path: Path, patients: set[str]) -> Split:
     """The split in `path`. Raises MedFLError for another format, unknown patients, or a patient in two parts."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        split = Split(int(content["seed"]), *(tuple(map(str, content[part])) for part in ("train", "val", "test")))
+        split = Split(int(content["seed"]), *(tuple(map(str, content[part])) for part in PARTS))
     except FileNotFoundError as error:
         raise MedFLError(f"there is no split file {path}; name the one that the training wrote with --split-file") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -25,10 +25,10 @@ from batches import TrainingBatches
 from checkpoint import THRESHOLD, describe, load_checkpoint, save_checkpoint
 from common import MedFLError, add_settings, atomic_write, run_script, settings_from
 from curves import draw_curves
-from dataset import Dataset, load_dataset
+from dataset import Dataset, image_statistics, load_dataset
 from inference import choose_device
 from metrics import summarise
-from split import MIN_SITE, Split, load_split, make_split, save_split, split_for
+from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
 from training import PLATEAU, EpochResult, Learner, TrainingSettings, rate_scale, score_patients
 from transunet import TransUNet
 
@@ -42,8 +42,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
     parser.add_argument("--out", type=Path, default=Path("models"), help="folder for what is written (default models)")
     parser.add_argument("--split-file", type=Path, help="take this split instead of the one in --out")
-    parser.add_argument("--val-fraction", type=float, default=0.1, help="share of the patients to choose by (default 0.1)")
-    parser.add_argument("--test-fraction", type=float, default=0.2, help="share of the patients kept for the test (default 0.2)")
+    parser.add_argument("--val-fraction", type=float, default=VAL_FRACTION,
+                        help=f"share of the patients to choose by (default {VAL_FRACTION})")
+    parser.add_argument("--test-fraction", type=float, default=TEST_FRACTION,
+                        help=f"share of the patients kept for the test (default {TEST_FRACTION})")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--resume", action="store_true", help="go on after the last complete epoch in --out, with its settings")
     add_settings(parser, TrainingSettings)
@@ -171,7 +173,7 @@ class CentralTraining:
     def _describe(self, val: dict | None) -> dict:
         data = {"name": self.dataset.name, "split_sha256": self.split.sha256()}
         slices = self.dataset.table.set_index("patient")["slices"]
-        for part in ("train", "val", "test"):
+        for part in PARTS:
             patients = list(self.split.part(part))
             data[part] = {"patients": len(patients), "slices": int(slices[patients].sum())}
         scores = {"val": {"patients": len(self.split.val), "volume_dice": val}} if val else {}
@@ -183,20 +185,6 @@ class CentralTraining:
         images = image_statistics(self.dataset, self.split.train)
         return describe(self.learner.weights_model, images, training=training, origin={"kind": "centralised"},
                         data=data, scores=scores)
-
-
-def image_statistics(dataset: Dataset, patients: tuple[str, ...]) -> dict | None:
-    """What the training images look like, per channel: mean and deviation over patients of the foreground's mean and
-    deviation (uint8 units). None below 3 patients, where it would say something of one."""
-    if len(patients) < MIN_SITE:
-        return None
-    means, deviations = (torch.stack(values) for values in zip(*(dataset.statistics(p) for p in patients)))
-
-    def over_patients(values: torch.Tensor) -> dict:
-        mean, deviation = ([round(v, 2) for v in row.tolist()] for row in (values.mean(0), values.std(0)))
-        return {"mean": mean, "deviation": deviation}
-
-    return {"foreground_mean": over_patients(means), "foreground_deviation": over_patients(deviations)}
 
 
 def write_history(rows: list[dict], path: Path) -> None:
@@ -216,8 +204,8 @@ def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int
             save_split(split, path)  # beside the checkpoint, where evaluate.py looks
         return split
     split = split_for(path, sites, seed, *fractions)
-    asked, there = make_split(sites, seed, *fractions), [len(split.part(p)) for p in ("train", "val", "test")]
-    if there != [len(asked.part(p)) for p in ("train", "val", "test")]:
+    asked, there = make_split(sites, seed, *fractions), [len(split.part(p)) for p in PARTS]
+    if there != [len(asked.part(p)) for p in PARTS]:
         raise MedFLError(f"{path} holds {' / '.join(map(str, there))} patients for training, validation and test, and the "
                          "fractions ask for others; choose another --out, or delete the file")
     return split

@@ -76,6 +76,11 @@ def rate_scale(progress: float, step: int, warmup_steps: int) -> float:
     return cosine * min(1.0, (step + 1) / max(warmup_steps, 1))
 
 
+def averaging_weight(decay: float, count: float) -> float:
+    """Weight of the past in averaged weights after `count` updates: ramped up to `decay`, so that the first are forgotten."""
+    return min(decay, (1 + count) / (10 + count))
+
+
 def segmentation_loss(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Loss (binary cross-entropy + 1 - soft Dice) and soft Dice, scalars, of logits and masks (B, 1, h, w).
 
@@ -110,6 +115,7 @@ class Learner:
             [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": self.rates[0]},
              {"params": encoder, "lr": self.rates[1]}], weight_decay=settings.weight_decay)
         self.step_count = 0
+        self.adjust_gradients: Callable[[], None] = lambda: None  # after each backward pass, before clipping
 
     @property
     def weights_model(self) -> TransUNet:
@@ -117,8 +123,8 @@ class Learner:
         return self.average.module if self.average else self.model
 
     def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        """Exponential moving average whose memory grows with the steps: early weights are forgotten quickly."""
-        decay = min(self.settings.ema_decay, (1 + float(count)) / (10 + float(count)))
+        """Exponential moving average whose memory grows with the steps."""
+        decay = averaging_weight(self.settings.ema_decay, float(count))
         for past, now in zip(averaged, current):
             if past.is_floating_point():
                 past.lerp_(now, 1 - decay)
@@ -162,6 +168,7 @@ class Learner:
                              f"would be worthless; lower --lr (now {self.settings.lr}) and start again")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        self.adjust_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimiser.step()
         self.step_count += 1

@@ -1,0 +1,1 @@
+"""What only the federated path needs; see README.md, section C."""

@@ -1,0 +1,194 @@
+"""All that MedFL touches of Flower besides its public API, in one place: these names may change with Flower's version.
+
+Run as a script it is one of Flower's programs, tied to the process that started it:
+
+    python federation/flower.py PARENT superlink|supernode OPTIONS      Flower's own two
+    python federation/flower.py PARENT serverapp ADDRESS                the server's part of one run; a token on stdin
+    python federation/flower.py PARENT hospital ADDRESS                 runs the hospital's part of each message
+    python federation/flower.py PARENT clientapp ADDRESS                one message; a token on stdin (where fork is unsafe)
+
+Nothing of MedFL is imported here: the apps run the code of the bundle that the server sends, and a module of the same
+name that is loaded already would take its place.
+"""
+
+import ctypes
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+POLL = 0.1  # seconds between two looks for a task
+CAN_FORK = sys.platform == "linux"  # elsewhere a fork after importing torch is not safe
+PYPROJECT = """[project]
+name = "medfl"
+version = "{version}"
+[tool.flwr.app]
+publisher = "medfl"
+[tool.flwr.app.components]
+serverapp = "federation.server_app:app"
+clientapp = "federation.client_app:app"
+"""
+
+
+def build_bundle(files: dict[str, bytes], version: str) -> bytes:
+    """Flower's app bundle (FAB) of these files; the same files give the same bytes."""
+    from flwr.cli.build import build_fab_from_files
+
+    return build_fab_from_files({"pyproject.toml": PYPROJECT.format(version=version).encode(), **files})[0]
+
+
+def submit(address: str, bundle: bytes) -> int:
+    """Start a run of the bundle on the SuperLink at `address`; the run's id."""
+    from flwr.common.serde import fab_to_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.supercore.control.control_http_client import ControlHttpClient
+    from flwr.supercore.fab import Fab
+
+    client = ControlHttpClient.from_server_address(address, insecure=True, root_certificates=None, interceptors=[])
+    fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+    return client.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
+
+
+class TaskSource:
+    """Hands out the tasks that wait at a SuperLink ("flwr-serverapp") or a SuperNode ("flwr-clientapp")."""
+
+    def __init__(self, address: str, kind: str):
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+        from flwr.supercore.retry import make_simple_http_retry_invoker
+        from flwr.supercore.runtime import RuntimeHttpClient
+
+        self.kind = kind
+        self._client = RuntimeHttpClient.from_server_address(
+            server_address=address, insecure=True, root_certificates=None, retry_invoker=make_simple_http_retry_invoker(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec")])
+
+    def next_token(self) -> str | None:
+        """The token of a task that is now ours, or None."""
+        from flwr.proto.runtime_pb2 import AcquireTaskRequest
+
+        got = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self.kind]))
+        return got.token if got.HasField("task") and got.token else None
+
+
+def tie_to_parent(parent: int) -> None:
+    """End with the process `parent`, also when it is killed. Linux sees to it; elsewhere a thread watches."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before we asked
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        if os.name == "nt":
+            synchronize, forever = 0x00100000, 0xFFFFFFFF
+            ctypes.windll.kernel32.WaitForSingleObject(ctypes.windll.kernel32.OpenProcess(synchronize, False, parent), forever)
+        else:
+            while os.getppid() == parent:
+                time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_superlink(options: list[str]) -> None:
+    from flwr.superlink.cli import flower_superlink
+
+    sys.argv = ["flower-superlink", *options]
+    flower_superlink()
+
+
+def run_supernode(options: list[str]) -> None:
+    from flwr.supernode.cli import flower_supernode
+
+    sys.argv = ["flower-supernode", *options]
+    flower_supernode()
+
+
+def run_server_app(address: str) -> None:
+    from queue import Queue
+
+    from flwr.superlink.runtime.run_serverapp import run_serverapp
+
+    run_serverapp(address, Queue(), sys.stdin.readline().strip(), insecure=True)
+
+
+def run_client_app(address: str, token: str) -> None:
+    """Handle one message. What Flower itself would say of an exception is replaced: its text can hold a file's name."""
+    from flwr.app.error import Error
+    from flwr.supernode.runtime import run_clientapp as module
+
+    module.Error = lambda code, reason: Error(code=code, reason="at the hospital")
+    module.run_clientapp(address, token, insecure=True)
+
+
+def serve_hospital(address: str) -> None:
+    """Run the app for each message that comes: in a fork that has torch loaded already, or in a new process."""
+    import flwr.supernode.runtime.run_clientapp  # noqa: F401
+    import scipy.ndimage  # noqa: F401
+    import torch  # noqa: F401
+
+    import_timm()
+    source = TaskSource(address, "flwr-clientapp")
+    while True:
+        token = source.next_token()
+        if token is None:
+            time.sleep(POLL)
+        elif CAN_FORK:
+            _in_fork(address, token)
+        else:
+            command = [sys.executable, __file__, str(os.getpid()), "clientapp", address]
+            subprocess.run(command, input=token + "\n", text=True, check=False)
+
+
+def import_timm() -> None:
+    """timm, behind the repair that it needs: the one module of MedFL that is loaded here, and it decides nothing."""
+    root = str(Path(__file__).parent.parent)
+    sys.path.insert(0, root)
+    import torchvision_operators  # noqa: F401
+    import timm  # noqa: F401
+
+    sys.path.remove(root)
+
+
+def _in_fork(address: str, token: str) -> None:
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)  # one message at a time, as the SuperNode hands them out
+        return
+    try:
+        tie_to_parent(parent)
+        run_client_app(address, token)
+    except SystemExit:
+        pass
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def main() -> None:
+    parent, program, *options = sys.argv[1:]
+    tie_to_parent(int(parent))
+    sys.path.remove(str(Path(__file__).parent))  # where Python looks first, and where `messages` would be ours
+    if program == "superlink":
+        run_superlink(options)
+    elif program == "supernode":
+        run_supernode(options)
+    elif program == "serverapp":
+        run_server_app(*options)
+    elif program == "hospital":
+        serve_hospital(*options)
+    elif program == "clientapp":
+        run_client_app(*options, sys.stdin.readline().strip())
+    else:
+        sys.exit(f"there is no program {program}")
+
+
+if __name__ == "__main__":
+    main()

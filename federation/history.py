@@ -1,0 +1,71 @@
+"""The story of a federation: a line per round and hospital, as CSV, as a table on the terminal and as curves.
+
+Columns: round, site (the hospital's label), examples (training slices), train_loss (mean over the round), val_dice (mean
+volume Dice of the model that the round began with, over the hospital's validation patients), val_patients, seconds (of
+the hospital's own work), bytes_sent and bytes_received (the arrays' payload, seen from the server). After the last round
+R the final model is scored: rows of round R + 1 have no training columns.
+"""
+
+import csv
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from common import atomic_write
+
+COLUMNS = ("round", "site", "examples", "train_loss", "val_dice", "val_patients", "seconds", "bytes_sent", "bytes_received")
+MARKS = "os^Dv<>ph*"
+
+
+def write_history(rows: list[dict], path: Path) -> None:
+    """All rows so far; whole or not at all."""
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def mean_dice(rows: list[dict]) -> tuple[float | None, int]:
+    """The patient-weighted mean of the hospitals' validation Dice, and the patients behind it; (None, 0) without any."""
+    scored = [row for row in rows if row["val_dice"] is not None]
+    patients = sum(row["val_patients"] for row in scored)
+    return (sum(row["val_dice"] * row["val_patients"] for row in scored) / patients if patients else None), patients
+
+
+def table(rows: list[dict]) -> str:
+    """A round's rows as lines of text."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    lines = [f"  {'hospital':18}{'slices':>7}{'loss':>8}{'val Dice':>10}{'patients':>10}{'seconds':>9}{'MB out':>8}{'MB in':>8}"]
+    for row in rows:
+        lines.append(f"  {row['site']:18}{number(row['examples'], 0):>7}{number(row['train_loss'], 3):>8}"
+                     f"{number(row['val_dice'], 3):>10}{row['val_patients']:>10}{number(row['seconds'], 1):>9}"
+                     f"{row['bytes_sent'] / 1e6:>8.1f}{row['bytes_received'] / 1e6:>8.1f}")
+    return "\n".join(lines)
+
+
+def draw_curves(rows: list[dict], path: Path, title: str) -> None:
+    """Write a PNG: training loss at the left, validation Dice of each hospital and their mean at the right."""
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    loss, dice = figure.subplots(1, 2)
+    for number, site in enumerate(sorted({row["site"] for row in rows})):
+        mark = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "linewidth": 1, "label": site}
+        for axes, name, shift in ((loss, "train_loss", 0), (dice, "val_dice", -1)):  # the Dice is of the model before the round
+            mine = [(row["round"] + shift, row[name]) for row in rows if row["site"] == site and row[name] is not None]
+            axes.plot(*zip(*mine), **mark) if mine else axes.plot([], [], **mark)
+    by_round = {number: [row for row in rows if row["round"] == number] for number in sorted({row["round"] for row in rows})}
+    mean = [(number - 1, value) for number, of in by_round.items() if (value := mean_dice(of)[0]) is not None]
+    if mean:
+        dice.plot(*zip(*mean), color="black", linewidth=2.2, label="mean over patients")
+    loss.set(title="Training loss at the hospitals", xlabel="round", ylabel="cross-entropy + (1 − soft Dice)")
+    dice.set(title="Validation: mean volume Dice of the round's model", xlabel="after round", ylim=(0, 1))
+    dice.legend(loc="lower right", frameon=False, fontsize=8)
+    for axes in (loss, dice):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")

@@ -1,0 +1,113 @@
+"""What server and hospitals say to each other, and how weights travel.
+
+Every message of the server carries `about`, one JSON text; train and evaluate messages carry `arrays` as well. A
+hospital's answer carries `about`, and after training `arrays`. Nothing else is sent: no name of a patient or a file, no
+path, no figure of one patient or slice, and no text of an error (a code stands for it).
+"""
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from common import MedFLError
+
+
+class Query(StrEnum):
+    """What a `query` message wants."""
+
+    JOIN = "join"  # who are you, what do you hold
+    PING = "ping"  # are you there
+    END = "end"  # the federation is over for you; `code` says why
+
+
+class Failure(StrEnum):
+    """Why a hospital could not do what it was asked; all that the server learns of it."""
+
+    DATA = "data"
+    TRAINING = "training"
+    RESOURCES = "resources"
+    LATE = "late"
+    BUG = "bug"
+
+
+FAILURES = {
+    Failure.DATA: "its data can't be used; its own terminal says why",
+    Failure.TRAINING: "its training failed; its own terminal says why",
+    Failure.RESOURCES: "it ran out of memory or disk",
+    Failure.LATE: "it was not done within the round's time",
+    Failure.BUG: "a fault of the program; its own terminal says which",
+}
+
+
+class End(StrEnum):
+    """Why the federation is over for a hospital."""
+
+    DONE = "done"
+    QUORUM = "quorum"
+    VERSION = "version"
+    TAKEN = "taken"
+    NUMBER = "number"
+    SPLIT = "split"
+    UNFIT = "unfit"
+    FULL = "full"
+
+
+ENDS = {  # exit code and the sentence at the hospital
+    End.DONE: (0, "the federation is over"),
+    End.QUORUM: (3, "the federation ended, because too few hospitals were left; the server goes on with --resume"),
+    End.VERSION: (2, "refused: this hospital runs another version than the server ({detail}); install the server's"),
+    End.TAKEN: (2, "refused: another hospital has this label; choose another --cid or --name"),
+    End.NUMBER: (2, "refused: the server has {detail} hospitals, numbered from 0; choose a smaller --cid"),
+    End.SPLIT: (2, "refused: the other hospitals divide another dataset; use the same patients in --data-dir everywhere"),
+    End.UNFIT: (2, "this hospital can't take part; the lines above say why"),
+    End.FULL: (2, "refused: all places of this federation are taken; start the server with more --clients"),
+}
+
+
+def message(about: Mapping, arrays: ArrayRecord | None = None) -> RecordDict:
+    """A message's content."""
+    records = {"about": ConfigRecord({"json": json.dumps(about, allow_nan=False)})}
+    return RecordDict(records if arrays is None else {**records, "arrays": arrays})
+
+
+def read(content: RecordDict) -> dict:
+    """The `about` of a message. Raises MedFLError where there is none."""
+    try:
+        about = json.loads(content["about"]["json"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MedFLError("a message came without its text; use the same version of MedFL on both sides") from error
+    if not isinstance(about, dict):
+        raise MedFLError("a message came with another text than expected; use the same version of MedFL on both sides")
+    return about
+
+
+def to_arrays(weights: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """A state dict's floating-point tensors as they travel, float32. Counters (BatchNorm's) stay at home."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(value.detach().float().cpu().numpy()))
+                        for name, value in weights.items() if value.is_floating_point()})
+
+
+def to_weights(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
+    """The tensors of a message, float32."""
+    return {name: torch.from_numpy(np.array(array.numpy(), np.float32)) for name, array in arrays.items()}
+
+
+def put_weights(model: torch.nn.Module, arrays: ArrayRecord) -> None:
+    """Load a message's weights into a model; its counters stay. Raises MedFLError where names or shapes differ."""
+    weights = to_weights(arrays)
+    wanted = {name for name, value in model.state_dict().items() if value.is_floating_point()}
+    try:
+        if weights.keys() != wanted:
+            raise KeyError("other names")
+        model.load_state_dict(weights, strict=False)
+    except (RuntimeError, KeyError) as error:
+        raise MedFLError("the weights that came are of another architecture; use the same version of MedFL everywhere") from error
+
+
+def payload(arrays: ArrayRecord | None) -> int:
+    """Bytes of the numbers that travel."""
+    return sum(int(np.prod(a.shape, dtype=np.int64)) * np.dtype(a.dtype).itemsize for a in (arrays or {}).values())

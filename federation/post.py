@@ -1,0 +1,88 @@
+"""Messages on their way: sent to hospitals and collected without waiting, each with a time after which it counts as lost."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+
+from common import MedFLError
+from federation.messages import FAILURES, message, read
+
+SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
+FLOWER_SAYS = {3: "no answer in time", 5: "it is not reachable", 8: "its process ended without an answer"}
+
+
+@dataclass
+class Answer:
+    """What came back for a message: `about` and arrays, or the reason why there is nothing."""
+
+    node: int
+    purpose: str
+    about: dict
+    arrays: ArrayRecord | None = None
+    failure: str | None = None
+
+
+@dataclass
+class _Sent:
+    node: int
+    purpose: str
+    lost_at: float
+
+
+class Post:
+    """Sends messages over Flower's Grid and hands out the answers as they come."""
+
+    def __init__(self, grid: Any):
+        self._grid = grid
+        self._open: dict[str, _Sent] = {}
+
+    def online(self) -> set[int]:
+        """The nodes that Flower holds to be connected. One that was killed stays here for about a minute."""
+        return set(self._grid.get_node_ids())
+
+    def send(self, nodes: list[int], kind: str, purpose: str, about: dict, timeout: float,
+             arrays: ArrayRecord | None = None) -> None:
+        """Send each node the same message of Flower's `kind` (train, evaluate or query), to be answered within `timeout` s."""
+        messages = [Message(message(about, arrays), node, kind, ttl=timeout, group_id=purpose) for node in nodes]
+        lost_at = time.monotonic() + timeout + SPARE
+        for identity, node in zip(self._grid.push_messages(messages), nodes):
+            if identity:
+                self._open[identity] = _Sent(node, purpose, lost_at)
+
+    def is_open(self, node: int, purpose: str | None = None) -> bool:
+        """Whether a message (of this purpose) to the node is unanswered."""
+        return any(sent.node == node and purpose in (None, sent.purpose) for sent in self._open.values())
+
+    def drop(self, purpose: str) -> None:
+        """Wait no longer for answers to messages of this purpose; later ones are passed over."""
+        self._open = {identity: sent for identity, sent in self._open.items() if sent.purpose != purpose}
+
+    def collect(self) -> list[Answer]:
+        """The answers that came since the last call, lost messages among them."""
+        if not self._open:
+            return []
+        answers = []
+        for reply in self._grid.pull_messages(list(self._open)):
+            sent = self._open.pop(reply.metadata.reply_to_message_id, None)  # not by sender: Flower answers for the dead
+            if sent:
+                answers.append(_answer(sent, reply))
+        now = time.monotonic()
+        for identity in [identity for identity, sent in self._open.items() if now > sent.lost_at]:
+            sent = self._open.pop(identity)
+            answers.append(Answer(sent.node, sent.purpose, {}, failure=FLOWER_SAYS[3]))
+        return answers
+
+
+def _answer(sent: _Sent, reply: Message) -> Answer:
+    if reply.has_error():
+        return Answer(sent.node, sent.purpose, {}, failure=FLOWER_SAYS.get(reply.error.code, "its program could not answer"))
+    try:
+        about = read(reply.content)
+    except MedFLError as error:
+        return Answer(sent.node, sent.purpose, {}, failure=str(error))
+    code = about.get("failure")
+    if code is not None:
+        return Answer(sent.node, sent.purpose, about, failure=FAILURES.get(code, "it failed"))
+    return Answer(sent.node, sent.purpose, about, reply.content.get("arrays"))

@@ -1,0 +1,98 @@
+"""The care of child processes: started so that they end with us, watched, stopped; and the ports that they listen on."""
+
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+from common import MedFLError
+
+FLOWER = Path(__file__).with_name("flower.py")
+GRACE = 5.0  # seconds between asking a child to end and making it
+LAST_LINES = 15  # of a child's log, shown when it ended unasked
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Our environment for Flower's programs: a folder of their own, no contact with Flower's makers, no proxy to ourselves."""
+    local = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"]))
+    return {**os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_LOG_LEVEL": "WARNING", "NO_PROXY": local, "no_proxy": local, "PYTHONUNBUFFERED": "1"}
+
+
+class Child:
+    """One of the programs in flower.py, in its own process group, so that Ctrl-C reaches us alone and we stop it.
+
+    folder: where it runs and keeps its files. log: what it prints goes there; None leaves it on our terminal.
+    secret: a line that it gets on its standard input, where no list of processes shows it.
+    """
+
+    def __init__(self, program: str, options: list[str], folder: Path, log: Path | None = None, secret: str | None = None):
+        self.program, self.log = program, log
+        command = [sys.executable, str(FLOWER), str(os.getpid()), program, *options]
+        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+        output = open(log, "ab") if log else None  # noqa: SIM115  the child keeps it
+        self.process = subprocess.Popen(command, cwd=folder, env=environment(folder / "flower"), stdout=output, stderr=output,
+                                        stdin=subprocess.PIPE if secret else subprocess.DEVNULL, **group)
+        if output:
+            output.close()
+        if secret:
+            self.process.stdin.write(secret.encode() + b"\n")
+            self.process.stdin.close()
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self.process.poll()
+
+    def stop(self) -> None:
+        """End it, by force if it does not end by itself."""
+        if self.exit_code is None:
+            self.process.terminate()
+            try:
+                self.process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
+
+    def last_words(self) -> str:
+        """The last lines of its log."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log and self.log.exists() else []
+        return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT. Raises MedFLError for anything else."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise MedFLError(f"{address} is no address; write it as HOST:PORT, such as 127.0.0.1:8080")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address that the name stands for is this machine's own."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise MedFLError(f"the host {host} is not known here; check the name") from error
+    return all(address[0].startswith("127.") or address[0] == "::1" for *_, address in found)
+
+
+def is_healthy(host: str, port: int, timeout: float = 2.0) -> bool | None:
+    """Whether Flower answers there: True, False if nobody listens, None if no answer came in time (it may be busy)."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    shown = f"[{host}]" if ":" in host else host
+    try:
+        with opener.open(f"http://{shown}:{port}/health", timeout=timeout) as answer:
+            return answer.status == 200
+    except OSError as error:
+        refused = isinstance(getattr(error, "reason", error), ConnectionRefusedError)
+        return False if refused else None

@@ -1,0 +1,236 @@
+"""The round loop: what the server does from the first hospital's joining to the last model."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ArrayRecord
+from tqdm import tqdm
+
+from common import EXIT_NO_QUORUM, MedFLError
+from federation.aggregation import Update, aggregate, check_update, make_strategy
+from federation.history import draw_curves, mean_dice, table, write_history
+from federation.membership import PURPOSES, Member, Membership
+from federation.messages import End, payload
+from federation.post import Answer, Post
+from federation.settings import to_json
+from federation.state import RunState
+
+TICK = 0.2  # seconds between two looks for answers
+REMIND = 60.0  # seconds between two lines that say who is missing
+END_TIME = 15.0  # seconds in which hospitals may take note of the end
+TRIES = 2  # of a round that too few hospitals complete
+
+
+class NoQuorum(MedFLError):
+    """Too few hospitals are left to go on."""
+
+
+class Federation:
+    """One run. resumed: it goes on with an earlier one, and need not wait for every hospital."""
+
+    def __init__(self, grid, state: RunState, versions: dict[str, str], out: Path, resumed: bool,
+                 say: Callable[[str], None] = lambda line: tqdm.write(line)):
+        self.state, self.out, self.resumed, self.say = state, out, resumed, say
+        self.training, self.settings = state.training, state.federation
+        self.about = {"settings": to_json(self.training, self.settings)}
+        self.post = Post(grid)
+        self.membership = Membership(self.post, self.settings, {**self.about, "versions": versions,
+                                                                "hospitals": self.settings.clients}, say)
+        self.strategy = make_strategy(self.settings)
+
+    def run(self) -> int:
+        """All rounds; the exit code. What every round gave is on disk when it is over."""
+        try:
+            self._assemble()
+            while self.state.progress.round < self.settings.rounds and not self.state.stopped_early:
+                self._round(self.state.progress.round + 1)
+            if self.state.stopped_early:
+                self.say(f"no better validation Dice for {self.training.patience} rounds; stopped")
+            self._final_score()
+        except NoQuorum as error:
+            self.say(str(error))
+            self.membership.end(End.QUORUM, END_TIME)
+            return EXIT_NO_QUORUM
+        self.membership.end(End.DONE, END_TIME)
+        return 0
+
+    def _assemble(self) -> None:
+        """Wait for all hospitals; a resumed run waits no longer than a round may take, if enough are there."""
+        began = time.monotonic()
+        told, told_at = -1, 0.0
+        while len(self.membership.members) < self.settings.clients:
+            self._attend()
+            count, now = len(self.membership.members), time.monotonic()
+            if count != told or now - told_at > REMIND:
+                told, told_at = count, now
+                missing = f"; missing: {', '.join(self._missing())}" if self._missing() else ""
+                self.say(f"{count} of {self.settings.clients} hospitals are here{missing}")
+            if self.resumed and now - began > self.settings.round_timeout:
+                if count < self.settings.quorum:
+                    raise NoQuorum(self._too_few(count))
+                break
+            time.sleep(TICK)
+        if self._missing():
+            self.say("going on with those that are here")
+
+    def _missing(self) -> list[str]:
+        """Labels that are expected and not there; numbers as long as nobody said a name."""
+        known = set(self.state.progress.hospitals) | {f"hospital-{k}" for k in range(self.settings.clients)}
+        absent = sorted(known - set(self.membership.members))
+        return absent[:max(self.settings.clients - len(self.membership.members), 0)]
+
+    def _too_few(self, count: int) -> str:
+        missing = f" (missing: {', '.join(self._missing())})" if self._missing() else ""
+        return (f"{count} of {self.settings.clients} hospitals took part and a round needs {self.settings.quorum}{missing}; "
+                "see to them and go on with --resume")
+
+    def _attend(self) -> list[Answer]:
+        """One look at who comes and goes, and at the answers; those to our own questions are given back."""
+        self.membership.poll()
+        rest = []
+        for answer in self.post.collect():
+            if answer.purpose in PURPOSES:
+                self.membership.handle(answer)
+            else:
+                rest.append(answer)
+        for label, member in self.membership.members.items():
+            self.state.progress.hospitals[label] = member.facts
+        return rest
+
+    def _wait_for_quorum(self) -> list[Member]:
+        """The members that can be given work. Raises NoQuorum where too few come within a round's time."""
+        until = time.monotonic() + self.settings.round_timeout
+        told = False
+        while len(present := self.membership.present) < self.settings.quorum:
+            if not told:
+                self.say(f"{len(present)} hospitals can work and a round needs {self.settings.quorum}; waiting up to "
+                         f"{self.settings.round_timeout:.0f} s for {', '.join(self._missing()) or 'those behind'}")
+                told = True
+            if time.monotonic() > until:
+                raise NoQuorum(self._too_few(len(present)))
+            self._attend()
+            time.sleep(TICK)
+        return present
+
+    def _ask(self, kind: str, purpose: str, members: list[Member], about: dict, arrays: ArrayRecord,
+             title: str) -> tuple[dict[str, Answer], dict[str, str]]:
+        """Send the members one message and wait, as long as a round may take: answers and reasons for none, by label."""
+        by_node = {member.node: member for member in members}
+        answers, failures = {}, {}
+        limit = self.settings.round_timeout
+        self.post.send(list(by_node), kind, purpose, {**self.about, **about}, limit, arrays)
+        until = time.monotonic() + limit
+        with tqdm(total=len(members), desc=title, unit="hospital", leave=False, disable=None) as bar:
+            while len(answers) + len(failures) < len(members) and time.monotonic() < until:
+                for answer in self._attend():
+                    if answer.purpose != purpose:
+                        continue
+                    label = by_node[answer.node].label
+                    if answer.failure:
+                        failures[label] = answer.failure
+                    else:
+                        answers[label] = answer
+                    bar.update()
+                waiting = [m.label for m in members if m.label not in answers and m.label not in failures]
+                bar.set_postfix_str(f"waiting for {', '.join(waiting)}" if waiting else "", refresh=False)
+                time.sleep(TICK)
+        self.post.drop(purpose)
+        for member in members:
+            if member.label not in answers and member.label not in failures:
+                failures[member.label] = f"no answer within {limit:.0f} s"
+                self.membership.fell_behind(member)
+        return answers, failures
+
+    def _round(self, number: int) -> None:
+        """One round: enough updates, the new model, what is written. Raises NoQuorum after two tries."""
+        began, sent = time.monotonic(), self.state.arrays
+        for attempt in range(1, TRIES + 1):
+            members = self._wait_for_quorum()
+            about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout}
+            answers, failures = self._ask("train", f"round-{number}.{attempt}", members, about, sent, f"round {number} of "
+                                          f"{self.settings.rounds}")
+            updates = []
+            for label in sorted(answers):
+                try:
+                    updates.append(self._update(label, answers[label]))
+                except MedFLError as error:
+                    failures[label] = str(error)
+                    del answers[label]
+            for label, reason in sorted(failures.items()):
+                self.say(f"round {number} without {label}: {reason}")
+            if len(updates) >= self.settings.quorum:
+                break
+            self.say(f"round {number} got {len(updates)} updates and needs {self.settings.quorum}"
+                     + ("; once more" if attempt < TRIES else ""))
+        else:
+            raise NoQuorum(self._too_few(len(updates)))
+        rows = [self._row(number, label, answer.about, sent, answer.arrays) for label, answer in sorted(answers.items())]
+        self.state.take(aggregate(self.strategy, number, updates))
+        absent = [label for label in self._missing() if label not in failures]
+        self._record(number, rows, sent, time.monotonic() - began, absent)
+
+    def _update(self, label: str, answer: Answer) -> Update:
+        """The update in an answer, checked. Raises MedFLError where it can't be used."""
+        if answer.arrays is None:
+            raise MedFLError("its answer has no update; it is left out")
+        update = Update(label, answer.arrays, answer.about.get("examples"))
+        check_update(update, self.state.arrays)
+        return update
+
+    def _row(self, number: int, label: str, about: dict, sent: ArrayRecord, received: ArrayRecord | None) -> dict:
+        return {"round": number, "site": label, "examples": about.get("examples"), "train_loss": about.get("train_loss"),
+                "val_dice": about["val_dice"], "val_patients": about["val_patients"], "seconds": round(about["seconds"], 2),
+                "bytes_sent": payload(sent), "bytes_received": payload(received)}
+
+    def _record(self, number: int, rows: list[dict], sent: ArrayRecord, seconds: float, absent: list[str]) -> None:
+        """Write what a round gave, and a table on the terminal. The score in its rows is of the model that was sent."""
+        done, mean, patients = self.state.progress, *mean_dice(rows)
+        done.rows = [row for row in done.rows if row["round"] < number] + rows
+        done.seconds += seconds
+        if mean is not None:
+            self.state.plateau.step(mean)
+        worth_it = number > 1 or done.started_from.startswith("checkpoint")  # random weights are no model to keep
+        better = worth_it and mean is not None and self.state.is_better(mean, number - 1)
+        if better:
+            self.state.save_best(sent, {"mean": mean, "patients": patients})
+        self.state.save_last()
+        self._write_pictures()
+        work = max(row["seconds"] for row in rows)
+        self.say(f"round {number} of {self.settings.rounds}: {seconds:.1f} s, of which {work:.1f} s the longest hospital's work; "
+                 f"the model before it: {_score_in_words(mean, patients)}{' (best so far)' if better else ''}"
+                 f"{'; missing: ' + ', '.join(absent) if absent else ''}\n{table(rows)}")
+
+    def _final_score(self) -> None:
+        """Score the model that the run ends with, and keep it if it is the best."""
+        done, arrays = self.state.progress, self.state.final_arrays
+        number = done.round + 1
+        answers, failures = self._ask("evaluate", "final", self.membership.present, {}, arrays, "scoring the last model")
+        for label, reason in sorted(failures.items()):
+            self.say(f"the last model is not scored by {label}: {reason}")
+        rows = [self._row(number, label, answer.about, arrays, None) for label, answer in sorted(answers.items())]
+        done.rows = [row for row in done.rows if row["round"] < number] + rows
+        mean, patients = mean_dice(rows)
+        if mean is not None and self.state.is_better(mean, done.round):
+            self.state.save_best(arrays, {"mean": mean, "patients": patients})
+        elif done.best < 0:  # nobody scored anything: the last model is all there is
+            self.state.save_best(arrays, None)
+        self._write_pictures()
+        if rows:
+            self.say(f"the last model{' (averaged over rounds)' if self.state.average else ''}: {_score_in_words(mean, patients)}\n"
+                     f"{table(rows)}")
+        chosen = f"after round {done.best_round}, validation Dice {done.best:.3f}" if done.best >= 0 else "the last, unselected"
+        self.say(f"{self.state.best}: {chosen}")
+
+    def _write_pictures(self) -> None:
+        done = self.state.progress
+        try:
+            write_history(done.rows, self.out / "federated_history.csv")
+            draw_curves(done.rows, self.out / "federated_curves.png", f"Federated training, {self.settings.strategy}, "
+                        f"{len(done.hospitals)} hospitals")
+        except MedFLError as error:  # a viewer may hold the file; both are written anew after the next round
+            self.say(f"not this time: {error}")
+
+
+def _score_in_words(mean: float | None, patients: int) -> str:
+    return "no validation patients" if mean is None else f"validation Dice {mean:.3f} over {patients} patients"

@@ -1,0 +1,139 @@
+"""What lasts over the rounds, and how it is kept: weights, averaged weights, plateau rule, history, the best so far."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from checkpoint import describe, load_checkpoint, save_checkpoint
+from common import MedFLError
+from dataset import pool_image_statistics
+from federation.messages import to_arrays, to_weights
+from federation.settings import FederationSettings, from_json, to_json
+from split import PARTS
+from training import PLATEAU, TrainingSettings, averaging_weight
+from transunet import TransUNet
+
+BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
+
+
+@dataclass
+class Progress:
+    """How far a run is. hospitals: what each that ever took part said at joining, by label."""
+
+    round: int = 0
+    seconds: float = 0.0
+    best: float = -1.0
+    best_round: int = 0
+    started_from: str = ""  # in words: random weights, a checkpoint, ...
+    rows: list[dict] = field(default_factory=list)
+    hospitals: dict[str, dict] = field(default_factory=dict)
+
+
+class RunState:
+    """The state of a federation between two rounds."""
+
+    def __init__(self, model: TransUNet, training: TrainingSettings, federation: FederationSettings, out: Path, commit: str | None):
+        self.model, self.training, self.federation, self.commit = model, training, federation, commit
+        self.best, self.last = out / BEST, out / LAST
+        self.progress = Progress()
+        self.arrays = to_arrays(model.state_dict())
+        self.average: dict[str, torch.Tensor] | None = None
+        self.plateau = ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)], lr=1.0), **PLATEAU)  # of a share of --lr
+
+    @property
+    def rate(self) -> float | None:
+        """The share of the learning rate that hospitals take, or None where they follow the cosine."""
+        return self.plateau.optimizer.param_groups[0]["lr"] if self.training.schedule == "plateau" else None
+
+    @property
+    def final_arrays(self) -> ArrayRecord:
+        """What the run ends with: averaged weights, if there are any."""
+        return to_arrays(self.average) if self.average else self.arrays
+
+    def take(self, arrays: ArrayRecord) -> None:
+        """A round is complete and gave this model."""
+        self.arrays = arrays
+        self.progress.round += 1
+        if not self.training.ema_decay:
+            return
+        new = to_weights(arrays)
+        if self.average is None:
+            self.average = new
+            return
+        past = averaging_weight(self.training.ema_decay, self.progress.round - 1)
+        self.average = {name: value.lerp(new[name], 1 - past) for name, value in self.average.items()}
+
+    def is_better(self, dice: float, number: int) -> bool:
+        """Note the score of the model after round `number`; whether it is the best so far."""
+        if dice <= self.progress.best:
+            return False
+        self.progress.best, self.progress.best_round = dice, number
+        return True
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether --patience rounds went by without a better validation Dice."""
+        done = self.progress
+        return bool(self.training.patience and done.best >= 0 and done.round - done.best_round > self.training.patience)
+
+    def metadata(self, score: dict | None) -> dict:
+        """The checkpoint's description of a model of this run. score: mean and patients on validation, None if nobody has any."""
+        done, told = self.progress, self.progress.hospitals.values()
+        simulated = [facts for facts in told if not facts["own_data"]]
+        data = {"name": " and ".join(sorted({facts["data"] for facts in told})),
+                "split_sha256": simulated[0]["split_sha256"] if simulated else None,
+                "split": {"seed": self.training.seed, "val_fraction": self.federation.val_fraction,
+                          "test_fraction": self.federation.test_fraction}}
+        for part in PARTS:
+            data[part] = {what: sum(facts["parts"][part][what] for facts in told) for what in ("patients", "slices")}
+        images = pool_image_statistics([(f["parts"]["train"]["patients"], f["images"]) for f in told if f["images"]])
+        settings = {**asdict(self.training), "encoder_weights": None, **asdict(self.federation)}
+        training = {**settings, "rounds_done": done.round, "seconds": round(done.seconds, 1),
+                    "device": " ".join(sorted({facts["device"] for facts in told})),
+                    "selected_by": "patient-weighted validation mean volume Dice" if score else "nothing: the last model"}
+        origin = {"kind": "federated", "hospitals": len(told), "labels": sorted(done.hospitals),
+                  "partition": self.federation.partition if simulated else "own data", "strategy": self.federation.strategy,
+                  "rounds": done.round, "started_from": done.started_from,
+                  "privacy": {"secure_aggregation": False, "epsilon": None, "delta": None}}
+        val = {"val": {"patients": score["patients"],
+                       "volume_dice": {"mean": score["mean"], "median": None, "ci95": None}}} if score else {}
+        about = describe(self.model, images, training=training, origin=origin, data=data, scores=val)
+        about["versions"].update(commit=self.commit, flwr=next(iter(told))["versions"]["flwr"] if told else None)
+        return about
+
+    def save_best(self, arrays: ArrayRecord, score: dict | None) -> None:
+        """Write `transunet_federated_best.pth` from these weights."""
+        save_checkpoint(self.best, self._whole(to_weights(arrays)), self.metadata(score))
+
+    def save_last(self) -> None:
+        """Write `transunet_federated_last.pth`: all that --resume needs."""
+        state = {"weights": to_weights(self.arrays), "average": self.average, "plateau": self.plateau.state_dict(),
+                 "rate": self.plateau.optimizer.param_groups[0]["lr"], "progress": asdict(self.progress),
+                 "settings": to_json(self.training, self.federation)}
+        save_checkpoint(self.last, self._whole(to_weights(self.final_arrays)), self.metadata(None), state)
+
+    def _whole(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A state dict with the counters that don't travel."""
+        return {name: weights.get(name, value) for name, value in self.model.state_dict().items()}
+
+    def restore(self, state: dict) -> None:
+        """Go on from what `save_last` kept."""
+        self.arrays = to_arrays(state["weights"])
+        self.average = state["average"]
+        self.plateau.load_state_dict(state["plateau"])
+        self.plateau.optimizer.param_groups[0]["lr"] = state["rate"]
+        self.progress = Progress(**state["progress"])
+
+
+def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, TransUNet]:
+    """Settings, state and network of the run that `out` holds. Raises MedFLError where there is none to go on with."""
+    last = out / LAST
+    if not last.exists():
+        raise MedFLError(f"there is no {last} to go on from; start without --resume")
+    checkpoint = load_checkpoint(last)
+    if not checkpoint.state or "progress" not in checkpoint.state:
+        raise MedFLError(f"{last} holds a model but no federation to go on with; start without --resume")
+    return *from_json(checkpoint.state["settings"]), checkpoint.state, checkpoint.model

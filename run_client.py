@@ -1,0 +1,177 @@
+"""Run a hospital of a federation.
+
+    python run_client.py --cid 0                                  share 0 of the dataset in data/, server on this machine
+    python run_client.py --own-data scans --name mercy            everything in the folder is this hospital's
+    python run_client.py --own-data scans --name mercy --check    look at the data and the connection, train nothing
+
+The scans stay here. The hospital waits for the server (--wait), takes part in its rounds and ends with it. A hospital with
+own data keeps its split in models/NAME_split.json. Exit codes: 0 done, 2 bad input or refused, 3 the server is gone or too
+few hospitals are left, 130 stopped.
+"""
+
+import argparse
+import json
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
+from dataset import load_dataset
+from federation.processes import Child, free_port, is_healthy, is_loopback, parse_address
+from inference import choose_device
+
+LOOK = 0.5  # seconds between two looks at children and server
+RESTARTS = 5  # of the connection in a row, without it working for QUIET seconds, before it is given up
+QUIET = 120.0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cid", type=int, help="number of the simulated hospital, from 0: takes that share of --data-dir")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the dataset to share (default data)")
+    parser.add_argument("--own-data", type=Path, help="folder of own patients, a folder each, images and _mask files")
+    parser.add_argument("--name", help="this hospital's label, needed with --own-data")
+    parser.add_argument("--server", default="127.0.0.1:8080", help="the server's HOST:PORT (default 127.0.0.1:8080)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--wait", type=float, default=300.0, help="seconds to wait for a server that is not there (default 300)")
+    parser.add_argument("--check", action="store_true", help="look at data and connection, train nothing")
+    return parser.parse_args()
+
+
+def identity(arguments: argparse.Namespace, shares_machine: bool) -> dict:
+    """Who this hospital is. Raises MedFLError for options that don't go together and data that can't be used."""
+    own = arguments.own_data is not None
+    if own == (arguments.cid is not None):
+        raise MedFLError("give either --cid K, for a share of one dataset, or --own-data FOLDER with --name")
+    if own and not arguments.name:
+        raise MedFLError("a hospital with --own-data needs a label; give one with --name")
+    if not own and arguments.cid < 0:
+        raise MedFLError(f"--cid is {arguments.cid}; hospitals are numbered from 0")
+    label = arguments.name or f"hospital-{arguments.cid}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}", label):
+        raise MedFLError(f"--name is {label}; take up to 32 letters, digits, - and _")
+    folder = arguments.own_data if own else arguments.data_dir
+    dataset = load_dataset(folder, label if own else None)
+    slices = int(dataset.table["slices"].sum())
+    print(f"{label}: {dataset.name} in {dataset.root}, {len(dataset.patients)} patients, {slices} slices"
+          + ("" if own else ", of which the server's partition says which are this hospital's"), flush=True)
+    return {"label": label, "session": secrets.token_hex(8), "cid": arguments.cid, "data": str(folder.resolve()),
+            "device": choose_device(arguments.device).type, "medfl": __version__, "shares_machine": shares_machine and not own,
+            "split_file": str((Path("models") / f"{label}_split.json").resolve())}
+
+
+class Connection:
+    """Flower's SuperNode and the program that handles its messages, started and stopped together."""
+
+    def __init__(self, server: str, folder: Path):
+        port = str(free_port())
+        self.supernode = Child("supernode", ["--insecure", "--superlink", server, "--host", "127.0.0.1", "--port", port,
+                                             "--isolation", "process"], folder, folder / "supernode.log")
+        self.hospital = Child("hospital", [f"127.0.0.1:{port}"], folder)
+        self.began = time.monotonic()
+
+    @property
+    def broken(self) -> bool:
+        """Whether one of the two has ended; neither does so unasked."""
+        return self.supernode.exit_code is not None or self.hospital.exit_code is not None
+
+    def stop(self) -> None:
+        """End both."""
+        self.hospital.stop()
+        self.supernode.stop()
+
+
+class Watch:
+    """Keeps a hospital connected until the federation is over."""
+
+    def __init__(self, server: str, host: str, port: int, folder: Path, wait: float):
+        self.server, self.host, self.port, self.folder, self.wait = server, host, port, folder, wait
+        self.connection: Connection | None = None
+        self.seen = time.monotonic()  # the server, last time
+        self.was_there, self.was_gone = False, False
+        self.restarts = 0
+
+    def run(self) -> tuple[int, str]:
+        """Exit code and closing sentence."""
+        ended = self.folder / "ended.json"
+        try:
+            while not ended.exists():
+                self._look_at_server()
+                self._look_at_children()
+                time.sleep(LOOK)
+            about = json.loads(ended.read_text(encoding="utf-8"))
+            time.sleep(2 * LOOK)  # the answer is on its way
+            return about["exit"], about["sentence"]
+        finally:
+            if self.connection:
+                self.connection.stop()
+
+    def _look_at_server(self) -> None:
+        """Start the connection when the server is there, and anew when it was gone: it does not know the old one."""
+        state, now = is_healthy(self.host, self.port), time.monotonic()
+        if state:
+            self.seen = now
+            if self.connection is None:
+                self.connection = Connection(self.server, self.folder)
+            elif self.was_gone:
+                self._renew("the server is back")
+            self.was_there, self.was_gone = True, False
+        elif now - self.seen > self.wait:
+            if not self.was_there:
+                raise MedFLError(f"no server at {self.server} within {self.wait:.0f} s; start it with run_server.py, "
+                                 "or wait longer with --wait")
+            print(f"the server at {self.server} has been gone for {self.wait:.0f} s; start this hospital again when it is back",
+                  file=sys.stderr)
+            sys.exit(EXIT_NO_QUORUM)
+        elif state is False and not self.was_gone:
+            self.was_gone = True
+            yet = "any more" if self.was_there else "yet"
+            print(f"no server at {self.server} {yet}; waiting up to {self.wait:.0f} s", flush=True)
+
+    def _look_at_children(self) -> None:
+        if self.connection and self.connection.broken and not self.was_gone:
+            if time.monotonic() - self.connection.began > QUIET:
+                self.restarts = 0
+            self.restarts += 1
+            if self.restarts > RESTARTS:
+                raise MedFLError(f"the connection ended {self.restarts} times in a row; the last lines of Flower's SuperNode:\n"
+                                 f"{self.connection.supernode.last_words()}")
+            self._renew("the connection ended")
+
+    def _renew(self, why: str) -> None:
+        print(f"{why}; connecting again", flush=True)
+        self.connection.stop()
+        self.connection = Connection(self.server, self.folder)
+
+
+def check(host: str, port: int, server: str) -> None:
+    """Say whether the server can be reached. Raises MedFLError if not."""
+    if not is_healthy(host, port, timeout=10):
+        raise MedFLError(f"the data are fine, but no server answers at {server}; start it with run_server.py, or check the address")
+    print(f"the server at {server} answers; nothing was trained")
+
+
+def main() -> None:
+    arguments = parse()
+    host, port = parse_address(arguments.server)
+    if not is_loopback(host):
+        raise MedFLError(f"{host} is another machine, and scans' updates don't travel unencrypted; choose a --server on 127.0.0.1")
+    who = identity(arguments, shares_machine=True)
+    if arguments.check:
+        return check(host, port, arguments.server)
+    folder = Path(tempfile.mkdtemp(prefix="medfl-hospital-"))
+    try:
+        write_json(folder / "hospital.json", who)
+        code, sentence = Watch(f"{host}:{port}", host, port, folder, arguments.wait).run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{who['label']}: {sentence}", file=sys.stderr if code else sys.stdout, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,154 @@
+"""Run a federation's server: wait for the hospitals, train with them round by round, write the model.
+
+    python run_server.py                                       two hospitals on this machine, 127.0.0.1:8080
+    python run_server.py --clients 4 --rounds 15 --partition site
+    python run_server.py --resume                              after the last complete round in --out
+
+Hospitals join with run_client.py, before or after. Writes into --out (default models/): transunet_federated_best.pth, by
+the patient-weighted validation Dice; transunet_federated_last.pth, what --resume needs; federated_history.csv (columns in
+federation/history.py) and federated_curves.png. Exit codes: 0 done, 2 bad input, 3 too few hospitals left, 130 stopped.
+"""
+
+import argparse
+import json
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoint import describe, load_checkpoint, save_checkpoint
+from common import MedFLError, __version__, add_settings, git_commit, run_script, settings_from, write_json
+from federation.bundle import make_bundle
+from federation.flower import TaskSource, submit
+from federation.hospital import local_versions
+from federation.processes import Child, is_healthy, is_loopback, parse_address
+from federation.settings import TRAINING_OPTIONS, FederationSettings, to_json
+from federation.state import BEST, LAST, load_run
+from training import TrainingSettings
+from transunet import TransUNet
+
+START_TIME = 90.0  # seconds for Flower's SuperLink to answer
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--address", default="127.0.0.1:8080", help="where to listen, HOST:PORT (default 127.0.0.1:8080)")
+    parser.add_argument("--out", type=Path, default=Path("models"), help="folder for what is written (default models)")
+    parser.add_argument("--init", type=Path, help="start from this checkpoint instead of random weights")
+    parser.add_argument("--resume", action="store_true", help="go on after the last complete round in --out, with its settings")
+    add_settings(parser, FederationSettings)
+    add_settings(parser, TrainingSettings, TRAINING_OPTIONS)
+    return parser.parse_args()
+
+
+def check_address(address: str) -> tuple[str, int]:
+    """Host and port to listen on. Raises MedFLError beyond loopback, and where somebody listens already."""
+    host, port = parse_address(address)
+    if not is_loopback(host):
+        raise MedFLError(f"{host} can be reached from other machines, and without keys and encryption anybody there could join; "
+                         "choose an --address on 127.0.0.1")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise MedFLError(f"{address} can't be listened on ({error.strerror}); end the program there or choose another "
+                             "--address") from error
+    return host, port
+
+
+def starting_model(arguments: argparse.Namespace, training: TrainingSettings) -> tuple[TransUNet, str]:
+    """The model that round 1 begins with, and in words where it comes from. Raises MedFLError for a file that doesn't fit."""
+    torch.manual_seed(training.seed)
+    if arguments.init is None:
+        model = TransUNet(training.model, training.image_size, training.norm, training.pretrained, training.encoder_weights)
+        name = Path(training.encoder_weights).name if training.encoder_weights else None
+        return model, f"encoder weights {name}" if name else "timm's encoder" if training.pretrained else "random weights"
+    model = load_checkpoint(arguments.init).model
+    wanted = (training.model, training.image_size, training.norm)
+    if (model.name, model.image_side, model.norm) != wanted:
+        raise MedFLError(f"{arguments.init} is {model.name} at {model.image_side} pixels with {model.norm} normalisation; "
+                         f"give --model {model.name} --image-size {model.image_side} --norm {model.norm}")
+    return model, f"checkpoint {arguments.init.name}"
+
+
+def write_job(arguments: argparse.Namespace, folder: Path) -> FederationSettings:
+    """Write down what the ServerApp needs; every user's mistake is found here. The federation's settings."""
+    out = arguments.out.resolve()
+    job = {"out": str(out), "resume": arguments.resume, "commit": git_commit(), "versions": local_versions(__version__)}
+    if arguments.resume:
+        _, federation, state, _ = load_run(out)
+        print(f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own settings; "
+              "other options are passed over")
+    else:
+        training, federation = settings_from(arguments, TrainingSettings), settings_from(arguments, FederationSettings)
+        if training.schedule == "plateau" and not federation.val_fraction:
+            raise MedFLError("a plateau is seen on validation patients, and there are none; take --schedule cosine")
+        model, started_from = starting_model(arguments, training)
+        start = folder / "start.pth"
+        save_checkpoint(start, model.state_dict(), describe(model))
+        for name in (BEST, LAST):  # so that neither a later --resume nor a reader takes another run's
+            (out / name).unlink(missing_ok=True)
+        job.update(settings=to_json(training, federation), start=str(start), started_from=started_from)
+        size = 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point()) / 1e6
+        print(f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way a round and hospital")
+    write_json(folder / "job.json", job)
+    return federation
+
+
+def start_superlink(host: str, port: int, folder: Path) -> Child:
+    """Flower's SuperLink, answering. Raises MedFLError where it ends or stays silent."""
+    child = Child("superlink", ["--insecure", "--host", host, "--port", str(port), "--isolation", "process",
+                                "--disable-runtime-dependency-installation"], folder, folder / "superlink.log")
+    until = time.monotonic() + START_TIME
+    while not is_healthy(host, port):
+        if child.exit_code is not None or time.monotonic() > until:
+            child.stop()
+            raise MedFLError(f"Flower's SuperLink did not start; its last lines:\n{child.last_words()}")
+        time.sleep(0.1)
+    return child
+
+
+def wait_for(app: Child, superlink: Child, folder: Path) -> int:
+    """Wait for the run's end; its exit code."""
+    while app.exit_code is None:
+        if superlink.exit_code is not None:
+            raise MedFLError("Flower's SuperLink ended; the rounds so far are kept, go on with --resume. Its last lines:\n"
+                             f"{superlink.last_words()}")
+        time.sleep(0.2)
+    outcome = folder / "outcome.json"
+    if not outcome.exists():
+        raise MedFLError("the server's program ended before the run's end; the rounds so far are kept, go on with --resume")
+    return json.loads(outcome.read_text(encoding="utf-8"))["exit"]
+
+
+def main() -> None:
+    arguments = parse()
+    host, port = check_address(arguments.address)
+    folder = Path(tempfile.mkdtemp(prefix="medfl-server-"))
+    superlink = app = None
+    try:
+        federation = write_job(arguments, folder)
+        superlink = start_superlink(host, port, folder)
+        print(f"listening on {arguments.address}; waiting for {federation.clients} hospitals: "
+              f"python run_client.py --cid 0 (to {federation.clients - 1}) --server {arguments.address}", flush=True)
+        source = TaskSource(f"{host}:{port}", "flwr-serverapp")
+        submit(f"{host}:{port}", make_bundle())
+        while (token := source.next_token()) is None:
+            time.sleep(0.1)
+        app = Child("serverapp", [f"{host}:{port}"], folder, secret=token)
+        code = wait_for(app, superlink, folder)
+    finally:
+        for child in (app, superlink):
+            if child:
+                child.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run_script(main)
