@@ -1,6 +1,7 @@
 # make demo        set up, make phantoms, train on them, score the model (Linux and macOS; the README has Windows' commands)
 # make test        set up, then the linter and every test
 # make test-quick  the linter and the fast tests, for daily work
+# make federated   set up, then a server and two hospitals on the phantoms
 # make benchmark   throughput, memory and input pipeline of a training, measured here
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN := $(VENV)/bin/python
 PHANTOMS := data/phantoms
 DEMO := models/demo
 
-.PHONY: demo test test-quick lint benchmark
+.PHONY: demo federated test test-quick lint benchmark
 
 demo: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
@@ -17,6 +18,11 @@ demo: $(VENV)/installed
 	$(RUN) evaluate.py --checkpoint $(DEMO)/transunet_centralized_best.pth --data-dir $(PHANTOMS) --write-back \
 		--json $(DEMO)/scores.json --csv $(DEMO)/scores.csv --overlays $(DEMO)/overlays
 	@echo "wrote $(DEMO)/transunet_centralized_best.pth, $(DEMO)/centralized_history.csv, $(DEMO)/centralized_curves.png"
+
+federated: $(VENV)/installed
+	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
+	$(RUN) run_client.py --cid 0 --data-dir $(PHANTOMS) & $(RUN) run_client.py --cid 1 --data-dir $(PHANTOMS) & \
+		$(RUN) run_server.py --out models/federated && wait
 
 test: lint
 	$(RUN) -m pytest

@@ -15,7 +15,7 @@ from dataset import Dataset, load_dataset
 from inference import choose_device, predict_volume, to_mask
 from metrics import report
 from overlays import draw_outlines
-from split import load_split
+from split import load_split, make_split
 from training import score_patients
 
 
@@ -24,7 +24,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
     parser.add_argument("--split", choices=("test", "val", "train", "all"), default="test", help="whom to score (default test)")
-    parser.add_argument("--split-file", type=Path, help="who is in which part (default split.json beside the checkpoint)")
+    parser.add_argument("--split-file", type=Path, help="who is in which part (default split.json beside the checkpoint; "
+                        "of a federation's model it is made anew)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--csv", type=Path, help="write a line per patient to this file")
@@ -38,9 +39,15 @@ def patients_to_score(arguments: argparse.Namespace, dataset: Dataset, checkpoin
     if arguments.split == "all" and arguments.split_file is None:
         return [p.name for p in dataset.patients]
     path = arguments.split_file or arguments.checkpoint.parent / "split.json"
-    split = load_split(path, {p.name for p in dataset.patients})
-    trained_on = checkpoint.metadata.get("data", {}).get("split_sha256")
-    if arguments.split in ("test", "val") and trained_on != split.sha256():
+    about = checkpoint.metadata.get("data", {})
+    if about.get("split") and arguments.split_file is None:  # of a federation, whose server knows no patient
+        path, split = "the split of this dataset", make_split({p.name: p.site for p in dataset.patients}, **about["split"])
+    else:
+        split = load_split(path, {p.name for p in dataset.patients})
+    trained_on = about.get("split_sha256")
+    if trained_on is None and about.get("split") and arguments.split_file:
+        print(f"the model is of hospitals with own data; whether {path} is one of theirs can't be checked")
+    elif arguments.split in ("test", "val") and trained_on != split.sha256():
         raise MedFLError(f"{path} is not the split that {arguments.checkpoint} was trained on, so its test patients may have "
                          "been trained on; name the training's own with --split-file, or take --split all")
     if not split.part(arguments.split):

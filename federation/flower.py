@@ -11,15 +11,20 @@ Nothing of MedFL is imported here: the apps run the code of the bundle that the 
 name that is loaded already would take its place.
 """
 
+import contextlib
 import ctypes
 import hashlib
+import importlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 POLL = 0.1  # seconds between two looks for a task
 CAN_FORK = sys.platform == "linux"  # elsewhere a fork after importing torch is not safe
@@ -112,26 +117,35 @@ def run_supernode(options: list[str]) -> None:
 def run_server_app(address: str) -> None:
     from queue import Queue
 
-    from flwr.superlink.runtime.run_serverapp import run_serverapp
-
-    run_serverapp(address, Queue(), sys.stdin.readline().strip(), insecure=True)
+    module = importlib.import_module("flwr.superlink.runtime.run_serverapp")  # a function of the package has its name
+    module.install_from_fab = _quietly(module.install_from_fab)
+    module.run_serverapp(address, Queue(), sys.stdin.readline().strip(), insecure=True)
 
 
 def run_client_app(address: str, token: str) -> None:
     """Handle one message. What Flower itself would say of an exception is replaced: its text can hold a file's name."""
     from flwr.app.error import Error
-    from flwr.supernode.runtime import run_clientapp as module
-
+    module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    module.install_from_fab = _quietly(module.install_from_fab)
     module.Error = lambda code, reason: Error(code=code, reason="at the hospital")
     module.run_clientapp(address, token, insecure=True)
 
 
+def _quietly(install: Callable) -> Callable:
+    """Unpack the bundle without a line on the user's terminal for each message."""
+
+    def quiet(*arguments: Any, **options: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return install(*arguments, **options)
+
+    return quiet
+
+
 def serve_hospital(address: str) -> None:
     """Run the app for each message that comes: in a fork that has torch loaded already, or in a new process."""
-    import flwr.supernode.runtime.run_clientapp  # noqa: F401
-    import scipy.ndimage  # noqa: F401
-    import torch  # noqa: F401
-
+    for library in ("torch", "pandas", "scipy.ndimage", "scipy.spatial.distance", "flwr.clientapp",
+                    "flwr.supernode.runtime.run_clientapp"):
+        importlib.import_module(library)
     import_timm()
     source = TaskSource(address, "flwr-clientapp")
     while True:

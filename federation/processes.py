@@ -87,12 +87,12 @@ def is_loopback(host: str) -> bool:
 
 
 def is_healthy(host: str, port: int, timeout: float = 2.0) -> bool | None:
-    """Whether Flower answers there: True, False if nobody listens, None if no answer came in time (it may be busy)."""
+    """Whether Flower answers there: True, False if the connection is refused or cut, None if no answer came in time: it may
+    be busy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     shown = f"[{host}]" if ":" in host else host
     try:
         with opener.open(f"http://{shown}:{port}/health", timeout=timeout) as answer:
             return answer.status == 200
     except OSError as error:
-        refused = isinstance(getattr(error, "reason", error), ConnectionRefusedError)
-        return False if refused else None
+        return False if isinstance(getattr(error, "reason", error), ConnectionError) else None

@@ -75,10 +75,11 @@ class Federation:
             self.say("going on with those that are here")
 
     def _missing(self) -> list[str]:
-        """Labels that are expected and not there; numbers as long as nobody said a name."""
-        known = set(self.state.progress.hospitals) | {f"hospital-{k}" for k in range(self.settings.clients)}
-        absent = sorted(known - set(self.membership.members))
-        return absent[:max(self.settings.clients - len(self.membership.members), 0)]
+        """Labels that are expected and not there: those that took part before, then numbers, as long as nobody has them."""
+        here, known = set(self.membership.members), self.state.progress.hospitals
+        numbered = [f"hospital-{k}" for k in range(self.settings.clients)]
+        absent = [label for label in [*sorted(known), *numbered] if label not in here]
+        return list(dict.fromkeys(absent))[:max(self.settings.clients - len(here), 0)]
 
     def _too_few(self, count: int) -> str:
         missing = f" (missing: {', '.join(self._missing())})" if self._missing() else ""

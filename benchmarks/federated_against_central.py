@@ -1,0 +1,92 @@
+"""Does the federated path lose anything? One hospital that holds everything, against the same training without messages.
+
+    python benchmarks/federated_against_central.py [--data-dir data/phantoms] [--rounds 20] [--image-size 128]
+
+Three trainings of as many epochs, from the same weights and scored on the same test patients: a federation of real
+processes with one hospital and one local epoch a round; the centralised loop with a new optimiser every epoch, as a
+hospital has; and train_centralized.py, whose optimiser lasts. The first two should agree.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import argparse  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
+import zlib  # noqa: E402
+from dataclasses import replace  # noqa: E402
+
+import torch  # noqa: E402
+
+from batches import TrainingBatches  # noqa: E402
+from checkpoint import THRESHOLD, load_checkpoint  # noqa: E402
+from common import run_script  # noqa: E402
+from dataset import Dataset, load_dataset  # noqa: E402
+from federation.processes import free_port  # noqa: E402
+from metrics import paired_difference, summarise  # noqa: E402
+from split import Split, make_split  # noqa: E402
+from training import Learner, TrainingSettings, rate_scale, score_patients  # noqa: E402
+from transunet import TransUNet  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+LAST = "transunet_{}_last.pth"
+
+
+def run_federation(data_dir: Path, out: Path, options: list[str]) -> TransUNet:
+    """The last model of one hospital and its server."""
+    address = f"127.0.0.1:{free_port()}"
+    hospital = subprocess.Popen([sys.executable, str(ROOT / "run_client.py"), "--cid", "0", "--data-dir", str(data_dir),
+                                 "--server", address], stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, str(ROOT / "run_server.py"), "--clients", "1", "--address", address, "--out", str(out),
+                    *options], check=True)
+    hospital.wait()
+    return load_checkpoint(out / LAST.format("federated")).model
+
+
+def loop_with_restarts(dataset: Dataset, split: Split, settings: TrainingSettings) -> TransUNet:
+    """The model after settings.epochs epochs, each with a new optimiser, and the hospital's order of slices."""
+    torch.manual_seed(settings.seed)
+    model = TransUNet(settings.model, settings.image_size, settings.norm)
+    seed = settings.seed * 1_000 + zlib.crc32(b"hospital-0") % 1_000
+    batches = TrainingBatches(dataset, split.train, settings.image_size, settings.batch_size, seed)
+    for epoch in range(settings.epochs):
+        learner = Learner(model, replace(settings, ema_decay=0.0), torch.device("cpu"))
+
+        def before_step(step: int, learner: Learner = learner, epoch: int = epoch) -> bool:
+            done = epoch * len(batches) + step
+            learner.set_rate(rate_scale(done / (settings.epochs * len(batches)), done, settings.warmup_steps))
+            return True
+
+        learner.train_epoch(batches.epoch(epoch + 1), before_step)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds, or epochs (default 20)")
+    parser.add_argument("--image-size", type=int, default=128, help="side of the network's input in pixels (default 128)")
+    arguments = parser.parse_args()
+    dataset = load_dataset(arguments.data_dir)
+    split = make_split({p.name: p.site for p in dataset.patients}, 0)
+    settings = TrainingSettings(image_size=arguments.image_size, epochs=arguments.rounds, warmup_steps=20, ema_decay=0.0)
+    options = ["--image-size", str(settings.image_size), "--warmup-steps", str(settings.warmup_steps), "--ema-decay", "0"]
+    with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as folder:
+        out, rounds = Path(folder), ["--rounds", str(arguments.rounds)]
+        models = {"federation of one hospital": run_federation(arguments.data_dir, out, [*rounds, *options]),
+                  "loop with optimiser restarts": loop_with_restarts(dataset, split, settings)}
+        subprocess.run([sys.executable, str(ROOT / "train_centralized.py"), "--data-dir", str(arguments.data_dir), "--out", folder,
+                        "--epochs", str(arguments.rounds), *options], check=True, stdout=subprocess.DEVNULL)
+        models["train_centralized.py"] = load_checkpoint(out / LAST.format("centralized")).model
+    rows = {name: score_patients(model, dataset, split.test, THRESHOLD) for name, model in models.items()}
+    first = next(iter(rows))
+    print(f"{dataset.name}, {arguments.rounds} epochs, {len(split.test)} test patients: mean volume Dice, difference to the first")
+    for name in models:
+        difference = paired_difference(rows[first], rows[name])
+        print(f"  {name:30}{summarise(rows[name])['volume_dice']['mean']:.4f}  {difference['mean']:+.4f}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,186 @@
+"""The federation's parts, each by itself: messages, aggregate, averaged weights, joining, the bundle."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.supercore.task_identity import TaskIdentity
+
+from common import MedFLError, __version__
+from federation.aggregation import Update, aggregate, check_update, make_strategy
+from federation.bundle import FILES, ROOT, make_bundle
+from federation.history import mean_dice
+from federation.hospital import proximal_pull
+from federation.messages import message, payload, put_weights, read, to_arrays, to_weights
+from federation.processes import is_loopback, parse_address
+from federation.settings import FederationSettings, from_json, to_json
+from federation.state import RunState
+from training import Learner, TrainingSettings
+from transunet import TransUNet
+
+
+def record(**arrays) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.asarray(value, np.float32)) for name, value in arrays.items()})
+
+
+def test_weights_travel_unchanged_and_counters_stay():
+    model, other = TransUNet("tiny", 32), TransUNet("tiny", 32)
+    counter = next(name for name in other.state_dict() if name.endswith("num_batches_tracked"))
+    other.state_dict()[counter].fill_(7)
+    arrays = to_arrays(model.state_dict())
+    put_weights(other, arrays)
+    for name, value in model.state_dict().items():
+        assert name == counter or "num_batches" in name or torch.equal(value, other.state_dict()[name])
+    assert other.state_dict()[counter] == 7 and counter not in arrays
+    assert payload(arrays) == sum(4 * v.numel() for v in model.state_dict().values() if v.is_floating_point())
+
+
+def test_weights_of_another_architecture_are_refused():
+    with pytest.raises(MedFLError, match="another architecture"):
+        put_weights(TransUNet("tiny", 32), to_arrays(TransUNet("tiny", 48).state_dict()))
+    with pytest.raises(MedFLError, match="another architecture"):
+        put_weights(TransUNet("tiny", 32), record(a=[1.0]))
+
+
+def test_messages_and_settings_come_back_as_they_were():
+    assert read(message({"a": [1, None]})) == {"a": [1, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        message({"a": float("nan")})
+    given = TrainingSettings(lr=0.5, pretrained=True, encoder_weights="/a/path.pth"), FederationSettings(clients=4, min_clients=3)
+    training, federation = from_json(to_json(*given))
+    assert federation == given[1] and training.lr == 0.5 and training.encoder_weights is None and not training.pretrained
+    for text in ("nonsense", "{}", '{"training": {}, "federation": {}}'):
+        with pytest.raises(MedFLError, match="same version"):
+            from_json(text)
+
+
+@pytest.fixture
+def in_a_run(monkeypatch):
+    """Flower makes messages only inside of a run."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def test_fedavg_is_the_mean_weighted_by_slices(in_a_run):
+    updates = [Update("b", record(w=[1.0, 2.0], v=[[0.0]]), 10), Update("a", record(w=[4.0, 8.0], v=[[3.0]]), 30)]
+    result = aggregate(make_strategy(FederationSettings()), 1, updates)
+    assert result["w"].numpy() == pytest.approx([3.25, 6.5]) and result["v"].numpy() == pytest.approx(np.array([[2.25]]))
+    assert result["w"].numpy().dtype == np.float32 and list(result) == ["w", "v"]
+    prox = aggregate(make_strategy(FederationSettings(strategy="fedprox")), 1, updates)
+    assert np.array_equal(prox["w"].numpy(), result["w"].numpy())
+
+
+@pytest.mark.parametrize(("arrays", "examples", "text"), [
+    (record(w=[1.0, np.nan]), 5, "not finite"), (record(w=[1.0]), 5, "another shape"), (record(u=[1.0, 2.0]), 5, "other tensors"),
+    (record(w=[1.0, 2.0]), 0, "counts 0 slices"), (record(w=[1.0, 2.0]), None, "counts None"),
+    (ArrayRecord({"w": Array(np.zeros(2))}), 5, "shape or type")])
+def test_updates_that_cant_be_averaged_are_left_out(arrays, examples, text):
+    with pytest.raises(MedFLError, match=text):
+        check_update(Update("a", arrays, examples), record(w=[0.0, 0.0]))
+    check_update(Update("a", record(w=[1.0, 2.0]), 5), record(w=[0.0, 0.0]))
+
+
+def test_the_proximal_gradient_is_that_of_its_closed_form():
+    """The gradient of f(w) + mu / 2 |w - w0|^2 by autograd, against what a training step sees."""
+    torch.manual_seed(0)
+    model = TransUNet("tiny", 32)
+    start = [p.detach().clone() for p in model.parameters()]
+    pull = proximal_pull(model, mu=0.3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.01)
+    images = torch.randn(2, 3, 32, 32)
+    model.eval()
+    loss = model(images).square().mean() + 0.15 * sum((p - w).square().sum() for p, w in zip(model.parameters(), start))
+    wanted = torch.autograd.grad(loss, list(model.parameters()))
+    model.zero_grad()
+    model(images).square().mean().backward()
+    pull()
+    for p, gradient in zip(model.parameters(), wanted):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_pull_reaches_the_training_step():
+    """With a huge mu a step's gradient points back to the start, whatever the loss says."""
+    settings = TrainingSettings(image_size=32, batch_size=2, clip=1e9, ema_decay=0.0)
+    learner = Learner(TransUNet("tiny", 32), settings, torch.device("cpu"))
+    learner.adjust_gradients = proximal_pull(learner.model, mu=1e6)
+    with torch.no_grad():
+        learner.model.head.weight.add_(1.0)
+    learner.train_epoch([(torch.randn(2, 3, 32, 32), torch.zeros(2, 1, 32, 32))])
+    torch.testing.assert_close(learner.model.head.weight.grad, torch.full_like(learner.model.head.weight, 1e6), rtol=1e-3, atol=1)
+
+
+def state_of(tmp_path, **training) -> RunState:
+    return RunState(TransUNet("tiny", 32), TrainingSettings(image_size=32, **training), FederationSettings(), tmp_path, None)
+
+
+def test_averaged_weights_over_rounds_follow_their_definition(tmp_path):
+    state = state_of(tmp_path)
+    name = "head.bias"
+    one, two = ({**to_weights(state.arrays), name: torch.tensor([value])} for value in (1.0, 2.0))
+    state.take(to_arrays(one))
+    assert state.final_arrays[name].numpy() == pytest.approx([1.0])
+    state.take(to_arrays(two))
+    assert state.final_arrays[name].numpy() == pytest.approx([1 + (1 - 2 / 11) * 1.0])
+    plain = state_of(tmp_path, ema_decay=0.0)
+    plain.take(to_arrays(two))
+    assert plain.final_arrays[name].numpy() == pytest.approx([2.0])
+
+
+def test_plateau_halves_the_rate_and_survives_a_restart(tmp_path):
+    state = state_of(tmp_path, schedule="plateau")
+    for _ in range(5):  # patience 3: the first sets the mark, the fifth is one too many
+        state.plateau.step(0.5)
+    assert state.rate == 0.5
+    state.save_last()
+    again = state_of(tmp_path, schedule="plateau")
+    kept = torch.load(state.last, weights_only=True)["state"]
+    again.restore(kept)
+    assert again.rate == 0.5
+    for _ in range(4):
+        again.plateau.step(0.5)
+    assert again.rate == 0.25
+    assert state_of(tmp_path).rate is None
+
+
+def test_the_best_is_kept_and_patience_counts_rounds(tmp_path):
+    state = state_of(tmp_path, patience=2)
+    assert state.is_better(0.3, 1) and not state.is_better(0.3, 2) and state.is_better(0.4, 3)
+    state.progress.round = 5
+    assert not state.stopped_early
+    state.progress.round = 6
+    assert state.stopped_early
+
+
+def test_mean_dice_is_weighted_by_patients():
+    rows = [{"val_dice": 0.5, "val_patients": 1}, {"val_dice": 0.8, "val_patients": 3}, {"val_dice": None, "val_patients": 0}]
+    assert mean_dice(rows) == (pytest.approx(0.725), 4) and mean_dice(rows[2:]) == (None, 0)
+
+
+def test_the_bundle_holds_the_named_files_and_nothing_else(tmp_path):
+    bundle = make_bundle()
+    assert bundle == make_bundle()
+    with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+        names = {name for name in archive.namelist() if not name.startswith(".info")}
+        assert names == {*FILES, "pyproject.toml"}
+        assert __version__ in archive.read("pyproject.toml").decode()
+    assert all((ROOT / name).exists() for name in FILES)
+
+
+def test_settings_out_of_range_are_refused():
+    for settings in ({"clients": 0}, {"rounds": 0}, {"round_timeout": float("nan")}, {"min_clients": 3}, {"proximal_mu": -1.0}):
+        with pytest.raises(MedFLError, match="--" + next(iter(settings)).replace("_", "-")):
+            FederationSettings(**settings)
+    assert [FederationSettings(clients=n).quorum for n in (1, 2, 3, 5)] == [1, 1, 2, 3]
+
+
+def test_addresses():
+    assert parse_address("127.0.0.1:80") == ("127.0.0.1", 80) and parse_address("[::1]:80") == ("::1", 80)
+    for wrong in ("80", "host:", "host:0", "host:99999", "host:a"):
+        with pytest.raises(MedFLError, match="HOST:PORT"):
+            parse_address(wrong)
+    assert is_loopback("127.0.0.1") and is_loopback("localhost") and not is_loopback("0.0.0.0")
