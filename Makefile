@@ -21,8 +21,9 @@ demo: $(VENV)/installed
 
 federated: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
-	$(RUN) run_client.py --cid 0 --data-dir $(PHANTOMS) & $(RUN) run_client.py --cid 1 --data-dir $(PHANTOMS) & \
-		$(RUN) run_server.py --out models/federated && wait
+	@$(RUN) run_client.py --cid 0 --data-dir $(PHANTOMS) & one=$$!; $(RUN) run_client.py --cid 1 --data-dir $(PHANTOMS) & two=$$!; \
+	trap 'kill $$one $$two' INT TERM; $(RUN) run_server.py --out models/federated; code=$$?; \
+	[ $$code = 0 ] || kill $$one $$two; wait; exit $$code
 
 test: lint
 	$(RUN) -m pytest

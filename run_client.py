@@ -11,7 +11,6 @@ few hospitals are left, 130 stopped.
 
 import argparse
 import json
-import re
 import secrets
 import shutil
 import sys
@@ -21,10 +20,12 @@ from pathlib import Path
 
 from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
 from dataset import load_dataset
+from federation.messages import LABEL
 from federation.processes import Child, free_port, is_healthy, is_loopback, parse_address
 from inference import choose_device
 
 LOOK = 0.5  # seconds between two looks at children and server
+PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before
 RESTARTS = 5  # of the connection in a row, without it working for QUIET seconds, before it is given up
 QUIET = 120.0
 
@@ -52,7 +53,7 @@ def identity(arguments: argparse.Namespace, shares_machine: bool) -> dict:
     if not own and arguments.cid < 0:
         raise MedFLError(f"--cid is {arguments.cid}; hospitals are numbered from 0")
     label = arguments.name or f"hospital-{arguments.cid}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}", label):
+    if not LABEL.fullmatch(label):
         raise MedFLError(f"--name is {label}; take up to 32 letters, digits, - and _")
     folder = arguments.own_data if own else arguments.data_dir
     dataset = load_dataset(folder, label if own else None)
@@ -104,7 +105,9 @@ class Watch:
                 self._look_at_children()
                 time.sleep(LOOK)
             about = json.loads(ended.read_text(encoding="utf-8"))
-            time.sleep(2 * LOOK)  # the answer is on its way
+            until = time.monotonic() + PARTING
+            while is_healthy(self.host, self.port) is not False and time.monotonic() < until:
+                time.sleep(LOOK)
             return about["exit"], about["sentence"]
         finally:
             if self.connection:

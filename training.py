@@ -113,7 +113,7 @@ class Learner:
         self.rates = (settings.lr, settings.lr * settings.encoder_lr_factor)
         self.optimiser = torch.optim.AdamW(
             [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": self.rates[0]},
-             {"params": encoder, "lr": self.rates[1]}], weight_decay=settings.weight_decay)
+             {"params": encoder, "lr": self.rates[1]}], weight_decay=settings.weight_decay, fused=True)
         self.step_count = 0
         self.adjust_gradients: Callable[[], None] = lambda: None  # after each backward pass, before clipping
 

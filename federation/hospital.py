@@ -47,6 +47,7 @@ class Hospital:
     """
 
     def __init__(self, identity: dict, training: TrainingSettings, federation: FederationSettings):
+        self.began = time.monotonic()
         self.identity, self.training, self.federation = identity, training, federation
         self.own_data = identity["cid"] is None
         if identity["shares_machine"]:  # with the other simulated hospitals; more threads than cores slow all down
@@ -123,7 +124,7 @@ class Hospital:
                 share = rate_scale((number - 1 + step / steps) / settings.rounds, (number - 1) * steps + step,
                                    self.training.warmup_steps)
             learner.set_rate(share)
-            if time.monotonic() - began > about["seconds"]:
+            if time.monotonic() - self.began > about["seconds"]:
                 raise HospitalError(Failure.LATE, f"round {number} took longer than the server's {about['seconds']:.0f} s; "
                                     "it goes on without this hospital's update (the server's --round-timeout sets the time)")
             return True

@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from federation.messages import End, Query
+from common import MedFLError
+from federation.messages import FACTS, INTRODUCTION, LABEL, End, Query, expect
 from federation.post import Answer, Post
 from federation.settings import FederationSettings
+from split import PARTS
 
 LOOK = 1.0  # seconds between two looks at who is connected
 JOIN_TIME = 600.0  # seconds for a hospital's answer at joining; it may have to read its scans first
@@ -89,12 +91,17 @@ class Membership:
         facts = answer.about
         if answer.failure:
             if "failure" in facts:
-                self.say(f"{facts['label']} can't take part: {answer.failure}")
+                self.say(f"{facts.get('label', 'a hospital')} can't take part: {answer.failure}")
                 self._refuse(answer.node, End.UNFIT)
             else:  # Flower's answer: the hospital's did not come; it is asked again while it is connected
                 self._asked.discard(answer.node)
             return
-        refusal, detail = self._refusal(facts)
+        try:
+            refusal, detail = self._refusal(facts)
+        except (MedFLError, KeyError, TypeError) as error:
+            self.say(f"a hospital's introduction can't be read ({error}); it is refused")
+            self._refuse(answer.node, End.UNFIT)
+            return
         if refusal:
             self.say(f"{facts['label']} refused: {refusal}{' (' + detail + ')' if detail else ''}")
             self._refuse(answer.node, refusal, detail)
@@ -124,7 +131,9 @@ class Membership:
 
     def _refusal(self, facts: dict) -> tuple[End | None, str]:
         """Why a hospital can't be a member, and what its sentence says besides."""
-        ours, theirs = self.about["versions"], facts["versions"]
+        ours, theirs = self.about["versions"], expect(facts, INTRODUCTION)["versions"]
+        if not LABEL.fullmatch(facts["label"]):
+            raise MedFLError("its label has characters that no label has")
         other = [f"{name} {theirs.get(name)} instead of {ours[name]}" for name in ("medfl", "flwr", "timm")
                  if theirs.get(name) != ours[name]]
         if other:
@@ -133,6 +142,9 @@ class Membership:
             return End.NUMBER, str(self.settings.clients)
         if facts["label"] not in self.members and len(self.members) >= self.settings.clients:
             return End.FULL, ""
+        expect(facts, FACTS)
+        for part in PARTS:
+            expect(facts["parts"][part], {"patients": int, "slices": int})
         hashes = {m.facts["partition_sha256"] for m in self.members.values() if not m.facts["own_data"]}
         if not facts["own_data"] and hashes - {facts["partition_sha256"]}:
             return End.SPLIT, ""

@@ -6,6 +6,8 @@ path, no figure of one patient or slice, and no text of an error (a code stands 
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 
@@ -82,6 +84,28 @@ def read(content: RecordDict) -> dict:
         raise MedFLError("a message came without its text; use the same version of MedFL on both sides") from error
     if not isinstance(about, dict):
         raise MedFLError("a message came with another text than expected; use the same version of MedFL on both sides")
+    return about
+
+
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
+INTRODUCTION = {"label": str, "session": str, "cid": int | None, "versions": dict}  # what an answer must have, and of what kind
+FACTS = {**INTRODUCTION, "own_data": bool, "data": str, "parts": dict, "images": dict | None, "device": str,
+         "split_sha256": str | None, "partition_sha256": str | None}
+RESULT = {"val_dice": float | None, "val_patients": int, "seconds": float}
+TRAINED = {**RESULT, "examples": int, "train_loss": float | None}
+
+
+def expect(about: dict, kinds: Mapping) -> dict:
+    """What a hospital said, if it has these entries of these kinds and every number is finite and not negative.
+
+    Raises MedFLError otherwise: a broken answer must not end the server.
+    """
+    for name, kind in kinds.items():
+        value = about.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+            raise MedFLError(f"its answer has no usable {name}; it is left out")
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise MedFLError(f"its answer says {name} {value}; it is left out")
     return about
 
 

@@ -45,6 +45,8 @@ class Post:
     def send(self, nodes: list[int], kind: str, purpose: str, about: dict, timeout: float,
              arrays: ArrayRecord | None = None) -> None:
         """Send each node the same message of Flower's `kind` (train, evaluate or query), to be answered within `timeout` s."""
+        if not nodes:
+            return
         messages = [Message(message(about, arrays), node, kind, ttl=timeout, group_id=purpose) for node in nodes]
         lost_at = time.monotonic() + timeout + SPARE
         for identity, node in zip(self._grid.push_messages(messages), nodes):

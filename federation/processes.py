@@ -1,5 +1,6 @@
 """The care of child processes: started so that they end with us, watched, stopped; and the ports that they listen on."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -38,8 +39,9 @@ class Child:
         if output:
             output.close()
         if secret:
-            self.process.stdin.write(secret.encode() + b"\n")
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it ended at once; whoever watches it will see
+                self.process.stdin.write(secret.encode() + b"\n")
+                self.process.stdin.close()
 
     @property
     def exit_code(self) -> int | None:

@@ -11,8 +11,8 @@ from common import EXIT_NO_QUORUM, MedFLError
 from federation.aggregation import Update, aggregate, check_update, make_strategy
 from federation.history import draw_curves, mean_dice, table, write_history
 from federation.membership import PURPOSES, Member, Membership
-from federation.messages import End, payload
-from federation.post import Answer, Post
+from federation.messages import RESULT, TRAINED, End, expect, payload
+from federation.post import SPARE, Answer, Post
 from federation.settings import to_json
 from federation.state import RunState
 
@@ -120,7 +120,8 @@ class Federation:
         by_node = {member.node: member for member in members}
         answers, failures = {}, {}
         limit = self.settings.round_timeout
-        self.post.send(list(by_node), kind, purpose, {**self.about, **about}, limit, arrays)
+        # Flower lets the message live a little longer, so that it is we who say that somebody gave no answer in time
+        self.post.send(list(by_node), kind, purpose, {**self.about, **about}, limit + SPARE, arrays)
         until = time.monotonic() + limit
         with tqdm(total=len(members), desc=title, unit="hospital", leave=False, disable=None) as bar:
             while len(answers) + len(failures) < len(members) and time.monotonic() < until:
@@ -173,9 +174,10 @@ class Federation:
 
     def _update(self, label: str, answer: Answer) -> Update:
         """The update in an answer, checked. Raises MedFLError where it can't be used."""
+        about = expect(answer.about, TRAINED)
         if answer.arrays is None:
             raise MedFLError("its answer has no update; it is left out")
-        update = Update(label, answer.arrays, answer.about.get("examples"))
+        update = Update(label, answer.arrays, about["examples"])
         check_update(update, self.state.arrays)
         return update
 
@@ -209,7 +211,12 @@ class Federation:
         answers, failures = self._ask("evaluate", "final", self.membership.present, {}, arrays, "scoring the last model")
         for label, reason in sorted(failures.items()):
             self.say(f"the last model is not scored by {label}: {reason}")
-        rows = [self._row(number, label, answer.about, arrays, None) for label, answer in sorted(answers.items())]
+        rows = []
+        for label, answer in sorted(answers.items()):
+            try:
+                rows.append(self._row(number, label, expect(answer.about, RESULT), arrays, None))
+            except MedFLError as error:
+                self.say(f"the last model's score by {label}: {error}")
         done.rows = [row for row in done.rows if row["round"] < number] + rows
         mean, patients = mean_dice(rows)
         if mean is not None and self.state.is_better(mean, done.round):

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads beyond the cores slow all down
 
 
 @pytest.fixture(scope="session")

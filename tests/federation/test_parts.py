@@ -14,7 +14,7 @@ from federation.aggregation import Update, aggregate, check_update, make_strateg
 from federation.bundle import FILES, ROOT, make_bundle
 from federation.history import mean_dice
 from federation.hospital import proximal_pull
-from federation.messages import message, payload, put_weights, read, to_arrays, to_weights
+from federation.messages import TRAINED, expect, message, payload, put_weights, read, to_arrays, to_weights
 from federation.processes import is_loopback, parse_address
 from federation.settings import FederationSettings, from_json, to_json
 from federation.state import RunState
@@ -159,6 +159,18 @@ def test_the_best_is_kept_and_patience_counts_rounds(tmp_path):
 def test_mean_dice_is_weighted_by_patients():
     rows = [{"val_dice": 0.5, "val_patients": 1}, {"val_dice": 0.8, "val_patients": 3}, {"val_dice": None, "val_patients": 0}]
     assert mean_dice(rows) == (pytest.approx(0.725), 4) and mean_dice(rows[2:]) == (None, 0)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"val_dice": float("nan")}, {"val_dice": "0.5"}, {"val_patients": -1}, {"seconds": float("inf")}, {"examples": True},
+    {"examples": 3.5}, {"train_loss": [1.0]}], ids=str)
+def test_broken_answers_are_told_apart(wrong):
+    good = {"val_dice": 0.5, "val_patients": 2, "seconds": 1.0, "examples": 7, "train_loss": None}
+    assert expect(good, TRAINED) == good
+    with pytest.raises(MedFLError, match=next(iter(wrong))):
+        expect({**good, **wrong}, TRAINED)
+    with pytest.raises(MedFLError, match="examples"):
+        expect({name: value for name, value in good.items() if name != "examples"}, TRAINED)
 
 
 def test_the_bundle_holds_the_named_files_and_nothing_else(tmp_path):
