@@ -23,7 +23,12 @@ def draw_curves(rows: list[dict], path: Path, title: str) -> None:
                   markersize=4, linestyle="--", label="validation: mean volume Dice")
     dice.set(title="Dice", xlabel="epoch", ylim=(0, 1))
     dice.legend(loc="lower right", frameon=False)
-    for axes in (loss, dice):
+    save_curves(figure, path, title)
+
+
+def save_curves(figure: Figure, path: Path, title: str) -> None:
+    """Give the plots over epochs or rounds of a figure their common look, and write it as a PNG."""
+    for axes in figure.axes:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

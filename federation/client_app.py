@@ -32,7 +32,7 @@ def keep_errors_here(incoming: Message, context: Context, handle) -> Message:
         failure, text = Failure.RESOURCES, f"out of memory or disk ({error}); free some, the next round tries again"
     except RuntimeError as error:  # torch's name for many things
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            failure, text = Failure.RESOURCES, "out of memory; a smaller --batch-size at the server needs less"
+            failure, text = Failure.RESOURCES, f"out of memory ({error}); a smaller --batch-size at the server needs less"
         else:
             failure, text = Failure.BUG, traceback.format_exc()
     except Exception:

@@ -12,6 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common import atomic_write
+from curves import save_curves
 
 COLUMNS = ("round", "site", "examples", "train_loss", "val_dice", "val_patients", "seconds", "bytes_sent", "bytes_received")
 MARKS = "os^Dv<>ph*"
@@ -62,10 +63,4 @@ def draw_curves(rows: list[dict], path: Path, title: str) -> None:
     loss.set(title="Training loss at the hospitals", xlabel="round", ylabel="cross-entropy + (1 − soft Dice)")
     dice.set(title="Validation: mean volume Dice of the round's model", xlabel="after round", ylim=(0, 1))
     dice.legend(loc="lower right", frameon=False, fontsize=8)
-    for axes in (loss, dice):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    save_curves(figure, path, title)

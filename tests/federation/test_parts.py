@@ -6,15 +6,16 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import MedFLError, __version__
 from federation.aggregation import Update, aggregate, check_update, make_strategy
 from federation.bundle import FILES, ROOT, make_bundle
+from federation.client_app import keep_errors_here
 from federation.history import mean_dice
-from federation.hospital import proximal_pull
-from federation.messages import TRAINED, expect, message, payload, put_weights, read, to_arrays, to_weights
+from federation.hospital import HospitalError, proximal_pull
+from federation.messages import TRAINED, Failure, expect, message, payload, put_weights, read, to_arrays, to_weights
 from federation.processes import is_loopback, parse_address
 from federation.settings import FederationSettings, from_json, to_json
 from federation.state import RunState
@@ -171,6 +172,27 @@ def test_broken_answers_are_told_apart(wrong):
         expect({**good, **wrong}, TRAINED)
     with pytest.raises(MedFLError, match="examples"):
         expect({name: value for name, value in good.items() if name != "examples"}, TRAINED)
+
+
+def fails_with(error: Exception):
+    def handle(incoming, context):
+        raise error
+
+    return handle
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (HospitalError(Failure.DATA, "scans/Anna_1.tif is gone"), "data"), (MedFLError("scans/Anna_1.tif is odd"), "training"),
+    (MemoryError("Anna"), "resources"), (OSError(28, "No space left on device", "scans/Anna_1.tif"), "resources"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: Anna"), "resources"), (ValueError("Anna"), "bug"),
+    (RuntimeError("shape of Anna"), "bug")], ids=lambda value: type(value).__name__)
+def test_errors_travel_as_codes_and_their_text_stays(in_a_run, tmp_path, monkeypatch, capsys, error, code):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hospital.json").write_text('{"label": "mercy", "session": "s"}')
+    incoming = Message(message({}), 1, "train")
+    reply = keep_errors_here(incoming, None, fails_with(error))
+    assert read(reply.content) == {"failure": code, "label": "mercy", "session": "s"} and not reply.has_error()
+    assert "Anna" in capsys.readouterr().out
 
 
 def test_the_bundle_holds_the_named_files_and_nothing_else(tmp_path):
