@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
 SEARCH_DEPTH = 4  # folders below --data-dir; the deepest that people make is archive/lgg-mri-segmentation/kaggle_3m
 CACHE_VERSION = 1
+DAY = 86_400.0  # seconds; no build takes as long
 HOW_TO_GET = ("download https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation and unpack it there, "
               "or make a synthetic cohort with `python data/make_phantoms.py`")
 
@@ -211,6 +213,9 @@ def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
     folder = cache_folder() / f"{dataset}-{_fingerprint(root, patients)}"
     if (folder / "index.json").exists():
         return folder
+    for stale in folder.parent.glob(".building-*"):  # of a build that was killed
+        if time.time() - stale.stat().st_mtime > DAY:
+            shutil.rmtree(stale, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
         _build_cache(beside, patients, progress)

@@ -196,7 +196,8 @@ def write_history(rows: list[dict], path: Path) -> None:
 
 
 def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int) -> Split:
-    """The split that the options ask for. Raises MedFLError where the one in --out has other sizes than they ask."""
+    """The split that the options ask for. Raises MedFLError where the one in --out has another seed or other
+    sizes than they ask."""
     path, fractions = arguments.out / "split.json", (arguments.val_fraction, arguments.test_fraction)
     if arguments.split_file or arguments.resume:
         split = load_split(arguments.split_file or path, set(sites))
@@ -204,6 +205,9 @@ def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int
             save_split(split, path)  # beside the checkpoint, where evaluate.py looks
         return split
     split = split_for(path, sites, seed, *fractions)
+    if split.seed != seed:
+        raise MedFLError(f"{path} was drawn with --seed {split.seed}; choose another --out for this seed, delete the file, or name "
+                         "it with --split-file to keep its patients")
     asked, there = make_split(sites, seed, *fractions), [len(split.part(p)) for p in PARTS]
     if there != [len(asked.part(p)) for p in PARTS]:
         raise MedFLError(f"{path} holds {' / '.join(map(str, there))} patients for training, validation and test, and the "

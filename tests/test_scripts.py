@@ -28,7 +28,7 @@ def history(folder) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def sentence(done: subprocess.CompletedProcess, text: str) -> None:
+def expect_sentence(done: subprocess.CompletedProcess, text: str) -> None:
     """The script ended with 2 and one sentence on the error stream, no traceback."""
     assert done.returncode == 2, done.stderr
     assert text in done.stderr and "Traceback" not in done.stderr
@@ -82,10 +82,10 @@ def test_resume_refuses_another_split_and_keeps_its_own(phantoms, trained, tmp_p
     split["test"], split["val"] = split["val"], split["test"]
     (tmp_path / "other.json").write_text(json.dumps(split))
     resume = ("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, "--resume")
-    sentence(run_script(*resume, "--split-file", tmp_path / "other.json"), "another split")
+    expect_sentence(run_script(*resume, "--split-file", tmp_path / "other.json"), "another split")
     assert (tmp_path / "split.json").read_bytes() == (trained / "split.json").read_bytes()
     (tmp_path / LAST).write_bytes((trained / BEST).read_bytes())
-    sentence(run_script(*resume), "no run to go on with")
+    expect_sentence(run_script(*resume), "no run to go on with")
 
 
 def test_a_new_run_leaves_nothing_to_resume_of_the_old(phantoms, trained, tmp_path):
@@ -93,7 +93,7 @@ def test_a_new_run_leaves_nothing_to_resume_of_the_old(phantoms, trained, tmp_pa
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--lr", 1e30, "--epochs", 3,
                       "--clip", 1e30)
-    sentence(done, "lower --lr")
+    expect_sentence(done, "lower --lr")
     assert not (tmp_path / LAST).exists() or load_checkpoint(tmp_path / LAST).metadata["training"]["lr"] == 1e30
 
 
@@ -131,13 +131,14 @@ def test_early_stop(phantoms, tmp_path):
 
 
 def test_training_says_what_is_wrong(phantoms, trained, tmp_path):
-    sentence(run_script("train_centralized.py", "--data-dir", tmp_path / "none", "--out", tmp_path), "make_phantoms.py")
+    expect_sentence(run_script("train_centralized.py", "--data-dir", tmp_path / "none", "--out", tmp_path), "make_phantoms.py")
     train = ("train_centralized.py", "--data-dir", phantoms, "--out")
-    sentence(run_script(*train, tmp_path / "a", "--image-size", 100), "multiple of 16")
-    sentence(run_script(*train, tmp_path / "b", "--resume"), "start without --resume")
-    sentence(run_script(*train, trained, "--test-fraction", 0), "another --out")
+    expect_sentence(run_script(*train, tmp_path / "a", "--image-size", 100), "multiple of 16")
+    expect_sentence(run_script(*train, tmp_path / "b", "--resume"), "start without --resume")
+    expect_sentence(run_script(*train, trained, "--test-fraction", 0), "another --out")
+    expect_sentence(run_script(*train, trained, "--seed", 1), "drawn with --seed 0")
     (tmp_path / "split.json").write_text(json.dumps({"version": 1, "seed": 0, "train": ["nobody"], "val": [], "test": []}))
-    sentence(run_script(*train, tmp_path / "c", "--split-file", tmp_path / "split.json"), "names nobody")
+    expect_sentence(run_script(*train, tmp_path / "c", "--split-file", tmp_path / "split.json"), "names nobody")
 
 
 def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
@@ -167,10 +168,11 @@ def test_evaluate_says_what_is_wrong(phantoms, trained, tmp_path):
     split["test"], split["train"] = split["train"][:2], split["test"] + split["train"][2:]
     (tmp_path / "other.json").write_text(json.dumps(split))
     check = ("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", phantoms)
-    sentence(run_script(*check, "--split-file", tmp_path / "other.json"), "not the split")
-    sentence(run_script(*check, "--split-file", tmp_path / "missing.json"), "there is no split file")
-    sentence(run_script("evaluate.py", "--checkpoint", tmp_path / "no.pth", "--data-dir", phantoms), "there is no checkpoint")
-    sentence(run_script(*check, "--split", "all", "--write-back"), "leave --split at test")
+    expect_sentence(run_script(*check, "--split-file", tmp_path / "other.json"), "not the split")
+    expect_sentence(run_script(*check, "--split-file", tmp_path / "missing.json"), "there is no split file")
+    missing = ("--checkpoint", tmp_path / "no.pth", "--data-dir", phantoms)
+    expect_sentence(run_script("evaluate.py", *missing), "there is no checkpoint")
+    expect_sentence(run_script(*check, "--split", "all", "--write-back"), "leave --split at test")
 
 
 def test_predictions_are_bit_equal_with_what_is_scored(phantoms, trained, tmp_path):
@@ -204,8 +206,8 @@ def test_predict_takes_any_picture_and_says_what_is_wrong(trained, tmp_path):
         assert done.returncode == 0 and "4 slices segmented" in done.stdout, done.stderr
     assert Image.open(given / "out" / "scan_mask.png").size == (56, 40)
     assert run_script("predict.py", given, "--checkpoint", trained / BEST, "--out", tmp_path).returncode == 0
-    sentence(run_script("predict.py", given, "--checkpoint", trained / BEST, "--out", given), "another --out")
-    sentence(run_script("predict.py", tmp_path / "missing", *options), "there is no")
+    expect_sentence(run_script("predict.py", given, "--checkpoint", trained / BEST, "--out", given), "another --out")
+    expect_sentence(run_script("predict.py", tmp_path / "missing", *options), "there is no")
     (given / "text.tif").write_text("hello")
-    sentence(run_script("predict.py", given / "text.tif", *options), "can't be read as a picture")
-    sentence(run_script("predict.py", given / "a_1_mask.tif", *options), "there is no slice")
+    expect_sentence(run_script("predict.py", given / "text.tif", *options), "can't be read as a picture")
+    expect_sentence(run_script("predict.py", given / "a_1_mask.tif", *options), "there is no slice")
