@@ -41,7 +41,7 @@ class Dataset:
     """Patients with their pixels, read from the cache as they are needed.
 
     Attributes: name ("LGG MRI segmentation", "phantoms" or "own data"), root, patients, table (pandas: patient, site,
-    slices, tumour_slices, tumour_pixels, tumour_share, one row per patient).
+    slices, pixels, tumour_slices, tumour_pixels, tumour_share, one row per patient).
     """
 
     def __init__(self, root: Path, patients: list[Patient], cache: Path):
@@ -52,7 +52,7 @@ class Dataset:
         self._pixels = np.memmap(cache / "images.bin", np.uint8, "r")
         self._masks = np.memmap(cache / "masks.bin", np.uint8, "r")
         self.table = pd.DataFrame([{
-            "patient": e["patient"], "site": e["site"], "slices": e["shape"][0],
+            "patient": e["patient"], "site": e["site"], "slices": e["shape"][0], "pixels": int(np.prod(e["shape"])),
             "tumour_slices": sum(n > 0 for n in e["tumour_pixels"]), "tumour_pixels": sum(e["tumour_pixels"]),
             "tumour_share": sum(e["tumour_pixels"]) / np.prod(e["shape"], dtype=float),
         } for e in index])

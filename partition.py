@@ -137,10 +137,9 @@ def describe_hospitals(partition: Partition, table: pd.DataFrame) -> pd.DataFram
     rows = []
     for number, split in enumerate(partition.hospitals):
         mine = by_name.loc[list(split.part("all"))]
-        pixels = (mine["tumour_pixels"] / mine["tumour_share"].where(mine["tumour_share"] > 0)).fillna(0).sum()
         rows.append({"hospital": number, "of": " ".join(sorted(set(mine["site"]))), "patients": len(mine),
                      **{part: len(split.part(part)) for part in PARTS}, "slices": int(mine["slices"].sum()),
-                     "tumour_share": 100 * mine["tumour_pixels"].sum() / pixels if pixels else 0.0,
+                     "tumour_share": 100 * mine["tumour_pixels"].sum() / mine["pixels"].sum(),
                      "tumour_area": mine["tumour_pixels"].sum() / max(mine["tumour_slices"].sum(), 1)})
     return pd.DataFrame(rows)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
 from dataset import load_dataset
 from federation.messages import LABEL
-from federation.processes import Child, free_port, is_healthy, is_loopback, parse_address
+from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
 from inference import choose_device
 
 LOOK = 0.5  # seconds between two looks at children and server
@@ -50,6 +50,8 @@ def identity(arguments: argparse.Namespace, shares_machine: bool) -> dict:
         raise MedFLError("give either --cid K, for a share of one dataset, or --own-data FOLDER with --name")
     if own and not arguments.name:
         raise MedFLError("a hospital with --own-data needs a label; give one with --name")
+    if not own and arguments.name:
+        raise MedFLError("--name goes with --own-data; a hospital with --cid K is called hospital-K")
     if not own and arguments.cid < 0:
         raise MedFLError(f"--cid is {arguments.cid}; hospitals are numbered from 0")
     label = arguments.name or f"hospital-{arguments.cid}"
@@ -61,7 +63,7 @@ def identity(arguments: argparse.Namespace, shares_machine: bool) -> dict:
     print(f"{label}: {dataset.name} in {dataset.root}, {len(dataset.patients)} patients, {slices} slices"
           + ("" if own else ", of which the server's partition says which are this hospital's"), flush=True)
     return {"label": label, "session": secrets.token_hex(8), "cid": arguments.cid, "data": str(folder.resolve()),
-            "device": choose_device(arguments.device).type, "medfl": __version__, "shares_machine": shares_machine and not own,
+            "device": str(choose_device(arguments.device)), "medfl": __version__, "shares_machine": shares_machine and not own,
             "split_file": str((Path("models") / f"{label}_split.json").resolve())}
 
 
@@ -169,7 +171,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="medfl-hospital-"))
     try:
         write_json(folder / "hospital.json", who)
-        code, sentence = Watch(f"{host}:{port}", host, port, folder, arguments.wait).run()
+        code, sentence = Watch(join_address(host, port), host, port, folder, arguments.wait).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{who['label']}: {sentence}", file=sys.stderr if code else sys.stdout, flush=True)

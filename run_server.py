@@ -11,6 +11,7 @@ federation/history.py) and federated_curves.png. Exit codes: 0 done, 2 bad input
 
 import argparse
 import json
+import os
 import shutil
 import socket
 import sys
@@ -25,9 +26,9 @@ from common import MedFLError, __version__, add_settings, git_commit, run_script
 from federation.bundle import make_bundle
 from federation.flower import TaskSource, submit
 from federation.hospital import local_versions
-from federation.processes import Child, is_healthy, is_loopback, parse_address
+from federation.processes import Child, is_healthy, is_loopback, join_address, no_proxy, parse_address
 from federation.settings import TRAINING_OPTIONS, FederationSettings, to_json
-from federation.state import BEST, LAST, load_run
+from federation.state import load_run
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -61,19 +62,21 @@ def check_address(address: str) -> tuple[str, int]:
     return host, port
 
 
-def starting_model(arguments: argparse.Namespace, training: TrainingSettings) -> tuple[TransUNet, str]:
-    """The model that round 1 begins with, and in words where it comes from. Raises MedFLError for a file that doesn't fit."""
+def starting_model(arguments: argparse.Namespace, training: TrainingSettings) -> tuple[TransUNet, str, str | None]:
+    """The model that round 1 begins with, in words where it comes from, and the SHA-256 of the split it was trained on, if
+    it was. Raises MedFLError for a file that doesn't fit."""
     torch.manual_seed(training.seed)
     if arguments.init is None:
         model = TransUNet(training.model, training.image_size, training.norm, training.pretrained, training.encoder_weights)
         name = Path(training.encoder_weights).name if training.encoder_weights else None
-        return model, f"encoder weights {name}" if name else "timm's encoder" if training.pretrained else "random weights"
-    model = load_checkpoint(arguments.init).model
+        return model, f"encoder weights {name}" if name else "timm's encoder" if training.pretrained else "random weights", None
+    checkpoint = load_checkpoint(arguments.init)
+    model = checkpoint.model
     wanted = (training.model, training.image_size, training.norm)
     if (model.name, model.image_side, model.norm) != wanted:
         raise MedFLError(f"{arguments.init} is {model.name} at {model.image_side} pixels with {model.norm} normalisation; "
                          f"give --model {model.name} --image-size {model.image_side} --norm {model.norm}")
-    return model, f"checkpoint {arguments.init.name}"
+    return model, f"checkpoint {arguments.init.name}", checkpoint.metadata.get("data", {}).get("split_sha256")
 
 
 def write_job(arguments: argparse.Namespace, folder: Path) -> FederationSettings:
@@ -88,12 +91,11 @@ def write_job(arguments: argparse.Namespace, folder: Path) -> FederationSettings
         training, federation = settings_from(arguments, TrainingSettings), settings_from(arguments, FederationSettings)
         if training.schedule == "plateau" and not federation.val_fraction:
             raise MedFLError("a plateau is seen on validation patients, and there are none; take --schedule cosine")
-        model, started_from = starting_model(arguments, training)
+        model, started_from, init_split = starting_model(arguments, training)
         start = folder / "start.pth"
         save_checkpoint(start, model.state_dict(), describe(model))
-        for name in (BEST, LAST):  # so that neither a later --resume nor a reader takes another run's
-            (out / name).unlink(missing_ok=True)
-        job.update(settings=to_json(training, federation), start=str(start), started_from=started_from)
+        job.update(settings=to_json(training, federation), start=str(start), started_from=started_from,
+                   init_split=init_split)
         size = 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point()) / 1e6
         print(f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way a round and hospital")
     write_json(folder / "job.json", job)
@@ -136,11 +138,12 @@ def main() -> None:
         superlink = start_superlink(host, port, folder)
         print(f"listening on {arguments.address}; waiting for {federation.clients} hospitals: "
               f"python run_client.py --cid 0 (to {federation.clients - 1}) --server {arguments.address}", flush=True)
-        source = TaskSource(f"{host}:{port}", "flwr-serverapp")
-        submit(f"{host}:{port}", make_bundle())
+        os.environ.update(no_proxy())
+        source = TaskSource(join_address(host, port), "flwr-serverapp")
+        submit(join_address(host, port), make_bundle())
         while (token := source.next_token()) is None:
             time.sleep(0.1)
-        app = Child("serverapp", [f"{host}:{port}"], folder, secret=token)
+        app = Child("serverapp", [join_address(host, port)], folder, secret=token)
         code = wait_for(app, superlink, folder)
     finally:
         for child in (app, superlink):

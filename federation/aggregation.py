@@ -31,10 +31,13 @@ def check_update(update: Update, reference: ArrayRecord) -> None:
     """Raises MedFLError where an update can't be averaged: other names or shapes, values that are not finite, no examples."""
     if not isinstance(update.examples, int) or update.examples <= 0:
         raise MedFLError(f"its update counts {update.examples} slices; it is left out")
-    if list(update.arrays) != list(reference):
+    if not isinstance(update.arrays, ArrayRecord) or list(update.arrays) != list(reference):
         raise MedFLError("its update has other tensors than the model; it is left out")
     for name, array in update.arrays.items():
-        values = array.numpy()
+        try:
+            values = array.numpy()
+        except Exception as error:  # bytes from elsewhere: numpy and Flower each raise their own kinds
+            raise MedFLError("its update can't be decoded; it is left out") from error
         if values.shape != tuple(reference[name].shape) or values.dtype != np.float32:
             raise MedFLError("its update has tensors of another shape or type; it is left out")
         if not np.isfinite(values).all():

@@ -29,7 +29,7 @@ def keep_errors_here(incoming: Message, context: Context, handle) -> Message:
     except MedFLError as error:
         failure, text = Failure.TRAINING, str(error)
     except (MemoryError, OSError) as error:
-        failure, text = Failure.RESOURCES, f"out of memory or disk ({error}); free some, the next round tries again"
+        failure, text = Failure.RESOURCES, f"out of memory or disk ({error}); free some, the server asks again"
     except RuntimeError as error:  # torch's name for many things
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             failure, text = Failure.RESOURCES, f"out of memory ({error}); a smaller --batch-size at the server needs less"
@@ -89,8 +89,9 @@ def train(incoming: Message, context: Context) -> Message:
     score = hospital.score(model)
     result, arrays = hospital.train(model, about)
     scored = f"validation Dice {score['val_dice']:.3f} before it, " if score["val_dice"] is not None else ""
-    say(f"round {about['round']} of {hospital.federation.rounds}: {scored}loss {result['train_loss']:.3f} "
-        f"over {result['examples']} slices in {result['seconds']:.0f} s")
+    loss = f"loss {result['train_loss']:.3f} " if result["train_loss"] is not None else ""
+    say(f"round {about['round']} of {hospital.federation.rounds}: {scored}trained, {loss}over {result['examples']} slices "
+        f"in {result['seconds']:.0f} s")
     result["seconds"] += score.pop("seconds")
     return Message(message({**score, **result}, arrays), reply_to=incoming)
 

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def run_supernode(options: list[str]) -> None:
 
     sys.argv = ["flower-supernode", *options]
     flower_supernode()
+    os._exit(1)  # it gave up; a thread of its own would keep a process alive that does nothing
 
 
 def run_server_app(address: str) -> None:
@@ -152,11 +154,15 @@ def serve_hospital(address: str) -> None:
         token = source.next_token()
         if token is None:
             time.sleep(POLL)
-        elif CAN_FORK:
-            _in_fork(address, token)
+            continue
+        if CAN_FORK:
+            code = _in_fork(address, token)
         else:
             command = [sys.executable, __file__, str(os.getpid()), "clientapp", address]
-            subprocess.run(command, input=token + "\n", text=True, check=False)
+            code = subprocess.run(command, input=token + "\n", text=True, check=False).returncode
+        if code:  # without an answer, maybe, and then the SuperNode would wait for it for ever: run_client.py renews both
+            why = "killed, perhaps because memory ran out" if code < 0 else f"exit code {code}"
+            sys.exit(f"the program that works on a message ended before its time ({why})")
 
 
 def import_timm() -> None:
@@ -169,21 +175,24 @@ def import_timm() -> None:
     sys.path.remove(root)
 
 
-def _in_fork(address: str, token: str) -> None:
+def _in_fork(address: str, token: str) -> int:
+    """Handle one message in a fork of this process; its exit code, negative where a signal ended it."""
     parent = os.getpid()
     child = os.fork()
     if child:
-        os.waitpid(child, 0)  # one message at a time, as the SuperNode hands them out
-        return
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # one message at a time, as the SuperNode hands them out
+    code = 1
     try:
         tie_to_parent(parent)
         run_client_app(address, token)
-    except SystemExit:
-        pass
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def main() -> None:

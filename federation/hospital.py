@@ -1,6 +1,5 @@
 """What a hospital does with a message: answer who it is, score the model that came, train it, give back the update."""
 
-import math
 import os
 import time
 import zlib
@@ -21,7 +20,7 @@ from federation.messages import Failure, put_weights, to_arrays
 from federation.settings import FederationSettings
 from inference import choose_device
 from partition import make_partition
-from split import PARTS, make_split, save_split
+from split import PARTS, make_split, split_for
 from training import Learner, TrainingSettings, rate_scale, score_patients
 from transunet import TransUNet
 
@@ -63,12 +62,12 @@ class Hospital:
         identity, settings = self.identity, self.federation
         self.dataset = load_dataset(Path(identity["data"]), identity["label"] if self.own_data else None, progress=False)
         sites = {p.name: p.site for p in self.dataset.patients}
-        split = make_split(sites, self.training.seed, settings.val_fraction, settings.test_fraction)
         self.hashes = {"split_sha256": None, "partition_sha256": None}
+        fractions = (settings.val_fraction, settings.test_fraction)
         if self.own_data:  # a hash of own patients' names would say something of them
-            self.split = split
-            save_split(split, Path(identity["split_file"]))
+            self.split = split_for(Path(identity["split_file"]), sites, self.training.seed, *fractions)
             return
+        split = make_split(sites, self.training.seed, *fractions)
         partition = make_partition(self.dataset.table, split, settings.partition, settings.clients, settings.alpha,
                                    self.training.seed)
         self.hashes = {"split_sha256": split.sha256(), "partition_sha256": partition.sha256()}
@@ -107,9 +106,13 @@ class Hospital:
     def train(self, model: TransUNet, about: dict) -> tuple[dict, ArrayRecord]:
         """Train the model as the message says; what happened (examples, train_loss, seconds), and the new weights.
 
-        about: round (from 1), rate (a share of the learning rate, or None for the cosine), seconds (the time there is).
+        about: round (from 1), rate (a share of the learning rate, or None for the cosine), seconds (the time there is),
+        partition (its SHA-256, None where all have own data).
         """
         began, settings, number = time.monotonic(), self.federation, about["round"]
+        if not self.own_data and self.hashes["partition_sha256"] != about["partition"]:
+            raise HospitalError(Failure.DATA, "the dataset changed since this hospital joined, and its patients may have changed "
+                                "parts; put back what it was, or start the federation anew")
         learner = Learner(model, replace(self.training, ema_decay=0.0), self.device)  # the server averages, over rounds
         if settings.strategy == "fedprox":
             learner.adjust_gradients = proximal_pull(model, settings.proximal_mu)
@@ -139,8 +142,8 @@ class Hospital:
         if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
             raise HospitalError(Failure.TRAINING, "the trained weights are not finite and were not sent; the learning rate "
                                 "(the server's --lr) may be too high")
-        loss = float(np.mean(losses))
-        return {"examples": batches.slices, "train_loss": loss if math.isfinite(loss) else None,
+        few = self.own_data and len(self.split.train) < SMALLEST_GROUP  # then the loss would say something of one patient
+        return {"examples": batches.slices, "train_loss": None if few else float(np.mean(losses)),
                 "seconds": time.monotonic() - began}, arrays
 
 

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common import MedFLError
-from federation.messages import FACTS, INTRODUCTION, LABEL, End, Query, expect
+from federation.messages import INTRODUCTION, LABEL, End, Failure, Query, check_facts, expect
 from federation.post import Answer, Post
 from federation.settings import FederationSettings
-from split import PARTS
 
 LOOK = 1.0  # seconds between two looks at who is connected
 JOIN_TIME = 600.0  # seconds for a hospital's answer at joining; it may have to read its scans first
-PING_TIME = 20.0  # seconds in which somebody who is there answers
+JOIN_TRIES = 3  # for a hospital that is connected and can't say who it is
+JOIN_AGAIN = 10.0  # seconds between them
+PING_TIME = 45.0  # seconds in which somebody who is there answers, also on a busy machine
 PURPOSES = ("join", "ping", "end")
 
 
@@ -30,13 +31,16 @@ class Member:
 class Membership:
     """Keeps the list of members up to date; `poll` and `handle` are called again and again by who waits for answers.
 
-    about: what the JOIN message says (settings and the server's versions). say: prints a line.
+    about: what the JOIN message says (settings and the server's versions). contributors: what hospitals that gave updates
+    said at joining, by label. say: prints a line.
     """
 
-    def __init__(self, post: Post, settings: FederationSettings, about: dict, say: Callable[[str], None]):
-        self.post, self.settings, self.about, self.say = post, settings, about, say
+    def __init__(self, post: Post, settings: FederationSettings, about: dict, contributors: dict[str, dict],
+                 say: Callable[[str], None]):
+        self.post, self.settings, self.about, self.contributors, self.say = post, settings, about, contributors, say
         self.members: dict[str, Member] = {}
         self._asked: set[int] = set()
+        self._tries: dict[int, tuple[int, float]] = {}  # nodes that could not join: how often they tried, when to ask again
         self._rivals: dict[int, dict] = {}  # nodes that claim a label somebody has: what they said
         self._looked = -LOOK
 
@@ -45,6 +49,17 @@ class Membership:
         """The members that can be given work, by label."""
         return [self.members[label] for label in sorted(self.members) if not self.members[label].behind]
 
+    @property
+    def partition(self) -> str | None:
+        """The SHA-256 of the partition that the simulated hospitals share; None before the first, or without any."""
+        facts = [*(member.facts for member in self.members.values()), *self.contributors.values()]
+        return next((f["partition_sha256"] for f in facts if not f["own_data"]), None)
+
+    @property
+    def disputed(self) -> bool:
+        """Whether two claim one label, and it is not known yet whether the first is still there."""
+        return bool(self._rivals)
+
     def poll(self) -> None:
         """See who is connected; ask newcomers, and those behind, who they are and whether they are there."""
         now = time.monotonic()
@@ -52,8 +67,11 @@ class Membership:
             return
         self._looked = now
         online = self.post.online()
-        newcomers = sorted(online - self._asked)
+        again = {node for node, (_, when) in self._tries.items() if node in online and now > when and not self.post.is_open(node)}
+        newcomers = sorted(online - self._asked | again)
         self._asked = online
+        for node in again:
+            self._tries[node] = (self._tries[node][0], now + JOIN_TIME)
         self.post.send(newcomers, "query", "join", {"query": Query.JOIN, **self.about}, JOIN_TIME)
         for member in [m for m in self.members.values() if m.node not in online]:
             self._remove(member, "gone")
@@ -90,16 +108,12 @@ class Membership:
     def _joined(self, answer: Answer) -> None:
         facts = answer.about
         if answer.failure:
-            if "failure" in facts:
-                self.say(f"{facts.get('label', 'a hospital')} can't take part: {answer.failure}")
-                self._refuse(answer.node, End.UNFIT)
-            else:  # Flower's answer: the hospital's did not come; it is asked again while it is connected
-                self._asked.discard(answer.node)
+            self._did_not_join(answer)
             return
         try:
             refusal, detail = self._refusal(facts)
-        except (MedFLError, KeyError, TypeError) as error:
-            self.say(f"a hospital's introduction can't be read ({error}); it is refused")
+        except MedFLError as error:
+            self.say(f"a hospital is refused: {error}")
             self._refuse(answer.node, End.UNFIT)
             return
         if refusal:
@@ -112,6 +126,18 @@ class Membership:
         else:
             self._admit(answer.node, facts)
 
+    def _did_not_join(self, answer: Answer) -> None:
+        """Bad data are final; other trouble, Flower's own included, may pass."""
+        label = str(answer.about.get("label", "a hospital"))
+        count = self._tries.get(answer.node, (0, 0.0))[0] + 1
+        if answer.about.get("failure") == Failure.DATA or count >= JOIN_TRIES:
+            self.say(f"{label} can't take part: {answer.failure}")
+            self._tries.pop(answer.node, None)
+            self._refuse(answer.node, End.UNFIT)
+        else:
+            self._tries[answer.node] = (count, time.monotonic() + JOIN_AGAIN)
+            self.say(f"{label} could not join: {answer.failure}; it is asked again")
+
     def _pinged(self, answer: Answer) -> None:
         member = next((m for m in self.members.values() if m.node == answer.node), None)
         if member is None:
@@ -120,6 +146,7 @@ class Membership:
         if answer.failure:
             if rivals:
                 self._remove(member, "replaced by one that came back")
+                self._refuse(member.node, End.TAKEN)  # in case it was only slow
             return
         if member.behind:
             member.behind = False
@@ -130,10 +157,10 @@ class Membership:
             del self._rivals[node]
 
     def _refusal(self, facts: dict) -> tuple[End | None, str]:
-        """Why a hospital can't be a member, and what its sentence says besides."""
+        """Why a hospital can't be a member, and what its sentence says besides. Raises MedFLError if it makes no sense."""
         ours, theirs = self.about["versions"], expect(facts, INTRODUCTION)["versions"]
-        if not LABEL.fullmatch(facts["label"]):
-            raise MedFLError("its label has characters that no label has")
+        if not LABEL.fullmatch(facts["label"]) or facts["cid"] is not None and facts["label"] != f"hospital-{facts['cid']}":
+            raise MedFLError("its label is none that run_client.py gives; use the same version of MedFL everywhere")
         other = [f"{name} {theirs.get(name)} instead of {ours[name]}" for name in ("medfl", "flwr", "timm")
                  if theirs.get(name) != ours[name]]
         if other:
@@ -142,22 +169,20 @@ class Membership:
             return End.NUMBER, str(self.settings.clients)
         if facts["label"] not in self.members and len(self.members) >= self.settings.clients:
             return End.FULL, ""
-        expect(facts, FACTS)
-        for part in PARTS:
-            expect(facts["parts"][part], {"patients": int, "slices": int})
-        hashes = {m.facts["partition_sha256"] for m in self.members.values() if not m.facts["own_data"]}
-        if not facts["own_data"] and hashes - {facts["partition_sha256"]}:
+        check_facts(facts)
+        if not facts["own_data"] and self.partition not in (None, facts["partition_sha256"]):
             return End.SPLIT, ""
         return None, ""
 
     def _admit(self, node: int, facts: dict) -> None:
         back = facts["label"] in self.members
+        self._tries.pop(node, None)
         member = Member(facts["label"], node, facts["session"], facts)
         self.members[member.label] = member
         parts = facts["parts"]
         torch_note = ""
-        if facts["versions"]["torch"] != self.about["versions"]["torch"]:
-            torch_note = f"; it runs torch {facts['versions']['torch']}, the server {self.about['versions']['torch']}"
+        if facts["versions"].get("torch") != self.about["versions"]["torch"]:
+            torch_note = f"; it runs torch {facts['versions'].get('torch')}, the server {self.about['versions']['torch']}"
         self.say(f"{member.label} {'is back' if back else 'joined'}: {parts['train']['patients']} patients to train on "
                  f"({parts['train']['slices']} slices), {parts['val']['patients']} to choose by{torch_note}")
 

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from common import MedFLError
+from common import SMALLEST_GROUP, MedFLError
+from preprocessing import CHANNELS
+from split import PARTS
 
 
 class Query(StrEnum):
@@ -107,6 +109,22 @@ def expect(about: dict, kinds: Mapping) -> dict:
         if isinstance(value, int | float) and not 0 <= value < math.inf:
             raise MedFLError(f"its answer says {name} {value}; it is left out")
     return about
+
+
+def check_facts(facts: dict) -> None:
+    """Raises MedFLError where what a hospital says of itself at joining is not what `Hospital.facts` makes."""
+    expect(facts, FACTS)
+    try:
+        for part in PARTS:
+            expect(facts["parts"][part], {"patients": int, "slices": int})
+        images = facts["images"]
+        values = [] if images is None else [v for name in ("foreground_mean", "foreground_deviation")
+                                            for key in ("mean", "deviation") for v in images[name][key]]
+        usable = len(values) in (0, 4 * len(CHANNELS)) and all(isinstance(v, float) and math.isfinite(v) for v in values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise MedFLError("its introduction has not the parts that it should; use the same version of MedFL everywhere") from error
+    if not usable or values and facts["parts"]["train"]["patients"] < SMALLEST_GROUP:
+        raise MedFLError("its introduction describes its images in another way than it should; use the same version everywhere")
 
 
 def to_arrays(weights: Mapping[str, torch.Tensor]) -> ArrayRecord:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
@@ -10,7 +11,8 @@ from common import MedFLError
 from federation.messages import FAILURES, message, read
 
 SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
-FLOWER_SAYS = {3: "no answer in time", 5: "it is not reachable", 8: "its process ended without an answer"}
+GONE, NO_ANSWER = 5, "no answer in time"
+FLOWER_SAYS = {3: NO_ANSWER, GONE: "it is not reachable", 8: "its process ended without an answer"}  # its error codes
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Post:
     def __init__(self, grid: Any):
         self._grid = grid
         self._open: dict[str, _Sent] = {}
+        self._refused: list[Answer] = []
 
     def online(self) -> set[int]:
         """The nodes that Flower holds to be connected. One that was killed stays here for about a minute."""
@@ -49,9 +52,12 @@ class Post:
             return
         messages = [Message(message(about, arrays), node, kind, ttl=timeout, group_id=purpose) for node in nodes]
         lost_at = time.monotonic() + timeout + SPARE
-        for identity, node in zip(self._grid.push_messages(messages), nodes):
+        identities = list(self._grid.push_messages(messages))
+        for identity, node in zip_longest(identities, nodes):
             if identity:
                 self._open[identity] = _Sent(node, purpose, lost_at)
+            else:  # the node has left since we looked
+                self._refused.append(Answer(node, purpose, {}, failure=FLOWER_SAYS[GONE]))
 
     def is_open(self, node: int, purpose: str | None = None) -> bool:
         """Whether a message (of this purpose) to the node is unanswered."""
@@ -62,10 +68,13 @@ class Post:
         self._open = {identity: sent for identity, sent in self._open.items() if sent.purpose != purpose}
 
     def collect(self) -> list[Answer]:
-        """The answers that came since the last call, lost messages among them."""
+        """The answers that came since the last call, lost messages among them.
+
+        An answer whose tensors stop half way (a hospital killed while it sends) can hold Flower up for 3 minutes.
+        """
+        answers, self._refused = self._refused, []
         if not self._open:
-            return []
-        answers = []
+            return answers
         for reply in self._grid.pull_messages(list(self._open)):
             sent = self._open.pop(reply.metadata.reply_to_message_id, None)  # not by sender: Flower answers for the dead
             if sent:
@@ -73,7 +82,7 @@ class Post:
         now = time.monotonic()
         for identity in [identity for identity, sent in self._open.items() if now > sent.lost_at]:
             sent = self._open.pop(identity)
-            answers.append(Answer(sent.node, sent.purpose, {}, failure=FLOWER_SAYS[3]))
+            answers.append(Answer(sent.node, sent.purpose, {}, failure=NO_ANSWER))
         return answers
 
 
@@ -86,5 +95,5 @@ def _answer(sent: _Sent, reply: Message) -> Answer:
         return Answer(sent.node, sent.purpose, {}, failure=str(error))
     code = about.get("failure")
     if code is not None:
-        return Answer(sent.node, sent.purpose, about, failure=FAILURES.get(code, "it failed"))
+        return Answer(sent.node, sent.purpose, about, failure=FAILURES.get(str(code), "it failed"))
     return Answer(sent.node, sent.purpose, about, reply.content.get("arrays"))

@@ -1,6 +1,7 @@
 """The care of child processes: started so that they end with us, watched, stopped; and the ports that they listen on."""
 
 import contextlib
+import http.client
 import os
 import socket
 import subprocess
@@ -17,9 +18,14 @@ LAST_LINES = 15  # of a child's log, shown when it ended unasked
 
 def environment(home: Path) -> dict[str, str]:
     """Our environment for Flower's programs: a folder of their own, no contact with Flower's makers, no proxy to ourselves."""
+    return {**os.environ, **no_proxy(), "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_LOG_LEVEL": "WARNING", "PYTHONUNBUFFERED": "1"}
+
+
+def no_proxy() -> dict[str, str]:
+    """Environment variables that keep a proxy, usual in hospitals, out of what this machine says to itself."""
     local = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"]))
-    return {**os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_LOG_LEVEL": "WARNING", "NO_PROXY": local, "no_proxy": local, "PYTHONUNBUFFERED": "1"}
+    return {"NO_PROXY": local, "no_proxy": local}
 
 
 class Child:
@@ -79,6 +85,11 @@ def parse_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, with the brackets that IPv6 needs."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether every address that the name stands for is this machine's own."""
     try:
@@ -92,9 +103,8 @@ def is_healthy(host: str, port: int, timeout: float = 2.0) -> bool | None:
     """Whether Flower answers there: True, False if the connection is refused or cut, None if no answer came in time: it may
     be busy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    shown = f"[{host}]" if ":" in host else host
     try:
-        with opener.open(f"http://{shown}:{port}/health", timeout=timeout) as answer:
+        with opener.open(f"http://{join_address(host, port)}/health", timeout=timeout) as answer:
             return answer.status == 200
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         return False if isinstance(getattr(error, "reason", error), ConnectionError) else None

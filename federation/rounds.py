@@ -12,7 +12,7 @@ from federation.aggregation import Update, aggregate, check_update, make_strateg
 from federation.history import draw_curves, mean_dice, table, write_history
 from federation.membership import PURPOSES, Member, Membership
 from federation.messages import RESULT, TRAINED, End, expect, payload
-from federation.post import SPARE, Answer, Post
+from federation.post import NO_ANSWER, SPARE, Answer, Post
 from federation.settings import to_json
 from federation.state import RunState
 
@@ -35,8 +35,8 @@ class Federation:
         self.training, self.settings = state.training, state.federation
         self.about = {"settings": to_json(self.training, self.settings)}
         self.post = Post(grid)
-        self.membership = Membership(self.post, self.settings, {**self.about, "versions": versions,
-                                                                "hospitals": self.settings.clients}, say)
+        join = {**self.about, "versions": versions, "hospitals": self.settings.clients}
+        self.membership = Membership(self.post, self.settings, join, state.progress.hospitals, say)
         self.strategy = make_strategy(self.settings)
 
     def run(self) -> int:
@@ -73,6 +73,10 @@ class Federation:
             time.sleep(TICK)
         if self._missing():
             self.say("going on with those that are here")
+        split = next((m.facts["split_sha256"] for m in self.membership.present if not m.facts["own_data"]), None)
+        if split and self.state.progress.init_split not in (None, split):
+            self.say("mind: the checkpoint that this starts from was trained on another split, so it may have seen patients that "
+                     "are kept for the test here")
 
     def _missing(self) -> list[str]:
         """Labels that are expected and not there: those that took part before, then numbers, as long as nobody has them."""
@@ -95,18 +99,16 @@ class Federation:
                 self.membership.handle(answer)
             else:
                 rest.append(answer)
-        for label, member in self.membership.members.items():
-            self.state.progress.hospitals[label] = member.facts
         return rest
 
     def _wait_for_quorum(self) -> list[Member]:
         """The members that can be given work. Raises NoQuorum where too few come within a round's time."""
         until = time.monotonic() + self.settings.round_timeout
         told = False
-        while len(present := self.membership.present) < self.settings.quorum:
-            if not told:
-                self.say(f"{len(present)} hospitals can work and a round needs {self.settings.quorum}; waiting up to "
-                         f"{self.settings.round_timeout:.0f} s for {', '.join(self._missing()) or 'those behind'}")
+        while len(present := self.membership.present) < self.settings.quorum or self.membership.disputed:
+            if not told and not self.membership.disputed:
+                self.say(f"{len(present)} of {self.settings.clients} hospitals can work and a round needs {self.settings.quorum}; "
+                         f"waiting up to {self.settings.round_timeout:.0f} s for {', '.join(self._missing()) or 'those behind'}")
                 told = True
             if time.monotonic() > until:
                 raise NoQuorum(self._too_few(len(present)))
@@ -131,6 +133,8 @@ class Federation:
                     label = by_node[answer.node].label
                     if answer.failure:
                         failures[label] = answer.failure
+                        if answer.failure == NO_ANSWER:
+                            self.membership.fell_behind(by_node[answer.node])
                     else:
                         answers[label] = answer
                     bar.update()
@@ -149,7 +153,8 @@ class Federation:
         began, sent = time.monotonic(), self.state.arrays
         for attempt in range(1, TRIES + 1):
             members = self._wait_for_quorum()
-            about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout}
+            about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout,
+                     "partition": self.membership.partition}
             answers, failures = self._ask("train", f"round-{number}.{attempt}", members, about, sent, f"round {number} of "
                                           f"{self.settings.rounds}")
             updates = []
@@ -168,9 +173,14 @@ class Federation:
         else:
             raise NoQuorum(self._too_few(len(updates)))
         rows = [self._row(number, label, answer.about, sent, answer.arrays) for label, answer in sorted(answers.items())]
+        for member in members:
+            if member.label in answers:
+                self.state.progress.hospitals[member.label] = member.facts
         self.state.take(aggregate(self.strategy, number, updates))
-        absent = [label for label in self._missing() if label not in failures]
-        self._record(number, rows, sent, time.monotonic() - began, absent)
+        self._record(number, rows, sent, began)
+        behind = [label for label, member in self.membership.members.items() if member.behind]
+        if absent := sorted({*self._missing(), *behind} - failures.keys()):
+            self.say(f"  not there: {', '.join(absent)}")
 
     def _update(self, label: str, answer: Answer) -> Update:
         """The update in an answer, checked. Raises MedFLError where it can't be used."""
@@ -186,23 +196,22 @@ class Federation:
                 "val_dice": about["val_dice"], "val_patients": about["val_patients"], "seconds": round(about["seconds"], 2),
                 "bytes_sent": payload(sent), "bytes_received": payload(received)}
 
-    def _record(self, number: int, rows: list[dict], sent: ArrayRecord, seconds: float, absent: list[str]) -> None:
+    def _record(self, number: int, rows: list[dict], sent: ArrayRecord, began: float) -> None:
         """Write what a round gave, and a table on the terminal. The score in its rows is of the model that was sent."""
         done, mean, patients = self.state.progress, *mean_dice(rows)
+        if number == 1:
+            self.state.best.unlink(missing_ok=True)  # of an earlier run
         done.rows = [row for row in done.rows if row["round"] < number] + rows
-        done.seconds += seconds
-        if mean is not None:
-            self.state.plateau.step(mean)
-        worth_it = number > 1 or done.started_from.startswith("checkpoint")  # random weights are no model to keep
-        better = worth_it and mean is not None and self.state.is_better(mean, number - 1)
+        from_a_model = number > 1 or done.started_from.startswith("checkpoint")  # random weights are no model to keep
+        better = from_a_model and self.state.judge(mean, patients, number - 1)
         if better:
-            self.state.save_best(sent, {"mean": mean, "patients": patients})
+            self.state.save_best(sent, {"mean": mean, "patients": patients}, number - 1)
+        done.seconds += time.monotonic() - began
         self.state.save_last()
         self._write_pictures()
-        work = max(row["seconds"] for row in rows)
+        seconds, work = time.monotonic() - began, max(row["seconds"] for row in rows)
         self.say(f"round {number} of {self.settings.rounds}: {seconds:.1f} s, of which {work:.1f} s the longest hospital's work; "
-                 f"the model before it: {_score_in_words(mean, patients)}{' (best so far)' if better else ''}"
-                 f"{'; missing: ' + ', '.join(absent) if absent else ''}\n{table(rows)}")
+                 f"the model before it: {_score_in_words(mean, patients)}{' (best so far)' if better else ''}\n{table(rows)}")
 
     def _final_score(self) -> None:
         """Score the model that the run ends with, and keep it if it is the best."""
@@ -219,15 +228,15 @@ class Federation:
                 self.say(f"the last model's score by {label}: {error}")
         done.rows = [row for row in done.rows if row["round"] < number] + rows
         mean, patients = mean_dice(rows)
-        if mean is not None and self.state.is_better(mean, done.round):
-            self.state.save_best(arrays, {"mean": mean, "patients": patients})
-        elif done.best < 0:  # nobody scored anything: the last model is all there is
-            self.state.save_best(arrays, None)
+        if self.state.judge(mean, patients, done.round):
+            self.state.save_best(arrays, {"mean": mean, "patients": patients}, done.round)
+        elif not self.state.best.exists():  # nobody scored a trained model: the last is all there is
+            self.state.save_best(arrays, None, done.round)
         self._write_pictures()
         if rows:
             self.say(f"the last model{' (averaged over rounds)' if self.state.average else ''}: {_score_in_words(mean, patients)}\n"
                      f"{table(rows)}")
-        chosen = f"after round {done.best_round}, validation Dice {done.best:.3f}" if done.best >= 0 else "the last, unselected"
+        chosen = f"after round {done.best_round}, validation Dice {done.best:.3f}" if done.best >= 0 else "after the last round"
         self.say(f"{self.state.best}: {chosen}")
 
     def _write_pictures(self) -> None:

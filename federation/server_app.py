@@ -28,7 +28,7 @@ def prepare(job: dict) -> RunState:
         state.restore(kept)
         return state
     state = RunState(load_checkpoint(job["start"]).model, *from_json(job["settings"]), out, job["commit"])
-    state.progress.started_from = job["started_from"]
+    state.progress.started_from, state.progress.init_split = job["started_from"], job["init_split"]
     return state
 
 

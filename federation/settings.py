@@ -38,6 +38,8 @@ class FederationSettings:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0")
         if not 0 <= self.proximal_mu < math.inf:
             raise MedFLError(f"--proximal-mu is {self.proximal_mu}; choose 0 or more")
+        if not (0 <= self.val_fraction < 1 and 0 <= self.test_fraction < 1 and self.val_fraction + self.test_fraction < 1):
+            raise MedFLError("--val-fraction and --test-fraction lie from 0 to below 1 and leave somebody to train; choose others")
         if self.min_clients is not None and not 1 <= self.min_clients <= self.clients:
             raise MedFLError(f"--min-clients is {self.min_clients}; choose a number from 1 to --clients ({self.clients})")
 

@@ -21,13 +21,15 @@ BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
 
 @dataclass
 class Progress:
-    """How far a run is. hospitals: what each that ever took part said at joining, by label."""
+    """How far a run is. hospitals: what each that ever gave an update said at joining, by label."""
 
     round: int = 0
     seconds: float = 0.0
     best: float = -1.0
     best_round: int = 0
+    scored_patients: int = 0  # behind the best: the most that any round's score was over
     started_from: str = ""  # in words: random weights, a checkpoint, ...
+    init_split: str | None = None  # SHA-256 of the split that this checkpoint was trained on
     rows: list[dict] = field(default_factory=list)
     hospitals: dict[str, dict] = field(default_factory=dict)
 
@@ -66,11 +68,21 @@ class RunState:
         past = averaging_weight(self.training.ema_decay, self.progress.round - 1)
         self.average = {name: value.lerp(new[name], 1 - past) for name, value in self.average.items()}
 
-    def is_better(self, dice: float, number: int) -> bool:
-        """Note the score of the model after round `number`; whether it is the best so far."""
-        if dice <= self.progress.best:
+    def judge(self, dice: float | None, patients: int, number: int) -> bool:
+        """Note the validation Dice of the model after round `number`; whether it is the best so far.
+
+        Means over fewer patients than before, because a hospital is missing, are not compared: they would be of easier or
+        harder people. With more patients than before the comparison begins anew.
+        """
+        done = self.progress
+        if dice is None or patients < done.scored_patients:
             return False
-        self.progress.best, self.progress.best_round = dice, number
+        if patients > done.scored_patients:
+            done.scored_patients, done.best = patients, -1.0
+        self.plateau.step(dice)
+        if dice <= done.best:
+            return False
+        done.best, done.best_round = dice, number
         return True
 
     @property
@@ -79,8 +91,9 @@ class RunState:
         done = self.progress
         return bool(self.training.patience and done.best >= 0 and done.round - done.best_round > self.training.patience)
 
-    def metadata(self, score: dict | None) -> dict:
-        """The checkpoint's description of a model of this run. score: mean and patients on validation, None if nobody has any."""
+    def metadata(self, score: dict | None, number: int) -> dict:
+        """The checkpoint's description of this run's model after round `number`. score: mean and patients on validation, or
+        None."""
         done, told = self.progress, self.progress.hospitals.values()
         simulated = [facts for facts in told if not facts["own_data"]]
         data = {"name": " and ".join(sorted({facts["data"] for facts in told})),
@@ -91,12 +104,13 @@ class RunState:
             data[part] = {what: sum(facts["parts"][part][what] for facts in told) for what in ("patients", "slices")}
         images = pool_image_statistics([(f["parts"]["train"]["patients"], f["images"]) for f in told if f["images"]])
         settings = {**asdict(self.training), "encoder_weights": None, **asdict(self.federation)}
-        training = {**settings, "rounds_done": done.round, "seconds": round(done.seconds, 1),
+        training = {**settings, "rounds_done": number, "seconds": round(done.seconds, 1),
                     "device": " ".join(sorted({facts["device"] for facts in told})),
                     "selected_by": "patient-weighted validation mean volume Dice" if score else "nothing: the last model"}
         origin = {"kind": "federated", "hospitals": len(told), "labels": sorted(done.hospitals),
                   "partition": self.federation.partition if simulated else "own data", "strategy": self.federation.strategy,
-                  "rounds": done.round, "started_from": done.started_from,
+                  "rounds": number, "started_from": done.started_from,
+                  "init_split_sha256": done.init_split,
                   "privacy": {"secure_aggregation": False, "epsilon": None, "delta": None}}
         val = {"val": {"patients": score["patients"],
                        "volume_dice": {"mean": score["mean"], "median": None, "ci95": None}}} if score else {}
@@ -104,16 +118,16 @@ class RunState:
         about["versions"].update(commit=self.commit, flwr=next(iter(told))["versions"]["flwr"] if told else None)
         return about
 
-    def save_best(self, arrays: ArrayRecord, score: dict | None) -> None:
-        """Write `transunet_federated_best.pth` from these weights."""
-        save_checkpoint(self.best, self._whole(to_weights(arrays)), self.metadata(score))
+    def save_best(self, arrays: ArrayRecord, score: dict | None, number: int) -> None:
+        """Write `transunet_federated_best.pth` from these weights, which round `number` gave."""
+        save_checkpoint(self.best, self._whole(to_weights(arrays)), self.metadata(score, number))
 
     def save_last(self) -> None:
         """Write `transunet_federated_last.pth`: all that --resume needs."""
         state = {"weights": to_weights(self.arrays), "average": self.average, "plateau": self.plateau.state_dict(),
                  "rate": self.plateau.optimizer.param_groups[0]["lr"], "progress": asdict(self.progress),
                  "settings": to_json(self.training, self.federation)}
-        save_checkpoint(self.last, self._whole(to_weights(self.final_arrays)), self.metadata(None), state)
+        save_checkpoint(self.last, self._whole(to_weights(self.final_arrays)), self.metadata(None, self.progress.round), state)
 
     def _whole(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A state dict with the counters that don't travel."""

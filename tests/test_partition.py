@@ -20,8 +20,9 @@ def cohort(sizes: dict[str, int], seed: int = 0) -> pd.DataFrame:
     for site, count in sizes.items():
         for number in range(count):
             slices, tumour = int(random.integers(20, 40)), int(random.integers(500, 60_000))
-            rows.append({"patient": f"{site}{number:02}", "site": site, "slices": slices, "tumour_slices": slices // 3,
-                         "tumour_pixels": tumour, "tumour_share": tumour / (slices * 256 * 256)})
+            pixels = slices * 256 * 256
+            rows.append({"patient": f"{site}{number:02}", "site": site, "slices": slices, "pixels": pixels,
+                         "tumour_slices": slices // 3, "tumour_pixels": tumour, "tumour_share": tumour / pixels})
     return pd.DataFrame(rows)
 
 
@@ -103,6 +104,13 @@ def test_heterogeneity_of_extremes():
     divergence = 0.5 * np.log2(1 / middle[0]) + 0.5 * np.sum(np.log2((1 / 3) / middle) / 3)
     assert apart == pytest.approx(np.sqrt(divergence))
     assert heterogeneity(make_partition(table, parts_of(table), "iid", 1), table) == pytest.approx(0, abs=1e-7)
+
+
+def test_the_tumours_share_counts_the_pixels_of_patients_without_one():
+    table = cohort({"AA": 6})
+    table.loc[0, ["tumour_pixels", "tumour_share", "tumour_slices"]] = 0
+    row = describe_hospitals(make_partition(table, parts_of(table), "iid", 1), table).iloc[0]
+    assert row["tumour_share"] == pytest.approx(100 * table["tumour_pixels"].sum() / table["pixels"].sum())
 
 
 def test_too_few_patients_and_unknown_kinds_are_refused():

@@ -148,9 +148,15 @@ def test_plateau_halves_the_rate_and_survives_a_restart(tmp_path):
     assert state_of(tmp_path).rate is None
 
 
+def test_only_means_over_the_same_patients_are_compared(tmp_path):
+    state = state_of(tmp_path, schedule="plateau")
+    assert state.judge(0.3, 4, 1) and not state.judge(0.9, 3, 2) and not state.judge(None, 0, 3)
+    assert state.judge(0.2, 5, 4) and state.progress.best == 0.2  # one more patient: the count begins anew
+
+
 def test_the_best_is_kept_and_patience_counts_rounds(tmp_path):
     state = state_of(tmp_path, patience=2)
-    assert state.is_better(0.3, 1) and not state.is_better(0.3, 2) and state.is_better(0.4, 3)
+    assert state.judge(0.3, 4, 1) and not state.judge(0.3, 4, 2) and state.judge(0.4, 4, 3)
     state.progress.round = 5
     assert not state.stopped_early
     state.progress.round = 6
