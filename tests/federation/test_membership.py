@@ -1,0 +1,228 @@
+"""Who is a member: joining, disputes and loss, on a grid whose nodes answer as a test says.
+
+The real processes of test_runs.py show that the way there works; here are the cases that they can't be brought into at will.
+"""
+
+import itertools
+
+import pytest
+from flwr.app import Error, Message
+from flwr.supercore.task_identity import TaskIdentity
+
+import federation.membership
+from federation.membership import Membership
+from federation.messages import End, Query, message, read
+from federation.post import Post
+from federation.settings import FederationSettings
+
+VERSIONS = {"medfl": "1", "flwr": "1", "timm": "1", "torch": "1"}
+
+
+def facts(label: str, **other) -> dict:
+    part = {"patients": 4, "slices": 80}
+    cid = int(label.removeprefix("hospital-")) if label.startswith("hospital-") else None
+    return {"label": label, "session": f"session of {label}", "cid": cid, "versions": VERSIONS, "own_data": cid is None,
+            "data": "phantoms", "parts": {"train": part, "val": part, "test": part}, "images": None, "device": "cpu",
+            "split_sha256": None if cid is None else "s", "partition_sha256": None if cid is None else "p", **other}
+
+
+class Node:
+    """A hospital: what it says at joining, whether it answers at all, and what it was told at the end."""
+
+    def __init__(self, introduction, silent: bool = False):
+        self.introduction, self.silent, self.ends = introduction, silent, []
+
+    def answer(self, incoming: Message) -> Message | None:
+        about = read(incoming.content)
+        if self.silent:
+            return None
+        if about["query"] == Query.END:
+            self.ends.append(about["code"])
+        elif about["query"] == Query.JOIN:
+            if isinstance(self.introduction, int):
+                return Message(Error(self.introduction, "x"), reply_to=incoming)
+            return Message(message(self.introduction), reply_to=incoming)
+        return Message(message({}), reply_to=incoming)
+
+
+class Grid:
+    """Nodes by number; a message to one that is not there is not accepted, as Flower's SuperLink does."""
+
+    def __init__(self):
+        self.nodes, self.replies, self.ids = {}, {}, itertools.count(1)
+
+    def get_node_ids(self):
+        return list(self.nodes)
+
+    def push_messages(self, messages):
+        accepted = []
+        for sent in messages:
+            node = self.nodes.get(sent.metadata.dst_node_id)
+            identity = f"message {next(self.ids)}" if node else ""
+            sent.metadata.__dict__["_message_id"] = identity
+            if node and (reply := node.answer(sent)):
+                self.replies[identity] = reply
+            accepted.append(identity)
+        return accepted
+
+    def pull_messages(self, identities):
+        return [self.replies.pop(identity) for identity in identities if identity in self.replies]
+
+
+class Play:
+    """A membership on such a grid, and the lines that it said."""
+
+    def __init__(self, clients: int = 2, contributors: dict | None = None):
+        self.grid, self.said = Grid(), []
+        self.post = Post(self.grid)
+        self.membership = Membership(self.post, FederationSettings(clients=clients), {"versions": VERSIONS, "hospitals": clients},
+                                     contributors or {}, self.said.append)
+
+    def go(self, looks: int = 6) -> None:
+        for _ in range(looks):
+            self.membership.poll()
+            for answer in self.post.collect():
+                self.membership.handle(answer)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        return {label: member.node for label, member in self.membership.members.items()}
+
+
+@pytest.fixture
+def play(monkeypatch):
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    for name in ("LOOK", "JOIN_AGAIN"):
+        monkeypatch.setattr(federation.membership, name, -1.0)
+    return Play
+
+
+def lose_pings(monkeypatch):
+    """Whoever does not answer a ping counts as lost at once."""
+    monkeypatch.setattr(federation.membership, "PING_TIME", 0.001)
+    monkeypatch.setattr(federation.post, "SPARE", -1.0)
+
+
+def test_hospitals_join_and_a_vanished_one_makes_room(play):
+    p = play()
+    p.grid.nodes = {1: Node(facts("hospital-0")), 2: Node(facts("mercy"))}
+    p.go()
+    assert p.labels == {"hospital-0": 1, "mercy": 2} and p.membership.partition == "p"
+    del p.grid.nodes[2]
+    p.grid.nodes[3] = Node(facts("hope"))
+    p.go()
+    assert p.labels == {"hospital-0": 1, "hope": 3} and "mercy: gone" in p.said
+
+
+def test_a_living_holder_keeps_its_label(play):
+    p = play()
+    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.go()
+    p.grid.nodes[2] = twin = Node(facts("hospital-0", session="another"))
+    p.go()
+    assert p.labels == {"hospital-0": 1} and twin.ends == [End.TAKEN] and not p.membership.disputed
+
+
+def test_a_silent_holder_is_replaced_and_told(play, monkeypatch):
+    p = play()
+    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.go()
+    p.grid.nodes[1].silent = True
+    p.grid.nodes[2] = Node(facts("hospital-0", session="another"))
+    p.go(3)
+    assert p.labels == {"hospital-0": 1} and p.membership.disputed
+    lose_pings(monkeypatch)
+    p.post._open = {i: s.__class__(s.node, s.purpose, 0.0) for i, s in p.post._open.items()}  # its time is over
+    p.go()
+    assert p.labels == {"hospital-0": 2} and not p.membership.disputed
+
+
+def test_the_same_hospital_with_a_new_connection_is_taken_at_once(play):
+    p = play()
+    p.grid.nodes = {1: Node(facts("hospital-0"), silent=False)}
+    p.go()
+    p.grid.nodes[2] = Node(facts("hospital-0"))
+    p.go()
+    assert p.labels == {"hospital-0": 2} and any("is back" in line for line in p.said)
+
+
+def test_a_dispute_waits_for_the_holders_work(play):
+    p = play()
+    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.go()
+    p.grid.nodes[1].silent = True
+    p.post.send([1], "train", "round-1.1", {"query": "x"}, 60)
+    p.grid.nodes[2] = twin = Node(facts("hospital-0", session="another"))
+    p.go()
+    assert p.membership.disputed and not p.post.is_open(1, "ping")
+    p.post.drop("round-1.1")
+    p.grid.nodes[1].silent = False
+    p.go()
+    assert twin.ends == [End.TAKEN]
+
+
+@pytest.mark.parametrize(("introduction", "code"), [
+    (facts("hospital-0", versions={**VERSIONS, "timm": "2"}), End.VERSION), (facts("hospital-7"), End.NUMBER),
+    (facts("hospital-1", partition_sha256="other"), End.SPLIT), ({"failure": "data", "label": "mercy"}, End.UNFIT),
+    (facts("hospital-1", cid=0), End.UNFIT), (facts("two words"), End.UNFIT), (facts("mercy", parts={}), End.UNFIT),
+    (facts("mercy", images={"foreground_mean": 1}), End.UNFIT), (facts("mercy", versions=[]), End.UNFIT),
+    (facts("mercy", parts={"train": 1, "val": 1, "test": 1}), End.UNFIT), ({}, End.UNFIT), ({"failure": []}, End.UNFIT)],
+    ids=lambda value: str(value)[:30])
+def test_who_is_refused(play, introduction, code):
+    p = play()
+    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.go()
+    p.grid.nodes[2] = newcomer = Node(introduction)
+    p.go(3)
+    assert p.labels == {"hospital-0": 1} and newcomer.ends == [code]
+
+
+def test_a_full_federation_takes_nobody(play):
+    p = play(clients=1)
+    p.grid.nodes = {1: Node(facts("mercy"))}
+    p.go()
+    p.grid.nodes[2] = late = Node(facts("hope"))
+    p.go()
+    assert p.labels == {"mercy": 1} and late.ends == [End.FULL]
+
+
+def test_another_dataset_is_refused_also_when_nobody_is_there(play):
+    """After a restart the weights remember patients that the new dataset could keep for the test."""
+    p = play(contributors={"hospital-1": facts("hospital-1", partition_sha256="old")})
+    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.go()
+    assert not p.labels and p.grid.nodes[1].ends == [End.SPLIT]
+
+
+def test_trouble_at_joining_is_asked_again_and_ends(play):
+    p = play()
+    p.grid.nodes = {1: Node(2), 2: Node({"failure": "resources", "label": "mercy"})}
+    p.go(2)
+    p.grid.nodes[2].introduction = facts("mercy")
+    p.go(10)
+    assert p.labels == {"mercy": 2} and p.grid.nodes[1].ends == [End.UNFIT]
+    assert sum("could not join" in line for line in p.said) >= 3
+
+
+def test_who_is_behind_gets_no_work_until_it_answers(play):
+    p = play()
+    p.grid.nodes = {1: Node(facts("mercy"))}
+    p.go()
+    member = p.membership.members["mercy"]
+    p.grid.nodes[1].silent = True
+    p.membership.fell_behind(member)
+    p.go()
+    assert not p.membership.present
+    p.grid.nodes[1].silent = False
+    p.post.drop("ping")
+    p.go()
+    assert p.membership.present == [member] and "mercy answers again" in p.said
+
+
+def test_a_message_that_is_not_accepted_is_lost_at_once(play):
+    p = play()
+    p.post.send([9], "train", "round-1.1", {}, 1800)
+    (answer,) = p.post.collect()
+    assert (answer.node, answer.purpose, answer.failure) == (9, "round-1.1", "it is not reachable")
+    assert not p.post.is_open(9) and p.post.collect() == []
