@@ -11,11 +11,14 @@ import time
 import pytest
 import torch
 
+from benchmarks.federated_against_central import loop_with_restarts
 from checkpoint import load_checkpoint
 from conftest import run_script
 from dataset import load_dataset
 from federation.history import COLUMNS
 from federations import ROOT, SMALL, Scene, Wiretap, children, left_running, signal_tree
+from split import make_split
+from training import TrainingSettings
 from transunet import TransUNet
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("federation")]
@@ -225,6 +228,21 @@ def test_it_starts_from_a_checkpoint_with_another_strategy(whole, scene, phantom
     first = [row["val_dice"] for row in history(scene.out) if row["round"] == "1" and row["val_dice"]]
     wanted = load_checkpoint(start).metadata["scores"]["val"]["volume_dice"]["mean"]
     assert [float(value) for value in first] == [pytest.approx(wanted)]  # the model that was handed over is what is scored
+
+
+def test_one_hospital_learns_what_the_central_loop_learns(scene, phantoms):
+    """The same steps with and without messages; the weights differ by what another number of threads rounds."""
+    server = scene.server("--clients", 1, "--rounds", 2, "--ema-decay", 0, *SMALL)
+    hospital = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms)
+    assert server.end() == 0 and hospital.end() == 0, server.output
+    dataset = load_dataset(phantoms, progress=False)
+    split = make_split({p.name: p.site for p in dataset.patients}, 0)
+    settings = TrainingSettings(image_size=32, batch_size=8, warmup_steps=2, epochs=2, ema_decay=0.0)
+    wanted = loop_with_restarts(dataset, split, settings).state_dict()
+    found = load_checkpoint(scene.out / LAST).model.state_dict()
+    for name, value in wanted.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_training_that_fails_everywhere_is_told_and_bounded(scene, phantoms):
