@@ -87,13 +87,13 @@ def train(incoming: Message, context: Context) -> Message:
     hospital = hospital_of(about)
     model = hospital.received(incoming.content["arrays"])
     score = hospital.score(model)
-    result, arrays = hospital.train(model, about)
+    result, weights = hospital.train(model, about)
     scored = f"validation Dice {score['val_dice']:.3f} before it, " if score["val_dice"] is not None else ""
     loss = f"loss {result['train_loss']:.3f} " if result["train_loss"] is not None else ""
     say(f"round {about['round']} of {hospital.federation.rounds}: {scored}trained, {loss}over {result['examples']} slices "
         f"in {result['seconds']:.0f} s")
     result["seconds"] += score.pop("seconds")
-    return Message(message({**score, **result}, arrays), reply_to=incoming)
+    return Message(message({**score, **result}, weights), reply_to=incoming)
 
 
 @app.evaluate()

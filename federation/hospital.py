@@ -16,7 +16,7 @@ from batches import TrainingBatches
 from checkpoint import THRESHOLD
 from common import SMALLEST_GROUP, MedFLError
 from dataset import image_statistics, load_dataset
-from federation.messages import Failure, put_weights, to_arrays
+from federation.messages import Failure, from_record, pack, to_record, unpack
 from federation.settings import FederationSettings
 from inference import choose_device
 from partition import make_partition
@@ -90,7 +90,7 @@ class Hospital:
     def received(self, arrays: ArrayRecord) -> TransUNet:
         """The network with the weights that came."""
         model = TransUNet(self.training.model, self.training.image_size, self.training.norm)
-        put_weights(model, arrays)
+        model.load_state_dict(unpack(from_record(arrays), model.state_dict()))
         return model.to(self.device, memory_format=torch.channels_last)
 
     def score(self, model: TransUNet) -> dict:
@@ -138,13 +138,13 @@ class Hospital:
                 epoch = (number - 1) * settings.local_epochs + local + 1
                 torch.manual_seed(100_003 * seed + epoch)  # for layers that draw numbers
                 losses.append(learner.train_epoch(batches.epoch(epoch), before_step, bar).loss)
-        arrays = to_arrays(model.state_dict())
-        if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+        weights = pack(model.state_dict())
+        if not bool(torch.isfinite(weights).all()):
             raise HospitalError(Failure.TRAINING, "the trained weights are not finite and were not sent; the learning rate "
                                 "(the server's --lr) may be too high")
         few = self.own_data and len(self.split.train) < SMALLEST_GROUP  # then the loss would say something of one patient
         return {"examples": batches.slices, "train_loss": None if few else float(np.mean(losses)),
-                "seconds": time.monotonic() - began}, arrays
+                "seconds": time.monotonic() - began}, to_record(weights)
 
 
 def proximal_pull(model: TransUNet, mu: float):

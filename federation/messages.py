@@ -89,6 +89,7 @@ def read(content: RecordDict) -> dict:
     return about
 
 
+WEIGHTS = "weights"  # the one array of a message
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
 INTRODUCTION = {"label": str, "session": str, "cid": int | None, "versions": dict}  # what an answer must have, and of what kind
 FACTS = {**INTRODUCTION, "own_data": bool, "data": str, "parts": dict, "images": dict | None, "device": str,
@@ -127,27 +128,44 @@ def check_facts(facts: dict) -> None:
         raise MedFLError("its introduction describes its images in another way than it should; use the same version everywhere")
 
 
-def to_arrays(weights: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """A state dict's floating-point tensors as they travel, float32. Counters (BatchNorm's) stay at home."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(value.detach().float().cpu().numpy()))
-                        for name, value in weights.items() if value.is_floating_point()})
+def pack(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A state dict's floating-point tensors one after the other, (n,) float32. Counters (BatchNorm's) stay at home.
+
+    They travel as one vector, because Flower sends every tensor in requests of its own: with `tiny`'s 200 a round's exchange
+    between two hospitals took 30 s and more, as one vector it takes 6 s.
+    """
+    return torch.cat([value.detach().float().cpu().flatten() for value in weights.values() if value.is_floating_point()])
 
 
-def to_weights(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
-    """The tensors of a message, float32."""
-    return {name: torch.from_numpy(np.array(array.numpy(), np.float32)) for name, array in arrays.items()}
+def unpack(vector: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a vector, in the names and shapes of the state dict `like`, whose counters are kept.
+
+    Raises MedFLError where the sizes differ.
+    """
+    floating = {name: value for name, value in like.items() if value.is_floating_point()}
+    sizes = [value.numel() for value in floating.values()]
+    if vector.numel() != sum(sizes):
+        raise MedFLError("the weights that came are of another architecture; use the same version of MedFL everywhere")
+    pieces = (piece.reshape(value.shape).clone() for piece, value in zip(vector.split(sizes), floating.values()))
+    return {**like, **dict(zip(floating, pieces))}
 
 
-def put_weights(model: torch.nn.Module, arrays: ArrayRecord) -> None:
-    """Load a message's weights into a model; its counters stay. Raises MedFLError where names or shapes differ."""
-    weights = to_weights(arrays)
-    wanted = {name for name, value in model.state_dict().items() if value.is_floating_point()}
+def to_record(vector: torch.Tensor) -> ArrayRecord:
+    """A vector as a message carries it."""
+    return ArrayRecord({WEIGHTS: Array(vector.numpy())})
+
+
+def from_record(arrays: ArrayRecord | None) -> torch.Tensor:
+    """The vector that a message carries, (n,) float32. Raises MedFLError where it carries anything else."""
+    if not isinstance(arrays, ArrayRecord) or list(arrays) != [WEIGHTS]:
+        raise MedFLError("its message has no weights; it is left out")
     try:
-        if weights.keys() != wanted:
-            raise KeyError("other names")
-        model.load_state_dict(weights, strict=False)
-    except (RuntimeError, KeyError) as error:
-        raise MedFLError("the weights that came are of another architecture; use the same version of MedFL everywhere") from error
+        values = arrays[WEIGHTS].numpy()
+    except Exception as error:  # bytes from elsewhere: numpy and Flower each raise their own kinds
+        raise MedFLError("its weights can't be decoded; it is left out") from error
+    if values.ndim != 1 or values.dtype != np.float32:
+        raise MedFLError("its weights have another shape or type than they should; it is left out")
+    return torch.from_numpy(np.array(values))
 
 
 def payload(arrays: ArrayRecord | None) -> int:

@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import ArrayRecord
+import torch
 from tqdm import tqdm
 
 from common import EXIT_NO_QUORUM, MedFLError
 from federation.aggregation import Update, aggregate, check_update, make_strategy
 from federation.history import draw_curves, mean_dice, table, write_history
 from federation.membership import PURPOSES, Member, Membership
-from federation.messages import RESULT, TRAINED, End, expect, payload
+from federation.messages import RESULT, TRAINED, End, expect, from_record, payload, to_record
 from federation.post import NO_ANSWER, SPARE, Answer, Post
 from federation.settings import to_json
 from federation.state import RunState
@@ -116,14 +116,14 @@ class Federation:
             time.sleep(TICK)
         return present
 
-    def _ask(self, kind: str, purpose: str, members: list[Member], about: dict, arrays: ArrayRecord,
+    def _ask(self, kind: str, purpose: str, members: list[Member], about: dict, weights: torch.Tensor,
              title: str) -> tuple[dict[str, Answer], dict[str, str]]:
         """Send the members one message and wait, as long as a round may take: answers and reasons for none, by label."""
         by_node = {member.node: member for member in members}
         answers, failures = {}, {}
         limit = self.settings.round_timeout
         # Flower lets the message live a little longer, so that it is we who say that somebody gave no answer in time
-        self.post.send(list(by_node), kind, purpose, {**self.about, **about}, limit + SPARE, arrays)
+        self.post.send(list(by_node), kind, purpose, {**self.about, **about}, limit + SPARE, to_record(weights))
         until = time.monotonic() + limit
         with tqdm(total=len(members), desc=title, unit="hospital", leave=False, disable=None) as bar:
             while len(answers) + len(failures) < len(members) and time.monotonic() < until:
@@ -150,7 +150,7 @@ class Federation:
 
     def _round(self, number: int) -> None:
         """One round: enough updates, the new model, what is written. Raises NoQuorum after two tries."""
-        began, sent = time.monotonic(), self.state.arrays
+        began, sent = time.monotonic(), self.state.weights
         for attempt in range(1, TRIES + 1):
             members = self._wait_for_quorum()
             about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout,
@@ -172,7 +172,7 @@ class Federation:
                      + ("; once more" if attempt < TRIES else ""))
         else:
             raise NoQuorum(self._too_few(len(updates)))
-        rows = [self._row(number, label, answer.about, sent, answer.arrays) for label, answer in sorted(answers.items())]
+        rows = [self._row(number, label, answer.about, sent, payload(answer.arrays)) for label, answer in sorted(answers.items())]
         for member in members:
             if member.label in answers:
                 self.state.progress.hospitals[member.label] = member.facts
@@ -185,18 +185,16 @@ class Federation:
     def _update(self, label: str, answer: Answer) -> Update:
         """The update in an answer, checked. Raises MedFLError where it can't be used."""
         about = expect(answer.about, TRAINED)
-        if answer.arrays is None:
-            raise MedFLError("its answer has no update; it is left out")
-        update = Update(label, answer.arrays, about["examples"])
-        check_update(update, self.state.arrays)
+        update = Update(label, from_record(answer.arrays), about["examples"])
+        check_update(update, len(self.state.weights))
         return update
 
-    def _row(self, number: int, label: str, about: dict, sent: ArrayRecord, received: ArrayRecord | None) -> dict:
+    def _row(self, number: int, label: str, about: dict, sent: torch.Tensor, received: int) -> dict:
         return {"round": number, "site": label, "examples": about.get("examples"), "train_loss": about.get("train_loss"),
                 "val_dice": about["val_dice"], "val_patients": about["val_patients"], "seconds": round(about["seconds"], 2),
-                "bytes_sent": payload(sent), "bytes_received": payload(received)}
+                "bytes_sent": sent.nbytes, "bytes_received": received}
 
-    def _record(self, number: int, rows: list[dict], sent: ArrayRecord, began: float) -> None:
+    def _record(self, number: int, rows: list[dict], sent: torch.Tensor, began: float) -> None:
         """Write what a round gave, and a table on the terminal. The score in its rows is of the model that was sent."""
         done, mean, patients = self.state.progress, *mean_dice(rows)
         if number == 1:
@@ -215,27 +213,27 @@ class Federation:
 
     def _final_score(self) -> None:
         """Score the model that the run ends with, and keep it if it is the best."""
-        done, arrays = self.state.progress, self.state.final_arrays
+        done, weights = self.state.progress, self.state.final_weights
         number = done.round + 1
-        answers, failures = self._ask("evaluate", "final", self.membership.present, {}, arrays, "scoring the last model")
+        answers, failures = self._ask("evaluate", "final", self.membership.present, {}, weights, "scoring the last model")
         for label, reason in sorted(failures.items()):
             self.say(f"the last model is not scored by {label}: {reason}")
         rows = []
         for label, answer in sorted(answers.items()):
             try:
-                rows.append(self._row(number, label, expect(answer.about, RESULT), arrays, None))
+                rows.append(self._row(number, label, expect(answer.about, RESULT), weights, 0))
             except MedFLError as error:
                 self.say(f"the last model's score by {label}: {error}")
         done.rows = [row for row in done.rows if row["round"] < number] + rows
         mean, patients = mean_dice(rows)
         if self.state.judge(mean, patients, done.round):
-            self.state.save_best(arrays, {"mean": mean, "patients": patients}, done.round)
+            self.state.save_best(weights, {"mean": mean, "patients": patients}, done.round)
         elif not self.state.best.exists():  # nobody scored a trained model: the last is all there is
-            self.state.save_best(arrays, None, done.round)
+            self.state.save_best(weights, None, done.round)
         self._write_pictures()
         if rows:
-            self.say(f"the last model{' (averaged over rounds)' if self.state.average else ''}: {_score_in_words(mean, patients)}\n"
-                     f"{table(rows)}")
+            kind = " (averaged over rounds)" if self.state.average is not None else ""
+            self.say(f"the last model{kind}: {_score_in_words(mean, patients)}\n{table(rows)}")
         chosen = f"after round {done.best_round}, validation Dice {done.best:.3f}" if done.best >= 0 else "after the last round"
         self.say(f"{self.state.best}: {chosen}")
 

@@ -4,13 +4,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from dataset import pool_image_statistics
-from federation.messages import to_arrays, to_weights
+from federation.messages import pack, unpack
 from federation.settings import FederationSettings, from_json, to_json
 from split import PARTS
 from training import PLATEAU, TrainingSettings, averaging_weight
@@ -41,8 +40,8 @@ class RunState:
         self.model, self.training, self.federation, self.commit = model, training, federation, commit
         self.best, self.last = out / BEST, out / LAST
         self.progress = Progress()
-        self.arrays = to_arrays(model.state_dict())
-        self.average: dict[str, torch.Tensor] | None = None
+        self.weights = pack(model.state_dict())  # (n,) float32, as all weights here
+        self.average: torch.Tensor | None = None
         self.plateau = ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)], lr=1.0), **PLATEAU)  # of a share of --lr
 
     @property
@@ -51,22 +50,17 @@ class RunState:
         return self.plateau.optimizer.param_groups[0]["lr"] if self.training.schedule == "plateau" else None
 
     @property
-    def final_arrays(self) -> ArrayRecord:
+    def final_weights(self) -> torch.Tensor:
         """What the run ends with: averaged weights, if there are any."""
-        return to_arrays(self.average) if self.average else self.arrays
+        return self.weights if self.average is None else self.average
 
-    def take(self, arrays: ArrayRecord) -> None:
+    def take(self, weights: torch.Tensor) -> None:
         """A round is complete and gave this model."""
-        self.arrays = arrays
+        self.weights = weights
         self.progress.round += 1
-        if not self.training.ema_decay:
-            return
-        new = to_weights(arrays)
-        if self.average is None:
-            self.average = new
-            return
-        past = averaging_weight(self.training.ema_decay, self.progress.round - 1)
-        self.average = {name: value.lerp(new[name], 1 - past) for name, value in self.average.items()}
+        if self.training.ema_decay:
+            past = averaging_weight(self.training.ema_decay, self.progress.round - 1)
+            self.average = weights if self.average is None else self.average.lerp(weights, 1 - past)
 
     def judge(self, dice: float | None, patients: int, number: int) -> bool:
         """Note the validation Dice of the model after round `number`; whether it is the best so far.
@@ -118,24 +112,21 @@ class RunState:
         about["versions"].update(commit=self.commit, flwr=next(iter(told))["versions"]["flwr"] if told else None)
         return about
 
-    def save_best(self, arrays: ArrayRecord, score: dict | None, number: int) -> None:
+    def save_best(self, weights: torch.Tensor, score: dict | None, number: int) -> None:
         """Write `transunet_federated_best.pth` from these weights, which round `number` gave."""
-        save_checkpoint(self.best, self._whole(to_weights(arrays)), self.metadata(score, number))
+        save_checkpoint(self.best, unpack(weights, self.model.state_dict()), self.metadata(score, number))
 
     def save_last(self) -> None:
         """Write `transunet_federated_last.pth`: all that --resume needs."""
-        state = {"weights": to_weights(self.arrays), "average": self.average, "plateau": self.plateau.state_dict(),
+        state = {"weights": self.weights, "average": self.average, "plateau": self.plateau.state_dict(),
                  "rate": self.plateau.optimizer.param_groups[0]["lr"], "progress": asdict(self.progress),
                  "settings": to_json(self.training, self.federation)}
-        save_checkpoint(self.last, self._whole(to_weights(self.final_arrays)), self.metadata(None, self.progress.round), state)
-
-    def _whole(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A state dict with the counters that don't travel."""
-        return {name: weights.get(name, value) for name, value in self.model.state_dict().items()}
+        about = self.metadata(None, self.progress.round)
+        save_checkpoint(self.last, unpack(self.final_weights, self.model.state_dict()), about, state)
 
     def restore(self, state: dict) -> None:
         """Go on from what `save_last` kept."""
-        self.arrays = to_arrays(state["weights"])
+        self.weights = state["weights"]
         self.average = state["average"]
         self.plateau.load_state_dict(state["plateau"])
         self.plateau.optimizer.param_groups[0]["lr"] = state["rate"]

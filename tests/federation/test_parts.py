@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import MedFLError, __version__
@@ -15,7 +15,7 @@ from federation.bundle import FILES, ROOT, make_bundle
 from federation.client_app import keep_errors_here
 from federation.history import mean_dice
 from federation.hospital import HospitalError, proximal_pull
-from federation.messages import TRAINED, Failure, expect, message, payload, put_weights, read, to_arrays, to_weights
+from federation.messages import TRAINED, Failure, expect, from_record, message, pack, payload, read, to_record, unpack
 from federation.processes import is_loopback, parse_address
 from federation.settings import FederationSettings, from_json, to_json
 from federation.state import RunState
@@ -23,27 +23,30 @@ from training import Learner, TrainingSettings
 from transunet import TransUNet
 
 
-def record(**arrays) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.asarray(value, np.float32)) for name, value in arrays.items()})
-
-
 def test_weights_travel_unchanged_and_counters_stay():
     model, other = TransUNet("tiny", 32), TransUNet("tiny", 32)
     counter = next(name for name in other.state_dict() if name.endswith("num_batches_tracked"))
     other.state_dict()[counter].fill_(7)
-    arrays = to_arrays(model.state_dict())
-    put_weights(other, arrays)
+    arrays = to_record(pack(model.state_dict()))
+    other.load_state_dict(unpack(from_record(arrays), other.state_dict()))
     for name, value in model.state_dict().items():
-        assert name == counter or "num_batches" in name or torch.equal(value, other.state_dict()[name])
-    assert other.state_dict()[counter] == 7 and counter not in arrays
+        assert torch.equal(value, other.state_dict()[name]) or name.endswith("num_batches_tracked"), name
+    assert other.state_dict()[counter] == 7
     assert payload(arrays) == sum(4 * v.numel() for v in model.state_dict().values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("arrays", [None, ConfigRecord({}), ArrayRecord({}), ArrayRecord({"weights": Array(np.zeros(3))}),
+                                    ArrayRecord({"other": Array(np.zeros(3, np.float32))}),
+                                    ArrayRecord({"weights": Array(np.zeros((3, 1), np.float32))}),
+                                    ArrayRecord({"weights": Array("float32", (3,), "numpy.ndarray", b"no array")})])
+def test_a_message_without_usable_weights_is_told_apart(arrays):
+    with pytest.raises(MedFLError, match="left out"):
+        from_record(arrays)
 
 
 def test_weights_of_another_architecture_are_refused():
     with pytest.raises(MedFLError, match="another architecture"):
-        put_weights(TransUNet("tiny", 32), to_arrays(TransUNet("tiny", 48).state_dict()))
-    with pytest.raises(MedFLError, match="another architecture"):
-        put_weights(TransUNet("tiny", 32), record(a=[1.0]))
+        unpack(pack(TransUNet("tiny", 48).state_dict()), TransUNet("tiny", 32).state_dict())
 
 
 def test_messages_and_settings_come_back_as_they_were():
@@ -66,22 +69,19 @@ def in_a_run(monkeypatch):
 
 
 def test_fedavg_is_the_mean_weighted_by_slices(in_a_run):
-    updates = [Update("b", record(w=[1.0, 2.0], v=[[0.0]]), 10), Update("a", record(w=[4.0, 8.0], v=[[3.0]]), 30)]
+    updates = [Update("b", torch.tensor([1.0, 2.0, 0.0]), 10), Update("a", torch.tensor([4.0, 8.0, 3.0]), 30)]
     result = aggregate(make_strategy(FederationSettings()), 1, updates)
-    assert result["w"].numpy() == pytest.approx([3.25, 6.5]) and result["v"].numpy() == pytest.approx(np.array([[2.25]]))
-    assert result["w"].numpy().dtype == np.float32 and list(result) == ["w", "v"]
-    prox = aggregate(make_strategy(FederationSettings(strategy="fedprox")), 1, updates)
-    assert np.array_equal(prox["w"].numpy(), result["w"].numpy())
+    assert result.tolist() == pytest.approx([3.25, 6.5, 2.25]) and result.dtype == torch.float32
+    assert torch.equal(aggregate(make_strategy(FederationSettings(strategy="fedprox")), 1, updates), result)
 
 
-@pytest.mark.parametrize(("arrays", "examples", "text"), [
-    (record(w=[1.0, np.nan]), 5, "not finite"), (record(w=[1.0]), 5, "another shape"), (record(u=[1.0, 2.0]), 5, "other tensors"),
-    (record(w=[1.0, 2.0]), 0, "counts 0 slices"), (record(w=[1.0, 2.0]), None, "counts None"),
-    (ArrayRecord({"w": Array(np.zeros(2))}), 5, "shape or type")])
-def test_updates_that_cant_be_averaged_are_left_out(arrays, examples, text):
+@pytest.mark.parametrize(("weights", "examples", "text"), [
+    ([1.0, float("nan")], 5, "not finite"), ([1.0, float("inf")], 5, "not finite"), ([1.0], 5, "1 weights"),
+    ([1.0, 2.0], 0, "0 slices")])
+def test_updates_that_cant_be_averaged_are_left_out(weights, examples, text):
     with pytest.raises(MedFLError, match=text):
-        check_update(Update("a", arrays, examples), record(w=[0.0, 0.0]))
-    check_update(Update("a", record(w=[1.0, 2.0]), 5), record(w=[0.0, 0.0]))
+        check_update(Update("a", torch.tensor(weights), examples), 2)
+    check_update(Update("a", torch.tensor([1.0, 2.0]), 5), 2)
 
 
 def test_the_proximal_gradient_is_that_of_its_closed_form():
@@ -120,16 +120,14 @@ def state_of(tmp_path, **training) -> RunState:
 
 
 def test_averaged_weights_over_rounds_follow_their_definition(tmp_path):
-    state = state_of(tmp_path)
-    name = "head.bias"
-    one, two = ({**to_weights(state.arrays), name: torch.tensor([value])} for value in (1.0, 2.0))
-    state.take(to_arrays(one))
-    assert state.final_arrays[name].numpy() == pytest.approx([1.0])
-    state.take(to_arrays(two))
-    assert state.final_arrays[name].numpy() == pytest.approx([1 + (1 - 2 / 11) * 1.0])
-    plain = state_of(tmp_path, ema_decay=0.0)
-    plain.take(to_arrays(two))
-    assert plain.final_arrays[name].numpy() == pytest.approx([2.0])
+    state, plain = state_of(tmp_path), state_of(tmp_path, ema_decay=0.0)
+    one, two = torch.full_like(state.weights, 1.0), torch.full_like(state.weights, 2.0)
+    state.take(one)
+    assert torch.equal(state.final_weights, one)
+    for subject in (state, plain):
+        subject.take(two)
+    assert state.final_weights[0].item() == pytest.approx(1 + (1 - 2 / 11) * 1.0)
+    assert torch.equal(plain.final_weights, two)
 
 
 def test_plateau_halves_the_rate_and_survives_a_restart(tmp_path):
