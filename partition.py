@@ -8,6 +8,7 @@ What is divided is the central split: a hospital trains, chooses and tests on it
 
 import argparse
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
 KINDS = ("iid", "site", "dirichlet", "quantity", "tumour-size")
 MIN_TRAIN = 2  # training patients that every hospital gets
 CLASSES = 3  # of tumour burden: equal thirds of the patients by the tumour's share of the volume
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe and Ito's, of the sites
 POWER = 1.0  # quantity: hospital k gets a share in proportion to (k + 1) ** -POWER
 
 
@@ -167,15 +169,15 @@ def draw_partition(partition: Partition, table: pd.DataFrame, path: Path, title:
     bars, points = figure.subplots(1, 2)
     bottom = np.zeros(len(partition.hospitals))
     names = [list(split.part("all")) for split in partition.hospitals]
-    for site in sorted(set(table["site"])):
+    for site, colour in zip(sorted(set(table["site"])), itertools.cycle(COLOURS)):
         count = np.array([(by_name.loc[mine, "site"] == site).sum() for mine in names])
-        bars.bar(partition.labels, count, bottom=bottom, label=site)
+        bars.bar(partition.labels, count, bottom=bottom, label=site, color=colour)
         bottom += count
     bars.set(title="Patients by site", ylabel="patients")
-    bars.legend(frameon=False)
+    bars.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     for number, mine in enumerate(names):
         share = 100 * by_name.loc[mine, "tumour_share"]
-        points.scatter(number + np.linspace(-0.25, 0.25, len(mine)), np.sort(share), s=14)
+        points.scatter(number + np.linspace(-0.25, 0.25, len(mine)), np.sort(share), s=14, color=COLOURS[0])
     points.set(title="Tumour's share of each patient's volume", ylabel="percent", xticks=range(len(names)))
     points.set_xticklabels(partition.labels)
     for axes in (bars, points):

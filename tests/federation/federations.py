@@ -20,7 +20,7 @@ class Script:
     """A running script whose output goes to a file that can be waited on."""
 
     def __init__(self, folder: Path, name: str, *command: object, root: Path = ROOT):
-        self.name, self.log = name, folder / f"{name}-{time.monotonic_ns()}.log"
+        self.name, self.folder, self.log = name, folder, folder / f"{name}-{time.monotonic_ns()}.log"
         environment = {**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen([sys.executable, str(root / command[0]), *map(str, command[1:])], cwd=folder,
@@ -77,7 +77,6 @@ class Scene:
         """Kill what still runs, and name the processes that outlive their scripts by more than 10 s."""
         for script in self.scripts:
             if script.process.poll() is None:
-                script.process.send_signal(signal.SIGCONT)
                 script.kill()
         return left_running(self.folder)
 
@@ -104,15 +103,20 @@ def left_running(folder: Path, seconds: float = 10.0) -> list[str]:
     return found
 
 
-def signal_tree(script: Script, what: signal.Signals) -> None:
-    """Send a signal to a script and everything below it."""
+def child_of(script: Script, program: str) -> int:
+    """The process id of one of a script's programs."""
+    return next(int(c.split()[0]) for c in children(script.folder) if f"flower.py {script.process.pid} {program}" in c)
+
+
+def signal_tree(top: int, what: signal.Signals) -> None:
+    """Send a signal to a process and everything below it."""
     parents = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(process.name)] = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
         except OSError:
             continue
-    tree, before = {script.process.pid}, 0
+    tree, before = {top}, 0
     while len(tree) != before:
         before = len(tree)
         tree |= {child for child, parent in parents.items() if parent in tree}

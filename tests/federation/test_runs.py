@@ -16,7 +16,7 @@ from checkpoint import load_checkpoint
 from conftest import run_script
 from dataset import load_dataset
 from federation.history import COLUMNS
-from federations import ROOT, SMALL, Scene, Wiretap, children, left_running, signal_tree
+from federations import ROOT, SMALL, Scene, Wiretap, child_of, children, left_running, signal_tree
 from split import make_split
 from training import TrainingSettings
 from transunet import TransUNet
@@ -147,13 +147,13 @@ def test_a_hospital_hangs_comes_back_is_killed_and_returns(scene, phantoms):
     server.wait_for("hospital-0 joined")
     shaky = scene.hospital("hospital-1", "--cid", 1, "--data-dir", phantoms)  # late: the server waits
     server.wait_for("round 1 of 40: ")
-    signal_tree(shaky, signal.SIGSTOP)
+    worker = child_of(shaky, "hospital")
+    signal_tree(worker, signal.SIGSTOP)  # it hangs, and its connection lives on
     server.wait_for("without hospital-1: no answer within 60 s")
-    signal_tree(shaky, signal.SIGCONT)
+    signal_tree(worker, signal.SIGCONT)
     server.wait_for("hospital-1 answers again")
     takes_part_again(shaky)
-    supernode = next(c for c in children(scene.folder) if f"flower.py {shaky.process.pid} supernode" in c)
-    os.kill(int(supernode.split()[0]), signal.SIGKILL)  # the hospital brings it back
+    os.kill(child_of(shaky, "supernode"), signal.SIGKILL)  # the hospital brings it back
     shaky.wait_for("the connection ended; connecting again")
     server.wait_for("hospital-1 is back")
     takes_part_again(shaky)
