@@ -128,9 +128,9 @@ class Federation:
         with tqdm(total=len(members), desc=title, unit="hospital", leave=False, disable=None) as bar:
             while len(answers) + len(failures) < len(members) and time.monotonic() < until:
                 for answer in self._attend():
-                    if answer.purpose != purpose:
+                    label = by_node[answer.node].label if answer.purpose == purpose else None
+                    if label is None or label in failures:
                         continue
-                    label = by_node[answer.node].label
                     if answer.failure:
                         failures[label] = answer.failure
                         if answer.failure == NO_ANSWER:
@@ -139,6 +139,10 @@ class Federation:
                         answers[label] = answer
                     bar.update()
                 waiting = [m.label for m in members if m.label not in answers and m.label not in failures]
+                for label in waiting:
+                    now = self.membership.members.get(label)
+                    if now and now.node not in by_node:  # what was sent to its old connection is lost
+                        failures[label] = "it came back with a new connection; the next round counts on it"
                 bar.set_postfix_str(f"waiting for {', '.join(waiting)}" if waiting else "", refresh=False)
                 time.sleep(TICK)
         self.post.drop(purpose)
