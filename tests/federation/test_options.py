@@ -3,6 +3,7 @@
 import pytest
 
 from conftest import run_script
+from federation.processes import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.slow
     (("run_client.py", "--cid", -1), "numbered from 0")], ids=lambda value: value if isinstance(value, str) else None)
 def test_bad_options_end_with_one_sentence(home, tmp_path, options, text):
     script, *rest = options
-    extra = ("--out", tmp_path) if script == "run_server.py" else ()
-    done = run_script(script, *rest, *extra, cwd=tmp_path)
+    if script == "run_server.py":
+        rest = ["--address", f"127.0.0.1:{free_port()}", "--out", tmp_path, *rest]
+    done = run_script(script, *rest, cwd=tmp_path)
     assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -231,18 +231,22 @@ def test_it_starts_from_a_checkpoint_with_another_strategy(whole, scene, phantom
 
 
 def test_one_hospital_learns_what_the_central_loop_learns(scene, phantoms):
-    """The same steps with and without messages; the weights differ by what another number of threads rounds."""
+    """Bit for bit, with as many threads: other sums are rounded otherwise, and Adam makes much of it within a few steps."""
     server = scene.server("--clients", 1, "--rounds", 2, "--ema-decay", 0, *SMALL)
     hospital = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms)
     assert server.end() == 0 and hospital.end() == 0, server.output
     dataset = load_dataset(phantoms, progress=False)
     split = make_split({p.name: p.site for p in dataset.patients}, 0)
     settings = TrainingSettings(image_size=32, batch_size=8, warmup_steps=2, epochs=2, ema_decay=0.0)
-    wanted = loop_with_restarts(dataset, split, settings).state_dict()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())  # as a hospital alone on its machine takes
+    try:
+        wanted = loop_with_restarts(dataset, split, settings).state_dict()
+    finally:
+        torch.set_num_threads(threads)
     found = load_checkpoint(scene.out / LAST).model.state_dict()
     for name, value in wanted.items():
-        if value.is_floating_point():
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
+        assert torch.equal(found[name], value) or name.endswith("num_batches_tracked"), name  # counters don't travel
 
 
 def test_training_that_fails_everywhere_is_told_and_bounded(scene, phantoms):
