@@ -142,9 +142,9 @@ def test_wrong_data_is_one_sentence_and_leaves_no_cache(tmp_path, spoil, sentenc
 
 def test_the_table_counts_what_is_in_the_files(tmp_path):
     found = load(write_patients(tmp_path / "scans", slices=4))
-    assert list(found.table) == ["patient", "site", "slices", "tumour_slices", "tumour_pixels", "tumour_share"]
+    assert list(found.table) == ["patient", "site", "slices", "pixels", "tumour_slices", "tumour_pixels", "tumour_share"]
     for name, row in zip(sorted(NAMES), found.table.itertuples(index=False)):
-        assert row[:5] == (name, name[5:7], 4, 3, 3 * (1 + 2 + 3))
+        assert row[:6] == (name, name[5:7], 4, 4 * 16 * 16, 3, 3 * (1 + 2 + 3))
         assert row.tumour_share == pytest.approx(18 / (4 * 16 * 16))
         assert found.tumour_pixels(name) == [0, 3, 6, 9] and found.site(name) == name[5:7]
 
