@@ -139,9 +139,10 @@ def volume_statistics(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 def apply_statistics(slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
     """(S, H, W, 3) uint8 slices of a volume, normalised by that volume's statistics: (S, 3, H, W) float32 in ±CLIP."""
-    scaled = (slices.float() - mean) / (deviation + EPSILON)
-    blank = (deviation > 0).float()  # a blank channel is 0 everywhere, not noise over epsilon
-    return (scaled * blank).clamp(-CLIP, CLIP).permute(0, 3, 1, 2)
+    planes = slices.permute(0, 3, 1, 2).contiguous().float()  # each channel in one piece: arithmetic is ten times as fast
+    mean, deviation = mean.view(3, 1, 1), deviation.view(3, 1, 1)
+    there = (deviation > 0).float()  # a blank channel is 0 everywhere, not noise over epsilon
+    return ((planes - mean) / (deviation + EPSILON) * there).clamp(-CLIP, CLIP)
 
 
 def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
