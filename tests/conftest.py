@@ -1,14 +1,13 @@
-"""What several tests share: a small phantom cohort, a model trained on it for a moment, and scripts run as a user runs them."""
+"""What several tests share: a small phantom cohort, and a model trained on it for a moment."""
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from running import run_script
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and its children would too
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads beyond the cores slow all down
 
@@ -35,12 +34,6 @@ def phantoms(home, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("phantoms")
     make_phantoms(out, patients=10, slices=8, size=64, seed=0)
     return out
-
-
-def run_script(script: str, *options: object, cwd: Path = ROOT, **kept) -> subprocess.CompletedProcess:
-    """Run a script of the repository as a user does; what it printed is kept."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, options)], cwd=cwd, capture_output=True,
-                          text=True, timeout=300, **kept)
 
 
 @pytest.fixture(scope="session")

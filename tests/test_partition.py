@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from common import MedFLError
-from conftest import run_script
 from dataset import load_dataset
 from partition import KINDS, MIN_TRAIN, burden_classes, describe_hospitals, heterogeneity, make_partition
+from running import run_script
 from split import PARTS, make_split
 
 

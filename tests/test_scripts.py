@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from checkpoint import load_checkpoint
-from conftest import ROOT, run_script
 from dataset import load_dataset
 from inference import predict_volume, to_mask
+from running import ROOT, run_script
 
 pytestmark = pytest.mark.slow
 SHORT = ("--image-size", 32, "--batch-size", 8, "--warmup-steps", 2)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from common import MedFLError
-from conftest import ROOT
+from running import ROOT
 from transunet import ARCHITECTURES, TransUNet
 
 

@@ -1,6 +1,7 @@
 """Federations of real processes for the tests: started as a user starts them, watched, and nothing left behind."""
 
 import contextlib
+import csv
 import os
 import re
 import signal
@@ -11,8 +12,10 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from running import ROOT
+
 SMALL = ("--image-size", 32, "--batch-size", 8, "--warmup-steps", 2)
+BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
 DEADLINE = 240.0  # seconds for an event on a busy machine; nothing waits this long unless it fails
 
 
@@ -79,6 +82,12 @@ class Scene:
             if script.process.poll() is None:
                 script.kill()
         return left_running(self.folder)
+
+
+def history(out: Path) -> list[dict]:
+    """The rows of a server's history."""
+    with open(out / "federated_history.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def children(folder: Path) -> list[str]:

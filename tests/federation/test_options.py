@@ -2,8 +2,8 @@
 
 import pytest
 
-from conftest import run_script
 from federation.processes import free_port
+from running import run_script
 
 pytestmark = pytest.mark.slow
 

@@ -1,11 +1,8 @@
 """Whole federations: real servers and hospitals in processes of their own, on phantoms."""
 
-import csv
 import json
 import os
 import re
-import shutil
-import signal
 import time
 
 import pytest
@@ -13,29 +10,16 @@ import torch
 
 from benchmarks.federated_against_central import loop_with_restarts
 from checkpoint import load_checkpoint
-from conftest import run_script
 from dataset import load_dataset
 from federation.history import COLUMNS
-from federations import ROOT, SMALL, Scene, Wiretap, child_of, children, left_running, signal_tree
+from federations import BEST, LAST, SMALL, Scene, Wiretap, children, history, left_running
+from running import run_script
 from split import make_split
 from training import TrainingSettings
 from transunet import TransUNet
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("federation")]
+pytestmark = pytest.mark.slow
 ROUNDS = 3
-BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
-
-
-@pytest.fixture
-def scene(home, tmp_path):
-    made = Scene(tmp_path)
-    yield made
-    assert made.close() == []
-
-
-def history(out) -> list[dict]:
-    with open(out / "federated_history.csv", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -141,83 +125,6 @@ def test_a_killed_server_goes_on_where_it_was(whole, scene, phantoms):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_hospital_hangs_comes_back_is_killed_and_returns(scene, phantoms):
-    server = scene.server("--rounds", 40, "--round-timeout", 60, *SMALL)
-    steady = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms)
-    server.wait_for("hospital-0 joined")
-    shaky = scene.hospital("hospital-1", "--cid", 1, "--data-dir", phantoms)  # late: the server waits
-    server.wait_for("round 1 of 40: ")
-    worker = child_of(shaky, "hospital")
-    signal_tree(worker, signal.SIGSTOP)  # it hangs, and its connection lives on
-    server.wait_for("without hospital-1: no answer within 60 s")
-    signal_tree(worker, signal.SIGCONT)
-    server.wait_for("hospital-1 answers again")
-    takes_part_again(shaky)
-    os.kill(child_of(shaky, "supernode"), signal.SIGKILL)  # the hospital brings it back
-    shaky.wait_for("the connection ended; connecting again")
-    server.wait_for("hospital-1 is back")
-    takes_part_again(shaky)
-    shaky.kill()
-    again = scene.hospital("hospital-1", "--cid", 1, "--data-dir", phantoms)
-    again.wait_for(r"(?m)^round \d+ of 40")
-    for script in (server, steady, again):  # Ctrl-C on any side
-        script.process.send_signal(signal.SIGINT)
-        assert script.end() == 130, script.output
-    assert left_running(scene.folder) == []
-
-
-def takes_part_again(hospital) -> None:
-    """Wait until it tells of one more round than so far."""
-    told = r"(?m)^round \d+ of 40"
-    hospital.wait_for(told, len(re.findall(told, hospital.output)) + 1)
-
-
-def test_a_lost_quorum_ends_with_3_everywhere(scene, phantoms):
-    server = scene.server("--rounds", 40, "--round-timeout", 60, "--min-clients", 2, *SMALL)
-    stays, leaves = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms) for k in (0, 1)]
-    server.wait_for("round 1 of 40: ")
-    leaves.process.send_signal(signal.SIGTERM)
-    assert leaves.end() == 130
-    assert server.end() == 3 and "go on with --resume" in server.output, server.output
-    assert stays.end() == 3 and "too few hospitals" in stays.output
-    assert (scene.out / LAST).exists()
-
-
-def own_folder(phantoms, folder, patients):
-    """Some phantoms as a hospital's own archive: other names, another layout."""
-    for number, patient in enumerate(load_dataset(phantoms, progress=False).patients[patients]):
-        target = folder / f"case {number}"
-        target.mkdir(parents=True)
-        for index, (image, mask) in enumerate(zip(patient.images, patient.masks)):
-            shutil.copy(image, target / f"axial-{index}.tif")
-            shutil.copy(mask, target / f"axial-{index}_mask.tif")
-    return folder
-
-
-def test_own_data_of_different_sizes_and_one_that_breaks(scene, phantoms):
-    large = own_folder(phantoms, scene.folder / "large", slice(0, 7))
-    small = own_folder(phantoms, scene.folder / "small", slice(7, 10))
-    tap = Wiretap(scene.address)
-    server = scene.server("--rounds", 40, *SMALL)
-    one = scene.hospital("mercy", "--own-data", large, "--name", "mercy")
-    two = scene.hospital("hope", "--own-data", small, "--name", "hope", address=tap.address)
-    server.wait_for("round 1 of 40: ")
-    assert all(row["val_dice"] == "" for row in history(scene.out)), "a hospital of fewer than 3 validation patients sends no score"
-    assert (scene.folder / "models" / "mercy_split.json").exists()
-    mask = small / "case 0" / "axial-2_mask.tif"
-    hidden = mask.rename(scene.folder / "hidden.tif")
-    server.wait_for("without hope: its data can't be used")
-    assert f"{mask.parent.name}/axial-2.tif has no mask" in two.output
-    server.wait_for(r"round \d+ of 40: [^\n]*\n[^\n]*\n +mercy[^\n]*\n(?! +hope)")
-    hidden.rename(mask)
-    takes_part_again(two)
-    places = [bytes(tap.said), server.output.encode(), *(p.read_bytes() for p in scene.out.iterdir() if "split" not in p.name)]
-    for secret in (b"axial-", b"case 0", str(small).encode(), b"_mask"):
-        assert not any(secret in place for place in places), secret
-    tap.close()
-    assert one.process.poll() is None
-
-
 def test_it_starts_from_a_checkpoint_with_another_strategy(whole, scene, phantoms):
     start = whole[0].out / BEST
     server = scene.server("--rounds", 1, "--init", start, "--strategy", "fedprox", "--proximal-mu", 0.5, *SMALL)
@@ -247,59 +154,3 @@ def test_one_hospital_learns_what_the_central_loop_learns(scene, phantoms):
     found = load_checkpoint(scene.out / LAST).model.state_dict()
     for name, value in wanted.items():
         assert torch.equal(found[name], value) or name.endswith("num_batches_tracked"), name  # counters don't travel
-
-
-def test_training_that_fails_everywhere_is_told_and_bounded(scene, phantoms):
-    server = scene.server("--rounds", 2, *SMALL, "--lr", 1e30, "--clip", 1e30)
-    hospitals = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms) for k in (0, 1)]
-    assert server.end() == 3 and "its training failed" in server.output, server.output
-    assert [h.end() for h in hospitals] == [3, 3] and all("--lr" in h.output for h in hospitals)
-
-
-def test_who_is_refused_is_told_why(scene, phantoms, tmp_path):
-    other = tmp_path / "other version"
-    shutil.copytree(ROOT, other, ignore=shutil.ignore_patterns(".git", ".venv*", "data", "models", "tests", "docs", "__pycache__"))
-    common = (other / "common.py").read_text()
-    (other / "common.py").write_text(re.sub('__version__ = ".*"', '__version__ = "0.0.9"', common))
-    fewer = tmp_path / "fewer"
-    shutil.copytree(phantoms, fewer)
-    shutil.rmtree(next((fewer / "kaggle_3m").glob("TCGA_*")))
-    server = scene.server("--rounds", 1, "--clients", 3, *SMALL)
-    first = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms)
-    server.wait_for("hospital-0 joined")
-    refused = {
-        "another hospital has this label": scene.hospital("twin", "--cid", 0, "--data-dir", phantoms),
-        "the server has 3 hospitals": scene.hospital("ninth", "--cid", 8, "--data-dir", phantoms),
-        "medfl 0.0.9 instead of": scene.hospital("old", "--cid", 1, "--data-dir", phantoms, root=other),
-        "divide another dataset": scene.hospital("fewer", "--cid", 2, "--data-dir", fewer),
-    }
-    for sentence, script in refused.items():
-        assert script.end() == 2 and sentence in script.output, script.output
-    assert first.process.poll() is None and "hospital-0 refused" in server.output
-
-
-def test_a_kill_of_any_script_leaves_nothing_running(scene, phantoms):
-    server = scene.server("--rounds", 40, *SMALL)
-    hospitals = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms) for k in (0, 1)]
-    server.wait_for("round 1 of 40: ")
-    assert len(children(scene.folder)) >= 8
-    for script in (*hospitals, server):
-        script.kill()
-    assert left_running(scene.folder) == []
-
-
-def test_check_looks_at_data_and_connection_alone(scene, phantoms, tmp_path):
-    options = ("--cid", 0, "--data-dir", phantoms, "--check")
-    alone = scene.hospital("alone", *options)
-    assert alone.end() == 2 and "the data are fine, but no server answers" in alone.output
-    server = scene.server(*SMALL)
-    server.wait_for("listening on")
-    check = scene.hospital("check", *options)
-    assert check.end() == 0 and "nothing was trained" in check.output
-    impatient = scene.hospital("impatient", *options[:-1], "--wait", 2, address="127.0.0.1:9")
-    assert impatient.end() == 2 and "wait longer with --wait" in impatient.output
-    (tmp_path / "broken" / "a").mkdir(parents=True)
-    (tmp_path / "broken" / "a" / "1.tif").write_bytes(b"no picture")
-    broken = scene.hospital("broken", "--own-data", tmp_path / "broken", "--name", "broken")
-    assert broken.end() == 2 and "has no mask" in broken.output
-    assert json.dumps(children(tmp_path)).count("supernode") == 0
