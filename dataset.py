@@ -15,13 +15,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from common import SMALLEST_GROUP, MedFLError
-from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice, volume_statistics
+from common import MedFLError
+from plausibility import describe_volume, image_statistics
+from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
 SEARCH_DEPTH = 4  # folders below --data-dir; the deepest that people make is archive/lgg-mri-segmentation/kaggle_3m
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 DAY = 86_400.0  # seconds; no build takes as long
 HOW_TO_GET = ("download https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation and unpack it there, "
               "or make a synthetic cohort with `python data/make_phantoms.py`")
@@ -75,8 +76,12 @@ class Dataset:
 
     def statistics(self, patient: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The volume's mean and deviation per channel, (3,) and (3,) float32, as `preprocessing.volume_statistics` gives."""
-        entry = self._entries[patient]
-        return torch.tensor(entry["mean"]), torch.tensor(entry["deviation"])
+        measured = self._entries[patient]["measured"]
+        return torch.tensor(measured["foreground_mean"]), torch.tensor(measured["foreground_deviation"])
+
+    def image_statistics(self, patients: tuple[str, ...]) -> dict | None:
+        """What these patients' images look like, as `plausibility.image_statistics` tells it."""
+        return image_statistics([self._entries[patient]["measured"] for patient in patients])
 
 
 def load_dataset(data_dir: Path, site: str | None = None, progress: bool = True) -> Dataset:
@@ -157,35 +162,6 @@ def _dataset_name(patients: list[Patient]) -> str:
     return "LGG MRI segmentation" if all(SITE.match(p.name) for p in patients) else "own data"
 
 
-def image_statistics(dataset: Dataset, patients: tuple[str, ...]) -> dict | None:
-    """What the training images look like, per channel: mean and deviation over patients of the foreground's mean and
-    deviation (uint8 units). None below 3 patients, where it would say something of one."""
-    if len(patients) < SMALLEST_GROUP:
-        return None
-    means, deviations = (torch.stack(values) for values in zip(*(dataset.statistics(p) for p in patients)))
-
-    def over_patients(values: torch.Tensor) -> dict:
-        mean, deviation = ([round(v, 2) for v in row.tolist()] for row in (values.mean(0), values.std(0)))
-        return {"mean": mean, "deviation": deviation}
-
-    return {"foreground_mean": over_patients(means), "foreground_deviation": over_patients(deviations)}
-
-
-def pool_image_statistics(groups: list[tuple[int, dict]]) -> dict | None:
-    """`image_statistics` of all patients together, from (patients, statistics) of each group; None without a group."""
-    if not groups:
-        return None
-    counts = np.array([[count] for count, _ in groups], float)
-    pooled = {}
-    for name in ("foreground_mean", "foreground_deviation"):
-        means, deviations = (np.array([statistics[name][key] for _, statistics in groups]) for key in ("mean", "deviation"))
-        mean = (counts * means).sum(axis=0) / counts.sum()
-        squares = ((counts - 1) * deviations**2 + counts * (means - mean) ** 2).sum(axis=0)
-        deviation = np.sqrt(squares / (counts.sum() - 1))
-        pooled[name] = {"mean": mean.round(2).tolist(), "deviation": deviation.round(2).tolist()}
-    return pooled
-
-
 def cache_folder() -> Path:
     """Where caches lie: outside of every dataset, in the user's own cache folder, readable by the user alone."""
     folder = Path.home() / ".cache" / "medfl"
@@ -240,11 +216,10 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
     with open(folder / "images.bin", "wb") as images, open(folder / "masks.bin", "wb") as masks:
         for patient in tqdm(patients, desc="reading scans", unit="patient", disable=not progress):
             volume, truth = _read_pair(patient)
-            mean, deviation = volume_statistics(torch.from_numpy(volume))
             images.write(volume.tobytes())
             masks.write(truth.tobytes())
             index.append({"patient": patient.name, "site": patient.site, "shape": list(truth.shape), "start": start,
-                          "mean": mean.tolist(), "deviation": deviation.tolist(),
+                          "measured": describe_volume(torch.from_numpy(volume)),
                           "tumour_pixels": np.count_nonzero(truth, axis=(1, 2)).tolist()})
             start += truth.size
     (folder / "index.json").write_text(json.dumps({"patients": index}), encoding="utf-8")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from checkpoint import load_checkpoint
 from common import MedFLError, atomic_write, run_script
 from inference import choose_device, predict_volume, to_mask
-from preprocessing import is_image, is_mask, numeric_order, read_volume, slice_number, volume_name
+from preprocessing import group_volumes, is_image, is_mask, read_volume, slice_number
 
 COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
 
@@ -55,15 +55,6 @@ def find_slices(inputs: list[Path], out: Path) -> list[Path]:
     if not files:
         raise MedFLError("there is no slice in what was named (TIFF, PNG or JPEG, masks passed over); name other files")
     return list(dict.fromkeys(files))
-
-
-def group_volumes(files: list[Path]) -> list[tuple[str, list[Path]]]:
-    """Each volume's name (the patient's, or the file's) and slices in numeric order."""
-    volumes = defaultdict(list)
-    for file in files:
-        alone = slice_number(file) is None
-        volumes[(file.parent, file.stem if alone else volume_name(file), alone and file.suffix)].append(file)
-    return [(name, numeric_order(slices)) for (_, name, _), slices in volumes.items()]
 
 
 def output_names(files: list[Path]) -> dict[Path, str]:

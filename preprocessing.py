@@ -7,6 +7,8 @@ From the uint8 volume on, everything is torch operations that export to ONNX: no
 
 import re
 import warnings
+from collections import defaultdict
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -58,20 +60,33 @@ def numeric_order(paths: list[Path]) -> list[Path]:
     return sorted(paths, key=lambda p: (slice_number(p) is None, slice_number(p) or 0, p.name))
 
 
-def read_slice(path: Path) -> np.ndarray:
+def group_volumes(files: list[Path]) -> list[tuple[str, list[Path]]]:
+    """Each volume's name (the patient's, or the file's) and slices in numeric order.
+
+    Slices of one patient's name in one folder form a volume; a file without a slice number is a volume of its own.
+    """
+    volumes = defaultdict(list)
+    for file in files:
+        alone = slice_number(file) is None
+        volumes[(file.parent, file.stem if alone else volume_name(file), alone and file.suffix)].append(file)
+    return [(name, numeric_order(slices)) for (_, name, _), slices in volumes.items()]
+
+
+def read_slice(path: Path, content: bytes | None = None) -> np.ndarray:
     """A slice's pixels, (H, W, 3) uint8: pre-contrast, FLAIR, post-contrast. A grey picture fills all three channels.
 
-    Raises MedFLError for a file that is unreadable, truncated, animated, huge, or not 8 bits a channel.
+    content: the file's bytes, if they are in memory and not on disk. Raises MedFLError for a file that is unreadable,
+    truncated, animated, huge, or not 8 bits a channel.
     """
-    picture = _open(path)
+    picture = _open(path, content)
     if picture.mode in ("L", "1", "P", "RGBA", "LA", "RGB"):
         return np.asarray(picture.convert("RGB"))
     raise MedFLError(f"{path} has pixels of type {picture.mode}, and a slice has 8-bit grey or RGB; convert it first")
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, content: bytes | None = None) -> np.ndarray:
     """A mask's pixels, (H, W) uint8, 0 or 255. Raises MedFLError for any other value and what `read_slice` refuses."""
-    picture = _open(path)
+    picture = _open(path, content)
     if picture.mode not in ("L", "1", "RGB"):
         raise MedFLError(f"{path} has pixels of type {picture.mode}, and a mask is 8-bit grey; convert it first")
     mask = np.asarray(picture.convert("L"))
@@ -81,12 +96,12 @@ def read_mask(path: Path) -> np.ndarray:
     return mask
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, content: bytes | None) -> Image.Image:
     """A single-frame picture of a sensible size, decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of huge sides, which are checked below, and of metadata that nobody reads
-            picture = Image.open(path)
+            picture = Image.open(path if content is None else BytesIO(content))
         width, height = picture.size
         if max(width, height) > MAX_SIDE:
             raise MedFLError(f"{path} is {width}×{height} pixels, and a slice has at most {MAX_SIDE} a side; shrink it first")

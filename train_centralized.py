@@ -25,7 +25,7 @@ from batches import TrainingBatches
 from checkpoint import THRESHOLD, describe, load_checkpoint, save_checkpoint
 from common import MedFLError, add_settings, atomic_write, run_script, settings_from
 from curves import draw_curves
-from dataset import Dataset, image_statistics, load_dataset
+from dataset import Dataset, load_dataset
 from inference import choose_device
 from metrics import summarise
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
@@ -182,7 +182,7 @@ class CentralTraining:
                     "precision_used": str(self.learner.precision).removeprefix("torch."),
                     "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model"}
         training["encoder_weights"] = training["encoder_weights"] and Path(training["encoder_weights"]).name
-        images = image_statistics(self.dataset, self.split.train)
+        images = self.dataset.image_statistics(self.split.train)
         return describe(self.learner.weights_model, images, training=training, origin={"kind": "centralised"},
                         data=data, scores=scores)
 

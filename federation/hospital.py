@@ -15,7 +15,7 @@ from tqdm import tqdm
 from batches import TrainingBatches
 from checkpoint import THRESHOLD
 from common import SMALLEST_GROUP, MedFLError
-from dataset import image_statistics, load_dataset
+from dataset import load_dataset
 from federation.messages import Failure, from_record, pack, to_record, unpack
 from federation.settings import FederationSettings
 from inference import choose_device
@@ -79,7 +79,7 @@ class Hospital:
         parts = {part: {"patients": len(self.split.part(part)), "slices": int(slices[list(self.split.part(part))].sum())}
                  for part in PARTS}
         return {**self.introduction(self.identity), "own_data": self.own_data, "data": self.dataset.name, "parts": parts,
-                "images": image_statistics(self.dataset, self.split.train), "device": self.device.type, **self.hashes}
+                "images": self.dataset.image_statistics(self.split.train), "device": self.device.type, **self.hashes}
 
     @staticmethod
     def introduction(identity: dict) -> dict:

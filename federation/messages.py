@@ -16,7 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from common import SMALLEST_GROUP, MedFLError
-from preprocessing import CHANNELS
+from plausibility import MEASURES
 from split import PARTS
 
 
@@ -119,12 +119,13 @@ def check_facts(facts: dict) -> None:
         for part in PARTS:
             expect(facts["parts"][part], {"patients": int, "slices": int})
         images = facts["images"]
-        values = [] if images is None else [v for name in ("foreground_mean", "foreground_deviation")
-                                            for key in ("mean", "deviation") for v in images[name][key]]
-        usable = len(values) in (0, 4 * len(CHANNELS)) and all(isinstance(v, float) and math.isfinite(v) for v in values)
+        lists = [] if images is None else [(images[name][key], width) for name, width in MEASURES.items()
+                                           for key in ("mean", "deviation")]
+        usable = all(len(values) == width and all(isinstance(v, float) and math.isfinite(v) for v in values)
+                     for values, width in lists)
     except (KeyError, TypeError, AttributeError) as error:
         raise MedFLError("its introduction has not the parts that it should; use the same version of MedFL everywhere") from error
-    if not usable or values and facts["parts"]["train"]["patients"] < SMALLEST_GROUP:
+    if not usable or lists and facts["parts"]["train"]["patients"] < SMALLEST_GROUP:
         raise MedFLError("its introduction describes its images in another way than it should; use the same version everywhere")
 
 

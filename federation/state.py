@@ -8,9 +8,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
-from dataset import pool_image_statistics
 from federation.messages import pack, unpack
 from federation.settings import FederationSettings, from_json, to_json
+from plausibility import pool_image_statistics
 from split import PARTS
 from training import PLATEAU, TrainingSettings, averaging_weight
 from transunet import TransUNet

@@ -1,0 +1,149 @@
+"""The page on which a clinician looks at a scan and the mask that a model proposes.
+
+    streamlit run deployment/app/app.py
+
+What is uploaded stays in the memory of this process while its page is open; it is not written to disk and not sent on.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import streamlit as st  # noqa: E402
+
+from card import NOTICE, card_rows, find_checkpoints  # noqa: E402
+from cases import KINDS, Case, read_case  # noqa: E402
+from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from common import MedFLError  # noqa: E402
+from inference import choose_device  # noqa: E402
+from plausibility import doubts  # noqa: E402
+from readout import predict_case  # noqa: E402
+from viewer import show_case  # noqa: E402
+
+MODELS = ROOT / "models"
+SAMPLES = Path(__file__).parent / "samples"
+STYLE = """
+<style>
+  .block-container {padding-top: 3.2rem; max-width: 78rem}
+  .st-key-notice {position: sticky; top: 2.8rem; z-index: 90}
+  .st-key-notice p {margin: 0; font-weight: 600; font-size: .9rem}
+  .card dt {font-size: .75rem; opacity: .75; margin-top: .5rem}
+  .card dd {font-size: .85rem; margin: 0; overflow-wrap: anywhere}
+  @media (max-width: 40rem) {.block-container {padding-left: 1rem; padding-right: 1rem}}
+</style>
+"""
+
+
+@st.cache_resource(max_entries=2, show_spinner="loading the model")
+def load_model(path: Path, changed: float) -> tuple[Checkpoint, str]:
+    """The checkpoint and its SHA-256. changed: the file's time, so that a new file is loaded anew."""
+    checkpoint = load_checkpoint(path, choose_device())
+    return checkpoint, checkpoint.sha256()
+
+
+def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
+    """The model that the sidebar names, and its card. Ends the page with a sentence where there is none that can be used."""
+    with st.sidebar:
+        st.subheader("Model")
+        try:
+            paths = find_checkpoints(MODELS)
+        except MedFLError as error:
+            stop(error)
+        names = {path: path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}" for path in paths}
+        path = st.selectbox("Checkpoint", paths, format_func=names.get, help="The newest comes first.")
+    try:
+        checkpoint, sha256 = load_model(path, path.stat().st_mtime)
+    except (MedFLError, OSError) as error:
+        stop(error)
+    card = card_rows(checkpoint, sha256, next(checkpoint.model.parameters()).device.type)
+    with st.sidebar:
+        st.html('<dl class="card">' + "".join(f"<dt>{subject}</dt><dd>{_escaped(text)}</dd>" for subject, text in card) + "</dl>")
+    return checkpoint, card
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def stop(error: Exception) -> None:
+    """Say what is wrong and what to do, and show nothing else."""
+    st.error(f"No model: {error}")
+    st.stop()
+
+
+def open_case(files: list[tuple[str, bytes]]) -> None:
+    """Make these files the case that is shown; or keep the reason why they can't be."""
+    state = st.session_state
+    state.uploads = state.get("uploads", 0) + 1  # a new uploader: the old one would keep the files' bytes
+    close_case()
+    try:
+        state.case = read_case(files)
+    except MedFLError as error:
+        state.refusal = f"{error}."
+
+
+def close_case() -> None:
+    """Forget the case and everything that was made of it."""
+    for name in ("case", "prediction", "predicted_by", "doubts", "refusal", "truth_refusal", "slice", "pixel_size",
+                 "slice_distance"):
+        st.session_state.pop(name, None)
+
+
+def choose_case() -> None:
+    """The start of a visit: sample cases and uploads."""
+    number = st.session_state.get("uploads", 0)
+    st.markdown("Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels. The model "
+                "outlines what it takes for lower-grade glioma. Nothing is stored, and nothing leaves the computer that runs this "
+                "page.")
+    if refusal := st.session_state.get("refusal"):
+        st.error(refusal)
+    samples = sorted(SAMPLES.glob("*.zip"))
+    if samples:
+        st.caption("Try a sample. These are phantoms: painted, not measured.")
+        with st.container(horizontal=True):
+            for path in samples:
+                if st.button(path.stem.replace("_", " ").capitalize(), key=path.stem, icon=":material/neurology:"):
+                    open_case([(path.name, path.read_bytes())])
+                    st.rerun()
+    files = st.file_uploader("Slices of one patient (TIFF, PNG, JPEG), a ZIP of them, or a NIfTI file", KINDS,
+                             accept_multiple_files=True, key=f"files-{number}",
+                             help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them.")
+    folder = st.file_uploader("Or a patient's folder", accept_multiple_files="directory", key=f"folder-{number}")
+    if chosen := files or folder:
+        open_case([(file.name, file.getvalue()) for file in chosen])
+        st.rerun()
+
+
+def predict(checkpoint: Checkpoint, sha256: str) -> None:
+    """Run the model over the case, once for each case and model."""
+    state = st.session_state
+    if state.get("predicted_by") == sha256:
+        return
+    case: Case = state.case
+    state.doubts = doubts(case.volume, checkpoint.metadata["preprocessing"].get("training_images"))
+    with st.spinner(f"segmenting {len(case.slices)} slices"):
+        state.prediction = predict_case(checkpoint.model, case)
+    state.predicted_by = sha256
+
+
+def main() -> None:
+    st.set_page_config(page_title="MedFL", page_icon=":material/neurology:", layout="wide")
+    st.html(STYLE)
+    with st.container(key="notice"):
+        st.warning(NOTICE, icon=":material/warning:")
+    st.title("MedFL: tumour segmentation")
+    checkpoint, card = choose_model()
+    state = st.session_state
+    if "case" not in state:
+        choose_case()
+        return
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.subheader(state.case.name)
+        st.button("Close this case", on_click=close_case, icon=":material/close:")
+    predict(checkpoint, dict(card)["SHA-256"])
+    show_case(checkpoint, card)
+
+
+main()

@@ -1,0 +1,73 @@
+"""Which models there are, and what the model card says of one."""
+
+import os
+from pathlib import Path
+
+from checkpoint import Checkpoint
+from common import MedFLError
+
+NOTICE = "Research use only, not a medical device. No output may guide a diagnosis or a treatment."
+
+
+def find_checkpoints(models: Path) -> list[Path]:
+    """The models to choose from, newest first: MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in `models` and the
+    folders in it. Raises MedFLError where there is none."""
+    named = os.environ.get("MEDFL_CHECKPOINT")
+    if named and not Path(named).is_file():
+        raise MedFLError(f"MEDFL_CHECKPOINT names {named}, and there is no such file; correct it, or unset it")
+    found = sorted([*models.glob("*_best.pth"), *models.glob("*/*_best.pth")], key=lambda path: path.stat().st_mtime, reverse=True)
+    every = list(dict.fromkeys(([Path(named)] if named else []) + found))
+    if not every:
+        raise MedFLError(f"there is no model in {models}; train one with `make demo` or train_centralized.py, or set "
+                         "MEDFL_CHECKPOINT to a .pth file")
+    return every
+
+
+def card_rows(checkpoint: Checkpoint, sha256: str, device: str) -> list[tuple[str, str]]:
+    """What the model card says, as (subject, text), from the checkpoint's metadata; what it doesn't tell is left out."""
+    about = checkpoint.metadata
+    architecture, origin, training = about["architecture"], about.get("origin", {}), about.get("training", {})
+    rows = [("Trained", _origin(origin)), ("Data", _data(about.get("data", {}))),
+            ("Test", score_text(about.get("scores", {}).get("test"), "not scored yet: run evaluate.py --write-back")),
+            ("Validation", score_text(about.get("scores", {}).get("val"), "no validation patients")),
+            ("Selected by", training.get("selected_by")),
+            ("Network", f"TransUNet {architecture['name']}, {architecture['parameters'] / 1e6:.1f} million parameters, input "
+                        f"{architecture['image_side']}×{architecture['image_side']} pixels"),
+            ("Threshold", f"{checkpoint.threshold:g}"), ("Device", device),
+            ("File", f"{checkpoint.path.name}, {checkpoint.path.stat().st_size / 1e6:.1f} MB"), ("Made", about.get("created")),
+            ("SHA-256", sha256)]
+    return [(subject, text) for subject, text in rows if text]
+
+
+def _origin(origin: dict) -> str:
+    """How the model came about."""
+    kind = origin.get("kind")
+    if kind == "federated":
+        privacy = origin.get("privacy", {})
+        kept = "secure aggregation" if privacy.get("secure_aggregation") else "the server saw each hospital's weights"
+        epsilon = privacy.get("epsilon")
+        noise = f", ε = {epsilon:g} at δ = {privacy['delta']:g}" if epsilon else ", no differential privacy"
+        return (f"federated, {origin['hospitals']} hospitals ({', '.join(origin['labels'])}), {origin['rounds']} rounds, "
+                f"{origin['strategy']}, data held by {origin['partition']}; {kept}{noise}")
+    return {"centralised": "in one place", "local": "at one hospital alone"}.get(kind, "not told")
+
+
+def _data(data: dict) -> str | None:
+    if not data:
+        return None
+    counts = ", ".join(f"{data[part]['patients']} {word}" for part, word in
+                       (("train", "to train on"), ("val", "to choose by"), ("test", "kept for the test")) if data.get(part))
+    phantoms = data.get("name") == "phantoms"
+    warning = ". Phantoms are painted, not measured: the model knows nothing of real scans" if phantoms else ""
+    return f"{data.get('name')}: {counts} patients{warning}"
+
+
+def score_text(score: dict | None, absent: str) -> str:
+    """A score of the metadata in words: mean volume Dice, interval, median, patients."""
+    if not score or not score.get("volume_dice"):
+        return absent
+    dice = score["volume_dice"]
+    interval = f" (95 % interval {dice['ci95'][0]:.3f} to {dice['ci95'][1]:.3f})" if dice.get("ci95") else ""
+    median = f", median {dice['median']:.3f}" if dice.get("median") is not None else ""
+    patients = score.get("patients")
+    return f"mean volume Dice {dice['mean']:.3f}{interval}{median}" + (f", {patients} patients" if patients else "")

@@ -1,0 +1,130 @@
+"""The figures beside the picture: areas, diameters, how sure the model is, agreement with a truth, and what is downloaded."""
+
+import csv
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+from scipy.spatial import ConvexHull, QhullError
+from scipy.spatial.distance import pdist
+
+import metrics
+from cases import Case
+from inference import predict_volume, to_mask
+from pictures import png
+from plausibility import FLAIR
+from transunet import TransUNet
+
+SPREAD_FLOOR = 0.05  # probability below which a pixel is background in both readings and says nothing of the doubt
+
+
+@dataclass
+class Prediction:
+    """What the model said of a case. probability: (S, H, W) float32; spread: (S,) float32 or None while it was not asked for."""
+
+    probability: np.ndarray
+    spread: np.ndarray | None = None
+
+
+def predict_case(model: TransUNet, case: Case) -> Prediction:
+    """One pass of the model over the case; slices are normalised with those of their group, as predict.py does it."""
+    return Prediction(_probability(model, case.volume, case.groups))
+
+
+def _probability(model: TransUNet, volume: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    return np.concatenate([predict_volume(model, volume[groups == group]) for group in np.unique(groups)])
+
+
+def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.ndarray:
+    """For each slice, (S,) float32: how far the probability changes on average when the slice is shown mirrored, over the
+    pixels where either reading is above 0.05; 0 where there is none. It needs a second pass."""
+    mirrored = _probability(model, np.ascontiguousarray(case.volume[:, :, ::-1]), case.groups)[:, :, ::-1]
+    spread = np.zeros(len(probability), np.float32)
+    for number, (one, other) in enumerate(zip(probability, mirrored)):
+        asked = np.maximum(one, other) > SPREAD_FLOOR
+        if asked.any():
+            spread[number] = np.abs(one - other)[asked].mean()
+    return spread
+
+
+def largest_diameter(mask: np.ndarray, spacing: tuple[float, float] = (1.0, 1.0)) -> float:
+    """The longest straight line between two pixels' centres of a mask (H, W), in pixels, or mm with the spacing of rows and
+    columns; 0 for none or one pixel."""
+    points = np.argwhere(mask > 0) * np.array(spacing)
+    if len(points) < 2:
+        return 0.0
+    try:
+        points = points[ConvexHull(points).vertices]
+    except QhullError:  # all on a line
+        points = np.stack([points[0], points[-1]])
+    return float(pdist(points).max())
+
+
+def slice_rows(case: Case, prediction: Prediction, threshold: float) -> list[dict]:
+    """The read-out of each slice, in the order of the case: slice, file, tumour_pixels, share_of_slice, largest_diameter_px,
+    mean_probability (inside of the mask, None where it is empty), flip_spread (None while not asked for), and with a
+    spacing tumour_mm2 and largest_diameter_mm, with a truth dice and iou (None where both are empty)."""
+    rows = []
+    for number, probability in enumerate(prediction.probability):
+        mask = to_mask(probability, threshold)
+        count = int(np.count_nonzero(mask))
+        row = {"slice": number + 1, "file": case.slices[number], "tumour_pixels": count, "share_of_slice": count / mask.size,
+               "largest_diameter_px": largest_diameter(mask),
+               "mean_probability": float(probability[mask > 0].mean()) if count else None,
+               "flip_spread": None if prediction.spread is None else float(prediction.spread[number])}
+        if case.spacing:
+            row["tumour_mm2"] = count * case.spacing[0] * case.spacing[1]
+            row["largest_diameter_mm"] = largest_diameter(mask, case.spacing[:2])
+        if case.truth is not None:
+            row["dice"], row["iou"] = agreement(mask, case.truth[number])
+        rows.append(row)
+    return rows
+
+
+def agreement(prediction: np.ndarray, truth: np.ndarray) -> tuple[float | None, float | None]:
+    """Dice and IoU of two masks of one shape, by the rules in metrics.py; None where both are empty."""
+    overlap = metrics.counts(prediction, truth)
+    return (metrics.dice(*overlap), metrics.iou(*overlap)) if any(overlap) else (None, None)
+
+
+def summary(case: Case, rows: list[dict], mask: np.ndarray) -> dict:
+    """The case's figures. mask: (S, H, W) uint8. foreground_share is the tumour's share of the pixels brighter than the mean of
+    FLAIR, roughly the head; volume_cm3 and diameters in mm need a spacing; dice and iou a truth, and slices of one patient."""
+    pixels = sum(row["tumour_pixels"] for row in rows)
+    flair = case.volume[..., FLAIR]
+    foreground = int(np.count_nonzero(flair > flair.mean()))
+    figures = {"tumour_pixels": pixels, "foreground_share": pixels / max(foreground, 1),
+               "slices_with_tumour": sum(row["tumour_pixels"] > 0 for row in rows), "slices": len(rows),
+               "largest_diameter_px": max(row["largest_diameter_px"] for row in rows)}
+    if case.spacing:
+        figures["volume_cm3"] = pixels * float(np.prod(case.spacing)) / 1_000
+        figures["largest_diameter_mm"] = max(row["largest_diameter_mm"] for row in rows)
+    if case.truth is not None and (case.is_volume or len(rows) == 1):
+        figures["dice"], figures["iou"] = agreement(mask, case.truth)
+    return figures
+
+
+def csv_text(rows: list[dict]) -> str:
+    """The slices' rows as CSV."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def mask_name(name: str) -> str:
+    """The name of a slice's mask, as predict.py gives it."""
+    return f"{PurePosixPath(name).stem if '.' in name else name}_mask.png"
+
+
+def zip_masks(case: Case, mask: np.ndarray, rows: list[dict]) -> bytes:
+    """All masks as PNG, 0 or 255 and of the slices' own size, and the read-out as CSV, in one ZIP."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, pixels in zip(case.slices, mask):
+            archive.writestr(mask_name(name), png(pixels))
+        archive.writestr("readout.csv", csv_text(rows))
+    return file.getvalue()

@@ -1,0 +1,52 @@
+"""The one-page report: picture, figures, areas over the slices, model card and the notice, as a PNG."""
+
+import io
+import textwrap
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from card import NOTICE
+
+ORANGE = "#C77700"
+PAGE = (8.27, 11.69)  # inches, A4
+DPI = 150
+
+
+def draw_report(title: str, pictures: list[tuple[str, np.ndarray]], rows: list[dict], figures: list[tuple[str, str]],
+                card: list[tuple[str, str]], doubts: list[str]) -> bytes:
+    """The report as PNG. pictures: two of (caption, (h, w, 3) uint8); rows: `readout.slice_rows`; figures, card: (name, text)."""
+    page = Figure(figsize=PAGE, dpi=DPI, facecolor="white")
+    page.text(0.07, 0.955, "MedFL: tumour segmentation", fontsize=17, weight="bold")
+    page.text(0.07, 0.935, textwrap.shorten(title, 100), fontsize=10, color="#444444")
+    page.text(0.07, 0.912, NOTICE, fontsize=10, weight="bold", color="#8A1C00")
+    for place, (caption, pixels) in enumerate(pictures):
+        axes = page.add_axes((0.07 + 0.44 * place, 0.58, 0.42, 0.30))
+        axes.imshow(pixels)
+        axes.set_axis_off()
+        axes.set_title(caption, fontsize=9)
+    chart = page.add_axes((0.12, 0.44, 0.81, 0.10))
+    chart.bar([row["slice"] for row in rows], [row["tumour_pixels"] for row in rows], color=ORANGE, width=0.8)
+    chart.set_xlabel("slice", fontsize=8)
+    chart.set_ylabel("tumour pixels", fontsize=8)
+    chart.tick_params(labelsize=8)
+    chart.spines[["top", "right"]].set_visible(False)
+    _table(page, 0.07, "Figures", figures, width=34)
+    _table(page, 0.42, "Model", card, width=52)
+    if doubts:
+        mind = textwrap.wrap("Mind: " + " ".join(doubts), 120)[:4]
+        page.text(0.07, 0.075, "\n".join(mind), fontsize=8, va="top", color="#8A1C00")
+    file = io.BytesIO()
+    page.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _table(page: Figure, left: float, title: str, rows: list[tuple[str, str]], width: int) -> None:
+    """Subjects and wrapped texts, from the middle of the page downwards."""
+    page.text(left, 0.375, title, fontsize=11, weight="bold")
+    height = 0.355
+    for subject, text in rows:
+        lines = textwrap.wrap(str(text), width) or [""]
+        page.text(left, height, subject, fontsize=8, color="#444444", va="top")
+        page.text(left + 0.11, height, "\n".join(lines), fontsize=8, va="top")
+        height -= 0.0135 * len(lines) + 0.004

@@ -1,0 +1,205 @@
+"""The open case: picture, controls, figures and downloads. Runs by itself when a control moves, without the model."""
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from cases import Case, add_truth
+from checkpoint import Checkpoint
+from common import MedFLError
+from inference import to_mask
+from pictures import BLUE, ORANGE, VIEWS, base_picture, comparison, fill, outline, png, probability_picture
+from readout import Prediction, csv_text, flip_spread, mask_name, slice_rows, summary, zip_masks
+from report import draw_report
+
+OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "comparison with the truth"
+LEGENDS = {OUTLINE: "Solid orange line: what the model takes for tumour.", FILL: "Orange: what the model takes for tumour.",
+           PROBABILITY: "Dark blue is probability 0, yellow is 1.",
+           COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone."}
+MASK_KINDS = ["tif", "tiff", "png", "nii", "gz"]
+
+
+@st.fragment
+def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
+    """Everything below the case's name. Reads the case, its prediction and the doubts from the session."""
+    state = st.session_state
+    case, prediction = state.case, state.prediction
+    for doubt in state.doubts:
+        st.warning(doubt, icon=":material/visibility_off:")
+    for note in case.notes:
+        st.info(note, icon=":material/info:")
+    left, right = st.columns([3, 2], gap="medium")
+    with right:
+        look = controls(case, checkpoint.threshold)
+    masks = to_mask(prediction.probability, look["threshold"])
+    rows = slice_rows(case, prediction, look["threshold"])
+    figures = summary(case, rows, masks)
+    if "slice" not in state:
+        state.slice = 1 + int(np.argmax([row["tumour_pixels"] for row in rows]))
+    with left:
+        number = choose_slice(rows, len(case.slices))
+        show_picture(case, prediction, masks, number, look)
+    with right:
+        show_figures(case, rows[number - 1], figures)
+        more(checkpoint, case, prediction)
+        downloads(case, masks, rows, figures, number, card)
+
+
+def controls(case: Case, default_threshold: float) -> dict:
+    """How the reader wants to see it: view, level, width, overlay, opacity, threshold."""
+    state = st.session_state
+    overlays = [OUTLINE, FILL, PROBABILITY] + ([COMPARISON] if case.truth is not None else [])
+    view = st.segmented_control("Channel", list(VIEWS), default="FLAIR", required=True, key="view")
+    overlay = st.segmented_control("Overlay", overlays, default=OUTLINE, required=True, key="overlay")
+    st.button("Show the overlay" if state.get("hidden") else "Hide the overlay", shortcut="o", key="toggle",
+              on_click=lambda: state.update(hidden=not state.get("hidden")))
+    opacity = st.slider("Opacity", 0.0, 1.0, 0.5, 0.05, key="opacity")
+    threshold = st.slider("Threshold of the probability", 0.05, 0.95, default_threshold, 0.05, key="threshold",
+                          help="A pixel counts as tumour from this probability on. The model is not run again.")
+    with st.expander("Window and level"):
+        level = st.slider("Level", 0, 255, 128, key="level")
+        width = st.slider("Window width", 1, 510, 255, key="width")
+    return {"view": view or "FLAIR", "overlay": overlay if overlay in overlays else OUTLINE, "hidden": bool(state.get("hidden")),
+            "opacity": opacity, "threshold": threshold, "level": level, "width": width}
+
+
+def choose_slice(rows: list[dict], count: int) -> int:
+    """The slice to show, from 1: a slider, and a chart of the tumour's area over the slices to jump by."""
+    state = st.session_state
+    if count == 1:
+        return 1
+
+    def jump() -> None:
+        picked = state.areas.selection.get("picked")
+        if picked:
+            state.slice = int(picked[0]["slice"])
+
+    number = st.slider("Slice", 1, count, key="slice")
+    table = pd.DataFrame({"slice": [row["slice"] for row in rows], "tumour pixels": [row["tumour_pixels"] for row in rows]})
+    bars = alt.Chart(table).mark_bar(cursor="pointer").encode(
+        x=alt.X("slice:O", axis=alt.Axis(labelAngle=0, labelOverlap=True)), y=alt.Y("tumour pixels:Q", title="tumour px"),
+        color=alt.condition(alt.datum.slice == number, alt.value(_css(ORANGE)), alt.value(_css(BLUE))),
+        tooltip=["slice", "tumour pixels"],
+    ).add_params(alt.selection_point(name="picked", fields=["slice"])).properties(height=110)
+    st.altair_chart(bars, key="areas", on_select=jump, selection_mode="picked",
+                    alt=f"Tumour area in each of {count} slices, slice {number} marked; the slider above does the same")
+    return number
+
+
+def _css(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def draw(case: Case, prediction: Prediction, masks: np.ndarray, index: int, look: dict) -> np.ndarray:
+    """The picture of slice `index`, from 0, as the reader wants it, (h, w, 3) uint8."""
+    if look["overlay"] == PROBABILITY and not look["hidden"]:
+        return probability_picture(prediction.probability[index])
+    picture = base_picture(case.volume[index], look["view"], look["level"], look["width"])
+    if look["hidden"]:
+        return picture
+    if look["overlay"] == COMPARISON:
+        return comparison(picture, masks[index], case.truth[index], look["opacity"])
+    if look["overlay"] == FILL:
+        return fill(picture, masks[index], ORANGE, look["opacity"])
+    return outline(picture, masks[index], ORANGE)
+
+
+def show_picture(case: Case, prediction: Prediction, masks: np.ndarray, number: int, look: dict) -> None:
+    """The picture of a slice, and under it what is to be seen."""
+    found = int(np.count_nonzero(masks[number - 1]))
+    said = f"tumour outlined in {found} pixels" if found else "no tumour found"
+    st.image(draw(case, prediction, masks, number - 1, look), width="stretch",
+             alt=f"{case.name}, slice {number} of {len(case.slices)}, {look['view']}: {said}")
+    legend = "Overlay hidden (press o)." if look["hidden"] else LEGENDS[look["overlay"]]
+    st.caption(f"Slice {number} of {len(case.slices)} ({case.slices[number - 1]}): {said}. {legend}")
+
+
+def figure_texts(case: Case, figures: dict) -> list[tuple[str, str]]:
+    """The case's figures in words."""
+    texts = [("Tumour", f"{figures['tumour_pixels']:,} pixels"),
+             ("Slices with tumour", f"{figures['slices_with_tumour']} of {figures['slices']}"),
+             ("Share of the head", f"{100 * figures['foreground_share']:.1f} %"),
+             ("Largest diameter", f"{figures['largest_diameter_px']:.1f} pixels")]
+    if case.spacing:
+        texts += [("Volume", f"{figures['volume_cm3']:.1f} cm³"),
+                  ("Largest diameter in mm", f"{figures['largest_diameter_mm']:.1f} mm")]
+    if figures.get("dice") is not None:
+        texts += [("Dice with the truth", f"{figures['dice']:.3f}"), ("IoU with the truth", f"{figures['iou']:.3f}")]
+    return texts
+
+
+def show_figures(case: Case, row: dict, figures: dict) -> None:
+    """The case's figures, then those of the slice that is shown."""
+    st.subheader("All slices" if len(case.slices) > 1 else "This slice")
+    st.table(pd.DataFrame(figure_texts(case, figures), columns=["figure", "value"]).set_index("figure"))
+    said = [f"{row['tumour_pixels']:,} pixels", f"{row['largest_diameter_px']:.1f} pixels across"]
+    if row["mean_probability"] is not None:
+        said.append(f"mean probability inside of the mask {row['mean_probability']:.2f}")
+    if row["flip_spread"] is not None:
+        said.append(f"change of the probability when mirrored {row['flip_spread']:.2f}")
+    if row.get("dice") is not None:
+        said.append(f"Dice {row['dice']:.3f}, IoU {row['iou']:.3f}")
+    st.caption(f"Slice {row['slice']}: {'; '.join(said)}. The probability is the network's own, not a measured chance of its "
+               "being right.")
+
+
+def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
+    """What not every reader needs: pixel size, truth, a second reading of the mirrored slices."""
+    state = st.session_state
+
+    def take_spacing() -> None:
+        plane, between = state.pixel_size, state.slice_distance
+        case.spacing = (plane, plane, between) if plane and between else None
+
+    def take_truth() -> None:
+        files = state[f"truth-{state.get('truths', 0)}"]
+        state.truths = state.get("truths", 0) + 1  # a new uploader, so that the files' bytes go
+        try:
+            case.truth = add_truth(case, [(file.name, file.getvalue()) for file in files])
+            state.truth_refusal = None
+        except MedFLError as error:
+            state.truth_refusal = f"{error}."
+
+    def mirror() -> None:
+        prediction.spread = flip_spread(checkpoint.model, case, prediction.probability)
+
+    if case.nifti is None:
+        with st.expander("Pixel size in mm"):
+            st.caption("Volumes in cm³ and diameters in mm are shown where both are known.")
+            st.number_input("Side of a pixel (mm)", 0.0, 10.0, step=0.05, key="pixel_size", on_change=take_spacing)
+            st.number_input("Distance of slices (mm)", 0.0, 20.0, step=0.5, key="slice_distance", on_change=take_spacing)
+    with st.expander("Compare with a truth", expanded=bool(state.get("truth_refusal"))):
+        st.file_uploader("Masks (NAME_mask.png, 0 and 255) of this case's slices", MASK_KINDS, accept_multiple_files=True,
+                         key=f"truth-{state.get('truths', 0)}", on_change=take_truth)
+        if state.get("truth_refusal"):
+            st.error(state.truth_refusal)
+    if prediction.spread is None:
+        st.button("Read the mirrored slices as well", key="mirror", on_click=mirror,
+                  help="A second pass over all slices. Where the two readings differ, the model is not sure.")
+
+
+def downloads(case: Case, masks: np.ndarray, rows: list[dict], figures: dict, number: int, card: list[tuple[str, str]]) -> None:
+    """What the reader can take along; each is made when it is asked for."""
+
+    def report() -> bytes:
+        index = int(np.argmax([row["tumour_pixels"] for row in rows]))
+        probability = st.session_state.prediction.probability[index]
+        picture = outline(base_picture(case.volume[index], "FLAIR"), masks[index], ORANGE)
+        pictures = [(f"slice {index + 1}, FLAIR, mask outlined", picture),
+                    ("probability, 0 dark blue to 1 yellow", probability_picture(probability))]
+        return draw_report(f"{case.name}, {len(case.slices)} slices", pictures, rows, figure_texts(case, figures), card,
+                           st.session_state.doubts)
+
+    offers = [("Mask of this slice", lambda: png(masks[number - 1]), mask_name(case.slices[number - 1]), "image/png"),
+              ("All masks (ZIP)", lambda: zip_masks(case, masks, rows), f"{case.name}_masks.zip", "application/zip"),
+              ("Figures (CSV)", lambda: csv_text(rows), f"{case.name}.csv", "text/csv"),
+              ("Report (PNG)", report, f"{case.name}_report.png", "image/png")]
+    if case.nifti is not None:
+        from nifti import write_nifti  # nibabel is optional
+
+        offers.append(("Mask (NIfTI)", lambda: write_nifti(case, masks), f"{case.name}_mask.nii.gz", "application/gzip"))
+    st.subheader("Download")
+    with st.container(horizontal=True):
+        for label, make, name, mime in offers:
+            st.download_button(label, make, name, mime, key=f"get {label}", on_click="ignore")

@@ -1,0 +1,42 @@
+"""Make the app's sample cases: phantoms as ZIPs of JPEG slices with their masks.
+
+    python deployment/make_samples.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import io  # noqa: E402
+import tempfile  # noqa: E402
+import zipfile  # noqa: E402
+
+from PIL import Image  # noqa: E402
+
+from data.make_phantoms import make_phantoms  # noqa: E402
+from dataset import load_dataset  # noqa: E402
+
+SAMPLES = Path(__file__).parent / "app" / "samples"
+SEED = 2026  # of no phantom that the README's models were trained on
+COUNT = 3
+
+
+def main() -> None:
+    SAMPLES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_phantoms(Path(folder), patients=COUNT, slices=16, size=256, seed=SEED)
+        for number, patient in enumerate(load_dataset(Path(folder)).patients, start=1):
+            path = SAMPLES / f"phantom_{number}.zip"
+            with zipfile.ZipFile(path, "w") as archive:
+                for image, mask in zip(patient.images, patient.masks):
+                    for source, suffix, options in ((image, "jpg", {"quality": 92}), (mask, "png", {})):
+                        file = io.BytesIO()
+                        Image.open(source).save(file, format={"jpg": "JPEG", "png": "PNG"}[suffix], **options)
+                        # a fixed time: the same phantoms give the same bytes
+                        archive.writestr(zipfile.ZipInfo(f"{source.stem}.{suffix}"), file.getvalue())
+            print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
