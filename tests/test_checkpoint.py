@@ -121,3 +121,26 @@ def test_damaged_metadata(saved, tmp_path):
     assert "damaged metadata" in refused(tmp_path / "cut.pth")
     torch.save({"model": saved[1].state_dict(), "metadata": '{"format": 1}'}, tmp_path / "few.pth")
     assert "has no architecture" in refused(tmp_path / "few.pth")
+    whole = {name: value for name, value in describe(saved[1]).items() if name != "threshold"}
+    torch.save({"model": saved[1].state_dict(), "metadata": json.dumps(whole)}, tmp_path / "few.pth")
+    assert "has no threshold" in refused(tmp_path / "few.pth")
+
+
+def test_update_metadata_keeps_the_run_and_the_threshold_counts(saved, tmp_path):
+    save_checkpoint(tmp_path / "last.pth", saved[1].state_dict(), describe(saved[1]), {"epoch": 3})
+    update_metadata(tmp_path / "last.pth", threshold=0.25)
+    loaded = load_checkpoint(tmp_path / "last.pth")
+    assert loaded.state == {"epoch": 3} and loaded.threshold == 0.25
+
+
+def test_a_disk_that_fills_up_keeps_the_old_file(saved, tmp_path, monkeypatch):
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "kept.pth"
+    path.write_bytes(saved[0].read_bytes())
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(MedFLError, match="free the space"):
+        save_checkpoint(path, saved[1].state_dict(), {})
+    assert path.read_bytes() == saved[0].read_bytes() and list(tmp_path.iterdir()) == [path]

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 from common import MedFLError
 from dataset import load_dataset
-from partition import KINDS, MIN_TRAIN, burden_classes, describe_hospitals, heterogeneity, make_partition
+from partition import KINDS, MIN_TRAIN, Partition, burden_classes, describe_hospitals, heterogeneity, make_partition
 from running import run_script
-from split import PARTS, make_split
+from split import PARTS, Split, make_split
 
 
 def cohort(sizes: dict[str, int], seed: int = 0) -> pd.DataFrame:
@@ -135,3 +136,32 @@ def test_the_command_prints_writes_and_draws(phantoms, tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 5_000
     rows = describe_hospitals(make_partition(dataset.table, parts_of(dataset.table), "iid", 3), dataset.table)
     assert rows["slices"].sum() == dataset.table["slices"].sum()
+    done = run_script("partition.py", "--partition", "dirichlet", "--alpha", 0.1, "--seed", 1, "--data-dir", phantoms,
+                      "--json", tmp_path / "p.json")
+    assert done.returncode == 0, done.stderr
+    split = make_split({p.name: p.site for p in dataset.patients}, 1)
+    wanted = make_partition(dataset.table, split, "dirichlet", 2, 0.1, 1)
+    assert json.loads((tmp_path / "p.json").read_text()) == json.loads(json.dumps(wanted.as_json()))
+    assert wanted != make_partition(dataset.table, split, "dirichlet", 2, 0.5, 1)  # else the option could be lost
+
+
+def test_two_training_patients_a_hospital_are_enough_and_one_gives_the_mean_area():
+    table = cohort({"AA": 6})
+    split = make_split(dict(zip(table["patient"], table["site"])), 0, 0, 0)
+    partition = make_partition(table, split, "iid", 3)
+    assert [len(hospital.train) for hospital in partition.hospitals] == [2, 2, 2]
+    row = describe_hospitals(make_partition(table, split, "iid", 1), table).iloc[0]
+    assert row["tumour_area"] == pytest.approx(table["tumour_pixels"].sum() / table["tumour_slices"].sum())
+
+
+def test_heterogeneity_is_a_mean_over_patients():
+    table = cohort({"AA": 30})
+    table["tumour_slices"], table["tumour_pixels"] = 1, table["tumour_share"]
+    names = list(table.sort_values("tumour_share")["patient"])
+    parts = [Split(0, tuple(names[:2]), (), ()), Split(0, tuple(names[2:]), (), ())]
+    both = Partition(tuple(parts), ("a", "b"))
+    distances = []
+    for of in ([1.0, 0, 0], [8 / 28, 10 / 28, 10 / 28]):
+        middle = (np.array(of) + 1 / 3) / 2
+        distances.append(np.sqrt(sum(scipy.stats.entropy(p, middle, base=2) for p in (of, np.ones(3) / 3)) / 2))
+    assert heterogeneity(both, table) == pytest.approx((2 * distances[0] + 28 * distances[1]) / 30)

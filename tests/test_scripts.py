@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, update_metadata
 from dataset import load_dataset
 from inference import predict_volume, to_mask
 from running import ROOT, run_script
+from split import make_split
 
 pytestmark = pytest.mark.slow
 SHORT = ("--image-size", 32, "--batch-size", 8, "--warmup-steps", 2)
@@ -211,3 +212,58 @@ def test_predict_takes_any_picture_and_says_what_is_wrong(trained, tmp_path):
     (given / "text.tif").write_text("hello")
     expect_sentence(run_script("predict.py", given / "text.tif", *options), "can't be read as a picture")
     expect_sentence(run_script("predict.py", given / "a_1_mask.tif", *options), "there is no slice")
+
+
+def test_the_checkpoints_threshold_and_the_part_asked_for_decide(phantoms, trained, tmp_path):
+    """A threshold that every pixel reaches: the scores are those of masks without a hole."""
+    for name in (BEST, "split.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    update_metadata(tmp_path / BEST, threshold=0.0)
+    dataset = load_dataset(phantoms, progress=False)
+    split = json.loads((trained / "split.json").read_text())
+    done = run_script("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--split", "train", "--json",
+                      tmp_path / "s.json", "--overlays", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "s.json").read_text())["patients"]
+    assert sorted(row["patient"] for row in rows) == split["train"]
+    for row in rows:
+        truth = dataset.volume(row["patient"])[1] > 0
+        assert row["dice"] == pytest.approx(2 * truth.sum() / (truth.sum() + truth.size))
+    ranked = sorted(rows, key=lambda row: row["dice"])
+    assert (tmp_path / "o" / f"best_{ranked[-1]['patient']}.png").exists()
+    assert (tmp_path / "o" / f"worst_{ranked[0]['patient']}.png").exists()
+    given = tmp_path / "in"
+    for folder in ("a", "b"):
+        (given / folder).mkdir(parents=True)
+        Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(given / folder / "scan.png")
+    done = run_script("predict.py", given, given / "a", "--checkpoint", tmp_path / BEST, "--out", tmp_path / "p")
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "p").glob("*.png")} == {"a_scan_png_mask.png", "b_scan_png_mask.png"}
+    with open(tmp_path / "p" / "predictions.csv", encoding="utf-8") as file:
+        assert [(row["tumour_pixels"], row["tumour_share"]) for row in csv.DictReader(file)] == [("1536", "1.0")] * 2
+
+
+def test_validation_patients_of_another_split_are_not_scored(phantoms, trained, tmp_path):
+    split = json.loads((trained / "split.json").read_text())
+    split["val"], split["train"] = split["train"][:1], split["val"] + split["train"][1:]
+    (tmp_path / "other.json").write_text(json.dumps(split))
+    expect_sentence(run_script("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", phantoms, "--split", "val",
+                               "--split-file", tmp_path / "other.json"), "not the split")
+
+
+def test_a_federations_split_is_made_anew_with_its_fractions(phantoms, trained, tmp_path):
+    dataset = load_dataset(phantoms, progress=False)
+    asked = {"seed": 3, "val_fraction": 0.2, "test_fraction": 0.3}
+    split = make_split({p.name: p.site for p in dataset.patients}, **asked)
+    (tmp_path / BEST).write_bytes((trained / BEST).read_bytes())
+    update_metadata(tmp_path / BEST, data={"split": asked, "split_sha256": split.sha256()})
+    done = run_script("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--csv", tmp_path / "s.csv")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "s.csv", encoding="utf-8") as file:
+        assert sorted(row["patient"] for row in csv.DictReader(file)) == sorted(split.test)
+
+
+def test_all_patients_of_a_foreign_dataset_need_no_split(phantoms, trained, tmp_path):
+    (tmp_path / BEST).write_bytes((trained / BEST).read_bytes())
+    done = run_script("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--split", "all")
+    assert done.returncode == 0 and "all: 10 patients" in done.stdout, done.stderr

@@ -146,7 +146,65 @@ def test_bfloat16_trains():
 
 
 @pytest.mark.parametrize("settings", [{"minutes": 0.0}, {"epochs": 0}, {"batch_size": 0}, {"seed": -1}, {"lr": float("nan")},
+                                      {"clip": 0.0}, {"encoder_lr_factor": 0.0},
                                       {"ema_decay": 1.0}], ids=str)
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(MedFLError, match="--" + next(iter(settings)).replace("_", "-")):
         TrainingSettings(**settings)
+
+
+def test_an_epochs_result_is_the_mean_over_its_steps():
+    one = learner()
+    alone = [one.train_epoch([batch(k)]) for k in (0, 1)]
+    both = learner().train_epoch([batch(0), batch(1)])
+    assert both.steps == 2
+    assert both.loss == pytest.approx(sum(r.loss for r in alone) / 2) and both.dice == pytest.approx(sum(r.dice for r in alone) / 2)
+
+
+def test_before_step_may_end_the_pass():
+    subject = learner()
+    assert subject.train_epoch([batch()] * 3, lambda step: step < 1).steps == 1 == subject.step_count
+
+
+def test_weight_decay_is_the_settings():
+    assert [g["weight_decay"] for g in learner(weight_decay=0.3).optimiser.param_groups] == [0.3, 0.3]
+
+
+def test_clipping_comes_after_what_adjusts_the_gradient():
+    subject = learner(clip=1e-3)
+    subject.adjust_gradients = lambda: [p.grad.mul_(1e6) for p in subject.model.parameters()]
+    subject.train_epoch([batch()])
+    assert torch.stack([p.grad.norm() for p in subject.model.parameters()]).norm() <= 1e-3 * 1.01
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_products_have_the_precision_asked_for(precision):
+    subject, seen = learner(precision=precision), []
+    subject.model.head.register_forward_hook(lambda module, given, made: seen.append(made.dtype))
+    subject.train_epoch([batch()])
+    assert seen == [getattr(torch, precision)]
+
+
+def test_the_state_holds_steps_and_precision():
+    first, again = learner(precision="bfloat16"), learner()
+    first.train_epoch([batch()])
+    again.load_state_dict(first.state_dict())
+    assert (again.step_count, again.precision) == (1, torch.bfloat16)
+
+
+def test_statistics_of_the_normalisation_are_averaged_as_well():
+    subject = learner()
+    name = next(n for n in subject.model.state_dict() if n.endswith("running_mean"))
+    subject.train_epoch([batch(0)])
+    first = subject.model.state_dict()[name].clone()
+    subject.train_epoch([batch(1)])
+    wanted = first + (subject.model.state_dict()[name] - first) * (1 - 2 / 11)
+    torch.testing.assert_close(subject.weights_model.state_dict()[name], wanted)
+
+
+def test_scores_follow_the_threshold(phantoms):
+    dataset = load_dataset(phantoms, progress=False)
+    patient = dataset.patients[0].name
+    row = score_patients(learner().model, dataset, [patient], 0.0)[0]  # every pixel reaches it
+    truth = dataset.volume(patient)[1]
+    assert (row["tp"], row["fp"]) == ((truth > 0).sum(), (truth == 0).sum())

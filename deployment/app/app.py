@@ -30,7 +30,8 @@ STYLE = """
   .st-key-notice {position: sticky; top: 2.8rem; z-index: 90}
   .st-key-notice p {margin: 0; font-weight: 600; font-size: .9rem}
   .card dt {font-size: .75rem; opacity: .75; margin-top: .5rem}
-  .card dd {font-size: .85rem; margin: 0; overflow-wrap: anywhere}
+  .card dd {font-size: .85rem; margin: 0 !important; overflow-wrap: anywhere}
+  h1 {font-size: 1.7rem !important; padding: .5rem 0 !important}
   @media (max-width: 40rem) {.block-container {padding-left: 1rem; padding-right: 1rem}}
 </style>
 """

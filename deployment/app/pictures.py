@@ -12,8 +12,8 @@ from scipy.ndimage import binary_erosion
 
 from preprocessing import CHANNELS
 
-VIEWS = {"FLAIR": CHANNELS.index("FLAIR"), "pre-contrast": CHANNELS.index("pre-contrast"),
-         "post-contrast": CHANNELS.index("post-contrast"), "composite": None}
+VIEWS = {"pre": CHANNELS.index("pre-contrast"), "FLAIR": CHANNELS.index("FLAIR"), "post": CHANNELS.index("post-contrast"),
+         "composite": None}
 ORANGE, BLUE, YELLOW = (230, 159, 0), (86, 180, 233), (240, 228, 66)  # prediction, truth, agreement
 SHOWN = 640  # pixels that the shorter side of a picture has at least
 DASH = 8  # pixels of the shown picture

@@ -13,7 +13,7 @@ from pictures import BLUE, ORANGE, VIEWS, base_picture, comparison, fill, outlin
 from readout import Prediction, csv_text, flip_spread, mask_name, slice_rows, summary, zip_masks
 from report import draw_report
 
-OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "comparison with the truth"
+OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "truth"
 LEGENDS = {OUTLINE: "Solid orange line: what the model takes for tumour.", FILL: "Orange: what the model takes for tumour.",
            PROBABILITY: "Dark blue is probability 0, yellow is 1.",
            COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone."}
@@ -50,8 +50,8 @@ def controls(case: Case, default_threshold: float) -> dict:
     """How the reader wants to see it: view, level, width, overlay, opacity, threshold."""
     state = st.session_state
     overlays = [OUTLINE, FILL, PROBABILITY] + ([COMPARISON] if case.truth is not None else [])
-    view = st.segmented_control("Channel", list(VIEWS), default="FLAIR", required=True, key="view")
-    overlay = st.segmented_control("Overlay", overlays, default=OUTLINE, required=True, key="overlay")
+    view = st.segmented_control("Channel", list(VIEWS), default="FLAIR", required=True, wrap=True, key="view")
+    overlay = st.segmented_control("Overlay", overlays, default=OUTLINE, required=True, wrap=True, key="overlay")
     st.button("Show the overlay" if state.get("hidden") else "Hide the overlay", shortcut="o", key="toggle",
               on_click=lambda: state.update(hidden=not state.get("hidden")))
     opacity = st.slider("Opacity", 0.0, 1.0, 0.5, 0.05, key="opacity")
@@ -78,10 +78,11 @@ def choose_slice(rows: list[dict], count: int) -> int:
     number = st.slider("Slice", 1, count, key="slice")
     table = pd.DataFrame({"slice": [row["slice"] for row in rows], "tumour pixels": [row["tumour_pixels"] for row in rows]})
     bars = alt.Chart(table).mark_bar(cursor="pointer").encode(
-        x=alt.X("slice:O", axis=alt.Axis(labelAngle=0, labelOverlap=True)), y=alt.Y("tumour pixels:Q", title="tumour px"),
+        x=alt.X("slice:O", axis=alt.Axis(labelAngle=0, labelOverlap=True), title=None),
+        y=alt.Y("tumour pixels:Q", title="tumour px"),
         color=alt.condition(alt.datum.slice == number, alt.value(_css(ORANGE)), alt.value(_css(BLUE))),
         tooltip=["slice", "tumour pixels"],
-    ).add_params(alt.selection_point(name="picked", fields=["slice"])).properties(height=110)
+    ).add_params(alt.selection_point(name="picked", fields=["slice"])).properties(height=170)
     st.altair_chart(bars, key="areas", on_select=jump, selection_mode="picked",
                     alt=f"Tumour area in each of {count} slices, slice {number} marked; the slider above does the same")
     return number

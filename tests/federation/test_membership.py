@@ -14,6 +14,7 @@ from federation.membership import Membership
 from federation.messages import End, Query, message, read
 from federation.post import Post
 from federation.settings import FederationSettings
+from plausibility import MEASURES
 
 VERSIONS = {"medfl": "1", "flwr": "1", "timm": "1", "torch": "1"}
 
@@ -34,11 +35,11 @@ class Node:
 
     def answer(self, incoming: Message) -> Message | None:
         about = read(incoming.content)
-        if self.silent:
-            return None
         if about["query"] == Query.END:
             self.ends.append(about["code"])
-        elif about["query"] == Query.JOIN:
+        if self.silent:
+            return None
+        if about["query"] == Query.JOIN:
             if isinstance(self.introduction, int):
                 return Message(Error(self.introduction, "x"), reply_to=incoming)
             return Message(message(self.introduction), reply_to=incoming)
@@ -126,16 +127,16 @@ def test_a_living_holder_keeps_its_label(play):
 
 def test_a_silent_holder_is_replaced_and_told(play, monkeypatch):
     p = play()
-    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.grid.nodes = {1: (slow := Node(facts("hospital-0")))}
     p.go()
-    p.grid.nodes[1].silent = True
+    slow.silent = True
     p.grid.nodes[2] = Node(facts("hospital-0", session="another"))
     p.go(3)
     assert p.labels == {"hospital-0": 1} and p.membership.disputed
     lose_pings(monkeypatch)
     p.post._open = {i: s.__class__(s.node, s.purpose, 0.0) for i, s in p.post._open.items()}  # its time is over
     p.go()
-    assert p.labels == {"hospital-0": 2} and not p.membership.disputed
+    assert p.labels == {"hospital-0": 2} and not p.membership.disputed and slow.ends == [End.TAKEN]
 
 
 def test_the_same_hospital_with_a_new_connection_is_taken_at_once(play):
@@ -226,3 +227,60 @@ def test_a_message_that_is_not_accepted_is_lost_at_once(play):
     (answer,) = p.post.collect()
     assert (answer.node, answer.purpose, answer.failure) == (9, "round-1.1", "it is not reachable")
     assert not p.post.is_open(9) and p.post.collect() == []
+
+
+@pytest.mark.parametrize("name", ["medfl", "flwr", "timm"])
+def test_another_version_is_refused(play, name):
+    p = play()
+    p.grid.nodes = {1: (other := Node(facts("hospital-0", versions={**VERSIONS, name: "2"})))}
+    p.go()
+    assert not p.labels and other.ends == [End.VERSION]
+
+
+def test_the_first_number_too_many_is_refused(play):
+    p = play(clients=2)
+    p.grid.nodes = {1: (third := Node(facts("hospital-2")))}
+    p.go()
+    assert third.ends == [End.NUMBER]
+
+
+def test_a_member_comes_back_to_a_full_federation(play):
+    p = play(clients=1)
+    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.go()
+    p.grid.nodes[2] = back = Node(facts("hospital-0"))
+    p.go()
+    assert p.labels == {"hospital-0": 2} and back.ends == []
+
+
+def test_a_dispute_ends_when_the_claimant_leaves(play):
+    p = play()
+    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.go()
+    p.grid.nodes[1].silent = True
+    p.grid.nodes[2] = Node(facts("hospital-0", session="another"))
+    p.go(3)
+    del p.grid.nodes[2]
+    p.go(1)
+    assert not p.membership.disputed and p.labels == {"hospital-0": 1}
+
+
+def test_bad_data_are_final(play):
+    p = play()
+    p.grid.nodes = {1: (bad := Node({"failure": "data", "label": "mercy"}))}
+    p.go(2)
+    assert bad.ends == [End.UNFIT] and not any("asked again" in line for line in p.said)
+
+
+IMAGES = {name: {"mean": [0.5] * width, "deviation": [0.1] * width} for name, width in MEASURES.items()}
+
+
+def test_what_images_look_like_is_checked(play):
+    p = play(clients=3)
+    few = {part: {"patients": 2, "slices": 40} for part in ("train", "val", "test")}
+    wrong = {**IMAGES, "appearance": {"mean": [float("0.5")], "deviation": [0.1]}}
+    p.grid.nodes = {1: Node(facts("good", images=IMAGES)), 2: Node(facts("few", images=IMAGES, parts=few)),
+                    3: Node(facts("wrong", images=wrong)),
+                    4: Node(facts("three", images=IMAGES, parts={part: {"patients": 3, "slices": 60} for part in few}))}
+    p.go()
+    assert set(p.labels) == {"good", "three"} and p.grid.nodes[2].ends == p.grid.nodes[3].ends == [End.UNFIT]

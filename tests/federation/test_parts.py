@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
+import federation.history
 from common import MedFLError, __version__
 from federation.aggregation import Update, aggregate, check_update, make_strategy
 from federation.bundle import FILES, ROOT, make_bundle
@@ -18,7 +20,7 @@ from federation.hospital import HospitalError, proximal_pull
 from federation.messages import TRAINED, Failure, expect, from_record, message, pack, payload, read, to_record, unpack
 from federation.processes import is_loopback, parse_address
 from federation.settings import FederationSettings, from_json, to_json
-from federation.state import RunState
+from federation.state import RunState, load_run
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 
@@ -222,3 +224,40 @@ def test_addresses():
         with pytest.raises(MedFLError, match="HOST:PORT"):
             parse_address(wrong)
     assert is_loopback("127.0.0.1") and is_loopback("localhost") and not is_loopback("0.0.0.0")
+
+
+def test_a_restart_keeps_everything(tmp_path):
+    state = state_of(tmp_path)
+    state.take(torch.full_like(state.weights, 1.0))
+    state.take(torch.full_like(state.weights, 2.0))
+    state.judge(0.3, 4, 1)
+    state.save_last()
+    again = state_of(tmp_path)
+    again.restore(load_run(tmp_path)[2])
+    assert torch.equal(again.weights, state.weights) and torch.equal(again.average, state.average)
+    assert again.progress == state.progress and again.progress.round == 2
+
+
+def test_patience_needs_a_score(tmp_path):
+    state = state_of(tmp_path, patience=2)
+    state.progress.round = 9
+    assert not state.stopped_early
+
+
+def test_a_dice_of_0_counts():
+    assert mean_dice([{"val_dice": 0.0, "val_patients": 1}, {"val_dice": 0.8, "val_patients": 1}]) == (0.4, 2)
+
+
+def test_the_order_of_the_answers_does_not_matter(in_a_run):
+    updates = [Update(label, torch.randn(1000, generator=torch.Generator().manual_seed(k)), 7 + k) for k, label in enumerate("abc")]
+    assert torch.equal(aggregate(FedAvg(), 1, updates), aggregate(FedAvg(), 1, updates[::-1]))
+
+
+def test_curves_show_the_dice_after_the_round_it_is_of(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(federation.history, "save_curves", lambda figure, *_: figures.append(figure))
+    rows = [{"round": n, "site": "a", "train_loss": 1.0, "val_dice": 0.1 * n, "val_patients": 1} for n in (1, 2)]
+    federation.history.draw_curves(rows, tmp_path / "x.png", "")
+    loss, dice = figures[0].axes
+    assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2]]
+    assert [list(line.get_xdata()) for line in dice.lines] == [[0, 1], [0, 1]]  # the hospital's, and the mean

@@ -1,0 +1,85 @@
+"""A hospital's work in one message, in this process: what it scores, trains, keeps for itself and refuses."""
+
+import numpy as np
+import pytest
+import torch
+
+from common import __version__
+from dataset import load_dataset
+from federation.hospital import Hospital, HospitalError
+from federation.messages import Failure, from_record
+from federation.settings import FederationSettings
+from split import Split, save_split
+from training import TrainingSettings, score_patients
+from transunet import TransUNet
+
+
+@pytest.fixture
+def hospital(phantoms, tmp_path):
+    def make(cid: int | None = 0, training: dict | None = None, **federation) -> Hospital:
+        identity = {"label": "mercy" if cid is None else f"hospital-{cid}", "session": "s", "cid": cid, "data": str(phantoms),
+                    "device": "cpu", "medfl": __version__, "split_file": str(tmp_path / "split.json"), "shares_machine": False}
+        return Hospital(identity, TrainingSettings(image_size=32, batch_size=8, **(training or {})),
+                        FederationSettings(**{"clients": 1, **federation}))
+
+    return make
+
+
+def work(subject: Hospital, model: TransUNet | None = None, **about):
+    """Result and weights of one message; the same network for the same call."""
+    torch.manual_seed(0)
+    model = model or TransUNet("tiny", 32)
+    about = {"round": 1, "rate": 1.0, "seconds": 600.0, "partition": subject.hashes["partition_sha256"], **about}
+    result, arrays = subject.train(model, about)
+    return result, from_record(arrays), model
+
+
+def test_the_score_is_of_the_validation_patients(hospital):
+    subject, model = hospital(val_fraction=0.3), TransUNet("tiny", 32)
+    wanted = np.mean([row["dice"] for row in score_patients(model, subject.dataset, subject.split.val, 0.5)])
+    score = subject.score(model)
+    assert (score["val_dice"], score["val_patients"]) == (pytest.approx(wanted), 3)
+
+
+def test_examples_are_the_training_slices(hospital):
+    subject = hospital()
+    slices = subject.dataset.table.set_index("patient")["slices"]
+    assert work(subject)[0]["examples"] == slices[list(subject.split.train)].sum()
+
+
+def test_figures_of_one_or_two_patients_stay_here(hospital, phantoms, tmp_path):
+    names = [p.name for p in load_dataset(phantoms, progress=False).patients]
+    save_split(Split(0, tuple(names[:2]), tuple(names[2:4]), tuple(names[4:])), tmp_path / "split.json")
+    subject = hospital(None)
+    assert work(subject)[0]["train_loss"] is None and subject.score(TransUNet("tiny", 32))["val_dice"] is None
+    facts = subject.facts()
+    assert facts["images"] is None and facts["split_sha256"] is None and facts["partition_sha256"] is None
+
+
+def test_scoring_first_does_not_change_the_training(hospital):
+    subject = hospital()
+    torch.manual_seed(0)
+    model = TransUNet("tiny", 32)
+    subject.score(model)
+    assert torch.equal(work(subject)[1], work(subject, model)[1])
+
+
+def test_the_rate_and_the_pull_of_the_message_are_used(hospital):
+    plain = work(hospital())[1]
+    assert not torch.equal(work(hospital(), rate=0.1)[1], plain)
+    assert not torch.equal(work(hospital(strategy="fedprox", proximal_mu=10.0))[1], plain)
+
+
+def test_a_frozen_encoder_thaws_after_its_rounds(hospital):
+    for number, frozen in ((1, True), (2, False)):
+        torch.manual_seed(0)
+        before = {n: p.clone() for n, p in TransUNet("tiny", 32).encoder.named_parameters()}
+        after = work(hospital(training={"freeze_encoder_epochs": 1}), round=number)[2].encoder.named_parameters()
+        assert all(torch.equal(p, before[n]) for n, p in after) == frozen
+
+
+@pytest.mark.parametrize(("about", "failure"), [({"partition": "another"}, Failure.DATA), ({"seconds": 0.0}, Failure.LATE)])
+def test_what_a_hospital_refuses(hospital, about, failure):
+    with pytest.raises(HospitalError) as caught:
+        work(hospital(), **about)
+    assert caught.value.failure == failure
