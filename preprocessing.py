@@ -113,7 +113,9 @@ def _open(path: Path, content: bytes | None) -> Image.Image:
         picture.load()
     except FileNotFoundError as error:
         raise MedFLError(f"{path} does not exist; check the name") from error
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+    except Image.DecompressionBombError as error:  # told before anything is decoded
+        raise MedFLError(f"{path} is far larger than a slice, which has at most {MAX_SIDE} pixels a side; shrink it") from error
+    except (OSError, SyntaxError, ValueError, TypeError) as error:  # what Pillow's decoders raise
         raise MedFLError(f"{path} can't be read as a picture (truncated or another format); copy it again") from error
     return picture
 

@@ -46,12 +46,12 @@ def load_model(path: Path, changed: float) -> tuple[Checkpoint, str]:
 
 def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
     """The model that the sidebar names, and its card. Ends the page with a sentence where there is none that can be used."""
+    try:
+        paths = find_checkpoints(MODELS)
+    except MedFLError as error:
+        stop(error)
     with st.sidebar:
         st.subheader("Model")
-        try:
-            paths = find_checkpoints(MODELS)
-        except MedFLError as error:
-            stop(error)
         names = {path: path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}" for path in paths}
         path = st.selectbox("Checkpoint", paths, format_func=names.get, help="The newest comes first.")
     try:

@@ -25,28 +25,29 @@ def draw_report(title: str, pictures: list[tuple[str, np.ndarray]], rows: list[d
         axes.imshow(pixels)
         axes.set_axis_off()
         axes.set_title(caption, fontsize=9)
-    chart = page.add_axes((0.12, 0.44, 0.81, 0.10))
+    chart = page.add_axes((0.12, 0.415, 0.81, 0.095))
     chart.bar([row["slice"] for row in rows], [row["tumour_pixels"] for row in rows], color=ORANGE, width=0.8)
+    chart.xaxis.get_major_locator().set_params(integer=True)
     chart.set_xlabel("slice", fontsize=8)
     chart.set_ylabel("tumour pixels", fontsize=8)
     chart.tick_params(labelsize=8)
     chart.spines[["top", "right"]].set_visible(False)
-    _table(page, 0.07, "Figures", figures, width=34)
-    _table(page, 0.42, "Model", card, width=52)
+    _table(page, 0.07, "Figures", figures, 0.17, width=18)
+    _table(page, 0.44, "Model", card, 0.09, width=46)
     if doubts:
-        mind = textwrap.wrap("Mind: " + " ".join(doubts), 120)[:4]
-        page.text(0.07, 0.075, "\n".join(mind), fontsize=8, va="top", color="#8A1C00")
+        mind = textwrap.wrap("Mind: " + " ".join(doubts), 115)[:4]
+        page.text(0.07, 0.575, "\n".join(mind), fontsize=8, va="top", color="#8A1C00")
     file = io.BytesIO()
     page.savefig(file, format="png")
     return file.getvalue()
 
 
-def _table(page: Figure, left: float, title: str, rows: list[tuple[str, str]], width: int) -> None:
-    """Subjects and wrapped texts, from the middle of the page downwards."""
-    page.text(left, 0.375, title, fontsize=11, weight="bold")
-    height = 0.355
+def _table(page: Figure, left: float, title: str, rows: list[tuple[str, str]], indent: float, width: int) -> None:
+    """Subjects, and after `indent` their texts wrapped to `width` letters, from the middle of the page downwards."""
+    page.text(left, 0.345, title, fontsize=11, weight="bold")
+    height = 0.325
     for subject, text in rows:
         lines = textwrap.wrap(str(text), width) or [""]
         page.text(left, height, subject, fontsize=8, color="#444444", va="top")
-        page.text(left + 0.11, height, "\n".join(lines), fontsize=8, va="top")
+        page.text(left + indent, height, "\n".join(lines), fontsize=8, va="top")
         height -= 0.0135 * len(lines) + 0.004

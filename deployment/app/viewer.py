@@ -43,7 +43,8 @@ def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
     with right:
         show_figures(case, rows[number - 1], figures)
         more(checkpoint, case, prediction)
-        downloads(case, masks, rows, figures, number, card)
+        texts = [*figure_texts(case, figures), ("Threshold", f"{look['threshold']:.2f}")]
+        downloads(case, masks, rows, texts, number, card)
 
 
 def controls(case: Case, default_threshold: float) -> dict:
@@ -54,7 +55,8 @@ def controls(case: Case, default_threshold: float) -> dict:
     overlay = st.segmented_control("Overlay", overlays, default=OUTLINE, required=True, wrap=True, key="overlay")
     st.button("Show the overlay" if state.get("hidden") else "Hide the overlay", shortcut="o", key="toggle",
               on_click=lambda: state.update(hidden=not state.get("hidden")))
-    opacity = st.slider("Opacity", 0.0, 1.0, 0.5, 0.05, key="opacity")
+    opacity = st.slider("Opacity", 0.0, 1.0, 0.5, 0.05, key="opacity", disabled=overlay not in (FILL, COMPARISON),
+                        help="Of the overlays fill and truth.")
     threshold = st.slider("Threshold of the probability", 0.05, 0.95, default_threshold, 0.05, key="threshold",
                           help="A pixel counts as tumour from this probability on. The model is not run again.")
     with st.expander("Window and level"):
@@ -180,7 +182,8 @@ def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
                   help="A second pass over all slices. Where the two readings differ, the model is not sure.")
 
 
-def downloads(case: Case, masks: np.ndarray, rows: list[dict], figures: dict, number: int, card: list[tuple[str, str]]) -> None:
+def downloads(case: Case, masks: np.ndarray, rows: list[dict], figures: list[tuple[str, str]], number: int,
+              card: list[tuple[str, str]]) -> None:
     """What the reader can take along; each is made when it is asked for."""
 
     def report() -> bytes:
@@ -189,8 +192,7 @@ def downloads(case: Case, masks: np.ndarray, rows: list[dict], figures: dict, nu
         picture = outline(base_picture(case.volume[index], "FLAIR"), masks[index], ORANGE)
         pictures = [(f"slice {index + 1}, FLAIR, mask outlined", picture),
                     ("probability, 0 dark blue to 1 yellow", probability_picture(probability))]
-        return draw_report(f"{case.name}, {len(case.slices)} slices", pictures, rows, figure_texts(case, figures), card,
-                           st.session_state.doubts)
+        return draw_report(f"{case.name}, {len(case.slices)} slices", pictures, rows, figures, card, st.session_state.doubts)
 
     offers = [("Mask of this slice", lambda: png(masks[number - 1]), mask_name(case.slices[number - 1]), "image/png"),
               ("All masks (ZIP)", lambda: zip_masks(case, masks, rows), f"{case.name}_masks.zip", "application/zip"),
