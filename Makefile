@@ -2,6 +2,7 @@
 # make test        set up, then the linter and every test
 # make test-quick  the linter and the fast tests, for daily work
 # make federated   set up, then a server and two hospitals on the phantoms
+# make app         set up, then the web page for a clinician, at http://localhost:8501
 # make benchmark   throughput, memory and input pipeline of a training, measured here
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ RUN := $(VENV)/bin/python
 PHANTOMS := data/phantoms
 DEMO := models/demo
 
-.PHONY: demo federated test test-quick lint benchmark
+.PHONY: demo federated app test test-quick lint browser benchmark
 
 demo: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
@@ -25,8 +26,17 @@ federated: $(VENV)/installed
 	trap 'kill $$one $$two' INT TERM; $(RUN) run_server.py --out models/federated; code=$$?; \
 	[ $$code = 0 ] || kill $$one $$two; wait; exit $$code
 
-test: lint
+test: lint browser
 	$(RUN) -m pytest
+
+# A Chromium for the app's tests: taken if there is one, installed where that is allowed (Debian, as root), else done without.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium >/dev/null; } \
+		|| echo "no Chromium here: the browser tests will be skipped"
+
+app: $(VENV)/installed
+	$(RUN) -m streamlit run deployment/app/app.py
 
 test-quick: lint
 	$(RUN) -m pytest -m "not slow"

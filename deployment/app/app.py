@@ -18,6 +18,7 @@ from cases import KINDS, Case, read_case  # noqa: E402
 from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from common import MedFLError  # noqa: E402
 from inference import choose_device  # noqa: E402
+from pictures import icon  # noqa: E402
 from plausibility import doubts  # noqa: E402
 from readout import predict_case  # noqa: E402
 from viewer import show_case  # noqa: E402
@@ -27,7 +28,7 @@ SAMPLES = Path(__file__).parent / "samples"
 STYLE = """
 <style>
   .block-container {padding-top: 3.2rem; max-width: 78rem}
-  .st-key-notice {position: sticky; top: 2.8rem; z-index: 90}
+  :has(> .st-key-notice), .st-key-notice {position: sticky; top: 2.8rem; z-index: 90}
   .st-key-notice p {margin: 0; font-weight: 600; font-size: .9rem}
   .card dt {font-size: .75rem; opacity: .75; margin-top: .5rem}
   .card dd {font-size: .85rem; margin: 0 !important; overflow-wrap: anywhere}
@@ -130,7 +131,7 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
 
 
 def main() -> None:
-    st.set_page_config(page_title="MedFL", page_icon=":material/neurology:", layout="wide")
+    st.set_page_config(page_title="MedFL", page_icon=icon(), layout="wide")
     st.html(STYLE)
     with st.container(key="notice"):
         st.warning(NOTICE, icon=":material/warning:")

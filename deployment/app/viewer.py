@@ -44,7 +44,7 @@ def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
         show_figures(case, rows[number - 1], figures)
         more(checkpoint, case, prediction)
         texts = [*figure_texts(case, figures), ("Threshold", f"{look['threshold']:.2f}")]
-        downloads(case, masks, rows, texts, number, card)
+        downloads(case, prediction.probability, masks, rows, texts, number, card, state.doubts)
 
 
 def controls(case: Case, default_threshold: float) -> dict:
@@ -182,17 +182,16 @@ def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
                   help="A second pass over all slices. Where the two readings differ, the model is not sure.")
 
 
-def downloads(case: Case, masks: np.ndarray, rows: list[dict], figures: list[tuple[str, str]], number: int,
-              card: list[tuple[str, str]]) -> None:
-    """What the reader can take along; each is made when it is asked for."""
+def downloads(case: Case, probability: np.ndarray, masks: np.ndarray, rows: list[dict], figures: list[tuple[str, str]],
+              number: int, card: list[tuple[str, str]], doubts: list[str]) -> None:
+    """What the reader can take along; each is made when it is asked for, in a thread that can't see the session."""
 
     def report() -> bytes:
         index = int(np.argmax([row["tumour_pixels"] for row in rows]))
-        probability = st.session_state.prediction.probability[index]
         picture = outline(base_picture(case.volume[index], "FLAIR"), masks[index], ORANGE)
         pictures = [(f"slice {index + 1}, FLAIR, mask outlined", picture),
-                    ("probability, 0 dark blue to 1 yellow", probability_picture(probability))]
-        return draw_report(f"{case.name}, {len(case.slices)} slices", pictures, rows, figures, card, st.session_state.doubts)
+                    ("probability, 0 dark blue to 1 yellow", probability_picture(probability[index]))]
+        return draw_report(f"{case.name}, {len(case.slices)} slices", pictures, rows, figures, card, doubts)
 
     offers = [("Mask of this slice", lambda: png(masks[number - 1]), mask_name(case.slices[number - 1]), "image/png"),
               ("All masks (ZIP)", lambda: zip_masks(case, masks, rows), f"{case.name}_masks.zip", "application/zip"),

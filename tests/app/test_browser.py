@@ -1,0 +1,112 @@
+"""The app in a real Chromium: upload, sliders, keys, download, at desktop and phone width."""
+
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import load_dataset
+from running import ROOT, run_script
+from serving import served
+
+pytest.importorskip("playwright", reason="the browser tests need playwright")
+from playwright.sync_api import sync_playwright  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium for the browser tests: install it")]
+BEST = "transunet_centralized_best.pth"
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def address(trained, tmp_path_factory):
+    with served(ROOT, trained / BEST, tmp_path_factory.mktemp("app") / "streamlit.log") as where:
+        yield where
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(params=WIDTHS)
+def page(request, address, browser):
+    width, height = WIDTHS[request.param]
+    made = browser.new_page(viewport={"width": width, "height": height}, accept_downloads=True)
+    asked = []
+    made.on("request", lambda request: asked.append(request.url))
+    made.set_default_timeout(60_000)
+    made.goto(address)
+    made.get_by_text("Try a sample").wait_for()
+    yield made
+    made.close()
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:", address.replace("http", "ws")))] == []
+
+
+@pytest.fixture(scope="module")
+def patient(phantoms, trained, tmp_path_factory):
+    """A patient's slices and the folder of masks that predict.py writes for them."""
+    images = load_dataset(phantoms, progress=False).patients[0].images
+    out = tmp_path_factory.mktemp("predicted")
+    assert run_script("predict.py", *images, "--checkpoint", trained / BEST, "--out", out).returncode == 0
+    return images, out
+
+
+def at_rest(page) -> None:
+    """Wait until the page's script has run to its end: a button that is about to be drawn anew does nothing."""
+    page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
+
+
+def fetched(page, button: str, folder):
+    """The file that a download button gives."""
+    at_rest(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button).click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def same(one, other) -> bool:
+    return np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+
+
+def test_a_volume_is_segmented_and_its_masks_are_predicts(page, patient, tmp_path):
+    images, predicted = patient
+    page.locator("input[type=file]").first.set_input_files(images)
+    page.get_by_text(f"of {len(images)} (").first.wait_for()
+    slider = page.locator("input[aria-label=Slice]")
+    slider.focus()
+    page.keyboard.press("Home")
+    page.get_by_text(f"Slice 1 of {len(images)} (").wait_for()
+    page.keyboard.press("ArrowRight")
+    page.get_by_text(f"Slice 2 of {len(images)} (").wait_for()
+    name = f"{images[1].stem}_mask.png"
+    assert same(fetched(page, "Mask of this slice", tmp_path), predicted / name)
+    with zipfile.ZipFile(fetched(page, "All masks (ZIP)", tmp_path)) as archive:
+        archive.extractall(tmp_path / "all")
+    for image in images:
+        assert same(tmp_path / "all" / f"{image.stem}_mask.png", predicted / f"{image.stem}_mask.png"), image.name
+    assert fetched(page, "Report (PNG)", tmp_path).read_bytes()[1:4] == b"PNG"
+
+
+def test_one_slice_keys_and_what_is_always_in_view(page, patient, tmp_path):
+    images, _ = patient
+    page.locator("input[type=file]").first.set_input_files(images[3])
+    picture = page.get_by_role("img", name=f"{images[3].parent.name}, slice 1 of 1, FLAIR")
+    picture.wait_for()
+    page.get_by_text("Slice 1 of 1 (").click()  # the focus leaves every field
+    page.keyboard.press("o")
+    page.get_by_text("Overlay hidden").wait_for()
+    page.get_by_role("button", name="Report (PNG)").scroll_into_view_if_needed()
+    notice = page.get_by_text("not a medical device").first.bounding_box()
+    assert 0 <= notice["y"] < page.viewport_size["height"]
+    box = page.locator("section.stMain, [data-testid=stMain]").first
+    assert box.evaluate("e => e.scrollWidth <= e.clientWidth"), "the page is wider than the screen"
+    page.get_by_role("button", name="Close this case").click()
+    page.get_by_text("Try a sample").wait_for()

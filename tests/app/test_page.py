@@ -1,0 +1,133 @@
+"""The page as Streamlit runs it, without a browser: a case from opening to closing, bad uploads, models that can't be used."""
+
+import numpy as np
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from dataset import load_dataset
+from running import ROOT
+
+pytestmark = pytest.mark.slow
+BEST = "transunet_centralized_best.pth"
+
+
+@pytest.fixture
+def page(trained, monkeypatch):
+    monkeypatch.setenv("MEDFL_CHECKPOINT", str(trained / BEST))
+    return AppTest.from_file(ROOT / "deployment" / "app" / "app.py", default_timeout=120).run()
+
+
+def upload(page: AppTest, files: list[tuple[str, bytes]], label: str = "Slices") -> AppTest:
+    """Upload files as (name, content) to the uploader whose label begins so."""
+    uploader = next(u for u in page.file_uploader if u.label.startswith(label))
+    return uploader.set_value([(name, content, "application/octet-stream") for name, content in files]).run()
+
+
+def patient_files(phantoms, masks: bool) -> list[tuple[str, bytes]]:
+    patient = load_dataset(phantoms, progress=False).patients[0]
+    chosen = patient.images + (patient.masks if masks else ())
+    return [(path.name, path.read_bytes()) for path in chosen]
+
+
+def figures(page: AppTest) -> dict[str, str]:
+    return page.table[0].value["value"].to_dict()
+
+
+def test_a_sample_from_opening_to_closing(page):
+    assert not page.exception and "not a medical device" in page.warning[0].value
+    page.button(key="phantom_1").click().run()
+    assert not page.exception and "Dice with the truth" in figures(page)
+    before = figures(page)["Tumour"]
+    page.slider(key="threshold").set_value(0.05).run()
+    assert figures(page)["Tumour"] != before
+    number = page.slider(key="slice").value
+    page.slider(key="slice").set_value(1 if number > 1 else 2).run()
+    assert any(f"Slice {1 if number > 1 else 2} of" in caption.value for caption in page.caption)
+    for overlay in ("fill", "probability", "truth"):
+        page.segmented_control(key="overlay").set_value(overlay).run()
+        assert not page.exception
+    page.button(key="toggle").click().run()
+    assert any("Overlay hidden" in caption.value for caption in page.caption)
+    page.button(key="mirror").click().run()
+    assert any("when mirrored" in caption.value for caption in page.caption)
+    page.number_input(key="pixel_size").set_value(0.5).run()
+    assert "Volume" not in figures(page)
+    page.number_input(key="slice_distance").set_value(3.0).run()
+    assert figures(page)["Volume"].endswith("cm³")
+    next(b for b in page.button if b.label == "Close this case").click().run()
+    assert not page.exception and not page.table and any("Try a sample" in caption.value for caption in page.caption)
+
+
+def test_the_model_runs_once_for_an_upload(page, phantoms, monkeypatch):
+    import inference
+
+    passes = []
+    original = inference.probability
+    monkeypatch.setattr(inference, "probability", lambda *given: passes.append(1) or original(*given))
+    upload(page, patient_files(phantoms, masks=False))
+    once = len(passes)
+    assert once > 0 and "case" in page.session_state
+    page.slider(key="threshold").set_value(0.3).run()
+    page.slider(key="slice").set_value(2).run()
+    page.segmented_control(key="view").set_value("composite").run()
+    assert len(passes) == once
+
+
+def test_a_truth_can_be_added_and_a_wrong_one_is_refused(page, phantoms, picture):
+    files = patient_files(phantoms, masks=True)
+    images, masks = files[:len(files) // 2], files[len(files) // 2:]
+    upload(page, images)
+    assert "Dice with the truth" not in figures(page)
+    upload(page, [(masks[0][0], picture(np.zeros((8, 8), np.uint8)))], "Masks")
+    assert not page.exception and any("8×8" in error.value or "no mask" in error.value for error in page.error)
+    upload(page, masks, "Masks")
+    assert not page.error and "Dice with the truth" in figures(page)
+
+
+def test_a_photograph_is_doubted_before_its_result(page, picture):
+    from sklearn.datasets import load_sample_image
+
+    upload(page, [("china.jpg", picture(load_sample_image("china.jpg"), kind="JPEG"))])
+    assert any("does not look like" in warning.value for warning in page.warning) and not page.exception
+
+
+def test_the_page_outlives_every_bad_upload(page, picture, phantoms):
+    bad = [[("a_1.tif", b"")], [("a_1.tif", b"text")], [("p.zip", b"PK\3\4")], [("a.nii", b"x")],
+           [("a_1.png", picture(mode="1", size=(20_000, 20_000)))], [("a_1.png", picture(mode="RGB", size=(1, 1)))],
+           [("a_1_mask.png", picture(mode="L"))]]
+    for files in bad:
+        upload(page, files)
+        assert not page.exception and len(page.error) == 1 and page.error[0].value.count("\n") == 0, files[0][0]
+    upload(page, patient_files(phantoms, masks=False))
+    assert not page.exception and not page.error and figures(page)
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"), (b"PK\3\4 cut", "truncated"),
+    (b"<html>", "no checkpoint"), (None, "no such file")])
+def test_a_model_that_cant_be_used_is_told(tmp_path, monkeypatch, content, sentence):
+    path = tmp_path / "model_best.pth"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setenv("MEDFL_CHECKPOINT", str(path))
+    page = AppTest.from_file(ROOT / "deployment" / "app" / "app.py", default_timeout=120).run()
+    assert not page.exception and [sentence in error.value for error in page.error] == [True]
+    assert "not a medical device" in page.warning[0].value
+
+
+def test_the_card_tells_a_federation_and_a_central_model_apart(trained):
+    from card import card_rows
+    from checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(trained / BEST)
+    central = dict(card_rows(checkpoint, "0" * 64, "cpu"))
+    assert central["Trained"] == "in one place" and "knows nothing of real scans" in central["Data"]
+    assert central["Data"].startswith("phantoms: 7 to train on")
+    checkpoint.metadata["origin"] = {"kind": "federated", "hospitals": 2, "labels": ["mercy", "hope"], "partition": "own data",
+                                     "strategy": "fedavg", "rounds": 5,
+                                     "privacy": {"secure_aggregation": False, "epsilon": None}}
+    checkpoint.metadata["scores"]["test"] = {"volume_dice": {"mean": 0.8, "median": 0.85, "ci95": [0.7, 0.9]}, "patients": 8}
+    federated = dict(card_rows(checkpoint, "0" * 64, "cpu"))
+    assert "2 hospitals (mercy, hope), 5 rounds, fedavg" in federated["Trained"]
+    assert "no differential privacy" in federated["Trained"]
+    assert federated["Test"] == "mean volume Dice 0.800 (95 % interval 0.700 to 0.900), median 0.850, 8 patients"
