@@ -214,7 +214,7 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
     """Write `images.bin`, `masks.bin` (uint8, patient after patient) and `index.json`. Reads and so checks every file."""
     index, start = [], 0
     with open(folder / "images.bin", "wb") as images, open(folder / "masks.bin", "wb") as masks:
-        for patient in tqdm(patients, desc="reading scans", unit="patient", disable=not progress):
+        for patient in tqdm(patients, desc="reading scans", unit="patient", disable=None if progress else True):
             volume, truth = _read_pair(patient)
             images.write(volume.tobytes())
             masks.write(truth.tobytes())

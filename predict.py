@@ -82,7 +82,7 @@ def main() -> None:
     names = output_names(files)
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     rows = []
-    for patient, slices in tqdm(group_volumes(files), desc="segmenting", unit="volume"):
+    for patient, slices in tqdm(group_volumes(files), desc="segmenting", unit="volume", disable=None):
         probabilities = predict_volume(checkpoint.model, read_volume(slices))
         for file, probability in zip(slices, probabilities):
             mask = to_mask(probability, checkpoint.threshold)

@@ -140,7 +140,7 @@ class CentralTraining:
         epoch = self.progress.epoch + 1
         torch.manual_seed(100_003 * self.settings.seed + epoch)  # for layers that draw numbers
         of = f" of {self.settings.epochs}" if not self.settings.minutes else ""
-        with tqdm(total=len(self.batches), desc=f"epoch {epoch}{of}", unit="step", leave=False) as bar:
+        with tqdm(total=len(self.batches), desc=f"epoch {epoch}{of}", unit="step", leave=False, disable=None) as bar:
             return self.learner.train_epoch(self.batches.epoch(epoch), before_step, bar)
 
     def _record(self, result: EpochResult, val: dict | None) -> None:

@@ -194,7 +194,7 @@ def score_patients(model: TransUNet, dataset: Dataset, patients: Iterable[str], 
                    progress: bool = False) -> list[dict]:
     """A row of `metrics.score_patient` for each patient, the whole volume at its own size."""
     rows = []
-    for patient in tqdm(list(patients), desc="scoring", unit="patient", disable=not progress, leave=False):
+    for patient in tqdm(list(patients), desc="scoring", unit="patient", disable=None if progress else True, leave=False):
         volume, truth = dataset.volume(patient)
         prediction = to_mask(predict_volume(model, volume), threshold)
         rows.append(metrics.score_patient(patient, dataset.site(patient), prediction, truth))

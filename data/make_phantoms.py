@@ -82,7 +82,7 @@ def make_phantoms(out: Path, patients: int, slices: int, size: int, seed: int, p
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".phantoms-") as beside:
             names = [_write_patient(Path(beside), index, site, slices, size, seed)
-                     for index, site in enumerate(tqdm(_sites(patients), "making phantoms", disable=not progress))]
+                     for index, site in enumerate(tqdm(_sites(patients), "making phantoms", disable=None if progress else True))]
             table = [HEADER] + [name.rpartition("_")[0] + "," * HEADER.count(",") for name in names]
             (Path(beside) / "data.csv").write_bytes(("\n".join(table) + "\n").encode())
             for folder in old:

@@ -27,9 +27,10 @@ MODELS = ROOT / "models"
 SAMPLES = Path(__file__).parent / "samples"
 STYLE = """
 <style>
-  .block-container {padding-top: 3.2rem; max-width: 78rem}
-  :has(> .st-key-notice), .st-key-notice {position: sticky; top: 2.8rem; z-index: 90}
+  .block-container {padding-top: 4rem; max-width: 78rem}
+  :has(> .st-key-notice), .st-key-notice {position: sticky; top: 3.75rem; z-index: 90}
   .st-key-notice p {margin: 0; font-weight: 600; font-size: .9rem}
+  dl.card {margin: 0 !important; padding: 0}
   .card dt {font-size: .75rem; opacity: .75; margin-top: .5rem}
   .card dd {font-size: .85rem; margin: 0 !important; overflow-wrap: anywhere}
   h1 {font-size: 1.7rem !important; padding: .5rem 0 !important}

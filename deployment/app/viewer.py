@@ -111,7 +111,7 @@ def draw(case: Case, prediction: Prediction, masks: np.ndarray, index: int, look
 def show_picture(case: Case, prediction: Prediction, masks: np.ndarray, number: int, look: dict) -> None:
     """The picture of a slice, and under it what is to be seen."""
     found = int(np.count_nonzero(masks[number - 1]))
-    said = f"tumour outlined in {found} pixels" if found else "no tumour found"
+    said = f"{found:,} pixels of tumour" if found else "no tumour found"
     st.image(draw(case, prediction, masks, number - 1, look), width="stretch",
              alt=f"{case.name}, slice {number} of {len(case.slices)}, {look['view']}: {said}")
     legend = "Overlay hidden (press o)." if look["hidden"] else LEGENDS[look["overlay"]]

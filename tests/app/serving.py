@@ -15,8 +15,8 @@ DEADLINE = 120.0  # seconds for the server's start on a busy machine
 
 
 @contextlib.contextmanager
-def served(root: Path, checkpoint: Path | None, log: Path) -> Iterator[str]:
-    """The address of `streamlit run` on the app below `root`, ended when the block is left."""
+def served(root: Path, checkpoint: Path | None, log: Path) -> Iterator[tuple[str, int]]:
+    """Address and process id of `streamlit run` on the app below `root`, ended when the block is left."""
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"MEDFL_CHECKPOINT": str(checkpoint)} if checkpoint else {}
@@ -33,7 +33,7 @@ def served(root: Path, checkpoint: Path | None, log: Path) -> Iterator[str]:
                     break
             except OSError:
                 time.sleep(0.2)
-        yield f"http://localhost:{port}"
+        yield f"http://localhost:{port}", process.pid
     finally:
         process.terminate()
         process.wait(30)

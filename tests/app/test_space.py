@@ -61,7 +61,7 @@ def test_the_folder_starts_by_itself_and_segments(staged, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MEDFL_CHECKPOINT")}
     done = subprocess.run([sys.executable, "-c", code], cwd=staged, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    with served(staged, None, tmp_path / "log") as address:
+    with served(staged, None, tmp_path / "log") as (address, _):
         assert address  # its health check answers
 
 
