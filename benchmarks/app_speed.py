@@ -3,7 +3,7 @@
     python benchmarks/app_speed.py --checkpoint models/demo/transunet_centralized_best.pth [--uploads 50]
 
 Times run from the upload until the picture stands in the page: one slice, and a volume of 40 slices at 256×256; then from a
-slider's move until its picture. Memory is the server's resident set after the first and after the last of many uploads.
+slider's move until its picture. Memory is the server's resident set after the first volume and after the last of many uploads.
 """
 
 import sys
@@ -79,7 +79,7 @@ def main() -> None:
             page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
             page.goto(address)
             times = {"one slice": [], f"{len(files)} slices": [], "slice slider": [], "threshold slider": []}
-            open_files(page, files[:1], 1)  # the first loads the model
+            open_files(page, files, len(files))  # the first loads the model
             close(page)
             first = resident(process)
             for _ in range(REPEATS):

@@ -5,6 +5,8 @@
 What is uploaded stays in the memory of this process while its page is open; it is not written to disk and not sent on.
 """
 
+import contextlib
+import ctypes
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import streamlit as st  # noqa: E402
 
 from card import NOTICE, card_rows, find_checkpoints  # noqa: E402
-from cases import KINDS, Case, read_case  # noqa: E402
+from cases import KINDS, Case, read_case, take_uploads  # noqa: E402
 from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from common import MedFLError  # noqa: E402
 from inference import choose_device  # noqa: E402
@@ -76,10 +78,17 @@ def stop(error: Exception) -> None:
     st.stop()
 
 
+def give_memory_back() -> None:
+    """Return freed memory to the system. Streamlit runs the page in ever new threads, and glibc keeps what each of them freed:
+    without this a session of 50 volumes grew by 600 MiB. Elsewhere than on Linux it does nothing."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def open_case(files: list[tuple[str, bytes]]) -> None:
     """Make these files the case that is shown; or keep the reason why they can't be."""
     state = st.session_state
-    state.uploads = state.get("uploads", 0) + 1  # a new uploader: the old one would keep the files' bytes
+    state.uploads = state.get("uploads", 0) + 1  # a new uploader, which is empty
     close_case()
     try:
         state.case = read_case(files)
@@ -92,6 +101,7 @@ def close_case() -> None:
     for name in ("case", "prediction", "predicted_by", "doubts", "refusal", "truth_refusal", "slice", "pixel_size",
                  "slice_distance"):
         st.session_state.pop(name, None)
+    give_memory_back()
 
 
 def choose_case() -> None:
@@ -115,7 +125,7 @@ def choose_case() -> None:
                              help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them.")
     folder = st.file_uploader("Or a patient's folder", accept_multiple_files="directory", key=f"folder-{number}")
     if chosen := files or folder:
-        open_case([(file.name, file.getvalue()) for file in chosen])
+        open_case(take_uploads(chosen))
         st.rerun()
 
 
@@ -129,6 +139,7 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
     with st.spinner(f"segmenting {len(case.slices)} slices"):
         state.prediction = predict_case(checkpoint.model, case)
     state.predicted_by = sha256
+    give_memory_back()
 
 
 def main() -> None:

@@ -5,13 +5,14 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from cases import Case, add_truth
+from cases import Case, add_truth, take_uploads
 from checkpoint import Checkpoint
 from common import MedFLError
 from inference import to_mask
 from pictures import BLUE, ORANGE, VIEWS, base_picture, comparison, fill, outline, png, probability_picture
 from readout import Prediction, csv_text, flip_spread, mask_name, slice_rows, summary, zip_masks
 from report import draw_report
+from transunet import TransUNet
 
 OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "truth"
 LEGENDS = {OUTLINE: "Solid orange line: what the model takes for tumour.", FILL: "Orange: what the model takes for tumour.",
@@ -147,26 +148,37 @@ def show_figures(case: Case, row: dict, figures: dict) -> None:
                "being right.")
 
 
+# Streamlit keeps a widget's callback longer than the widget. So these are no closures: they would keep a closed case alive.
+
+
+def take_spacing() -> None:
+    """The pixel size that was typed in becomes the case's, once both numbers are there."""
+    state = st.session_state
+    plane, between = state.pixel_size, state.slice_distance
+    state.case.spacing = (plane, plane, between) if plane and between else None
+
+
+def take_truth() -> None:
+    """The masks that were uploaded become the case's truth, or the reason is kept why they can't."""
+    state = st.session_state
+    files = state[f"truth-{state.get('truths', 0)}"]
+    state.truths = state.get("truths", 0) + 1  # a new uploader, which is empty
+    try:
+        state.case.truth = add_truth(state.case, take_uploads(files))
+        state.truth_refusal = None
+    except MedFLError as error:
+        state.truth_refusal = f"{error}."
+
+
+def read_mirrored(model: TransUNet) -> None:
+    """A second pass, over the mirrored slices."""
+    state = st.session_state
+    state.prediction.spread = flip_spread(model, state.case, state.prediction.probability)
+
+
 def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
     """What not every reader needs: pixel size, truth, a second reading of the mirrored slices."""
     state = st.session_state
-
-    def take_spacing() -> None:
-        plane, between = state.pixel_size, state.slice_distance
-        case.spacing = (plane, plane, between) if plane and between else None
-
-    def take_truth() -> None:
-        files = state[f"truth-{state.get('truths', 0)}"]
-        state.truths = state.get("truths", 0) + 1  # a new uploader, so that the files' bytes go
-        try:
-            case.truth = add_truth(case, [(file.name, file.getvalue()) for file in files])
-            state.truth_refusal = None
-        except MedFLError as error:
-            state.truth_refusal = f"{error}."
-
-    def mirror() -> None:
-        prediction.spread = flip_spread(checkpoint.model, case, prediction.probability)
-
     if case.nifti is None:
         with st.expander("Pixel size in mm"):
             st.caption("Volumes in cm³ and diameters in mm are shown where both are known.")
@@ -178,7 +190,7 @@ def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
         if state.get("truth_refusal"):
             st.error(state.truth_refusal)
     if prediction.spread is None:
-        st.button("Read the mirrored slices as well", key="mirror", on_click=mirror,
+        st.button("Read the mirrored slices as well", key="mirror", on_click=read_mirrored, args=(checkpoint.model,),
                   help="A second pass over all slices. Where the two readings differ, the model is not sure.")
 
 
