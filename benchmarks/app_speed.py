@@ -33,7 +33,7 @@ def open_files(page: Page, files: list[Path], count: int) -> float:
     """Seconds from choosing files to the picture; the page is left at the open case."""
     page.get_by_text("Try a sample").wait_for()
     began = time.perf_counter()
-    page.locator("input[type=file]").first.set_input_files(files)
+    page.locator("section[aria-label^='Slices of one patient'] input[type=file]").set_input_files(files)
     page.locator(f"img[alt*='of {count}, FLAIR']").wait_for()
     return time.perf_counter() - began
 

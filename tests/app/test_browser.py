@@ -57,6 +57,9 @@ def patient(phantoms, trained, tmp_path_factory):
     return images, out
 
 
+SLICES = "section[aria-label^='Slices of one patient'] input[type=file]"  # the folder's uploader takes no files
+
+
 def at_rest(page) -> None:
     """Wait until the page's script has run to its end: a button that is about to be drawn anew does nothing."""
     page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
@@ -78,7 +81,7 @@ def same(one, other) -> bool:
 
 def test_a_volume_is_segmented_and_its_masks_are_predicts(page, patient, tmp_path):
     images, predicted = patient
-    page.locator("input[type=file]").first.set_input_files(images)
+    page.locator(SLICES).set_input_files(images)
     page.get_by_text(f"of {len(images)} (").first.wait_for()
     slider = page.locator("input[aria-label=Slice]")
     slider.focus()
@@ -104,7 +107,7 @@ def test_a_volume_is_segmented_and_its_masks_are_predicts(page, patient, tmp_pat
 
 def test_one_slice_keys_and_what_is_always_in_view(page, patient, tmp_path):
     images, _ = patient
-    page.locator("input[type=file]").first.set_input_files(images[3])
+    page.locator(SLICES).set_input_files(images[3])
     picture = page.get_by_role("img", name=f"{images[3].parent.name}, slice 1 of 1, FLAIR")
     picture.wait_for()
     page.get_by_text("Slice 1 of 1 (").click()  # the focus leaves every field
