@@ -16,14 +16,14 @@ sys.path.insert(0, str(ROOT))
 import streamlit as st  # noqa: E402
 
 from card import NOTICE, card_rows, find_checkpoints  # noqa: E402
-from cases import KINDS, Case, read_case, take_uploads  # noqa: E402
+from cases import KINDS, Case, read_case  # noqa: E402
 from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from common import MedFLError  # noqa: E402
 from inference import choose_device  # noqa: E402
 from pictures import icon  # noqa: E402
 from plausibility import doubts  # noqa: E402
 from readout import predict_case  # noqa: E402
-from viewer import show_case  # noqa: E402
+from viewer import show_case, take_uploads  # noqa: E402
 
 MODELS = ROOT / "models"
 SAMPLES = Path(__file__).parent / "samples"

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import numpy as np
-from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from common import MedFLError
 from preprocessing import group_volumes, is_image, is_mask, read_mask, read_slice, slice_number
@@ -21,16 +20,6 @@ MAX_UNPACKED = 256 * 2**20  # bytes that an archive may unpack to
 MIN_SIDE = 16  # pixels
 NIFTI = (".nii", ".nii.gz")
 KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz"]  # that the page's upload offers
-
-
-def take_uploads(uploads: list) -> list[tuple[str, bytes]]:
-    """(name, content) of Streamlit's uploaded files. Streamlit would keep their bytes until the session ends, upload after
-    upload; so they are taken out of its store (a call that is not public API)."""
-    files = [(upload.name, upload.getvalue()) for upload in uploads]
-    if run := get_script_run_ctx():
-        for upload in uploads:
-            run.uploaded_file_mgr.remove_file(session_id=run.session_id, file_id=upload.file_id)
-    return files
 
 
 @dataclass

@@ -4,8 +4,9 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from cases import Case, add_truth, take_uploads
+from cases import Case, add_truth
 from checkpoint import Checkpoint
 from common import MedFLError
 from inference import to_mask
@@ -19,6 +20,16 @@ LEGENDS = {OUTLINE: "Solid orange line: what the model takes for tumour.", FILL:
            PROBABILITY: "Dark blue is probability 0, yellow is 1.",
            COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone."}
 MASK_KINDS = ["tif", "tiff", "png", "nii", "gz"]
+
+
+def take_uploads(uploads: list) -> list[tuple[str, bytes]]:
+    """(name, content) of Streamlit's uploaded files. Streamlit would keep their bytes until the session ends, upload after
+    upload; so they are taken out of its store (a call that is not public API)."""
+    files = [(upload.name, upload.getvalue()) for upload in uploads]
+    if run := get_script_run_ctx():
+        for upload in uploads:
+            run.uploaded_file_mgr.remove_file(session_id=run.session_id, file_id=upload.file_id)
+    return files
 
 
 @st.fragment
@@ -112,7 +123,7 @@ def draw(case: Case, prediction: Prediction, masks: np.ndarray, index: int, look
 def show_picture(case: Case, prediction: Prediction, masks: np.ndarray, number: int, look: dict) -> None:
     """The picture of a slice, and under it what is to be seen."""
     found = int(np.count_nonzero(masks[number - 1]))
-    said = f"{found:,} pixels of tumour" if found else "no tumour found"
+    said = f"{found:,} pixels marked as tumour" if found else "no tumour found"
     st.image(draw(case, prediction, masks, number - 1, look), width="stretch",
              alt=f"{case.name}, slice {number} of {len(case.slices)}, {look['view']}: {said}")
     legend = "Overlay hidden (press o)." if look["hidden"] else LEGENDS[look["overlay"]]

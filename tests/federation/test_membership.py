@@ -278,7 +278,7 @@ IMAGES = {name: {"mean": [0.5] * width, "deviation": [0.1] * width} for name, wi
 def test_what_images_look_like_is_checked(play):
     p = play(clients=3)
     few = {part: {"patients": 2, "slices": 40} for part in ("train", "val", "test")}
-    wrong = {**IMAGES, "appearance": {"mean": [float("0.5")], "deviation": [0.1]}}
+    wrong = {**IMAGES, "appearance": {"mean": [0.5], "deviation": [0.1]}}
     p.grid.nodes = {1: Node(facts("good", images=IMAGES)), 2: Node(facts("few", images=IMAGES, parts=few)),
                     3: Node(facts("wrong", images=wrong)),
                     4: Node(facts("three", images=IMAGES, parts={part: {"patients": 3, "slices": 60} for part in few}))}
