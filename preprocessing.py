@@ -146,12 +146,18 @@ def volume_statistics(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     around the head does not count. A blank channel has deviation 0. A lone slice is a volume of one slice: the same
     rule over fewer pixels, so a slice at the top of the head comes out stretched, and its mask is less sure.
     """
-    pixels = volume.float().reshape(-1, 3)
-    foreground = (pixels > pixels.mean(dim=0)).float()
-    count = foreground.sum(dim=0).clamp(min=1.0)
-    mean = (pixels * foreground).sum(dim=0) / count
-    variance = ((pixels - mean).square() * foreground).sum(dim=0) / count
+    pixels = volume.flatten(1, 2).float()  # (S, H·W, 3)
+    foreground = (pixels > pixels.mean(dim=1).mean(dim=0)).float()
+    count = _total(foreground).clamp(min=1.0)
+    mean = _total(pixels * foreground) / count
+    variance = _total((pixels - mean).square() * foreground) / count
     return mean, variance.sqrt()
+
+
+def _total(values: torch.Tensor) -> torch.Tensor:
+    """Sum of (S, n, 3) over slices and pixels, (3,). Slice by slice: a runtime that adds one number after the other, such as
+    onnxruntime, would lose digits over a whole volume, since float32 counts exactly to 16 million only."""
+    return values.sum(dim=1).sum(dim=0)
 
 
 def apply_statistics(slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:

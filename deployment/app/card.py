@@ -23,8 +23,11 @@ def find_checkpoints(models: Path) -> list[Path]:
     return every
 
 
-def card_rows(checkpoint: Checkpoint, sha256: str, device: str) -> list[tuple[str, str]]:
-    """What the model card says, as (subject, text), from the checkpoint's metadata; what it doesn't tell is left out."""
+def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) -> list[tuple[str, str]]:
+    """What the model card says, as (subject, text), from the checkpoint's metadata; what it doesn't tell is left out.
+
+    device: where the model runs, if it runs already.
+    """
     about = checkpoint.metadata
     architecture, origin, training = about["architecture"], about.get("origin", {}), about.get("training", {})
     rows = [("Trained", _origin(origin)), ("Data", _data(about.get("data", {}))),

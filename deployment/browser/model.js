@@ -1,0 +1,117 @@
+// The network: its file read and checked here, run in a worker, slice block by slice block.
+
+import { UserError } from "./common.js";
+
+const PROPERTIES = 14, KEY = 1, VALUE = 2; // fields of ONNX's ModelProto and of an entry in its metadata_props
+const FORMAT = "1"; // of the properties that deployment/export_onnx.py writes
+// A module with one SIMD instruction: what runs the network needs them.
+const SIMD = new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11]);
+
+/** Whether this browser can run the network at all. Throws UserError if not. */
+export function checkBrowser() {
+  if (typeof WebAssembly !== "object" || !WebAssembly.validate(SIMD)) {
+    throw new UserError("this browser has no WebAssembly with SIMD, which the network needs; use a current Firefox, Chrome, Edge or Safari");
+  }
+}
+
+/** The properties that travel in an ONNX file, {name: text}. Throws UserError for a file that is cut off or not MedFL's. */
+export function readProperties(bytes) {
+  const found = {};
+  try {
+    for (const [field, content] of fields(bytes)) {
+      if (field !== PROPERTIES) continue;
+      const entry = Object.fromEntries(fields(content));
+      found[new TextDecoder().decode(entry[KEY])] = new TextDecoder().decode(entry[VALUE]);
+    }
+  } catch {
+    throw new UserError("the model file is cut off or no ONNX file; export it again with deployment/export_onnx.py");
+  }
+  if (found.medfl_format !== FORMAT) {
+    throw new UserError("the model file is not one that this page can use; export it with its own deployment/export_onnx.py");
+  }
+  return { metadata: JSON.parse(found.metadata), card: JSON.parse(found.card), plausibility: JSON.parse(found.plausibility) };
+}
+
+/** The top-level fields of a protobuf message: [number, bytes or integer]. Throws RangeError where it is cut off. */
+function* fields(bytes) {
+  let at = 0;
+  const varint = () => {
+    for (let value = 0, power = 1; ; power *= 128) {
+      if (at >= bytes.length) throw new RangeError("cut off");
+      const byte = bytes[at++];
+      value += (byte & 127) * power;
+      if (byte < 128) return value;
+    }
+  };
+  while (at < bytes.length) {
+    const tag = varint();
+    const length = { 0: () => null, 1: () => 8, 2: varint, 5: () => 4 }[tag % 8]?.();
+    if (length === undefined) throw new RangeError("no protobuf");
+    if (length === null) {
+      yield [Math.floor(tag / 8), varint()];
+      continue;
+    }
+    if (at + length > bytes.length) throw new RangeError("cut off");
+    yield [Math.floor(tag / 8), bytes.subarray(at, at + length)];
+    at += length;
+  }
+}
+
+/** The bytes at an address of this page, `progress` told the share that has come. Throws UserError where they don't come. */
+export async function download(address, progress = () => {}) {
+  try {
+    const answer = await fetch(address);
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
+    const size = Number(answer.headers.get("Content-Length"));
+    const pieces = [];
+    let length = 0;
+    for (const reader = answer.body.getReader(); ;) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      pieces.push(value);
+      length += value.length;
+      if (size) progress(Math.min(length / size, 1));
+    }
+    return new Uint8Array(await new Blob(pieces).arrayBuffer());
+  } catch {
+    throw new UserError(`${address} can't be loaded; check the connection and load the page again`);
+  }
+}
+
+/** Starts the worker with a model's bytes. `threads` says how many the network will use. */
+export class Network {
+  constructor() {
+    this.threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
+    // A worker from a blob is bound by the page's own content security policy; one from a file would not be.
+    const source = `import ${JSON.stringify(new URL("worker.js", import.meta.url).href)};`;
+    this.worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })), { type: "module" });
+  }
+
+  /** Loads the model; resolves when the network is ready. */
+  load(bytes) {
+    return this.#ask({ kind: "load", bytes, threads: this.threads }, [bytes.buffer]);
+  }
+
+  /** The probability of tumour in each pixel of a case, Float32Array of count × height × width, or null if it was cancelled.
+      `progress` is told how many slices are done. */
+  segment({ pixels, count, height, width, together }, progress) {
+    return this.#ask({ kind: "segment", pixels, count, height, width, together }, [], progress);
+  }
+
+  /** Ends a segmentation after the block that is under way. */
+  cancel() {
+    this.worker.postMessage({ kind: "cancel" });
+  }
+
+  #ask(message, transfer, progress) {
+    return new Promise((resolve, reject) => {
+      this.worker.onerror = (event) => reject(new UserError(`the network can't run here (${event.message || "no worker"}); reload the page`));
+      this.worker.onmessage = ({ data }) => {
+        if ("done" in data) progress?.(data.done);
+        else if ("failed" in data) reject(new UserError(`the network stopped (${data.failed}); reload the page, or open fewer slices`));
+        else resolve(data.result);
+      };
+      this.worker.postMessage(message, transfer);
+    });
+  }
+}

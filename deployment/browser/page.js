@@ -1,0 +1,341 @@
+// The page: what is opened, shown and downloaded. The other modules know nothing of it.
+
+import { checkNumber, packZip } from "./archives.js";
+import { MAX_BYTES, maskName, readCase, readMasks } from "./cases.js";
+import { UserError, fixed, short } from "./common.js";
+import { VIEWS, chart, draw } from "./draw.js";
+import { Network, checkBrowser, download, readProperties } from "./model.js";
+import { writeNifti } from "./nifti.js";
+import { doubts } from "./plausibility.js";
+import { agreement, csvText, maskOf, sliceRows, summary } from "./readout.js";
+import { maskPng } from "./slices.js";
+
+const SAMPLES = ["phantom_1", "phantom_2", "phantom_3"];
+const LEGENDS = {
+  outline: "Solid orange line: what the model takes for tumour.", fill: "Orange: what the model takes for tumour.",
+  probability: "Dark blue is probability 0, yellow is 1.",
+  truth: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone.",
+};
+const $ = (id) => document.getElementById(id);
+const state = { model: null, network: null, opened: null, probability: null, rows: null, number: 1, hidden: false, busy: false };
+
+// ---- words ----
+
+function say(text) {
+  $("status").textContent = text;
+}
+
+function message(kind, text) {
+  const line = document.createElement("p");
+  line.className = `message ${kind}`;
+  line.textContent = text;
+  return line;
+}
+
+/** Run what a reader asked for; a mistake becomes one sentence, and the page stays as it was. */
+async function attempt(action) {
+  $("messages").replaceChildren();
+  try {
+    await action();
+  } catch (error) {
+    if (!(error instanceof UserError)) console.error(error);
+    const text = error instanceof UserError ? error.message : `something went wrong (${error.message}); reload the page`;
+    $("messages").replaceChildren(message("error", `${text[0].toUpperCase()}${text.slice(1)}.`));
+  } finally {
+    $("progress").hidden = true;
+  }
+}
+
+function progress(share) {
+  $("progress").hidden = false;
+  $("progress").value = share;
+}
+
+// ---- the model ----
+
+async function start() {
+  checkBrowser();
+  for (const name of SAMPLES) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = name.replace("_", " ").replace("p", "P");
+    button.onclick = () => attempt(async () => open([{ name: `${name}.zip`, bytes: await download(`samples/${name}.zip`) }]));
+    $("samples").append(button);
+  }
+  say("Loading the model …");
+  const bytes = await download("model.onnx", (share) => progress(share));
+  const size = bytes.length;
+  state.model = readProperties(bytes);
+  state.network = new Network();
+  await state.network.load(bytes);
+  showCard(size);
+  $("threshold").value = state.model.metadata.threshold;
+  ready("Ready.");
+}
+
+function ready(text) {
+  const { threads } = state.network;
+  const how = threads > 1 ? `${threads} threads` : "one thread";
+  const why = self.crossOriginIsolated ? "" : ": this address does not isolate the page, so it may not use more";
+  say(`${text} The network runs on ${how}${why}.`);
+  $("open").hidden = state.opened !== null;
+}
+
+function showCard(size) {
+  const rows = [...state.model.card, ["This file", `model.onnx, ${(size / 1e6).toFixed(1)} MB`]];
+  $("card-rows").replaceChildren(...rows.map(([subject, text]) => {
+    const entry = document.createElement("div");
+    for (const [kind, content] of [["dt", subject], ["dd", text]]) {
+      entry.append(Object.assign(document.createElement(kind), { textContent: content }));
+    }
+    return entry;
+  }));
+}
+
+// ---- opening and closing ----
+
+async function take(list) {
+  const files = [...list];
+  checkNumber(files.length);
+  const large = files.find((file) => file.size > MAX_BYTES);
+  if (large) throw new UserError(`${short(large.name)} is larger than ${MAX_BYTES >> 20} MB; open one patient at a time`);
+  return Promise.all(files.map(async (file) => ({ name: file.webkitRelativePath || file.path || file.name,
+    bytes: new Uint8Array(await file.arrayBuffer()) })));
+}
+
+/** Segment the files of a case and show it. */
+async function open(files) {
+  if (state.busy || !state.network) return;
+  state.busy = true;
+  try {
+    const opened = await readCase(files);
+    $("cancel").hidden = false;
+    $("open").hidden = true;
+    const begun = performance.now();
+    const probability = await state.network.segment(opened, (done) => {
+      say(`Segmenting: slice ${done} of ${opened.count}.`);
+      progress(done / opened.count);
+    });
+    if (!probability) return ready("Cancelled.");
+    Object.assign(state, { opened, probability, hidden: false });
+    showCase();
+    ready(`${opened.count === 1 ? "One slice" : `${opened.count} slices`} in ${((performance.now() - begun) / 1000).toFixed(1)} s.`);
+  } finally {
+    state.busy = false;
+    $("cancel").hidden = true;
+    $("open").hidden = state.opened !== null;
+  }
+}
+
+function close() {
+  Object.assign(state, { opened: null, probability: null, rows: null });
+  $("case").hidden = true;
+  for (const id of ["files", "folder", "truth", "pixel-size", "slice-distance"]) $(id).value = "";
+  $("messages").replaceChildren();
+  ready("Ready.");
+}
+
+/** The files under what was dropped, folders and all. */
+async function dropped(items) {
+  const entries = [...items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  const files = [];
+  while (entries.length) {
+    const entry = entries.shift();
+    if (entry.isFile) {
+      const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+      file.path = entry.fullPath.slice(1);
+      files.push(file);
+      checkNumber(files.length);
+      continue;
+    }
+    const reader = entry.createReader();
+    for (;;) { // a reader gives a hundred at a time
+      const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      if (!some.length) break;
+      entries.push(...some);
+    }
+  }
+  return files;
+}
+
+// ---- showing ----
+
+const chosen = (name) => document.querySelector(`input[name=${name}]:checked`)?.value;
+
+function look() {
+  return { view: chosen("view"), overlay: chosen("overlay"), hidden: state.hidden, opacity: Number($("opacity").value),
+    threshold: Number($("threshold").value), level: Number($("level").value), width: Number($("width").value) };
+}
+
+function choices(box, name, values, first) {
+  box.replaceChildren(...values.map((value) => {
+    const label = document.createElement("label");
+    const input = Object.assign(document.createElement("input"), { type: "radio", name, value, checked: value === first });
+    input.onchange = showSlice;
+    label.append(input, Object.assign(document.createElement("span"), { textContent: value }));
+    return label;
+  }));
+}
+
+function showCase() {
+  const { opened, model } = state;
+  $("case").hidden = false;
+  $("name").textContent = opened.name;
+  choices($("views"), "view", Object.keys(VIEWS), chosen("view") ?? "FLAIR");
+  $("threshold").value = model.metadata.threshold;
+  $("doubts").replaceChildren(
+    ...doubts(opened, model.plausibility, model.metadata.preprocessing.training_images).map((text) => message("doubt", text)),
+    ...opened.notes.map((text) => message("note", text)));
+  $("slice").max = opened.count;
+  $("slice-label").hidden = $("chart").hidden = opened.count === 1;
+  $("spacing").hidden = opened.nifti !== null;
+  $("figures-title").textContent = opened.count === 1 ? "This slice" : "All slices";
+  showTruth();
+  measure();
+  state.number = 1 + state.rows.reduce((best, row, k, rows) => (row.pixels > rows[best].pixels ? k : best), 0);
+  offerDownloads();
+  showSlice();
+  $("name").tabIndex = -1;
+  $("name").focus({ preventScroll: true });
+}
+
+function showTruth() {
+  const overlays = ["outline", "fill", "probability", ...(state.opened.truth ? ["truth"] : [])];
+  choices($("overlays"), "overlay", overlays, overlays.includes(chosen("overlay")) ? chosen("overlay") : "outline");
+}
+
+/** The figures for the threshold, the truth and the spacing that are set now. */
+function measure() {
+  const { opened, probability } = state;
+  state.rows = sliceRows(opened, probability, Number($("threshold").value));
+  const found = summary(opened, state.rows);
+  const lines = [["Tumour", `${found.pixels.toLocaleString("en")} pixels`], ["Slices with tumour", `${found.slices} of ${found.count}`],
+    ["Share of the head", `${(100 * found.share).toFixed(1)} %`], ["Largest diameter", `${found.diameter.toFixed(1)} pixels`]];
+  if (opened.spacing) lines.push(["Volume", `${found.cm3.toFixed(1)} cm³`], ["Largest diameter in mm", `${found.diameterMm.toFixed(1)} mm`]);
+  if (found.dice !== undefined && found.dice !== null) {
+    lines.push(["Dice with the truth", found.dice.toFixed(3)], ["IoU with the truth", found.iou.toFixed(3)]);
+  }
+  $("figures").replaceChildren(...lines.map(([name, value]) => {
+    const row = document.createElement("tr");
+    row.append(Object.assign(document.createElement("th"), { scope: "row", textContent: name }),
+      Object.assign(document.createElement("td"), { textContent: value }));
+    return row;
+  }));
+}
+
+function showSlice() {
+  const { opened, probability, rows, number } = state;
+  if (!opened) return;
+  const seen = look();
+  const row = rows[number - 1];
+  draw($("picture"), opened, probability, number - 1, seen);
+  const said = row.pixels ? `${row.pixels.toLocaleString("en")} pixels marked as tumour` : "no tumour found";
+  $("picture").setAttribute("aria-label", `${opened.name}, slice ${number} of ${opened.count}, ${seen.view}: ${said}`);
+  $("caption").textContent = `Slice ${number} of ${opened.count} (${row.file}): ${said}. ` +
+    (seen.hidden ? "Overlay hidden (press o)." : LEGENDS[seen.overlay]);
+  $("slice").value = number;
+  $("slice-value").textContent = number;
+  $("hide").textContent = seen.hidden ? "Show the overlay (o)" : "Hide the overlay (o)";
+  $("opacity").disabled = !["fill", "truth"].includes(seen.overlay);
+  chart($("chart"), rows, number, (slice) => turnTo(slice));
+  const parts = [`${row.pixels.toLocaleString("en")} pixels`, `${row.diameter.toFixed(1)} pixels across`];
+  if (row.mean !== null) parts.push(`mean probability inside of the mask ${fixed(row.mean, 2)}`);
+  const { dice, iou } = row.tally ? agreement(row.tally) : {};
+  if (dice !== undefined && dice !== null) parts.push(`Dice ${fixed(dice, 3)}, IoU ${fixed(iou, 3)}`);
+  $("slice-figures").textContent = `Slice ${number}: ${parts.join("; ")}. The probability is the network's own, not a measured chance of ` +
+    "its being right.";
+  for (const slider of document.querySelectorAll(".side .slider")) {
+    slider.querySelector("output").textContent = slider.querySelector("input").value;
+  }
+}
+
+function turnTo(number) {
+  state.number = number;
+  showSlice();
+}
+
+// ---- taking along ----
+
+function save(name, bytes, type) {
+  const address = URL.createObjectURL(new Blob([bytes], { type }));
+  Object.assign(document.createElement("a"), { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+}
+
+function offerDownloads() {
+  const { opened } = state;
+  const area = opened.height * opened.width;
+  const mask = () => maskOf(state.probability, Number($("threshold").value));
+  const asPng = (all, k) => maskPng(all.subarray(k * area, (k + 1) * area), opened.width, opened.height);
+  const offers = {
+    "Mask of this slice (PNG)": () => save(maskName(opened.slices[state.number - 1]), asPng(mask(), state.number - 1), "image/png"),
+    "All masks (ZIP)": () => {
+      const all = mask();
+      const files = Object.fromEntries(opened.slices.map((name, k) => [maskName(name), asPng(all, k)]));
+      files["readout.csv"] = new TextEncoder().encode(csvText(state.rows));
+      save(`${opened.name}_masks.zip`, packZip(files), "application/zip");
+    },
+    "Figures (CSV)": () => save(`${opened.name}.csv`, csvText(state.rows), "text/csv"),
+    ...(opened.nifti && { "Mask (NIfTI)": () => save(`${opened.name}_mask.nii.gz`, writeNifti(opened, mask()), "application/gzip") }),
+  };
+  $("downloads").replaceChildren(...Object.entries(offers).map(([text, give]) =>
+    Object.assign(document.createElement("button"), { type: "button", textContent: text, onclick: () => attempt(give) })));
+}
+
+// ---- what a reader does ----
+
+for (const id of ["files", "folder"]) {
+  $(id).onchange = () => attempt(async () => {
+    const files = [...$(id).files];
+    $(id).value = ""; // so that the same files can be chosen again
+    if (files.length) await open(await take(files));
+  });
+}
+$("drop").ondragover = (event) => {
+  event.preventDefault();
+  $("drop").classList.add("over");
+};
+$("drop").ondragleave = () => $("drop").classList.remove("over");
+$("drop").ondrop = (event) => {
+  event.preventDefault();
+  $("drop").classList.remove("over");
+  const files = dropped(event.dataTransfer.items); // the list is gone once this function has returned
+  attempt(async () => open(await take(await files)));
+};
+$("cancel").onclick = () => state.network.cancel();
+$("close").onclick = close;
+$("slice").oninput = () => turnTo(Number($("slice").value));
+$("hide").onclick = () => {
+  state.hidden = !state.hidden;
+  showSlice();
+};
+for (const id of ["opacity", "level", "width"]) $(id).oninput = showSlice;
+$("threshold").oninput = () => {
+  measure();
+  showSlice();
+};
+for (const id of ["pixel-size", "slice-distance"]) {
+  $(id).onchange = () => {
+    const [plane, between] = [Number($("pixel-size").value), Number($("slice-distance").value)];
+    state.opened.spacing = plane > 0 && between > 0 ? [plane, plane, between] : null;
+    measure();
+    showSlice();
+  };
+}
+$("truth").onchange = () => attempt(async () => {
+  const files = [...$("truth").files];
+  $("truth").value = "";
+  if (!files.length) return;
+  state.opened.truth = await readMasks(state.opened, await take(files));
+  showTruth();
+  measure();
+  showSlice();
+});
+document.onkeydown = (event) => {
+  const typing = event.target.matches("input[type=number]");
+  if (event.key === "o" && !typing && !event.ctrlKey && !event.metaKey && state.opened) $("hide").click();
+};
+$("where").textContent = "Scans, masks and figures stay in this browser's memory until the case or the page is closed. The page may load " +
+  "things from its own address alone.";
+$("open").hidden = true;
+attempt(start);

@@ -1,0 +1,142 @@
+// From a file's bytes to pixels, as preprocessing.py reads them: 8-bit grey or RGB, one picture, of a sensible size.
+
+import { decode as decodePng, encode as encodePng } from "fast-png";
+import { decode as decodeTiff } from "tiff";
+
+import { UserError, short } from "./common.js";
+
+const MAX_SIDE = 4096; // pixels
+const TIFF_TYPES = [0, 1, 2, 3], TIFF_PALETTE = 3; // photometric interpretations: white is zero, black is zero, RGB, palette
+const PNG_PALETTE = 3; // colour type
+
+/** A slice: {width, height, pixels: Uint8Array of height × width × 3}. A grey picture fills all three channels. */
+export async function readSlice(name, bytes) {
+  const { width, height, channels, data } = await decoded(name, bytes);
+  const pixels = new Uint8Array(width * height * 3);
+  for (let from = 0, to = 0; to < pixels.length; from += channels, to += 3) {
+    pixels[to] = data[from];
+    pixels[to + 1] = data[channels > 2 ? from + 1 : from]; // a channel beyond grey or RGB is alpha, and is left out
+    pixels[to + 2] = data[channels > 2 ? from + 2 : from];
+  }
+  return { width, height, pixels };
+}
+
+/** A mask: {width, height, pixels: Uint8Array of height × width, 0 or 255}. */
+export async function readMask(name, bytes) {
+  const { width, height, channels, data } = await decoded(name, bytes);
+  const pixels = new Uint8Array(width * height);
+  for (let k = 0; k < pixels.length; k++) {
+    pixels[k] = data[k * channels];
+    if (pixels[k] !== 0 && pixels[k] !== 255) {
+      throw new UserError(`${short(name)} has the value ${pixels[k]}, and a mask holds 0 (no tumour) and 255 (tumour) only; write it again`);
+    }
+  }
+  return { width, height, pixels };
+}
+
+/** A mask's pixels, width × height of 0 or 255, as the bytes of a PNG. */
+export function maskPng(pixels, width, height) {
+  return encodePng({ width, height, data: pixels, channels: 1, depth: 8 });
+}
+
+async function decoded(name, bytes) {
+  const signature = String.fromCharCode(...bytes.subarray(0, 4));
+  try {
+    if (signature === "II*\0" || signature === "MM\0*") return fromTiff(name, bytes);
+    if (signature === "\x89PNG") return fromPng(name, bytes);
+    if (signature.startsWith("\xff\xd8\xff")) return await fromJpeg(name, bytes);
+  } catch (error) {
+    if (error instanceof UserError) throw error;
+    // the decoders throw many kinds of errors for a damaged file
+  }
+  throw new UserError(`${short(name)} can't be read as a picture (truncated or another format); copy it again`);
+}
+
+function checkSize(name, width, height) {
+  if (Math.max(width, height) > MAX_SIDE) {
+    throw new UserError(`${short(name)} is ${width}×${height} pixels, and a slice has at most ${MAX_SIDE} a side; shrink it first`);
+  }
+}
+
+function refuseType(name, what) {
+  throw new UserError(`${short(name)} has ${what}, and a slice has 8-bit grey or RGB; convert it first`);
+}
+
+function fromTiff(name, bytes) {
+  const pages = decodeTiff(bytes, { ignoreImageData: true });
+  const page = pages[0];
+  checkSize(name, page.width, page.height);
+  if (pages.length > 1) {
+    throw new UserError(`${short(name)} holds ${pages.length} pictures, and a slice is one; save each as a file of its own`);
+  }
+  const bits = page.bitsPerSample ?? 1;
+  if (!TIFF_TYPES.includes(page.type)) refuseType(name, "other colours");
+  if (bits !== 8) refuseType(name, bits === 1 ? "1 bit a pixel" : `${bits} bits a channel`);
+  if (page.planarConfiguration !== 1 || (page.tiled && page.samplesPerPixel > 1)) {
+    throw new UserError(`${short(name)} keeps its channels apart or in tiles, which this page can't read; save it in another way`);
+  }
+  const [picture] = decodeTiff(bytes);
+  let { data, samplesPerPixel: channels } = picture;
+  if (page.type === TIFF_PALETTE) {
+    const palette = picture.palette;
+    data = Uint8Array.from({ length: 3 * data.length }, (_, k) => palette[data[Math.floor(k / 3)]][k % 3] >> 8);
+    channels = 3;
+  }
+  return { width: picture.width, height: picture.height, channels, data };
+}
+
+function fromPng(name, bytes) {
+  const header = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  checkSize(name, header.getUint32(16), header.getUint32(20));
+  const bits = header.getUint8(24);
+  if (bits === 16) refuseType(name, "16 bits a channel");
+  if (String.fromCharCode(...bytes.subarray(0, 512)).includes("acTL")) {
+    throw new UserError(`${short(name)} is animated, and a slice is one picture; save each as a file of its own`);
+  }
+  const picture = decodePng(bytes, { checkCrc: true });
+  const { width, height, palette } = picture;
+  const values = bits === 8 ? picture.data : unpacked(picture, bits);
+  if (header.getUint8(25) === PNG_PALETTE) {
+    const data = Uint8Array.from({ length: 3 * values.length }, (_, k) => palette[values[Math.floor(k / 3)]][k % 3]);
+    return { width, height, channels: 3, data };
+  }
+  const most = 2 ** bits - 1;
+  const data = bits === 8 ? values : values.map((value) => Math.round((255 * value) / most));
+  return { width, height, channels: picture.channels, data };
+}
+
+/** Samples of 1, 2 or 4 bits, one channel, each in a byte of its own; a row starts at a byte. */
+function unpacked({ data, width, height }, bits) {
+  const values = new Uint8Array(width * height);
+  const line = Math.ceil((width * bits) / 8);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const at = x * bits;
+      values[y * width + x] = (data[y * line + (at >> 3)] >> (8 - bits - (at & 7))) & (2 ** bits - 1);
+    }
+  }
+  return values;
+}
+
+async function fromJpeg(name, bytes) {
+  const { width, height, components } = jpegFrame(bytes);
+  checkSize(name, width, height);
+  if (components !== 1 && components !== 3) refuseType(name, `${components} colour channels`);
+  const end = String.fromCharCode(...bytes.subarray(-64));
+  if (!end.includes("\xff\xd9")) throw new Error("truncated"); // a browser would show the part that is there
+  const picture = await createImageBitmap(new Blob([bytes]), { colorSpaceConversion: "none", imageOrientation: "none" });
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  context.drawImage(picture, 0, 0);
+  return { width, height, channels: 4, data: context.getImageData(0, 0, width, height).data };
+}
+
+/** Size and number of components, from a JPEG's start-of-frame segment. */
+function jpegFrame(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  for (let at = 2; ;) {
+    const marker = view.getUint16(at);
+    const isFrame = marker >= 0xffc0 && marker <= 0xffcf && ![0xffc4, 0xffc8, 0xffcc].includes(marker);
+    if (isFrame) return { height: view.getUint16(at + 5), width: view.getUint16(at + 7), components: view.getUint8(at + 9) };
+    at += 2 + view.getUint16(at + 2);
+  }
+}

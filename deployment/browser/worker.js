@@ -1,0 +1,49 @@
+// Runs the network, so that the page stays alive meanwhile.
+
+import * as ort from "./libs/onnxruntime/ort.js";
+
+const BLOCK = 4; // slices a pass: after each the progress is told, and a cancellation is heard
+
+let session, cancelled;
+
+async function load({ bytes, threads }) {
+  ort.env.wasm.numThreads = threads;
+  ort.env.wasm.wasmPaths = { mjs: new URL("./libs/onnxruntime/ort-wasm.js", import.meta.url).href,
+    wasm: new URL("./libs/onnxruntime/ort-wasm.wasm", import.meta.url).href };
+  session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+}
+
+const integer = (value) => new ort.Tensor("int64", BigInt64Array.of(BigInt(value)), []);
+
+/** The statistics of the normalisation come from the whole volume: all slices if they are one patient's, else each slice's own. */
+async function segment({ pixels, count, height, width, together }) {
+  cancelled = false;
+  const probability = new Float32Array(count * height * width);
+  const volume = (first, slices) => new ort.Tensor("uint8", pixels.subarray(first * height * width * 3, (first + slices) * height * width * 3),
+    [slices, height, width, 3]);
+  const whole = together ? volume(0, count) : null;
+  for (let first = 0; first < count; first += together ? BLOCK : 1) {
+    const slices = together ? Math.min(BLOCK, count - first) : 1;
+    const feeds = { volume: whole ?? volume(first, 1), first: integer(together ? first : 0), count: integer(slices) };
+    const output = (await session.run(feeds)).probability;
+    probability.set(output.data, first * height * width);
+    output.dispose();
+    postMessage({ done: first + slices });
+    await new Promise((heard) => setTimeout(heard)); // a message that says cancel is taken now
+    if (cancelled) return null;
+  }
+  return probability;
+}
+
+onmessage = async ({ data }) => {
+  if (data.kind === "cancel") {
+    cancelled = true;
+    return;
+  }
+  try {
+    const result = await (data.kind === "load" ? load(data) : segment(data));
+    postMessage({ result }, result ? [result.buffer] : []);
+  } catch (error) {
+    postMessage({ failed: String(error?.message ?? error).split("\n")[0] });
+  }
+};

@@ -1,0 +1,185 @@
+"""Write a checkpoint as one ONNX graph that holds the whole way from the stored pixels to the probability.
+
+    python deployment/export_onnx.py --checkpoint models/demo/transunet_centralized_best.pth --out models/transunet.onnx
+
+Inputs: `volume` uint8 (S, H, W, 3), all slices of a patient; `first` and `count` int64, the slices to segment. Output:
+`probability` float32 (count, H, W). The statistics of the normalisation come from the whole volume, so block by block gives
+the same as all at once. The file is kept only if onnxruntime computes with it what inference.py computes.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "deployment" / "app")]
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import tempfile  # noqa: E402
+import warnings  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+try:
+    import onnx
+    import onnxruntime
+    import onnxscript  # noqa: F401  torch's exporter needs it
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError:
+    onnx = None
+
+import plausibility  # noqa: E402
+from card import card_rows  # noqa: E402
+from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from common import MedFLError, atomic_write, run_script  # noqa: E402
+from data.make_phantoms import make_phantoms  # noqa: E402
+from inference import BLOCK, predict_volume, probability, to_mask  # noqa: E402
+from preprocessing import CHANNELS, read_volume, volume_statistics  # noqa: E402
+from transunet import TransUNet  # noqa: E402
+
+BOUND, BOUND_HALF = 1e-4, 1e-2  # largest difference of a probability with which a file is kept
+LARGE = 256  # values from which on a weight is stored in half precision; biases and scales stay as they are
+SEED = 9  # of the phantoms that the file is compared on
+SIZES = ((1, 256, 256), (9, 256, 256), (3, 200, 168), (2, 64, 97))  # slices, rows, columns
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
+    parser.add_argument("--out", type=Path, required=True, help="the .onnx file to write")
+    parser.add_argument("--half", action="store_true", help="store the weights in half precision: half the size")
+    return parser.parse_args()
+
+
+class WholeWay(nn.Module):
+    """What inference.predict_volume does, as one module."""
+
+    def __init__(self, model: TransUNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, volume: Tensor, chosen: Tensor) -> Tensor:
+        """volume: (S, H, W, 3) uint8; chosen: (n,) int64, numbers of slices; (n, H, W) float32."""
+        mean, deviation = volume_statistics(volume)
+        return probability(self.model, volume.index_select(0, chosen), mean, deviation)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a graph is from inference.py: the largest difference of a probability, mask pixels that differ, pixels in all."""
+
+    probability: float
+    pixels: int
+    of: int
+
+
+def export(checkpoint: Checkpoint, half: bool = False) -> tuple[bytes, Difference]:
+    """The file's content and how far it is from inference.py. Raises MedFLError where it is too far, or onnx is missing."""
+    if onnx is None:
+        raise MedFLError("onnx, onnxscript and onnxruntime are needed; install them with `pip install -r requirements-export.txt`")
+    graph = build_graph(checkpoint.model)
+    if half:
+        halve(graph.graph)
+    helper.set_model_props(graph, properties(checkpoint))
+    onnx.checker.check_model(graph)
+    content = graph.SerializeToString(deterministic=True)
+    difference = compare(checkpoint, content)
+    bound = BOUND_HALF if half else BOUND
+    if not difference.probability < bound:
+        remedy = "export without --half" if half else "please report it with the checkpoint's card"
+        raise MedFLError(f"the graph's probabilities differ from the model's by up to {difference.probability:.1e}, more than "
+                         f"{bound:g}, so nothing was written; {remedy}")
+    return content, difference
+
+
+def build_graph(model: TransUNet) -> "onnx.ModelProto":
+    """The graph with the inputs `volume`, `first` and `count`."""
+    example = (torch.zeros(3, 48, 40, 3, dtype=torch.uint8), torch.tensor([0, 1]))
+    anything = torch.export.Dim.DYNAMIC
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own use of its older parts
+        program = torch.onnx.export(WholeWay(model).eval(), example, dynamo=True, verbose=False,
+                                    input_names=["volume", "chosen"], output_names=["probability"],
+                                    dynamic_shapes=({0: anything, 1: anything, 2: anything}, {0: anything}))
+    model_proto = program.model_proto  # a new one each time it is asked for
+    graph = model_proto.graph
+    # torch can't trace a slice whose bounds are values; so `chosen` is traced, and made here of first and count
+    graph.input.remove(next(given for given in graph.input if given.name == "chosen"))
+    graph.input.extend(helper.make_tensor_value_info(name, TensorProto.INT64, []) for name in ("first", "count"))
+    graph.initializer.append(numpy_helper.from_array(np.array(1), "one"))
+    graph.node.insert(0, helper.make_node("Add", ["first", "count"], ["end"]))
+    graph.node.insert(1, helper.make_node("Range", ["first", "end", "one"], ["chosen"]))
+    return model_proto
+
+
+def halve(graph: "onnx.GraphProto") -> None:
+    """Store the large weights in half precision. They are computed with in single precision: a cast stands behind each."""
+    for weight in list(graph.initializer):
+        values = numpy_helper.to_array(weight)
+        if values.dtype != np.float32 or values.size < LARGE:
+            continue
+        name = weight.name
+        weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
+        graph.node.insert(0, helper.make_node("Cast", [f"{name}_half"], [name], to=TensorProto.FLOAT))
+
+
+def properties(checkpoint: Checkpoint) -> dict[str, str]:
+    """What travels in the file besides the graph: the checkpoint's metadata, its card, and the constants of plausibility.py."""
+    texts = {"metadata": checkpoint.metadata, "card": card_rows(checkpoint, checkpoint.sha256()), "plausibility": rules()}
+    return {"medfl_format": "1"} | {name: json.dumps(value, allow_nan=False) for name, value in texts.items()}
+
+
+def rules() -> dict:
+    """The constants of plausibility.py, by which the page in the browser doubts a scan."""
+    return {"channels": CHANNELS, "flair": plausibility.FLAIR, "frame": plausibility.FRAME, "appearance": plausibility.APPEARANCE,
+            "limit": plausibility.LIMIT, "limit_alone": plausibility.LIMIT_ALONE, "sides": plausibility.SIDES,
+            "aspect": plausibility.ASPECT}
+
+
+def compare(checkpoint: Checkpoint, content: bytes) -> Difference:
+    """Run the file in onnxruntime beside inference.py, on phantoms of several sizes and numbers of slices, whole and in blocks."""
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    largest, pixels, of = 0.0, 0, 0
+    for volume in _volumes():
+        expected = predict_volume(checkpoint.model, volume)
+        for block in {len(volume), min(BLOCK, len(volume)), 1}:
+            parts = [(first, min(block, len(volume) - first)) for first in range(0, len(volume), block)]
+            found = np.concatenate([session.run(None, {"volume": volume, "first": np.array(first), "count": np.array(count)})[0]
+                                    for first, count in parts])
+            largest = max(largest, float(np.abs(found - expected).max()))
+            masks = [to_mask(values, checkpoint.threshold) for values in (found, expected)]
+            pixels, of = pixels + int(np.count_nonzero(masks[0] != masks[1])), of + found.size
+    return Difference(largest, pixels, of)
+
+
+def _volumes() -> list[np.ndarray]:
+    """Phantoms of `SIZES`, (S, H, W, 3) uint8."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_phantoms(Path(folder), patients=1, slices=max(slices for slices, *_ in SIZES), size=256, seed=SEED)
+        patient = next(path for path in root.iterdir() if path.is_dir())
+        volume = read_volume([path for path in sorted(patient.glob("*.tif")) if not path.stem.endswith("_mask")])
+    middle = len(volume) // 2
+    return [np.ascontiguousarray(volume[max(middle - slices // 2, 0):][:slices, :rows, :columns])
+            for slices, rows, columns in SIZES]
+
+
+def told(difference: Difference) -> str:
+    """The difference in words."""
+    return (f"largest difference of a probability from inference.py {difference.probability:.1e}, "
+            f"{difference.pixels} of {difference.of:,} mask pixels differ")
+
+
+def main() -> None:
+    arguments = parse()
+    content, difference = export(load_checkpoint(arguments.checkpoint), arguments.half)
+    with atomic_write(arguments.out) as file:
+        file.write(content)
+    print(told(difference))
+    print(f"wrote {arguments.out}, {len(content) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_script(main)

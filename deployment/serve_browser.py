@@ -1,0 +1,82 @@
+"""Serve the page that runs in the browser on this computer, with the headers that its Space gets.
+
+    python deployment/serve_browser.py                                                # the newest model in models/
+    python deployment/serve_browser.py --checkpoint models/demo/transunet_centralized_best.pth --port 8600
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "deployment" / "app")]
+
+import argparse  # noqa: E402
+import functools  # noqa: E402
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer  # noqa: E402
+
+from card import find_checkpoints  # noqa: E402
+from checkpoint import load_checkpoint  # noqa: E402
+from common import MedFLError, run_script  # noqa: E402
+from export_onnx import told  # noqa: E402
+from staging import BROWSER, stage_browser  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, help="the model, a .pth file (default: the newest *_best.pth in models/)")
+    parser.add_argument("--half", action="store_true", help="store the weights in half precision: half the size")
+    parser.add_argument("--port", type=int, default=8600, help="where to listen on 127.0.0.1 (default 8600)")
+    return parser.parse_args()
+
+
+def headers(readme: Path) -> dict[str, str]:
+    """The `custom_headers` in the front matter of a Space's README."""
+    lines = readme.read_text(encoding="utf-8").split("---")[1].splitlines()
+    start = lines.index("custom_headers:") + 1
+    pairs = (line.strip().split(": ", 1) for line in lines[start:] if line.startswith("  "))
+    return dict(pairs)
+
+
+class Page(SimpleHTTPRequestHandler):
+    """Files of one folder, each answer with the Space's headers."""
+
+    extensions_map = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".wasm": "application/wasm",
+                      ".svg": "image/svg+xml", ".md": "text/markdown", "": "application/octet-stream"}
+
+    def __init__(self, *given, more: dict[str, str], **named):
+        self.more = more
+        super().__init__(*given, **named)
+
+    def end_headers(self) -> None:
+        for name, value in self.more.items():
+            self.send_header(name, value)
+        self.send_header("Cache-Control", "no-cache")  # another model may lie there next time
+        super().end_headers()
+
+    def log_message(self, *_) -> None:
+        """Say nothing of each request."""
+
+
+def server(folder: Path, port: int) -> ThreadingHTTPServer:
+    """A server of a staged folder on 127.0.0.1, not running yet. Raises MedFLError where the port is taken."""
+    page = functools.partial(Page, directory=str(folder), more=headers(folder / "README.md"))
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), page)
+    except (OSError, OverflowError) as error:
+        raise MedFLError(f"port {port} can't be used; choose another --port") from error
+
+
+def main() -> None:
+    arguments = parse()
+    checkpoint = load_checkpoint(arguments.checkpoint or find_checkpoints(ROOT / "models")[0])
+    print(f"exporting {checkpoint.path}", flush=True)
+    files, difference = stage_browser(checkpoint, arguments.half)
+    size = sum(path.stat().st_size for path in files) / 1e6
+    print(f"{told(difference)}\n{size:.1f} MB in {BROWSER.relative_to(ROOT).as_posix()}")
+    with server(BROWSER, arguments.port) as running:
+        print(f"open http://127.0.0.1:{running.server_port} (Ctrl-C ends it)", flush=True)
+        running.serve_forever()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,106 @@
+"""The folders that are published: the page with its server (Docker Space), and the page that runs in the browser (static Space).
+
+Each is filled from an allow-list, so that nothing else can slip in.
+"""
+
+import shutil
+from pathlib import Path
+
+from card import NOTICE, card_rows
+from checkpoint import Checkpoint
+from common import MedFLError
+from export_onnx import Difference, export
+
+ROOT = Path(__file__).resolve().parents[1]
+SPACE, BROWSER = ROOT / "models" / "space", ROOT / "models" / "browser"
+DATASET_LICENCE = "cc-by-nc-sa-4.0"  # of the LGG scans, which weights trained on them carry as well
+SAMPLES = "deployment/app/samples"
+
+SPACE_CODE = ("LICENSE", "checkpoint.py", "common.py", "inference.py", "metrics.py", "plausibility.py", "preprocessing.py",
+              "torchvision_operators.py", "transunet.py", "deployment/app/.streamlit/config.toml")
+SPACE_FOLDERS = {"deployment/app": "*.py", SAMPLES: "*.zip"}
+SPACE_TOP = ("README.md", "Dockerfile", "requirements.txt")  # of deployment/space
+
+BROWSER_FILES = ("README.md", "index.html", "style.css", "icon.svg")  # of deployment/browser, and its *.js
+# of its node_modules: a library's folder, and the files of it, {pattern in the library: folder in libs}
+LIBRARIES = {
+    "fast-png": {"lib/*.js": "fast-png", "lib/helpers/*.js": "fast-png/helpers"},
+    "fflate": {"esm/browser.js": "fflate"},
+    "iobuffer": {"lib/*.js": "iobuffer"},
+    "nifti-reader-js": {"dist/*.js": "nifti-reader-js"},
+    "tiff": {"lib/*.js": "tiff", "lib/tags/*.js": "tiff/tags"},
+}
+# .js where the package says .mjs: some servers send that as something that browsers don't run
+ONNXRUNTIME = {"ort.js": "ort.wasm.min.mjs", "ort-wasm.js": "ort-wasm-simd-threaded.mjs",
+               "ort-wasm.wasm": "ort-wasm-simd-threaded.wasm"}
+
+
+def stage_space(checkpoint: Checkpoint, folder: Path = SPACE) -> list[Path]:
+    """Put the Streamlit page, its modules and one model into `folder`; the files' paths."""
+    sources = {name: ROOT / name for name in SPACE_CODE} | {name: ROOT / "deployment" / "space" / name for name in SPACE_TOP}
+    for inside, pattern in SPACE_FOLDERS.items():
+        sources |= {f"{inside}/{path.name}": path for path in sorted((ROOT / inside).glob(pattern))}
+    name = checkpoint.path.name if checkpoint.path.name.endswith("_best.pth") else f"{checkpoint.path.stem}_best.pth"
+    sources[f"models/{name}"] = checkpoint.path
+    return _fill(folder, sources, checkpoint)
+
+
+def stage_browser(checkpoint: Checkpoint, half: bool = False, folder: Path = BROWSER) -> tuple[list[Path], Difference]:
+    """Put the page that runs in the browser, its libraries and the exported model into `folder`; the files' paths, and how far
+    the exported model is from inference.py. Raises MedFLError where the libraries were not installed."""
+    content, difference = export(checkpoint, half)
+    page = ROOT / "deployment" / "browser"
+    sources = {name: page / name for name in BROWSER_FILES} | {path.name: path for path in sorted(page.glob("*.js"))}
+    sources |= {f"samples/{path.name}": path for path in sorted((ROOT / SAMPLES).glob("*.zip"))}
+    sources["LICENSE"] = ROOT / "LICENSE"
+    libraries = page / "node_modules"
+    try:
+        for library, patterns in LIBRARIES.items():
+            for pattern, inside in patterns.items():
+                sources |= {f"libs/{inside}/{path.name}": path for path in sorted((libraries / library).glob(pattern))}
+            sources[f"libs/{library}/LICENSE"] = libraries / library / "LICENSE"
+        runtime = libraries / "onnxruntime-web"
+        sources |= {f"libs/onnxruntime/{name}": runtime / "dist" / source for name, source in ONNXRUNTIME.items()}
+        sources["libs/onnxruntime/README.md"] = runtime / "README.md"  # names its licence; the package holds no text of it
+        _fill(folder, sources, checkpoint)
+    except FileNotFoundError as error:
+        raise MedFLError("the page's libraries are missing; install them with `npm ci` in deployment/browser (Node.js 20 or "
+                         "newer)") from error
+    (folder / "model.onnx").write_bytes(content)
+    return _files(folder), difference
+
+
+def _fill(folder: Path, sources: dict[str, Path], checkpoint: Checkpoint) -> list[Path]:
+    """Copy each source to its name in an empty `folder`, write the model card, and name the licence that the weights carry."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, source in sources.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    (folder / "MODEL_CARD.md").write_text(model_card(checkpoint), encoding="utf-8")
+    if not of_phantoms(checkpoint):
+        readme = folder / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        readme.write_text(text.replace("license: mit", f"license: {DATASET_LICENCE}"), encoding="utf-8")
+    return _files(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def of_phantoms(checkpoint: Checkpoint) -> bool:
+    """Whether no real scan went into the model."""
+    return checkpoint.metadata.get("data", {}).get("name") == "phantoms"
+
+
+def model_card(checkpoint: Checkpoint) -> str:
+    """The model's card as Markdown: use and limits, then what the metadata says."""
+    rows = card_rows(checkpoint, checkpoint.sha256())
+    return "\n".join([
+        "# Model card", "", f"**{NOTICE}**", "",
+        "**Use:** to look at what a small TransUNet finds on slices of brain MRI (pre-contrast, FLAIR, post-contrast), in "
+        "research and teaching. **Not for:** patients' care, other organs, other sequences, or scanners unlike those of the "
+        "training scans. Small or faint tumours are missed, and bright spots that are no tumour are outlined.", "",
+        "**Figures:** the Dice is the volume Dice of each patient, averaged over patients; the interval is a bootstrap over them.",
+        "",
+        "| | |", "| --- | --- |", *[f"| {subject} | {text} |" for subject, text in rows], ""])

@@ -1,0 +1,38 @@
+// What the browser's modules make of files: node dump.mjs IN.json. IN.json lists cases, each {files: [{name, path}], rules, training,
+// probability, threshold, spacing, masks, out}; the pixels go to out, the rest to standard output.
+
+import { readFileSync, writeFileSync } from "node:fs";
+
+const here = new URL("../../deployment/browser/", import.meta.url);
+const { readCase, readMasks, maskName } = await import(new URL("cases.js", here));
+const { describe, doubts } = await import(new URL("plausibility.js", here));
+const { csvText, maskOf, sliceRows, summary } = await import(new URL("readout.js", here));
+const { writeNifti } = await import(new URL("nifti.js", here));
+const { maskPng } = await import(new URL("slices.js", here));
+
+const load = ({ name, path }) => ({ name, bytes: new Uint8Array(readFileSync(path)) });
+const answers = [];
+for (const asked of JSON.parse(readFileSync(process.argv[2]))) {
+  try {
+    const opened = await readCase(asked.files.map(load));
+    if (asked.masks) opened.truth = await readMasks(opened, asked.masks.map(load));
+    writeFileSync(asked.out, opened.pixels);
+    if (opened.truth) writeFileSync(`${asked.out}.truth`, opened.truth);
+    const { name, slices, count, height, width, together, spacing, notes } = opened;
+    const answer = { name, slices, shape: [count, height, width], together, spacing, notes, maskNames: slices.map(maskName) };
+    if (asked.rules) Object.assign(answer, { measured: describe(opened, asked.rules), doubts: doubts(opened, asked.rules, asked.training) });
+    if (asked.probability) {
+      const bytes = readFileSync(asked.probability);
+      const probability = new Float32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length));
+      if (asked.spacing) opened.spacing = asked.spacing;
+      const rows = sliceRows(opened, probability, asked.threshold), mask = maskOf(probability, asked.threshold);
+      Object.assign(answer, { rows, summary: summary(opened, rows), csv: csvText(rows) });
+      writeFileSync(`${asked.out}.png`, maskPng(mask.subarray(0, height * width), width, height));
+      if (opened.nifti) writeFileSync(`${asked.out}.nii.gz`, writeNifti(opened, mask));
+    }
+    answers.push(answer);
+  } catch (error) {
+    answers.push({ error: error.message, kind: error.constructor.name });
+  }
+}
+console.log(JSON.stringify(answers));
