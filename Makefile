@@ -3,6 +3,7 @@
 # make test-quick  the linter and the fast tests, for daily work
 # make federated   set up, then a server and two hospitals on the phantoms
 # make app         set up, then the web page for a clinician, at http://localhost:8501
+# make browser-demo  set up, then the page that runs the newest model in the browser, at http://127.0.0.1:8600 (needs Node.js)
 # make benchmark   throughput, memory and input pipeline of a training, measured here
 
 PYTHON ?= python3
@@ -11,7 +12,9 @@ RUN := $(VENV)/bin/python
 PHANTOMS := data/phantoms
 DEMO := models/demo
 
-.PHONY: demo federated app test test-quick lint browser benchmark
+LIBRARIES := deployment/browser/node_modules/.package-lock.json
+
+.PHONY: demo federated app browser-demo browser-libraries test test-quick lint browser benchmark
 
 demo: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
@@ -27,6 +30,8 @@ federated: $(VENV)/installed
 	[ $$code = 0 ] || kill $$one $$two; wait; exit $$code
 
 test: lint browser
+	@command -v npm >/dev/null && $(MAKE) --no-print-directory browser-libraries \
+		|| echo "no Node.js here, or no package registry: the tests of the page in the browser will be skipped"
 	$(RUN) -m pytest
 
 # A Chromium for the app's tests: taken if there is one, installed where that is allowed (Debian, as root), else done without.
@@ -37,6 +42,17 @@ browser:
 
 app: $(VENV)/installed
 	$(RUN) -m streamlit run deployment/app/app.py
+
+browser-demo: $(VENV)/installed-export browser-libraries
+	$(RUN) deployment/serve_browser.py
+
+browser-libraries: $(LIBRARIES)
+
+# The libraries of the page in the browser, as deployment/browser/package-lock.json pins them; no script of theirs is run.
+$(LIBRARIES): deployment/browser/package-lock.json
+	@command -v npm >/dev/null || { echo "the page in the browser needs Node.js 20 or newer, for npm; install it"; exit 2; }
+	npm ci --prefix deployment/browser --ignore-scripts --no-audit --no-fund --loglevel error
+	touch $@
 
 test-quick: lint
 	$(RUN) -m pytest -m "not slow"
@@ -54,8 +70,12 @@ $(VENV)/installed: requirements.txt
 	$(RUN) -m pip install -q -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements.txt requirements-dev.txt
+$(VENV)/installed-export: $(VENV)/installed requirements-export.txt
+	$(RUN) -m pip install -q -r requirements-export.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements.txt requirements-export.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MedFL needs Python 3.11 or newer; name one with make PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements-dev.txt
-	touch $@ $(VENV)/installed
+	touch $@ $(VENV)/installed $(VENV)/installed-export

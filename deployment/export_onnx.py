@@ -112,6 +112,9 @@ def build_graph(model: TransUNet) -> "onnx.ModelProto":
     graph.initializer.append(numpy_helper.from_array(np.array(1), "one"))
     graph.node.insert(0, helper.make_node("Add", ["first", "count"], ["end"]))
     graph.node.insert(1, helper.make_node("Range", ["first", "end", "one"], ["chosen"]))
+    for told in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        told.ClearField("metadata_props")  # what torch tells of the code: paths of this machine, a megabyte
+        told.ClearField("doc_string")
     return model_proto
 
 

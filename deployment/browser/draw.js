@@ -32,7 +32,7 @@ export function draw(canvas, opened, probability, index, look) {
     context.globalAlpha = 1;
   };
   const line = (inside, colour, dash = []) => {
-    context.lineWidth = Math.max(2, Math.round(canvas.width / 320));
+    context.lineWidth = Math.max(2, Math.round(canvas.width / 220));
     context.strokeStyle = css(colour);
     context.setLineDash(dash);
     context.stroke(edges(inside, width, height, times));

@@ -40,7 +40,7 @@ async function attempt(action) {
   } catch (error) {
     if (!(error instanceof UserError)) console.error(error);
     const text = error instanceof UserError ? error.message : `something went wrong (${error.message}); reload the page`;
-    $("messages").replaceChildren(message("error", `${text[0].toUpperCase()}${text.slice(1)}.`));
+    $("messages").replaceChildren(message("error", `${text}.`));
   } finally {
     $("progress").hidden = true;
   }
@@ -78,7 +78,15 @@ function ready(text) {
   const how = threads > 1 ? `${threads} threads` : "one thread";
   const why = self.crossOriginIsolated ? "" : ": this address does not isolate the page, so it may not use more";
   say(`${text} The network runs on ${how}${why}.`);
-  $("open").hidden = state.opened !== null;
+  showParts();
+}
+
+/** Either the ways to open a case, or the case; nothing to open while the network is busy or not there. */
+function showParts() {
+  $("case").hidden = state.opened === null;
+  $("open").hidden = $("intro").hidden = state.opened !== null;
+  $("open").hidden ||= state.busy || !state.network;
+  $("cancel").hidden = !state.busy;
 }
 
 function showCard(size) {
@@ -109,8 +117,7 @@ async function open(files) {
   state.busy = true;
   try {
     const opened = await readCase(files);
-    $("cancel").hidden = false;
-    $("open").hidden = true;
+    showParts();
     const begun = performance.now();
     const probability = await state.network.segment(opened, (done) => {
       say(`Segmenting: slice ${done} of ${opened.count}.`);
@@ -122,14 +129,12 @@ async function open(files) {
     ready(`${opened.count === 1 ? "One slice" : `${opened.count} slices`} in ${((performance.now() - begun) / 1000).toFixed(1)} s.`);
   } finally {
     state.busy = false;
-    $("cancel").hidden = true;
-    $("open").hidden = state.opened !== null;
+    showParts();
   }
 }
 
 function close() {
   Object.assign(state, { opened: null, probability: null, rows: null });
-  $("case").hidden = true;
   for (const id of ["files", "folder", "truth", "pixel-size", "slice-distance"]) $(id).value = "";
   $("messages").replaceChildren();
   ready("Ready.");
@@ -179,7 +184,7 @@ function choices(box, name, values, first) {
 
 function showCase() {
   const { opened, model } = state;
-  $("case").hidden = false;
+  showParts();
   $("name").textContent = opened.name;
   choices($("views"), "view", Object.keys(VIEWS), chosen("view") ?? "FLAIR");
   $("threshold").value = model.metadata.threshold;
@@ -337,5 +342,5 @@ document.onkeydown = (event) => {
 };
 $("where").textContent = "Scans, masks and figures stay in this browser's memory until the case or the page is closed. The page may load " +
   "things from its own address alone.";
-$("open").hidden = true;
+showParts();
 attempt(start);

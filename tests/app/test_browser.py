@@ -105,6 +105,13 @@ def test_a_volume_is_segmented_and_its_masks_are_predicts(page, patient, tmp_pat
     assert fetched(page, "Report (PNG)", tmp_path).read_bytes()[1:4] == b"PNG"
 
 
+def test_a_patients_folder_is_taken(page, patient):
+    images, _ = patient
+    page.locator("section[aria-label^='Or a patient'] input[type=file]").set_input_files(images[0].parent)
+    page.get_by_text(f"of {len(images)} (").first.wait_for()
+    page.get_by_text("Dice with the truth").first.wait_for()  # the folder holds the masks as well
+
+
 def test_one_slice_keys_and_what_is_always_in_view(page, patient, tmp_path):
     images, _ = patient
     page.locator(SLICES).set_input_files(images[3])

@@ -91,8 +91,11 @@ def test_a_photograph_is_doubted_before_its_result(page, picture):
     assert any("does not look like" in warning.value for warning in page.warning) and not page.exception
 
 
-def test_the_page_outlives_every_bad_upload(page, picture, phantoms):
-    bad = [[("a_1.tif", b"")], [("a_1.tif", b"text")], [("p.zip", b"PK\3\4")], [("a.nii", b"x")],
+def test_the_page_outlives_every_bad_upload(page, picture, phantoms, zipped):
+    bad = [[(f"a_{k}.png", b"") for k in range(2_000)], [("p.zip", zipped([("a_1.png", bytes(300 << 20))]))],
+           [("p.zip", zipped([("../a_1.png", picture(mode="L"))]))], [(f"a_{side}.png", picture(mode="L", size=(side, side)))
+                                                                      for side in (32, 48)],
+           [("a_1.tif", b"")], [("a_1.tif", b"text")], [("p.zip", b"PK\3\4")], [("a.nii", b"x")],
            [("a_1.png", picture(mode="1", size=(20_000, 20_000)))], [("a_1.png", picture(mode="RGB", size=(1, 1)))],
            [("a_1_mask.png", picture(mode="L"))]]
     for files in bad:

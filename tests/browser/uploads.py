@@ -79,12 +79,12 @@ def zipped(files) -> bytes:
 
 
 VOLUME = [(f"anna_{k}.tif", picture((COLOURS // 13 * k).astype(np.uint8), "TIFF")) for k in range(1, 13)]
-MASKS = [(f"anna_{k}_mask.png", picture(np.where(GREY > 20 * k, 255, 0).astype(np.uint8))) for k in range(1, 13)]
+MASKS = [(f"anna_{k}_mask.png", picture(255 * np.greater(GREY, 20 * k).astype(np.uint8))) for k in range(1, 13)]
 TRUTH = nibabel.Nifti1Image(RNG.integers(0, 2, (20, 24, 18)).astype(np.uint8), LAS).to_bytes()
 READ = {name: [file] for name, file in PICTURES.items()} | {
     f"NIfTI: {name}": [("scan.nii", content)] for name, content in SCANS.items()} | {
     "a volume in any order": VOLUME[::-1], "with masks": VOLUME + MASKS, "a ZIP": [("p.zip", zipped([*VOLUME, *MASKS]))],
-    "a ZIP of folders": [("p.zip", zipped([("p/x/" + n, c) for n, c in VOLUME] + [("__MACOSX/._a", b"x"), ("p/readme.txt", b"x")]))],
+    "a ZIP of folders": [("p.zip", zipped([("__MACOSX/._a", b""), ("p/readme.txt", b""), *[(f"p/x/{n}", c) for n, c in VOLUME]]))],
     "a ZIP of a NIfTI": [("p.zip", zipped([("p/scan.nii.gz", gzip.compress(SCANS["int16"]))]))],
     "packed NIfTI": [("scan.nii.gz", gzip.compress(SCANS["int16"]))],
     "NIfTI with its mask": [("scan.nii", SCANS["int16"]), ("scan_seg.nii.gz", gzip.compress(TRUTH))],

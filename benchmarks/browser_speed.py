@@ -1,0 +1,127 @@
+"""What a reader waits for in the page that runs in the browser, and what it needs in memory: a real Chromium on this machine.
+
+    python benchmarks/browser_speed.py --checkpoint models/demo/transunet_centralized_best.pth
+
+Times run from choosing files until the picture stands in the page: one slice, and 40 slices of 256×256, with threads and (the
+page served without the headers that isolate it) on one thread; then from a slider's move until the next frame. Memory is the
+largest that the page's process ever held, after 200 slices. Sizes are those of the staged folder.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "deployment"), str(ROOT / "deployment" / "app")]
+
+import argparse  # noqa: E402
+import functools  # noqa: E402
+import http.server  # noqa: E402
+import shutil  # noqa: E402
+import statistics  # noqa: E402
+import tempfile  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+
+from playwright.sync_api import Page, sync_playwright  # noqa: E402
+
+from checkpoint import load_checkpoint  # noqa: E402
+from common import MedFLError, run_script  # noqa: E402
+from data.make_phantoms import make_phantoms  # noqa: E402
+from dataset import load_dataset  # noqa: E402
+from serve_browser import Page as Handler  # noqa: E402
+from serve_browser import headers  # noqa: E402
+from staging import stage_browser  # noqa: E402
+
+SLICES, MANY = 40, 200
+REPEATS = 3
+NUMBERS = list(range(1, 20))
+THRESHOLDS = [number / 20 for number in NUMBERS]
+# moves a slider to each of its values in turn; milliseconds from each move until the frame after it was drawn
+MOVE = """async ([id, values]) => {
+  const slider = document.getElementById(id), times = [];
+  for (const value of values) {
+    const began = performance.now();
+    slider.value = value;
+    slider.dispatchEvent(new Event("input"));
+    await new Promise(requestAnimationFrame);
+    times.push(performance.now() - began);
+  }
+  return times;
+}"""
+
+
+def open_files(page: Page, files: list[Path]) -> float:
+    """Seconds from choosing files to the picture; the page is left at the open case."""
+    began = time.perf_counter()
+    page.locator("#files").set_input_files(files)
+    page.locator("#caption", has_text=f"of {len(files)} (").wait_for()
+    return time.perf_counter() - began
+
+
+def peak() -> float:
+    """MiB: the largest resident memory that any page's process of Chromium ever had."""
+    largest = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            if "--type=renderer" not in (status.parent / "cmdline").read_text():
+                continue
+            line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        except OSError:  # a process that ended meanwhile
+            continue
+        largest = max(largest, int(line.split()[1]))
+    return largest / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
+    arguments = parser.parse_args()
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        raise MedFLError("there is no Chromium; install it (`apt-get install chromium`)")
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as name, sync_playwright() as playwright:
+        folder = Path(name)
+        for half, words in ((True, "half precision"), (False, "single precision")):
+            files, difference = stage_browser(checkpoint, half, folder / "staged")
+            size = sum(path.stat().st_size for path in files) / 1e6
+            print(f"{words:18}{size:6.1f} MB in all; {difference.probability:.1e} largest difference of a probability, "
+                  f"{difference.pixels} of {difference.of:,} mask pixels", flush=True)
+        make_phantoms(folder / "phantoms", patients=3, slices=SLICES + 8, size=256, seed=1)
+        patient = max(load_dataset(folder / "phantoms").patients, key=lambda p: len(p.images))
+        files = list(patient.images[:SLICES])
+        many = [folder / f"many_{k}.tif" for k in range(MANY)]
+        for k, path in enumerate(many):
+            shutil.copyfile(files[k % len(files)], path)
+        times = {}
+        for way, more in (("threads", headers(folder / "staged" / "README.md")), ("one thread", {})):
+            handler = functools.partial(Handler, directory=str(folder / "staged"), more=more)
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            browser = playwright.chromium.launch_persistent_context(folder / f"profile-{way[0]}", executable_path=chromium,
+                                                                    args=["--no-sandbox"])
+            page = browser.new_page()
+            page.set_default_timeout(300_000)
+            page.goto(f"http://127.0.0.1:{server.server_port}")
+            page.get_by_text("Ready.").wait_for()
+            print(f"{way:18}{page.locator('#status').inner_text()}", flush=True)
+            for _ in range(REPEATS):
+                for chosen in (files[20:21], files):
+                    times.setdefault(f"{len(chosen)} slices, {way}", []).append(open_files(page, chosen))
+                    if len(chosen) == 1:
+                        page.get_by_role("button", name="Close this case").click()
+                for slider, values in (("slice", NUMBERS), ("threshold", THRESHOLDS)):
+                    times.setdefault(f"{slider} slider", []).extend(ms / 1000 for ms in page.evaluate(MOVE, [slider, values]))
+                page.get_by_role("button", name="Close this case").click()
+            if way == "one thread":
+                times[f"{MANY} slices, {way}"] = [open_files(page, many)]
+                times[f"threshold slider, {MANY} slices"] = [ms / 1000 for ms in page.evaluate(MOVE, ["threshold", THRESHOLDS])]
+                print(f"memory            {peak():6.0f} MiB at most in the page's process, {MANY} slices", flush=True)
+            browser.close()
+            server.shutdown()
+    for what, seconds in times.items():
+        print(f"{what:34}{statistics.median(seconds):7.3f} s median, {max(seconds):.3f} s longest of {len(seconds)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

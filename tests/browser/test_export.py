@@ -1,0 +1,104 @@
+"""The exported graph computes what inference.py computes, for any size and number of slices, and carries what a reader needs."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+
+import export_onnx
+from checkpoint import describe, load_checkpoint, save_checkpoint
+from common import MedFLError
+from export_onnx import export
+from inference import predict_volume
+from running import ROOT, run_script
+from transunet import TransUNet
+
+BEST = "transunet_centralized_best.pth"
+
+
+def run(session, volume, first=0, count=None) -> np.ndarray:
+    feeds = {"volume": volume, "first": np.array(first), "count": np.array(len(volume) if count is None else count)}
+    return session.run(["probability"], feeds)[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained):
+    return load_checkpoint(trained / BEST)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint) -> bytes:
+    return export(checkpoint)[0]
+
+
+@pytest.fixture(scope="module")
+def session(exported):
+    return onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+
+
+def smooth(slices: int, rows: int, columns: int) -> np.ndarray:
+    """A picture with structure at several scales, (S, H, W, 3) uint8."""
+    coarse = np.random.default_rng(0).integers(0, 255, (slices, rows // 8 + 1, columns // 8 + 1, 3)).astype(np.uint8)
+    return np.ascontiguousarray(coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :rows, :columns])
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (2, 33, 90), (11, 256, 256), (3, 300, 17)])
+def test_any_volume_gives_the_same_whole_and_in_blocks(checkpoint, session, shape):
+    volume = smooth(*shape)
+    expected = predict_volume(checkpoint.model, volume)
+    whole = run(session, volume)
+    assert whole.dtype == np.float32 and np.abs(whole - expected).max() < 1e-4
+    blocks = np.concatenate([run(session, volume, first, min(4, len(volume) - first)) for first in range(0, len(volume), 4)])
+    assert np.abs(blocks - whole).max() < 1e-5
+
+
+def test_a_long_volume_loses_no_digits(checkpoint, session):
+    """200 slices have 13 million pixels; a sum of them one after the other in float32 was wrong by a thousandth."""
+    volume = smooth(200, 256, 256)
+    mean, deviation = export_onnx.volume_statistics(torch.from_numpy(volume))
+    with torch.inference_mode():
+        expected = export_onnx.probability(checkpoint.model, torch.from_numpy(volume[:2]), mean, deviation).numpy()
+    assert np.abs(run(session, volume, 0, 2) - expected).max() < 1e-4
+
+
+def test_the_file_tells_what_it_is_and_nothing_of_the_machine(checkpoint, exported):
+    properties = {entry.key: entry.value for entry in onnx.load_from_string(exported).metadata_props}
+    assert json.loads(properties["metadata"]) == checkpoint.metadata
+    assert ["SHA-256", checkpoint.sha256()] in json.loads(properties["card"])
+    assert json.loads(properties["plausibility"])["channels"] == ["pre-contrast", "FLAIR", "post-contrast"]
+    assert str(ROOT).encode() not in exported and b"site-packages" not in exported
+
+
+def test_half_precision_halves_the_weights_and_is_close(checkpoint, exported):
+    content, difference = export(checkpoint, half=True)
+    assert len(content) < 0.55 * len(exported)
+    assert 0 < difference.probability < export_onnx.BOUND_HALF and difference.of > 1_000_000
+    weights = onnx.load_from_string(content).graph.initializer
+    assert all(numpy_helper.to_array(w).dtype == np.float16 for w in weights if numpy_helper.to_array(w).size > 10_000)
+
+
+@pytest.mark.parametrize(("name", "norm"), [("tiny", "group"), ("base", "batch")])
+def test_every_architecture_can_be_exported(tmp_path, monkeypatch, name, norm):
+    monkeypatch.setattr(export_onnx, "SIZES", ((2, 64, 64),))
+    model = TransUNet(name, 32, norm)
+    save_checkpoint(tmp_path / "m.pth", model.state_dict(), describe(model))
+    _, difference = export(load_checkpoint(tmp_path / "m.pth"))
+    assert difference.probability < 1e-4
+
+
+def test_a_graph_that_differs_is_not_kept(checkpoint, monkeypatch):
+    monkeypatch.setattr(export_onnx, "predict_volume", lambda model, volume: predict_volume(model, volume[..., ::-1]))
+    with pytest.raises(MedFLError, match="nothing was written"):
+        export(checkpoint)
+
+
+def test_the_script_writes_the_file_and_says_how_far_it_is(trained, tmp_path):
+    done = run_script("deployment/export_onnx.py", "--checkpoint", trained / BEST, "--out", tmp_path / "m.onnx")
+    assert done.returncode == 0 and "mask pixels differ" in done.stdout and "largest difference of a probability" in done.stdout
+    assert onnxruntime.InferenceSession(tmp_path / "m.onnx").get_outputs()[0].name == "probability"
+    done = run_script("deployment/export_onnx.py", "--checkpoint", tmp_path / "none.pth", "--out", tmp_path / "n.onnx")
+    assert done.returncode == 2 and not (tmp_path / "n.onnx").exists()
