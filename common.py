@@ -46,8 +46,9 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """An open file that takes the place of `path` at the end of the block, whole or not at all.
+def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterator[IO]:
+    """An open file that takes the place of `path` at the end of the block, whole or not at all. Only its owner can read a
+    private one.
 
     Raises MedFLError where the folder can't be made or written, or the disk is full.
     """
@@ -62,7 +63,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        if not private:
+            beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         _replace(beside, path)
     except PermissionError as error:
         raise MedFLError(f"{path} can't be written; close the program that has it open, or choose a folder of your own") from error

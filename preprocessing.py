@@ -146,18 +146,19 @@ def volume_statistics(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     around the head does not count. A blank channel has deviation 0. A lone slice is a volume of one slice: the same
     rule over fewer pixels, so a slice at the top of the head comes out stretched, and its mask is less sure.
     """
-    pixels = volume.flatten(1, 2).float()  # (S, H·W, 3)
-    foreground = (pixels > pixels.mean(dim=1).mean(dim=0)).float()
-    count = _total(foreground).clamp(min=1.0)
-    mean = _total(pixels * foreground) / count
-    variance = _total((pixels - mean).square() * foreground) / count
+    means, deviations = zip(*(_moments(volume[..., channel].flatten(1).float()) for channel in range(volume.shape[-1])))
+    return torch.stack(means), torch.stack(deviations)
+
+
+def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of one channel, (S, n) float32, over what lies above its mean. A channel at a time needs a third of the
+    memory. Sums go slice by slice: float32 counts exactly to 16 million only, and a runtime that adds one number after the
+    other, such as onnxruntime, would lose digits over a whole volume."""
+    foreground = (values > values.mean(dim=1).mean()).float()
+    count = foreground.sum(dim=1).sum().clamp(min=1.0)
+    mean = (values * foreground).sum(dim=1).sum() / count
+    variance = ((values - mean).square() * foreground).sum(dim=1).sum() / count
     return mean, variance.sqrt()
-
-
-def _total(values: torch.Tensor) -> torch.Tensor:
-    """Sum of (S, n, 3) over slices and pixels, (3,). Slice by slice: a runtime that adds one number after the other, such as
-    onnxruntime, would lose digits over a whole volume, since float32 counts exactly to 16 million only."""
-    return values.sum(dim=1).sum(dim=0)
 
 
 def apply_statistics(slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:

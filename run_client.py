@@ -3,6 +3,7 @@
     python run_client.py --cid 0                                  share 0 of the dataset in data/, server on this machine
     python run_client.py --own-data scans --name mercy            everything in the folder is this hospital's
     python run_client.py --own-data scans --name mercy --check    look at the data and the connection, train nothing
+    python run_client.py --own-data scans --kit kit --server fl.example.org:8443    a server on another machine (provision.py)
 
 The scans stay here. The hospital waits for the server (--wait), takes part in its rounds and ends with it. A hospital with
 own data keeps its split in models/NAME_split.json. Exit codes: 0 done, 2 bad input or refused, 3 the server is gone or too
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
 from dataset import load_dataset
+from federation.kit import CA, HOSPITAL_KEY, hospital_label
 from federation.messages import LABEL
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
 from inference import choose_device
@@ -28,6 +30,7 @@ LOOK = 0.5  # seconds between two looks at children and server
 PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before
 RESTARTS = 5  # of the connection in a row, without it working for QUIET seconds, before it is given up
 QUIET = 120.0
+NOT_ADMITTED = "[code: 2004]"  # of Flower's SuperNode: its activation was refused
 
 
 def parse() -> argparse.Namespace:
@@ -37,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--own-data", type=Path, help="folder of own patients, a folder each, images and _mask files")
     parser.add_argument("--name", help="this hospital's label, needed with --own-data")
     parser.add_argument("--server", default="127.0.0.1:8080", help="the server's HOST:PORT (default 127.0.0.1:8080)")
+    parser.add_argument("--kit", type=Path, help="folder of this hospital's keys, from provision.py; needed for another machine")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--wait", type=float, default=300.0, help="seconds to wait for a server that is not there (default 300)")
     parser.add_argument("--check", action="store_true", help="look at data and connection, train nothing")
@@ -48,13 +52,16 @@ def identity(arguments: argparse.Namespace, shares_machine: bool) -> dict:
     own = arguments.own_data is not None
     if own == (arguments.cid is not None):
         raise MedFLError("give either --cid K, for a share of one dataset, or --own-data FOLDER with --name")
-    if own and not arguments.name:
+    keys = hospital_label(arguments.kit) if arguments.kit else None
+    if own and not (arguments.name or keys):
         raise MedFLError("a hospital with --own-data needs a label; give one with --name")
     if not own and arguments.name:
         raise MedFLError("--name goes with --own-data; a hospital with --cid K is called hospital-K")
     if not own and arguments.cid < 0:
         raise MedFLError(f"--cid is {arguments.cid}; hospitals are numbered from 0")
-    label = arguments.name or f"hospital-{arguments.cid}"
+    label = arguments.name or (keys if own else f"hospital-{arguments.cid}")
+    if keys not in (None, label):
+        raise MedFLError(f"the kit in {arguments.kit} is {keys}'s and this hospital is called {label}; give the kit of that name")
     if not LABEL.fullmatch(label):
         raise MedFLError(f"--name is {label}; take up to 32 letters, digits, - and _")
     folder = arguments.own_data if own else arguments.data_dir
@@ -70,9 +77,11 @@ def identity(arguments: argparse.Namespace, shares_machine: bool) -> dict:
 class Connection:
     """Flower's SuperNode and the program that handles its messages, started and stopped together."""
 
-    def __init__(self, server: str, folder: Path):
+    def __init__(self, server: str, kit: Path | None, folder: Path):
         port = str(free_port())
-        self.supernode = Child("supernode", ["--insecure", "--superlink", server, "--host", "127.0.0.1", "--port", port,
+        transport = ["--insecure"] if kit is None else ["--root-certificates", str((kit / CA).resolve()),
+                                                        "--auth-supernode-private-key", str((kit / HOSPITAL_KEY).resolve())]
+        self.supernode = Child("supernode", [*transport, "--superlink", server, "--host", "127.0.0.1", "--port", port,
                                              "--isolation", "process"], folder, folder / "supernode.log")
         self.hospital = Child("hospital", [f"127.0.0.1:{port}"], folder)
         self.began = time.monotonic()
@@ -81,6 +90,11 @@ class Connection:
     def broken(self) -> bool:
         """Whether one of the two has ended; neither does so unasked."""
         return self.supernode.exit_code is not None or self.hospital.exit_code is not None
+
+    @property
+    def not_admitted(self) -> bool:
+        """Whether the server said that it doesn't know this key."""
+        return self.supernode.exit_code is not None and NOT_ADMITTED in self.supernode.last_words()
 
     def stop(self) -> None:
         """End both."""
@@ -91,8 +105,8 @@ class Connection:
 class Watch:
     """Keeps a hospital connected until the federation is over."""
 
-    def __init__(self, server: str, host: str, port: int, folder: Path, wait: float):
-        self.server, self.host, self.port, self.folder, self.wait = server, host, port, folder, wait
+    def __init__(self, server: str, host: str, port: int, kit: Path | None, folder: Path, wait: float):
+        self.server, self.host, self.port, self.kit, self.folder, self.wait = server, host, port, kit, folder, wait
         self.connection: Connection | None = None
         self.seen = time.monotonic()  # the server, last time
         self.was_there, self.was_gone = False, False
@@ -108,20 +122,23 @@ class Watch:
                 time.sleep(LOOK)
             about = json.loads(ended.read_text(encoding="utf-8"))
             until = time.monotonic() + PARTING
-            while is_healthy(self.host, self.port) is not False and time.monotonic() < until:
+            while self._health() is not False and time.monotonic() < until:
                 time.sleep(LOOK)
             return about["exit"], about["sentence"]
         finally:
             if self.connection:
                 self.connection.stop()
 
+    def _health(self) -> bool | None:
+        return is_healthy(self.host, self.port, ca=self.kit and self.kit / CA)
+
     def _look_at_server(self) -> None:
         """Start the connection when the server is there, and anew when it was gone: it does not know the old one."""
-        state, now = is_healthy(self.host, self.port), time.monotonic()
+        state, now = self._health(), time.monotonic()
         if state:
             self.seen = now
             if self.connection is None:
-                self.connection = Connection(self.server, self.folder)
+                self.connection = Connection(self.server, self.kit, self.folder)
             elif self.was_gone:
                 self._renew("the server is back")
             self.was_there, self.was_gone = True, False
@@ -138,6 +155,9 @@ class Watch:
             print(f"no server at {self.server} {yet}; waiting up to {self.wait:.0f} s", flush=True)
 
     def _look_at_children(self) -> None:
+        if self.connection and self.connection.not_admitted:
+            raise MedFLError("the server does not admit this hospital's key: it was never admitted, or its admission is over or "
+                             "revoked; ask the coordinator")
         if self.connection and self.connection.broken and not self.was_gone:
             if time.monotonic() - self.connection.began > QUIET:
                 self.restarts = 0
@@ -150,12 +170,12 @@ class Watch:
     def _renew(self, why: str) -> None:
         print(f"{why}; connecting again", flush=True)
         self.connection.stop()
-        self.connection = Connection(self.server, self.folder)
+        self.connection = Connection(self.server, self.kit, self.folder)
 
 
-def check(host: str, port: int, server: str) -> None:
+def check(host: str, port: int, server: str, kit: Path | None) -> None:
     """Say whether the server can be reached. Raises MedFLError if not."""
-    if not is_healthy(host, port, timeout=10):
+    if not is_healthy(host, port, timeout=10, ca=kit and kit / CA):
         raise MedFLError(f"the data are fine, but no server answers at {server}; start it with run_server.py, or check the address")
     print(f"the server at {server} answers; nothing was trained")
 
@@ -163,15 +183,16 @@ def check(host: str, port: int, server: str) -> None:
 def main() -> None:
     arguments = parse()
     host, port = parse_address(arguments.server)
-    if not is_loopback(host):
-        raise MedFLError(f"{host} is another machine, and scans' updates don't travel unencrypted; choose a --server on 127.0.0.1")
+    if not is_loopback(host) and arguments.kit is None:
+        raise MedFLError(f"{host} is another machine, and what scans taught a model does not travel unencrypted; make this "
+                         "hospital's keys with `python provision.py hospital --name LABEL`, and give them with --kit")
     who = identity(arguments, shares_machine=True)
     if arguments.check:
-        return check(host, port, arguments.server)
+        return check(host, port, arguments.server, arguments.kit)
     folder = Path(tempfile.mkdtemp(prefix="medfl-hospital-"))
     try:
         write_json(folder / "hospital.json", who)
-        code, sentence = Watch(join_address(host, port), host, port, folder, arguments.wait).run()
+        code, sentence = Watch(join_address(host, port), host, port, arguments.kit, folder, arguments.wait).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{who['label']}: {sentence}", file=sys.stderr if code else sys.stdout, flush=True)

@@ -3,13 +3,16 @@
     python run_server.py                                       two hospitals on this machine, 127.0.0.1:8080
     python run_server.py --clients 4 --rounds 15 --partition site
     python run_server.py --resume                              after the last complete round in --out
+    python run_server.py --address 0.0.0.0:8443 --kit kit      for hospitals on other machines (keys: provision.py)
 
 Hospitals join with run_client.py, before or after. Writes into --out (default models/): transunet_federated_best.pth, by
 the patient-weighted validation Dice; transunet_federated_last.pth, what --resume needs; federated_history.csv (columns in
-federation/history.py) and federated_curves.png. Exit codes: 0 done, 2 bad input, 3 too few hospitals left, 130 stopped.
+federation/history.py), federated_curves.png, and audit.jsonl (federation/audit.py). Exit codes: 0 done, 2 bad input, 3 too few
+hospitals left, 130 stopped.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -23,10 +26,14 @@ import torch
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError, __version__, add_settings, git_commit, run_script, settings_from, write_json
+from federation.audit import AUDIT, verify
 from federation.bundle import make_bundle
-from federation.flower import TaskSource, submit
+from federation.doors import Doors
+from federation.flower import Control, TaskSource
+from federation.gateway import find_nginx, start_gateway
 from federation.hospital import local_versions
-from federation.processes import Child, is_healthy, is_loopback, join_address, no_proxy, parse_address
+from federation.kit import CA, SERVER, SERVER_KEY, server_certificate
+from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, no_proxy, parse_address
 from federation.settings import TRAINING_OPTIONS, FederationSettings, to_json
 from federation.state import load_run
 from training import TrainingSettings
@@ -40,18 +47,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--address", default="127.0.0.1:8080", help="where to listen, HOST:PORT (default 127.0.0.1:8080)")
     parser.add_argument("--out", type=Path, default=Path("models"), help="folder for what is written (default models)")
     parser.add_argument("--init", type=Path, help="start from this checkpoint instead of random weights")
+    parser.add_argument("--kit", type=Path, help="folder of keys that provision.py made; needed beyond this machine")
+    parser.add_argument("--own-gateway", action="store_true",
+                        help="start no nginx: one of yours stands before --address, which stays on loopback (deployment/gateway)")
     parser.add_argument("--resume", action="store_true", help="go on after the last complete round in --out, with its settings")
     add_settings(parser, FederationSettings)
     add_settings(parser, TrainingSettings, TRAINING_OPTIONS)
     return parser.parse_args()
 
 
-def check_address(address: str) -> tuple[str, int]:
-    """Host and port to listen on. Raises MedFLError beyond loopback, and where somebody listens already."""
+def check_address(address: str, kit: Path | None, own_gateway: bool) -> tuple[str, int]:
+    """Host and port to listen on. Raises MedFLError beyond loopback without a kit, and where somebody listens already."""
     host, port = parse_address(address)
     if not is_loopback(host):
-        raise MedFLError(f"{host} can be reached from other machines, and without keys and encryption anybody there could join; "
-                         "choose an --address on 127.0.0.1")
+        if kit is None:
+            raise MedFLError(f"{host} can be reached from other machines, and without keys and encryption anybody there could "
+                             "join; make a kit with `python provision.py server --host NAME` and give it with --kit, or choose "
+                             "an --address on 127.0.0.1")
+        if own_gateway:
+            raise MedFLError("Flower's own port must not be reached from other machines; with --own-gateway choose an --address on "
+                             "127.0.0.1 and let your nginx stand before it (deployment/gateway)")
+    if own_gateway and kit is None:
+        raise MedFLError("--own-gateway needs the keys that your nginx uses; give them with --kit")
+    if kit is not None:
+        server_certificate(kit)
+        if not own_gateway:
+            find_nginx()
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -98,16 +119,28 @@ def write_job(arguments: argparse.Namespace, folder: Path) -> FederationSettings
                    init_split=init_split)
         size = 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point()) / 1e6
         print(f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way a round and hospital")
+    if (out / AUDIT).exists():
+        verify(out / AUDIT)
+    settings = job.get("settings") or load_run(out)[2]["settings"]
+    job["audit"] = {"code": hashlib.sha256(make_bundle()).hexdigest(), "settings": hashlib.sha256(settings.encode()).hexdigest(),
+                    "versions": job["versions"], "commit": job["commit"], "keys": arguments.kit is not None}
     write_json(folder / "job.json", job)
     return federation
 
 
-def start_superlink(host: str, port: int, folder: Path) -> Child:
-    """Flower's SuperLink, answering. Raises MedFLError where it ends or stays silent."""
-    child = Child("superlink", ["--insecure", "--host", host, "--port", str(port), "--isolation", "process",
+def start_superlink(host: str, port: int, kit: Path | None, folder: Path) -> Child:
+    """Flower's SuperLink, answering; with a kit it speaks TLS and asks every hospital for its key. Raises MedFLError where it
+    ends or stays silent."""
+    if kit is None:
+        transport = ["--insecure"]
+    else:
+        files = {"--ssl-certfile": SERVER, "--ssl-keyfile": SERVER_KEY, "--ssl-ca-certfile": CA}
+        transport = [part for option, name in files.items() for part in (option, str((kit / name).resolve()))]
+        transport.append("--enable-supernode-auth")
+    child = Child("superlink", [*transport, "--host", host, "--port", str(port), "--isolation", "process",
                                 "--disable-runtime-dependency-installation"], folder, folder / "superlink.log")
     until = time.monotonic() + START_TIME
-    while not is_healthy(host, port):
+    while not is_healthy(host, port, ca=kit and kit / CA):
         if child.exit_code is not None or time.monotonic() > until:
             child.stop()
             raise MedFLError(f"Flower's SuperLink did not start; its last lines:\n{child.last_words()}")
@@ -115,12 +148,15 @@ def start_superlink(host: str, port: int, folder: Path) -> Child:
     return child
 
 
-def wait_for(app: Child, superlink: Child, folder: Path) -> int:
-    """Wait for the run's end; its exit code."""
+def wait_for(app: Child, others: list[Child], doors: Doors | None, folder: Path) -> int:
+    """Wait for the run's end; its exit code. Meanwhile who is admitted anew is let in, and who is revoked put out."""
     while app.exit_code is None:
-        if superlink.exit_code is not None:
-            raise MedFLError("Flower's SuperLink ended; the rounds so far are kept, go on with --resume. Its last lines:\n"
-                             f"{superlink.last_words()}")
+        for child in others:
+            if child.exit_code is not None:
+                raise MedFLError(f"the {child.program} ended; the rounds so far are kept, go on with --resume. Its last lines:\n"
+                                 f"{child.last_words()}")
+        if doors:
+            doors.update()
         time.sleep(0.2)
     outcome = folder / "outcome.json"
     if not outcome.exists():
@@ -130,25 +166,34 @@ def wait_for(app: Child, superlink: Child, folder: Path) -> int:
 
 def main() -> None:
     arguments = parse()
-    host, port = check_address(arguments.address)
+    kit = arguments.kit
+    host, port = check_address(arguments.address, kit, arguments.own_gateway)
+    gated = kit is not None and not arguments.own_gateway
     folder = Path(tempfile.mkdtemp(prefix="medfl-server-"))
-    superlink = app = None
+    children: list[Child] = []
     try:
         federation = write_job(arguments, folder)
-        superlink = start_superlink(host, port, folder)
-        print(f"listening on {arguments.address}; waiting for {federation.clients} hospitals: "
-              f"python run_client.py --cid 0 (to {federation.clients - 1}) --server {arguments.address}", flush=True)
+        inner_host, inner_port = ("127.0.0.1", free_port()) if gated else (host, port)
+        children.append(start_superlink(inner_host, inner_port, kit, folder))
+        inner, ca = join_address(inner_host, inner_port), kit and kit / CA
         os.environ.update(no_proxy())
-        source = TaskSource(join_address(host, port), "flwr-serverapp")
-        submit(join_address(host, port), make_bundle())
+        control = Control(inner, ca)
+        doors = Doors(control, kit, folder) if kit else None
+        if gated:
+            children.append(start_gateway(host, port, inner_port, kit, folder, arguments.out.resolve() / "gateway.log"))
+        how = (f"python run_client.py --own-data FOLDER --kit KIT --server HOST:{port}" if kit else
+               f"python run_client.py --cid 0 (to {federation.clients - 1}) --server {arguments.address}")
+        print(f"listening on {arguments.address}; waiting for {federation.clients} hospitals: {how}", flush=True)
+        source = TaskSource(inner, "flwr-serverapp", ca)
+        control.submit(make_bundle())
         while (token := source.next_token()) is None:
             time.sleep(0.1)
-        app = Child("serverapp", [join_address(host, port)], folder, secret=token)
-        code = wait_for(app, superlink, folder)
+        app = Child("serverapp", [inner, *([str(ca.resolve())] if ca else [])], folder, secret=token)
+        children.append(app)
+        code = wait_for(app, children[:-1], doors, folder)
     finally:
-        for child in (app, superlink):
-            if child:
-                child.stop()
+        for child in reversed(children):
+            child.stop()
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(code)
 

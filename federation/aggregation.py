@@ -1,6 +1,4 @@
-"""From the hospitals' updates to one model: what is fit to be aggregated, and Flower's strategies that do it."""
-
-from dataclasses import dataclass
+"""From the hospitals' updates to one model, by Flower's strategies."""
 
 import numpy as np
 import torch
@@ -8,18 +6,9 @@ from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 from flwr.serverapp.strategy.strategy import Strategy
 
-from common import MedFLError
 from federation.messages import WEIGHTS, to_record
+from federation.screening import Update
 from federation.settings import FederationSettings
-
-
-@dataclass
-class Update:
-    """A hospital's weights after training, (n,) float32, and the training slices behind them."""
-
-    label: str
-    weights: torch.Tensor
-    examples: int
 
 
 def make_strategy(settings: FederationSettings) -> Strategy:
@@ -27,16 +16,6 @@ def make_strategy(settings: FederationSettings) -> Strategy:
     if settings.strategy == "fedprox":
         return FedProx(proximal_mu=settings.proximal_mu)
     return FedAvg()
-
-
-def check_update(update: Update, length: int) -> None:
-    """Raises MedFLError where an update can't be averaged: another length, values that are not finite, no examples."""
-    if update.examples <= 0:
-        raise MedFLError(f"its update counts {update.examples} slices; it is left out")
-    if len(update.weights) != length:
-        raise MedFLError(f"its update has {len(update.weights)} weights and the model {length}; it is left out")
-    if not bool(torch.isfinite(update.weights).all()):
-        raise MedFLError("its update holds values that are not finite; it is left out")
 
 
 def aggregate(strategy: Strategy, number: int, updates: list[Update]) -> torch.Tensor:

@@ -93,7 +93,7 @@ def train(incoming: Message, context: Context) -> Message:
     say(f"round {about['round']} of {hospital.federation.rounds}: {scored}trained, {loss}over {result['examples']} slices "
         f"in {result['seconds']:.0f} s")
     result["seconds"] += score.pop("seconds")
-    return Message(message({**score, **result}, weights), reply_to=incoming)
+    return Message(message({**score, **result, "round": about["round"]}, weights), reply_to=incoming)
 
 
 @app.evaluate()

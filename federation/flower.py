@@ -3,7 +3,8 @@
 Run as a script it is one of Flower's programs, tied to the process that started it:
 
     python federation/flower.py PARENT superlink|supernode OPTIONS      Flower's own two
-    python federation/flower.py PARENT serverapp ADDRESS                the server's part of one run; a token on stdin
+    python federation/flower.py PARENT gateway NGINX OPTIONS            nginx in front of the SuperLink
+    python federation/flower.py PARENT serverapp ADDRESS [CA]           the server's part of one run; a token on stdin
     python federation/flower.py PARENT hospital ADDRESS                 runs the hospital's part of each message
     python federation/flower.py PARENT clientapp ADDRESS                one message; a token on stdin (where fork is unsafe)
 
@@ -47,29 +48,52 @@ def build_bundle(files: dict[str, bytes], version: str) -> bytes:
     return build_fab_from_files({"pyproject.toml": PYPROJECT.format(version=version).encode(), **files})[0]
 
 
-def submit(address: str, bundle: bytes) -> int:
-    """Start a run of the bundle on the SuperLink at `address`; the run's id."""
-    from flwr.common.serde import fab_to_proto
-    from flwr.proto.control_pb2 import StartRunRequest
-    from flwr.supercore.control.control_http_client import ControlHttpClient
-    from flwr.supercore.fab import Fab
+class Control:
+    """The SuperLink's Control API at `address`. ca: the certificate authority's file, if it speaks TLS."""
 
-    client = ControlHttpClient.from_server_address(address, insecure=True, root_certificates=None, interceptors=[])
-    fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
-    return client.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
+    def __init__(self, address: str, ca: Path | None = None):
+        from flwr.supercore.control.control_http_client import ControlHttpClient
+
+        self._client = ControlHttpClient.from_server_address(address, **_transport(ca), interceptors=[])
+
+    def submit(self, bundle: bytes) -> int:
+        """Start a run of the bundle; the run's id."""
+        from flwr.common.serde import fab_to_proto
+        from flwr.proto.control_pb2 import StartRunRequest
+        from flwr.supercore.fab import Fab
+
+        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        return self._client.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
+
+    def register(self, public_key: bytes, label: str) -> int:
+        """Let the holder of a key (PEM) in; the node's id."""
+        from flwr.proto.control_pb2 import RegisterNodeRequest
+
+        return self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=label)).node_id
+
+    def unregister(self, node: int) -> None:
+        """Put a node out, for good."""
+        from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+        self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
+
+
+def _transport(ca: Path | None) -> dict:
+    """How Flower's clients are told to speak TLS, or not to."""
+    return {"insecure": ca is None, "root_certificates": None if ca is None else Path(ca).read_bytes()}
 
 
 class TaskSource:
     """Hands out the tasks that wait at a SuperLink ("flwr-serverapp") or a SuperNode ("flwr-clientapp")."""
 
-    def __init__(self, address: str, kind: str):
+    def __init__(self, address: str, kind: str, ca: Path | None = None):
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
         from flwr.supercore.retry import make_simple_http_retry_invoker
         from flwr.supercore.runtime import RuntimeHttpClient
 
         self.kind = kind
         self._client = RuntimeHttpClient.from_server_address(
-            server_address=address, insecure=True, root_certificates=None, retry_invoker=make_simple_http_retry_invoker(),
+            server_address=address, **_transport(ca), retry_invoker=make_simple_http_retry_invoker(),
             interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec")])
 
     def next_token(self) -> str | None:
@@ -80,11 +104,12 @@ class TaskSource:
         return got.token if got.HasField("task") and got.token else None
 
 
-def tie_to_parent(parent: int) -> None:
-    """End with the process `parent`, also when it is killed. Linux sees to it; elsewhere a thread watches."""
+def tie_to_parent(parent: int, how: signal.Signals | None = None) -> None:
+    """End with the process `parent`, also when it is killed. Linux sees to it, by the signal `how` (SIGKILL); elsewhere a
+    thread watches."""
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(set_death_signal, how or signal.SIGKILL)
         if os.getppid() != parent:  # it ended before we asked
             os._exit(1)
         return
@@ -116,12 +141,23 @@ def run_supernode(options: list[str]) -> None:
     os._exit(1)  # it gave up; a thread of its own would keep a process alive that does nothing
 
 
-def run_server_app(address: str) -> None:
+def run_gateway(parent: int, command: list[str]) -> None:
+    """Become nginx. Its death signal is one that it passes on to its workers; it survives the change of program."""
+    if sys.platform == "linux":
+        tie_to_parent(parent, signal.SIGTERM)
+        os.execv(command[0], command)
+    tie_to_parent(parent)
+    sys.exit(subprocess.run(command, check=False).returncode)
+
+
+def run_server_app(address: str, ca: str | None = None) -> None:
     from queue import Queue
 
     module = importlib.import_module("flwr.superlink.runtime.run_serverapp")  # a function of the package has its name
     module.install_from_fab = _quietly(module.install_from_fab)
-    module.run_serverapp(address, Queue(), sys.stdin.readline().strip(), insecure=True)
+    transport = _transport(ca)
+    module.run_serverapp(address, Queue(), sys.stdin.readline().strip(), insecure=transport["insecure"],
+                         certificates=transport["root_certificates"])
 
 
 def run_client_app(address: str, token: str) -> None:
@@ -197,6 +233,8 @@ def _in_fork(address: str, token: str) -> int:
 
 def main() -> None:
     parent, program, *options = sys.argv[1:]
+    if program == "gateway":
+        return run_gateway(int(parent), options)
     tie_to_parent(int(parent))
     sys.path.remove(str(Path(__file__).parent))  # where Python looks first, and where `messages` would be ours
     if program == "superlink":

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common import MedFLError
+from federation.audit import AuditLog
 from federation.messages import INTRODUCTION, LABEL, End, Failure, Query, check_facts, expect
 from federation.post import Answer, Post
 from federation.settings import FederationSettings
@@ -32,12 +33,14 @@ class Membership:
     """Keeps the list of members up to date; `poll` and `handle` are called again and again by who waits for answers.
 
     about: what the JOIN message says (settings and the server's versions). contributors: what hospitals that gave updates
-    said at joining, by label. say: prints a line.
+    said at joining, by label. say: prints a line. audit: keeps who joined, was refused and left. labels: gives the label that
+    each node's key stands for, or None where no keys are asked for.
     """
 
     def __init__(self, post: Post, settings: FederationSettings, about: dict, contributors: dict[str, dict],
-                 say: Callable[[str], None]):
+                 say: Callable[[str], None], audit: AuditLog, labels: Callable[[], dict[int, str] | None] = lambda: None):
         self.post, self.settings, self.about, self.contributors, self.say = post, settings, about, contributors, say
+        self.audit, self.labels = audit, labels
         self.members: dict[str, Member] = {}
         self._asked: set[int] = set()
         self._tries: dict[int, tuple[int, float]] = {}  # nodes that could not join: how often they tried, when to ask again
@@ -111,13 +114,15 @@ class Membership:
             self._did_not_join(answer)
             return
         try:
-            refusal, detail = self._refusal(facts)
+            refusal, detail = self._refusal(answer.node, facts)
         except MedFLError as error:
             self.say(f"a hospital is refused: {error}")
+            self.audit.write("refused", hospital=None, why=str(error))
             self._refuse(answer.node, End.UNFIT)
             return
         if refusal:
             self.say(f"{facts['label']} refused: {refusal}{' (' + detail + ')' if detail else ''}")
+            self.audit.write("refused", hospital=facts["label"], why=refusal)
             self._refuse(answer.node, refusal, detail)
             return
         holder = self.members.get(facts["label"])
@@ -132,6 +137,7 @@ class Membership:
         count = self._tries.get(answer.node, (0, 0.0))[0] + 1
         if answer.about.get("failure") == Failure.DATA or count >= JOIN_TRIES:
             self.say(f"{label} can't take part: {answer.failure}")
+            self.audit.write("refused", hospital=label if LABEL.fullmatch(label) else None, why=answer.failure)
             self._tries.pop(answer.node, None)
             self._refuse(answer.node, End.UNFIT)
         else:
@@ -153,14 +159,18 @@ class Membership:
             self.say(f"{member.label} answers again")
         for node in rivals:
             self.say(f"{member.label} refused: {End.TAKEN}")
+            self.audit.write("refused", hospital=member.label, why=End.TAKEN)
             self._refuse(node, End.TAKEN)
             del self._rivals[node]
 
-    def _refusal(self, facts: dict) -> tuple[End | None, str]:
+    def _refusal(self, node: int, facts: dict) -> tuple[End | None, str]:
         """Why a hospital can't be a member, and what its sentence says besides. Raises MedFLError if it makes no sense."""
         ours, theirs = self.about["versions"], expect(facts, INTRODUCTION)["versions"]
         if not LABEL.fullmatch(facts["label"]) or facts["cid"] is not None and facts["label"] != f"hospital-{facts['cid']}":
             raise MedFLError("its label is none that run_client.py gives; use the same version of MedFL everywhere")
+        known = self.labels()
+        if known is not None and known.get(node) != facts["label"]:
+            return End.IDENTITY, known.get(node, "nobody")
         other = [f"{name} {theirs.get(name)} instead of {ours[name]}" for name in ("medfl", "flwr", "timm")
                  if theirs.get(name) != ours[name]]
         if other:
@@ -183,11 +193,13 @@ class Membership:
         torch_note = ""
         if facts["versions"].get("torch") != self.about["versions"]["torch"]:
             torch_note = f"; it runs torch {facts['versions'].get('torch')}, the server {self.about['versions']['torch']}"
+        self.audit.write("joined", hospital=member.label)
         self.say(f"{member.label} {'is back' if back else 'joined'}: {parts['train']['patients']} patients to train on "
                  f"({parts['train']['slices']} slices), {parts['val']['patients']} to choose by{torch_note}")
 
     def _remove(self, member: Member, why: str) -> None:
         self.say(f"{member.label}: {why}")
+        self.audit.write("left", hospital=member.label, why=why)
         del self.members[member.label]
 
     def _refuse(self, node: int, code: End, detail: str = "") -> None:

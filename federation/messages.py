@@ -58,6 +58,7 @@ class End(StrEnum):
     SPLIT = "split"
     UNFIT = "unfit"
     FULL = "full"
+    IDENTITY = "identity"
 
 
 ENDS = {  # exit code and the sentence at the hospital
@@ -68,6 +69,7 @@ ENDS = {  # exit code and the sentence at the hospital
     End.NUMBER: (2, "refused: the server has {detail} hospitals, numbered from 0; choose a smaller --cid"),
     End.SPLIT: (2, "refused: the other hospitals divide another dataset; use the same patients in --data-dir everywhere"),
     End.UNFIT: (2, "this hospital can't take part; the lines above say why"),
+    End.IDENTITY: (2, "refused: this key is {detail}'s; give that name, or a kit of your own with --kit"),
     End.FULL: (2, "refused: all places of this federation are taken; start the server with more --clients"),
 }
 
@@ -95,7 +97,7 @@ INTRODUCTION = {"label": str, "session": str, "cid": int | None, "versions": dic
 FACTS = {**INTRODUCTION, "own_data": bool, "data": str, "parts": dict, "images": dict | None, "device": str,
          "split_sha256": str | None, "partition_sha256": str | None}
 RESULT = {"val_dice": float | None, "val_patients": int, "seconds": float}
-TRAINED = {**RESULT, "examples": int, "train_loss": float | None}
+TRAINED = {**RESULT, "round": int, "examples": int, "train_loss": float | None}
 
 
 def expect(about: dict, kinds: Mapping) -> dict:
@@ -106,9 +108,9 @@ def expect(about: dict, kinds: Mapping) -> dict:
     for name, kind in kinds.items():
         value = about.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-            raise MedFLError(f"its answer has no usable {name}; it is left out")
+            raise MedFLError(f"its answer has no usable {name}")
         if isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise MedFLError(f"its answer says {name} {value}; it is left out")
+            raise MedFLError(f"its answer says {name} {value}")
     return about
 
 
@@ -159,13 +161,13 @@ def to_record(vector: torch.Tensor) -> ArrayRecord:
 def from_record(arrays: ArrayRecord | None) -> torch.Tensor:
     """The vector that a message carries, (n,) float32. Raises MedFLError where it carries anything else."""
     if not isinstance(arrays, ArrayRecord) or list(arrays) != [WEIGHTS]:
-        raise MedFLError("its message has no weights; it is left out")
+        raise MedFLError("its message has no weights")
     try:
         values = arrays[WEIGHTS].numpy()
     except Exception as error:  # bytes from elsewhere: numpy and Flower each raise their own kinds
-        raise MedFLError("its weights can't be decoded; it is left out") from error
+        raise MedFLError("its weights can't be decoded") from error
     if values.ndim != 1 or values.dtype != np.float32:
-        raise MedFLError("its weights have another shape or type than they should; it is left out")
+        raise MedFLError("its weights have another shape or type than they should")
     return torch.from_numpy(np.array(values))
 
 

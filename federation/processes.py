@@ -4,8 +4,10 @@ import contextlib
 import http.client
 import os
 import socket
+import ssl
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -99,12 +101,31 @@ def is_loopback(host: str) -> bool:
     return all(address[0].startswith("127.") or address[0] == "::1" for *_, address in found)
 
 
-def is_healthy(host: str, port: int, timeout: float = 2.0) -> bool | None:
+def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = None) -> bool | None:
     """Whether Flower answers there: True, False if the connection is refused or cut, None if no answer came in time: it may
-    be busy."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    be busy. ca: the authority that must have made the server's certificate, where it speaks TLS.
+
+    Raises MedFLError where another server answers, or one whose certificate is not for that name, or expired.
+    """
+    handlers = [urllib.request.ProxyHandler({})]
+    if ca:
+        context = ssl.create_default_context(cafile=ca)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    where = f"{'https' if ca else 'http'}://{join_address(host, port)}/health"
     try:
-        with opener.open(f"http://{join_address(host, port)}/health", timeout=timeout) as answer:
+        with urllib.request.build_opener(*handlers).open(where, timeout=timeout) as answer:
             return answer.status == 200
+    except urllib.error.HTTPError:
+        return None  # a gateway whose server is not there yet, or anymore
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            raise MedFLError(f"the server at {join_address(host, port)} is not the one of this kit "
+                             f"({error.reason.verify_message}); nothing was sent to it: check --server, --kit and this machine's "
+                             "clock, and ask the coordinator for the right ca.pem") from error
+        if isinstance(error.reason, ssl.SSLError):
+            raise MedFLError(f"what answers at {join_address(host, port)} does not speak TLS 1.3 ({error.reason.reason}); check "
+                             "--server, or ask the coordinator") from error
+        return False if isinstance(error.reason, ConnectionError) else None
     except (OSError, http.client.HTTPException) as error:
-        return False if isinstance(getattr(error, "reason", error), ConnectionError) else None
+        return False if isinstance(error, ConnectionError) else None

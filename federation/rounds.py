@@ -1,5 +1,6 @@
 """The round loop: what the server does from the first hospital's joining to the last model."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,13 @@ import torch
 from tqdm import tqdm
 
 from common import EXIT_NO_QUORUM, MedFLError
-from federation.aggregation import Update, aggregate, check_update, make_strategy
+from federation.aggregation import aggregate, make_strategy
+from federation.audit import AuditLog
 from federation.history import draw_curves, mean_dice, table, write_history
 from federation.membership import PURPOSES, Member, Membership
 from federation.messages import RESULT, TRAINED, End, expect, from_record, payload, to_record
 from federation.post import NO_ANSWER, SPARE, Answer, Post
+from federation.screening import Update, check_update, outliers
 from federation.settings import to_json
 from federation.state import RunState
 
@@ -27,16 +30,18 @@ class NoQuorum(MedFLError):
 
 
 class Federation:
-    """One run. resumed: it goes on with an earlier one, and need not wait for every hospital."""
+    """One run. resumed: it goes on with an earlier one, and need not wait for every hospital. labels: gives the label that
+    each node's key stands for, or None where no keys are asked for."""
 
-    def __init__(self, grid, state: RunState, versions: dict[str, str], out: Path, resumed: bool,
+    def __init__(self, grid, state: RunState, versions: dict[str, str], out: Path, resumed: bool, audit: AuditLog,
+                 labels: Callable[[], dict[int, str] | None] = lambda: None,
                  say: Callable[[str], None] = lambda line: tqdm.write(line)):
-        self.state, self.out, self.resumed, self.say = state, out, resumed, say
+        self.state, self.out, self.resumed, self.audit, self.say = state, out, resumed, audit, say
         self.training, self.settings = state.training, state.federation
         self.about = {"settings": to_json(self.training, self.settings)}
         self.post = Post(grid)
         join = {**self.about, "versions": versions, "hospitals": self.settings.clients}
-        self.membership = Membership(self.post, self.settings, join, state.progress.hospitals, say)
+        self.membership = Membership(self.post, self.settings, join, state.progress.hospitals, say, audit, labels)
         self.strategy = make_strategy(self.settings)
 
     def run(self) -> int:
@@ -161,13 +166,7 @@ class Federation:
                      "partition": self.membership.partition}
             answers, failures = self._ask("train", f"round-{number}.{attempt}", members, about, sent, f"round {number} of "
                                           f"{self.settings.rounds}")
-            updates = []
-            for label in sorted(answers):
-                try:
-                    updates.append(self._update(label, answers[label]))
-                except MedFLError as error:
-                    failures[label] = str(error)
-                    del answers[label]
+            updates = self._screened(number, members, answers, failures, sent)
             for label, reason in sorted(failures.items()):
                 self.say(f"round {number} without {label}: {reason}")
             if len(updates) >= self.settings.quorum:
@@ -181,17 +180,33 @@ class Federation:
             if member.label in answers:
                 self.state.progress.hospitals[member.label] = member.facts
         self.state.take(aggregate(self.strategy, number, updates))
+        self.audit.write("round", round=number, hospitals=sorted(answers))
         self._record(number, rows, sent, began)
         behind = [label for label, member in self.membership.members.items() if member.behind]
         if absent := sorted({*self._missing(), *behind} - failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
 
-    def _update(self, label: str, answer: Answer) -> Update:
-        """The update in an answer, checked. Raises MedFLError where it can't be used."""
-        about = expect(answer.about, TRAINED)
-        update = Update(label, from_record(answer.arrays), about["examples"])
-        check_update(update, len(self.state.weights))
-        return update
+    def _screened(self, number: int, members: list[Member], answers: dict[str, Answer], failures: dict[str, str],
+                  sent: torch.Tensor) -> list[Update]:
+        """The updates that may count; the others' answers become failures, with the reason."""
+        announced = {member.label: member.facts["parts"]["train"]["slices"] for member in members}
+        updates, left_out = [], {}
+        for label in sorted(answers):
+            try:
+                about = expect(answers[label].about, TRAINED)
+                if about["round"] != number:
+                    raise MedFLError(f"its update is of round {about['round']}")
+                update = Update(label, from_record(answers[label].arrays), about["examples"])
+                check_update(update, len(sent), announced[label])
+                updates.append(update)
+            except MedFLError as error:
+                left_out[label] = str(error)
+        left_out |= outliers(updates, sent, self.settings)
+        for label, reason in sorted(left_out.items()):
+            self.audit.write("left_out", round=number, hospital=label, why=reason)
+            failures[label] = f"{reason}; it is left out"
+            del answers[label]
+        return [update for update in updates if update.label not in left_out]
 
     def _row(self, number: int, label: str, about: dict, sent: torch.Tensor, received: int) -> dict:
         return {"round": number, "site": label, "examples": about.get("examples"), "train_loss": about.get("train_loss"),
@@ -207,13 +222,19 @@ class Federation:
         from_a_model = number > 1 or done.started_from.startswith("checkpoint")  # random weights are no model to keep
         better = from_a_model and self.state.judge(mean, patients, number - 1)
         if better:
-            self.state.save_best(sent, {"mean": mean, "patients": patients}, number - 1)
+            self._keep_best(sent, {"mean": mean, "patients": patients}, number - 1)
         done.seconds += time.monotonic() - began
         self.state.save_last()
         self._write_pictures()
         seconds, work = time.monotonic() - began, max(row["seconds"] for row in rows)
         self.say(f"round {number} of {self.settings.rounds}: {seconds:.1f} s, of which {work:.1f} s the longest hospital's work; "
                  f"the model before it: {_score_in_words(mean, patients)}{' (best so far)' if better else ''}\n{table(rows)}")
+
+    def _keep_best(self, weights: torch.Tensor, score: dict | None, number: int) -> None:
+        """Write the best model so far, and its hash into the audit log."""
+        self.state.save_best(weights, score, number)
+        self.audit.write("checkpoint", round=number, file=self.state.best.name,
+                         sha256=hashlib.sha256(self.state.best.read_bytes()).hexdigest())
 
     def _final_score(self) -> None:
         """Score the model that the run ends with, and keep it if it is the best."""
@@ -231,9 +252,9 @@ class Federation:
         done.rows = [row for row in done.rows if row["round"] < number] + rows
         mean, patients = mean_dice(rows)
         if self.state.judge(mean, patients, done.round):
-            self.state.save_best(weights, {"mean": mean, "patients": patients}, done.round)
+            self._keep_best(weights, {"mean": mean, "patients": patients}, done.round)
         elif not self.state.best.exists():  # nobody scored a trained model: the last is all there is
-            self.state.save_best(weights, None, done.round)
+            self._keep_best(weights, None, done.round)
         self._write_pictures()
         if rows:
             kind = " (averaged over rounds)" if self.state.average is not None else ""

@@ -10,11 +10,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from checkpoint import load_checkpoint
 from common import EXIT_BAD_INPUT, MedFLError, write_json
+from federation.audit import AUDIT, AuditLog
 from federation.rounds import Federation
 from federation.settings import from_json
 from federation.state import RunState, load_run
 
-JOB, OUTCOME = Path("job.json"), Path("outcome.json")
+JOB, OUTCOME, NODES = Path("job.json"), Path("outcome.json"), Path("nodes.json")
 
 app = ServerApp()
 
@@ -32,12 +33,20 @@ def prepare(job: dict) -> RunState:
     return state
 
 
+def labels() -> dict[int, str] | None:
+    """The label that each node's key stands for, as run_server.py keeps it; None where no keys are asked for."""
+    return {int(node): label for node, label in json.loads(NODES.read_text(encoding="utf-8")).items()} if NODES.exists() else None
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation and leave its exit code in the outcome's file."""
     job = json.loads(JOB.read_text(encoding="utf-8"))
     try:
-        code = Federation(grid, prepare(job), job["versions"], Path(job["out"]), job["resume"]).run()
+        audit = AuditLog(Path(job["out"]) / AUDIT)
+        audit.write("start", resumed=job["resume"], **job["audit"])
+        code = Federation(grid, prepare(job), job["versions"], Path(job["out"]), job["resume"], audit, labels).run()
+        audit.write("end", exit=code)
     except MedFLError as error:
         print(error, file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT

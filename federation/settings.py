@@ -30,16 +30,20 @@ class FederationSettings:
     proximal_mu: float = setting(0.01, "of fedprox: the pull towards the round's model")
     local_epochs: int = setting(1, "passes over a hospital's training slices a round")
     round_timeout: float = setting(1800.0, "longest wait for a round's answers in seconds")
+    max_update_norm_ratio: float = setting(5.0, "an update longer than this many times the round's median is left out")
+    min_update_cosine: float = setting(-0.2, "an update whose cosine with the others' mean is below this is left out")
     min_clients: int | None = setting(None, "hospitals that a round needs, half of --clients if none is given", kind=int)
 
     def __post_init__(self) -> None:
-        for name in ("clients", "rounds", "alpha", "local_epochs", "round_timeout"):
+        for name in ("clients", "rounds", "alpha", "local_epochs", "round_timeout", "max_update_norm_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0")
         if not 0 <= self.proximal_mu < math.inf:
             raise MedFLError(f"--proximal-mu is {self.proximal_mu}; choose 0 or more")
         if not (0 <= self.val_fraction < 1 and 0 <= self.test_fraction < 1 and self.val_fraction + self.test_fraction < 1):
             raise MedFLError("--val-fraction and --test-fraction lie from 0 to below 1 and leave somebody to train; choose others")
+        if not -1 <= self.min_update_cosine <= 1:
+            raise MedFLError(f"--min-update-cosine is {self.min_update_cosine}; choose a number from -1 (off) to 1")
         if self.min_clients is not None and not 1 <= self.min_clients <= self.clients:
             raise MedFLError(f"--min-clients is {self.min_clients}; choose a number from 1 to --clients ({self.clients})")
 

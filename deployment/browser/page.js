@@ -117,6 +117,7 @@ async function open(files) {
   state.busy = true;
   try {
     const opened = await readCase(files);
+    files.length = 0; // their bytes are not needed any more
     showParts();
     const begun = performance.now();
     const probability = await state.network.segment(opened, (done) => {

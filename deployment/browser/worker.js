@@ -2,7 +2,9 @@
 
 import * as ort from "./libs/onnxruntime/ort.js";
 
-const BLOCK = 4; // slices a pass: after each the progress is told, and a cancellation is heard
+// Slices a pass: after each the progress is told, and a cancellation is heard. Each pass looks at the whole volume again for its
+// statistics, so a long volume gets fewer.
+const BLOCK = 4, PASSES = 16;
 
 let session, cancelled;
 
@@ -10,7 +12,8 @@ async function load({ bytes, threads }) {
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmPaths = { mjs: new URL("./libs/onnxruntime/ort-wasm.js", import.meta.url).href,
     wasm: new URL("./libs/onnxruntime/ort-wasm.wasm", import.meta.url).href };
-  session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+  // without an arena memory goes back after every step; with one, 200 slices need half a gigabyte more
+  session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"], enableCpuMemArena: false });
 }
 
 const integer = (value) => new ort.Tensor("int64", BigInt64Array.of(BigInt(value)), []);
@@ -22,8 +25,9 @@ async function segment({ pixels, count, height, width, together }) {
   const volume = (first, slices) => new ort.Tensor("uint8", pixels.subarray(first * height * width * 3, (first + slices) * height * width * 3),
     [slices, height, width, 3]);
   const whole = together ? volume(0, count) : null;
-  for (let first = 0; first < count; first += together ? BLOCK : 1) {
-    const slices = together ? Math.min(BLOCK, count - first) : 1;
+  const block = together ? Math.max(BLOCK, Math.ceil(count / PASSES)) : 1;
+  for (let first = 0; first < count; first += block) {
+    const slices = Math.min(block, count - first);
     const feeds = { volume: whole ?? volume(first, 1), first: integer(together ? first : 0), count: integer(slices) };
     const output = (await session.run(feeds)).probability;
     probability.set(output.data, first * height * width);

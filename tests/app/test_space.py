@@ -27,10 +27,10 @@ def push(*options, **environment) -> subprocess.CompletedProcess:
 def staged(trained, tmp_path_factory):
     sys.path.insert(0, str(ROOT / "deployment"))
     from checkpoint import load_checkpoint
-    from push_to_space import stage
+    from staging import stage_space
 
     folder = tmp_path_factory.mktemp("space") / "staged"
-    stage(load_checkpoint(trained / BEST), folder)
+    stage_space(load_checkpoint(trained / BEST), folder)
     return folder
 
 
@@ -69,6 +69,11 @@ def test_a_dry_run_shows_what_would_be_sent(trained):
     done = push("--repo", "someone/medfl", "--checkpoint", trained / BEST, "--dry-run")
     assert done.returncode == 0 and "nothing was sent" in done.stdout and "docker run" in done.stdout, done.stderr
     assert f"models/{BEST}" in done.stdout and re.search(r"\d+\.\d\d MB in \d+ files", done.stdout)
+
+
+def test_half_precision_is_for_the_page_in_the_browser(trained):
+    done = push("--repo", "someone/medfl", "--checkpoint", trained / BEST, "--half", "--dry-run")
+    assert done.returncode == 2 and "add --static" in done.stderr
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

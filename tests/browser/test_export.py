@@ -1,6 +1,7 @@
 """The exported graph computes what inference.py computes, for any size and number of slices, and carries what a reader needs."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -94,6 +95,25 @@ def test_a_graph_that_differs_is_not_kept(checkpoint, monkeypatch):
     monkeypatch.setattr(export_onnx, "predict_volume", lambda model, volume: predict_volume(model, volume[..., ::-1]))
     with pytest.raises(MedFLError, match="nothing was written"):
         export(checkpoint)
+
+
+@pytest.mark.slow
+def test_what_a_static_space_gets_is_shown_and_nothing_else_is_in_it(node, trained):
+    """An allow-list: the page, its libraries with their licences, the samples, and the model."""
+    done = run_script("deployment/push_to_space.py", "--repo", "someone/medfl", "--checkpoint", trained / BEST, "--static",
+                      "--half", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "nothing was sent" in done.stdout and "mask pixels differ" in done.stdout
+    folder = ROOT / "models" / "browser"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names == set(re.findall(r"^ *[\d.]+ MB  (\S+)$", done.stdout, re.M))
+    assert {"index.html", "page.js", "model.onnx", "samples/phantom_1.zip", "libs/tiff/LICENSE", "MODEL_CARD.md"} <= names
+    assert not [name for name in names if re.search(r"node_modules|package|\.(map|ts|py|pth)$", name)]
+    head = (folder / "README.md").read_text().split("---")[1]
+    assert {"sdk: static", "license: mit", "  cross-origin-opener-policy: same-origin"} <= set(head.splitlines())
+    assert len(re.search("short_description: (.*)", head)[1]) <= 60
+    page = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "model.onnx")
+    assert page + 25.4e6 < 45e6 and page + 12.8e6 < 30e6  # with the weights of `tiny`
 
 
 def test_the_script_writes_the_file_and_says_how_far_it_is(trained, tmp_path):

@@ -73,11 +73,15 @@ class Grid:
 class Play:
     """A membership on such a grid, and the lines that it said."""
 
-    def __init__(self, clients: int = 2, contributors: dict | None = None):
-        self.grid, self.said = Grid(), []
+    def __init__(self, clients: int = 2, contributors: dict | None = None, keys: dict[int, str] | None = None):
+        self.grid, self.said, self.keys, self.audited = Grid(), [], keys, []
         self.post = Post(self.grid)
         self.membership = Membership(self.post, FederationSettings(clients=clients), {"versions": VERSIONS, "hospitals": clients},
-                                     contributors or {}, self.said.append)
+                                     contributors or {}, self.said.append, self, lambda: self.keys)
+
+    def write(self, event: str, **about) -> None:
+        """The audit log's part."""
+        self.audited.append((event, about))
 
     def go(self, looks: int = 6) -> None:
         for _ in range(looks):
@@ -103,6 +107,15 @@ def lose_pings(monkeypatch):
     """Whoever does not answer a ping counts as lost at once."""
     monkeypatch.setattr(federation.membership, "PING_TIME", 0.001)
     monkeypatch.setattr(federation.post, "SPARE", -1.0)
+
+
+def test_a_key_and_a_label_belong_together(play):
+    p = play(keys={1: "mercy", 2: "hope"})
+    p.grid.nodes = {1: Node(facts("mercy")), 2: Node(facts("mercy")), 3: Node(facts("hope"))}
+    p.go()
+    assert p.labels == {"mercy": 1}
+    assert sorted(event for event, _ in p.audited) == ["joined", "refused", "refused"]
+    assert all(about["why"] == End.IDENTITY for event, about in p.audited if event == "refused")
 
 
 def test_hospitals_join_and_a_vanished_one_makes_room(play):

@@ -8,6 +8,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import federation.membership
 import federation.rounds
 from checkpoint import load_checkpoint
+from federation.audit import AuditLog
 from federation.messages import from_record, message, pack, read, to_record
 from federation.rounds import Federation
 from federation.settings import FederationSettings
@@ -38,7 +39,8 @@ class Worker(Node):
         if "round" not in about:
             return Message(message(result), reply_to=incoming)
         weights = torch.full_like(self.got[-1], about["round"] * self.factor)
-        return Message(message({**result, "examples": 10, "train_loss": 1.0}, to_record(weights)), reply_to=incoming)
+        result |= {"round": about["round"], "examples": 10, "train_loss": 1.0}
+        return Message(message(result, to_record(weights)), reply_to=incoming)
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def run(monkeypatch, tmp_path):
         state.progress.started_from = "random weights"
         said, grid = [], Grid()
         grid.nodes = dict(enumerate(workers, 1))
-        code = Federation(grid, state, VERSIONS, tmp_path, False, said.append).run()
+        code = Federation(grid, state, VERSIONS, tmp_path, False, AuditLog(tmp_path / "audit.jsonl"), say=said.append).run()
         return code, state, said
 
     return go

@@ -1,0 +1,67 @@
+"""What is looked at before a hospital's update may count: its form, its numbers, its size and direction beside the others'.
+
+Form and numbers are checked for each by itself. Size and direction are compared with the other updates of the round (an update is
+the hospital's weights minus those that were sent): one that is many times as long as the median, or that points against all
+the others, is left out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from common import MedFLError
+from federation.settings import FederationSettings
+
+COMPARED = 3  # updates from which on they can be compared: of two that differ none is the odd one
+
+
+@dataclass
+class Update:
+    """A hospital's weights after training, (n,) float32, and the training slices behind them."""
+
+    label: str
+    weights: torch.Tensor
+    examples: int
+
+
+def check_update(update: Update, length: int, announced: int) -> None:
+    """Raises MedFLError where an update can't be averaged: another length, values that are not finite, no examples, or more
+    than the hospital `announced` when it joined."""
+    if update.examples <= 0:
+        raise MedFLError(f"its update counts {update.examples} slices")
+    if update.examples > announced:
+        raise MedFLError(f"its update counts {update.examples} slices, and it joined with {announced}")
+    if len(update.weights) != length:
+        raise MedFLError(f"its update has {len(update.weights)} weights and the model {length}")
+    if not bool(torch.isfinite(update.weights).all()):
+        raise MedFLError("its update holds values that are not finite")
+
+
+def outliers(updates: list[Update], sent: torch.Tensor, settings: FederationSettings) -> dict[str, str]:
+    """Why updates are unlike the round's others, by label. sent: the weights, (n,), that the round began with.
+
+    Length: more than `max_update_norm_ratio` times the median of all. Direction: the cosine between it and the mean of the others
+    (each scaled to length 1, so that none outweighs) is below `min_update_cosine`; the worst is taken out first, and the rest
+    is compared anew.
+    """
+    changes = {update.label: update.weights.double() - sent.double() for update in updates}
+    found: dict[str, str] = {}
+    if len(changes) >= COMPARED:
+        norms = {label: float(change.norm()) for label, change in changes.items()}
+        median = float(torch.tensor(sorted(norms.values())).median())
+        for label, norm in norms.items():
+            if norm > settings.max_update_norm_ratio * median:
+                found[label] = f"its update is {norm / max(median, 1e-12):.1f} times as long as the median of the round"
+    kept = {label: change / max(float(change.norm()), 1e-12) for label, change in changes.items() if label not in found}
+    while len(kept) >= COMPARED:
+        whole = torch.stack(list(kept.values())).sum(dim=0)
+        cosines = {}
+        for label, change in kept.items():
+            others = whole - change
+            cosines[label] = float(change @ others / max(float(others.norm()), 1e-12))
+        worst = min(cosines, key=cosines.get)
+        if cosines[worst] >= settings.min_update_cosine:
+            break
+        found[worst] = f"its update points against the others' (cosine {cosines[worst]:.2f})"
+        del kept[worst]
+    return found

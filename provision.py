@@ -1,0 +1,109 @@
+"""Say who may join a federation: keys for the server and the hospitals.
+
+    python provision.py server --host fl.example.org 10.1.2.3     the coordinator: authority and server certificate, in kit/
+    python provision.py hospital --name mercy                     at the hospital: a key pair; the private key stays there
+    python provision.py admit hospital.pub                        the coordinator: let that hospital in
+    python provision.py revoke mercy                              ... and out again, also while a federation runs
+    python provision.py list                                      who is admitted, and what expires when
+    python provision.py audit models/audit.jsonl                  whether a federation's log was changed
+
+The hospital sends its hospital.pub (it is no secret) and tells its fingerprint by another way, such as the telephone; the
+coordinator sends back kit/ca.pem, which the hospital puts into its own kit.
+"""
+
+import argparse
+from pathlib import Path
+
+from common import MedFLError, run_script
+from federation import kit as kits
+from federation.audit import verify
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--kit", type=Path, default=Path("kit"), help="folder of keys and certificates (default kit)")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    server = commands.add_parser("server", parents=[common], help="make the authority and the server's certificate")
+    server.add_argument("--host", nargs="+", required=True, help="names and addresses by which hospitals reach the server")
+    server.add_argument("--days", type=_days, default=365, help="days that the certificate is valid (default 365)")
+    server.add_argument("--renew", action="store_true", help="make a new server certificate by the authority that the kit holds")
+    hospital = commands.add_parser("hospital", parents=[common], help="make a hospital's key pair, at the hospital")
+    hospital.add_argument("--name", required=True, help="the hospital's label: up to 32 letters, digits, - and _")
+    admit = commands.add_parser("admit", parents=[common], help="admit a hospital")
+    admit.add_argument("public", type=Path, metavar="KEY.pub", help="the hospital's hospital.pub")
+    admit.add_argument("--days", type=_days, default=365, help="days that the admission is valid (default 365)")
+    revoke = commands.add_parser("revoke", parents=[common], help="end a hospital's admission")
+    revoke.add_argument("name", metavar="LABEL", help="the hospital's label")
+    commands.add_parser("list", parents=[common], help="show who is admitted and what expires when")
+    audit = commands.add_parser("audit", help="check a federation's log")
+    audit.add_argument("log", type=Path, metavar="FILE", help="the audit.jsonl that run_server.py wrote")
+    return parser.parse_args()
+
+
+def _days(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) <= kits.AUTHORITY_DAYS:
+        raise argparse.ArgumentTypeError(f"{text} is no number of days from 1 to {kits.AUTHORITY_DAYS}")
+    return int(text)
+
+
+def make_server(arguments: argparse.Namespace) -> None:
+    kit, certificate = arguments.kit, arguments.kit / kits.SERVER
+    if not arguments.renew and not (kit / kits.CA).exists():
+        kits.make_authority(kit)
+    kits.make_server_certificate(kit, arguments.host, arguments.days, arguments.renew)
+    made = kits.server_certificate(kit)
+    print(f"{certificate}: for {', '.join(kits.certificate_names(made))}; valid to {made.not_valid_after_utc:%Y-%m-%d}")
+    print(f"give {kit / kits.CA} to every hospital; keep the rest of {kit} to yourself, {kits.CA_KEY} above all")
+
+
+def make_hospital(arguments: argparse.Namespace) -> None:
+    line = kits.make_hospital_key(arguments.kit, arguments.name)
+    fingerprint = kits.Admission(" ".join(line.split()[:2]), "", "").fingerprint
+    print(line)
+    print(f"send {arguments.kit / kits.HOSPITAL_PUBLIC} (the line above) to the coordinator, and tell its fingerprint by another "
+          f"way: {fingerprint}")
+    print(f"{arguments.kit / kits.HOSPITAL_KEY} stays here; put the coordinator's {kits.CA} beside it")
+
+
+def admit(arguments: argparse.Namespace) -> None:
+    kits.server_certificate(arguments.kit)  # a wrong --kit is found here
+    try:
+        line = arguments.public.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise MedFLError(f"{arguments.public} can't be read; give the hospital's hospital.pub") from error
+    label, admission = kits.admit(arguments.kit, line, arguments.days)
+    print(f"{label} is admitted until {admission.until[:10]}; compare its fingerprint by telephone: {admission.fingerprint}")
+
+
+def revoke(arguments: argparse.Namespace) -> None:
+    admission = kits.revoke(arguments.kit, arguments.name)
+    print(f"{arguments.name} is revoked since {admission.revoked}; a federation that runs takes note by its next round")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    certificate = kits.server_certificate(arguments.kit)
+    authority = kits.read_authority(arguments.kit)
+    print(f"authority           valid to {authority.not_valid_after_utc:%Y-%m-%d}")
+    print(f"server certificate  valid to {certificate.not_valid_after_utc:%Y-%m-%d}, for "
+          f"{', '.join(kits.certificate_names(certificate))}")
+    for label, admission in sorted(kits.read_admissions(arguments.kit).items()):
+        since = f"since {admission.revoked[:10]}" if admission.revoked else f"until {admission.until[:10]}"
+        print(f"{label:20}{admission.state} {since}, {admission.fingerprint}")
+
+
+def check_log(arguments: argparse.Namespace) -> None:
+    count, last = verify(arguments.log)
+    print(f"{count} lines, each following from the one before it; the last one's SHA-256 is {last}")
+    print("keep that hash elsewhere: it shows whether lines were cut off at the end later")
+
+
+def main() -> None:
+    arguments = parse()
+    commands = {"server": make_server, "hospital": make_hospital, "admit": admit, "revoke": revoke, "list": show,
+                "audit": check_log}
+    commands[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    run_script(main)

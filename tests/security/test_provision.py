@@ -1,0 +1,148 @@
+"""Keys and admissions: what provision.py makes, refuses and says."""
+
+import datetime
+import json
+import os
+import stat
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from common import MedFLError
+from federation import kit as kits
+
+
+def private(path) -> bool:
+    return stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_from_nothing_to_a_consortium_in_three_commands(consortium):
+    mercy = consortium.hospital("mercy")
+    certificate = kits.server_certificate(consortium.kit)
+    assert {"fl.example.org", "localhost", "127.0.0.1"} <= set(kits.certificate_names(certificate))
+    assert isinstance(certificate.public_key().curve, ec.SECP384R1)
+    assert kits.hospital_label(mercy) == "mercy"
+    for path in (consortium.kit / "ca.key", consortium.kit / "server.key", consortium.kit / "hospitals.json", mercy / "hospital.key"):
+        assert os.name == "nt" or private(path), path
+    listed = consortium.provision("list", "--kit", consortium.kit).stdout
+    fingerprint = kits.read_admissions(consortium.kit)["mercy"].fingerprint
+    assert "mercy" in listed and fingerprint in listed and listed.count("valid to 20") == 2 and "admitted until 20" in listed
+    assert b"PRIVATE" not in (mercy / "hospital.pub").read_bytes() + (consortium.kit / "hospitals.json").read_bytes()
+
+
+def test_the_printed_fingerprint_is_that_of_ssh_keygen(consortium):
+    """A hospital without MedFL's program can check it: SHA-256 over the key's wire format, base64, no padding."""
+    done = consortium.provision("hospital", "--name", "mercy", "--kit", consortium.folder / "mercy")
+    line = (consortium.folder / "mercy" / "hospital.pub").read_text()
+    assert line.strip() in done.stdout and line.split()[2] == "mercy"
+    assert kits.Admission(" ".join(line.split()[:2]), "", "").fingerprint in done.stdout
+
+
+def test_nothing_is_overwritten_and_a_renewed_certificate_keeps_the_authority(consortium):
+    mercy = consortium.hospital("mercy")
+    before = {path: path.read_bytes() for path in [*consortium.kit.iterdir(), *mercy.iterdir()]}
+    again = consortium.provision("server", "--host", "x.org", "--kit", consortium.kit, fine=False)
+    assert again.returncode == 2 and "--renew" in again.stderr
+    again = consortium.provision("hospital", "--name", "mercy", "--kit", mercy, fine=False)
+    assert again.returncode == 2 and "not overwritten" in again.stderr
+    bad = consortium.provision("server", "--host", "no name!", "--renew", "--kit", consortium.kit, fine=False)
+    assert bad.returncode == 2 and "no name and no address" in bad.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    consortium.provision("server", "--host", "x.org", "--renew", "--kit", consortium.kit)
+    assert "x.org" in kits.certificate_names(kits.server_certificate(consortium.kit))
+    assert (consortium.kit / "ca.pem").read_bytes() == before[consortium.kit / "ca.pem"]
+    assert (consortium.kit / "former-server.pem").read_bytes() == before[consortium.kit / "server.pem"]
+
+
+def refused(consortium, *options) -> str:
+    done = consortium.provision(*options, fine=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_a_label_and_a_key_belong_together(consortium):
+    mercy = consortium.hospital("mercy")
+    other = consortium.folder / "other"
+    consortium.provision("hospital", "--name", "mercy", "--kit", other)
+    admit = ("--kit", consortium.kit)
+    assert "another key" in refused(consortium, "admit", other / "hospital.pub", *admit)
+    renamed = consortium.folder / "renamed.pub"
+    renamed.write_text((mercy / "hospital.pub").read_text().replace(" mercy", " hope"))
+    assert "admitted as mercy" in refused(consortium, "admit", renamed, *admit)
+    consortium.provision("revoke", "mercy", "--kit", consortium.kit)
+    assert "revoked since" in consortium.provision("list", "--kit", consortium.kit).stdout
+    assert "can't be admitted again" in refused(consortium, "admit", mercy / "hospital.pub", *admit)
+    consortium.provision("admit", other / "hospital.pub", *admit)  # a new key for the label whose old one is revoked
+    assert kits.read_admissions(consortium.kit)["mercy"].state == "admitted"
+    assert "is not in" in refused(consortium, "revoke", "nobody", *admit)
+    for content in ("ssh-ed25519 AAAA mercy", "nonsense", "", (mercy / "hospital.pub").read_text().replace(" mercy", ""),
+                    (mercy / "hospital.pub").read_text().replace(" mercy", " ../mercy")):
+        renamed.write_text(content)
+        assert "hospital.pub" in refused(consortium, "admit", renamed, *admit)
+    assert "can't be read" in refused(consortium, "admit", consortium.folder / "none.pub", *admit)
+
+
+def test_an_admission_ends_by_itself(consortium):
+    consortium.hospital("mercy")
+    path = consortium.kit / "hospitals.json"
+    content = json.loads(path.read_text())
+    content["hospitals"]["mercy"]["until"] = "2020-01-01T00:00:00+00:00"
+    path.write_text(json.dumps(content))
+    assert kits.read_admissions(consortium.kit)["mercy"].state == "expired"
+    assert "expired until 2020-01-01" in consortium.provision("list", "--kit", consortium.kit).stdout
+    path.write_text("{")
+    with pytest.raises(MedFLError, match="is damaged"):
+        kits.read_admissions(consortium.kit)
+
+
+def test_files_that_are_missing_expired_or_of_another_kit_are_told(consortium, tmp_path, monkeypatch):
+    other = type(consortium)(tmp_path / "other")
+    (consortium.kit / "server.key").write_bytes((other.kit / "server.key").read_bytes())
+    with pytest.raises(MedFLError, match="is not the key of"):
+        kits.server_certificate(consortium.kit)
+    for name in ("server.pem", "server.key"):
+        (consortium.kit / name).write_bytes((other.kit / name).read_bytes())
+    with pytest.raises(MedFLError, match="not made by the authority"):
+        kits.server_certificate(consortium.kit)
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return super().now(zone) + datetime.timedelta(days=400)
+
+    monkeypatch.setattr(kits, "datetime", Later)
+    with pytest.raises(MedFLError, match="check this machine's clock"):
+        kits.server_certificate(other.kit)
+    monkeypatch.undo()
+    (other.kit / "server.pem").write_text("no certificate")
+    with pytest.raises(MedFLError, match="is no certificate"):
+        kits.server_certificate(other.kit)
+    (other.kit / "server.pem").unlink()
+    with pytest.raises(MedFLError, match="there is no"):
+        kits.server_certificate(other.kit)
+
+
+def test_a_hospitals_kit_is_checked(consortium):
+    mercy, hope = consortium.hospital("mercy"), consortium.hospital("hope")
+    (mercy / "hospital.pub").write_bytes((hope / "hospital.pub").read_bytes())
+    with pytest.raises(MedFLError, match="don't belong together"):
+        kits.hospital_label(mercy)
+    (hope / "ca.pem").unlink()
+    with pytest.raises(MedFLError, match="ask the coordinator"):
+        kits.hospital_label(hope)
+    third = consortium.hospital("third")
+    if os.name == "posix":
+        (third / "hospital.key").chmod(0o644)
+        with pytest.raises(MedFLError, match="others can read"):
+            kits.hospital_label(third)
+    (third / "hospital.key").write_text("no key")
+    (third / "hospital.key").chmod(0o600)
+    with pytest.raises(MedFLError, match="is no private key"):
+        kits.hospital_label(third)
+
+
+def test_the_authority_signs_nothing_but_servers(consortium):
+    authority, server = kits.read_authority(consortium.kit), kits.server_certificate(consortium.kit)
+    assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value == x509.BasicConstraints(True, 0)
+    assert server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
