@@ -22,6 +22,7 @@ demo: $(VENV)/installed
 	$(RUN) evaluate.py --checkpoint $(DEMO)/transunet_centralized_best.pth --data-dir $(PHANTOMS) --write-back \
 		--json $(DEMO)/scores.json --csv $(DEMO)/scores.csv --overlays $(DEMO)/overlays
 	@echo "wrote $(DEMO)/transunet_centralized_best.pth, $(DEMO)/centralized_history.csv, $(DEMO)/centralized_curves.png"
+	@echo "look at it: make app, or make browser-demo (needs Node.js)"
 
 federated: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)

@@ -27,6 +27,7 @@ from serving import served  # noqa: E402
 
 SLICES = 40
 REPEATS = 5
+REST = 3.0  # seconds
 
 
 def open_files(page: Page, files: list[Path], count: int) -> float:
@@ -57,7 +58,8 @@ def move(page: Page, label: str, key: str) -> float:
 
 
 def resident(process: int) -> float:
-    """The resident memory of a process in MiB."""
+    """The resident memory of a process in MiB, once it has come to rest: the page gives memory back a second after its use."""
+    time.sleep(REST)
     line = next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1024
 

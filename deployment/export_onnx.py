@@ -161,7 +161,7 @@ def compare(checkpoint: Checkpoint, content: bytes) -> Difference:
 def _volumes() -> list[np.ndarray]:
     """Phantoms of `SIZES`, (S, H, W, 3) uint8."""
     with tempfile.TemporaryDirectory() as folder:
-        root = make_phantoms(Path(folder), patients=1, slices=max(slices for slices, *_ in SIZES), size=256, seed=SEED)
+        root = make_phantoms(Path(folder), patients=1, slices=2 * max(slices for slices, *_ in SIZES), size=256, seed=SEED)
         patient = next(path for path in root.iterdir() if path.is_dir())
         volume = read_volume([path for path in sorted(patient.glob("*.tif")) if not path.stem.endswith("_mask")])
     middle = len(volume) // 2

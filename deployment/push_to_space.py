@@ -115,7 +115,7 @@ def _reason(error: HfHubHTTPError, repo: str, kind: Kind) -> str:
     if code == 402:
         why = (" (free accounts can't); publish the page that runs in the browser with --static, take a paid plan"
                if kind is DOCKER else "; look at its plan")
-        return f"this account may not create {kind.sdk} Spaces{why}, or run the page yourself: {kind.own_machine}"
+        return f"this account may not create {kind.sdk.capitalize()} Spaces{why}, or run the page yourself: {kind.own_machine}"
     if code == 403:
         return f"the token may not write to {repo}; make one that may, or choose another --repo"
     if code == 409:

@@ -6,6 +6,7 @@ from pathlib import Path
 from checkpoint import Checkpoint
 from common import MedFLError
 
+LABELS = 8  # hospitals that are named
 NOTICE = "Research use only, not a medical device. No output may guide a diagnosis or a treatment."
 
 
@@ -50,7 +51,9 @@ def _origin(origin: dict) -> str:
         kept = "secure aggregation" if privacy.get("secure_aggregation") else "the server saw each hospital's weights"
         epsilon = privacy.get("epsilon")
         noise = f", ε = {epsilon:g} at δ = {privacy['delta']:g}" if epsilon else ", no differential privacy"
-        return (f"federated, {origin['hospitals']} hospitals ({', '.join(origin['labels'])}), {origin['rounds']} rounds, "
+        labels = origin["labels"]
+        names = ", ".join(labels[:LABELS]) + (f" and {len(labels) - LABELS} more" if len(labels) > LABELS else "")
+        return (f"federated, {origin['hospitals']} hospitals ({names}), {origin['rounds']} rounds, "
                 f"{origin['strategy']}, data held by {origin['partition']}; {kept}{noise}")
     return {"centralised": "in one place", "local": "at one hospital alone"}.get(kind, "not told")
 

@@ -11,6 +11,7 @@ from card import NOTICE
 ORANGE = "#C77700"
 PAGE = (8.27, 11.69)  # inches, A4
 DPI = 150
+LETTERS = 75  # of the title, before it is cut
 
 
 def draw_report(title: str, pictures: list[tuple[str, np.ndarray]], rows: list[dict], figures: list[tuple[str, str]],
@@ -18,22 +19,26 @@ def draw_report(title: str, pictures: list[tuple[str, np.ndarray]], rows: list[d
     """The report as PNG. pictures: two of (caption, (h, w, 3) uint8); rows: `readout.slice_rows`; figures, card: (name, text)."""
     page = Figure(figsize=PAGE, dpi=DPI, facecolor="white")
     page.text(0.07, 0.955, "MedFL: tumour segmentation", fontsize=17, weight="bold")
-    page.text(0.07, 0.935, textwrap.shorten(title, 100), fontsize=10, color="#444444")
+    title = title if len(title) <= LETTERS else f"{title[:LETTERS - 20]}…{title[-18:]}"
+    page.text(0.07, 0.935, title, fontsize=10, color="#444444")
     page.text(0.07, 0.912, NOTICE, fontsize=10, weight="bold", color="#8A1C00")
     for place, (caption, pixels) in enumerate(pictures):
         axes = page.add_axes((0.07 + 0.44 * place, 0.58, 0.42, 0.30))
         axes.imshow(pixels)
         axes.set_axis_off()
         axes.set_title(caption, fontsize=9)
-    chart = page.add_axes((0.12, 0.415, 0.81, 0.095))
-    chart.bar([row["slice"] for row in rows], [row["tumour_pixels"] for row in rows], color=ORANGE, width=0.8)
-    chart.xaxis.get_major_locator().set_params(integer=True)
-    chart.set_xlabel("slice", fontsize=8)
-    chart.set_ylabel("tumour pixels", fontsize=8)
-    chart.tick_params(labelsize=8)
-    chart.spines[["top", "right"]].set_visible(False)
-    _table(page, 0.07, "Figures", figures, 0.17, width=18)
-    _table(page, 0.44, "Model", card, 0.09, width=46)
+    top = 0.49
+    if len(rows) > 1:
+        top = 0.37
+        chart = page.add_axes((0.12, 0.425, 0.81, 0.09))
+        chart.bar([row["slice"] for row in rows], [row["tumour_pixels"] for row in rows], color=ORANGE, width=0.8)
+        chart.xaxis.get_major_locator().set_params(integer=True)
+        chart.set_xlabel("slice", fontsize=8)
+        chart.set_ylabel("tumour pixels", fontsize=8)
+        chart.tick_params(labelsize=8)
+        chart.spines[["top", "right"]].set_visible(False)
+    _table(page, 0.07, top, "Figures", figures, 0.17, width=18)
+    _table(page, 0.44, top, "Model", card, 0.09, width=46)
     if doubts:
         mind = textwrap.wrap("Mind: " + " ".join(doubts), 115)[:4]
         page.text(0.07, 0.575, "\n".join(mind), fontsize=8, va="top", color="#8A1C00")
@@ -42,10 +47,10 @@ def draw_report(title: str, pictures: list[tuple[str, np.ndarray]], rows: list[d
     return file.getvalue()
 
 
-def _table(page: Figure, left: float, title: str, rows: list[tuple[str, str]], indent: float, width: int) -> None:
-    """Subjects, and after `indent` their texts wrapped to `width` letters, from the middle of the page downwards."""
-    page.text(left, 0.345, title, fontsize=11, weight="bold")
-    height = 0.325
+def _table(page: Figure, left: float, top: float, title: str, rows: list[tuple[str, str]], indent: float, width: int) -> None:
+    """Subjects, and after `indent` their texts wrapped to `width` letters, from `top` downwards."""
+    page.text(left, top, title, fontsize=11, weight="bold")
+    height = top - 0.02
     for subject, text in rows:
         lines = textwrap.wrap(str(text), width) or [""]
         page.text(left, height, subject, fontsize=8, color="#444444", va="top")

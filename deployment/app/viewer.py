@@ -211,10 +211,11 @@ def downloads(case: Case, probability: np.ndarray, masks: np.ndarray, rows: list
 
     def report() -> bytes:
         index = int(np.argmax([row["tumour_pixels"] for row in rows]))
+        slices = "one slice" if len(rows) == 1 else f"{len(rows)} slices"
         picture = outline(base_picture(case.volume[index], "FLAIR"), masks[index], ORANGE)
         pictures = [(f"slice {index + 1}, FLAIR, mask outlined", picture),
                     ("probability, 0 dark blue to 1 yellow", probability_picture(probability[index]))]
-        return draw_report(f"{case.name}, {len(case.slices)} slices", pictures, rows, figures, card, doubts)
+        return draw_report(f"{case.name}, {slices}", pictures, rows, figures, card, doubts)
 
     offers = [("Mask of this slice", lambda: png(masks[number - 1]), mask_name(case.slices[number - 1]), "image/png"),
               ("All masks (ZIP)", lambda: zip_masks(case, masks, rows), f"{case.name}_masks.zip", "application/zip"),

@@ -23,7 +23,8 @@ def test_from_nothing_to_a_consortium_in_three_commands(consortium):
     assert {"fl.example.org", "localhost", "127.0.0.1"} <= set(kits.certificate_names(certificate))
     assert isinstance(certificate.public_key().curve, ec.SECP384R1)
     assert kits.hospital_label(mercy) == "mercy"
-    for path in (consortium.kit / "ca.key", consortium.kit / "server.key", consortium.kit / "hospitals.json", mercy / "hospital.key"):
+    secrets = [consortium.kit / name for name in ("ca.key", "server.key", "hospitals.json")]
+    for path in (*secrets, mercy / "hospital.key"):
         assert os.name == "nt" or private(path), path
     listed = consortium.provision("list", "--kit", consortium.kit).stdout
     fingerprint = kits.read_admissions(consortium.kit)["mercy"].fingerprint
