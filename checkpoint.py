@@ -1,6 +1,5 @@
 """Save, load and describe a model: weights and metadata in one file that `torch.load(weights_only=True)` reads."""
 
-import hashlib
 import json
 import pickle
 import zipfile
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 import preprocessing
-from common import MedFLError, __version__, atomic_write, git_commit, utc_now
+from common import MedFLError, __version__, atomic_write, file_sha256, git_commit, utc_now
 from transunet import TransUNet
 
 FORMAT = 1
@@ -36,7 +35,7 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """SHA-256 of the file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return file_sha256(self.path)
 
 
 def describe(model: TransUNet, training_images: dict | None = None, **more: Any) -> dict:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -123,6 +124,12 @@ def settings_from(arguments: argparse.Namespace, settings: type) -> Any:
     """The settings dataclass filled with the parsed options of the same names."""
     given = vars(arguments)
     return settings(**{f.name: given[f.name] for f in dataclasses.fields(settings) if f.name in given})
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def utc_now() -> str:

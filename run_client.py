@@ -21,6 +21,7 @@ from pathlib import Path
 
 from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
 from dataset import load_dataset
+from federation.flower import is_admitted
 from federation.kit import CA, HOSPITAL_KEY, hospital_label
 from federation.messages import LABEL
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
@@ -30,7 +31,9 @@ LOOK = 0.5  # seconds between two looks at children and server
 PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before
 RESTARTS = 5  # of the connection in a row, without it working for QUIET seconds, before it is given up
 QUIET = 120.0
-NOT_ADMITTED = "[code: 2004]"  # of Flower's SuperNode: its activation was refused
+REFUSED = "[code: 2004]"  # of Flower's SuperNode: its activation was not accepted
+LINGERS = 120.0  # seconds for which a server may hold a connection whose hospital was killed; Flower's own are about 60
+AGAIN = 5.0  # seconds between two tries meanwhile
 
 
 def parse() -> argparse.Namespace:
@@ -92,9 +95,9 @@ class Connection:
         return self.supernode.exit_code is not None or self.hospital.exit_code is not None
 
     @property
-    def not_admitted(self) -> bool:
-        """Whether the server said that it doesn't know this key."""
-        return self.supernode.exit_code is not None and NOT_ADMITTED in self.supernode.last_words()
+    def refused(self) -> bool:
+        """Whether the server did not let this key in: it doesn't know it, or still holds a former connection."""
+        return self.supernode.exit_code is not None and REFUSED in self.supernode.last_words()
 
     def stop(self) -> None:
         """End both."""
@@ -111,6 +114,7 @@ class Watch:
         self.seen = time.monotonic()  # the server, last time
         self.was_there, self.was_gone = False, False
         self.restarts = 0
+        self.lingered_from: float | None = None  # since when the server refuses this key because of a former connection
 
     def run(self) -> tuple[int, str]:
         """Exit code and closing sentence."""
@@ -155,9 +159,13 @@ class Watch:
             print(f"no server at {self.server} {yet}; waiting up to {self.wait:.0f} s", flush=True)
 
     def _look_at_children(self) -> None:
-        if self.connection and self.connection.not_admitted:
-            raise MedFLError("the server does not admit this hospital's key: it was never admitted, or its admission is over or "
-                             "revoked; ask the coordinator")
+        if self.connection and self.connection.broken and self.kit and not self.was_gone:
+            if is_admitted(self.server, self.kit / CA, self.kit / HOSPITAL_KEY) is False:
+                raise MedFLError("the server does not admit this hospital's key: it was never admitted, or its admission is over "
+                                 "or revoked; ask the coordinator")
+            if self.connection.refused:
+                return self._wait_for_the_former()
+        self.lingered_from = None
         if self.connection and self.connection.broken and not self.was_gone:
             if time.monotonic() - self.connection.began > QUIET:
                 self.restarts = 0
@@ -166,6 +174,17 @@ class Watch:
                 raise MedFLError(f"the connection ended {self.restarts} times in a row; the last lines of Flower's SuperNode:\n"
                                  f"{self.connection.supernode.last_words()}")
             self._renew("the connection ended")
+
+    def _wait_for_the_former(self) -> None:
+        """Another process has this key, or had it and was killed: try again until the server lets go of it."""
+        if self.lingered_from is None:
+            self.lingered_from = time.monotonic()
+            print(f"the server still holds a connection of this hospital; trying again for up to {LINGERS:.0f} s", flush=True)
+        if time.monotonic() - self.lingered_from > LINGERS:
+            raise MedFLError("another process takes part with this hospital's key; end it, or start only one")
+        time.sleep(AGAIN)
+        self.connection.stop()
+        self.connection = Connection(self.server, self.kit, self.folder)
 
     def _renew(self, why: str) -> None:
         print(f"{why}; connecting again", flush=True)

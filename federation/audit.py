@@ -5,7 +5,7 @@
 file, and no path is written. Who holds the last line's hash elsewhere notices that the end was cut off, too.
 
 Events: start (settings and code by their SHA-256, versions, whether keys are asked for), joined, refused, left, round (with
-whom), left_out (whose update, and why), checkpoint (file name and SHA-256), end (exit code).
+whom, and what was written), left_out (whose update, and why), checkpoint (the best so far), end (exit code).
 """
 
 import hashlib

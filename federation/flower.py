@@ -78,6 +78,31 @@ class Control:
         self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
 
+def is_admitted(address: str, ca: Path, key: Path) -> bool | None:
+    """Whether the SuperLink at `address` knows the hospital's key (its OpenSSH file); None where it gives no answer.
+
+    Its refusal of a hospital does not tell an unknown key from one whose former connection it still holds; this does.
+    """
+    import httpx
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    private = load_ssh_private_key(Path(key).read_bytes(), None)
+    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                    NodeAuthHttpInterceptor(private, private.public_key())]
+    try:
+        with FleetHttpClient.from_server_address(address, **_transport(ca), interceptors=interceptors) as client:
+            client.SendNodeHeartbeat(SendNodeHeartbeatRequest(heartbeat_interval=30))
+    except httpx.HTTPStatusError as error:
+        return error.response.status_code != httpx.codes.UNAUTHORIZED if error.response.status_code < 500 else None
+    except httpx.TransportError:
+        return None
+    return True
+
+
 def _transport(ca: Path | None) -> dict:
     """How Flower's clients are told to speak TLS, or not to."""
     return {"insecure": ca is None, "root_certificates": None if ca is None else Path(ca).read_bytes()}

@@ -38,6 +38,7 @@ def write_configuration(host: str, port: int, superlink_port: int, kit: Path, fo
 def start_gateway(host: str, port: int, superlink_port: int, kit: Path, folder: Path, access_log: Path) -> Child:
     """nginx on HOST:PORT before the SuperLink, answering. Raises MedFLError where it is missing, ends or stays silent."""
     nginx, log = find_nginx(), folder / "nginx.log"
+    access_log.parent.mkdir(parents=True, exist_ok=True)
     configuration = write_configuration(host, port, superlink_port, kit, folder, access_log)
     tried = subprocess.run([nginx, "-t", "-q", "-p", str(folder), "-e", str(log), "-c", str(configuration)], capture_output=True,
                            text=True)

@@ -1,6 +1,5 @@
 """The round loop: what the server does from the first hospital's joining to the last model."""
 
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import EXIT_NO_QUORUM, MedFLError
+from common import EXIT_NO_QUORUM, MedFLError, file_sha256
 from federation.aggregation import aggregate, make_strategy
 from federation.audit import AuditLog
 from federation.history import draw_curves, mean_dice, table, write_history
@@ -180,8 +179,9 @@ class Federation:
             if member.label in answers:
                 self.state.progress.hospitals[member.label] = member.facts
         self.state.take(aggregate(self.strategy, number, updates))
-        self.audit.write("round", round=number, hospitals=sorted(answers))
         self._record(number, rows, sent, began)
+        self.audit.write("round", round=number, hospitals=sorted(answers), file=self.state.last.name,
+                         sha256=file_sha256(self.state.last))
         behind = [label for label, member in self.membership.members.items() if member.behind]
         if absent := sorted({*self._missing(), *behind} - failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
@@ -233,8 +233,7 @@ class Federation:
     def _keep_best(self, weights: torch.Tensor, score: dict | None, number: int) -> None:
         """Write the best model so far, and its hash into the audit log."""
         self.state.save_best(weights, score, number)
-        self.audit.write("checkpoint", round=number, file=self.state.best.name,
-                         sha256=hashlib.sha256(self.state.best.read_bytes()).hexdigest())
+        self.audit.write("checkpoint", round=number, file=self.state.best.name, sha256=file_sha256(self.state.best))
 
     def _final_score(self) -> None:
         """Score the model that the run ends with, and keep it if it is the best."""

@@ -1,0 +1,329 @@
+"""Attacks on a federation behind its gateway, by real processes: each must fail, and the hospitals go on training."""
+
+import contextlib
+import http.client
+import json
+import re
+import shutil
+import socket
+import ssl
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.control_pb2 import ListRunsRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.run import RunNotRunningException
+from flwr.supernode import node_auth_http_interceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from conftest import Consortium
+from federation.audit import verify
+from federation.bundle import make_bundle
+from federation.flower import Control, TaskSource
+from federations import BEST, SMALL, Scene, children
+from running import run_script
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None,
+                                                   reason="no nginx for the gateway's tests: install it")]
+
+
+class Secured(Scene):
+    """A federation of three admitted hospitals that goes on for as long as the tests do."""
+
+    def __init__(self, folder: Path, phantoms: Path):
+        super().__init__(folder)
+        self.consortium = Consortium(folder)
+        self.kits = {label: self.consortium.hospital(label) for label in [f"hospital-{k}" for k in range(4)]}
+        self.port = int(self.address.split(":")[1])
+        self.phantoms = phantoms
+        self.run = self.server("--kit", self.consortium.kit, "--clients", 3, "--min-clients", 1, "--rounds", 1000, *SMALL)
+        self.run.wait_for("listening on")
+
+    def join(self, number: int, kit: Path | None = None, *options):
+        return self.hospital(f"hospital-{number}", "--cid", number, "--data-dir", self.phantoms, "--kit",
+                             kit or self.kits[f"hospital-{number}"], *options)
+
+    @property
+    def ca(self) -> Path:
+        return self.consortium.kit / "ca.pem"
+
+    @property
+    def rounds(self) -> int:
+        return len(re.findall(r"^round \d+ of", self.run.output, re.M))
+
+    def goes_on(self) -> None:
+        """Wait for a round that begins and ends after this call."""
+        self.run.wait_for(r"(?m)^round \d+ of \d+: ", self.rounds + 2)
+
+
+@pytest.fixture(scope="module")
+def scene(phantoms, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("secured")
+    made = Secured(folder, phantoms)
+    for number in (0, 1, 2):
+        made.join(number)
+    made.run.wait_for(r"(?m)^round 1 of", 1)
+    yield made
+    assert made.close() == []
+
+
+def tls(scene, ca: Path | None = None, version=ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=ca or scene.ca)
+    context.minimum_version = context.maximum_version = version
+    return context
+
+
+def call(scene, method: str, path: str, body: bytes = b"", headers: dict | None = None) -> int:
+    """The status that the gateway answers."""
+    connection = http.client.HTTPSConnection("127.0.0.1", scene.port, context=tls(scene), timeout=30)
+    connection.request(method, path, body, headers or {})
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_from_outside_nobody_can_submit_register_list_or_pull(scene):
+    control = Control(scene.address, scene.ca)
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    attacks = {"submit a run": lambda: control.submit(make_bundle()), "register a node": lambda: control.register(pem, "mallory"),
+               "put a hospital out": lambda: control.unregister(1),
+               "list runs": lambda: control._client.ListRuns(ListRunsRequest())}
+    for name, attack in attacks.items():
+        with pytest.raises(httpx.HTTPStatusError) as refused:
+            attack()
+        assert refused.value.response.status_code == 403, name
+    with pytest.raises(RunNotRunningException):  # what Flower makes of a 403 there
+        TaskSource(scene.address, "flwr-serverapp", scene.ca).next_token()
+    scene.goes_on()
+
+
+@pytest.mark.parametrize("path", [
+    "/docs", "/openapi.json", "/", "/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/register-node",
+    "/v1/fleet/../control/list-runs", "/v1/fleet/%2e%2e/control/list-runs", "//v1/control/list-runs",
+    "/v1/fleet/pull-messages/../../control/list-runs", "/v1/FLEET/pull-messages", "/v1/fleet/pull-messages%00",
+    "/v1/fleet/pull-messages/", "/health/../docs"])
+def test_no_other_path_leads_in(scene, path):
+    assert all(call(scene, method, path) in (400, 403, 404) for method in ("GET", "POST"))
+    assert call(scene, "GET", "/v1/fleet/pull-messages") == 403 and call(scene, "POST", "/health") == 403
+
+
+def test_clear_text_and_older_tls_get_nothing(scene):
+    plain = http.client.HTTPConnection("127.0.0.1", scene.port, timeout=30)
+    plain.request("GET", "/health")
+    assert plain.getresponse().status == 400
+    with pytest.raises(ssl.SSLError), socket.create_connection(("127.0.0.1", scene.port), timeout=30) as raw:
+        tls(scene, version=ssl.TLSVersion.TLSv1_2).wrap_socket(raw, server_hostname="localhost")
+    assert call(scene, "GET", "/health") == 200
+
+
+def test_without_a_key_that_is_admitted_nobody_joins(scene):
+    stranger = scene.consortium.folder / "stranger"
+    scene.consortium.provision("hospital", "--name", "hospital-2", "--kit", stranger)
+    (stranger / "ca.pem").write_bytes(scene.ca.read_bytes())
+    script = scene.join(2, stranger)
+    assert script.end() == 2 and "does not admit this hospital's key" in script.output
+    none = scene.hospital("keyless", "--cid", 2, "--data-dir", scene.phantoms, "--wait", 3)
+    assert none.end() in (2, 3) and "joined as" not in none.output
+    scene.goes_on()
+
+
+def test_one_hospital_cant_pose_as_another(scene):
+    """Its own kit says who it is; one that changes that is found by its key."""
+    script = scene.hospital("liar", "--own-data", scene.phantoms / "kaggle_3m", "--name", "hospital-0", "--kit",
+                            scene.kits["hospital-1"])
+    assert script.end() == 2 and "give the kit of that name" in script.output
+    forged = scene.folder / "forged"
+    shutil.copytree(scene.kits["hospital-3"], forged)
+    line = (forged / "hospital.pub").read_text()
+    (forged / "hospital.pub").write_text(line.replace("hospital-3", "hospital-0"))
+    script = scene.join(0, forged)
+    assert script.end() == 2 and "refused: this key is hospital-3's" in script.output, script.output
+    assert "hospital-0 refused: identity" in scene.run.output
+    scene.goes_on()
+
+
+def test_a_server_of_another_authority_is_not_spoken_to(scene, tmp_path):
+    other = Consortium(tmp_path)
+    kit = tmp_path / "mine"
+    shutil.copytree(scene.kits["hospital-2"], kit)
+    (kit / "ca.pem").write_bytes((other.kit / "ca.pem").read_bytes())
+    for options in ((), ("--check",)):
+        script = scene.join(2, kit, *options)
+        assert script.end() == 2 and "is not the one of this kit" in script.output and scene.address in script.output
+
+
+def signed(scene, label: str, age: float, monkeypatch):
+    """Flower's client for hospitals, with a request of that hospital signed `age` seconds ago."""
+    private = serialization.load_ssh_private_key((scene.kits[label] / "hospital.key").read_bytes(), None)
+    now = node_auth_http_interceptor.now
+    monkeypatch.setattr(node_auth_http_interceptor, "now", lambda: now() - timedelta(seconds=age))
+    client = FleetHttpClient.from_server_address(
+        scene.address, False, scene.ca.read_bytes(),
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                      node_auth_http_interceptor.NodeAuthHttpInterceptor(private, private.public_key())])
+    public = private.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return lambda: client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30))
+
+
+def test_a_request_that_is_replayed_after_its_window_is_refused(scene, monkeypatch):
+    """The window is Flower's, five minutes; within it a replay needs what TLS hides."""
+    for age in (310, -10, 86_400):
+        with pytest.raises(httpx.HTTPStatusError) as refused:
+            signed(scene, "hospital-0", age, monkeypatch)()
+        assert refused.value.response.status_code == 401, age
+        monkeypatch.undo()
+
+
+def test_an_oversized_body_is_refused(scene):
+    connection = http.client.HTTPSConnection("127.0.0.1", scene.port, context=tls(scene), timeout=30)
+    connection.putrequest("POST", "/v1/fleet/push-object")
+    connection.putheader("Content-Length", str(10 << 30))
+    connection.endheaders()
+    assert connection.getresponse().status == 413  # before a byte of it was sent
+    connection.close()
+    connection = http.client.HTTPSConnection("127.0.0.1", scene.port, context=tls(scene), timeout=30)
+
+    def chunks():
+        for _ in range(40):
+            yield b"x" * (1 << 20)
+
+    try:
+        connection.request("POST", "/v1/fleet/push-object", chunks(), {"Transfer-Encoding": "chunked"}, encode_chunked=True)
+        assert connection.getresponse().status in (401, 413, 415)
+    except (BrokenPipeError, ConnectionResetError):  # it hung up in the middle
+        pass
+    scene.goes_on()
+
+
+def test_200_connections_held_open_stop_nobody(scene):
+    held = []
+    for number in range(200):
+        raw = socket.create_connection(("127.0.0.1", scene.port), timeout=30, source_address=("127.0.0.2", 0))
+        if number % 2:  # half of them say nothing at all, half begin a request and never end it
+            raw = tls(scene).wrap_socket(raw, server_hostname="localhost")
+            raw.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        held.append(raw)
+    assert call(scene, "GET", "/health") == 200
+    scene.goes_on()
+    until = time.monotonic() + 60
+    for raw in held:  # and they are let go
+        raw.settimeout(max(until - time.monotonic(), 0.1))
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while raw.recv(4096):
+                pass
+        raw.close()
+    assert time.monotonic() < until
+
+
+def test_too_many_calls_are_slowed_down(scene):
+    """From one address; others are not touched."""
+    statuses = []
+
+    def hammer():
+        plain = socket.create_connection(("127.0.0.1", scene.port), timeout=30, source_address=("127.0.0.3", 0))
+        raw = tls(scene).wrap_socket(plain, server_hostname="localhost")
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+        answer = b""
+        while answer.count(b"HTTP/1.1 ") < 600 and (more := raw.recv(1 << 20)):
+            answer += more
+        statuses.extend(re.findall(rb"HTTP/1.1 (\d+)", answer))
+        raw.close()
+
+    threads = [threading.Thread(target=hammer) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) == {b"200", b"429"}
+    assert call(scene, "GET", "/health") == 200
+
+
+def test_the_access_log_holds_no_secret(scene):
+    log = (scene.out / "gateway.log").read_text()
+    assert "/v1/fleet/pull-messages" in log
+    keys = [(kit / "hospital.pub").read_text().split()[1] for kit in scene.kits.values()]
+    assert not [word for word in ("signature", "public-key", "Bearer", *keys) if word in log]
+    for script in scene.scripts:
+        assert "PRIVATE KEY" not in script.output
+
+
+def test_a_killed_hospital_comes_back_with_the_same_key(scene):
+    """The server holds the dead connection for about a minute; meanwhile nobody else can use the key either."""
+    hospital = next(script for script in scene.scripts if script.name == "hospital-2")
+    hospital.kill()
+    again = scene.join(2)
+    again.wait_for("still holds a connection")
+    again.wait_for(r"(?m)^round \d+ of")
+
+
+def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
+    hospital = next(script for script in scene.scripts if script.name == "hospital-1")
+    before = scene.rounds
+    scene.consortium.provision("revoke", "hospital-1", "--kit", scene.consortium.kit)
+    scene.run.wait_for("hospital-1 is put out")
+    assert hospital.end() == 2 and "does not admit this hospital's key" in hospital.output
+    scene.run.wait_for(r"(?m)^round \d+ of \d+: ", before + 3)
+    last = scene.run.output[scene.run.output.rindex("validation Dice", 0, len(scene.run.output)):]
+    assert "hospital-1" not in last
+    events = [json.loads(line) for line in (scene.out / "audit.jsonl").read_text().splitlines()]
+    assert verify(scene.out / "audit.jsonl")[0] >= len(events)
+    assert {"hospital": "hospital-1", "why": "gone"}.items() <= next(e for e in events if e["event"] == "left").items()
+    rounds = [event["hospitals"] for event in events if event["event"] == "round"]
+    assert "hospital-1" in rounds[0] and "hospital-1" not in rounds[-1]
+    assert any(event["event"] == "refused" and event["why"] == "identity" for event in events)
+    names = [path.name for path in (scene.phantoms / "kaggle_3m").iterdir()]
+    text = (scene.out / "audit.jsonl").read_text()
+    assert not [name for name in names if name in text] and str(scene.folder) not in text and (scene.out / BEST).name in text
+
+
+def test_a_killed_server_takes_its_gateway_along(scene):
+    assert any("nginx" in command for command in children(scene.folder))
+    server = f"flower.py {scene.run.process.pid} "
+    assert any(server in command for command in children(scene.folder))
+    scene.run.kill()
+    until = time.monotonic() + 30
+    while left := [command for command in children(scene.folder) if "nginx" in command or server in command]:
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("script", "options", "sentence"), [
+    ("run_server.py", ("--address", "0.0.0.0:8443"), "provision.py server"),
+    ("run_server.py", ("--address", "0.0.0.0:8443", "--kit", "nowhere"), "there is no nowhere"),
+    ("run_server.py", ("--address", "0.0.0.0:8443", "--kit", "KIT", "--own-gateway"), "must not be reached from other machines"),
+    ("run_server.py", ("--own-gateway",), "give them with --kit"),
+    ("run_client.py", ("--cid", "0", "--server", "192.0.2.1:8443"), "provision.py hospital"),
+    ("run_client.py", ("--cid", "0", "--kit", "nowhere"), "there is no nowhere")], ids=str)
+def test_beyond_this_machine_keys_are_needed(consortium, phantoms, script, options, sentence):
+    options = [consortium.kit if option == "KIT" else option for option in options]
+    data = ("--data-dir", phantoms) if script == "run_client.py" else ("--out", consortium.folder / "out")
+    done = run_script(script, *options, *data)
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_no_nginx_is_told(consortium, monkeypatch):
+    from common import MedFLError
+    from federation import gateway
+
+    monkeypatch.setattr(gateway.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(MedFLError, match="nginx is missing"):
+        gateway.find_nginx()
+
+
+def test_an_own_gateway_may_stand_before_it(consortium, phantoms, tmp_path):
+    """Then Flower's port itself, on loopback, speaks TLS and asks for keys."""
+    kit = consortium.hospital("hospital-0")
+    scene = Scene(tmp_path / "scene")
+    scene.folder.mkdir()
+    server = scene.server("--kit", consortium.kit, "--own-gateway", "--clients", 1, "--rounds", 1, *SMALL)
+    hospital = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms, "--kit", kit)
+    assert server.end() == 0 and hospital.end() == 0, server.output
+    assert not (scene.out / "gateway.log").exists() and scene.close() == []
