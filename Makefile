@@ -14,7 +14,7 @@ DEMO := models/demo
 
 LIBRARIES := deployment/browser/node_modules/.package-lock.json
 
-.PHONY: demo federated app browser-demo browser-libraries test test-quick lint browser benchmark
+.PHONY: demo federated app browser-demo browser-libraries test test-quick lint system benchmark
 
 demo: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
@@ -30,16 +30,18 @@ federated: $(VENV)/installed
 	trap 'kill $$one $$two' INT TERM; $(RUN) run_server.py --out models/federated; code=$$?; \
 	[ $$code = 0 ] || kill $$one $$two; wait; exit $$code
 
-test: lint browser
+test: lint system
 	@command -v npm >/dev/null && $(MAKE) --no-print-directory browser-libraries \
 		|| echo "no Node.js here, or no package registry: the tests of the page in the browser will be skipped"
 	$(RUN) -m pytest
 
-# A Chromium for the app's tests: taken if there is one, installed where that is allowed (Debian, as root), else done without.
-browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-		&& apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium >/dev/null; } \
-		|| echo "no Chromium here: the browser tests will be skipped"
+# A Chromium for the pages' tests, an nginx for the gateway's: taken if they are there, installed where that is allowed (Debian,
+# as root), else done without.
+system:
+	@for program in chromium nginx; do PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v $$program >/dev/null \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update \
+		&& DEBIAN_FRONTEND=noninteractive apt-get -qq install -y $$program >/dev/null; } \
+		|| echo "no $$program here: the tests that need it will be skipped"; done
 
 app: $(VENV)/installed
 	$(RUN) -m streamlit run deployment/app/app.py

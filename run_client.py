@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
 from dataset import load_dataset
-from federation.flower import is_admitted
+from federation.flower import ask_admission
 from federation.kit import CA, HOSPITAL_KEY, hospital_label
 from federation.messages import LABEL
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
@@ -160,9 +160,12 @@ class Watch:
 
     def _look_at_children(self) -> None:
         if self.connection and self.connection.broken and self.kit and not self.was_gone:
-            if is_admitted(self.server, self.kit / CA, self.kit / HOSPITAL_KEY) is False:
+            said = ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY)
+            if said == "unknown":
                 raise MedFLError("the server does not admit this hospital's key: it was never admitted, or its admission is over "
                                  "or revoked; ask the coordinator")
+            if said == "clock":
+                raise MedFLError("the server does not accept this machine's time; set the clock, it may be 5 s ahead at most")
             if self.connection.refused:
                 return self._wait_for_the_former()
         self.lingered_from = None

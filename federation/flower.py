@@ -78,29 +78,33 @@ class Control:
         self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
 
-def is_admitted(address: str, ca: Path, key: Path) -> bool | None:
-    """Whether the SuperLink at `address` knows the hospital's key (its OpenSSH file); None where it gives no answer.
+def ask_admission(address: str, ca: Path, key: Path) -> str:
+    """What the SuperLink at `address` makes of a hospital's key (its OpenSSH file): "admitted", "unknown", "clock" (this machine's
+    is wrong), or "" where it gives no answer.
 
-    Its refusal of a hospital does not tell an unknown key from one whose former connection it still holds; this does.
+    Its refusal of a hospital does not tell an unknown key from one whose former connection it still holds. Asked to let it in
+    with a heartbeat that can't be, it refuses as well, and for another reason if it knows the key.
     """
     import httpx
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-    from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
     private = load_ssh_private_key(Path(key).read_bytes(), None)
-    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                    NodeAuthHttpInterceptor(private, private.public_key())]
+    public = private.public_key()
+    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(private, public)]
+    asked = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0)
     try:
         with FleetHttpClient.from_server_address(address, **_transport(ca), interceptors=interceptors) as client:
-            client.SendNodeHeartbeat(SendNodeHeartbeatRequest(heartbeat_interval=30))
+            client.ActivateNode(asked)
     except httpx.HTTPStatusError as error:
-        return error.response.status_code != httpx.codes.UNAUTHORIZED if error.response.status_code < 500 else None
+        return {400: "admitted", 412: "unknown", 401: "clock"}.get(error.response.status_code, "")
     except httpx.TransportError:
-        return None
-    return True
+        pass
+    return ""
 
 
 def _transport(ca: Path | None) -> dict:
