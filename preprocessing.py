@@ -46,13 +46,13 @@ def is_mask(path: Path) -> bool:
 
 def slice_number(path: Path) -> int | None:
     """The number that ends a slice's name (`TCGA_CS_4941_19960909_12.tif` is 12), or None where there is none."""
-    found = re.search(r"(?:^|[_\-. ])(\d+)$", path.stem)
+    found = re.search(r"(?:^|[_\-. ])(\d{1,18})$", path.stem)
     return int(found[1]) if found else None
 
 
 def volume_name(path: Path) -> str:
     """The name that the slices of one volume share: the file's name without the slice number."""
-    return re.sub(r"(?:^|[_\-. ])\d+$", "", path.stem) or path.parent.name
+    return re.sub(r"(?:^|[_\-. ])\d{1,18}$", "", path.stem) or path.parent.name
 
 
 def numeric_order(paths: list[Path]) -> list[Path]:

@@ -5,7 +5,9 @@ Everything stays in memory; nothing is written to disk.
 
 import gzip
 import io
+import lzma
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -19,6 +21,9 @@ MAX_PIXELS = 12 * 2**20  # of a case: 192 slices of 256×256; more would need mo
 MAX_UNPACKED = 256 * 2**20  # bytes that an archive may unpack to
 MIN_SIDE = 16  # pixels
 NIFTI = (".nii", ".nii.gz")
+# what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another kind
+DAMAGED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError, IndexError, zlib.error,
+           lzma.LZMAError)
 KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz"]  # that the page's upload offers
 
 
@@ -80,7 +85,7 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
             _check_number(len(entries))
             for entry in entries:
                 path = PurePosixPath(entry.filename.replace("\\", "/"))
-                if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                if path.is_absolute() or ".." in path.parts or any(":" in part for part in path.parts[:1]):
                     raise MedFLError(f"{_short(name)} holds a name that points out of the archive; pack the slices anew")
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
                 raise MedFLError(f"{_short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time")
@@ -95,7 +100,7 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
                 if room < 0:
                     raise MedFLError(f"{_short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time")
                 files.append((str(path), piece))
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError) as error:
+    except DAMAGED as error:
         raise MedFLError(f"{_short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it anew") from error
     if not files:
         raise MedFLError(f"{_short(name)} holds no files; pack the slices into it")
@@ -107,7 +112,7 @@ def unpack_gzip(name: str, content: bytes) -> bytes:
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             unpacked = file.read(MAX_UNPACKED + 1)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise MedFLError(f"{_short(name)} can't be unpacked; copy it again") from error
     if len(unpacked) > MAX_UNPACKED:
         raise MedFLError(f"{_short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; crop it first")
@@ -120,7 +125,7 @@ def _read_slices(files: dict[str, bytes]) -> Case:
     images = [path for path in paths if is_image(path)]
     if not images:
         raise MedFLError("there is no slice in the upload (TIFF, PNG or JPEG, not a _mask file); choose other files")
-    masks = {path.with_name(path.stem[:-len("_mask")]): path for path in paths if is_mask(path)}
+    masks = {path.parent / path.stem[:-len("_mask")]: path for path in paths if is_mask(path)}
     volumes = group_volumes(images)
     numbered = {name for name, slices in volumes if slice_number(slices[0]) is not None}
     if len([v for v in volumes if slice_number(v[1][0]) is not None]) > 1:

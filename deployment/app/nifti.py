@@ -93,7 +93,10 @@ def from_axial(slices: np.ndarray) -> np.ndarray:
 
 def read_nifti_mask(case: Case, name: str, content: bytes) -> np.ndarray:
     """A mask of the case's shape from a NIfTI file, (S, H, W) uint8: every value above 0 is tumour."""
-    mask = to_axial(np.asarray(_load(name, content)[1].dataobj))
+    values = np.asarray(_load(name, content)[1].dataobj)
+    if values.dtype.names:
+        raise MedFLError(f"{str(name).rsplit('/', 1)[-1]} holds colours, and a mask holds numbers; choose the mask of this scan")
+    mask = to_axial(values.squeeze(axis=tuple(range(3, values.ndim))) if values.shape[3:] == (1,) * (values.ndim - 3) else values)
     if mask.shape != case.volume.shape[:3]:
         raise MedFLError(f"the mask has {_size(mask)} and the scan {_size(case.volume)}; choose the mask of this scan")
     return np.where(mask > 0, np.uint8(255), np.uint8(0))

@@ -10,7 +10,7 @@ export const MAX_BYTES = 200 * 2 ** 20; // of a file
 export const MIN_SIDE = 16; // pixels
 const IMAGE = /\.(tiff?|png|jpe?g)$/i;
 const MASK = /_mask\.(tiff?|png|jpe?g)$/i;
-const NUMBER = /(?:^|[_\-. ])(\d+)$/;
+const NUMBER = /(?:^|[_\-. ])(\d{1,18})$/;
 
 /* A case:
    name; slices: a name for each; count, height, width; pixels: Uint8Array, count × height × width × 3;

@@ -44,7 +44,7 @@ export function readNifti(files) {
     for (let k = 0; k < grey.length; k++) pixels[3 * k + volume] = grey[place(k)];
   }
   if (volumes === 1) for (let k = 0; k < pixels.length; k += 3) pixels[k + 1] = pixels[k + 2] = pixels[k];
-  const base = name.replace(/\.nii(\.gz)?$/i, "");
+  const base = scans[0].name.split("/").at(-1).replace(/\.nii(\.gz)?$/i, "");
   const [columns, rows, between] = stored.turned.axes.map((axis) => Math.abs(header.pixDims[axis + 1]));
   const opened = {
     name: base, slices: Array.from({ length: count }, (_, k) => `${base}_${k + 1}`), count, height, width, pixels, together: true,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from running import ROOT
 
-sys.path.insert(0, str(ROOT / "deployment" / "app"))
+sys.path[:0] = [str(ROOT / "deployment"), str(ROOT / "deployment" / "app")]
 
 
 @pytest.fixture

@@ -37,6 +37,9 @@ test("slices and case are counted, and a probability at the threshold is tumour"
   assert.deepEqual([figures.pixels, figures.slices, figures.count, figures.cm3], [2, 1, 2, 0.002]);
   assert.deepEqual([figures.dice, figures.iou], [0.5, 1 / 3]);
   assert.equal(figures.share, 0.5); // four pixels lie above FLAIR's mean
+  assert.deepEqual([...maskOf(Float32Array.of(0.7), 0.7)], [255]); // 0.7 as float32 is less than 0.7
+  assert.equal(sliceRows(opened, new Float32Array(8).fill(0.7), 0.7)[0].pixels, 4);
+  assert.ok(!("dice" in summary({ ...opened, together: false }, rows)));
   assert.deepEqual([...maskOf(Float32Array.of(0.3, 0.29999, 0.7), 0.3)], [255, 0, 255]);
 });
 
@@ -48,7 +51,8 @@ test("a file's name can't break the CSV", () => {
 
 test("a model file that is cut off or not ours is refused", () => {
   for (const [bytes, sentence] of [[[0x0a, 0x7f, 1], /cut off/], [[0x80], /cut off/], [[], /not one that this page can use/],
-    [[...new TextEncoder().encode("version https://git-lfs")], /cut off/], [[0x72, 6, 0x0a, 1, 0x61, 0x12, 1, 0x62], /not one/]]) {
+    [[...new TextEncoder().encode("version https://git-lfs")], /cut off/], [[0x72, 6, 0x0a, 1, 0x61, 0x12, 1, 0x62], /not one/],
+    [[0x72, 17, 0x0a, 12, ...new TextEncoder().encode("medfl_format"), 0x12, 1, 0x32], /not one/]]) {
     assert.throws(() => readProperties(Uint8Array.from(bytes)), { message: sentence });
   }
 });

@@ -73,6 +73,9 @@ def test_files_become_the_same_case(ask, name):
         assert answer["spacing"] == pytest.approx(case.spacing, rel=1e-5)
     assert len(answer["notes"]) == len(case.notes)
     assert answer["maskNames"] == [mask_name(slice_name) for slice_name in case.slices]
+    assert (case.truth is not None) == Path(answer["out"] + ".truth").exists()
+    assert [[word for word in note.split() if word.isdigit()] for note in answer["notes"]] == [
+        [word for word in note.split() if word.isdigit()] for note in case.notes]
     if case.truth is not None:
         assert np.array_equal(pixels(answer, ".truth", ()), case.truth)
 
@@ -84,6 +87,11 @@ def test_what_is_no_case_gets_one_sentence_in_both(ask):
             read_case(files)
         assert answer.get("kind") == "UserError", (name, answer)
         assert "\n" not in answer["error"] and len(answer["error"]) < 300 and ";" in answer["error"], (name, answer)
+        assert TOLD.get(name, "") in answer["error"], (name, answer)
+
+
+TOLD = {"ZIP bomb": "unpacks to more than 256 MB", "gzip bomb": "unpacks to more than 256 MB", "too many": "2000 files are more",
+        "too many pixels": "more than this page can hold", "two folders": "2 patients", "a strip": "too small"}
 
 
 def test_what_the_app_reads_and_the_page_can_not_is_told(ask):
@@ -98,13 +106,16 @@ def test_masks_that_come_later_are_the_same_truth(ask):
     good, wrong, spare, other = ask((VOLUME, {"masks": MASKS}), (VOLUME, {"masks": MASKS[:-1]}),
                                     (VOLUME[:1], {"masks": [("x.png", MASKS[3][1])]}),
                                     (VOLUME, {"masks": [("x_mask.png", MASKS[0][1])] * 2}))
+    (capitals,) = ask((VOLUME, {"masks": [(name.upper(), content) for name, content in MASKS]}))
+    assert np.array_equal(pixels(capitals, ".truth", ()), add_truth(case, MASKS))
     assert np.array_equal(pixels(good, ".truth", ()), add_truth(case, MASKS))
     assert "has no mask" in wrong["error"] and "no mask has the name" in other["error"]
     assert np.array_equal(pixels(spare, ".truth", ()), add_truth(read_case(VOLUME[:1]), [("x.png", MASKS[3][1])]))
 
 
-def test_figures_csv_and_masks_are_the_apps(ask, tmp_path):
-    files = [("scan.nii", SCANS["oblique"])]
+@pytest.mark.parametrize("kind", ["oblique", "scaled", "three volumes", "big-endian"])
+def test_figures_csv_and_masks_are_the_apps(ask, tmp_path, kind):
+    files = [("scan.nii", SCANS[kind])]
     case = read_case(files)
     smooth = np.random.default_rng(1).random(case.volume.shape[:3]).astype(np.float32)
     smooth[2] = 0

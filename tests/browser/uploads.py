@@ -60,6 +60,15 @@ def scan(affine=None, shape=(20, 24, 18), dtype=np.int16, forms=(1, 0), slope=No
 
 RGB_VALUES = RNG.integers(0, 255, (20, 24, 18, 3)).astype(np.uint8)
 RGB = np.ascontiguousarray(RGB_VALUES).view([("R", "u1"), ("G", "u1"), ("B", "u1")]).squeeze(-1)
+# a scale of 0 says that there is none: tools other than nibabel write it
+SLOPE_0 = scan(LAS)[:112] + bytes(8) + scan(LAS)[120:]
+STEEP = np.array([[0.7, 0.3, 0, 1], [-0.4, -0.4, -0.9, 2], [-0.8, -0.9, -0.6, 3], [0, 0, 0, 1.0]])
+_both = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 900, (20, 24, 18)).astype(np.int16), OBLIQUE)
+_both.set_qform(LAS, 2)
+_both.set_sform(OBLIQUE, 1)
+FORMS = _both.to_bytes()
+SPARSE = np.random.default_rng(0).integers(0, 900, (20, 24, 18)).astype(np.int16) * (np.arange(24) < 4)[:, None].astype(np.int16)
+SPARSE[:, 10] = -9
 SCANS = {
     "int16": scan(LAS), "bytes stay as they are": scan(LAS, dtype=np.uint8), "float32": scan(LAS, dtype=np.float32),
     "float64": scan(LAS, dtype=np.float64), "uint16": scan(LAS, dtype=np.uint16), "int32": scan(LAS, dtype=np.int32),
@@ -67,6 +76,8 @@ SCANS = {
     "colours": nibabel.Nifti1Image(RGB, LAS).to_bytes(), "qform alone": scan(np.diag([-1, 2, 3, 1.0]), forms=(0, 1)),
     "both forms": scan(OBLIQUE, forms=(1, 2)), "neither form": scan(forms=(0, 0)), "scaled": scan(LAS, slope=(0.5, -20)),
     "scaled bytes": scan(LAS, dtype=np.uint8, slope=(2, 0)), "turned": scan(np.diag([1, -1, -1, 1.0])),
+    "slope 0": SLOPE_0, "int8": scan(LAS, dtype=np.int8), "forms that differ": FORMS, "steep": scan(STEEP),
+    "mostly background": nibabel.Nifti1Image(SPARSE, LAS).to_bytes(),
 }
 
 
@@ -91,8 +102,13 @@ READ = {name: [file] for name, file in PICTURES.items()} | {
     "without numbers": [("b.png", picture(COLOURS)), ("a.png", picture(GREY))],
     "folders with backslashes": [(f"x\\anna\\{n}", c) for n, c in VOLUME],
     "nameless": [("anna/1.png", picture(GREY)), ("anna/2.png", picture(GREY))],
+    "a ZIP with hidden files": [
+        ("p.zip", zipped([(".DS_Store", b""), ("p/.x/b_1.tif", b""), *[(f"p/{n}", c) for n, c in VOLUME + MASKS]]))],
     "a mask too many": [*VOLUME, ("bert_1_mask.png", MASKS[0][1])], "capitals": [("ANNA_1.TIF", VOLUME[0][1])],
 }
+FLIPPED = bytearray(picture(COLOURS, compress_level=0))
+FLIPPED[len(FLIPPED) // 2] ^= 1
+FLIPPED = bytes(FLIPPED)
 BROKEN = {
     "empty": [("a_1.tif", b"")], "text": [("a_1.tif", b"Dear Dr Smith, enclosed please find")],
     "truncated TIFF": [("a_1.tif", VOLUME[0][1][:3000])],
@@ -120,6 +136,12 @@ BROKEN = {
     "truncated gzip": [("s.nii.gz", gzip.compress(SCANS["int16"])[:-99])], "five volumes": [("s.nii", scan(LAS, (20, 24, 18, 5)))],
     "a flat NIfTI": [("s.nii", scan(LAS, (20, 24)))], "two NIfTI": [("s.nii", SCANS["int16"]), ("t.nii", SCANS["int16"])],
     "not finite": [("s.nii", nibabel.Nifti1Image(np.full((20, 24, 18), np.nan, np.float32), LAS).to_bytes())],
+    "a strip": [("a_1.png", picture(GREY[:15]))],
+    "too many pixels": [(f"a_{k}.png", picture(Image.new("L", (1024, 1024)))) for k in range(17)],
+    "two folders": [(f"{side}/anna_{k}.tif", VOLUME[k][1]) for k, side in enumerate("xy")],
+    "a colour TIFF that is none": [("a_1.tif", picture(Image.new("YCbCr", (40, 40)), "TIFF"))],
+    "a PNG with a flipped bit": [("a_1.png", FLIPPED)],
+    "a mask of three volumes": [("s.nii", scan(LAS)), ("s_mask.nii", scan(LAS, (20, 24, 18, 3), np.uint8))],
     "a mask of another scan": [("s.nii", scan(LAS)), ("s_mask.nii", scan(LAS, (20, 24, 19), np.uint8))],
 }
 
