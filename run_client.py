@@ -160,12 +160,7 @@ class Watch:
 
     def _look_at_children(self) -> None:
         if self.connection and self.connection.broken and self.kit and not self.was_gone:
-            said = ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY)
-            if said == "unknown":
-                raise MedFLError("the server does not admit this hospital's key: it was never admitted, or its admission is over "
-                                 "or revoked; ask the coordinator")
-            if said == "clock":
-                raise MedFLError("the server does not accept this machine's time; set the clock, it may be 5 s ahead at most")
+            refuse(ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY))
             if self.connection.refused:
                 return self._wait_for_the_former()
         self.lingered_from = None
@@ -199,7 +194,18 @@ def check(host: str, port: int, server: str, kit: Path | None) -> None:
     """Say whether the server can be reached. Raises MedFLError if not."""
     if not is_healthy(host, port, timeout=10, ca=kit and kit / CA):
         raise MedFLError(f"the data are fine, but no server answers at {server}; start it with run_server.py, or check the address")
-    print(f"the server at {server} answers; nothing was trained")
+    if kit:
+        refuse(ask_admission(server, kit / CA, kit / HOSPITAL_KEY))
+    print(f"the server at {server} answers{' and admits this key' if kit else ''}; nothing was trained")
+
+
+def refuse(said: str) -> None:
+    """Raises MedFLError where the server said that it does not let this hospital's key in."""
+    if said == "unknown":
+        raise MedFLError("the server does not admit this hospital's key: it was never admitted, or its admission is over or "
+                         "revoked; ask the coordinator")
+    if said == "clock":
+        raise MedFLError("the server does not accept this machine's time; set the clock, it may be 5 s ahead at most")
 
 
 def main() -> None:

@@ -52,6 +52,12 @@ def ask(node, tmp_path_factory):
     return asked
 
 
+def test_pure_functions_by_nodes_own_runner(node):
+    tests = sorted(map(str, (ROOT / "tests" / "browser").glob("*.test.mjs")))
+    done = subprocess.run([node, "--test", *tests], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and len(tests) == 2, done.stdout
+
+
 def pixels(answer: dict, suffix: str = "", channels: tuple = (3,)) -> np.ndarray:
     return np.fromfile(answer["out"] + suffix, np.uint8).reshape(*answer["shape"], *channels)
 

@@ -79,7 +79,7 @@ def test_no_message_and_no_file_names_a_patient(whole, phantoms):
     dataset = load_dataset(phantoms, progress=False)
     secrets = [p.name for p in dataset.patients] + [str(phantoms), dataset.patients[0].images[0].name]
     files = {p.name: p.read_bytes() for p in scene.out.iterdir()}
-    assert {BEST, LAST, "federated_history.csv", "federated_curves.png"} == set(files)
+    assert {BEST, LAST, "federated_history.csv", "federated_curves.png", "audit.jsonl"} == set(files)
     places = {"hospital to server": bytes(tap.said), "server to hospital": bytes(tap.answered),
               "the terminal": server.output.encode()}
     for place, content in {**places, **files}.items():

@@ -1,0 +1,67 @@
+"""The list of admissions, carried over to the SuperLink: at the start, and when it changes."""
+
+import json
+
+import pytest
+
+from common import MedFLError
+from federation.doors import NODES, Doors
+
+
+class Control:
+    """Keeps who is registered, as the SuperLink does: a key that was put out is not taken again."""
+
+    def __init__(self):
+        self.inside, self.out, self.next = {}, set(), 100
+
+    def register(self, key: bytes, label: str) -> int:
+        assert key not in self.out and key not in self.inside.values()
+        self.next += 1
+        self.inside[self.next] = key
+        return self.next
+
+    def unregister(self, node: int) -> None:
+        self.out.add(self.inside.pop(node))
+
+
+def nodes(folder) -> list[str]:
+    return sorted(json.loads((folder / NODES).read_text()).values())
+
+
+def test_who_is_admitted_comes_in_and_who_is_revoked_goes_out(consortium, tmp_path, capsys):
+    for label in ("mercy", "hope", "gone"):
+        consortium.hospital(label)
+    consortium.provision("revoke", "gone", "--kit", consortium.kit)
+    control = Control()
+    doors = Doors(control, consortium.kit, tmp_path)
+    assert nodes(tmp_path) == ["hope", "mercy"] and len(control.inside) == 2
+    consortium.provision("revoke", "mercy", "--kit", consortium.kit)
+    consortium.hospital("late")
+    doors.update()
+    assert nodes(tmp_path) == ["hope", "late"] and len(control.out) == 1
+    assert "mercy is put out" in capsys.readouterr().out
+    before = (tmp_path / NODES).stat().st_mtime_ns
+    doors.update()
+    assert (tmp_path / NODES).stat().st_mtime_ns == before
+
+
+def test_a_new_key_takes_the_place_of_a_revoked_one(consortium, tmp_path):
+    consortium.hospital("mercy")
+    control = Control()
+    doors = Doors(control, consortium.kit, tmp_path / "server")
+    consortium.provision("revoke", "mercy", "--kit", consortium.kit)
+    consortium.provision("hospital", "--name", "mercy", "--kit", consortium.folder / "again")
+    consortium.provision("admit", consortium.folder / "again" / "hospital.pub", "--kit", consortium.kit)
+    doors.update()
+    assert nodes(tmp_path / "server") == ["mercy"] and len(control.out) == 1 and len(control.inside) == 1
+
+
+def test_a_damaged_list_changes_nothing_and_is_told_once(consortium, tmp_path, capsys):
+    consortium.hospital("mercy")
+    doors = Doors(Control(), consortium.kit, tmp_path)
+    (consortium.kit / "hospitals.json").write_text("{")
+    doors.update()
+    doors.update()
+    assert nodes(tmp_path) == ["mercy"] and capsys.readouterr().err.count("is damaged") == 1
+    with pytest.raises(MedFLError, match="is damaged"):
+        Doors(Control(), consortium.kit, tmp_path)
