@@ -23,7 +23,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from conftest import Consortium
+from consortium import Consortium
 from federation.audit import verify
 from federation.bundle import make_bundle
 from federation.flower import Control, TaskSource
