@@ -271,11 +271,11 @@ def test_a_killed_hospital_comes_back_with_the_same_key(scene):
 
 def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
     hospital = next(script for script in scene.scripts if script.name == "hospital-1")
-    before = scene.rounds
     scene.consortium.provision("revoke", "hospital-1", "--kit", scene.consortium.kit)
     scene.run.wait_for("hospital-1 is put out")
     assert hospital.end() == 2 and "does not admit this hospital's key" in hospital.output
-    scene.run.wait_for(r"(?m)^round \d+ of \d+: ", before + 3)
+    hospital_left = scene.rounds
+    scene.run.wait_for(r"(?m)^round \d+ of \d+: ", hospital_left + 3)  # the one under way, and two whole ones
     events = [json.loads(line) for line in (scene.out / "audit.jsonl").read_text().splitlines()]
     assert verify(scene.out / "audit.jsonl")[0] >= len(events)
     gone = next(k for k, event in enumerate(events) if event["event"] == "left" and event["hospital"] == "hospital-1")
