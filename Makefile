@@ -36,12 +36,14 @@ test: lint system
 	$(RUN) -m pytest
 
 # A Chromium for the pages' tests, an nginx for the gateway's: taken if they are there, installed where that is allowed (Debian,
-# as root), else done without.
+# as root), else done without. Where services run, nginx is left to you: its package would start one at port 80.
+INSTALL := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update \
+	&& DEBIAN_FRONTEND=noninteractive apt-get -qq install -y >/dev/null
 system:
-	@for program in chromium nginx; do PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v $$program >/dev/null \
-		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update \
-		&& DEBIAN_FRONTEND=noninteractive apt-get -qq install -y $$program >/dev/null; } \
-		|| echo "no $$program here: the tests that need it will be skipped"; done
+	@command -v chromium chromium-browser google-chrome >/dev/null || { $(INSTALL) chromium; } \
+		|| echo "no Chromium here: the browser tests will be skipped"
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v nginx >/dev/null || { [ ! -d /run/systemd/system ] && $(INSTALL) nginx; } \
+		|| echo "no nginx here: the gateway's tests will be skipped"
 
 app: $(VENV)/installed
 	$(RUN) -m streamlit run deployment/app/app.py

@@ -81,11 +81,12 @@ class Connection:
     """Flower's SuperNode and the program that handles its messages, started and stopped together."""
 
     def __init__(self, server: str, kit: Path | None, folder: Path):
-        port = str(free_port())
+        port, log = str(free_port()), folder / "supernode.log"
+        log.unlink(missing_ok=True)  # what a former connection said is no sign of how this one does
         transport = ["--insecure"] if kit is None else ["--root-certificates", str((kit / CA).resolve()),
                                                         "--auth-supernode-private-key", str((kit / HOSPITAL_KEY).resolve())]
         self.supernode = Child("supernode", [*transport, "--superlink", server, "--host", "127.0.0.1", "--port", port,
-                                             "--isolation", "process"], folder, folder / "supernode.log")
+                                             "--isolation", "process"], folder, log)
         self.hospital = Child("hospital", [f"127.0.0.1:{port}"], folder)
         self.began = time.monotonic()
 
@@ -163,10 +164,9 @@ class Watch:
             refuse(ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY))
             if self.connection.refused:
                 return self._wait_for_the_former()
-        self.lingered_from = None
+        if self.connection and not self.connection.broken and time.monotonic() - self.connection.began > QUIET:
+            self.restarts, self.lingered_from = 0, None  # it works
         if self.connection and self.connection.broken and not self.was_gone:
-            if time.monotonic() - self.connection.began > QUIET:
-                self.restarts = 0
             self.restarts += 1
             if self.restarts > RESTARTS:
                 raise MedFLError(f"the connection ended {self.restarts} times in a row; the last lines of Flower's SuperNode:\n"

@@ -106,6 +106,7 @@ def write_job(arguments: argparse.Namespace, folder: Path) -> FederationSettings
     job = {"out": str(out), "resume": arguments.resume, "commit": git_commit(), "versions": local_versions(__version__)}
     if arguments.resume:
         _, federation, state, _ = load_run(out)
+        settings = state["settings"]
         print(f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own settings; "
               "other options are passed over")
     else:
@@ -115,13 +116,12 @@ def write_job(arguments: argparse.Namespace, folder: Path) -> FederationSettings
         model, started_from, init_split = starting_model(arguments, training)
         start = folder / "start.pth"
         save_checkpoint(start, model.state_dict(), describe(model))
-        job.update(settings=to_json(training, federation), start=str(start), started_from=started_from,
-                   init_split=init_split)
+        settings = to_json(training, federation)
+        job.update(settings=settings, start=str(start), started_from=started_from, init_split=init_split)
         size = 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point()) / 1e6
         print(f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way a round and hospital")
     if (out / AUDIT).exists():
         verify(out / AUDIT)
-    settings = job.get("settings") or load_run(out)[2]["settings"]
     job["audit"] = {"code": hashlib.sha256(make_bundle()).hexdigest(), "settings": hashlib.sha256(settings.encode()).hexdigest(),
                     "versions": job["versions"], "commit": job["commit"], "keys": arguments.kit is not None}
     write_json(folder / "job.json", job)
@@ -178,7 +178,7 @@ def main() -> None:
         inner, ca = join_address(inner_host, inner_port), kit and kit / CA
         os.environ.update(no_proxy())
         control = Control(inner, ca)
-        doors = Doors(control, kit, folder) if kit else None
+        doors = Doors(control, kit, folder, lambda line: print(line, flush=True)) if kit else None
         if gated:
             children.append(start_gateway(host, port, inner_port, kit, folder, arguments.out.resolve() / "gateway.log"))
         how = (f"python run_client.py --own-data FOLDER --kit KIT --server HOST:{port}" if kit else

@@ -14,8 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "deployment"), str(ROOT / "deployment" / "app")]
 
 import argparse  # noqa: E402
-import functools  # noqa: E402
-import http.server  # noqa: E402
 import shutil  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
@@ -28,8 +26,7 @@ from checkpoint import load_checkpoint  # noqa: E402
 from common import MedFLError, run_script  # noqa: E402
 from data.make_phantoms import make_phantoms  # noqa: E402
 from dataset import load_dataset  # noqa: E402
-from serve_browser import Page as Handler  # noqa: E402
-from serve_browser import headers  # noqa: E402
+from serve_browser import server  # noqa: E402
 from staging import stage_browser  # noqa: E402
 
 SLICES, MANY = 40, 200
@@ -94,15 +91,14 @@ def main() -> None:
         for k, path in enumerate(many):
             shutil.copyfile(files[k % len(files)], path)
         times = {}
-        for way, more in (("threads", headers(folder / "staged" / "README.md")), ("one thread", {})):
-            handler = functools.partial(Handler, directory=str(folder / "staged"), more=more)
-            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+        for way in ("threads", "one thread"):
+            running = server(folder / "staged", 0, isolated=way == "threads")
+            threading.Thread(target=running.serve_forever, daemon=True).start()
             browser = playwright.chromium.launch_persistent_context(folder / f"profile-{way[0]}", executable_path=chromium,
                                                                     args=["--no-sandbox"])
             page = browser.new_page()
             page.set_default_timeout(300_000)
-            page.goto(f"http://127.0.0.1:{server.server_port}")
+            page.goto(f"http://127.0.0.1:{running.server_port}")
             page.get_by_text("Ready.").wait_for()
             print(f"{way:18}{page.locator('#status').inner_text()}", flush=True)
             for _ in range(REPEATS):
@@ -118,7 +114,7 @@ def main() -> None:
                 times[f"threshold slider, {MANY} slices"] = [ms / 1000 for ms in page.evaluate(MOVE, ["threshold", THRESHOLDS])]
                 print(f"memory            {peak():6.0f} MiB at most in the page's process, {MANY} slices", flush=True)
             browser.close()
-            server.shutdown()
+            running.shutdown()
     for what, seconds in times.items():
         print(f"{what:34}{statistics.median(seconds):7.3f} s median, {max(seconds):.3f} s longest of {len(seconds)}")
 

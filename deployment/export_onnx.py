@@ -40,6 +40,7 @@ from inference import BLOCK, predict_volume, probability, to_mask  # noqa: E402
 from preprocessing import CHANNELS, read_volume, volume_statistics  # noqa: E402
 from transunet import TransUNet  # noqa: E402
 
+FORMAT = "1"  # of the file's properties; deployment/browser/model.js reads this one
 BOUND, BOUND_HALF = 1e-4, 1e-2  # largest difference of a probability with which a file is kept
 LARGE = 256  # values from which on a weight is stored in half precision; biases and scales stay as they are
 SEED = 9  # of the phantoms that the file is compared on
@@ -132,7 +133,7 @@ def halve(graph: "onnx.GraphProto") -> None:
 def properties(checkpoint: Checkpoint) -> dict[str, str]:
     """What travels in the file besides the graph: the checkpoint's metadata, its card, and the constants of plausibility.py."""
     texts = {"metadata": checkpoint.metadata, "card": card_rows(checkpoint, checkpoint.sha256()), "plausibility": rules()}
-    return {"medfl_format": "1"} | {name: json.dumps(value, allow_nan=False) for name, value in texts.items()}
+    return {"medfl_format": FORMAT} | {name: json.dumps(value, allow_nan=False) for name, value in texts.items()}
 
 
 def rules() -> dict:

@@ -57,9 +57,10 @@ class Page(SimpleHTTPRequestHandler):
         """Say nothing of each request."""
 
 
-def server(folder: Path, port: int) -> ThreadingHTTPServer:
-    """A server of a staged folder on 127.0.0.1, not running yet. Raises MedFLError where the port is taken."""
-    page = functools.partial(Page, directory=str(folder), more=headers(folder / "README.md"))
+def server(folder: Path, port: int, isolated: bool = True) -> ThreadingHTTPServer:
+    """A server of a staged folder on 127.0.0.1, not running yet; isolated: with the Space's headers. Raises MedFLError where the
+    port is taken."""
+    page = functools.partial(Page, directory=str(folder), more=headers(folder / "README.md") if isolated else {})
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), page)
     except (OSError, OverflowError) as error:

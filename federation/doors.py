@@ -1,6 +1,6 @@
 """Who may pass Flower's door: the kit's list of admissions, carried over to the SuperLink while a federation runs."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from common import MedFLError, write_json
@@ -11,14 +11,15 @@ NODES = "nodes.json"  # {node id: label}, for the server's app
 
 
 class Doors:
-    """Registers who is admitted and puts out who is not any more. Raises MedFLError where the list is damaged at the start."""
+    """Registers who is admitted and puts out who is not any more. say: prints a line. Raises MedFLError where the list is
+    damaged at the start."""
 
-    def __init__(self, control: Control, kit: Path, folder: Path):
-        self.control, self.kit, self.nodes_file = control, kit, folder / NODES
+    def __init__(self, control: Control, kit: Path, folder: Path, say: Callable[[str], None]):
+        self.control, self.kit, self.nodes_file, self.say = control, kit, folder / NODES, say
         self._open: dict[str, tuple[str, int]] = {}  # by label: public key and node id
         self._complained = False
         self._apply()
-        print(f"{len(self._open)} hospitals are admitted: {', '.join(sorted(self._open)) or 'nobody yet (provision.py admit)'}")
+        say(f"admitted: {', '.join(sorted(self._open)) or 'nobody yet (provision.py admit)'}")
 
     def update(self) -> None:
         """Look at the list again. A damaged one changes nothing, and is told once."""
@@ -27,7 +28,7 @@ class Doors:
             self._complained = False
         except MedFLError as error:
             if not self._complained:
-                print(f"{error}; meanwhile nobody is admitted or revoked", file=sys.stderr, flush=True)
+                self.say(f"{error}; meanwhile nobody is admitted or revoked")
             self._complained = True
 
     def _apply(self) -> None:
@@ -38,7 +39,7 @@ class Doors:
                 self.control.unregister(node)
                 del self._open[label]
                 changed = True
-                print(f"{label} is put out: its key is revoked or its admission over ({self.kit / HOSPITALS})", flush=True)
+                self.say(f"{label} is put out: its key is revoked or its admission over ({self.kit / HOSPITALS})")
         for label in sorted(admitted.keys() - self._open.keys()):
             self._open[label] = (admitted[label].public_key, self.control.register(admitted[label].pem, label))
             changed = True

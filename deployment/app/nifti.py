@@ -96,7 +96,7 @@ def read_nifti_mask(case: Case, name: str, content: bytes) -> np.ndarray:
     values = np.asarray(_load(name, content)[1].dataobj)
     if values.dtype.names:
         raise MedFLError(f"{str(name).rsplit('/', 1)[-1]} holds colours, and a mask holds numbers; choose the mask of this scan")
-    mask = to_axial(values.squeeze(axis=tuple(range(3, values.ndim))) if values.shape[3:] == (1,) * (values.ndim - 3) else values)
+    mask = to_axial(values[..., 0] if values.shape[3:] == (1,) else values)  # one volume may be told as a fourth dimension
     if mask.shape != case.volume.shape[:3]:
         raise MedFLError(f"the mask has {_size(mask)} and the scan {_size(case.volume)}; choose the mask of this scan")
     return np.where(mask > 0, np.uint8(255), np.uint8(0))

@@ -1,0 +1,63 @@
+"""A key that another process has, or had until it was killed: what run_client.py does meanwhile.
+
+Flower lets go of a dead connection after about a minute, and of a living one never; so the connections here are scripted.
+test_gateway.py has a killed hospital that comes back, with real processes.
+"""
+
+import time
+
+import pytest
+
+import run_client
+from common import MedFLError, write_json
+
+AGAIN = 0.02
+
+
+class Scripted:
+    """Connections that are refused so many times, and then work."""
+
+    refusals, made = 0, 0
+
+    def __init__(self, server, kit, folder):
+        type(self).made += 1
+        self.began = time.monotonic()
+        self.refused = self.broken = self.made <= self.refusals
+        if not self.broken:
+            write_json(folder / "ended.json", {"exit": 0, "sentence": "the federation is over"})
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def watch(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_client, "Connection", Scripted)
+    monkeypatch.setattr(run_client, "ask_admission", lambda *_: "admitted")
+    health = iter([True] * 10_000)
+    monkeypatch.setattr(run_client, "is_healthy", lambda *_, **__: next(health))
+    for name, value in {"LOOK": 0.001, "AGAIN": AGAIN, "LINGERS": 20 * AGAIN, "PARTING": 0.0}.items():
+        monkeypatch.setattr(run_client, name, value)
+    monkeypatch.setattr(Scripted, "made", 0)
+    return run_client.Watch("127.0.0.1:1", "127.0.0.1", 1, tmp_path, tmp_path, 5.0)
+
+
+def test_it_waits_until_the_server_lets_go_and_says_so_once(watch, monkeypatch, capsys):
+    monkeypatch.setattr(Scripted, "refusals", 4)
+    assert watch.run() == (0, "the federation is over") and Scripted.made == 5
+    assert capsys.readouterr().out.count("still holds a connection") == 1
+
+
+def test_it_gives_up_where_another_process_has_the_key(watch, monkeypatch):
+    monkeypatch.setattr(Scripted, "refusals", 1_000)
+    with pytest.raises(MedFLError, match="another process takes part with this hospital's key"):
+        watch.run()
+
+
+@pytest.mark.parametrize(("said", "sentence"), [("unknown", "does not admit"), ("clock", "this machine's time")])
+def test_a_key_that_is_not_admitted_ends_it_at_once(watch, monkeypatch, said, sentence):
+    monkeypatch.setattr(Scripted, "refusals", 1_000)
+    monkeypatch.setattr(run_client, "ask_admission", lambda *_: said)
+    with pytest.raises(MedFLError, match=sentence):
+        watch.run()
+    assert Scripted.made == 1
