@@ -22,9 +22,14 @@ class Scripted:
     def __init__(self, server, kit, folder):
         type(self).made += 1
         self.began = time.monotonic()
-        self.refused = self.broken = self.made <= self.refusals
-        if not self.broken:
+        self.refused = self.made <= self.refusals
+        if not self.refused:
             write_json(folder / "ended.json", {"exit": 0, "sentence": "the federation is over"})
+
+    @property
+    def broken(self) -> bool:
+        """As with Flower's, a refusal takes a while to come."""
+        return self.refused and time.monotonic() - self.began > AGAIN
 
     def stop(self) -> None:
         pass
