@@ -3,72 +3,16 @@
 The real processes of test_runs.py show that the way there works; here are the cases that they can't be brought into at will.
 """
 
-import itertools
-
 import pytest
-from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 import federation.membership
 from federation.membership import Membership
-from federation.messages import End, Query, message, read
+from federation.messages import End
 from federation.post import Post
 from federation.settings import FederationSettings
 from plausibility import MEASURES
-
-VERSIONS = {"medfl": "1", "flwr": "1", "timm": "1", "torch": "1"}
-
-
-def facts(label: str, **other) -> dict:
-    part = {"patients": 4, "slices": 80}
-    cid = int(label.removeprefix("hospital-")) if label.startswith("hospital-") else None
-    return {"label": label, "session": f"session of {label}", "cid": cid, "versions": VERSIONS, "own_data": cid is None,
-            "data": "phantoms", "parts": {"train": part, "val": part, "test": part}, "images": None, "device": "cpu",
-            "split_sha256": None if cid is None else "s", "partition_sha256": None if cid is None else "p", **other}
-
-
-class Node:
-    """A hospital: what it says at joining, whether it answers at all, and what it was told at the end."""
-
-    def __init__(self, introduction, silent: bool = False):
-        self.introduction, self.silent, self.ends = introduction, silent, []
-
-    def answer(self, incoming: Message) -> Message | None:
-        about = read(incoming.content)
-        if about["query"] == Query.END:
-            self.ends.append(about["code"])
-        if self.silent:
-            return None
-        if about["query"] == Query.JOIN:
-            if isinstance(self.introduction, int):
-                return Message(Error(self.introduction, "x"), reply_to=incoming)
-            return Message(message(self.introduction), reply_to=incoming)
-        return Message(message({}), reply_to=incoming)
-
-
-class Grid:
-    """Nodes by number; a message to one that is not there is not accepted, as Flower's SuperLink does."""
-
-    def __init__(self):
-        self.nodes, self.replies, self.ids = {}, {}, itertools.count(1)
-
-    def get_node_ids(self):
-        return list(self.nodes)
-
-    def push_messages(self, messages):
-        accepted = []
-        for sent in messages:
-            node = self.nodes.get(sent.metadata.dst_node_id)
-            identity = f"message {next(self.ids)}" if node else ""
-            sent.metadata.__dict__["_message_id"] = identity
-            if node and (reply := node.answer(sent)):
-                self.replies[identity] = reply
-            accepted.append(identity)
-        return accepted
-
-    def pull_messages(self, identities):
-        return [self.replies.pop(identity) for identity in identities if identity in self.replies]
-
+from scripted import VERSIONS, Grid, Node, facts
 
 class Play:
     """A membership on such a grid, and the lines that it said."""

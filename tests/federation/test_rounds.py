@@ -1,66 +1,17 @@
 """The round loop on a grid whose hospitals answer as a test says: what is kept, averaged, left out, and when it ends."""
 
 import pytest
-import torch
-from flwr.app import Message
-from flwr.supercore.task_identity import TaskIdentity
 
-import federation.membership
-import federation.rounds
 from checkpoint import load_checkpoint
-from federation.audit import AuditLog
-from federation.messages import from_record, message, pack, read, to_record
-from federation.rounds import Federation
-from federation.settings import FederationSettings
+from federation.messages import pack
 from federation.state import BEST, RunState
-from test_membership import VERSIONS, Grid, Node, facts
-from training import TrainingSettings
-from transunet import TransUNet
-
-
-class Worker(Node):
-    """Gives weights that are all the round's number times `factor`; its scores come from a list, one a message."""
-
-    def __init__(self, label: str, scores: list[float | None], factor: float = 1.0, failures: int = 0):
-        super().__init__(facts(label))
-        self.scores, self.factor, self.failures, self.heard, self.got = list(scores), factor, failures, [], []
-
-    def answer(self, incoming: Message) -> Message | None:
-        about = read(incoming.content)
-        if "query" in about:
-            return super().answer(incoming)
-        self.heard.append(about)
-        self.got.append(from_record(incoming.content["arrays"]))
-        if self.failures:
-            self.failures -= 1
-            return Message(message({"failure": "bug"}), reply_to=incoming)
-        dice = self.scores.pop(0)
-        result = {"val_dice": dice, "val_patients": 0 if dice is None else 3, "seconds": 1.0}
-        if "round" not in about:
-            return Message(message(result), reply_to=incoming)
-        weights = torch.full_like(self.got[-1], about["round"] * self.factor)
-        result |= {"round": about["round"], "examples": 10, "train_loss": 1.0}
-        return Message(message(result, to_record(weights)), reply_to=incoming)
+from scripted import Worker, federate, make_fast
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-    monkeypatch.setattr(federation.membership, "LOOK", -1.0)
-    monkeypatch.setattr(federation.rounds, "TICK", 0.01)
-    monkeypatch.setattr(federation.rounds, "draw_curves", lambda *_: None)
-
-    def go(workers: list[Worker], rounds: int, **training):
-        settings = FederationSettings(clients=len(workers), rounds=rounds, round_timeout=20.0)
-        state = RunState(TransUNet("tiny", 32), TrainingSettings(image_size=32, **training), settings, tmp_path, None)
-        state.progress.started_from = "random weights"
-        said, grid = [], Grid()
-        grid.nodes = dict(enumerate(workers, 1))
-        code = Federation(grid, state, VERSIONS, tmp_path, False, AuditLog(tmp_path / "audit.jsonl"), say=said.append).run()
-        return code, state, said
-
-    return go
+    make_fast(monkeypatch)
+    return lambda workers, rounds, **training: federate(workers, rounds, tmp_path, **training)
 
 
 def kept(state: RunState) -> tuple[float, dict]:

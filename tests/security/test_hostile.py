@@ -10,18 +10,9 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message
-from flwr.supercore.task_identity import TaskIdentity
 
-import federation.membership
-import federation.rounds
-from federation.audit import AuditLog
 from federation.messages import WEIGHTS, message, pack, read, to_record
-from federation.rounds import Federation
-from federation.settings import FederationSettings
-from federation.state import RunState
-from test_membership import VERSIONS, Grid, facts
-from test_rounds import Worker
-from training import TrainingSettings
+from scripted import Worker, facts, federate, make_fast
 from transunet import TransUNet
 
 ROUNDS = 2
@@ -106,23 +97,11 @@ ATTACKS = {
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-    monkeypatch.setattr(federation.membership, "LOOK", -1.0)
-    monkeypatch.setattr(federation.rounds, "TICK", 0.01)
-    monkeypatch.setattr(federation.rounds, "draw_curves", lambda *_: None)
+    make_fast(monkeypatch)
 
-    def go(workers: list[Honest], folder: str):
-        settings = FederationSettings(clients=len(workers), rounds=ROUNDS, round_timeout=20.0)
-        out = tmp_path / folder
-        state = RunState(TransUNet("tiny", 32), TrainingSettings(image_size=32), settings, out, None)
-        state.weights = torch.zeros_like(state.weights)
-        state.progress.started_from = "random weights"
-        said, grid = [], Grid()
-        grid.nodes = dict(enumerate(workers, 1))
-        code = Federation(grid, state, VERSIONS, out, False, AuditLog(out / "audit.jsonl"), say=said.append).run()
-        events = [json.loads(line) for line in (out / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
-        return code, state, said, events
+    def go(workers: list[Honest]):
+        code, state, said = federate(workers, ROUNDS, tmp_path, torch.zeros(LENGTH))
+        return code, state, said, [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
 
     return go
 
@@ -130,7 +109,7 @@ def run(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_bad_update_is_left_out_and_named(run, name):
     hostile, reason = ATTACKS[name]
-    code, state, said, events = run([*map(Honest, range(4)), hostile], "attacked")
+    code, state, said, events = run([*map(Honest, range(4)), hostile])
     assert code == 0 and state.progress.round == ROUNDS
     left_out = [event for event in events if event["event"] == "left_out"]
     assert [(event["round"], event["hospital"]) for event in left_out] == [(k + 1, "hospital-4") for k in range(ROUNDS)], left_out
@@ -143,7 +122,7 @@ def test_a_bad_update_is_left_out_and_named(run, name):
 
 
 def test_honest_hospitals_are_all_kept(run):
-    code, _, _, events = run([*map(Honest, range(5))], "honest")
+    code, _, _, events = run([*map(Honest, range(5))])
     assert code == 0 and not [event for event in events if event["event"] == "left_out"]
 
 
@@ -153,6 +132,6 @@ def test_too_many_bad_ones_end_the_federation(run):
     bad = [Hostile(spoil) for _ in range(3)]
     for number, hospital in enumerate(bad, 2):
         hospital.introduction = facts(f"hospital-{number}")
-    code, state, _, events = run([Honest(0), Honest(1), *bad], "many")
+    code, state, _, events = run([Honest(0), Honest(1), *bad])
     assert code == 3 and state.progress.round == 0
     assert len([event for event in events if event["event"] == "left_out"]) == 6

@@ -1,0 +1,118 @@
+"""Hospitals and a grid that answer as a test says, for cases that real processes can't be brought into at will."""
+
+import itertools
+
+import torch
+from flwr.app import Error, Message
+from flwr.supercore.task_identity import TaskIdentity
+
+import federation.membership
+import federation.rounds
+from federation.audit import AuditLog
+from federation.messages import Query, from_record, message, read, to_record
+from federation.rounds import Federation
+from federation.settings import FederationSettings
+from federation.state import RunState
+from training import TrainingSettings
+from transunet import TransUNet
+
+VERSIONS = {"medfl": "1", "flwr": "1", "timm": "1", "torch": "1"}
+
+
+def facts(label: str, **other) -> dict:
+    part = {"patients": 4, "slices": 80}
+    cid = int(label.removeprefix("hospital-")) if label.startswith("hospital-") else None
+    return {"label": label, "session": f"session of {label}", "cid": cid, "versions": VERSIONS, "own_data": cid is None,
+            "data": "phantoms", "parts": {"train": part, "val": part, "test": part}, "images": None, "device": "cpu",
+            "split_sha256": None if cid is None else "s", "partition_sha256": None if cid is None else "p", **other}
+
+
+class Node:
+    """A hospital: what it says at joining, whether it answers at all, and what it was told at the end."""
+
+    def __init__(self, introduction, silent: bool = False):
+        self.introduction, self.silent, self.ends = introduction, silent, []
+
+    def answer(self, incoming: Message) -> Message | None:
+        about = read(incoming.content)
+        if about["query"] == Query.END:
+            self.ends.append(about["code"])
+        if self.silent:
+            return None
+        if about["query"] == Query.JOIN:
+            if isinstance(self.introduction, int):
+                return Message(Error(self.introduction, "x"), reply_to=incoming)
+            return Message(message(self.introduction), reply_to=incoming)
+        return Message(message({}), reply_to=incoming)
+
+
+class Grid:
+    """Nodes by number; a message to one that is not there is not accepted, as Flower's SuperLink does."""
+
+    def __init__(self):
+        self.nodes, self.replies, self.ids = {}, {}, itertools.count(1)
+
+    def get_node_ids(self):
+        return list(self.nodes)
+
+    def push_messages(self, messages):
+        accepted = []
+        for sent in messages:
+            node = self.nodes.get(sent.metadata.dst_node_id)
+            identity = f"message {next(self.ids)}" if node else ""
+            sent.metadata.__dict__["_message_id"] = identity
+            if node and (reply := node.answer(sent)):
+                self.replies[identity] = reply
+            accepted.append(identity)
+        return accepted
+
+    def pull_messages(self, identities):
+        return [self.replies.pop(identity) for identity in identities if identity in self.replies]
+
+
+class Worker(Node):
+    """Gives weights that are all the round's number times `factor`; its scores come from a list, one a message."""
+
+    def __init__(self, label: str, scores: list[float | None], factor: float = 1.0, failures: int = 0):
+        super().__init__(facts(label))
+        self.scores, self.factor, self.failures, self.heard, self.got = list(scores), factor, failures, [], []
+
+    def answer(self, incoming: Message) -> Message | None:
+        about = read(incoming.content)
+        if "query" in about:
+            return super().answer(incoming)
+        self.heard.append(about)
+        self.got.append(from_record(incoming.content["arrays"]))
+        if self.failures:
+            self.failures -= 1
+            return Message(message({"failure": "bug"}), reply_to=incoming)
+        dice = self.scores.pop(0)
+        result = {"val_dice": dice, "val_patients": 0 if dice is None else 3, "seconds": 1.0}
+        if "round" not in about:
+            return Message(message(result), reply_to=incoming)
+        weights = torch.full_like(self.got[-1], about["round"] * self.factor)
+        result |= {"round": about["round"], "examples": 10, "train_loss": 1.0}
+        return Message(message(result, to_record(weights)), reply_to=incoming)
+
+
+def make_fast(monkeypatch) -> None:
+    """Let messages be made outside of a run, and the loop look for answers all the time."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    monkeypatch.setattr(federation.membership, "LOOK", -1.0)
+    monkeypatch.setattr(federation.rounds, "TICK", 0.01)
+    monkeypatch.setattr(federation.rounds, "draw_curves", lambda *_: None)
+
+
+def federate(workers: list[Worker], rounds: int, out, weights: torch.Tensor | None = None,
+             **training) -> tuple[int, RunState, list[str]]:
+    """Exit code, final state and spoken lines of a federation of these hospitals. weights: to start from, random ones if none."""
+    settings = FederationSettings(clients=len(workers), rounds=rounds, round_timeout=20.0)
+    state = RunState(TransUNet("tiny", 32), TrainingSettings(image_size=32, **training), settings, out, None)
+    if weights is not None:
+        state.weights = weights
+    state.progress.started_from = "random weights"
+    said, grid = [], Grid()
+    grid.nodes = dict(enumerate(workers, 1))
+    code = Federation(grid, state, VERSIONS, out, False, AuditLog(out / "audit.jsonl"), say=said.append).run()
+    return code, state, said
