@@ -2,9 +2,11 @@
 
 Form and numbers are checked for each by itself. Size and direction are compared with the other updates of the round (an update is
 the hospital's weights minus those that were sent): one that is many times as long as the median, or that points against all
-the others, is left out.
+the others, is left out. The bounds leave room for honest hospitals: those of the real sites, 4 to 11 patients each, differ
+in length by 8 and after a few rounds point hardly the same way (SECURITY.md).
 """
 
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +50,7 @@ def outliers(updates: list[Update], sent: torch.Tensor, settings: FederationSett
     found: dict[str, str] = {}
     if len(changes) >= COMPARED:
         norms = {label: float(change.norm()) for label, change in changes.items()}
-        median = float(torch.tensor(sorted(norms.values())).median())
+        median = statistics.median(norms.values())
         for label, norm in norms.items():
             if norm > settings.max_update_norm_ratio * median:
                 found[label] = f"its update is {norm / max(median, 1e-12):.1f} times as long as the median of the round"

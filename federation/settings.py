@@ -30,8 +30,8 @@ class FederationSettings:
     proximal_mu: float = setting(0.01, "of fedprox: the pull towards the round's model")
     local_epochs: int = setting(1, "passes over a hospital's training slices a round")
     round_timeout: float = setting(1800.0, "longest wait for a round's answers in seconds")
-    max_update_norm_ratio: float = setting(5.0, "an update longer than this many times the round's median is left out")
-    min_update_cosine: float = setting(-0.2, "an update whose cosine with the others' mean is below this is left out")
+    max_update_norm_ratio: float = setting(10.0, "an update longer than this many times the round's median is left out")
+    min_update_cosine: float = setting(-0.5, "an update whose cosine with the others' mean is below this is left out")
     min_clients: int | None = setting(None, "hospitals that a round needs, half of --clients if none is given", kind=int)
 
     def __post_init__(self) -> None:
