@@ -1,6 +1,7 @@
 """What several tests share: a small phantom cohort, and a model trained on it for a moment."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -44,3 +45,16 @@ def trained(phantoms, tmp_path_factory) -> Path:
                       "--batch-size", 8, "--warmup-steps", 2)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium; skipped aloud where there is none, or no Playwright to drive it."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium for the browser tests: install it")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -1,9 +1,10 @@
 // The page: what is opened, shown and downloaded. The other modules know nothing of it.
 
-import { checkNumber, packZip } from "./archives.js";
-import { MAX_BYTES, maskName, readCase, readMasks } from "./cases.js";
-import { UserError, fixed, short } from "./common.js";
+import { packZip } from "./archives.js";
+import { maskName, readCase, readMasks } from "./cases.js";
+import { UserError, fixed } from "./common.js";
 import { VIEWS, chart, draw } from "./draw.js";
+import { dropped, take } from "./files.js";
 import { Network, checkBrowser, download, readProperties } from "./model.js";
 import { writeNifti } from "./nifti.js";
 import { doubts } from "./plausibility.js";
@@ -102,15 +103,6 @@ function showCard(size) {
 
 // ---- opening and closing ----
 
-async function take(list) {
-  const files = [...list];
-  checkNumber(files.length);
-  const large = files.find((file) => file.size > MAX_BYTES);
-  if (large) throw new UserError(`${short(large.name)} is larger than ${MAX_BYTES >> 20} MB; open one patient at a time`);
-  return Promise.all(files.map(async (file) => ({ name: file.webkitRelativePath || file.path || file.name,
-    bytes: new Uint8Array(await file.arrayBuffer()) })));
-}
-
 /** Segment the files of a case and show it. */
 async function open(files) {
   if (state.busy || !state.network) return;
@@ -139,29 +131,6 @@ function close() {
   for (const id of ["files", "folder", "truth", "pixel-size", "slice-distance"]) $(id).value = "";
   $("messages").replaceChildren();
   ready("Ready.");
-}
-
-/** The files under what was dropped, folders and all. */
-async function dropped(items) {
-  const entries = [...items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-  const files = [];
-  while (entries.length) {
-    const entry = entries.shift();
-    if (entry.isFile) {
-      const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
-      file.path = entry.fullPath.slice(1);
-      files.push(file);
-      checkNumber(files.length);
-      continue;
-    }
-    const reader = entry.createReader();
-    for (;;) { // a reader gives a hundred at a time
-      const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-      if (!some.length) break;
-      entries.push(...some);
-    }
-  }
-  return files;
 }
 
 // ---- showing ----

@@ -1,12 +1,15 @@
-"""What the browser's tests share: node, the page's libraries, and the app's modules, which the page is held against."""
+"""What the browser's tests share: node, the staged page and its server, and the app's modules, which the page is held against."""
 
 import shutil
 import sys
+import threading
 
 import pytest
 
-from running import ROOT
+from dataset import load_dataset
+from running import ROOT, run_script
 
+BEST = "transunet_centralized_best.pth"
 PAGE = ROOT / "deployment" / "browser"
 sys.path[:0] = [str(ROOT / "deployment"), str(ROOT / "deployment" / "app")]
 
@@ -18,3 +21,46 @@ def node() -> str:
     if path is None or not (PAGE / "node_modules").is_dir():
         pytest.skip("no Node.js, or no libraries of the page: install it, then `make browser-libraries`")
     return path
+
+
+@pytest.fixture(scope="module")
+def staged(node, trained, tmp_path_factory):
+    from checkpoint import load_checkpoint
+    from staging import stage_browser
+
+    folder = tmp_path_factory.mktemp("browser") / "staged"
+    stage_browser(load_checkpoint(trained / BEST), folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """A function that serves a folder, with the Space's headers or without, and gives the address."""
+    from serve_browser import server
+
+    running = []
+
+    def start(folder, isolated=True) -> str:
+        one = server(folder, 0, isolated)
+        running.append(one)
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{one.server_port}"
+
+    yield start
+    for one in running:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.fixture(scope="module")
+def address(staged, serve) -> str:
+    return serve(staged)
+
+
+@pytest.fixture(scope="module")
+def patient(phantoms, trained, tmp_path_factory):
+    """A patient's slices and masks, and the folder of masks that predict.py writes for the slices."""
+    one = load_dataset(phantoms, progress=False).patients[0]
+    out = tmp_path_factory.mktemp("predicted")
+    assert run_script("predict.py", *one.images, "--checkpoint", trained / BEST, "--out", out).returncode == 0
+    return one, out

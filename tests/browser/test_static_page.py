@@ -1,11 +1,8 @@
-"""The page in a real Chromium: cases in, masks out and equal to predict.py's, nothing sent, bad input, keys, two widths."""
+"""The page in a real Chromium: cases in, masks out and equal to predict.py's, keys, two widths, and nothing sent."""
 
-import functools
 import gzip
 import http.server
 import io
-import re
-import shutil
 import threading
 import zipfile
 
@@ -14,76 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoint import load_checkpoint
-from dataset import load_dataset
+from pages import WIDTHS, assert_equal_masks, choose, fetched, masks_of, opened, shown
 from running import run_script
-from uploads import BROKEN, picture
+from uploads import picture
 
-pytest.importorskip("playwright", reason="the browser tests need playwright")
-from playwright.sync_api import expect, sync_playwright  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium for the browser tests: install it")]
+pytestmark = pytest.mark.slow
 BEST = "transunet_centralized_best.pth"
-WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
-EQUAL = 0.9999  # share of the mask pixels that must be predict.py's
-
-
-@pytest.fixture(scope="module")
-def staged(node, trained, tmp_path_factory):
-    from staging import stage_browser
-
-    folder = tmp_path_factory.mktemp("browser") / "staged"
-    stage_browser(load_checkpoint(trained / BEST), folder=folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def serve():
-    """A function that serves a folder, with the Space's headers or without, and gives the address."""
-    from serve_browser import Page, server
-
-    running = []
-
-    def start(folder, isolated=True) -> str:
-        if isolated:
-            one = server(folder, 0)
-        else:
-            one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Page, directory=str(folder), more={}))
-        running.append(one)
-        threading.Thread(target=one.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{one.server_port}"
-
-    yield start
-    for one in running:
-        one.shutdown()
-        one.server_close()
-
-
-@pytest.fixture(scope="module")
-def address(staged, serve) -> str:
-    return serve(staged)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-def opened(browser, where: str, size=WIDTHS["desktop"], before: str | None = None):
-    """A page at this address, with what it asked for and the errors that it logged."""
-    page = browser.new_page(viewport={"width": size[0], "height": size[1]}, accept_downloads=True)
-    page.asked, page.failures = [], []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.on("pageerror", lambda error: page.failures.append(str(error)))
-    page.set_default_timeout(60_000)
-    if before:
-        page.add_init_script(before)
-    page.goto(where)
-    return page
 
 
 @pytest.fixture(params=WIDTHS)
@@ -93,43 +26,6 @@ def page(request, address, browser):
     yield made
     assert made.failures == []
     made.close()
-
-
-@pytest.fixture(scope="module")
-def patient(phantoms, trained, tmp_path_factory):
-    """A patient's slices and masks, and the folder of masks that predict.py writes for the slices."""
-    one = load_dataset(phantoms, progress=False).patients[0]
-    out = tmp_path_factory.mktemp("predicted")
-    assert run_script("predict.py", *one.images, "--checkpoint", trained / BEST, "--out", out).returncode == 0
-    return one, out
-
-
-def choose(page, files, field: str = "#files") -> None:
-    page.locator(field).set_input_files([{"name": name, "mimeType": "application/octet-stream", "buffer": content}
-                                         for name, content in files] if isinstance(files[0], tuple) else files)
-
-
-def shown(page, count: int) -> None:
-    """Wait until a case of so many slices is on the page."""
-    page.locator("#caption", has_text=f"of {count} (").wait_for()
-
-
-def fetched(page, button: str) -> tuple[str, bytes]:
-    """Name and content of the file that a download button gives."""
-    with page.expect_download() as download:
-        page.get_by_role("button", name=button).click()
-    return download.value.suggested_filename, download.value.path().read_bytes()
-
-
-def assert_equal_masks(found: list[np.ndarray], expected: list[np.ndarray], what: str) -> None:
-    same = np.mean([one == other for one, other in zip(found, expected)])
-    print(f"{what}: {100 * same:.4f} % of the mask pixels are predict.py's, tumour in {np.mean(np.array(expected) > 0):.1%}")
-    assert len(found) == len(expected) and same >= EQUAL and np.any(expected)
-
-
-def masks_of(content: bytes) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return {name: np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in archive.namelist() if name.endswith("png")}
 
 
 def test_slices_give_predicts_masks_and_the_controls_work(page, patient):
@@ -153,7 +49,7 @@ def test_slices_give_predicts_masks_and_the_controls_work(page, patient):
     assert name == f"{one.images[3].stem}_mask.png" and np.array_equal(np.asarray(Image.open(io.BytesIO(content))), found[name])
     before = page.locator("#figures").inner_text()
     page.locator("#threshold").fill("0.05")
-    expect(page.locator("#figures")).not_to_have_text(before)
+    assert page.locator("#figures").inner_text() != before
     pictures = {}
     for overlay in ("outline", "fill", "probability"):
         page.get_by_text(overlay, exact=True).click()
@@ -228,7 +124,7 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
     assert run_script("predict.py", one.images[3], "--checkpoint", trained / BEST, "--out", tmp_path).returncode == 0
     _, content = fetched(page, "Mask of this slice (PNG)")
     alone = np.asarray(Image.open(tmp_path / f"{one.images[3].stem}_mask.png"))
-    assert np.mean(np.asarray(Image.open(io.BytesIO(content))) == alone) >= EQUAL
+    assert_equal_masks([np.asarray(Image.open(io.BytesIO(content)))], [alone], "a lone slice")
     page.get_by_text("A lone slice is normalised by itself").wait_for()
     choose(page, [one.masks[3]], "#truth")
     page.locator("#figures", has_text="Dice with the truth").wait_for()
@@ -298,97 +194,4 @@ def test_nothing_leaves_and_it_works_without_a_network(browser, address, patient
     asked = [url for url in page.asked[loaded:] if not url.startswith("blob:")]
     assert asked == [f"{address}/samples/phantom_2.zip"], asked
     listener.shutdown()
-    page.close()
-
-
-def test_the_page_outlives_every_bad_upload(browser, address, patient):
-    page = opened(browser, address)
-    page.get_by_text("Ready.").wait_for()
-    before = ""
-    for name, files in BROKEN.items():
-        if name == "too many":
-            continue  # below, by a list that Chromium makes by itself: each name would travel as a file
-        choose(page, files)
-        alert = page.get_by_role("alert").locator("p")
-        expect(alert).not_to_have_text(before) if before else alert.wait_for()
-        before = alert.inner_text()
-        assert before.count("\n") == 0 and before.endswith("."), name
-        page.evaluate("document.getElementById('messages').replaceChildren()")
-        before = ""
-    page.evaluate("""() => {
-      const list = new DataTransfer();
-      for (let k = 0; k < 2000; k++) list.items.add(new File([], `a_${k}.png`));
-      const field = document.getElementById("files");
-      field.files = list.files;
-      field.dispatchEvent(new Event("change"));
-    }""")
-    page.get_by_role("alert").get_by_text("2000 files are more than").wait_for()
-    choose(page, list(patient[0].images))
-    shown(page, len(patient[0].images))
-    assert page.failures == [] and page.get_by_role("alert").inner_text() == ""
-    choose(page, [("a_1_mask.png", picture(np.zeros((20, 20), np.uint8)))], "#truth")
-    page.get_by_role("alert").get_by_text("no mask has the name of a slice").wait_for()
-    page.close()
-
-
-@pytest.mark.parametrize(("change", "sentence"), [
-    (lambda content: content[:len(content) // 2], "cut off"), (lambda content: b"version https://git-lfs.github.com", "cut off"),
-    (lambda content: b"", "not one that this page can use"), (None, "can't be loaded")], ids=["cut", "pointer", "empty", "missing"])
-def test_a_model_file_that_is_none_is_told(browser, staged, serve, tmp_path, change, sentence):
-    shutil.copytree(staged, tmp_path / "page")
-    model = tmp_path / "page" / "model.onnx"
-    if change:
-        model.write_bytes(change(model.read_bytes()))
-    else:
-        model.unlink()
-    page = opened(browser, serve(tmp_path / "page"))
-    page.get_by_role("alert").get_by_text(sentence).wait_for()
-    assert page.failures == [] and page.locator("#open").is_hidden()
-    page.close()
-
-
-def test_threads_where_the_page_is_isolated_and_a_browser_that_is_too_old(browser, staged, serve, address, patient):
-    page = opened(browser, address)
-    page.get_by_text(re.compile(r"Ready\. The network runs on (\d+ threads|one thread)\.")).wait_for()
-    assert page.evaluate("crossOriginIsolated")
-    page.close()
-    page = opened(browser, serve(staged, isolated=False))
-    page.get_by_text("one thread: this address does not isolate the page").wait_for()
-    choose(page, list(patient[0].images))
-    shown(page, len(patient[0].images))
-    page.close()
-    page = opened(browser, address, before="WebAssembly.validate = () => false")
-    page.get_by_role("alert").get_by_text("no WebAssembly with SIMD").wait_for()
-    page.close()
-
-
-def test_a_segmentation_can_be_cancelled(browser, address, patient):
-    page = opened(browser, address)
-    page.get_by_text("Ready.").wait_for()
-    # pressed the moment it is there: the small network of the tests is soon done
-    page.evaluate("""() => new MutationObserver(() => {
-      const button = document.getElementById("cancel");
-      if (!button.hidden) button.click();
-    }).observe(document.getElementById("cancel"), { attributes: true })""")
-    choose(page, [(f"a_{k}.png", picture(np.full((256, 256), k, np.uint8))) for k in range(1, 60)])
-    page.get_by_text("Cancelled.").wait_for()
-    page.get_by_text("Try a sample").wait_for()
-    page.close()
-
-
-def test_drops_of_folders_are_taken(browser, address, patient):
-    """A drop can't be made by hand in a test; its handler is given what Chromium would give it."""
-    page = opened(browser, address)
-    page.get_by_text("Ready.").wait_for()
-    pictures = [[path.name, list(path.read_bytes())] for path in patient[0].images]
-    page.evaluate("""pictures => {
-      const file = ([name, bytes]) => ({ isFile: true, fullPath: `/anna/${name}`,
-        file: give => give(new File([Uint8Array.from(bytes)], name)) });
-      const batches = [pictures.slice(0, 3).map(file), pictures.slice(3).map(file), []];
-      const folder = { isFile: false, createReader: () => ({ readEntries: give => give(batches.shift()) }) };
-      const event = new Event("drop");
-      event.dataTransfer = { items: [{ webkitGetAsEntry: () => folder }] };
-      document.getElementById("drop").dispatchEvent(event);
-    }""", pictures)
-    shown(page, len(pictures))
     page.close()

@@ -1,0 +1,105 @@
+"""The page in a real Chromium, in trouble: bad files, bad models, old browsers, servers without headers, a change of mind."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from pages import choose, opened, shown
+from uploads import BROKEN, picture
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_page_outlives_every_bad_upload(browser, address, patient):
+    page = opened(browser, address)
+    page.get_by_text("Ready.").wait_for()
+    for name, files in BROKEN.items():
+        if name == "too many":
+            continue  # below, by a list that Chromium makes by itself: each name would travel as a file
+        choose(page, files)
+        alert = page.get_by_role("alert").locator("p")
+        alert.wait_for()
+        said = alert.inner_text()
+        assert said.count("\n") == 0 and said.endswith("."), name
+        page.evaluate("document.getElementById('messages').replaceChildren()")
+    page.evaluate("""() => {
+      const list = new DataTransfer();
+      for (let k = 0; k < 2000; k++) list.items.add(new File([], `a_${k}.png`));
+      const field = document.getElementById("files");
+      field.files = list.files;
+      field.dispatchEvent(new Event("change"));
+    }""")
+    page.get_by_role("alert").get_by_text("2000 files are more than").wait_for()
+    choose(page, list(patient[0].images))
+    shown(page, len(patient[0].images))
+    assert page.failures == [] and page.get_by_role("alert").inner_text() == ""
+    choose(page, [("a_1_mask.png", picture(np.zeros((20, 20), np.uint8)))], "#truth")
+    page.get_by_role("alert").get_by_text("no mask has the name of a slice").wait_for()
+    page.close()
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda content: content[:len(content) // 2], "cut off"), (lambda content: b"version https://git-lfs.github.com", "cut off"),
+    (lambda content: b"", "not one that this page can use"), (None, "can't be loaded")], ids=["cut", "pointer", "empty", "missing"])
+def test_a_model_file_that_is_none_is_told(browser, staged, serve, tmp_path, change, sentence):
+    shutil.copytree(staged, tmp_path / "page")
+    model = tmp_path / "page" / "model.onnx"
+    if change:
+        model.write_bytes(change(model.read_bytes()))
+    else:
+        model.unlink()
+    page = opened(browser, serve(tmp_path / "page"))
+    page.get_by_role("alert").get_by_text(sentence).wait_for()
+    assert page.failures == [] and page.locator("#open").is_hidden()
+    page.close()
+
+
+def test_threads_where_the_page_is_isolated_and_a_browser_that_is_too_old(browser, staged, serve, address, patient):
+    page = opened(browser, address)
+    page.get_by_text(re.compile(r"Ready\. The network runs on (\d+ threads|one thread)\.")).wait_for()
+    assert page.evaluate("crossOriginIsolated")
+    page.close()
+    page = opened(browser, serve(staged, isolated=False))
+    page.get_by_text("one thread: this address does not isolate the page").wait_for()
+    choose(page, list(patient[0].images))
+    shown(page, len(patient[0].images))
+    page.close()
+    page = opened(browser, address, before="WebAssembly.validate = () => false")
+    page.get_by_role("alert").get_by_text("no WebAssembly with SIMD").wait_for()
+    page.close()
+
+
+def test_a_segmentation_can_be_cancelled(browser, address, patient):
+    page = opened(browser, address)
+    page.get_by_text("Ready.").wait_for()
+    # pressed the moment it is there: the small network of the tests is soon done
+    page.evaluate("""() => new MutationObserver(() => {
+      const button = document.getElementById("cancel");
+      if (!button.hidden) button.click();
+    }).observe(document.getElementById("cancel"), { attributes: true })""")
+    choose(page, [(f"a_{k}.png", picture(np.full((256, 256), k, np.uint8))) for k in range(1, 60)])
+    page.get_by_text("Cancelled.").wait_for()
+    page.get_by_text("Try a sample").wait_for()
+    assert page.locator("#case").is_hidden() and page.locator("#cancel").is_hidden() and page.failures == []
+    page.close()
+
+
+def test_drops_of_folders_are_taken(browser, address, patient):
+    """A drop can't be made by hand in a test; its handler is given what Chromium would give it."""
+    page = opened(browser, address)
+    page.get_by_text("Ready.").wait_for()
+    pictures = [[path.name, list(path.read_bytes())] for path in patient[0].images]
+    page.evaluate("""pictures => {
+      const file = ([name, bytes]) => ({ isFile: true, fullPath: `/anna/${name}`,
+        file: give => give(new File([Uint8Array.from(bytes)], name)) });
+      const batches = [pictures.slice(0, 3).map(file), pictures.slice(3).map(file), []];
+      const folder = { isFile: false, createReader: () => ({ readEntries: give => give(batches.shift()) }) };
+      const event = new Event("drop");
+      event.dataTransfer = { items: [{ webkitGetAsEntry: () => folder }] };
+      document.getElementById("drop").dispatchEvent(event);
+    }""", pictures)
+    shown(page, len(pictures))
+    assert page.locator("#name").inner_text() == patient[0].name and page.failures == []
+    page.close()
