@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -57,13 +58,17 @@ class Child:
         return self.process.poll()
 
     def stop(self) -> None:
-        """End it, by force if it does not end by itself."""
+        """End it, by force if it does not end by itself, and what it may have left in its group (nginx' workers, if nginx was
+        killed)."""
         if self.exit_code is None:
             self.process.terminate()
             try:
                 self.process.wait(GRACE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+        if os.name == "posix":
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def last_words(self) -> str:

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from consortium import Consortium
 from running import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "federation"))
+from consortium import Consortium  # noqa: E402
 
 
 @pytest.fixture

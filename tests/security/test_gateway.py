@@ -3,14 +3,15 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import httpx
 import pytest
@@ -23,7 +24,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from consortium import Consortium
+from consortium import Consortium, Secured, call, tls
 from federation.audit import verify
 from federation.bundle import make_bundle
 from federation.flower import Control, TaskSource
@@ -32,35 +33,6 @@ from running import run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None,
                                                    reason="no nginx for the gateway's tests: install it")]
-
-
-class Secured(Scene):
-    """A federation of three admitted hospitals that goes on for as long as the tests do."""
-
-    def __init__(self, folder: Path, phantoms: Path):
-        super().__init__(folder)
-        self.consortium = Consortium(folder)
-        self.kits = {label: self.consortium.hospital(label) for label in [f"hospital-{k}" for k in range(4)]}
-        self.port = int(self.address.split(":")[1])
-        self.phantoms = phantoms
-        self.run = self.server("--kit", self.consortium.kit, "--clients", 3, "--min-clients", 1, "--rounds", 1000, *SMALL)
-        self.run.wait_for("listening on")
-
-    def join(self, number: int, kit: Path | None = None, *options):
-        return self.hospital(f"hospital-{number}", "--cid", number, "--data-dir", self.phantoms, "--kit",
-                             kit or self.kits[f"hospital-{number}"], *options)
-
-    @property
-    def ca(self) -> Path:
-        return self.consortium.kit / "ca.pem"
-
-    @property
-    def rounds(self) -> int:
-        return len(re.findall(r"^round \d+ of", self.run.output, re.M))
-
-    def goes_on(self) -> None:
-        """Wait for a round that begins and ends after this call."""
-        self.run.wait_for(r"(?m)^round \d+ of \d+: ", self.rounds + 2)
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +44,6 @@ def scene(phantoms, tmp_path_factory):
     made.run.wait_for(r"(?m)^round 1 of", 1)
     yield made
     assert made.close() == []
-
-
-def tls(scene, ca: Path | None = None, version=ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=ca or scene.ca)
-    context.minimum_version = context.maximum_version = version
-    return context
-
-
-def call(scene, method: str, path: str, body: bytes = b"", headers: dict | None = None) -> int:
-    """The status that the gateway answers."""
-    connection = http.client.HTTPSConnection("127.0.0.1", scene.port, context=tls(scene), timeout=30)
-    connection.request(method, path, body, headers or {})
-    status = connection.getresponse().status
-    connection.close()
-    return status
 
 
 def test_from_outside_nobody_can_submit_register_list_or_pull(scene):
@@ -260,6 +217,11 @@ def test_the_access_log_holds_no_secret(scene):
         assert "PRIVATE KEY" not in script.output
 
 
+def audited(scene) -> list[dict]:
+    """What the audit log holds."""
+    return [json.loads(line) for line in (scene.out / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def test_a_killed_hospital_comes_back_with_the_same_key(scene):
     """The server holds the dead connection for about a minute; meanwhile nobody else can use the key either."""
     hospital = next(script for script in scene.scripts if script.name == "hospital-2")
@@ -267,6 +229,9 @@ def test_a_killed_hospital_comes_back_with_the_same_key(scene):
     again = scene.join(2)
     again.wait_for("still holds a connection")
     again.wait_for(r"(?m)^round \d+ of")
+    scene.goes_on()
+    last = [event for event in audited(scene) if event["event"] == "round"][-1]
+    assert "hospital-2" in last["hospitals"] and again.output.count("still holds a connection") == 1
 
 
 def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
@@ -276,7 +241,7 @@ def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
     assert hospital.end() == 2 and "does not admit this hospital's key" in hospital.output
     hospital_left = scene.rounds
     scene.run.wait_for(r"(?m)^round \d+ of \d+: ", hospital_left + 3)  # the one under way, and two whole ones
-    events = [json.loads(line) for line in (scene.out / "audit.jsonl").read_text().splitlines()]
+    events = audited(scene)
     assert verify(scene.out / "audit.jsonl")[0] >= len(events)
     gone = next(k for k, event in enumerate(events) if event["event"] == "left" and event["hospital"] == "hospital-1")
     assert events[gone]["why"] == "gone"
@@ -288,15 +253,23 @@ def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
     assert not [name for name in names if name in text] and str(scene.folder) not in text and (scene.out / BEST).name in text
 
 
-def test_a_killed_server_takes_its_gateway_along(scene):
-    assert any("nginx" in command for command in children(scene.folder))
-    server = f"flower.py {scene.run.process.pid} "
-    assert any(server in command for command in children(scene.folder))
-    scene.run.kill()
-    until = time.monotonic() + 30
-    while left := [command for command in children(scene.folder) if "nginx" in command or server in command]:
-        assert time.monotonic() < until, left
-        time.sleep(0.1)
+def gateway_of(scene) -> list[int]:
+    """The process ids of the scene's nginx."""
+    return [int(command.split()[0]) for command in children(scene.folder) if "nginx" in command]
+
+
+def test_a_gateway_that_dies_ends_the_server_with_a_sentence(scene):
+    os.kill(min(gateway_of(scene)), signal.SIGKILL)  # its first process, as the out-of-memory killer would
+    assert scene.run.end() == 2 and "the gateway ended; the rounds so far are kept, go on with --resume" in scene.run.output
+
+
+def test_a_killed_server_takes_its_gateway_along(consortium, tmp_path):
+    scene = Scene(tmp_path)
+    server = scene.server("--kit", consortium.kit, *SMALL)
+    server.wait_for("listening on")
+    assert gateway_of(scene)
+    server.kill()
+    assert scene.close() == []
 
 
 @pytest.mark.parametrize(("script", "options", "sentence"), [
