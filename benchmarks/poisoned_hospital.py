@@ -1,10 +1,12 @@
-"""What one hostile hospital of five does to the model, with and without screening.
+"""What one hostile hospital of five does to the model, with and without screening, and how unlike honest ones are.
 
     python benchmarks/poisoned_hospital.py --data-dir data/phantoms --rounds 16 [--plot docs/poisoned.png]
+    python benchmarks/poisoned_hospital.py --data-dir data --partition site --clients 4 --image-size 128 --rounds 12 --seed 1
 
-Five hospitals of one process, on the same shares, weights and order of slices each time: all honest; one that sends its update
-turned round and five times as long, averaged plainly (FedAvg) and screened (FedAvg behind federation/screening.py, with the
-server's defaults). The score is the mean volume Dice over the validation and test patients, whom nobody trains on.
+Hospitals of one process, on the same shares, weights and order of slices each time: all honest; the last of them sends its
+update turned round and five times as long, averaged plainly (FedAvg) and screened (FedAvg behind federation/screening.py, with
+the server's defaults). The score is the mean volume Dice over the validation and test patients, whom nobody trains on. Lengths
+(in medians) and cosines are those that the screening compares.
 """
 
 import sys
@@ -26,14 +28,14 @@ from common import run_script  # noqa: E402
 from dataset import Dataset, load_dataset  # noqa: E402
 from federation.aggregation import aggregate, make_strategy  # noqa: E402
 from federation.messages import pack, unpack  # noqa: E402
-from federation.screening import Update, outliers  # noqa: E402
+from federation.screening import Update, changes, cosines, lengths, outliers  # noqa: E402
 from federation.settings import FederationSettings  # noqa: E402
-from partition import make_partition  # noqa: E402
+from partition import KINDS, make_partition  # noqa: E402
 from split import make_split  # noqa: E402
 from training import Learner, TrainingSettings, rate_scale, score_patients  # noqa: E402
 from transunet import TransUNet  # noqa: E402
 
-HOSPITALS, HOSTILE, FACTOR = 5, 4, -5.0
+FACTOR = -5.0  # of the hostile update
 CASES = ("all honest", "one hostile, averaged plainly", "one hostile, screened")
 STYLES = ("-", ":", "--")
 
@@ -56,7 +58,7 @@ def train(model: TransUNet, dataset: Dataset, patients: tuple[str, ...], setting
 def federate(dataset: Dataset, case: str, settings: TrainingSettings, federation: FederationSettings) -> list[float]:
     """The Dice after each round."""
     split = make_split({p.name: p.site for p in dataset.patients}, settings.seed, federation.val_fraction, federation.test_fraction)
-    shares = make_partition(dataset.table, split, "iid", HOSPITALS, 0.5, settings.seed).hospitals
+    shares = make_partition(dataset.table, split, federation.partition, federation.clients, federation.alpha, settings.seed).hospitals
     torch.manual_seed(settings.seed)
     model = TransUNet(settings.model, settings.image_size, settings.norm)
     like, weights, strategy, scores = model.state_dict(), pack(model.state_dict()), make_strategy(federation), []
@@ -66,9 +68,11 @@ def federate(dataset: Dataset, case: str, settings: TrainingSettings, federation
             model.load_state_dict(unpack(weights, like))
             slices = train(model, dataset, share.train, settings, hospital, number, federation.rounds)
             after = pack(model.state_dict())
-            if case != CASES[0] and hospital == HOSTILE:
+            if case != CASES[0] and hospital == federation.clients - 1:
                 after = weights + FACTOR * (after - weights)
             updates.append(Update(f"hospital-{hospital}", after, slices))
+        changed = changes(updates, weights)
+        longest, lowest = max(lengths(changed).values()), min(cosines(changed).values())
         left_out = outliers(updates, weights, federation) if case == CASES[2] else {}
         weights = aggregate(strategy, number, [update for update in updates if update.label not in left_out])
         model.load_state_dict(unpack(weights, like))
@@ -76,7 +80,7 @@ def federate(dataset: Dataset, case: str, settings: TrainingSettings, federation
         rows = score_patients(model, dataset, split.val + split.test, THRESHOLD) if finite else [{"dice": 0.0}]
         scores.append(float(np.mean([row["dice"] for row in rows])))
         why = "".join(f"; {label} left out: {reason}" for label, reason in left_out.items())
-        print(f"{case}, round {number}: Dice {scores[-1]:.3f}{why}", flush=True)
+        print(f"{case}, round {number}: Dice {scores[-1]:.3f}; longest {longest:.1f}, lowest cosine {lowest:.2f}{why}", flush=True)
     return scores
 
 
@@ -85,12 +89,15 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
     parser.add_argument("--rounds", type=int, default=16, help="rounds (default 16)")
     parser.add_argument("--image-size", type=int, default=64, help="side of the network's input in pixels (default 64)")
+    parser.add_argument("--partition", default="iid", choices=KINDS, help="how the dataset is divided (default iid)")
+    parser.add_argument("--clients", type=int, default=5, help="hospitals (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default 0)")
     parser.add_argument("--plot", type=Path, help="draw the Dice over the rounds into this PNG")
     arguments = parser.parse_args()
     TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = 1  # Flower makes messages only inside of a run
     dataset = load_dataset(arguments.data_dir)
-    settings = TrainingSettings(image_size=arguments.image_size)
-    federation = FederationSettings(clients=HOSPITALS, rounds=arguments.rounds, val_fraction=0.1, test_fraction=0.2)
+    settings = TrainingSettings(image_size=arguments.image_size, seed=arguments.seed)
+    federation = FederationSettings(clients=arguments.clients, rounds=arguments.rounds, partition=arguments.partition)
     scores = {case: federate(dataset, case, settings, federation) for case in CASES}
     for case, values in scores.items():
         print(f"{case:32}{values[-1]:.3f} after {len(values)} rounds, {max(values):.3f} at best")

@@ -14,6 +14,7 @@ import torch
 from common import MedFLError
 from federation.settings import FederationSettings
 
+TINY = 1e-12  # a change that is none
 COMPARED = 3  # updates from which on they can be compared: of two that differ none is the odd one
 
 
@@ -39,31 +40,42 @@ def check_update(update: Update, length: int, announced: int) -> None:
         raise MedFLError("its update holds values that are not finite")
 
 
+def changes(updates: list[Update], sent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each hospital changed, (n,) float64, by label. sent: the weights, (n,), that the round began with."""
+    return {update.label: update.weights.double() - sent.double() for update in updates}
+
+
+def lengths(changed: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The length of each change, in medians of all, by label."""
+    norms = {label: float(change.norm()) for label, change in changed.items()}
+    median = max(statistics.median(norms.values()), TINY)
+    return {label: norm / median for label, norm in norms.items()}
+
+
+def cosines(changed: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The cosine between each change and the mean of the others, each scaled to length 1 so that none outweighs, by label."""
+    units = {label: change / max(float(change.norm()), TINY) for label, change in changed.items()}
+    whole = torch.stack(list(units.values())).sum(dim=0)
+    return {label: float(unit @ (whole - unit) / max(float((whole - unit).norm()), TINY)) for label, unit in units.items()}
+
+
 def outliers(updates: list[Update], sent: torch.Tensor, settings: FederationSettings) -> dict[str, str]:
     """Why updates are unlike the round's others, by label. sent: the weights, (n,), that the round began with.
 
-    Length: more than `max_update_norm_ratio` times the median of all. Direction: the cosine between it and the mean of the others
-    (each scaled to length 1, so that none outweighs) is below `min_update_cosine`; the worst is taken out first, and the rest
-    is compared anew.
+    Too long: more than `max_update_norm_ratio` times the median. Against the others: a cosine below `min_update_cosine`; the
+    worst is taken out first, and the rest is compared anew.
     """
-    changes = {update.label: update.weights.double() - sent.double() for update in updates}
-    found: dict[str, str] = {}
-    if len(changes) >= COMPARED:
-        norms = {label: float(change.norm()) for label, change in changes.items()}
-        median = statistics.median(norms.values())
-        for label, norm in norms.items():
-            if norm > settings.max_update_norm_ratio * median:
-                found[label] = f"its update is {norm / max(median, 1e-12):.1f} times as long as the median of the round"
-    kept = {label: change / max(float(change.norm()), 1e-12) for label, change in changes.items() if label not in found}
-    while len(kept) >= COMPARED:
-        whole = torch.stack(list(kept.values())).sum(dim=0)
-        cosines = {}
-        for label, change in kept.items():
-            others = whole - change
-            cosines[label] = float(change @ others / max(float(others.norm()), 1e-12))
-        worst = min(cosines, key=cosines.get)
-        if cosines[worst] >= settings.min_update_cosine:
+    left, found = changes(updates, sent), {}
+    if len(left) >= COMPARED:
+        for label, length in lengths(left).items():
+            if length > settings.max_update_norm_ratio:
+                found[label] = f"its update is {length:.1f} times as long as the median of the round"
+                del left[label]
+    while len(left) >= COMPARED:
+        against = cosines(left)
+        worst = min(against, key=against.get)
+        if against[worst] >= settings.min_update_cosine:
             break
-        found[worst] = f"its update points against the others' (cosine {cosines[worst]:.2f})"
-        del kept[worst]
+        found[worst] = f"its update points against the others' (cosine {against[worst]:.2f})"
+        del left[worst]
     return found
