@@ -58,13 +58,13 @@ def train(model: TransUNet, dataset: Dataset, patients: tuple[str, ...], setting
 def federate(dataset: Dataset, case: str, settings: TrainingSettings, federation: FederationSettings) -> list[float]:
     """The Dice after each round."""
     split = make_split({p.name: p.site for p in dataset.patients}, settings.seed, federation.val_fraction, federation.test_fraction)
-    shares = make_partition(dataset.table, split, federation.partition, federation.clients, federation.alpha, settings.seed).hospitals
+    partition = make_partition(dataset.table, split, federation.partition, federation.clients, federation.alpha, settings.seed)
     torch.manual_seed(settings.seed)
     model = TransUNet(settings.model, settings.image_size, settings.norm)
     like, weights, strategy, scores = model.state_dict(), pack(model.state_dict()), make_strategy(federation), []
     for number in range(1, federation.rounds + 1):
         updates = []
-        for hospital, share in enumerate(shares):
+        for hospital, share in enumerate(partition.hospitals):
             model.load_state_dict(unpack(weights, like))
             slices = train(model, dataset, share.train, settings, hospital, number, federation.rounds)
             after = pack(model.state_dict())
