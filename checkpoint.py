@@ -63,11 +63,12 @@ def save_checkpoint(path: Path, weights: dict[str, torch.Tensor], metadata: dict
         torch.save(content, file)
 
 
-def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool = True) -> Checkpoint:
     """The checkpoint in `path`, its model on `device` and in evaluation mode.
 
     Raises MedFLError, each with its own sentence: no file, a Git LFS pointer, a truncated file, a pickle that is more
-    than weights, another program's file, a newer format, other preprocessing, weights that don't fit the architecture.
+    than weights, another program's file, a newer format, other preprocessing, weights that don't fit the architecture; and,
+    unless `whole` is False, a federation's shared part, which lacks the normalisation layers that hospitals kept.
     """
     path = Path(path)
     content = _read(path)
@@ -78,6 +79,9 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoin
         raise MedFLError(f"{path} has checkpoint format {metadata.get('format')}, and this MedFL reads {FORMAT}; update MedFL")
     if {**metadata["preprocessing"], **preprocessing.DESCRIPTION} != metadata["preprocessing"]:
         raise MedFLError(f"{path} was trained on other preprocessing ({metadata['preprocessing'].get('name')}); use its MedFL")
+    if whole and metadata.get("origin", {}).get("norm_at_hospitals"):
+        raise MedFLError(f"{path} is what hospitals share of a model whose normalisation layers each keeps (--keep-norm-local), "
+                         "and no model by itself; take the NAME_federated_best.pth that a hospital wrote")
     plan = metadata["architecture"]
     model = TransUNet(plan["name"], plan["image_side"], plan["norm"])
     load_weights(model, content["model"], path)

@@ -12,7 +12,6 @@ few hospitals are left, 130 stopped.
 
 import argparse
 import json
-import secrets
 import shutil
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
 from dataset import load_dataset
 from federation.flower import ask_admission
+from federation.hospital import identity as describe_hospital
 from federation.kit import CA, HOSPITAL_KEY, hospital_label
 from federation.messages import LABEL
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def identity(arguments: argparse.Namespace, shares_machine: bool) -> dict:
+def identity(arguments: argparse.Namespace) -> dict:
     """Who this hospital is. Raises MedFLError for options that don't go together and data that can't be used."""
     own = arguments.own_data is not None
     if own == (arguments.cid is not None):
@@ -72,9 +72,8 @@ def identity(arguments: argparse.Namespace, shares_machine: bool) -> dict:
     slices = int(dataset.table["slices"].sum())
     print(f"{label}: {dataset.name} in {dataset.root}, {len(dataset.patients)} patients, {slices} slices"
           + ("" if own else ", of which the server's partition says which are this hospital's"), flush=True)
-    return {"label": label, "session": secrets.token_hex(8), "cid": arguments.cid, "data": str(folder.resolve()),
-            "device": str(choose_device(arguments.device)), "medfl": __version__, "shares_machine": shares_machine and not own,
-            "split_file": str((Path("models") / f"{label}_split.json").resolve())}
+    return describe_hospital(label, arguments.cid, folder, str(choose_device(arguments.device)), __version__, Path("models"),
+                             shares_machine=not own)
 
 
 class Connection:
@@ -214,7 +213,7 @@ def main() -> None:
     if not is_loopback(host) and arguments.kit is None:
         raise MedFLError(f"{host} is another machine, and what scans taught a model does not travel unencrypted; make this "
                          "hospital's keys with `python provision.py hospital --name LABEL`, and give them with --kit")
-    who = identity(arguments, shares_machine=True)
+    who = identity(arguments)
     if arguments.check:
         return check(host, port, arguments.server, arguments.kit)
     folder = Path(tempfile.mkdtemp(prefix="medfl-hospital-"))

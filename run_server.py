@@ -26,6 +26,7 @@ import torch
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError, __version__, add_settings, git_commit, run_script, settings_from, write_json
+from dataset import load_dataset
 from federation.audit import AUDIT, verify
 from federation.bundle import make_bundle
 from federation.doors import Doors
@@ -35,7 +36,9 @@ from federation.hospital import local_versions
 from federation.kit import CA, SERVER, SERVER_KEY, server_certificate
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, no_proxy, parse_address
 from federation.settings import TRAINING_OPTIONS, FederationSettings, to_json
+from federation.simulation import check_ray, simulate
 from federation.state import load_run
+from inference import choose_device
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -51,6 +54,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--own-gateway", action="store_true",
                         help="start no nginx: one of yours stands before --address, which stays on loopback (deployment/gateway)")
     parser.add_argument("--resume", action="store_true", help="go on after the last complete round in --out, with its settings")
+    parser.add_argument("--simulate", type=int, metavar="N", help="run N hospitals here as well, in Flower's simulation engine, on "
+                        "their shares of --data-dir (needs requirements-simulation.txt)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of --simulate: the dataset to share (default data)")
+    parser.add_argument("--device", default="cpu", help="of --simulate: auto, cpu, cuda or mps (default cpu)")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1,
+                        help="of --simulate: cores to use, and so how many hospitals work at once (default all)")
     add_settings(parser, FederationSettings)
     add_settings(parser, TrainingSettings, TRAINING_OPTIONS)
     return parser.parse_args()
@@ -100,8 +109,8 @@ def starting_model(arguments: argparse.Namespace, training: TrainingSettings) ->
     return model, f"checkpoint {arguments.init.name}", checkpoint.metadata.get("data", {}).get("split_sha256")
 
 
-def write_job(arguments: argparse.Namespace, folder: Path) -> FederationSettings:
-    """Write down what the ServerApp needs; every user's mistake is found here. The federation's settings."""
+def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, FederationSettings]:
+    """What the ServerApp needs, and the federation's settings; every user's mistake is found here."""
     out = arguments.out.resolve()
     job = {"out": str(out), "resume": arguments.resume, "commit": git_commit(), "versions": local_versions(__version__)}
     if arguments.resume:
@@ -124,8 +133,7 @@ def write_job(arguments: argparse.Namespace, folder: Path) -> FederationSettings
         verify(out / AUDIT)
     job["audit"] = {"code": hashlib.sha256(make_bundle()).hexdigest(), "settings": hashlib.sha256(settings.encode()).hexdigest(),
                     "versions": job["versions"], "commit": job["commit"], "keys": arguments.kit is not None}
-    write_json(folder / "job.json", job)
-    return federation
+    return job, federation
 
 
 def start_superlink(host: str, port: int, kit: Path | None, folder: Path) -> Child:
@@ -164,15 +172,36 @@ def wait_for(app: Child, others: list[Child], doors: Doors | None, folder: Path)
     return json.loads(outcome.read_text(encoding="utf-8"))["exit"]
 
 
+def run_simulated(arguments: argparse.Namespace) -> int:
+    """The whole federation in this process and Ray's workers; its exit code. Raises MedFLError for options that don't fit."""
+    check_ray()
+    if arguments.kit or arguments.own_gateway:
+        raise MedFLError("--simulate runs hospitals of this machine alone and takes no keys; leave --kit out")
+    if arguments.simulate < 1 or arguments.cores < 1:
+        raise MedFLError("--simulate and --cores are 1 or more; choose others")
+    load_dataset(arguments.data_dir)  # its complaints come before the engine starts, and its cache is made once
+    folder = Path(tempfile.mkdtemp(prefix="medfl-simulation-"))
+    try:
+        arguments.clients = arguments.simulate
+        job, federation = prepare_job(arguments, folder)
+        device = str(choose_device(arguments.device))
+        return simulate(job, folder, federation.clients, arguments.data_dir, device, arguments.cores)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> None:
     arguments = parse()
+    if arguments.simulate is not None:
+        sys.exit(run_simulated(arguments))
     kit = arguments.kit
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
     gated = kit is not None and not arguments.own_gateway
     folder = Path(tempfile.mkdtemp(prefix="medfl-server-"))
     children: list[Child] = []
     try:
-        federation = write_job(arguments, folder)
+        job, federation = prepare_job(arguments, folder)
+        write_json(folder / "job.json", job)
         inner_host, inner_port = ("127.0.0.1", free_port()) if gated else (host, port)
         children.append(start_superlink(inner_host, inner_port, kit, folder))
         inner, ca = join_address(inner_host, inner_port), kit and kit / CA

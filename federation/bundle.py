@@ -13,7 +13,7 @@ FILES = (
     "federation/__init__.py", "federation/aggregation.py", "federation/audit.py", "federation/client_app.py",
     "federation/history.py", "federation/hospital.py", "federation/membership.py", "federation/messages.py",
     "federation/post.py", "federation/rounds.py", "federation/screening.py", "federation/server_app.py",
-    "federation/settings.py", "federation/state.py",
+    "federation/settings.py", "federation/state.py", "federation/weights.py",
 )
 
 

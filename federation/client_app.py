@@ -2,9 +2,10 @@
 
 import json
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from common import MedFLError, write_json
@@ -12,7 +13,7 @@ from federation.hospital import Hospital, HospitalError
 from federation.messages import ENDS, End, Failure, Query, message, read
 from federation.settings import from_json
 
-IDENTITY, ENDED = Path("hospital.json"), Path("ended.json")
+IDENTITY, ENDED, MEMORY = "hospital.json", "ended.json", "model.pt"
 
 
 def say(text: str) -> None:
@@ -20,7 +21,52 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def keep_errors_here(incoming: Message, context: Context, handle) -> Message:
+def make_app(folder_of: Callable[[Context], Path] = lambda context: Path()) -> ClientApp:
+    """The app. folder_of: gives a hospital's folder, where it finds who it is; run_client.py starts it in that folder."""
+
+    def identity(context: Context) -> dict:
+        return json.loads((folder_of(context) / IDENTITY).read_text(encoding="utf-8"))
+
+    def hospital(about: dict, context: Context) -> Hospital:
+        return Hospital(identity(context), *from_json(about["settings"]), folder_of(context) / MEMORY)
+
+    def keep_errors_here(incoming: Message, context: Context, handle: Callable) -> Message:
+        return guard(incoming, context, handle, identity(context))
+
+    app = ClientApp(mods=[keep_errors_here])
+
+    @app.query()
+    def query(incoming: Message, context: Context) -> Message:
+        """Tell the server who is here, that somebody is, or learn that it is over."""
+        about = read(incoming.content)
+        if about["query"] == Query.JOIN:
+            return Message(message(introduce(about, identity(context), lambda: hospital(about, context))), reply_to=incoming)
+        if about["query"] == Query.END:
+            code, sentence = ENDS[End(about["code"])]
+            ended = {"exit": code, "sentence": sentence.format(detail=about.get("detail", ""))}
+            write_json(folder_of(context) / ENDED, ended)
+        return Message(message({}), reply_to=incoming)
+
+    @app.train()
+    def train(incoming: Message, context: Context) -> Message:
+        """Score the model that came, train it, send the update."""
+        about = read(incoming.content)
+        return Message(message(*one_round(about, hospital(about, context), incoming.content["arrays"])), reply_to=incoming)
+
+    @app.evaluate()
+    def evaluate(incoming: Message, context: Context) -> Message:
+        """Score the model that came, after the last round."""
+        about = read(incoming.content)
+        mine = hospital(about, context)
+        score = mine.finish(mine.received(about, incoming.content["arrays"]), about)
+        if score["val_dice"] is not None:
+            say(f"last model: validation Dice {score['val_dice']:.3f}")
+        return Message(message(score), reply_to=incoming)
+
+    return app
+
+
+def guard(incoming: Message, context: Context, handle: Callable, identity: dict) -> Message:
     """Whatever goes wrong is told on this terminal; the server gets a code."""
     try:
         return handle(incoming, context)
@@ -38,69 +84,36 @@ def keep_errors_here(incoming: Message, context: Context, handle) -> Message:
     except Exception:
         failure, text = Failure.BUG, traceback.format_exc()
     say(text)
-    return Message(message({"failure": failure, **who()}), reply_to=incoming)
+    return Message(message({"failure": failure, "label": identity["label"], "session": identity["session"]}), reply_to=incoming)
 
 
-def who() -> dict:
-    """The label and session that a failing answer carries."""
-    identity = json.loads(IDENTITY.read_text(encoding="utf-8"))
-    return {"label": identity["label"], "session": identity["session"]}
-
-
-app = ClientApp(mods=[keep_errors_here])
-
-
-def hospital_of(about: dict) -> Hospital:
-    """This hospital under the settings that a message carries."""
-    return Hospital(json.loads(IDENTITY.read_text(encoding="utf-8")), *from_json(about["settings"]))
-
-
-@app.query()
-def answer(incoming: Message, context: Context) -> Message:
-    """Tell the server who is here, that somebody is, or learn that it is over."""
-    about = read(incoming.content)
-    if about["query"] == Query.PING:
-        return Message(message({}), reply_to=incoming)
-    if about["query"] == Query.END:
-        code, sentence = ENDS[End(about["code"])]
-        write_json(ENDED, {"exit": code, "sentence": sentence.format(detail=about.get("detail", ""))})
-        return Message(message({}), reply_to=incoming)
-    identity = json.loads(IDENTITY.read_text(encoding="utf-8"))
+def introduce(about: dict, identity: dict, hospital: Callable[[], Hospital]) -> dict:
+    """Who this hospital is and what it holds."""
     introduction = Hospital.introduction(identity)
     if identity["cid"] is not None and identity["cid"] >= about["hospitals"]:
-        return Message(message(introduction), reply_to=incoming)  # there is no such share; the server says so
+        return introduction  # there is no such share; the server says so
     ours, theirs = introduction["versions"]["torch"], about["versions"]["torch"]
     if ours != theirs:
         say(f"this hospital runs torch {ours} and the server {theirs}; that is allowed, and figures may differ a little")
-    hospital = hospital_of(about)
-    facts = hospital.facts()
+    mine = hospital()
+    facts = mine.facts()
     parts = facts["parts"]
-    say(f"joined as {identity['label']}: {hospital.dataset.name}, {parts['train']['patients']} patients to train on, "
+    say(f"joined as {identity['label']}: {mine.dataset.name}, {parts['train']['patients']} patients to train on, "
         f"{parts['val']['patients']} to choose by, {parts['test']['patients']} kept for the test; waiting for the first round")
-    return Message(message(facts), reply_to=incoming)
+    return facts
 
 
-@app.train()
-def train(incoming: Message, context: Context) -> Message:
-    """Score the model that came, train it, send the update."""
-    about = read(incoming.content)
-    hospital = hospital_of(about)
-    model = hospital.received(incoming.content["arrays"])
+def one_round(about: dict, hospital: Hospital, arrays: ArrayRecord) -> tuple[dict, ArrayRecord]:
+    """What is told of a round, and the update."""
+    model = hospital.received(about, arrays)
     score = hospital.score(model)
-    result, weights = hospital.train(model, about)
+    result, update = hospital.train(model, about)
     scored = f"validation Dice {score['val_dice']:.3f} before it, " if score["val_dice"] is not None else ""
     loss = f"loss {result['train_loss']:.3f} " if result["train_loss"] is not None else ""
     say(f"round {about['round']} of {hospital.federation.rounds}: {scored}trained, {loss}over {result['examples']} slices "
         f"in {result['seconds']:.0f} s")
     result["seconds"] += score.pop("seconds")
-    return Message(message({**score, **result, "round": about["round"]}, weights), reply_to=incoming)
+    return {**score, **result, "round": about["round"]}, update
 
 
-@app.evaluate()
-def evaluate(incoming: Message, context: Context) -> Message:
-    """Score the model that came, after the last round."""
-    hospital = hospital_of(read(incoming.content))
-    score = hospital.score(hospital.received(incoming.content["arrays"]))
-    if score["val_dice"] is not None:
-        say(f"last model: validation Dice {score['val_dice']:.3f}")
-    return Message(message(score), reply_to=incoming)
+app = make_app()

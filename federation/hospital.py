@@ -1,9 +1,10 @@
 """What a hospital does with a message: answer who it is, score the model that came, train it, give back the update."""
 
 import os
+import secrets
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,15 +14,16 @@ from flwr.app import ArrayRecord
 from tqdm import tqdm
 
 from batches import TrainingBatches
-from checkpoint import THRESHOLD
-from common import SMALLEST_GROUP, MedFLError
+from checkpoint import THRESHOLD, describe, save_checkpoint
+from common import SMALLEST_GROUP, MedFLError, atomic_write
 from dataset import load_dataset
-from federation.messages import Failure, from_record, pack, to_record, unpack
+from federation.messages import Failure
 from federation.settings import FederationSettings
+from federation.weights import FULL, from_record, in_precision, norm_mask, pack, part_mask, to_record, unpack
 from inference import choose_device
 from partition import make_partition
 from split import PARTS, make_split, split_for
-from training import Learner, TrainingSettings, rate_scale, score_patients
+from training import Learner, TrainingSettings, averaging_weight, rate_scale, score_patients
 from transunet import TransUNet
 
 
@@ -38,17 +40,30 @@ def local_versions(medfl: str) -> dict[str, str]:
     return {"medfl": medfl, "flwr": version("flwr"), "torch": torch.__version__.split("+")[0], "timm": version("timm")}
 
 
+OWN_FILES = {"split": "split.json", "norms": "norms.pt", "model": "federated_best.pth"}  # a hospital's, in its models/
+
+
+def identity(label: str, cid: int | None, data: Path, device: str, medfl: str, models: Path, shares_machine: bool) -> dict:
+    """Who a hospital is, as it stands in its hospital.json and `Hospital` reads it. session: a random number of this start."""
+    files = {f"{what}_file": str((models / f"{label}_{name}").resolve()) for what, name in OWN_FILES.items()}
+    return {"label": label, "session": secrets.token_hex(8), "cid": cid, "data": str(data.resolve()), "device": device,
+            "medfl": medfl, "shares_machine": shares_machine, **files}
+
+
 class Hospital:
     """A hospital's data and its work in one federation.
 
-    identity: what run_client.py wrote down: label, session, cid (None with own data), data (folder), device, medfl (the
-    version installed here), split_file (where an own split is kept), shares_machine. Raises HospitalError for bad data.
+    identity: who it is (`identity` above): label, session, cid (None with own data), data (folder), device, medfl (the version
+    installed here), shares_machine, split_file (where an own split is kept), norms_file and model_file (where own
+    normalisation layers are kept, and the model with them is written). memory: the file that keeps the last weights, for
+    messages that bring a part of them. Raises HospitalError for bad data.
     """
 
-    def __init__(self, identity: dict, training: TrainingSettings, federation: FederationSettings):
+    def __init__(self, identity: dict, training: TrainingSettings, federation: FederationSettings, memory: Path):
         self.began = time.monotonic()
         self.identity, self.training, self.federation = identity, training, federation
         self.own_data = identity["cid"] is None
+        self.memory = memory
         if identity["shares_machine"]:  # with the other simulated hospitals; more threads than cores slow all down
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // federation.clients))
         self.device = choose_device(identity["device"])
@@ -87,11 +102,65 @@ class Hospital:
         return {"label": identity["label"], "session": identity["session"], "cid": identity["cid"],
                 "versions": local_versions(identity["medfl"])}
 
-    def received(self, arrays: ArrayRecord) -> TransUNet:
-        """The network with the weights that came."""
+    def received(self, about: dict, arrays: ArrayRecord) -> TransUNet:
+        """The network with the weights that came; parts that the message is `without` are those that are here."""
         model = TransUNet(self.training.model, self.training.image_size, self.training.norm)
-        model.load_state_dict(unpack(from_record(arrays), model.state_dict()))
+        weights = from_record(arrays, self.federation.update_dtype)
+        if about["without"]:
+            came, weights = weights, torch.load(self.memory, weights_only=True)
+            weights[part_mask(model, about["without"])] = came
+        if self.federation.keep_norm_local and (own := self._own_norms(about["run"])):
+            weights[norm_mask(model)] = own["last"]
+        model.load_state_dict(unpack(weights, model.state_dict()))
+        self._remember(weights)
         return model.to(self.device, memory_format=torch.channels_last)
+
+    def _remember(self, weights: torch.Tensor) -> None:
+        """Keep the weights for a message that brings a part of them, if there can be one."""
+        if self.federation.keep_norm_local or self.training.freeze_encoder_epochs:
+            with atomic_write(self.memory, private=True) as file:
+                torch.save(weights, file)
+
+    def _own_norms(self, run: str) -> dict | None:
+        """This hospital's normalisation layers in this run: rounds, last and average, each (values,) float32; None at first."""
+        path = Path(self.identity["norms_file"])
+        kept = torch.load(path, weights_only=True) if path.exists() else {"run": None}
+        return kept if kept["run"] == run else None
+
+    def _keep_norms(self, weights: torch.Tensor, mask: torch.Tensor, run: str) -> None:
+        """Keep the layers that a round gave, also for a restart; they are averaged over rounds as the server averages the rest."""
+        before, last = self._own_norms(run), weights[mask]
+        rounds, average = (before["rounds"], before["average"]) if before else (0, last)
+        past = averaging_weight(self.training.ema_decay, rounds) if before and self.training.ema_decay else 0.0
+        with atomic_write(Path(self.identity["norms_file"]), private=True) as file:
+            torch.save({"run": run, "rounds": rounds + 1, "last": last, "average": average.lerp(last, 1 - past)}, file)
+
+    def finish(self, model: TransUNet, about: dict) -> dict:
+        """Score the federation's last model. Where normalisation layers stayed here, it is one of this hospital's own, with
+        its layers averaged over the rounds, and it is written down."""
+        if not self.federation.keep_norm_local or not (own := self._own_norms(about["run"])):
+            return self.score(model)
+        weights = pack(model.state_dict())
+        weights[norm_mask(model)] = own["average"]
+        model.load_state_dict(unpack(weights, model.state_dict()))
+        score = self.score(model)
+        self._write_model(model, score, own["rounds"])
+        return score
+
+    def _write_model(self, model: TransUNet, score: dict, rounds: int) -> None:
+        """Write this hospital's own model of the federation."""
+        settings = self.federation
+        origin = {"kind": "federated", "hospital": self.identity["label"], "rounds": rounds, "strategy": settings.strategy,
+                  "partition": "own data" if self.own_data else settings.partition}
+        data = {"name": self.dataset.name, "split_sha256": self.hashes["split_sha256"] or self.split.sha256()}
+        if not self.own_data:
+            data["split"] = {"seed": self.training.seed, "val_fraction": settings.val_fraction,
+                             "test_fraction": settings.test_fraction}
+        mean = {"mean": score["val_dice"], "median": None, "ci95": None}
+        training = {**asdict(self.training), **asdict(settings), "rounds_done": rounds, "selected_by": "nothing: the last model"}
+        about = describe(model, self.dataset.image_statistics(self.split.train), training=training, origin=origin, data=data,
+                         scores={"val": {"patients": score["val_patients"], "volume_dice": mean}} if score["val_patients"] else {})
+        save_checkpoint(Path(self.identity["model_file"]), model.state_dict(), about)
 
     def score(self, model: TransUNet) -> dict:
         """Mean volume Dice over the validation patients, and how many they are. Own data of fewer than 3 give none: a
@@ -106,8 +175,8 @@ class Hospital:
     def train(self, model: TransUNet, about: dict) -> tuple[dict, ArrayRecord]:
         """Train the model as the message says; what happened (examples, train_loss, seconds), and the new weights.
 
-        about: round (from 1), rate (a share of the learning rate, or None for the cosine), seconds (the time there is),
-        partition (its SHA-256, None where all have own data).
+        about: run (its random name), round (from 1), rate (a share of the learning rate, or None for the cosine), seconds (the
+        time there is), partition (its SHA-256, None where all have own data).
         """
         began, settings, number = time.monotonic(), self.federation, about["round"]
         if not self.own_data and self.hashes["partition_sha256"] != about["partition"]:
@@ -116,7 +185,8 @@ class Hospital:
         learner = Learner(model, replace(self.training, ema_decay=0.0), self.device)  # the server averages, over rounds
         if settings.strategy == "fedprox":
             learner.adjust_gradients = proximal_pull(model, settings.proximal_mu)
-        model.set_encoder_trainable(number > self.training.freeze_encoder_epochs)
+        frozen, before = number <= self.training.freeze_encoder_epochs, pack(model.state_dict())
+        model.set_encoder_trainable(not frozen)
         seed = self.training.seed * 1_000 + zlib.crc32(self.identity["label"].encode()) % 1_000  # unlike at each hospital
         batches = TrainingBatches(self.dataset, self.split.train, self.training.image_size, self.training.batch_size, seed)
         steps = len(batches) * settings.local_epochs
@@ -138,13 +208,17 @@ class Hospital:
                 epoch = (number - 1) * settings.local_epochs + local + 1
                 torch.manual_seed(100_003 * seed + epoch)  # for layers that draw numbers
                 losses.append(learner.train_epoch(batches.epoch(epoch), before_step, bar).loss)
-        weights = pack(model.state_dict())
-        if not bool(torch.isfinite(weights).all()):
+        after, precision = pack(model.state_dict()), settings.update_dtype
+        update = (after if precision == FULL else after - before)[part_mask(model, settings.left_out(frozen))]
+        if not bool(torch.isfinite(in_precision(update, precision)).all()):
             raise HospitalError(Failure.TRAINING, "the trained weights are not finite and were not sent; the learning rate "
                                 "(the server's --lr) may be too high")
+        self._remember(after)
+        if settings.keep_norm_local:
+            self._keep_norms(after, norm_mask(model), about["run"])
         few = self.own_data and len(self.split.train) < SMALLEST_GROUP  # then the loss would say something of one patient
         return {"examples": batches.slices, "train_loss": None if few else float(np.mean(losses)),
-                "seconds": time.monotonic() - began}, to_record(weights)
+                "seconds": time.monotonic() - began}, to_record(update, precision)
 
 
 def proximal_pull(model: TransUNet, mu: float):

@@ -1,8 +1,8 @@
-"""What server and hospitals say to each other, and how weights travel.
+"""What server and hospitals say to each other.
 
 Every message of the server carries `about`, one JSON text; train and evaluate messages carry `arrays` as well. A
-hospital's answer carries `about`, and after training `arrays`. Nothing else is sent: no name of a patient or a file, no
-path, no figure of one patient or slice, and no text of an error (a code stands for it).
+hospital's answer carries `about`, and after training `arrays` (weights.py). Nothing else is sent: no name of a patient or a
+file, no path, no figure of one patient or slice, and no text of an error (a code stands for it).
 """
 
 import json
@@ -11,9 +11,7 @@ import re
 from collections.abc import Mapping
 from enum import StrEnum
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from common import SMALLEST_GROUP, MedFLError
 from plausibility import MEASURES
@@ -91,7 +89,6 @@ def read(content: RecordDict) -> dict:
     return about
 
 
-WEIGHTS = "weights"  # the one array of a message
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
 INTRODUCTION = {"label": str, "session": str, "cid": int | None, "versions": dict}  # what an answer must have, and of what kind
 FACTS = {**INTRODUCTION, "own_data": bool, "data": str, "parts": dict, "images": dict | None, "device": str,
@@ -129,48 +126,3 @@ def check_facts(facts: dict) -> None:
         raise MedFLError("its introduction has not the parts that it should; use the same version of MedFL everywhere") from error
     if not usable or lists and facts["parts"]["train"]["patients"] < SMALLEST_GROUP:
         raise MedFLError("its introduction describes its images in another way than it should; use the same version everywhere")
-
-
-def pack(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A state dict's floating-point tensors one after the other, (n,) float32. Counters (BatchNorm's) stay at home.
-
-    They travel as one vector, because Flower sends every tensor in requests of its own: with `tiny`'s 200 a round's exchange
-    between two hospitals took 30 s and more, as one vector it takes 6 s.
-    """
-    return torch.cat([value.detach().float().cpu().flatten() for value in weights.values() if value.is_floating_point()])
-
-
-def unpack(vector: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a vector, in the names and shapes of the state dict `like`, whose counters are kept.
-
-    Raises MedFLError where the sizes differ.
-    """
-    floating = {name: value for name, value in like.items() if value.is_floating_point()}
-    sizes = [value.numel() for value in floating.values()]
-    if vector.numel() != sum(sizes):
-        raise MedFLError("the weights that came are of another architecture; use the same version of MedFL everywhere")
-    pieces = (piece.reshape(value.shape).clone() for piece, value in zip(vector.split(sizes), floating.values()))
-    return {**like, **dict(zip(floating, pieces))}
-
-
-def to_record(vector: torch.Tensor) -> ArrayRecord:
-    """A vector as a message carries it."""
-    return ArrayRecord({WEIGHTS: Array(vector.numpy())})
-
-
-def from_record(arrays: ArrayRecord | None) -> torch.Tensor:
-    """The vector that a message carries, (n,) float32. Raises MedFLError where it carries anything else."""
-    if not isinstance(arrays, ArrayRecord) or list(arrays) != [WEIGHTS]:
-        raise MedFLError("its message has no weights")
-    try:
-        values = arrays[WEIGHTS].numpy()
-    except Exception as error:  # bytes from elsewhere: numpy and Flower each raise their own kinds
-        raise MedFLError("its weights can't be decoded") from error
-    if values.ndim != 1 or values.dtype != np.float32:
-        raise MedFLError("its weights have another shape or type than they should")
-    return torch.from_numpy(np.array(values))
-
-
-def payload(arrays: ArrayRecord | None) -> int:
-    """Bytes of the numbers that travel."""
-    return sum(int(np.prod(a.shape, dtype=np.int64)) * np.dtype(a.dtype).itemsize for a in (arrays or {}).values())

@@ -2,21 +2,22 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from common import EXIT_NO_QUORUM, MedFLError, file_sha256
-from federation.aggregation import aggregate, make_strategy
 from federation.audit import AuditLog
 from federation.history import draw_curves, mean_dice, table, write_history
 from federation.membership import PURPOSES, Member, Membership
-from federation.messages import RESULT, TRAINED, End, expect, from_record, payload, to_record
+from federation.messages import RESULT, TRAINED, End, expect
 from federation.post import NO_ANSWER, SPARE, Answer, Post
 from federation.screening import Update, check_update, outliers
 from federation.settings import to_json
 from federation.state import RunState
+from federation.weights import FULL, from_record, in_precision, part_mask, payload, to_record
 
 TICK = 0.2  # seconds between two looks for answers
 REMIND = 60.0  # seconds between two lines that say who is missing
@@ -41,7 +42,7 @@ class Federation:
         self.post = Post(grid)
         join = {**self.about, "versions": versions, "hospitals": self.settings.clients}
         self.membership = Membership(self.post, self.settings, join, state.progress.hospitals, say, audit, labels)
-        self.strategy = make_strategy(self.settings)
+        self._have: set[str] = set()  # sessions of hospitals that hold a whole model, so that parts of it are enough
 
     def run(self) -> int:
         """All rounds; the exit code. What every round gave is on disk when it is over."""
@@ -120,14 +121,25 @@ class Federation:
             time.sleep(TICK)
         return present
 
-    def _ask(self, kind: str, purpose: str, members: list[Member], about: dict, weights: torch.Tensor,
-             title: str) -> tuple[dict[str, Answer], dict[str, str]]:
-        """Send the members one message and wait, as long as a round may take: answers and reasons for none, by label."""
+    def _send(self, kind: str, purpose: str, members: list[Member], about: dict, weights: torch.Tensor,
+              left_out: list[str]) -> dict[str, int]:
+        """Send the members one message with the weights; those who hold a model get it without the parts that are left out.
+        The bytes that went to each, by label."""
+        holders = [m for m in members if m.session in self._have] if left_out else []
+        sent = {}
+        for some, without in ((holders, left_out), ([m for m in members if m not in holders], [])):
+            part = to_record(weights[part_mask(self.state.model, without)], self.settings.update_dtype)
+            message = {**self.about, "run": self.state.progress.run, "without": without, **about}
+            # Flower lets the message live a little longer, so that it is we who say that somebody gave no answer in time
+            self.post.send([m.node for m in some], kind, purpose, message, self.settings.round_timeout + SPARE, part)
+            sent |= {member.label: payload(part) for member in some}
+        return sent
+
+    def _wait(self, purpose: str, members: list[Member], title: str) -> tuple[dict[str, Answer], dict[str, str]]:
+        """Wait for answers, as long as a round may take: answers, and reasons for none, by label."""
         by_node = {member.node: member for member in members}
         answers, failures = {}, {}
         limit = self.settings.round_timeout
-        # Flower lets the message live a little longer, so that it is we who say that somebody gave no answer in time
-        self.post.send(list(by_node), kind, purpose, {**self.about, **about}, limit + SPARE, to_record(weights))
         until = time.monotonic() + limit
         with tqdm(total=len(members), desc=title, unit="hospital", leave=False, disable=None) as bar:
             while len(answers) + len(failures) < len(members) and time.monotonic() < until:
@@ -141,6 +153,7 @@ class Federation:
                             self.membership.fell_behind(by_node[answer.node])
                     else:
                         answers[label] = answer
+                        self._have.add(by_node[answer.node].session)
                     bar.update()
                 waiting = [m.label for m in members if m.label not in answers and m.label not in failures]
                 for label in waiting:
@@ -158,14 +171,16 @@ class Federation:
 
     def _round(self, number: int) -> None:
         """One round: enough updates, the new model, what is written. Raises NoQuorum after two tries."""
-        began, sent = time.monotonic(), self.state.weights
+        began, sent = time.monotonic(), self.state.weights_as_sent
+        left_out = self.settings.left_out(number <= self.training.freeze_encoder_epochs)
         for attempt in range(1, TRIES + 1):
             members = self._wait_for_quorum()
             about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout,
                      "partition": self.membership.partition}
-            answers, failures = self._ask("train", f"round-{number}.{attempt}", members, about, sent, f"round {number} of "
-                                          f"{self.settings.rounds}")
-            updates = self._screened(number, members, answers, failures, sent)
+            purpose = f"round-{number}.{attempt}"
+            size = self._send("train", purpose, members, about, sent, left_out)
+            answers, failures = self._wait(purpose, members, f"round {number} of {self.settings.rounds}")
+            updates = self._screened(number, members, answers, failures, left_out)
             for label, reason in sorted(failures.items()):
                 self.say(f"round {number} without {label}: {reason}")
             if len(updates) >= self.settings.quorum:
@@ -174,11 +189,12 @@ class Federation:
                      + ("; once more" if attempt < TRIES else ""))
         else:
             raise NoQuorum(self._too_few(len(updates)))
-        rows = [self._row(number, label, answer.about, sent, payload(answer.arrays)) for label, answer in sorted(answers.items())]
+        rows = [self._row(number, label, answer.about, size[label], payload(answer.arrays)) for label, answer in
+                sorted(answers.items())]
         for member in members:
             if member.label in answers:
                 self.state.progress.hospitals[member.label] = member.facts
-        self.state.take(aggregate(self.strategy, number, updates))
+        self.state.take(self.state.aggregator(number, updates, self.state.weights))
         self._record(number, rows, sent, began)
         self.audit.write("round", round=number, hospitals=sorted(answers), file=self.state.last.name,
                          sha256=file_sha256(self.state.last))
@@ -187,8 +203,10 @@ class Federation:
             self.say(f"  not there: {', '.join(absent)}")
 
     def _screened(self, number: int, members: list[Member], answers: dict[str, Answer], failures: dict[str, str],
-                  sent: torch.Tensor) -> list[Update]:
-        """The updates that may count; the others' answers become failures, with the reason."""
+                  without: list[str]) -> list[Update]:
+        """The updates that may count; the others' answers become failures, with the reason. without: parts of the weights that
+        nobody sends."""
+        precision, travels, sent = self.settings.update_dtype, part_mask(self.state.model, without), self.state.weights
         announced = {member.label: member.facts["parts"]["train"]["slices"] for member in members}
         updates, left_out = [], {}
         for label in sorted(answers):
@@ -196,9 +214,11 @@ class Federation:
                 about = expect(answers[label].about, TRAINED)
                 if about["round"] != number:
                     raise MedFLError(f"its update is of round {about['round']}")
-                update = Update(label, from_record(answers[label].arrays), about["examples"])
-                check_update(update, len(sent), announced[label])
-                updates.append(update)
+                update = Update(label, from_record(answers[label].arrays, precision), about["examples"])
+                check_update(update, int(travels.sum()), announced[label])
+                weights = sent.clone()
+                weights[travels] = update.weights + (0 if precision == FULL else sent[travels])
+                updates.append(replace(update, weights=weights))
             except MedFLError as error:
                 left_out[label] = str(error)
         left_out |= outliers(updates, sent, self.settings)
@@ -208,10 +228,10 @@ class Federation:
             del answers[label]
         return [update for update in updates if update.label not in left_out]
 
-    def _row(self, number: int, label: str, about: dict, sent: torch.Tensor, received: int) -> dict:
+    def _row(self, number: int, label: str, about: dict, sent: int, received: int) -> dict:
         return {"round": number, "site": label, "examples": about.get("examples"), "train_loss": about.get("train_loss"),
                 "val_dice": about["val_dice"], "val_patients": about["val_patients"], "seconds": round(about["seconds"], 2),
-                "bytes_sent": sent.nbytes, "bytes_received": received}
+                "bytes_sent": sent, "bytes_received": received}
 
     def _record(self, number: int, rows: list[dict], sent: torch.Tensor, began: float) -> None:
         """Write what a round gave, and a table on the terminal. The score in its rows is of the model that was sent."""
@@ -237,15 +257,17 @@ class Federation:
 
     def _final_score(self) -> None:
         """Score the model that the run ends with, and keep it if it is the best."""
-        done, weights = self.state.progress, self.state.final_weights
+        done = self.state.progress
         number = done.round + 1
-        answers, failures = self._ask("evaluate", "final", self.membership.present, {}, weights, "scoring the last model")
+        members, weights = self.membership.present, in_precision(self.state.final_weights, self.settings.update_dtype)
+        size = self._send("evaluate", "final", members, {}, weights, self.settings.left_out(frozen=False))
+        answers, failures = self._wait("final", members, "scoring the last model")
         for label, reason in sorted(failures.items()):
             self.say(f"the last model is not scored by {label}: {reason}")
         rows = []
         for label, answer in sorted(answers.items()):
             try:
-                rows.append(self._row(number, label, expect(answer.about, RESULT), weights, 0))
+                rows.append(self._row(number, label, expect(answer.about, RESULT), size[label], 0))
             except MedFLError as error:
                 self.say(f"the last model's score by {label}: {error}")
         done.rows = [row for row in done.rows if row["round"] < number] + rows

@@ -41,16 +41,20 @@ def labels() -> dict[int, str] | None:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation and leave its exit code in the outcome's file."""
-    job = json.loads(JOB.read_text(encoding="utf-8"))
+    write_json(OUTCOME, {"exit": run(grid, json.loads(JOB.read_text(encoding="utf-8")))})
+
+
+def run(grid: Grid, job: dict) -> int:
+    """Run the federation that the job describes; its exit code."""
     try:
         audit = AuditLog(Path(job["out"]) / AUDIT)
         audit.write("start", resumed=job["resume"], **job["audit"])
         code = Federation(grid, prepare(job), job["versions"], Path(job["out"]), job["resume"], audit, labels).run()
         audit.write("end", exit=code)
+        return code
     except MedFLError as error:
         print(error, file=sys.stderr, flush=True)
-        code = EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT
     except Exception:
         traceback.print_exc()
-        code = 1
-    write_json(OUTCOME, {"exit": code})
+        return 1

@@ -1,15 +1,18 @@
 """How a federation is run: the settings that the server decides and sends to every hospital."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, fields
 
 from common import MedFLError, setting
+from federation.weights import ENCODER, NORM
 from partition import KINDS
 from split import TEST_FRACTION, VAL_FRACTION
 from training import TrainingSettings
 
-STRATEGIES = ("fedavg", "fedprox")
+STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")
+SERVER_RATES = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}  # where none is given
 # of the training's settings, those that mean something in a federation; epochs are rounds here, minutes don't exist
 TRAINING_OPTIONS = ["model", "image_size", "norm", "pretrained", "encoder_weights", "batch_size", "lr", "encoder_lr_factor",
                     "weight_decay", "schedule", "warmup_steps", "freeze_encoder_epochs", "clip", "ema_decay", "patience",
@@ -28,6 +31,17 @@ class FederationSettings:
     test_fraction: float = setting(TEST_FRACTION, "share of the patients kept for the test")
     strategy: str = setting("fedavg", "how updates become one model", STRATEGIES)
     proximal_mu: float = setting(0.01, "of fedprox: the pull towards the round's model")
+    server_lr: float | None = setting(None, "of fedavgm, fedadam and fedyogi: the server's step, 1.0 of fedavgm and 0.01 of the "
+                                      "others if none is given", kind=float)
+    server_momentum: float = setting(0.9, "of fedavgm: weight of the past steps")
+    beta_1: float = setting(0.9, "of fedadam and fedyogi: weight of the past in the mean of the changes")
+    beta_2: float = setting(0.99, "of fedadam and fedyogi: weight of the past in the mean of their squares")
+    tau: float = setting(1e-3, "of fedadam and fedyogi: added to the root of that mean")
+    trim: float = setting(0.2, "of fedtrimmedavg: share of the hospitals left out at each end, value by value")
+    malicious: int = setting(1, "of krum: hostile hospitals that it is to withstand")
+    keep_norm_local: bool = setting(False, "each hospital keeps its own normalisation layers (FedBN)")
+    update_dtype: str = setting("float32", "in what weights travel; half precision halves the bytes",
+                                ("float32", "float16", "bfloat16"))
     local_epochs: int = setting(1, "passes over a hospital's training slices a round")
     round_timeout: float = setting(1800.0, "longest wait for a round's answers in seconds")
     max_update_norm_ratio: float = setting(10.0, "an update longer than this many times the round's median is left out")
@@ -44,13 +58,48 @@ class FederationSettings:
             raise MedFLError("--val-fraction and --test-fraction lie from 0 to below 1 and leave somebody to train; choose others")
         if not -1 <= self.min_update_cosine <= 1:
             raise MedFLError(f"--min-update-cosine is {self.min_update_cosine}; choose a number from -1 (off) to 1")
+        if self.server_lr is not None and not 0 < self.server_lr < math.inf or not 0 < self.tau < math.inf:
+            raise MedFLError("--server-lr and --tau are numbers above 0; choose others")
+        if not all(0 <= share < 1 for share in (self.server_momentum, self.beta_1, self.beta_2)):
+            raise MedFLError("--server-momentum, --beta-1 and --beta-2 lie from 0 to below 1; choose others")
+        if not 0 < self.trim < 0.5 or self.malicious < 0:
+            raise MedFLError("--trim lies between 0 and 0.5, and --malicious is 0 or more; choose others")
+        if self.needed > self.clients:
+            raise MedFLError(f"--strategy {self.strategy} {self._why_needed()} and needs {self.needed} hospitals, and --clients is "
+                             f"{self.clients}; take more hospitals, or another strategy")
+        if self.min_clients is not None and self.min_clients < self.needed:
+            raise MedFLError(f"--strategy {self.strategy} {self._why_needed()} and needs {self.needed} hospitals in every round; "
+                             f"leave --min-clients out, or give {self.needed} or more")
         if self.min_clients is not None and not 1 <= self.min_clients <= self.clients:
             raise MedFLError(f"--min-clients is {self.min_clients}; choose a number from 1 to --clients ({self.clients})")
 
     @property
     def quorum(self) -> int:
         """Hospitals that a round needs."""
-        return self.min_clients or math.ceil(self.clients / 2)
+        return self.min_clients or max(math.ceil(self.clients / 2), self.needed)
+
+    @property
+    def needed(self) -> int:
+        """Updates without which the strategy would not do what it is for."""
+        if self.strategy == "krum":
+            return 2 * self.malicious + 3
+        if self.strategy == "fedtrimmedavg":
+            return next(n for n in itertools.count(3) if int(self.trim * n) >= 1)
+        return 3 if self.strategy == "fedmedian" else 1
+
+    def _why_needed(self) -> str:
+        return {"krum": f"with --malicious {self.malicious} takes 2 x {self.malicious} + 3 updates to choose from",
+                "fedtrimmedavg": f"with --trim {self.trim} leaves out one update at each end"}.get(
+                    self.strategy, "takes the middle one of three updates or more")
+
+    @property
+    def server_rate(self) -> float | None:
+        """The server's step: what was asked for, else the strategy's default."""
+        return self.server_lr or SERVER_RATES.get(self.strategy)
+
+    def left_out(self, frozen: bool) -> list[str]:
+        """The parts of the weights that need not travel: nobody trains a frozen encoder, and normalisation layers may stay."""
+        return [ENCODER] * frozen + [NORM] * self.keep_norm_local
 
 
 def to_json(training: TrainingSettings, federation: FederationSettings) -> str:

@@ -1,5 +1,6 @@
 """What lasts over the rounds, and how it is kept: weights, averaged weights, plateau rule, history, the best so far."""
 
+import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
-from federation.messages import pack, unpack
+from federation.aggregation import Aggregator
 from federation.settings import FederationSettings, from_json, to_json
+from federation.weights import in_precision, pack, statistics_mask, unpack
 from plausibility import pool_image_statistics
 from split import PARTS
 from training import PLATEAU, TrainingSettings, averaging_weight
@@ -22,6 +24,7 @@ BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
 class Progress:
     """How far a run is. hospitals: what each that ever gave an update said at joining, by label."""
 
+    run: str = ""  # a random name, kept over restarts
     round: int = 0
     seconds: float = 0.0
     best: float = -1.0
@@ -39,7 +42,8 @@ class RunState:
     def __init__(self, model: TransUNet, training: TrainingSettings, federation: FederationSettings, out: Path, commit: str | None):
         self.model, self.training, self.federation, self.commit = model, training, federation, commit
         self.best, self.last = out / BEST, out / LAST
-        self.progress = Progress()
+        self.progress = Progress(run=secrets.token_hex(8))
+        self.aggregator = Aggregator(federation, statistics_mask(model))
         self.weights = pack(model.state_dict())  # (n,) float32, as all weights here
         self.average: torch.Tensor | None = None
         self.plateau = ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)], lr=1.0), **PLATEAU)  # of a share of --lr
@@ -53,6 +57,11 @@ class RunState:
     def final_weights(self) -> torch.Tensor:
         """What the run ends with: averaged weights, if there are any."""
         return self.weights if self.average is None else self.average
+
+    @property
+    def weights_as_sent(self) -> torch.Tensor:
+        """The weights that hospitals get: rounded, where they travel in half precision."""
+        return in_precision(self.weights, self.federation.update_dtype)
 
     def take(self, weights: torch.Tensor) -> None:
         """A round is complete and gave this model."""
@@ -105,6 +114,7 @@ class RunState:
                   "partition": self.federation.partition if simulated else "own data", "strategy": self.federation.strategy,
                   "rounds": number, "started_from": done.started_from,
                   "init_split_sha256": done.init_split,
+                  "norm_at_hospitals": self.federation.keep_norm_local,
                   "privacy": {"secure_aggregation": False, "epsilon": None, "delta": None}}
         val = {"val": {"patients": score["patients"],
                        "volume_dice": {"mean": score["mean"], "median": None, "ci95": None}}} if score else {}
@@ -118,7 +128,8 @@ class RunState:
 
     def save_last(self) -> None:
         """Write `transunet_federated_last.pth`: all that --resume needs."""
-        state = {"weights": self.weights, "average": self.average, "plateau": self.plateau.state_dict(),
+        state = {"weights": self.weights, "average": self.average, "strategy": self.aggregator.state_dict(),
+                 "plateau": self.plateau.state_dict(),
                  "rate": self.plateau.optimizer.param_groups[0]["lr"], "progress": asdict(self.progress),
                  "settings": to_json(self.training, self.federation)}
         about = self.metadata(None, self.progress.round)
@@ -128,6 +139,7 @@ class RunState:
         """Go on from what `save_last` kept."""
         self.weights = state["weights"]
         self.average = state["average"]
+        self.aggregator.load_state_dict(state["strategy"])
         self.plateau.load_state_dict(state["plateau"])
         self.plateau.optimizer.param_groups[0]["lr"] = state["rate"]
         self.progress = Progress(**state["progress"])
@@ -138,7 +150,7 @@ def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, Tra
     last = out / LAST
     if not last.exists():
         raise MedFLError(f"there is no {last} to go on from; start without --resume")
-    checkpoint = load_checkpoint(last)
+    checkpoint = load_checkpoint(last, whole=False)
     if not checkpoint.state or "progress" not in checkpoint.state:
         raise MedFLError(f"{last} holds a model but no federation to go on with; start without --resume")
     return *from_json(checkpoint.state["settings"]), checkpoint.state, checkpoint.model

@@ -9,10 +9,11 @@ from flwr.supercore.task_identity import TaskIdentity
 import federation.membership
 import federation.rounds
 from federation.audit import AuditLog
-from federation.messages import Query, from_record, message, read, to_record
+from federation.messages import Query, message, read
 from federation.rounds import Federation
 from federation.settings import FederationSettings
 from federation.state import RunState
+from federation.weights import from_record, to_record
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -95,10 +96,15 @@ class Worker(Node):
         return Message(message(result, to_record(weights)), reply_to=incoming)
 
 
-def make_fast(monkeypatch) -> None:
-    """Let messages be made outside of a run, and the loop look for answers all the time."""
+def make_messages_outside_of_a_run(monkeypatch) -> None:
+    """Flower makes messages only where a run's identity is known."""
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def make_fast(monkeypatch) -> None:
+    """Let messages be made outside of a run, and the loop look for answers all the time."""
+    make_messages_outside_of_a_run(monkeypatch)
     monkeypatch.setattr(federation.membership, "LOOK", -1.0)
     monkeypatch.setattr(federation.rounds, "TICK", 0.01)
     monkeypatch.setattr(federation.rounds, "draw_curves", lambda *_: None)

@@ -7,8 +7,9 @@ import torch
 from common import __version__
 from dataset import load_dataset
 from federation.hospital import Hospital, HospitalError
-from federation.messages import Failure, from_record
+from federation.messages import Failure
 from federation.settings import FederationSettings
+from federation.weights import from_record
 from split import Split, save_split
 from training import TrainingSettings, score_patients
 from transunet import TransUNet
@@ -18,9 +19,10 @@ from transunet import TransUNet
 def hospital(phantoms, tmp_path):
     def make(cid: int | None = 0, training: dict | None = None, **federation) -> Hospital:
         identity = {"label": "mercy" if cid is None else f"hospital-{cid}", "session": "s", "cid": cid, "data": str(phantoms),
-                    "device": "cpu", "medfl": __version__, "split_file": str(tmp_path / "split.json"), "shares_machine": False}
+                    "device": "cpu", "medfl": __version__, "split_file": str(tmp_path / "split.json"), "shares_machine": False,
+                    "norms_file": str(tmp_path / "norms.pt"), "model_file": str(tmp_path / "mine.pth")}
         return Hospital(identity, TrainingSettings(image_size=32, batch_size=8, **(training or {})),
-                        FederationSettings(**{"clients": 1, **federation}))
+                        FederationSettings(**{"clients": 1, **federation}), tmp_path / "model.pt")
 
     return make
 
@@ -29,7 +31,7 @@ def work(subject: Hospital, model: TransUNet | None = None, **about):
     """Result and weights of one message; the same network for the same call."""
     torch.manual_seed(0)
     model = model or TransUNet("tiny", 32)
-    about = {"round": 1, "rate": 1.0, "seconds": 600.0, "partition": subject.hashes["partition_sha256"], **about}
+    about = {"run": "this", "round": 1, "rate": 1.0, "seconds": 600.0, "partition": subject.hashes["partition_sha256"], **about}
     result, arrays = subject.train(model, about)
     return result, from_record(arrays), model
 

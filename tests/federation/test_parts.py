@@ -1,4 +1,4 @@
-"""The federation's parts, each by itself: messages, aggregate, averaged weights, joining, the bundle."""
+"""The federation's parts, each by itself: messages, weights on the way, averaged weights, joining, the bundle."""
 
 import io
 import zipfile
@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
-from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 import federation.history
 from common import MedFLError, __version__
-from federation.aggregation import aggregate, make_strategy
 from federation.bundle import FILES, ROOT, make_bundle
-from federation.client_app import keep_errors_here
+from federation.client_app import guard
 from federation.history import mean_dice
 from federation.hospital import HospitalError, proximal_pull
-from federation.messages import TRAINED, Failure, expect, from_record, message, pack, payload, read, to_record, unpack
+from federation.messages import TRAINED, Failure, expect, message, read
 from federation.processes import is_loopback, parse_address
-from federation.screening import Update
 from federation.settings import FederationSettings, from_json, to_json
 from federation.state import RunState, load_run
+from federation.weights import from_record, pack, payload, to_record, unpack
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 
@@ -62,20 +59,6 @@ def test_messages_and_settings_come_back_as_they_were():
     for text in ("nonsense", "{}", '{"training": {}, "federation": {}}'):
         with pytest.raises(MedFLError, match="same version"):
             from_json(text)
-
-
-@pytest.fixture
-def in_a_run(monkeypatch):
-    """Flower makes messages only inside of a run."""
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-
-
-def test_fedavg_is_the_mean_weighted_by_slices(in_a_run):
-    updates = [Update("b", torch.tensor([1.0, 2.0, 0.0]), 10), Update("a", torch.tensor([4.0, 8.0, 3.0]), 30)]
-    result = aggregate(make_strategy(FederationSettings()), 1, updates)
-    assert result.tolist() == pytest.approx([3.25, 6.5, 2.25]) and result.dtype == torch.float32
-    assert torch.equal(aggregate(make_strategy(FederationSettings(strategy="fedprox")), 1, updates), result)
 
 
 def test_the_proximal_gradient_is_that_of_its_closed_form():
@@ -184,11 +167,9 @@ def fails_with(error: Exception):
     (MemoryError("Anna"), "resources"), (OSError(28, "No space left on device", "scans/Anna_1.tif"), "resources"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: Anna"), "resources"), (ValueError("Anna"), "bug"),
     (RuntimeError("shape of Anna"), "bug")], ids=lambda value: type(value).__name__)
-def test_errors_travel_as_codes_and_their_text_stays(in_a_run, tmp_path, monkeypatch, capsys, error, code):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "hospital.json").write_text('{"label": "mercy", "session": "s"}')
+def test_errors_travel_as_codes_and_their_text_stays(in_a_run, capsys, error, code):
     incoming = Message(message({}), 1, "train")
-    reply = keep_errors_here(incoming, None, fails_with(error))
+    reply = guard(incoming, None, fails_with(error), {"label": "mercy", "session": "s"})
     assert read(reply.content) == {"failure": code, "label": "mercy", "session": "s"} and not reply.has_error()
     assert "Anna" in capsys.readouterr().out
 
@@ -238,11 +219,6 @@ def test_patience_needs_a_score(tmp_path):
 
 def test_a_dice_of_0_counts():
     assert mean_dice([{"val_dice": 0.0, "val_patients": 1}, {"val_dice": 0.8, "val_patients": 1}]) == (0.4, 2)
-
-
-def test_the_order_of_the_answers_does_not_matter(in_a_run):
-    updates = [Update(label, torch.randn(1000, generator=torch.Generator().manual_seed(k)), 7 + k) for k, label in enumerate("abc")]
-    assert torch.equal(aggregate(FedAvg(), 1, updates), aggregate(FedAvg(), 1, updates[::-1]))
 
 
 def test_curves_show_the_dice_after_the_round_it_is_of(monkeypatch, tmp_path):

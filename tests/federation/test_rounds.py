@@ -3,7 +3,7 @@
 import pytest
 
 from checkpoint import load_checkpoint
-from federation.messages import pack
+from federation.weights import pack
 from federation.state import BEST, RunState
 from scripted import Worker, federate, make_fast
 

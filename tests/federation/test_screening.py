@@ -6,7 +6,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from common import MedFLError
-from federation.messages import from_record
+from federation.weights import from_record
 from federation.screening import Update, check_update, outliers
 from federation.settings import FederationSettings
 

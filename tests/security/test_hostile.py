@@ -11,7 +11,8 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message
 
-from federation.messages import WEIGHTS, message, pack, read, to_record
+from federation.messages import message, read
+from federation.weights import WEIGHTS, pack, to_record
 from scripted import Worker, facts, federate, make_fast
 from transunet import TransUNet
 
