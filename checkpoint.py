@@ -89,6 +89,16 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
     return Checkpoint(path, model, metadata, content.get("state"))
 
 
+def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:
+    """A checkpoint to begin a training from. Raises MedFLError where it is another network than the one that is to be trained."""
+    checkpoint = load_checkpoint(path)
+    model = checkpoint.model
+    if (model.name, model.image_side, model.norm) != (name, image_side, norm):
+        raise MedFLError(f"{path} is {model.name} at {model.image_side} pixels with {model.norm} normalisation; "
+                         f"give --model {model.name} --image-size {model.image_side} --norm {model.norm}")
+    return checkpoint
+
+
 def _metadata(content: dict, path: Path) -> dict:
     """The metadata's JSON. Raises MedFLError where entries are missing that every checkpoint has."""
     try:

@@ -188,12 +188,17 @@ def draw_partition(partition: Partition, table: pd.DataFrame, path: Path, title:
         figure.savefig(file, format="png")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
+def add_partition_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how a dataset is divided."""
     parser.add_argument("--partition", choices=KINDS, default="site", help="how the patients are divided (default site)")
     parser.add_argument("--clients", type=int, default=2, help="number of hospitals (default 2)")
     parser.add_argument("--alpha", type=float, default=0.5, help="of dirichlet: small makes unlike hospitals (default 0.5)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
+    add_partition_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of split and partition (default 0)")
     parser.add_argument("--plot", type=Path, help="draw the partition into this PNG")
     parser.add_argument("--json", type=Path, help="write the partition to this file; it names the patients")

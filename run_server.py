@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import describe, load_checkpoint, save_checkpoint
+from checkpoint import describe, load_start, save_checkpoint
 from common import MedFLError, __version__, add_settings, git_commit, run_script, settings_from, write_json
 from dataset import load_dataset
 from federation.audit import AUDIT, verify
@@ -100,13 +100,9 @@ def starting_model(arguments: argparse.Namespace, training: TrainingSettings) ->
         model = TransUNet(training.model, training.image_size, training.norm, training.pretrained, training.encoder_weights)
         name = Path(training.encoder_weights).name if training.encoder_weights else None
         return model, f"encoder weights {name}" if name else "timm's encoder" if training.pretrained else "random weights", None
-    checkpoint = load_checkpoint(arguments.init)
-    model = checkpoint.model
-    wanted = (training.model, training.image_size, training.norm)
-    if (model.name, model.image_side, model.norm) != wanted:
-        raise MedFLError(f"{arguments.init} is {model.name} at {model.image_side} pixels with {model.norm} normalisation; "
-                         f"give --model {model.name} --image-size {model.image_side} --norm {model.norm}")
-    return model, f"checkpoint {arguments.init.name}", checkpoint.metadata.get("data", {}).get("split_sha256")
+    checkpoint = load_start(arguments.init, training.model, training.image_size, training.norm)
+    split = checkpoint.metadata.get("data", {}).get("split_sha256")
+    return checkpoint.model, f"checkpoint {arguments.init.name}", split
 
 
 def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, FederationSettings]:

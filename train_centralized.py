@@ -3,10 +3,12 @@
     python train_centralized.py --data-dir data --epochs 30
     python train_centralized.py --data-dir data --minutes 28
     python train_centralized.py --resume
+    python train_centralized.py --cid 0 --clients 4 --partition site --out models/local_0    one hospital by itself
+    python train_centralized.py --cid 0 --clients 4 --init models/transunet_federated_best.pth --steps 50 --out models/tuned_0
 
 Writes into --out (default models/): transunet_centralized_best.pth, the weights that did best on the validation
-patients; transunet_centralized_last.pth, what --resume needs; split.json; centralized_curves.png; and
-centralized_history.csv, a line per epoch: epoch, step, seconds (training and scoring so far), learning_rate,
+patients; transunet_centralized_last.pth, what --resume needs; split.json; centralized_curves.png (with --cid "local" in
+all three names); and centralized_history.csv, a line per epoch: epoch, step, seconds (training and scoring so far), learning_rate,
 train_loss, train_dice (soft, of batches), val_dice and val_dice_median (mean and median volume Dice, empty if nothing
 is held out).
 """
@@ -22,20 +24,18 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from batches import TrainingBatches
-from checkpoint import THRESHOLD, describe, load_checkpoint, save_checkpoint
+from checkpoint import THRESHOLD, describe, load_checkpoint, load_start, save_checkpoint
 from common import MedFLError, add_settings, atomic_write, run_script, settings_from
 from curves import draw_curves
 from dataset import Dataset, load_dataset
 from inference import choose_device
 from metrics import summarise
+from partition import add_partition_options, make_partition
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
 from training import PLATEAU, EpochResult, Learner, TrainingSettings, rate_scale, score_patients
 from transunet import TransUNet
 
 HISTORY = ("epoch", "step", "seconds", "learning_rate", "train_loss", "train_dice", "val_dice", "val_dice_median")
-
-BEST, LAST = "transunet_centralized_best.pth", "transunet_centralized_last.pth"
-
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -46,6 +46,9 @@ def parse() -> argparse.Namespace:
                         help=f"share of the patients to choose by (default {VAL_FRACTION})")
     parser.add_argument("--test-fraction", type=float, default=TEST_FRACTION,
                         help=f"share of the patients kept for the test (default {TEST_FRACTION})")
+    parser.add_argument("--cid", type=int, help="train hospital K of a federation by itself, on its share of the dataset")
+    add_partition_options(parser)
+    parser.add_argument("--init", type=Path, help="start from this checkpoint instead of random weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--resume", action="store_true", help="go on after the last complete epoch in --out, with its settings")
     add_settings(parser, TrainingSettings)
@@ -65,21 +68,28 @@ class Progress:
 
 
 class CentralTraining:
-    """A run on one machine, from its first epoch to its last."""
+    """A run on one machine, from its first epoch to its last.
+
+    split: who trains and chooses here; whole: the split of which that is a share, if the model is one hospital's own. origin:
+    the checkpoint's entry of that name. init: a checkpoint to start from.
+    """
 
     def __init__(self, dataset: Dataset, split: Split, settings: TrainingSettings, device: torch.device, out: Path,
-                 resume: bool = False):
+                 resume: bool = False, whole: Split | None = None, origin: dict | None = None, init: Path | None = None):
         if settings.schedule == "plateau" and not split.val:
             raise MedFLError("a plateau is seen on validation patients, and there are none; take --schedule cosine")
         torch.manual_seed(settings.seed)
         self.dataset, self.split, self.settings, self.out = dataset, split, settings, out
+        self.whole, self.origin = whole or split, origin or {"kind": "centralised"}
+        self.name = "centralized" if whole is None else "local"
         source = (False, None) if resume else (settings.pretrained, settings.encoder_weights)
-        model = TransUNet(settings.model, settings.image_size, settings.norm, *source)
+        plan = (settings.model, settings.image_size, settings.norm)
+        model = load_start(init, *plan).model if init and not resume else TransUNet(*plan, *source)
         self.learner = Learner(model, settings, device)
         self.batches = TrainingBatches(dataset, split.train, settings.image_size, settings.batch_size, settings.seed)
         self.plateau = ReduceLROnPlateau(self.learner.optimiser, **PLATEAU) if settings.schedule == "plateau" else None
         self.progress = Progress()
-        self.best, self.last = out / BEST, out / LAST
+        self.best, self.last = (out / f"transunet_{self.name}_{which}.pth" for which in ("best", "last"))
         self.saved_epoch = 0
         if resume:
             self._resume()
@@ -119,12 +129,12 @@ class CentralTraining:
         if settings.patience and self.split.val and done.epoch - done.best_epoch >= settings.patience:
             print(f"no better validation Dice for {settings.patience} epochs; stopped after epoch {done.epoch}")
             return True
-        return self._share_done() >= 1 if settings.minutes else done.epoch >= settings.epochs
+        return self._share_done() >= 1 if settings.minutes or settings.steps else done.epoch >= settings.epochs
 
     def _share_done(self) -> float:
         """Share of the run that is over, 0 to 1: of its steps, or of its minutes less what the last epoch's end will take."""
         if not self.settings.minutes:
-            return self.learner.step_count / (self.settings.epochs * len(self.batches))
+            return self.learner.step_count / (self.settings.steps or self.settings.epochs * len(self.batches))
         room = max(60 * self.settings.minutes - 1.5 * self.progress.ending_seconds, 1.0)
         return (time.monotonic() - self.began) / room
 
@@ -135,11 +145,11 @@ class CentralTraining:
             share = self._share_done()
             if not self.plateau:
                 self.learner.set_rate(rate_scale(share, step, self.settings.warmup_steps))
-            return share < 1 or not self.settings.minutes
+            return share < 1 or not (self.settings.minutes or self.settings.steps)
 
         epoch = self.progress.epoch + 1
         torch.manual_seed(100_003 * self.settings.seed + epoch)  # for layers that draw numbers
-        of = f" of {self.settings.epochs}" if not self.settings.minutes else ""
+        of = f" of {self.settings.epochs}" if not (self.settings.minutes or self.settings.steps) else ""
         with tqdm(total=len(self.batches), desc=f"epoch {epoch}{of}", unit="step", leave=False, disable=None) as bar:
             return self.learner.train_epoch(self.batches.epoch(epoch), before_step, bar)
 
@@ -162,8 +172,9 @@ class CentralTraining:
         save_checkpoint(self.last, learner.weights_model.state_dict(), metadata, state)
         self.saved_epoch = done.epoch
         try:
-            write_history(done.rows, self.out / "centralized_history.csv")
-            draw_curves(done.rows, self.out / "centralized_curves.png", f"Centralised training on {self.dataset.name}")
+            write_history(done.rows, self.out / f"{self.name}_history.csv")
+            what = "Centralised training" if self.name == "centralized" else f"Training of {self.origin['hospital']} alone"
+            draw_curves(done.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}")
         except MedFLError as error:  # a viewer may hold the file; both are written anew after the next epoch
             print(f"not this time: {error}")
         scored = f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}" if val else "no validation patients"
@@ -171,7 +182,7 @@ class CentralTraining:
               flush=True)
 
     def _describe(self, val: dict | None) -> dict:
-        data = {"name": self.dataset.name, "split_sha256": self.split.sha256()}
+        data = {"name": self.dataset.name, "split_sha256": self.whole.sha256()}
         slices = self.dataset.table.set_index("patient")["slices"]
         for part in PARTS:
             patients = list(self.split.part(part))
@@ -183,8 +194,8 @@ class CentralTraining:
                     "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model"}
         training["encoder_weights"] = training["encoder_weights"] and Path(training["encoder_weights"]).name
         images = self.dataset.image_statistics(self.split.train)
-        return describe(self.learner.weights_model, images, training=training, origin={"kind": "centralised"},
-                        data=data, scores=scores)
+        return describe(self.learner.weights_model, images, training=training, origin=self.origin, data=data,
+                        scores=scores)
 
 
 def write_history(rows: list[dict], path: Path) -> None:
@@ -215,6 +226,17 @@ def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int
     return split
 
 
+def share_of(arguments: argparse.Namespace, dataset: Dataset, split: Split, seed: int) -> tuple[Split, dict]:
+    """One hospital's share of the split, and what the checkpoint says of it. Raises MedFLError for a number that none has."""
+    kind, clients, alpha = arguments.partition, arguments.clients, arguments.alpha
+    if not 0 <= arguments.cid < clients:
+        raise MedFLError(f"--cid is {arguments.cid}, and {clients} hospitals are numbered from 0; choose another, or more "
+                         "--clients")
+    partition = make_partition(dataset.table, split, kind, clients, alpha, seed)
+    origin = {"kind": "local", "hospital": f"hospital-{arguments.cid}", "partition": kind, "clients": clients, "alpha": alpha}
+    return partition.hospitals[arguments.cid], origin
+
+
 def stored_settings(last: Path) -> TrainingSettings:
     """The settings of an interrupted run."""
     if not last.exists():
@@ -227,14 +249,21 @@ def main() -> None:
     arguments = parse()
     settings = settings_from(arguments, TrainingSettings)
     if arguments.resume:
-        settings = stored_settings(arguments.out / LAST)
+        name = "centralized" if arguments.cid is None else "local"
+        settings = stored_settings(arguments.out / f"transunet_{name}_last.pth")
         print("going on with the interrupted run's own settings; other training options are passed over")
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data_dir)
     split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
-    print(f"{dataset.name} in {dataset.root}: {len(split.train)} patients to train on, {len(split.val)} to choose by, "
-          f"{len(split.test)} kept for the test")
-    training = CentralTraining(dataset, split, settings, device, arguments.out, arguments.resume)
+    share, origin = split, {"kind": "centralised"}
+    if arguments.cid is not None:
+        share, origin = share_of(arguments, dataset, split, settings.seed)
+    if arguments.init:
+        origin["started_from"] = f"checkpoint {arguments.init.name}"
+    print(f"{dataset.name} in {dataset.root}: {len(share.train)} patients to train on, {len(share.val)} to choose by, "
+          f"{len(share.test)} kept for the test")
+    training = CentralTraining(dataset, share, settings, device, arguments.out, arguments.resume,
+                               None if arguments.cid is None else split, origin, arguments.init)
     precision = str(training.learner.precision).removeprefix("torch.")
     print(f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, {len(training.batches)} steps an epoch")
     try:
@@ -244,7 +273,7 @@ def main() -> None:
         print(f"\nstopped in epoch {done + 1}; " + (f"--resume goes on after epoch {done}" if done else "nothing to resume yet"))
         raise
     done = training.progress
-    print(f"{training.best}: epoch {done.best_epoch}" + (f", validation Dice {done.best:.3f}" if split.val else ""))
+    print(f"{training.best}: epoch {done.best_epoch}" + (f", validation Dice {done.best:.3f}" if share.val else ""))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class TrainingSettings:
     encoder_weights: str | None = setting(None, "file of encoder weights in timm's names, instead of the network", kind=str)
     epochs: int = setting(30, "passes over the training slices")
     minutes: float | None = setting(None, "train this many minutes of wall clock, schedule fitted, instead of --epochs", kind=float)
+    steps: int | None = setting(None, "train this many steps, schedule fitted, instead of --epochs", kind=int)
     batch_size: int = setting(16, "slices a step")
     lr: float = setting(1e-3, "learning rate of decoder and pyramid")
     encoder_lr_factor: float = setting(1.0, "learning rate of the encoder, as a factor of --lr (0.1 suits pretrained weights)")
@@ -46,13 +47,16 @@ class TrainingSettings:
     seed: int = setting(0, "of weights, order and augmentation")
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "lr", "clip", "encoder_lr_factor") + (() if self.minutes is None else ("minutes",))
+        positive = ("epochs", "batch_size", "lr", "clip", "encoder_lr_factor") + tuple(
+            name for name in ("minutes", "steps") if getattr(self, name) is not None)
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0")
         for name in ("weight_decay", "warmup_steps", "freeze_encoder_epochs", "patience", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 0 or more")
+        if self.minutes is not None and self.steps is not None:
+            raise MedFLError("--minutes and --steps both say how long to train; give one of them")
         if not 0 <= self.ema_decay < 1:
             raise MedFLError(f"--ema-decay is {self.ema_decay}; choose a number from 0 to below 1")
 

@@ -1,0 +1,157 @@
+"""What travels: parts of the weights, half precision, and what a hospital keeps for itself; real hospitals, real rounds."""
+
+import json
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from torch import nn
+
+from checkpoint import load_checkpoint
+from common import MedFLError, __version__, write_json
+from federation.audit import AuditLog
+from federation.client_app import IDENTITY, make_app
+from federation.hospital import identity
+from federation.rounds import Federation
+from federation.settings import FederationSettings
+from federation.state import BEST, RunState, load_run
+from federation.weights import ENCODER, NORM, from_record, in_precision, norm_mask, pack, part_mask, payload, to_record
+from scripted import VERSIONS, Grid, make_fast
+from training import TrainingSettings
+from transunet import TransUNet
+
+ENCODER_VALUES = sum(p.numel() for p in TransUNet("tiny", 32).encoder.parameters())
+ALL_VALUES = len(pack(TransUNet("tiny", 32).state_dict()))
+NORM_VALUES = 4 * sum(m.num_features for m in TransUNet("tiny", 32).modules() if isinstance(m, nn.BatchNorm2d))
+
+
+class RealHospital:
+    """A node of the scripted grid that answers with the hospital's own app, in this process; keeps what it was asked."""
+
+    def __init__(self, folder, cid, data):
+        self.folder, self.asked = folder / f"hospital-{cid}", []
+        who = identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models", shares_machine=False)
+        write_json(self.folder / IDENTITY, {**who, "medfl": VERSIONS["medfl"]})
+        self.app = make_app(lambda context: self.folder)
+
+    def answer(self, incoming: Message) -> Message:
+        about, arrays = json.loads(incoming.content["about"]["json"]), incoming.content.get("arrays")
+        reply = self.app(incoming, Context(1, 1, {}, RecordDict(), {}))
+        if arrays is not None:
+            self.asked.append({**about, "values": arrays["weights"].shape[0], "bytes": payload(arrays)})
+        return reply
+
+
+@pytest.fixture
+def federate(monkeypatch, tmp_path, phantoms, home):
+    """Run a federation of two real hospitals in this process: its state, its hospitals, what it said."""
+    make_fast(monkeypatch)
+    monkeypatch.setattr("federation.hospital.local_versions", lambda medfl: VERSIONS)
+
+    def run(rounds: int, training: dict | None = None, out: str = "out", resume: bool = False, hospitals=None, **settings):
+        said, grid, folder = [], Grid(), tmp_path / out
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        federation = FederationSettings(rounds=rounds, round_timeout=300.0, val_fraction=0.2, **settings)
+        settings = TrainingSettings(**{"image_size": 32, "batch_size": 8, "warmup_steps": 2, **(training or {})})
+        state = RunState(TransUNet("tiny", 32), settings, federation, folder, None)
+        state.progress.started_from = "random weights"
+        if resume:
+            state.restore(load_run(folder)[2])
+        hospitals = hospitals or [RealHospital(folder, cid, phantoms) for cid in (0, 1)]
+        grid.nodes = dict(enumerate(hospitals, 1))
+        code = Federation(grid, state, VERSIONS, folder, resume, AuditLog(folder / "audit.jsonl"), say=said.append).run()
+        assert code == 0, said
+        return state, hospitals, said
+
+    return run
+
+
+def test_masks_name_the_parts_of_a_model():
+    for name, norm in (("tiny", "batch"), ("tiny", "group")):
+        model = TransUNet(name, 32, norm)
+        norms, without = norm_mask(model), part_mask(model, [ENCODER])
+        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+        assert norms.sum() == sum(t.numel() for m in layers for t in m.state_dict().values() if t.is_floating_point()) > 0
+        assert without.sum() == ALL_VALUES - ENCODER_VALUES - (0 if norm == "batch" else NORM_VALUES // 2)
+        vector = pack(model.state_dict())
+        assert torch.equal(vector[~without], pack(model.encoder.state_dict()))
+        assert torch.equal(part_mask(model, [ENCODER, NORM]), without & ~norms) and part_mask(model, []).all()
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_halves_the_bytes_and_rounds_to_nearest(precision):
+    vector = torch.randn(1000)
+    arrays = to_record(vector, precision)
+    assert payload(arrays) == 2000 and torch.equal(from_record(arrays, precision), vector.to(getattr(torch, precision)).float())
+    for other in {"float32", "float16", "bfloat16"} - {precision}:
+        with pytest.raises(MedFLError, match="shape or type"):
+            from_record(arrays, other)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_updates_in_half_precision_cost_half_and_lose_little(federate, precision):
+    """The server keeps float32: rounding touches a round's change, and doesn't add up over the rounds."""
+    full, _, _ = federate(2, {"ema_decay": 0.0}, out="full")
+    half, hospitals, _ = federate(2, {"ema_decay": 0.0}, out="half", update_dtype=precision)
+    for before, after in zip(full.progress.rows[:4], half.progress.rows[:4]):
+        assert 2 * after["bytes_sent"] == before["bytes_sent"] == 4 * ALL_VALUES
+        assert 2 * after["bytes_received"] == before["bytes_received"] == 4 * ALL_VALUES
+    assert half.weights.dtype == torch.float32 and not torch.equal(half.weights, in_precision(half.weights, precision))
+    torch.manual_seed(0)
+    start = pack(TransUNet("tiny", 32).state_dict())
+    moved = (full.weights - start).norm()
+    assert 0 < (half.weights - full.weights).norm() < 0.5 * moved  # trainings from rounded weights part, and stay near
+
+
+def test_a_frozen_encoder_does_not_travel(federate, monkeypatch):
+    """The first message brings it; while it is frozen nobody sends it again, and the result is that of sending all."""
+    state, hospitals, _ = federate(3, {"freeze_encoder_epochs": 2}, out="part")
+    for hospital in hospitals:
+        assert [asked["values"] for asked in hospital.asked] == [ALL_VALUES, ALL_VALUES - ENCODER_VALUES, ALL_VALUES, ALL_VALUES]
+    received = [row["bytes_received"] for row in state.progress.rows if row["site"] == "hospital-0"]
+    assert received == [4 * (ALL_VALUES - ENCODER_VALUES)] * 2 + [4 * ALL_VALUES, 0]
+    monkeypatch.setattr(FederationSettings, "left_out", lambda self, frozen: [])
+    assert torch.equal(federate(3, {"freeze_encoder_epochs": 2}, out="all")[0].weights, state.weights)
+
+
+def test_a_hospital_that_was_started_anew_gets_everything(federate, phantoms, tmp_path):
+    _, hospitals, _ = federate(1, {"freeze_encoder_epochs": 2})
+    hospitals[0] = RealHospital(tmp_path / "out", 0, phantoms)
+    (hospitals[0].folder / "model.pt").unlink()
+    hospitals[1].asked.clear()
+    federate(2, {"freeze_encoder_epochs": 2}, resume=True, hospitals=hospitals)
+    assert [asked["values"] for asked in hospitals[0].asked] == [ALL_VALUES, ALL_VALUES]
+
+
+def test_normalisation_layers_stay_and_each_hospital_gets_a_model_of_its_own(federate, tmp_path):
+    state, hospitals, _ = federate(2, keep_norm_local=True)
+    for hospital in hospitals:
+        assert [asked["values"] for asked in hospital.asked] == [ALL_VALUES, ALL_VALUES - NORM_VALUES, ALL_VALUES - NORM_VALUES]
+    models = [load_checkpoint(tmp_path / "out" / "models" / f"hospital-{k}_federated_best.pth") for k in (0, 1)]
+    one, other = (pack(checkpoint.model.state_dict()) for checkpoint in models)
+    norms = norm_mask(models[0].model)
+    assert torch.equal(one[~norms], other[~norms]) and torch.equal(one[~norms], state.final_weights[~norms])
+    assert not torch.equal(one[norms], other[norms]) and not torch.equal(one[norms], state.final_weights[norms])
+    torch.manual_seed(0)
+    assert torch.equal(state.weights[norms], pack(TransUNet("tiny", 32).state_dict())[norms])  # nobody sent any
+    assert models[0].metadata["origin"]["hospital"] == "hospital-0" and models[0].metadata["scores"]["val"]["patients"] > 0
+    with pytest.raises(MedFLError, match="NAME_federated_best.pth that a hospital wrote"):
+        load_checkpoint(tmp_path / "out" / BEST)
+
+
+def test_a_killed_hospital_finds_its_layers_again_and_a_new_run_does_not_take_them(federate, phantoms, tmp_path):
+    _, hospitals, _ = federate(1, keep_norm_local=True)
+    kept = torch.load(tmp_path / "out" / "models" / "hospital-0_norms.pt", weights_only=True)
+    assert kept["rounds"] == 1
+    hospitals[0] = RealHospital(tmp_path / "out", 0, phantoms)
+    federate(2, keep_norm_local=True, resume=True, hospitals=hospitals)
+    assert torch.load(tmp_path / "out" / "models" / "hospital-0_norms.pt", weights_only=True)["rounds"] == 2
+    hospitals = [RealHospital(tmp_path / "out", cid, phantoms) for cid in (0, 1)]
+    federate(1, keep_norm_local=True, hospitals=hospitals)
+    assert torch.load(tmp_path / "out" / "models" / "hospital-0_norms.pt", weights_only=True)["rounds"] == 1
+
+
+def test_a_half_precision_update_out_of_range_is_the_hospitals_fault(federate):
+    with pytest.raises(AssertionError, match="its training failed"):
+        federate(1, {"lr": 1e6, "clip": 1e9, "warmup_steps": 0}, update_dtype="float16")
