@@ -2,7 +2,10 @@
 
     python evaluate.py --checkpoint models/transunet_centralized_best.pth --data-dir data
 
-Prints a table per site and overall. Dice is the volume Dice of each patient, tumour slices and empty slices apart.
+    python evaluate.py --compare models/transunet_federated_best.pth models/local_*/transunet_local_best.pth --data-dir data
+
+Prints a table per site and overall. Dice is the volume Dice of each patient, tumour slices and empty slices apart. With
+--compare a row per model, a column per hospital, all on the same test patients (comparison.py).
 """
 
 import argparse
@@ -11,34 +14,36 @@ from pathlib import Path
 
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
 from common import SMALLEST_GROUP, MedFLError, atomic_write, run_script, utc_now, write_json
+from comparison import as_text, compare, draw_table, write_table
 from dataset import Dataset, load_dataset
 from inference import choose_device, predict_volume, to_mask
 from metrics import report
 from overlays import draw_outlines
-from split import load_split, make_split
+from split import Split, load_split, make_split
 from training import score_patients
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", type=Path, help="the model, a .pth file")
+    which.add_argument("--compare", type=Path, nargs="+", metavar="CHECKPOINT", help="several models, in the order of the rows")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
     parser.add_argument("--split", choices=("test", "val", "train", "all"), default="test", help="whom to score (default test)")
     parser.add_argument("--split-file", type=Path, help="who is in which part (default split.json beside the checkpoint; "
                         "of a federation's model it is made anew)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--csv", type=Path, help="write a line per patient to this file")
+    parser.add_argument("--csv", type=Path, help="write a line per patient (with --compare: per model and hospital) to this file")
+    parser.add_argument("--plot", type=Path, help="with --compare: draw the table into this PNG")
     parser.add_argument("--overlays", type=Path, help="write pictures of the best, the median and the worst patient to this folder")
     parser.add_argument("--write-back", action="store_true", help="write the test scores into the checkpoint's metadata")
     return parser.parse_args()
 
 
-def patients_to_score(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkpoint) -> list[str]:
-    """Names of the patients to score. Raises MedFLError for a split that the model was not trained on, or an empty part."""
-    if arguments.split == "all" and arguments.split_file is None:
-        return [p.name for p in dataset.patients]
-    path = arguments.split_file or arguments.checkpoint.parent / "split.json"
+def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkpoint) -> Split:
+    """The split that the model was trained on. Raises MedFLError for another, where it matters."""
+    path = arguments.split_file or checkpoint.path.parent / "split.json"
     about = checkpoint.metadata.get("data", {})
     if about.get("split") and arguments.split_file is None:  # of a federation, whose server knows no patient
         path, split = "the split of this dataset", make_split({p.name: p.site for p in dataset.patients}, **about["split"])
@@ -48,11 +53,11 @@ def patients_to_score(arguments: argparse.Namespace, dataset: Dataset, checkpoin
     if trained_on is None and about.get("split") and arguments.split_file:
         print(f"the model is of hospitals with own data; whether {path} is one of theirs can't be checked")
     elif arguments.split in ("test", "val") and trained_on != split.sha256():
-        raise MedFLError(f"{path} is not the split that {arguments.checkpoint} was trained on, so its test patients may have "
+        raise MedFLError(f"{path} is not the split that {checkpoint.path} was trained on, so its test patients may have "
                          "been trained on; name the training's own with --split-file, or take --split all")
     if not split.part(arguments.split):
         raise MedFLError(f"{path} holds no {arguments.split} patients; choose another --split")
-    return list(split.part(arguments.split))
+    return split
 
 
 def print_table(figures: dict) -> None:
@@ -91,13 +96,46 @@ def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, fold
         print(f"wrote {path}")
 
 
+def compare_models(arguments: argparse.Namespace) -> None:
+    """Print and write the table of several models. Raises MedFLError where they were not trained on one split."""
+    if arguments.split != "test" or arguments.write_back or arguments.overlays:
+        raise MedFLError("--compare scores test patients, and goes with --json, --csv and --plot; leave the other options out")
+    checkpoints = [load_checkpoint(path, choose_device(arguments.device)) for path in arguments.compare]
+    dataset = load_dataset(arguments.data_dir)
+    splits = {checkpoint.path: split_of(arguments, dataset, checkpoint) for checkpoint in checkpoints}
+    first = splits[checkpoints[0].path]
+    if other := [str(path) for path, split in splits.items() if split.sha256() != first.sha256()]:
+        raise MedFLError(f"{other[0]} was trained on another split than {checkpoints[0].path}, so their test patients differ; "
+                         "compare models of one dataset and --seed")
+    table = compare(checkpoints, dataset, first, lambda line: print(line, flush=True))
+    print(f"{dataset.name}, {len(first.test)} test patients, volume Dice; differences are paired")
+    print(as_text(table))
+    about = {"data": dataset.name, "split_sha256": first.sha256(), "created": utc_now(),
+             "checkpoints": {str(checkpoint.path): checkpoint.sha256() for checkpoint in checkpoints}}
+    if arguments.json:
+        write_json(arguments.json, {**about, **table})
+    if arguments.csv:
+        write_table(table, arguments.csv)
+    if arguments.plot:
+        draw_table(table, arguments.plot, f"{dataset.name}: {len(first.test)} test patients")
+    for path in filter(None, (arguments.json, arguments.csv, arguments.plot)):
+        print(f"wrote {path}")
+
+
 def main() -> None:
     arguments = parse()
+    if arguments.compare:
+        return compare_models(arguments)
+    if arguments.plot:
+        raise MedFLError("--plot draws the table of --compare; leave it out, or use --overlays")
     if arguments.write_back and arguments.split != "test":
         raise MedFLError("--write-back stores test scores alone; leave --split at test")
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     dataset = load_dataset(arguments.data_dir)
-    patients = patients_to_score(arguments, dataset, checkpoint)
+    if arguments.split == "all" and arguments.split_file is None:
+        patients = [p.name for p in dataset.patients]
+    else:
+        patients = list(split_of(arguments, dataset, checkpoint).part(arguments.split))
     rows = score_patients(checkpoint.model, dataset, patients, checkpoint.threshold, progress=True)
     figures = report(rows)
     print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {len(rows)} patients")

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from batches import TrainingBatches
-from checkpoint import THRESHOLD, describe, load_checkpoint, load_start, save_checkpoint
+from checkpoint import THRESHOLD, Checkpoint, describe, load_checkpoint, load_start, save_checkpoint
 from common import MedFLError, add_settings, atomic_write, run_script, settings_from
 from curves import draw_curves
 from dataset import Dataset, load_dataset
@@ -71,11 +71,11 @@ class CentralTraining:
     """A run on one machine, from its first epoch to its last.
 
     split: who trains and chooses here; whole: the split of which that is a share, if the model is one hospital's own. origin:
-    the checkpoint's entry of that name. init: a checkpoint to start from.
+    the checkpoint's entry of that name. start: a checkpoint of the same network to start from.
     """
 
     def __init__(self, dataset: Dataset, split: Split, settings: TrainingSettings, device: torch.device, out: Path,
-                 resume: bool = False, whole: Split | None = None, origin: dict | None = None, init: Path | None = None):
+                 resume: bool = False, whole: Split | None = None, origin: dict | None = None, start: Checkpoint | None = None):
         if settings.schedule == "plateau" and not split.val:
             raise MedFLError("a plateau is seen on validation patients, and there are none; take --schedule cosine")
         torch.manual_seed(settings.seed)
@@ -83,8 +83,7 @@ class CentralTraining:
         self.whole, self.origin = whole or split, origin or {"kind": "centralised"}
         self.name = "centralized" if whole is None else "local"
         source = (False, None) if resume else (settings.pretrained, settings.encoder_weights)
-        plan = (settings.model, settings.image_size, settings.norm)
-        model = load_start(init, *plan).model if init and not resume else TransUNet(*plan, *source)
+        model = start.model if start else TransUNet(settings.model, settings.image_size, settings.norm, *source)
         self.learner = Learner(model, settings, device)
         self.batches = TrainingBatches(dataset, split.train, settings.image_size, settings.batch_size, settings.seed)
         self.plateau = ReduceLROnPlateau(self.learner.optimiser, **PLATEAU) if settings.schedule == "plateau" else None
@@ -258,12 +257,18 @@ def main() -> None:
     share, origin = split, {"kind": "centralised"}
     if arguments.cid is not None:
         share, origin = share_of(arguments, dataset, split, settings.seed)
+    start = None
     if arguments.init:
-        origin["started_from"] = f"checkpoint {arguments.init.name}"
+        start = load_start(arguments.init, settings.model, settings.image_size, settings.norm)
+        before = start.metadata.get("origin", {})
+        origin["started_from"] = before.get("strategy") or before.get("kind") or arguments.init.name
+        if start.metadata.get("data", {}).get("split_sha256") not in (None, split.sha256()):
+            print(f"mind: {arguments.init} was trained on another split, and may have seen patients that are kept for the test "
+                  "here")
     print(f"{dataset.name} in {dataset.root}: {len(share.train)} patients to train on, {len(share.val)} to choose by, "
           f"{len(share.test)} kept for the test")
     training = CentralTraining(dataset, share, settings, device, arguments.out, arguments.resume,
-                               None if arguments.cid is None else split, origin, arguments.init)
+                               None if arguments.cid is None else split, origin, start)
     precision = str(training.learner.precision).removeprefix("torch.")
     print(f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, {len(training.batches)} steps an epoch")
     try:
