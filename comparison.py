@@ -4,7 +4,6 @@ A row is a model, or a set of models of which each is one hospital's own and is 
 own training, a fine-tuned copy of the federation's model, or a model whose normalisation layers stayed there.
 """
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from split import Split
 from training import score_patients
 
 ALL = "all"
+FULL = "float32"  # precision of a federation's messages, unless another is named
 ALONE = "alone"  # models that a hospital trained by itself; shown one by one as well
 COLUMNS = ("model", "hospital", "patients", "dice_mean", "dice_low", "dice_high", "difference", "difference_low", "difference_high")
 
@@ -38,7 +38,9 @@ def kind_of(checkpoint: Checkpoint) -> str:
     """How a model came about, in a few words."""
     origin = checkpoint.metadata.get("origin", {})
     if origin.get("kind") == "federated":
-        return origin["strategy"] + (", own normalisation" if origin.get("hospital") else "")
+        precision = checkpoint.metadata["training"]["update_dtype"]
+        return (origin["strategy"] + (f", {precision}" if precision != FULL else "")
+                + (", own normalisation" if origin.get("hospital") else ""))
     if origin.get("started_from"):
         return "fine-tuned from " + origin["started_from"]
     return ALONE if origin.get("kind") == "local" else "centralised"
@@ -144,18 +146,16 @@ def as_text(table: dict) -> str:
     return "\n".join(lines)
 
 
-def write_table(table: dict, path: Path) -> None:
-    """A CSV line per row and column (`COLUMNS`); the difference stands in the lines of all patients."""
-    with atomic_write(path, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for row in table["rows"]:
-            for label, score in row["scores"].items():
-                if score is None:
-                    continue
+def lines_of(table: dict) -> list[list]:
+    """The table as lines of `COLUMNS`, one per row and column; the difference stands in the lines of all patients."""
+    lines = []
+    for row in table["rows"]:
+        for label, score in row["scores"].items():
+            if score:
                 difference = row["difference"] if label == ALL else {"mean": None, "ci95": None}
-                writer.writerow([row["name"], label, score["patients"], score["mean"], *(score["ci95"] or (None, None)),
-                                 difference["mean"], *(difference["ci95"] or (None, None))])
+                lines.append([row["name"], label, score["patients"], score["mean"], *(score["ci95"] or (None, None)),
+                              difference["mean"], *(difference["ci95"] or (None, None))])
+    return lines
 
 
 def draw_table(table: dict, path: Path, title: str) -> None:

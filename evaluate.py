@@ -14,7 +14,7 @@ from pathlib import Path
 
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
 from common import SMALLEST_GROUP, MedFLError, atomic_write, run_script, utc_now, write_json
-from comparison import as_text, compare, draw_table, write_table
+from comparison import COLUMNS, as_text, compare, draw_table, lines_of
 from dataset import Dataset, load_dataset
 from inference import choose_device, predict_volume, to_mask
 from metrics import report
@@ -115,7 +115,8 @@ def compare_models(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, {**about, **table})
     if arguments.csv:
-        write_table(table, arguments.csv)
+        with atomic_write(arguments.csv, "w") as file:
+            csv.writer(file).writerows([COLUMNS, *lines_of(table)])
     if arguments.plot:
         draw_table(table, arguments.plot, f"{dataset.name}: {len(first.test)} test patients")
     for path in filter(None, (arguments.json, arguments.csv, arguments.plot)):

@@ -95,6 +95,19 @@ def federate(dataset: Dataset, case: str, settings: TrainingSettings, federation
     return scores
 
 
+def draw(scores: dict[str, list[float]], data: str, path: Path) -> None:
+    """Write a PNG of the Dice over the rounds."""
+    figure = Figure(figsize=(7.5, 4), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for (case, values), style in zip(scores.items(), STYLES):
+        axes.plot(range(1, len(values) + 1), values, linestyle=style, label=case, linewidth=2)
+    axes.set(xlabel="round", ylabel=f"mean volume Dice ({data})", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, ncols=2, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
@@ -119,15 +132,7 @@ def main() -> None:
     for case, values in scores.items():
         print(f"{case:32}{values[-1]:.3f} after {len(values)} rounds, {max(values):.3f} at best")
     if arguments.plot:
-        figure = Figure(figsize=(7, 3.6), dpi=130, layout="constrained")
-        axes = figure.add_subplot()
-        for (case, values), style in zip(scores.items(), STYLES):
-            axes.plot(range(1, len(values) + 1), values, style, label=case, linewidth=2)
-        axes.set(xlabel="round", ylabel="mean volume Dice (phantoms)", ylim=(0, 1))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(arguments.plot)
+        draw(scores, dataset.name, arguments.plot)
 
 
 if __name__ == "__main__":
