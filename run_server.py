@@ -39,6 +39,8 @@ from federation.settings import TRAINING_OPTIONS, FederationSettings, to_json
 from federation.simulation import check_ray, simulate
 from federation.state import load_run
 from inference import choose_device
+from partition import make_partition
+from split import make_split
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -105,12 +107,12 @@ def starting_model(arguments: argparse.Namespace, training: TrainingSettings) ->
     return checkpoint.model, f"checkpoint {arguments.init.name}", split
 
 
-def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, FederationSettings]:
-    """What the ServerApp needs, and the federation's settings; every user's mistake is found here."""
+def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, TrainingSettings, FederationSettings]:
+    """What the ServerApp needs, and both settings; every user's mistake is found here."""
     out = arguments.out.resolve()
     job = {"out": str(out), "resume": arguments.resume, "commit": git_commit(), "versions": local_versions(__version__)}
     if arguments.resume:
-        _, federation, state, _ = load_run(out)
+        training, federation, state, _ = load_run(out)
         settings = state["settings"]
         print(f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own settings; "
               "other options are passed over")
@@ -129,7 +131,7 @@ def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, Fede
         verify(out / AUDIT)
     job["audit"] = {"code": hashlib.sha256(make_bundle()).hexdigest(), "settings": hashlib.sha256(settings.encode()).hexdigest(),
                     "versions": job["versions"], "commit": job["commit"], "keys": arguments.kit is not None}
-    return job, federation
+    return job, training, federation
 
 
 def start_superlink(host: str, port: int, kit: Path | None, folder: Path) -> Child:
@@ -175,11 +177,13 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         raise MedFLError("--simulate runs hospitals of this machine alone and takes no keys; leave --kit out")
     if arguments.simulate < 1 or arguments.cores < 1:
         raise MedFLError("--simulate and --cores are 1 or more; choose others")
-    load_dataset(arguments.data_dir)  # its complaints come before the engine starts, and its cache is made once
+    dataset = load_dataset(arguments.data_dir)
     folder = Path(tempfile.mkdtemp(prefix="medfl-simulation-"))
     try:
         arguments.clients = arguments.simulate
-        job, federation = prepare_job(arguments, folder)
+        job, training, federation = prepare_job(arguments, folder)
+        split = make_split({p.name: p.site for p in dataset.patients}, training.seed, federation.val_fraction, federation.test_fraction)
+        make_partition(dataset.table, split, federation.partition, federation.clients, federation.alpha)  # it complains in time
         device = str(choose_device(arguments.device))
         return simulate(job, folder, federation.clients, arguments.data_dir, device, arguments.cores)
     finally:
@@ -196,7 +200,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="medfl-server-"))
     children: list[Child] = []
     try:
-        job, federation = prepare_job(arguments, folder)
+        job, _, federation = prepare_job(arguments, folder)
         write_json(folder / "job.json", job)
         inner_host, inner_port = ("127.0.0.1", free_port()) if gated else (host, port)
         children.append(start_superlink(inner_host, inner_port, kit, folder))

@@ -52,6 +52,7 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     clients: int = 4
     rounds: int = 12
+    local_epochs: int = 1
     image_size: int = 128
     warmup_steps: int = 20
     tune_passes: int = 2
@@ -67,7 +68,7 @@ STUDIES = {
         "fedavgm", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")} | {"own-norm": ["--keep-norm-local"]},
                         ("site", "dirichlet", "iid"), clients=5, rounds=10, image_size=64),
     "half": Study(FEDAVG | {name: ["--update-dtype", name] for name in ("float16", "bfloat16")}, seeds=(0, 1, 2), clients=2,
-                  rounds=5, image_size=64, alone=False),
+                  rounds=5, local_epochs=6, image_size=64, alone=False),
 }
 
 
@@ -108,7 +109,7 @@ def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path
     split = make_split({p.name: p.site for p in dataset.patients}, seed)
     shares = make_partition(dataset.table, split, partition, study.clients, seed=seed).hospitals
     passes = [len(TrainingBatches(dataset, share.train, study.image_size, 16, seed)) for share in shares]
-    where, found = f"{partition}, seed {seed}", []
+    where, found, times = f"{partition}, seed {seed}", [], study.rounds * study.local_epochs
 
     def central(name: str, what: str, steps: int, *options: str) -> Path:
         finished(out / name, f"{where}, {what}, {steps} steps",
@@ -117,14 +118,15 @@ def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path
 
     for variant, options in study.variants.items():
         address = f"127.0.0.1:{free_port()}"
-        server = ["run_server.py", *common[2:], *divided, "--rounds", str(study.rounds), "--out", ".", *options]
+        server = ["run_server.py", *common[2:], *divided, "--rounds", str(study.rounds), "--local-epochs",
+                  str(study.local_epochs), "--out", ".", *options]
         if simulated:
             commands = [[*server, "--simulate", str(study.clients), "--data-dir", data]]
         else:
             client = ["run_client.py", "--data-dir", data, "--server", address, "--cid"]
             commands = [[*server, "--address", address], *([*client, str(k)] for k in range(study.clients))]
         folder = out / variant
-        finished(folder, f"{where}, {variant}, {study.rounds * sum(passes)} steps of all hospitals together", commands)
+        finished(folder, f"{where}, {variant}, {times * sum(passes)} steps of all hospitals together", commands)
         own = sorted(folder.rglob("hospital-*_federated_best.pth"))
         found += own or [folder / FEDERATED]
     if not study.alone:
@@ -134,8 +136,8 @@ def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path
         found.append(central(f"tuned_{k}", f"fine-tuned at hospital-{k}", steps * study.tune_passes, *divided, "--cid", str(k),
                              "--init", str(first.resolve()), "--lr", "1e-4"))
     for k, steps in enumerate(passes):
-        found.append(central(f"alone_{k}", f"hospital-{k} alone", steps * study.rounds, *divided, "--cid", str(k)))
-    return [*found, central("central", "centralised", study.rounds * sum(passes))]
+        found.append(central(f"alone_{k}", f"hospital-{k} alone", steps * times, *divided, "--cid", str(k)))
+    return [*found, central("central", "centralised", times * sum(passes))]
 
 
 def pooled(tables: list[dict]) -> dict:

@@ -46,6 +46,17 @@ def test_everybody_ends_with_0_and_a_closing_line(whole):
     assert "hospital-0 joined" in server.output and "missing: hospital-" in server.output
 
 
+def test_simulation_gives_the_same_model(whole, phantoms, tmp_path):
+    """Flower's simulation engine runs the same apps: the weights are those of real processes, bit for bit."""
+    done = run_script("run_server.py", "--simulate", 2, "--data-dir", phantoms, "--out", tmp_path, "--rounds", ROUNDS, *SMALL)
+    assert done.returncode == 0, done.stderr
+    real, simulated = (load_checkpoint(out / LAST) for out in (whole[0].out, tmp_path))
+    for name, value in real.model.state_dict().items():
+        assert torch.equal(value, simulated.model.state_dict()[name]), name
+    assert [(row["site"], row["train_loss"]) for row in history(tmp_path)] == \
+        [(row["site"], row["train_loss"]) for row in history(whole[0].out)]
+
+
 def test_history_has_a_row_per_round_and_hospital(whole):
     scene = whole[0]
     rows = history(scene.out)
