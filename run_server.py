@@ -182,7 +182,8 @@ def run_simulated(arguments: argparse.Namespace) -> int:
     try:
         arguments.clients = arguments.simulate
         job, training, federation = prepare_job(arguments, folder)
-        split = make_split({p.name: p.site for p in dataset.patients}, training.seed, federation.val_fraction, federation.test_fraction)
+        sites = {p.name: p.site for p in dataset.patients}
+        split = make_split(sites, training.seed, federation.val_fraction, federation.test_fraction)
         make_partition(dataset.table, split, federation.partition, federation.clients, federation.alpha)  # it complains in time
         device = str(choose_device(arguments.device))
         return simulate(job, folder, federation.clients, arguments.data_dir, device, arguments.cores)
