@@ -62,16 +62,15 @@ class Aggregator:
 
     def __call__(self, number: int, updates: list[Update], sent: torch.Tensor) -> torch.Tensor:
         """The weights, (n,) float32, after round `number`, of checked updates to the weights `sent`, (n,) float32."""
-        changed = {update.label: update.weights.double() - sent.double() for update in updates}
-        examples = {update.label: update.examples for update in updates}
+        everything = torch.ones_like(self.statistics)
         if not isinstance(self.strategy, SERVER_OPTIMISERS):
-            return (sent.double() + _apply(self.strategy, number, changed, examples)).float()
+            return (sent.double() + _apply(self.strategy, number, updates, sent, everything)).float()
         trained = ~self.statistics
-        step = _apply(FedAvg(), number, changed, examples)
         start = np.zeros(int(trained.sum()))
         self.strategy.current_arrays = (ArrayRecord({WEIGHTS: Array(start)}) if isinstance(self.strategy, FedAvgM)
                                         else {WEIGHTS: start})
-        step[trained] = _apply(self.strategy, number, {label: change[trained] for label, change in changed.items()}, examples)
+        step = _apply(FedAvg(), number, updates, sent, everything)
+        step[trained] = _apply(self.strategy, number, updates, sent, trained)
         return (sent.double() + step).float()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -93,12 +92,13 @@ class Aggregator:
                 setattr(self.strategy, f"{name}_t", {WEIGHTS: values.numpy()})
 
 
-def _apply(strategy: Strategy, number: int, changed: dict[str, torch.Tensor], examples: dict[str, int]) -> torch.Tensor:
-    """The strategy's answer to these changes, float64. The order of the hospitals is that of their labels."""
+def _apply(strategy: Strategy, number: int, updates: list[Update], sent: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """The strategy's answer to what hospitals changed in this part of the weights, float64. Hospitals go by their labels."""
     replies = []
-    for label in sorted(changed):
-        contents = {"arrays": ArrayRecord({WEIGHTS: Array(changed[label].numpy())}),
-                    "metrics": MetricRecord({"num-examples": examples[label]})}
+    for update in sorted(updates, key=lambda u: u.label):
+        change = update.weights[part].double() - sent[part].double()
+        contents = {"arrays": ArrayRecord({WEIGHTS: Array(change.numpy())}),
+                    "metrics": MetricRecord({"num-examples": update.examples})}
         replies.append(Message(RecordDict(contents), 0, "train"))
     arrays, _ = strategy.aggregate_train(number, replies)
     return torch.from_numpy(np.array(arrays[WEIGHTS].numpy(), np.float64))

@@ -41,22 +41,29 @@ def check_update(update: Update, length: int, announced: int) -> None:
 
 
 def changes(updates: list[Update], sent: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What each hospital changed, (n,) float64, by label. sent: the weights, (n,), that the round began with."""
-    return {update.label: update.weights.double() - sent.double() for update in updates}
+    """What each hospital changed, (n,) float32, by label. sent: the weights, (n,), that the round began with."""
+    return {update.label: update.weights - sent for update in updates}
 
 
 def lengths(changed: dict[str, torch.Tensor]) -> dict[str, float]:
     """The length of each change, in medians of all, by label."""
-    norms = {label: float(change.norm()) for label, change in changed.items()}
+    norms = {label: float(change.double().norm()) for label, change in changed.items()}
     median = max(statistics.median(norms.values()), TINY)
     return {label: norm / median for label, norm in norms.items()}
 
 
 def cosines(changed: dict[str, torch.Tensor]) -> dict[str, float]:
     """The cosine between each change and the mean of the others, each scaled to length 1 so that none outweighs, by label."""
-    units = {label: change / max(float(change.norm()), TINY) for label, change in changed.items()}
-    whole = torch.stack(list(units.values())).sum(dim=0)
-    return {label: float(unit @ (whole - unit) / max(float((whole - unit).norm()), TINY)) for label, unit in units.items()}
+    norms = {label: max(float(change.double().norm()), TINY) for label, change in changed.items()}
+    whole = torch.zeros_like(next(iter(changed.values())), dtype=torch.float64)  # the sum of all, scaled
+    for label, change in changed.items():
+        whole += change.double() / norms[label]
+    found = {}
+    for label, change in changed.items():
+        unit = change.double() / norms[label]
+        rest = whole - unit
+        found[label] = float(unit @ rest / max(float(rest.norm()), TINY))
+    return found
 
 
 def outliers(updates: list[Update], sent: torch.Tensor, settings: FederationSettings) -> dict[str, str]:
