@@ -1,4 +1,5 @@
-# make demo        set up, make phantoms, train on them, score the model (Linux and macOS; the README has Windows' commands)
+# make demo        set up, make phantoms, train on them, score the model, then compare hospitals alone, a federation and one
+#                  central model (Linux and macOS; the README has Windows' commands)
 # make test        set up, then the linter and every test
 # make test-quick  the linter and the fast tests, for daily work
 # make federated   set up, then a server and two hospitals on the phantoms
@@ -11,6 +12,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PHANTOMS := data/phantoms
 DEMO := models/demo
+STUDY := models/study
 
 LIBRARIES := deployment/browser/node_modules/.package-lock.json
 
@@ -21,6 +23,8 @@ demo: $(VENV)/installed
 	$(RUN) train_centralized.py --data-dir $(PHANTOMS) --out $(DEMO) --minutes 1.5
 	$(RUN) evaluate.py --checkpoint $(DEMO)/transunet_centralized_best.pth --data-dir $(PHANTOMS) --write-back \
 		--json $(DEMO)/scores.json --csv $(DEMO)/scores.csv --overlays $(DEMO)/overlays
+	rm -rf $(STUDY)
+	$(RUN) benchmarks/federated_study.py demo --data-dir $(PHANTOMS) --out $(STUDY)
 	@echo "wrote $(DEMO)/transunet_centralized_best.pth, $(DEMO)/centralized_history.csv, $(DEMO)/centralized_curves.png"
 	@echo "look at it: make app, or make browser-demo (needs Node.js)"
 

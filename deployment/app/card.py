@@ -46,6 +46,9 @@ def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) ->
 def _origin(origin: dict) -> str:
     """How the model came about."""
     kind = origin.get("kind")
+    if kind == "federated" and origin.get("hospital"):
+        return (f"federated, {origin['rounds']} rounds, {origin['strategy']}, data held by {origin['partition']}; "
+                f"{origin['hospital']}'s own model, with the normalisation layers that stayed there")
     if kind == "federated":
         privacy = origin.get("privacy", {})
         kept = "secure aggregation" if privacy.get("secure_aggregation") else "the server saw each hospital's weights"
@@ -55,7 +58,8 @@ def _origin(origin: dict) -> str:
         names = ", ".join(labels[:LABELS]) + (f" and {len(labels) - LABELS} more" if len(labels) > LABELS else "")
         return (f"federated, {origin['hospitals']} hospitals ({names}), {origin['rounds']} rounds, "
                 f"{origin['strategy']}, data held by {origin['partition']}; {kept}{noise}")
-    return {"centralised": "in one place", "local": "at one hospital alone"}.get(kind, "not told")
+    place = {"centralised": "in one place", "local": f"at {origin.get('hospital')} alone"}.get(kind, "not told")
+    return place + (f", from a model of {origin['started_from']}" if origin.get("started_from") else "")
 
 
 def _data(data: dict) -> str | None:

@@ -167,6 +167,16 @@ def test_the_card_tells_privacy_and_names_eight_hospitals(trained):
     assert "h6, h7 and 2 more" in told and told.endswith("secure aggregation, ε = 3.5 at δ = 1e-05")
 
 
+@pytest.mark.parametrize(("origin", "words"), [
+    ({"kind": "federated", "hospital": "mercy", "rounds": 3, "strategy": "fedavg", "partition": "own data"}, "mercy's own model"),
+    ({"kind": "local", "hospital": "hospital-0", "partition": "site", "clients": 2, "alpha": 0.5}, "at hospital-0 alone"),
+    ({"kind": "centralised", "started_from": "fedavg"}, "in one place, from a model of fedavg")])
+def test_the_card_tells_a_hospitals_own_model(trained, origin, words):
+    checkpoint = load_checkpoint(trained / "transunet_centralized_best.pth")
+    checkpoint.metadata["origin"] = origin
+    assert words in dict(card_rows(checkpoint, "0" * 64))["Trained"]
+
+
 def test_weights_of_real_scans_carry_the_scans_licence(trained, tmp_path):
     checkpoint = load_checkpoint(trained / "transunet_centralized_best.pth")
     checkpoint.metadata["data"] = {**checkpoint.metadata["data"], "name": "lgg"}
