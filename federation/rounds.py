@@ -84,10 +84,10 @@ class Federation:
                      "are kept for the test here")
 
     def _missing(self) -> list[str]:
-        """Labels that are expected and not there: those that took part before, then numbers, as long as nobody has them."""
-        here, known = set(self.membership.members), self.state.progress.hospitals
-        numbered = [f"hospital-{k}" for k in range(self.settings.clients)]
-        absent = [label for label in [*sorted(known), *numbered] if label not in here]
+        """Labels that are expected and not there: those that took part before, then those whose keys are admitted, or numbers."""
+        here, known, admitted = set(self.membership.members), self.state.progress.hospitals, self.membership.labels()
+        others = [f"hospital-{k}" for k in range(self.settings.clients)] if admitted is None else sorted(admitted.values())
+        absent = [label for label in [*sorted(known), *others] if label not in here]
         return list(dict.fromkeys(absent))[:max(self.settings.clients - len(here), 0)]
 
     def _too_few(self, count: int) -> str:
