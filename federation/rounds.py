@@ -128,6 +128,8 @@ class Federation:
         holders = [m for m in members if m.session in self._have] if left_out else []
         sent = {}
         for some, without in ((holders, left_out), ([m for m in members if m not in holders], [])):
+            if not some:
+                continue
             part = to_record(weights[part_mask(self.state.model, without)], self.settings.update_dtype)
             message = {**self.about, "run": self.state.progress.run, "without": without, **about}
             # Flower lets the message live a little longer, so that it is we who say that somebody gave no answer in time
