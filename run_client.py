@@ -11,7 +11,9 @@ few hospitals are left, 130 stopped.
 """
 
 import argparse
+import hashlib
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
 from dataset import load_dataset
+from federation.bundle import make_bundle
 from federation.flower import ask_admission
 from federation.hospital import identity as describe_hospital
 from federation.kit import CA, HOSPITAL_KEY, hospital_label
@@ -34,6 +37,7 @@ QUIET = 120.0
 REFUSED = "[code: 2004]"  # of Flower's SuperNode: its activation was not accepted
 LINGERS = 120.0  # seconds for which a server may hold a connection whose hospital was killed; Flower's own are about 60
 AGAIN = 5.0  # seconds between two tries meanwhile
+HASH = re.compile("[0-9a-f]{64}")
 
 
 def parse() -> argparse.Namespace:
@@ -46,6 +50,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kit", type=Path, help="folder of this hospital's keys, from provision.py; needed for another machine")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--wait", type=float, default=300.0, help="seconds to wait for a server that is not there (default 300)")
+    parser.add_argument("--approve", nargs="*", metavar="HASH", help="train only with code and settings of these hashes, or "
+                        "of those in this file, a line each; without any: say what the server wants, and leave")
     parser.add_argument("--check", action="store_true", help="look at data and connection, train nothing")
     return parser.parse_args()
 
@@ -73,7 +79,21 @@ def identity(arguments: argparse.Namespace) -> dict:
     print(f"{label}: {dataset.name} in {dataset.root}, {len(dataset.patients)} patients, {slices} slices"
           + ("" if own else ", of which the server's partition says which are this hospital's"), flush=True)
     return describe_hospital(label, arguments.cid, folder, str(choose_device(arguments.device)), __version__, Path("models"),
-                             shares_machine=not own)
+                             shares_machine=not own, code=hashlib.sha256(make_bundle()).hexdigest(),
+                             approved=None if arguments.approve is None else approved(arguments.approve))
+
+
+def approved(given: list[str]) -> list[str]:
+    """The hashes that the option names. Raises MedFLError for what is neither a hash nor a file of hashes."""
+    hashes = []
+    for entry in given:
+        lines = Path(entry).read_text(encoding="utf-8").splitlines() if Path(entry).is_file() else [entry]
+        hashes += [line.split("#")[0].strip() for line in lines]
+    hashes = [entry for entry in hashes if entry]
+    if wrong := [entry for entry in hashes if not HASH.fullmatch(entry)]:
+        raise MedFLError(f"--approve got {wrong[0]}, which is no hash of 64 digits from 0 to f and no file; copy the one that the "
+                         "server or this hospital printed")
+    return hashes
 
 
 class Connection:

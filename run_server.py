@@ -35,7 +35,7 @@ from federation.gateway import find_nginx, start_gateway
 from federation.hospital import local_versions
 from federation.kit import CA, SERVER, SERVER_KEY, server_certificate
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, no_proxy, parse_address
-from federation.settings import TRAINING_OPTIONS, FederationSettings, to_json
+from federation.settings import TRAINING_OPTIONS, FederationSettings, approval, to_json
 from federation.simulation import check_ray, simulate
 from federation.state import load_run
 from inference import choose_device
@@ -131,6 +131,7 @@ def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, Trai
         verify(out / AUDIT)
     job["audit"] = {"code": hashlib.sha256(make_bundle()).hexdigest(), "settings": hashlib.sha256(settings.encode()).hexdigest(),
                     "versions": job["versions"], "commit": job["commit"], "keys": arguments.kit is not None}
+    print(f"code and settings, for hospitals that ask what they approve: {approval(job['audit']['code'], settings)}")
     return job, training, federation
 
 

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from common import MedFLError, write_json
 from federation.hospital import Hospital, HospitalError
 from federation.messages import ENDS, End, Failure, Query, message, read
-from federation.settings import from_json
+from federation.settings import approval, from_json, unusual
 
 IDENTITY, ENDED, MEMORY = "hospital.json", "ended.json", "model.pt"
 
@@ -21,19 +21,23 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def make_app(folder_of: Callable[[Context], Path] = lambda context: Path()) -> ClientApp:
-    """The app. folder_of: gives a hospital's folder, where it finds who it is; run_client.py starts it in that folder."""
+def make_app(folder_of: Callable[[Context], Path] = lambda context: Path(),
+             before: Callable[[Message, Context, Callable], Message] = lambda incoming, context, handle: handle(incoming, context),
+             ) -> ClientApp:
+    """The app. folder_of: gives a hospital's folder, where it finds who it is; run_client.py starts it in that folder. before:
+    gets each message first, with the function that handles it."""
 
     def identity(context: Context) -> dict:
         return json.loads((folder_of(context) / IDENTITY).read_text(encoding="utf-8"))
 
     def hospital(about: dict, context: Context) -> Hospital:
+        check_consent(about["settings"], identity(context))
         return Hospital(identity(context), *from_json(about["settings"]), folder_of(context) / MEMORY)
 
     def keep_errors_here(incoming: Message, context: Context, handle: Callable) -> Message:
         return guard(incoming, context, handle, identity(context))
 
-    app = ClientApp(mods=[keep_errors_here])
+    app = ClientApp(mods=[keep_errors_here, before])
 
     @app.query()
     def query(incoming: Message, context: Context) -> Message:
@@ -66,6 +70,31 @@ def make_app(folder_of: Callable[[Context], Path] = lambda context: Path()) -> C
     return app
 
 
+def check_consent(settings: str, identity: dict) -> None:
+    """Raises HospitalError where this hospital has not approved its code with these settings, as messages carry them."""
+    if identity["approved"] is not None and (wanted := approval(identity["code"], settings)) not in identity["approved"]:
+        raise HospitalError(Failure.CONSENT, f"code and settings {wanted} are not approved (settings: {unusual(settings)}); "
+                            f"if you agree to them, start again with --approve {wanted}")
+
+
+def app_for(code: str) -> ClientApp:
+    """The app for messages of a server whose bundle has this SHA-256: this one, or, if it is not the bundle that the MedFL here
+    makes, one that does nothing and says so."""
+    here = json.loads(Path(IDENTITY).read_text(encoding="utf-8"))
+    if code == here["code"]:
+        return app
+
+    def refuse(incoming: Message, context: Context, handle: Callable) -> Message:
+        content = incoming.content
+        if incoming.metadata.message_type.startswith("query") and read(content).get("query") == Query.END:
+            return handle(incoming, context)
+        raise HospitalError(Failure.CODE, f"the server's code ({code[:12]}...) is not that of the MedFL installed here "
+                            f"({here['code'][:12]}...), and nothing of it was run; install the server's version, after a look at "
+                            "what changed")
+
+    return make_app(before=refuse)
+
+
 def guard(incoming: Message, context: Context, handle: Callable, identity: dict) -> Message:
     """Whatever goes wrong is told on this terminal; the server gets a code."""
     try:
@@ -96,6 +125,7 @@ def introduce(about: dict, identity: dict, hospital: Callable[[], Hospital]) -> 
     if ours != theirs:
         say(f"this hospital runs torch {ours} and the server {theirs}; that is allowed, and figures may differ a little")
     mine = hospital()
+    say(f"code and settings: {approval(identity['code'], about['settings'])} (settings: {unusual(about['settings'])})")
     facts = mine.facts()
     parts = facts["parts"]
     say(f"joined as {identity['label']}: {mine.dataset.name}, {parts['train']['patients']} patients to train on, "

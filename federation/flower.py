@@ -8,8 +8,8 @@ Run as a script it is one of Flower's programs, tied to the process that started
     python federation/flower.py PARENT hospital ADDRESS                 runs the hospital's part of each message
     python federation/flower.py PARENT clientapp ADDRESS                one message; a token on stdin (where fork is unsafe)
 
-Nothing of MedFL is imported here: the apps run the code of the bundle that the server sends, and a module of the same
-name that is loaded already would take its place.
+The ServerApp runs the code of the bundle that run_server.py made. A hospital never unpacks a bundle: it runs the MedFL that is
+installed there, and looks whether the server's is the same.
 """
 
 import contextlib
@@ -190,10 +190,17 @@ def run_server_app(address: str, ca: str | None = None) -> None:
 
 
 def run_client_app(address: str, token: str) -> None:
-    """Handle one message. What Flower itself would say of an exception is replaced: its text can hold a file's name."""
+    """Handle one message by the app that is installed here. The bundle that came along is looked at and not run.
+
+    What Flower itself would say of an exception is replaced: its text can hold a file's name.
+    """
     from flwr.app.error import Error
+    from federation.client_app import app_for
+
     module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
-    module.install_from_fab = _quietly(module.install_from_fab)
+    came = []
+    module.install_from_fab = lambda content, **_: came.append(hashlib.sha256(content).hexdigest())
+    module.get_load_client_app_fn = lambda **_: lambda *_: app_for(came[0])
     module.Error = lambda code, reason: Error(code=code, reason="at the hospital")
     module.run_clientapp(address, token, insecure=True)
 
@@ -209,11 +216,9 @@ def _quietly(install: Callable) -> Callable:
 
 
 def serve_hospital(address: str) -> None:
-    """Run the app for each message that comes: in a fork that has torch loaded already, or in a new process."""
-    for library in ("torch", "pandas", "scipy.ndimage", "scipy.spatial.distance", "flwr.clientapp",
-                    "flwr.supernode.runtime.run_clientapp"):
-        importlib.import_module(library)
-    import_timm()
+    """Run the app for each message that comes: in a fork that has all loaded already, or in a new process."""
+    for module in ("federation.client_app", "flwr.supernode.runtime.run_clientapp"):
+        importlib.import_module(module)
     source = TaskSource(address, "flwr-clientapp")
     while True:
         token = source.next_token()
@@ -228,16 +233,6 @@ def serve_hospital(address: str) -> None:
         if code:  # without an answer, maybe, and then the SuperNode would wait for it for ever: run_client.py renews both
             why = "killed, perhaps because memory ran out" if code < 0 else f"exit code {code}"
             sys.exit(f"the program that works on a message ended before its time ({why})")
-
-
-def import_timm() -> None:
-    """timm, behind the repair that it needs: the one module of MedFL that is loaded here, and it decides nothing."""
-    root = str(Path(__file__).parent.parent)
-    sys.path.insert(0, root)
-    import torchvision_operators  # noqa: F401
-    import timm  # noqa: F401
-
-    sys.path.remove(root)
 
 
 def _in_fork(address: str, token: str) -> int:
@@ -265,7 +260,10 @@ def main() -> None:
     if program == "gateway":
         return run_gateway(int(parent), options)
     tie_to_parent(int(parent))
-    sys.path.remove(str(Path(__file__).parent))  # where Python looks first, and where `messages` would be ours
+    here = Path(__file__).parent
+    sys.path.remove(str(here))  # where Python looks first, and where `messages` would be ours
+    if program in ("hospital", "clientapp"):
+        sys.path.insert(0, str(here.parent))
     if program == "superlink":
         run_superlink(options)
     elif program == "supernode":

@@ -43,11 +43,14 @@ def local_versions(medfl: str) -> dict[str, str]:
 OWN_FILES = {"split": "split.json", "norms": "norms.pt", "model": "federated_best.pth"}  # a hospital's, in its models/
 
 
-def identity(label: str, cid: int | None, data: Path, device: str, medfl: str, models: Path, shares_machine: bool) -> dict:
-    """Who a hospital is, as it stands in its hospital.json and `Hospital` reads it. session: a random number of this start."""
+def identity(label: str, cid: int | None, data: Path, device: str, medfl: str, models: Path, shares_machine: bool, code: str,
+             approved: list[str] | None = None) -> dict:
+    """Who a hospital is, as it stands in its hospital.json and `Hospital` reads it. session: a random number of this start; code:
+    SHA-256 of the bundle of the MedFL installed here; approved: hashes of code and settings that it consents to, None for any
+    settings of this code."""
     files = {f"{what}_file": str((models / f"{label}_{name}").resolve()) for what, name in OWN_FILES.items()}
     return {"label": label, "session": secrets.token_hex(8), "cid": cid, "data": str(data.resolve()), "device": device,
-            "medfl": medfl, "shares_machine": shares_machine, **files}
+            "medfl": medfl, "shares_machine": shares_machine, "code": code, "approved": approved, **files}
 
 
 class Hospital:

@@ -16,6 +16,7 @@ JOIN_TRIES = 3  # for a hospital that is connected and can't say who it is
 JOIN_AGAIN = 10.0  # seconds between them
 PING_TIME = 45.0  # seconds in which somebody who is there answers, also on a busy machine
 PURPOSES = ("join", "ping", "end")
+FINAL = (Failure.DATA, Failure.CODE, Failure.CONSENT)  # reasons for not joining that asking again does not mend
 
 
 @dataclass
@@ -132,10 +133,10 @@ class Membership:
             self._admit(answer.node, facts)
 
     def _did_not_join(self, answer: Answer) -> None:
-        """Bad data are final; other trouble, Flower's own included, may pass."""
+        """Bad data and a lack of consent are final; other trouble, Flower's own included, may pass."""
         label = str(answer.about.get("label", "a hospital"))
         count = self._tries.get(answer.node, (0, 0.0))[0] + 1
-        if answer.about.get("failure") == Failure.DATA or count >= JOIN_TRIES:
+        if answer.about.get("failure") in FINAL or count >= JOIN_TRIES:
             self.say(f"{label} can't take part: {answer.failure}")
             self.audit.write("refused", hospital=label if LABEL.fullmatch(label) else None, why=answer.failure)
             self._tries.pop(answer.node, None)

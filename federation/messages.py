@@ -33,6 +33,8 @@ class Failure(StrEnum):
     TRAINING = "training"
     RESOURCES = "resources"
     LATE = "late"
+    CODE = "code"
+    CONSENT = "consent"
     BUG = "bug"
 
 
@@ -41,6 +43,8 @@ FAILURES = {
     Failure.TRAINING: "its training failed; its own terminal says why",
     Failure.RESOURCES: "it ran out of memory or disk",
     Failure.LATE: "it was not done within the round's time",
+    Failure.CODE: "it runs its own MedFL alone, and the server's code is another; install the same version on both sides",
+    Failure.CONSENT: "it has not approved these settings; its own terminal says which they are",
     Failure.BUG: "a fault of the program; its own terminal says which",
 }
 

@@ -1,5 +1,6 @@
 """How a federation is run: the settings that the server decides and sends to every hospital."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -106,6 +107,20 @@ def to_json(training: TrainingSettings, federation: FederationSettings) -> str:
     """Both settings as a message carries them."""
     return json.dumps({"training": {**asdict(training), "encoder_weights": None, "pretrained": False},  # the server has loaded them
                        "federation": asdict(federation)})
+
+
+def approval(code: str, settings: str) -> str:
+    """What a hospital approves: one hash, in hexadecimal, of the code's hash and the settings as messages carry them."""
+    return hashlib.sha256(f"{code}\n{settings}".encode()).hexdigest()
+
+
+def unusual(text: str) -> str:
+    """Those settings of a message that are not the defaults, in words."""
+    told = []
+    for given in from_json(text):
+        values = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != f.default}
+        told += [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
+    return ", ".join(told) or "all as by default"
 
 
 def from_json(text: str) -> tuple[TrainingSettings, FederationSettings]:

@@ -1,10 +1,27 @@
 """Scripts run as a user runs them."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+
+def copy_of_medfl(folder: Path) -> Path:
+    """The scripts and federation/ in another folder, for a test to change."""
+    for path in [ROOT / "LICENSE", *ROOT.glob("*.py"), *ROOT.glob("federation/*.py")]:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return folder
+
+
+def change(path: Path, before: str, after: str) -> None:
+    """Replace a piece of a file that stands in it once."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count(before) == 1, f"{before!r} in {path}"
+    path.write_text(text.replace(before, after), encoding="utf-8")
 
 
 def run_script(script: str, *options: object, cwd: Path = ROOT, **kept) -> subprocess.CompletedProcess:

@@ -1,16 +1,9 @@
-"""A folder and a free port for a federation of real processes, and messages without one."""
+"""A federation of real processes, and messages without one."""
 
 import pytest
 
-from federations import Scene
+from federations import scene  # noqa: F401  a fixture
 from scripted import make_messages_outside_of_a_run
-
-
-@pytest.fixture
-def scene(home, tmp_path):
-    made = Scene(tmp_path)
-    yield made
-    assert made.close() == []
 
 
 @pytest.fixture

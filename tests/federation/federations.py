@@ -10,7 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from running import ROOT
 
@@ -66,8 +69,8 @@ class Scene:
         self.out = folder / "models"
         self.scripts: list[Script] = []
 
-    def server(self, *options: object) -> Script:
-        script = Script(self.folder, "server", "run_server.py", "--address", self.address, "--out", self.out, *options)
+    def server(self, *options: object, root: Path = ROOT) -> Script:
+        script = Script(self.folder, "server", "run_server.py", "--address", self.address, "--out", self.out, *options, root=root)
         self.scripts.append(script)
         return script
 
@@ -82,6 +85,14 @@ class Scene:
             if script.process.poll() is None:
                 script.kill()
         return left_running(self.folder)
+
+
+@pytest.fixture
+def scene(home, tmp_path) -> Iterator[Scene]:
+    """A folder and a free port for a federation; at the end nothing of it may run on."""
+    made = Scene(tmp_path)
+    yield made
+    assert made.close() == []
 
 
 def history(out: Path) -> list[dict]:

@@ -30,7 +30,7 @@ class RealHospital:
 
     def __init__(self, folder, cid, data):
         self.folder, self.asked = folder / f"hospital-{cid}", []
-        who = identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models", shares_machine=False)
+        who = identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models", shares_machine=False, code="0" * 64)
         write_json(self.folder / IDENTITY, {**who, "medfl": VERSIONS["medfl"]})
         self.app = make_app(lambda context: self.folder)
 

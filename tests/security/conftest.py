@@ -8,6 +8,7 @@ from running import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "federation"))
 from consortium import Consortium  # noqa: E402
+from federations import scene  # noqa: E402, F401  a fixture
 
 
 @pytest.fixture

@@ -1,33 +1,21 @@
-"""A hostile hospital as a real process: its own copy of MedFL changes the code that came before it runs."""
+"""A hostile hospital as a real process: it runs a MedFL of its own that sends something else."""
 
 import json
-import shutil
 
 import pytest
 
 from federations import SMALL, Scene
-from running import ROOT
+from running import change, copy_of_medfl
 
 pytestmark = pytest.mark.slow
-HONEST, SPOILT = "}, to_record(weights)\n", "}, to_record(weights * float('nan'))\n"
 
 
 def hostile_copy(folder):
-    """MedFL as a hospital would change it: once Flower has unpacked the server's code, its last line sends something else."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("federation/*.py")]:
-        target = folder / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    program = folder / "federation" / "flower.py"
-    before = "            return install(*arguments, **options)\n"
-    text = program.read_text(encoding="utf-8")
-    assert before in text and HONEST in (ROOT / "federation" / "hospital.py").read_text(encoding="utf-8")
-    program.write_text(text.replace(before, f"""            done = install(*arguments, **options)
-        for path in Path(os.environ["FLWR_HOME"]).rglob("federation/hospital.py"):
-            path.write_text(path.read_text().replace({HONEST!r}, {SPOILT!r}))
-        return done
-"""), encoding="utf-8")
-    return folder
+    """MedFL as a hospital would change it: its updates are spoilt, and that its code is not the server's does not trouble it."""
+    copy = copy_of_medfl(folder)
+    change(copy / "federation" / "hospital.py", "to_record(update, precision)", "to_record(update * float('nan'), precision)")
+    change(copy / "federation" / "client_app.py", 'if code == here["code"]:', "if True:")
+    return copy
 
 
 def test_its_update_is_left_out_and_the_rounds_go_on(phantoms, tmp_path):
