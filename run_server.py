@@ -35,9 +35,11 @@ from federation.gateway import find_nginx, start_gateway
 from federation.hospital import local_versions
 from federation.kit import CA, SERVER, SERVER_KEY, server_certificate
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, no_proxy, parse_address
-from federation.settings import TRAINING_OPTIONS, FederationSettings, approval, to_json
+from federation.privacy import HospitalPrivacy
+from federation.settings import TRAINING_OPTIONS, FederationSettings, approval, check_together, to_json
 from federation.simulation import check_ray, simulate
 from federation.state import load_run
+from federation.weights import part_mask
 from inference import choose_device
 from partition import make_partition
 from split import make_split
@@ -107,19 +109,28 @@ def starting_model(arguments: argparse.Namespace, training: TrainingSettings) ->
     return checkpoint.model, f"checkpoint {arguments.init.name}", split
 
 
+def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: TrainingSettings) -> None:
+    """Say what is protected, and warn where the noise leaves nothing to learn."""
+    settings = privacy.settings
+    print(f"differential privacy: the protected unit is the hospital, and not the patient; noise {privacy.multiplier:.3g} x clip "
+          f"{settings.dp_clip:g}, epsilon {privacy.spent(settings.rounds):.3g} after {settings.rounds} rounds at delta "
+          f"{settings.dp_delta:g}")
+    if warning := privacy.warning(int(part_mask(model, settings.left_out(training.freeze_encoder_epochs > 0)).sum())):
+        print(warning)
+
+
 def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, TrainingSettings, FederationSettings]:
     """What the ServerApp needs, and both settings; every user's mistake is found here."""
     out = arguments.out.resolve()
     job = {"out": str(out), "resume": arguments.resume, "commit": git_commit(), "versions": local_versions(__version__)}
     if arguments.resume:
-        training, federation, state, _ = load_run(out)
+        training, federation, state, model = load_run(out)
         settings = state["settings"]
         print(f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own settings; "
               "other options are passed over")
     else:
         training, federation = settings_from(arguments, TrainingSettings), settings_from(arguments, FederationSettings)
-        if training.schedule == "plateau" and not federation.val_fraction:
-            raise MedFLError("a plateau is seen on validation patients, and there are none; take --schedule cosine")
+        check_together(training, federation)
         model, started_from, init_split = starting_model(arguments, training)
         start = folder / "start.pth"
         save_checkpoint(start, model.state_dict(), describe(model))
@@ -127,6 +138,8 @@ def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, Trai
         job.update(settings=settings, start=str(start), started_from=started_from, init_split=init_split)
         size = 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point()) / 1e6
         print(f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way a round and hospital")
+    if federation.private:
+        announce_privacy(HospitalPrivacy(federation), model, training)
     if (out / AUDIT).exists():
         verify(out / AUDIT)
     job["audit"] = {"code": hashlib.sha256(make_bundle()).hexdigest(), "settings": hashlib.sha256(settings.encode()).hexdigest(),

@@ -14,6 +14,7 @@ from federation.history import draw_curves, mean_dice, table, write_history
 from federation.membership import PURPOSES, Member, Membership
 from federation.messages import RESULT, TRAINED, End, expect
 from federation.post import NO_ANSWER, SPARE, Answer, Post
+from federation.privacy import HospitalPrivacy
 from federation.screening import Update, check_update, outliers
 from federation.settings import to_json
 from federation.state import RunState
@@ -42,6 +43,7 @@ class Federation:
         self.post = Post(grid)
         join = {**self.about, "versions": versions, "hospitals": self.settings.clients}
         self.membership = Membership(self.post, self.settings, join, state.progress.hospitals, say, audit, labels)
+        self.privacy = HospitalPrivacy(self.settings) if self.settings.private else None
         self._have: set[str] = set()  # sessions of hospitals that hold a whole model, so that parts of it are enough
 
     def run(self) -> int:
@@ -49,6 +51,9 @@ class Federation:
         try:
             self._assemble()
             while self.state.progress.round < self.settings.rounds and not self.state.stopped_early:
+                if self.privacy and self.privacy.exhausted(self.state.progress.round):
+                    self.say(f"one round more would spend more than --dp-epsilon {self.settings.dp_epsilon:g}; stopped")
+                    break
                 self._round(self.state.progress.round + 1)
             if self.state.stopped_early:
                 self.say(f"no better validation Dice for {self.training.patience} rounds; stopped")
@@ -196,6 +201,9 @@ class Federation:
         for member in members:
             if member.label in answers:
                 self.state.progress.hospitals[member.label] = member.facts
+        if self.privacy:
+            updates = [self.privacy.private_mean(updates, self.state.weights, part_mask(self.state.model, left_out))]
+            self.state.progress.epsilon = self.privacy.spent(number)
         self.state.take(self.state.aggregator(number, updates, self.state.weights))
         self._record(number, rows, sent, began)
         self.audit.write("round", round=number, hospitals=sorted(answers), file=self.state.last.name,
@@ -223,7 +231,8 @@ class Federation:
                 updates.append(replace(update, weights=weights))
             except MedFLError as error:
                 left_out[label] = str(error)
-        left_out |= outliers(updates, sent, self.settings)
+        if not self.privacy:  # whom the others leave in tells of them; under privacy the clip alone bounds an update
+            left_out |= outliers(updates, sent, self.settings)
         for label, reason in sorted(left_out.items()):
             self.audit.write("left_out", round=number, hospital=label, why=reason)
             failures[label] = f"{reason}; it is left out"
@@ -242,15 +251,20 @@ class Federation:
             self.state.best.unlink(missing_ok=True)  # of an earlier run
         done.rows = [row for row in done.rows if row["round"] < number] + rows
         from_a_model = number > 1 or done.started_from.startswith("checkpoint")  # random weights are no model to keep
-        better = from_a_model and self.state.judge(mean, patients, number - 1)
+        better = from_a_model and not self.privacy and self.state.judge(mean, patients, number - 1)
         if better:
             self._keep_best(sent, {"mean": mean, "patients": patients}, number - 1)
         done.seconds += time.monotonic() - began
         self.state.save_last()
         self._write_pictures()
         seconds, work = time.monotonic() - began, max(row["seconds"] for row in rows)
+        notes = (" (best so far)" if better else "") + self._spent_in_words()
         self.say(f"round {number} of {self.settings.rounds}: {seconds:.1f} s, of which {work:.1f} s the longest hospital's work; "
-                 f"the model before it: {_score_in_words(mean, patients)}{' (best so far)' if better else ''}\n{table(rows)}")
+                 f"the model before it: {_score_in_words(mean, patients)}{notes}\n{table(rows)}")
+
+    def _spent_in_words(self) -> str:
+        spent = self.state.progress.epsilon
+        return "" if spent is None else f"; epsilon {spent:.3g} of a hospital is spent"
 
     def _keep_best(self, weights: torch.Tensor, score: dict | None, number: int) -> None:
         """Write the best model so far, and its hash into the audit log."""
@@ -274,9 +288,9 @@ class Federation:
                 self.say(f"the last model's score by {label}: {error}")
         done.rows = [row for row in done.rows if row["round"] < number] + rows
         mean, patients = mean_dice(rows)
-        if self.state.judge(mean, patients, done.round):
+        if not self.privacy and self.state.judge(mean, patients, done.round):
             self._keep_best(weights, {"mean": mean, "patients": patients}, done.round)
-        elif not self.state.best.exists():  # nobody scored a trained model: the last is all there is
+        elif self.privacy or not self.state.best.exists():  # nothing may choose, or nobody scored a trained model
             self._keep_best(weights, None, done.round)
         self._write_pictures()
         if rows:

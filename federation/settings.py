@@ -43,6 +43,12 @@ class FederationSettings:
     keep_norm_local: bool = setting(False, "each hospital keeps its own normalisation layers (FedBN)")
     update_dtype: str = setting("float32", "in what weights travel; half precision halves the bytes",
                                 ("float32", "float16", "bfloat16"))
+    dp_epsilon: float | None = setting(None, "differential privacy of hospitals: what all rounds may spend, noise derived from it",
+                                       kind=float)
+    dp_delta: float = setting(1e-5, "of differential privacy: chance that the bound does not hold; far below 1 / hospitals")
+    dp_clip: float | None = setting(None, "of differential privacy: a hospital's change is cut to this length", kind=float)
+    dp_noise_multiplier: float | None = setting(None, "of differential privacy: the noise in clips, instead of derived from "
+                                                "--dp-epsilon; with both, training ends when epsilon is spent", kind=float)
     local_epochs: int = setting(1, "passes over a hospital's training slices a round")
     round_timeout: float = setting(1800.0, "longest wait for a round's answers in seconds")
     max_update_norm_ratio: float = setting(10.0, "an update longer than this many times the round's median is left out")
@@ -65,6 +71,7 @@ class FederationSettings:
             raise MedFLError("--server-momentum, --beta-1 and --beta-2 lie from 0 to below 1; choose others")
         if not 0 < self.trim < 0.5 or self.malicious < 0:
             raise MedFLError("--trim lies between 0 and 0.5, and --malicious is 0 or more; choose others")
+        self._check_privacy()
         if self.needed > self.clients:
             raise MedFLError(f"--strategy {self.strategy} {self._why_needed()} and needs {self.needed} hospitals, and --clients is "
                              f"{self.clients}; take more hospitals, or another strategy")
@@ -73,6 +80,24 @@ class FederationSettings:
                              f"leave --min-clients out, or give {self.needed} or more")
         if self.min_clients is not None and not 1 <= self.min_clients <= self.clients:
             raise MedFLError(f"--min-clients is {self.min_clients}; choose a number from 1 to --clients ({self.clients})")
+
+    def _check_privacy(self) -> None:
+        given = {name: getattr(self, name) for name in ("dp_epsilon", "dp_clip", "dp_noise_multiplier")}
+        for name, value in given.items():
+            if value is not None and not 0 < value < math.inf:
+                raise MedFLError(f"--{name.replace('_', '-')} is {value}; choose a number above 0")
+        if self.private != (self.dp_clip is not None):
+            raise MedFLError("differential privacy takes --dp-clip, and --dp-epsilon or --dp-noise-multiplier; give both or none")
+        if not 0 < self.dp_delta < 1:
+            raise MedFLError(f"--dp-delta is {self.dp_delta}; choose a number between 0 and 1, such as 1e-5")
+        if self.private and self.strategy in ("fedmedian", "fedtrimmedavg", "krum"):
+            raise MedFLError(f"--strategy {self.strategy} looks at each hospital's update, and differential privacy is worked out "
+                             "for a sum of all; take fedavg, fedprox or a strategy with a server's optimiser")
+
+    @property
+    def private(self) -> bool:
+        """Whether the hospitals are protected by differential privacy."""
+        return self.dp_epsilon is not None or self.dp_noise_multiplier is not None
 
     @property
     def quorum(self) -> int:
@@ -101,6 +126,18 @@ class FederationSettings:
     def left_out(self, frozen: bool) -> list[str]:
         """The parts of the weights that need not travel: nobody trains a frozen encoder, and normalisation layers may stay."""
         return [ENCODER] * frozen + [NORM] * self.keep_norm_local
+
+
+def check_together(training: TrainingSettings, federation: FederationSettings) -> None:
+    """Raises MedFLError where the two kinds of settings don't go together."""
+    if training.schedule == "plateau" and not federation.val_fraction:
+        raise MedFLError("a plateau is seen on validation patients, and there are none; take --schedule cosine")
+    if federation.private and training.norm == "batch" and not federation.keep_norm_local:
+        raise MedFLError("BatchNorm's running variances would turn negative under noise; with differential privacy take "
+                         "--norm group, or --keep-norm-local")
+    if federation.private and (training.schedule == "plateau" or training.patience):
+        raise MedFLError("with differential privacy nothing may be chosen by validation scores, which no noise protects; take "
+                         "--schedule cosine and no --patience")
 
 
 def to_json(training: TrainingSettings, federation: FederationSettings) -> str:

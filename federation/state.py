@@ -29,6 +29,7 @@ class Progress:
     seconds: float = 0.0
     best: float = -1.0
     best_round: int = 0
+    epsilon: float | None = None  # of a hospital's differential privacy, spent so far
     scored_patients: int = 0  # behind the best: the most that any round's score was over
     started_from: str = ""  # in words: random weights, a checkpoint, ...
     init_split: str | None = None  # SHA-256 of the split that this checkpoint was trained on
@@ -105,7 +106,8 @@ class RunState:
                           "test_fraction": self.federation.test_fraction}}
         for part in PARTS:
             data[part] = {what: sum(facts["parts"][part][what] for facts in told) for what in ("patients", "slices")}
-        images = pool_image_statistics([(f["parts"]["train"]["patients"], f["images"]) for f in told if f["images"]])
+        images = None if self.federation.private else pool_image_statistics(
+            [(f["parts"]["train"]["patients"], f["images"]) for f in told if f["images"]])  # no noise protects them
         settings = {**asdict(self.training), "encoder_weights": None, **asdict(self.federation)}
         training = {**settings, "rounds_done": number, "seconds": round(done.seconds, 1),
                     "device": " ".join(sorted({facts["device"] for facts in told})),
@@ -115,7 +117,8 @@ class RunState:
                   "rounds": number, "started_from": done.started_from,
                   "init_split_sha256": done.init_split,
                   "norm_at_hospitals": self.federation.keep_norm_local,
-                  "privacy": {"secure_aggregation": False, "epsilon": None, "delta": None}}
+                  "privacy": {"secure_aggregation": False, "epsilon": done.epsilon,
+                              "delta": self.federation.dp_delta if self.federation.private else None}}
         val = {"val": {"patients": score["patients"],
                        "volume_dice": {"mean": score["mean"], "median": None, "ci95": None}}} if score else {}
         about = describe(self.model, images, training=training, origin=origin, data=data, scores=val)

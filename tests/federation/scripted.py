@@ -12,7 +12,7 @@ from federation.audit import AuditLog
 from federation.messages import Query, message, read
 from federation.rounds import Federation
 from federation.settings import FederationSettings
-from federation.state import RunState
+from federation.state import RunState, load_run
 from federation.weights import from_record, to_record
 from training import TrainingSettings
 from transunet import TransUNet
@@ -110,15 +110,19 @@ def make_fast(monkeypatch) -> None:
     monkeypatch.setattr(federation.rounds, "draw_curves", lambda *_: None)
 
 
-def federate(workers: list[Worker], rounds: int, out, weights: torch.Tensor | None = None,
-             **training) -> tuple[int, RunState, list[str]]:
-    """Exit code, final state and spoken lines of a federation of these hospitals. weights: to start from, random ones if none."""
-    settings = FederationSettings(clients=len(workers), rounds=rounds, round_timeout=20.0)
-    state = RunState(TransUNet("tiny", 32), TrainingSettings(image_size=32, **training), settings, out, None)
+def federate(workers: list[Worker], rounds: int, out, weights: torch.Tensor | None = None, federation: dict | None = None,
+             resume: bool = False, **training) -> tuple[int, RunState, list[str]]:
+    """Exit code, final state and spoken lines of a federation of these hospitals. weights: to start from, random ones if none;
+    federation: more of its settings."""
+    settings = FederationSettings(**{"clients": len(workers), "rounds": rounds, "round_timeout": 20.0, **(federation or {})})
+    model = TransUNet("tiny", 32, training.get("norm", "batch"))
+    state = RunState(model, TrainingSettings(image_size=32, **training), settings, out, None)
     if weights is not None:
         state.weights = weights
     state.progress.started_from = "random weights"
+    if resume:
+        state.restore(load_run(out)[2])
     said, grid = [], Grid()
     grid.nodes = dict(enumerate(workers, 1))
-    code = Federation(grid, state, VERSIONS, out, False, AuditLog(out / "audit.jsonl"), say=said.append).run()
+    code = Federation(grid, state, VERSIONS, out, resume, AuditLog(out / "audit.jsonl"), say=said.append).run()
     return code, state, said

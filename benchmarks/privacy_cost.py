@@ -1,0 +1,49 @@
+"""What differential privacy adds to a round at the server: seconds for clipping and noise, and their share of a round.
+
+    python benchmarks/privacy_cost.py [--clients 3] [--round-seconds 13]
+
+The updates are random, of the size of `tiny`'s; how long a round is without privacy, benchmarks/federated_rounds.py and
+benchmarks/gateway_cost.py measure.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import argparse  # noqa: E402
+import statistics  # noqa: E402
+import time  # noqa: E402
+
+import torch  # noqa: E402
+
+from common import run_script  # noqa: E402
+from federation.privacy import HospitalPrivacy  # noqa: E402
+from federation.screening import Update  # noqa: E402
+from federation.settings import FederationSettings  # noqa: E402
+from federation.weights import pack  # noqa: E402
+from transunet import TransUNet  # noqa: E402
+
+TIMES = 9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=3, help="hospitals (default 3)")
+    parser.add_argument("--round-seconds", type=float, default=13.0, help="a round without privacy, in seconds (default 13)")
+    arguments = parser.parse_args()
+    privacy = HospitalPrivacy(FederationSettings(clients=arguments.clients, dp_clip=1.0, dp_noise_multiplier=1.0))
+    sent = pack(TransUNet("tiny", 128, "group").state_dict())
+    updates = [Update(f"hospital-{k}", sent + torch.randn(len(sent)) * 0.01, 100) for k in range(arguments.clients)]
+    everything, seconds = torch.ones(len(sent), dtype=torch.bool), []
+    for _ in range(TIMES):
+        began = time.perf_counter()
+        privacy.private_mean(updates, sent, everything)
+        seconds.append(time.perf_counter() - began)
+    median = statistics.median(seconds)
+    print(f"{arguments.clients} updates of {len(sent):,} weights: {median:.2f} s (median of {TIMES}), "
+          f"{median / arguments.round_seconds:.1%} of a round of {arguments.round_seconds:g} s")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,92 @@
+"""Differential privacy of hospitals: what the model may tell of any one of them is bounded, whatever that one sent.
+
+The Gaussian mechanism (Dwork and Roth 2014, appendix A; for federated training McMahan et al. 2018, arXiv:1710.06963): each
+hospital's change is cut to the length --dp-clip, the changes are added up, noise of the deviation multiplier x clip is added
+to each value, and the sum is divided by the number of hospitals that there should be. Hospitals count alike, because a weight
+by slices would tell of them, and one that is missing counts as no change. Two runs are neighbours if one has a hospital more.
+
+Flower's own wrapper (DifferentialPrivacyServerSideFixedClipping) is not used: its noise is right for equal weights alone while
+its strategies weight by examples, and a change of nothing ends it. The accountant is Google's dp-accounting, as Flower's.
+"""
+
+import importlib.util
+import math
+import os
+
+import numpy as np
+import torch
+
+from common import MedFLError
+from federation.screening import Update
+from federation.settings import FederationSettings
+
+
+def check_accountant() -> None:
+    """Raises MedFLError where the accountant is not installed."""
+    if importlib.util.find_spec("dp_accounting") is None:
+        raise MedFLError("differential privacy needs an accountant, which is not installed; run `pip install -r requirements.txt "
+                         "-r requirements-privacy.txt`")
+
+
+def spent(multiplier: float, rounds: int, delta: float) -> float:
+    """Epsilon after so many rounds with noise of `multiplier` times the clip, by Renyi differential privacy (Mironov 2017)."""
+    from dp_accounting import GaussianDpEvent, SelfComposedDpEvent, rdp
+
+    if not rounds:
+        return 0.0
+    accountant = rdp.RdpAccountant()
+    accountant.compose(SelfComposedDpEvent(GaussianDpEvent(multiplier), rounds))
+    return float(accountant.get_epsilon(delta))
+
+
+def multiplier_for(epsilon: float, rounds: int, delta: float) -> float:
+    """The least noise multiplier that spends no more than epsilon in so many rounds."""
+    from dp_accounting import GaussianDpEvent, SelfComposedDpEvent, rdp
+    from dp_accounting.mechanism_calibration import calibrate_dp_mechanism
+
+    def all_rounds(multiplier: float) -> SelfComposedDpEvent:
+        return SelfComposedDpEvent(GaussianDpEvent(multiplier), rounds)
+
+    return float(calibrate_dp_mechanism(rdp.RdpAccountant, all_rounds, epsilon, delta))
+
+
+class HospitalPrivacy:
+    """The noise of a federation's rounds, and what it has spent."""
+
+    def __init__(self, settings: FederationSettings):
+        check_accountant()
+        self.settings = settings
+        self.multiplier = settings.dp_noise_multiplier or multiplier_for(settings.dp_epsilon, settings.rounds, settings.dp_delta)
+
+    def spent(self, rounds: int) -> float:
+        """Epsilon after so many rounds."""
+        return spent(self.multiplier, rounds, self.settings.dp_delta)
+
+    def exhausted(self, rounds: int) -> bool:
+        """Whether one round more would spend more than --dp-epsilon."""
+        return self.settings.dp_epsilon is not None and self.spent(rounds + 1) > self.settings.dp_epsilon * (1 + 1e-6)
+
+    def private_mean(self, updates: list[Update], sent: torch.Tensor, travels: torch.Tensor) -> Update:
+        """The hospitals' updates as one: their clipped, noised mean. sent: the weights, (n,) float32, that the round began with;
+        travels: which of them were trained, (n,) bool. The others stay as they were."""
+        total = torch.zeros(int(travels.sum()), dtype=torch.float64)
+        for update in updates:
+            change = update.weights[travels].double() - sent[travels].double()
+            length = float(change.norm())
+            total += change * min(1.0, self.settings.dp_clip / length) if length else 0.0
+        # numpy's generator with all the system's randomness as its seed, which nobody keeps
+        random = np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(32))))
+        noise = random.standard_normal(len(total)) * self.multiplier * self.settings.dp_clip
+        weights = sent.clone()
+        weights[travels] = (sent[travels].double() + (total + torch.from_numpy(noise)) / self.settings.clients).float()
+        return Update("the noised mean", weights, 1)
+
+    def warning(self, values: int) -> str | None:
+        """What to say where the noise on so many trained values is longer than any update can be; None where it is not."""
+        ratio = self.multiplier * math.sqrt(values) / self.settings.clients
+        if ratio <= 1:
+            return None
+        needed = math.ceil(ratio * self.settings.clients)
+        return (f"mind: with {self.settings.clients} hospitals a round's noise is about {ratio:.0f} times as long as the longest "
+                f"mean update, and drowns it; this model needs about {needed:,} hospitals for as much update as noise, or a larger "
+                "epsilon, or fewer trained weights (--freeze-encoder-epochs)")

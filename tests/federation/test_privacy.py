@@ -1,0 +1,166 @@
+"""Differential privacy of hospitals: clipping, noise, accountant, budget, what goes with it and what not."""
+
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from scipy.stats import kstest, norm
+
+from checkpoint import load_checkpoint
+from common import MedFLError
+from federation import privacy
+from federation.privacy import HospitalPrivacy, multiplier_for, spent
+from federation.screening import Update
+from federation.settings import FederationSettings, check_together
+from federation.state import BEST, LAST
+from running import run_script
+from scripted import Worker, federate, make_fast
+from training import TrainingSettings
+
+N = 20_000
+SENT = torch.randn(N, generator=torch.Generator().manual_seed(0))
+EVERYTHING = torch.ones(N, dtype=torch.bool)
+
+
+def settings(**given) -> FederationSettings:
+    return FederationSettings(**{"clients": 4, "dp_clip": 2.0, "dp_noise_multiplier": 1.0, **given})
+
+
+def update(label: str, length: float, examples: int = 10) -> Update:
+    way = torch.randn(N, generator=torch.Generator().manual_seed(ord(label)), dtype=torch.float64)
+    return Update(label, (SENT.double() + length * way / way.norm()).float(), examples)
+
+
+def exact_epsilon(multiplier: float, rounds: int, delta: float) -> float:
+    """Balle and Wang 2018 (arXiv:1805.06530), theorem 8, for the one Gaussian that so many are."""
+    s = multiplier / math.sqrt(rounds)
+    return brentq(lambda e: norm.cdf(1 / (2 * s) - e * s) - math.exp(e) * norm.cdf(-1 / (2 * s) - e * s) - delta, 0, 300)
+
+
+def test_changes_are_clipped_and_count_alike(monkeypatch):
+    """Without noise: (0.5 u + 2 v) / 4, whatever the slices, and with a missing hospital as no change."""
+    subject = HospitalPrivacy(settings(dp_noise_multiplier=1e-12))
+    small, large = update("s", 0.5, examples=1), update("l", 50.0, examples=1_000)
+    wanted = ((small.weights - SENT).double() + (large.weights - SENT).double() * 2 / 50) / 4
+    result = subject.private_mean([small, large], SENT, EVERYTHING).weights - SENT
+    assert torch.allclose(result.double(), wanted, atol=1e-6)
+
+
+def test_the_noise_has_the_deviation_of_the_theory_and_is_gaussian():
+    result = HospitalPrivacy(settings(dp_noise_multiplier=3.0)).private_mean([], torch.zeros(N), EVERYTHING).weights.numpy()
+    deviation = 3.0 * 2.0 / 4
+    assert result.std() == pytest.approx(deviation, rel=0.03) and abs(result.mean()) < 5 * deviation / math.sqrt(N)
+    assert kstest(result / deviation, "norm").pvalue > 1e-4
+    assert abs(np.corrcoef(result[:-1], result[1:])[0, 1]) < 5 / math.sqrt(N)
+
+
+def test_no_two_rounds_have_the_same_noise():
+    subject = HospitalPrivacy(settings())
+    one, other = (subject.private_mean([], torch.zeros(N), EVERYTHING).weights for _ in range(2))
+    assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(N)
+
+
+def test_what_is_not_trained_stays_as_it_was_and_no_change_is_no_error():
+    travels = torch.arange(N) % 2 == 0
+    result = HospitalPrivacy(settings()).private_mean([Update("a", SENT.clone(), 1)], SENT, travels).weights
+    assert torch.equal(result[~travels], SENT[~travels]) and not torch.equal(result[travels], SENT[travels])
+
+
+@pytest.mark.parametrize(("multiplier", "rounds"), [(1.0, 1), (2.0, 10), (0.8, 5), (5.0, 100)])
+def test_the_accountant_is_near_the_exact_value_and_never_below(multiplier, rounds):
+    exact = exact_epsilon(multiplier, rounds, 1e-5)
+    assert exact <= spent(multiplier, rounds, 1e-5) < 1.15 * exact
+
+
+def test_the_accountant_gives_published_values():
+    """Mironov 2017 (arXiv:1702.07476), proposition 3 with corollary 3: the Gaussian's Renyi divergence of order a is a / (2 z^2);
+    its conversion gives at most min over a of a / (2 z^2) + log(1 / delta) / (a - 1)."""
+    for multiplier in (0.7, 1.0, 4.0):
+        published = min(a / (2 * multiplier**2) + math.log(1e5) / (a - 1) for a in np.linspace(1.01, 200, 20_000))
+        assert 0.75 * published < spent(multiplier, 1, 1e-5) <= published * 1.001
+
+
+@pytest.mark.parametrize(("epsilon", "rounds"), [(1.0, 5), (8.0, 12), (100.0, 3)])
+def test_the_noise_that_is_derived_spends_what_was_asked_for(epsilon, rounds):
+    multiplier = multiplier_for(epsilon, rounds, 1e-5)
+    assert 0.99 * epsilon < spent(multiplier, rounds, 1e-5) <= epsilon * 1.0001
+
+
+@pytest.mark.parametrize(("wrong", "sentence"), [
+    ({"dp_epsilon": 1.0}, "give both or none"), ({"dp_clip": 1.0}, "give both or none"),
+    ({"dp_clip": 0.0, "dp_epsilon": 1.0}, "--dp-clip is 0"), ({"dp_clip": 1.0, "dp_epsilon": -1.0}, "--dp-epsilon is -1"),
+    ({"dp_clip": 1.0, "dp_epsilon": 1.0, "dp_delta": 1.0}, "--dp-delta"),
+    ({"dp_clip": 1.0, "dp_epsilon": 1.0, "strategy": "fedmedian", "clients": 3}, "looks at each hospital's update")], ids=str)
+def test_options_that_can_not_be(wrong, sentence):
+    with pytest.raises(MedFLError, match=sentence):
+        FederationSettings(**wrong)
+
+
+@pytest.mark.parametrize(("training", "more", "sentence"), [
+    ({}, {}, "--norm group, or --keep-norm-local"), ({"norm": "group", "patience": 3}, {}, "no --patience"),
+    ({"norm": "group", "schedule": "plateau"}, {}, "--schedule cosine")], ids=str)
+def test_what_does_not_go_with_a_training(training, more, sentence):
+    with pytest.raises(MedFLError, match=sentence):
+        check_together(TrainingSettings(**training), settings(**more))
+    check_together(TrainingSettings(), settings(keep_norm_local=True))
+    check_together(TrainingSettings(norm="group"), settings())
+
+
+def test_without_the_accountant_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MedFLError, match="requirements-privacy.txt"):
+        privacy.check_accountant()
+
+
+def run(tmp_path, rounds: int, workers: int = 2, resume: bool = False, **given):
+    return federate([Worker(f"hospital-{k}", [0.1 * (10 - n) for n in range(9)]) for k in range(workers)], rounds, tmp_path,
+                    federation={"dp_clip": 1.0, "dp_noise_multiplier": 2.0, **given}, resume=resume, norm="group")
+
+
+def test_a_run_ends_when_the_budget_is_spent_and_keeps_its_last_model(monkeypatch, tmp_path):
+    make_fast(monkeypatch)
+    budget = spent(2.0, 3, 1e-5) + 0.01
+    code, state, said = run(tmp_path, 8, dp_epsilon=budget)
+    assert code == 0 and state.progress.round == 3 and any("stopped" in line for line in said)
+    assert sum("of a hospital is spent" in line for line in said) == 3
+    told = load_checkpoint(tmp_path / BEST).metadata
+    assert told["origin"]["privacy"] == {"secure_aggregation": False, "epsilon": pytest.approx(spent(2.0, 3, 1e-5)), "delta": 1e-5}
+    assert told["training"]["selected_by"].startswith("nothing") and told["preprocessing"]["training_images"] is None
+    assert told["scores"] == {}  # the Dice fell from round to round, and yet the last model was kept
+    best, last = (load_checkpoint(tmp_path / name).model.head.weight for name in (BEST, LAST))
+    assert torch.equal(best, last)
+
+
+def test_a_resumed_run_spends_nothing_twice(monkeypatch, tmp_path):
+    make_fast(monkeypatch)
+    monkeypatch.setattr("federation.rounds.Federation._final_score", lambda self: None)
+    run(tmp_path, 2)
+    _, state, _ = run(tmp_path, 4, resume=True)
+    assert state.progress.epsilon == pytest.approx(spent(2.0, 4, 1e-5))
+
+
+def test_under_privacy_no_update_is_left_out_for_being_unlike(monkeypatch, tmp_path):
+    make_fast(monkeypatch)
+    odd = Worker("hospital-3", [0.5] * 4, factor=-1e6)
+    workers = [*(Worker(f"hospital-{k}", [0.5] * 4) for k in range(3)), odd]
+    for given, left_out in (({"dp_clip": 1.0, "dp_noise_multiplier": 1.0}, False), ({}, True)):
+        for worker in workers:
+            worker.scores = [0.5] * 4
+        _, _, said = federate(workers, 1, tmp_path / str(left_out), federation=given, norm="group")
+        assert any("left out" in line for line in said) == left_out
+
+
+def test_few_hospitals_are_warned_and_many_are_not():
+    assert "needs about" in HospitalPrivacy(settings(clients=8)).warning(6_000_000)
+    assert HospitalPrivacy(settings(clients=8)).warning(64) is None
+
+
+def test_the_server_says_what_is_protected(home, phantoms, tmp_path):
+    done = run_script("run_server.py", "--simulate", 2, "--data-dir", phantoms, "--out", tmp_path, "--rounds", 1, "--image-size",
+                      32, "--norm", "group", "--dp-epsilon", 8, "--dp-clip", 1, "--dp-delta", "1e-4")
+    assert done.returncode == 0, done.stderr
+    assert "the protected unit is the hospital, and not the patient" in done.stdout and "mind: with 2 hospitals" in done.stdout
+    assert "epsilon 8 of a hospital is spent" in done.stdout
