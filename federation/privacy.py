@@ -69,17 +69,15 @@ class HospitalPrivacy:
     def private_mean(self, updates: list[Update], sent: torch.Tensor, travels: torch.Tensor) -> Update:
         """The hospitals' updates as one: their clipped, noised mean. sent: the weights, (n,) float32, that the round began with;
         travels: which of them were trained, (n,) bool. The others stay as they were."""
-        total = torch.zeros(int(travels.sum()), dtype=torch.float64)
+        # numpy's generator, seeded by the system's randomness, which nobody keeps
+        random = np.random.default_rng(int.from_bytes(os.urandom(32)))
+        total = torch.from_numpy(random.standard_normal(len(sent))).mul_(self.multiplier * self.settings.dp_clip)
         for update in updates:
-            change = update.weights[travels].double() - sent[travels].double()
-            length = float(change.norm())
-            total += change * min(1.0, self.settings.dp_clip / length) if length else 0.0
-        # numpy's generator with all the system's randomness as its seed, which nobody keeps
-        random = np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(32))))
-        noise = random.standard_normal(len(total)) * self.multiplier * self.settings.dp_clip
-        weights = sent.clone()
-        weights[travels] = (sent[travels].double() + (total + torch.from_numpy(noise)) / self.settings.clients).float()
-        return Update("the noised mean", weights, 1)
+            change = update.weights.double().sub_(sent)
+            length = float(change.mul_(travels).norm())
+            if length:
+                total.add_(change, alpha=min(1.0, self.settings.dp_clip / length))
+        return Update("the noised mean", total.mul_(travels).div_(self.settings.clients).add_(sent).float(), 1)
 
     def warning(self, values: int) -> str | None:
         """What to say where the noise on so many trained values is longer than any update can be; None where it is not."""
