@@ -38,7 +38,7 @@ def kind_of(checkpoint: Checkpoint) -> str:
     """How a model came about, in a few words."""
     origin = checkpoint.metadata.get("origin", {})
     if origin.get("kind") == "federated":
-        precision = checkpoint.metadata["training"]["update_dtype"]
+        precision = checkpoint.metadata["training"].get("update_dtype", FULL)  # files of before have none
         return (origin["strategy"] + (f", {precision}" if precision != FULL else "")
                 + (", own normalisation" if origin.get("hospital") else ""))
     if origin.get("started_from"):
