@@ -39,7 +39,8 @@ def kind_of(checkpoint: Checkpoint) -> str:
     origin = checkpoint.metadata.get("origin", {})
     if origin.get("kind") == "federated":
         precision = checkpoint.metadata["training"].get("update_dtype", FULL)  # files of before have none
-        return (origin["strategy"] + (f", {precision}" if precision != FULL else "")
+        epsilon = origin.get("privacy", {}).get("epsilon")
+        return (origin["strategy"] + (f", {precision}" if precision != FULL else "") + (f", ε = {epsilon:.3g}" if epsilon else "")
                 + (", own normalisation" if origin.get("hospital") else ""))
     if origin.get("started_from"):
         return "fine-tuned from " + origin["started_from"]

@@ -4,6 +4,7 @@
     python benchmarks/federated_study.py sites --data-dir data --out models/study_sites         real sites, two seeds
     python benchmarks/federated_study.py strategies --out models/study_strategies               all strategies, three partitions
     python benchmarks/federated_study.py half --out models/study_half                           half-precision updates
+    python benchmarks/federated_study.py privacy-8 --out models/study_privacy_8 --simulate   what privacy costs: 2, 8, 32 hospitals
 
 Every arrangement makes the same number of gradient steps: those of all hospitals of the federation together, which is what the
 central model makes by itself; a hospital alone makes its own share of them. Fine-tuning comes on top. A study that was
@@ -61,6 +62,9 @@ class Study:
 
 FEDAVG = {"fedavg": []}
 FEDPROX = {"fedprox": ["--strategy", "fedprox", "--proximal-mu", "0.01"]}
+PLAIN = ["--norm", "group"]
+PRIVATE = {"plain": PLAIN} | {f"epsilon_{epsilon}": [*PLAIN, "--dp-clip", "10", "--dp-epsilon", epsilon]
+                              for epsilon in ("1e6", "1e5", "1e4", "1000", "8")}
 STUDIES = {
     "demo": Study(FEDAVG, clients=3, rounds=8, image_size=64),
     "sites": Study(FEDAVG | FEDPROX, seeds=(0, 1)),
@@ -69,6 +73,8 @@ STUDIES = {
                         ("site", "dirichlet", "iid"), clients=5, rounds=10, image_size=64),
     "half": Study(FEDAVG | {name: ["--update-dtype", name] for name in ("float16", "bfloat16")}, seeds=(0, 1, 2), clients=2,
                   rounds=5, local_epochs=6, image_size=64, alone=False),
+    **{f"privacy-{clients}": Study(PRIVATE, ("iid",), clients=clients, rounds=10, local_epochs=4, image_size=64, warmup_steps=5,
+                                   alone=False) for clients in (2, 8, 32)},
 }
 
 
