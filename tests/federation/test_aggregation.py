@@ -162,6 +162,14 @@ def test_options_of_strategies_out_of_range_are_refused(wrong):
         FederationSettings(**wrong)
 
 
+def test_a_tie_goes_by_the_label_and_not_by_who_answered_first(in_a_run):
+    """Three in a row at equal distances: Krum likes each as much as the others."""
+    row = [Update(label, SENT + place * torch.tensor([1.0, 0.0, 0.0, 0.0]), 10) for label, place in (("a", -1), ("b", 1), ("c", 0))]
+    subject = Aggregator(FederationSettings(clients=3, strategy="krum", malicious=0), NOBODY)
+    for order in (row, row[::-1]):
+        assert torch.equal(subject(1, order, SENT), row[0].weights)
+
+
 def test_a_robust_strategy_is_not_moved_by_one_hostile_hospital(in_a_run):
     honest = updates("abcd")
     moved = {name: max((aggregator(name)(1, [*honest, *updates("e", scale=factor)], SENT) - SENT).abs().max()

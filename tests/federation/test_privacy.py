@@ -138,6 +138,7 @@ def test_a_resumed_run_spends_nothing_twice(monkeypatch, tmp_path):
     make_fast(monkeypatch)
     monkeypatch.setattr("federation.rounds.Federation._final_score", lambda self: None)
     run(tmp_path, 2)
+    assert not (tmp_path / BEST).exists()  # nothing was chosen by scores
     _, state, _ = run(tmp_path, 4, resume=True)
     assert state.progress.epsilon == pytest.approx(spent(2.0, 4, 1e-5))
 

@@ -11,7 +11,7 @@ from checkpoint import load_checkpoint
 from common import MedFLError, __version__, write_json
 from federation.audit import AuditLog
 from federation.client_app import IDENTITY, make_app
-from federation.hospital import identity
+from federation.hospital import Hospital, identity
 from federation.rounds import Federation
 from federation.settings import FederationSettings
 from federation.state import BEST, RunState, load_run
@@ -144,6 +144,11 @@ def test_a_killed_hospital_finds_its_layers_again_and_a_new_run_does_not_take_th
     _, hospitals, _ = federate(1, keep_norm_local=True)
     kept = torch.load(tmp_path / "out" / "models" / "hospital-0_norms.pt", weights_only=True)
     assert kept["rounds"] == 1
+    who = json.loads((hospitals[0].folder / IDENTITY).read_text())
+    hospital = Hospital(who, TrainingSettings(image_size=32), FederationSettings(keep_norm_local=True), tmp_path / "model.pt")
+    for run, own in ((kept["run"], kept["last"]), ("another", torch.zeros(NORM_VALUES))):
+        model = hospital.received({"without": [], "run": run}, to_record(torch.zeros(ALL_VALUES)))
+        assert torch.equal(pack(model.state_dict())[norm_mask(model)], own)
     hospitals[0] = RealHospital(tmp_path / "out", 0, phantoms)
     federate(2, keep_norm_local=True, resume=True, hospitals=hospitals)
     assert torch.load(tmp_path / "out" / "models" / "hospital-0_norms.pt", weights_only=True)["rounds"] == 2
