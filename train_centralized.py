@@ -187,7 +187,7 @@ class CentralTraining:
             patients = list(self.split.part(part))
             data[part] = {"patients": len(patients), "slices": int(slices[patients].sum())}
         scores = {"val": {"patients": len(self.split.val), "volume_dice": val}} if val else {}
-        training = {**asdict(self.settings), "epochs_done": self.progress.epoch, "steps": self.learner.step_count,
+        training = {**asdict(self.settings), "epochs_done": self.progress.epoch, "steps_done": self.learner.step_count,
                     "seconds": round(self.progress.seconds, 1), "device": self.learner.device.type,
                     "precision_used": str(self.learner.precision).removeprefix("torch."),
                     "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model"}
@@ -241,6 +241,8 @@ def stored_settings(last: Path) -> TrainingSettings:
     if not last.exists():
         raise MedFLError(f"there is no {last} to go on from; start without --resume")
     stored = load_checkpoint(last).metadata["training"]
+    if "steps_done" not in stored:  # a file of before --steps, whose "steps" are those that were done
+        stored = {**stored, "steps": None}
     return TrainingSettings(**{name: stored[name] for name in asdict(TrainingSettings()) if name in stored})
 
 

@@ -85,12 +85,13 @@ def app_for(code: str) -> ClientApp:
         return app
 
     def refuse(incoming: Message, context: Context, handle: Callable) -> Message:
-        content = incoming.content
-        if incoming.metadata.message_type.startswith("query") and read(content).get("query") == Query.END:
+        about = read(incoming.content)
+        if about.get("query") == Query.END:
             return handle(incoming, context)
-        raise HospitalError(Failure.CODE, f"the server's code ({code[:12]}...) is not that of the MedFL installed here "
-                            f"({here['code'][:12]}...), and nothing of it was run; install the server's version, after a look at "
-                            "what changed")
+        theirs = about.get("versions", {}).get("medfl", "of an unknown version")
+        raise HospitalError(Failure.CODE, f"the server's code is MedFL {theirs} ({code[:12]}...) and the one installed here is "
+                            f"MedFL {here['medfl']} ({here['code'][:12]}...); nothing of it was run; install the server's version, "
+                            "after a look at what changed")
 
     return make_app(before=refuse)
 

@@ -112,7 +112,7 @@ def test_who_is_refused_is_told_why(scene, phantoms, tmp_path):
     refused = {
         "another hospital has this label": scene.hospital("twin", "--cid", 0, "--data-dir", phantoms),
         "the server has 3 hospitals": scene.hospital("ninth", "--cid", 8, "--data-dir", phantoms),
-        "medfl 0.0.9 instead of": scene.hospital("old", "--cid", 1, "--data-dir", phantoms, root=other),
+        "the one installed here is MedFL 0.0.9": scene.hospital("old", "--cid", 1, "--data-dir", phantoms, root=other),
         "divide another dataset": scene.hospital("fewer", "--cid", 2, "--data-dir", fewer),
     }
     for sentence, script in refused.items():
