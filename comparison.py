@@ -76,7 +76,11 @@ def make_rows(checkpoints: list[Checkpoint], hospitals: dict[str, tuple[str, ...
     sets = {}
     for checkpoint in checkpoints:
         if hospital := checkpoint.metadata.get("origin", {}).get("hospital"):
-            sets.setdefault(kind_of(checkpoint), {})[hospital] = checkpoint
+            kind = sets.setdefault(kind_of(checkpoint), {})
+            if hospital in kind:
+                raise MedFLError(f"{kind[hospital].path} and {checkpoint.path} are both {hospital} {kind_of(checkpoint)}, and the "
+                                 "table could not tell them apart; compare one of them")
+            kind[hospital] = checkpoint
     complete = {kind: members for kind, members in sets.items() if hospitals and members.keys() == hospitals.keys()}
     rows = []
     for checkpoint in checkpoints:

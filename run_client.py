@@ -13,6 +13,7 @@ few hospitals are left, 130 stopped.
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -79,7 +80,7 @@ def identity(arguments: argparse.Namespace) -> dict:
     print(f"{label}: {dataset.name} in {dataset.root}, {len(dataset.patients)} patients, {slices} slices"
           + ("" if own else ", of which the server's partition says which are this hospital's"), flush=True)
     return describe_hospital(label, arguments.cid, folder, str(choose_device(arguments.device)), __version__, Path("models"),
-                             shares_machine=not own, code=hashlib.sha256(make_bundle()).hexdigest(),
+                             shared_cores=None if own else os.cpu_count() or 1, code=hashlib.sha256(make_bundle()).hexdigest(),
                              approved=None if arguments.approve is None else approved(arguments.approve))
 
 

@@ -112,10 +112,13 @@ def starting_model(arguments: argparse.Namespace, training: TrainingSettings) ->
 def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: TrainingSettings) -> None:
     """Say what is protected, and warn where the noise leaves nothing to learn."""
     settings = privacy.settings
+    if privacy.exhausted(0):
+        raise MedFLError(f"the first round alone would spend epsilon {privacy.spent(1):.3g}, more than --dp-epsilon "
+                         f"{settings.dp_epsilon:g}; raise one of --dp-epsilon and --dp-noise-multiplier")
+    rounds = next((n for n in range(settings.rounds) if privacy.exhausted(n)), settings.rounds)
     print(f"differential privacy: the protected unit is the hospital, and not the patient; noise {privacy.multiplier:.3g} x clip "
-          f"{settings.dp_clip:g}, epsilon {privacy.spent(settings.rounds):.3g} after {settings.rounds} rounds at delta "
-          f"{settings.dp_delta:g}")
-    if warning := privacy.warning(int(part_mask(model, settings.left_out(training.freeze_encoder_epochs > 0)).sum())):
+          f"{settings.dp_clip:g}, epsilon {privacy.spent(rounds):.3g} after {rounds} rounds at delta {settings.dp_delta:g}")
+    if warning := privacy.warning(int(part_mask(model, settings.left_out(training.freeze_encoder_epochs >= rounds)).sum())):
         print(warning)
 
 

@@ -251,7 +251,10 @@ def main() -> None:
     settings = settings_from(arguments, TrainingSettings)
     if arguments.resume:
         name = "centralized" if arguments.cid is None else "local"
-        settings = stored_settings(arguments.out / f"transunet_{name}_last.pth")
+        last = arguments.out / f"transunet_{name}_last.pth"
+        settings, kept = stored_settings(last), load_checkpoint(last).metadata["origin"]
+        for option in ("partition", "clients", "alpha"):
+            setattr(arguments, option, kept.get(option, getattr(arguments, option)))
         print("going on with the interrupted run's own settings; other training options are passed over")
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data_dir)
@@ -260,7 +263,9 @@ def main() -> None:
     if arguments.cid is not None:
         share, origin = share_of(arguments, dataset, split, settings.seed)
     start = None
-    if arguments.init:
+    if arguments.resume:
+        origin = {**kept, **origin}
+    elif arguments.init:
         start = load_start(arguments.init, settings.model, settings.image_size, settings.norm)
         before = start.metadata.get("origin", {})
         origin["started_from"] = before.get("strategy") or before.get("kind") or arguments.init.name

@@ -1,6 +1,5 @@
 """What a hospital does with a message: answer who it is, score the model that came, train it, give back the update."""
 
-import os
 import secrets
 import time
 import zlib
@@ -43,21 +42,24 @@ def local_versions(medfl: str) -> dict[str, str]:
 OWN_FILES = {"split": "split.json", "norms": "norms.pt", "model": "federated_best.pth"}  # a hospital's, in its models/
 
 
-def identity(label: str, cid: int | None, data: Path, device: str, medfl: str, models: Path, shares_machine: bool, code: str,
+def identity(label: str, cid: int | None, data: Path, device: str, medfl: str, models: Path, shared_cores: int | None, code: str,
              approved: list[str] | None = None) -> dict:
-    """Who a hospital is, as it stands in its hospital.json and `Hospital` reads it. session: a random number of this start; code:
-    SHA-256 of the bundle of the MedFL installed here; approved: hashes of code and settings that it consents to, None for any
-    settings of this code."""
+    """Who a hospital is, as it stands in its hospital.json and `Hospital` reads it.
+
+    session, which it draws: a random number of this start. shared_cores: those that it shares with the other simulated
+    hospitals, None with a machine of its own. code: SHA-256 of the bundle of the MedFL installed here. approved: hashes of
+    code and settings that it consents to, None for any settings of this code.
+    """
     files = {f"{what}_file": str((models / f"{label}_{name}").resolve()) for what, name in OWN_FILES.items()}
     return {"label": label, "session": secrets.token_hex(8), "cid": cid, "data": str(data.resolve()), "device": device,
-            "medfl": medfl, "shares_machine": shares_machine, "code": code, "approved": approved, **files}
+            "medfl": medfl, "shared_cores": shared_cores, "code": code, "approved": approved, **files}
 
 
 class Hospital:
     """A hospital's data and its work in one federation.
 
     identity: who it is (`identity` above): label, session, cid (None with own data), data (folder), device, medfl (the version
-    installed here), shares_machine, split_file (where an own split is kept), norms_file and model_file (where own
+    installed here), shared_cores, split_file (where an own split is kept), norms_file and model_file (where own
     normalisation layers are kept, and the model with them is written). memory: the file that keeps the last weights, for
     messages that bring a part of them. Raises HospitalError for bad data.
     """
@@ -67,8 +69,8 @@ class Hospital:
         self.identity, self.training, self.federation = identity, training, federation
         self.own_data = identity["cid"] is None
         self.memory = memory
-        if identity["shares_machine"]:  # with the other simulated hospitals; more threads than cores slow all down
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // federation.clients))
+        if identity["shared_cores"]:  # more threads than cores slow all down
+            torch.set_num_threads(max(1, identity["shared_cores"] // federation.clients))
         self.device = choose_device(identity["device"])
         try:
             self._take_data()
@@ -112,7 +114,7 @@ class Hospital:
         if about["without"]:
             came, weights = weights, torch.load(self.memory, weights_only=True)
             weights[part_mask(model, about["without"])] = came
-        if self.federation.keep_norm_local and (own := self._own_norms(about["run"])):
+        if self.federation.keep_norm_local and (own := self._own_norms(about["run"], about.get("round"))):
             weights[norm_mask(model)] = own["last"]
         model.load_state_dict(unpack(weights, model.state_dict()))
         self._remember(weights)
@@ -124,24 +126,29 @@ class Hospital:
             with atomic_write(self.memory, private=True) as file:
                 torch.save(weights, file)
 
-    def _own_norms(self, run: str) -> dict | None:
-        """This hospital's normalisation layers in this run: rounds, last and average, each (values,) float32; None at first."""
+    def _own_norms(self, run: str, number: int | None) -> dict | None:
+        """This hospital's normalisation layers in this run before round `number` (None: after the last): rounds, last and average,
+        each (values,) float32; None at first. A round that the server asks for again begins where it began."""
         path = Path(self.identity["norms_file"])
         kept = torch.load(path, weights_only=True) if path.exists() else {"run": None}
-        return kept if kept["run"] == run else None
+        if kept["run"] != run:
+            return None
+        return kept["before"] if kept["round"] == number else kept
 
-    def _keep_norms(self, weights: torch.Tensor, mask: torch.Tensor, run: str) -> None:
+    def _keep_norms(self, weights: torch.Tensor, mask: torch.Tensor, run: str, number: int) -> None:
         """Keep the layers that a round gave, also for a restart; they are averaged over rounds as the server averages the rest."""
-        before, last = self._own_norms(run), weights[mask]
+        before, last = self._own_norms(run, number), weights[mask]
+        before = before and {**before, "before": None}  # one round back is enough
         rounds, average = (before["rounds"], before["average"]) if before else (0, last)
         past = averaging_weight(self.training.ema_decay, rounds) if before and self.training.ema_decay else 0.0
         with atomic_write(Path(self.identity["norms_file"]), private=True) as file:
-            torch.save({"run": run, "rounds": rounds + 1, "last": last, "average": average.lerp(last, 1 - past)}, file)
+            torch.save({"run": run, "round": number, "rounds": rounds + 1, "last": last,
+                        "average": average.lerp(last, 1 - past), "before": before}, file)
 
     def finish(self, model: TransUNet, about: dict) -> dict:
         """Score the federation's last model. Where normalisation layers stayed here, it is one of this hospital's own, with
         its layers averaged over the rounds, and it is written down."""
-        if not self.federation.keep_norm_local or not (own := self._own_norms(about["run"])):
+        if not self.federation.keep_norm_local or not (own := self._own_norms(about["run"], None)):
             return self.score(model)
         weights = pack(model.state_dict())
         weights[norm_mask(model)] = own["average"]
@@ -185,6 +192,11 @@ class Hospital:
         if not self.own_data and self.hashes["partition_sha256"] != about["partition"]:
             raise HospitalError(Failure.DATA, "the dataset changed since this hospital joined, and its patients may have changed "
                                 "parts; put back what it was, or start the federation anew")
+        rate = about["rate"]
+        usual = rate is None if self.training.schedule == "cosine" else 0 < rate <= 1
+        if not usual or not 1 <= number <= settings.rounds:
+            raise HospitalError(Failure.CONSENT, f"the server asked for round {number} of {settings.rounds} at {rate} times the "
+                                "learning rate, which the settings do not provide for; nothing was trained")
         learner = Learner(model, replace(self.training, ema_decay=0.0), self.device)  # the server averages, over rounds
         if settings.strategy == "fedprox":
             learner.adjust_gradients = proximal_pull(model, settings.proximal_mu)
@@ -218,7 +230,7 @@ class Hospital:
                                 "(the server's --lr) may be too high")
         self._remember(after)
         if settings.keep_norm_local:
-            self._keep_norms(after, norm_mask(model), about["run"])
+            self._keep_norms(after, norm_mask(model), about["run"], number)
         few = self.own_data and len(self.split.train) < SMALLEST_GROUP  # then the loss would say something of one patient
         return {"examples": batches.slices, "train_loss": None if few else float(np.mean(losses)),
                 "seconds": time.monotonic() - began}, to_record(update, precision)

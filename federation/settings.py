@@ -1,7 +1,6 @@
 """How a federation is run: the settings that the server decides and sends to every hospital."""
 
 import hashlib
-import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -110,7 +109,8 @@ class FederationSettings:
         if self.strategy == "krum":
             return 2 * self.malicious + 3
         if self.strategy == "fedtrimmedavg":
-            return next(n for n in itertools.count(3) if int(self.trim * n) >= 1)
+            near = math.ceil(1 / self.trim)
+            return max(3, near if int(self.trim * near) >= 1 else near + 1)  # as Flower rounds
         return 3 if self.strategy == "fedmedian" else 1
 
     def _why_needed(self) -> str:

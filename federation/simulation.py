@@ -92,7 +92,7 @@ def simulate(job: dict, folder: Path, hospitals: int, data_dir: Path, device: st
     """
     for cid in range(hospitals):
         home = folder / f"hospital-{cid}"
-        who = identity(home.name, cid, data_dir, device, __version__, Path(job["out"]), shares_machine=True,
+        who = identity(home.name, cid, data_dir, device, __version__, Path(job["out"]), shared_cores=cores,
                        code=job["audit"]["code"])
         write_json(home / IDENTITY, who)
 

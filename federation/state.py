@@ -18,6 +18,7 @@ from training import PLATEAU, TrainingSettings, averaging_weight
 from transunet import TransUNet
 
 BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
+SHARED = "transunet_federated_shared.pth"  # in the place of the best where hospitals keep layers: by itself it is no model
 
 
 @dataclass
@@ -42,7 +43,7 @@ class RunState:
 
     def __init__(self, model: TransUNet, training: TrainingSettings, federation: FederationSettings, out: Path, commit: str | None):
         self.model, self.training, self.federation, self.commit = model, training, federation, commit
-        self.best, self.last = out / BEST, out / LAST
+        self.best, self.last = out / (SHARED if federation.keep_norm_local else BEST), out / LAST
         self.progress = Progress(run=secrets.token_hex(8))
         self.aggregator = Aggregator(federation, statistics_mask(model))
         self.weights = pack(model.state_dict())  # (n,) float32, as all weights here

@@ -19,7 +19,7 @@ from transunet import TransUNet
 def hospital(phantoms, tmp_path):
     def make(cid: int | None = 0, training: dict | None = None, **federation) -> Hospital:
         identity = {"label": "mercy" if cid is None else f"hospital-{cid}", "session": "s", "cid": cid, "data": str(phantoms),
-                    "device": "cpu", "medfl": __version__, "split_file": str(tmp_path / "split.json"), "shares_machine": False,
+                    "device": "cpu", "medfl": __version__, "split_file": str(tmp_path / "split.json"), "shared_cores": None,
                     "norms_file": str(tmp_path / "norms.pt"), "model_file": str(tmp_path / "mine.pth")}
         return Hospital(identity, TrainingSettings(image_size=32, batch_size=8, **(training or {})),
                         FederationSettings(**{"clients": 1, **federation}), tmp_path / "model.pt")
@@ -31,7 +31,8 @@ def work(subject: Hospital, model: TransUNet | None = None, **about):
     """Result and weights of one message; the same network for the same call."""
     torch.manual_seed(0)
     model = model or TransUNet("tiny", 32)
-    about = {"run": "this", "round": 1, "rate": 1.0, "seconds": 600.0, "partition": subject.hashes["partition_sha256"], **about}
+    rate = None if subject.training.schedule == "cosine" else 1.0
+    about = {"run": "this", "round": 1, "rate": rate, "seconds": 600.0, "partition": subject.hashes["partition_sha256"], **about}
     result, arrays = subject.train(model, about)
     return result, from_record(arrays), model
 
@@ -68,7 +69,8 @@ def test_scoring_first_does_not_change_the_training(hospital):
 
 def test_the_rate_and_the_pull_of_the_message_are_used(hospital):
     plain = work(hospital())[1]
-    assert not torch.equal(work(hospital(), rate=0.1)[1], plain)
+    plateau = {"schedule": "plateau"}
+    assert not torch.equal(work(hospital(training=plateau), rate=0.1)[1], work(hospital(training=plateau))[1])
     assert not torch.equal(work(hospital(strategy="fedprox", proximal_mu=10.0))[1], plain)
 
 
@@ -80,7 +82,8 @@ def test_a_frozen_encoder_thaws_after_its_rounds(hospital):
         assert all(torch.equal(p, before[n]) for n, p in after) == frozen
 
 
-@pytest.mark.parametrize(("about", "failure"), [({"partition": "another"}, Failure.DATA), ({"seconds": 0.0}, Failure.LATE)])
+@pytest.mark.parametrize(("about", "failure"), [({"partition": "another"}, Failure.DATA), ({"seconds": 0.0}, Failure.LATE),
+                                               ({"round": 99}, Failure.CONSENT), ({"rate": 50.0}, Failure.CONSENT)])
 def test_what_a_hospital_refuses(hospital, about, failure):
     with pytest.raises(HospitalError) as caught:
         work(hospital(), **about)

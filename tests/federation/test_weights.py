@@ -14,7 +14,7 @@ from federation.client_app import IDENTITY, make_app
 from federation.hospital import Hospital, identity
 from federation.rounds import Federation
 from federation.settings import FederationSettings
-from federation.state import BEST, RunState, load_run
+from federation.state import BEST, SHARED, RunState, load_run
 from federation.weights import ENCODER, NORM, from_record, in_precision, norm_mask, pack, part_mask, payload, to_record
 from scripted import VERSIONS, Grid, make_fast
 from training import TrainingSettings
@@ -30,7 +30,7 @@ class RealHospital:
 
     def __init__(self, folder, cid, data):
         self.folder, self.asked = folder / f"hospital-{cid}", []
-        who = identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models", shares_machine=False, code="0" * 64)
+        who = identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models", shared_cores=None, code="0" * 64)
         write_json(self.folder / IDENTITY, {**who, "medfl": VERSIONS["medfl"]})
         self.app = make_app(lambda context: self.folder)
 
@@ -136,8 +136,9 @@ def test_normalisation_layers_stay_and_each_hospital_gets_a_model_of_its_own(fed
     torch.manual_seed(0)
     assert torch.equal(state.weights[norms], pack(TransUNet("tiny", 32).state_dict())[norms])  # nobody sent any
     assert models[0].metadata["origin"]["hospital"] == "hospital-0" and models[0].metadata["scores"]["val"]["patients"] > 0
+    assert not (tmp_path / "out" / BEST).exists()  # which the pages would take for a model
     with pytest.raises(MedFLError, match="NAME_federated_best.pth that a hospital wrote"):
-        load_checkpoint(tmp_path / "out" / BEST)
+        load_checkpoint(tmp_path / "out" / SHARED)
 
 
 def test_a_killed_hospital_finds_its_layers_again_and_a_new_run_does_not_take_them(federate, phantoms, tmp_path):
@@ -149,6 +150,7 @@ def test_a_killed_hospital_finds_its_layers_again_and_a_new_run_does_not_take_th
     for run, own in ((kept["run"], kept["last"]), ("another", torch.zeros(NORM_VALUES))):
         model = hospital.received({"without": [], "run": run}, to_record(torch.zeros(ALL_VALUES)))
         assert torch.equal(pack(model.state_dict())[norm_mask(model)], own)
+    assert hospital._own_norms(kept["run"], 1) is None  # round 1 once more begins where it began
     hospitals[0] = RealHospital(tmp_path / "out", 0, phantoms)
     federate(2, keep_norm_local=True, resume=True, hospitals=hospitals)
     assert torch.load(tmp_path / "out" / "models" / "hospital-0_norms.pt", weights_only=True)["rounds"] == 2

@@ -65,7 +65,7 @@ def ask(monkeypatch, tmp_path, phantoms, home):
     make_messages_outside_of_a_run(monkeypatch)
 
     def answer(settings: str, approved: list[str]) -> dict:
-        who = identity("hospital-0", 0, phantoms, "cpu", __version__, tmp_path, False, CODE, approved)
+        who = identity("hospital-0", 0, phantoms, "cpu", __version__, tmp_path, None, CODE, approved)
         write_json(tmp_path / IDENTITY, who)
         about = {"settings": settings, "without": [], "run": "r", "round": 1, "rate": 1.0, "seconds": 60.0, "partition": None}
         weights = to_record(pack(TransUNet("tiny", 32).state_dict()))
