@@ -56,6 +56,12 @@ def test_two_of_one_name_are_refused():
         make_rows([model("c", kind="centralised"), model("d", kind="centralised")], {}, PATIENTS, score)
 
 
+def test_no_model_is_dropped_without_a_word():
+    twice = [own("local", 0, started_from="fedavg"), own("local", 1, started_from="fedavg"), own("local", 0, started_from="fedavg")]
+    with pytest.raises(MedFLError, match="both hospital-0 fine-tuned from fedavg"):
+        make_rows(twice, HOSPITALS, PATIENTS, score)
+
+
 def test_half_precision_is_part_of_the_name():
     half = model("f", kind="federated", strategy="krum")
     half.metadata["training"]["update_dtype"] = "float16"

@@ -155,6 +155,11 @@ def test_too_few_hospitals_are_refused_with_the_number_that_is_needed(strategy, 
     assert FederationSettings(strategy=strategy, clients=needed, **options).quorum == needed
 
 
+def test_a_share_that_cuts_nobody_is_refused_at_once():
+    with pytest.raises(MedFLError, match="needs 1000000000000 hospitals"):
+        FederationSettings(strategy="fedtrimmedavg", clients=5, trim=1e-12)
+
+
 @pytest.mark.parametrize("wrong", [{"server_lr": 0.0}, {"tau": 0.0}, {"server_momentum": 1.0}, {"beta_1": -0.1}, {"beta_2": 1.0},
                                    {"trim": 0.5}, {"trim": 0.0}, {"malicious": -1}], ids=str)
 def test_options_of_strategies_out_of_range_are_refused(wrong):

@@ -16,9 +16,11 @@ from federation.privacy import HospitalPrivacy, multiplier_for, spent
 from federation.screening import Update
 from federation.settings import FederationSettings, check_together
 from federation.state import BEST, LAST
+from run_server import announce_privacy
 from running import run_script
 from scripted import Worker, federate, make_fast
 from training import TrainingSettings
+from transunet import TransUNet
 
 N = 20_000
 SENT = torch.randn(N, generator=torch.Generator().manual_seed(0))
@@ -152,6 +154,15 @@ def test_under_privacy_no_update_is_left_out_for_being_unlike(monkeypatch, tmp_p
             worker.scores = [0.5] * 4
         _, _, said = federate(workers, 1, tmp_path / str(left_out), federation=given, norm="group")
         assert any("left out" in line for line in said) == left_out
+
+
+def test_a_budget_that_no_round_fits_is_refused_and_how_many_fit_is_told(capsys):
+    model, training = TransUNet("tiny", 32, "group"), TrainingSettings(image_size=32, norm="group")
+    with pytest.raises(MedFLError, match="the first round alone would spend"):
+        announce_privacy(HospitalPrivacy(settings(dp_epsilon=1.0, dp_noise_multiplier=0.1)), model, training)
+    budget = spent(2.0, 3, 1e-5) + 0.01
+    announce_privacy(HospitalPrivacy(settings(dp_epsilon=budget, dp_noise_multiplier=2.0, rounds=8)), model, training)
+    assert "after 3 rounds" in capsys.readouterr().out
 
 
 def test_few_hospitals_are_warned_and_many_are_not():
