@@ -201,7 +201,8 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         job, training, federation = prepare_job(arguments, folder)
         sites = {p.name: p.site for p in dataset.patients}
         split = make_split(sites, training.seed, federation.val_fraction, federation.test_fraction)
-        make_partition(dataset.table, split, federation.partition, federation.clients, federation.alpha)  # it complains in time
+        # every hospital makes it again; here it complains before the engine starts
+        make_partition(dataset.table, split, federation.partition, federation.clients, federation.alpha, training.seed)
         device = str(choose_device(arguments.device))
         return simulate(job, folder, federation.clients, arguments.data_dir, device, arguments.cores)
     finally:

@@ -228,7 +228,6 @@ class Hospital:
         if not bool(torch.isfinite(in_precision(update, precision)).all()):
             raise HospitalError(Failure.TRAINING, "the trained weights are not finite and were not sent; the learning rate "
                                 "(the server's --lr) may be too high")
-        self._remember(after)
         if settings.keep_norm_local:
             self._keep_norms(after, norm_mask(model), about["run"], number)
         few = self.own_data and len(self.split.train) < SMALLEST_GROUP  # then the loss would say something of one patient
