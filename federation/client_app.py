@@ -2,18 +2,25 @@
 
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context, Message
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from common import MedFLError, write_json
 from federation.hospital import Hospital, HospitalError
 from federation.messages import ENDS, End, Failure, Query, message, read
+from federation.secure_aggregation import Party
 from federation.settings import approval, from_json, unusual
+from federation.weights import array_record, to_record
 
 IDENTITY, ENDED, MEMORY = "hospital.json", "ended.json", "model.pt"
+STAGES = (Query.KEYS, Query.SHARES, Query.UNMASK)
+SECRETS = "secure"  # the record in Flower's memory of this hospital, where secrets of a round are kept between its messages
 
 
 def say(text: str) -> None:
@@ -45,6 +52,8 @@ def make_app(folder_of: Callable[[Context], Path] = lambda context: Path(),
         about = read(incoming.content)
         if about["query"] == Query.JOIN:
             return Message(message(introduce(about, identity(context), lambda: hospital(about, context))), reply_to=incoming)
+        if about["query"] in STAGES:
+            return Message(message(secure_stage(about, incoming.metadata.dst_node_id, context)), reply_to=incoming)
         if about["query"] == Query.END:
             code, sentence = ENDS[End(about["code"])]
             ended = {"exit": code, "sentence": sentence.format(detail=about.get("detail", ""))}
@@ -55,7 +64,13 @@ def make_app(folder_of: Callable[[Context], Path] = lambda context: Path(),
     def train(incoming: Message, context: Context) -> Message:
         """Score the model that came, train it, send the update."""
         about = read(incoming.content)
-        return Message(message(*one_round(about, hospital(about, context), incoming.content["arrays"])), reply_to=incoming)
+        mine = hospital(about, context)
+        told, update = one_round(about, mine, incoming.content["arrays"])
+        if mine.federation.secure_aggregation:
+            arrays = array_record(masked(about, update, told["examples"], mine.federation.secure_range, context))
+        else:
+            arrays = to_record(update, mine.federation.update_dtype)
+        return Message(message(told, arrays), reply_to=incoming)
 
     @app.evaluate()
     def evaluate(incoming: Message, context: Context) -> Message:
@@ -134,8 +149,8 @@ def introduce(about: dict, identity: dict, hospital: Callable[[], Hospital]) -> 
     return facts
 
 
-def one_round(about: dict, hospital: Hospital, arrays: ArrayRecord) -> tuple[dict, ArrayRecord]:
-    """What is told of a round, and the update."""
+def one_round(about: dict, hospital: Hospital, arrays: ArrayRecord) -> tuple[dict, torch.Tensor]:
+    """What is told of a round, and the update, (n,) float32."""
     model = hospital.received(about, arrays)
     score = hospital.score(model)
     result, update = hospital.train(model, about)
@@ -145,6 +160,36 @@ def one_round(about: dict, hospital: Hospital, arrays: ArrayRecord) -> tuple[dic
         f"in {result['seconds']:.0f} s")
     result["seconds"] += score.pop("seconds")
     return {**score, **result, "round": about["round"]}, update
+
+
+@contextmanager
+def party(context: Context) -> Iterator[Party]:
+    """This hospital's part in the secure aggregation; what becomes of it is kept. Steps that it refuses become HospitalErrors."""
+    mine = Party(**json.loads(context.state[SECRETS]["json"])) if SECRETS in context.state else Party()
+    try:
+        yield mine
+    except MedFLError as error:
+        raise HospitalError(Failure.PROTOCOL, str(error)) from error
+    finally:
+        context.state[SECRETS] = ConfigRecord({"json": json.dumps(mine.kept())})
+
+
+def secure_stage(about: dict, node: int, context: Context) -> dict:
+    """What is told in a stage of the secure aggregation that brings no update."""
+    with party(context) as mine:
+        match about["query"]:
+            case Query.KEYS:
+                return {"keys": mine.keys(node)}
+            case Query.SHARES:
+                return {"sealed": mine.share(about["keys"])}
+            case _:
+                return {"shares": mine.reveal(about["summed"], about["missing"])}
+
+
+def masked(about: dict, update: torch.Tensor, examples: int, limit: float, context: Context) -> np.ndarray:
+    """The weighted update under its masks, (n,) uint32."""
+    with party(context) as mine:
+        return mine.masked(about["sealed"], update, examples / about["most"], limit, [about["run"], about["round"]])
 
 
 app = make_app()

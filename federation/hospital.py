@@ -18,7 +18,7 @@ from common import SMALLEST_GROUP, MedFLError, atomic_write
 from dataset import load_dataset
 from federation.messages import Failure
 from federation.settings import FederationSettings
-from federation.weights import FULL, from_record, in_precision, norm_mask, pack, part_mask, to_record, unpack
+from federation.weights import FULL, from_record, in_precision, norm_mask, pack, part_mask, unpack
 from inference import choose_device
 from partition import make_partition
 from split import PARTS, make_split, split_for
@@ -182,8 +182,9 @@ class Hospital:
         return {"val_dice": float(np.mean([row["dice"] for row in rows])), "val_patients": len(rows),
                 "seconds": time.monotonic() - began}
 
-    def train(self, model: TransUNet, about: dict) -> tuple[dict, ArrayRecord]:
-        """Train the model as the message says; what happened (examples, train_loss, seconds), and the new weights.
+    def train(self, model: TransUNet, about: dict) -> tuple[dict, torch.Tensor]:
+        """Train the model as the message says; what happened (examples, train_loss, seconds), and the update, (n,) float32: the new
+        weights, or, in half precision and for secure aggregation, what changed.
 
         about: run (its random name), round (from 1), rate (a share of the learning rate, or None for the cosine), seconds (the
         time there is), partition (its SHA-256, None where all have own data).
@@ -224,7 +225,8 @@ class Hospital:
                 torch.manual_seed(100_003 * seed + epoch)  # for layers that draw numbers
                 losses.append(learner.train_epoch(batches.epoch(epoch), before_step, bar).loss)
         after, precision = pack(model.state_dict()), settings.update_dtype
-        update = (after if precision == FULL else after - before)[part_mask(model, settings.left_out(frozen))]
+        whole = precision == FULL and not settings.secure_aggregation
+        update = (after if whole else after - before)[part_mask(model, settings.left_out(frozen))]
         if not bool(torch.isfinite(in_precision(update, precision)).all()):
             raise HospitalError(Failure.TRAINING, "the trained weights are not finite and were not sent; the learning rate "
                                 "(the server's --lr) may be too high")
@@ -232,7 +234,7 @@ class Hospital:
             self._keep_norms(after, norm_mask(model), about["run"], number)
         few = self.own_data and len(self.split.train) < SMALLEST_GROUP  # then the loss would say something of one patient
         return {"examples": batches.slices, "train_loss": None if few else float(np.mean(losses)),
-                "seconds": time.monotonic() - began}, to_record(update, precision)
+                "seconds": time.monotonic() - began}, update
 
 
 def proximal_pull(model: TransUNet, mu: float):

@@ -23,6 +23,9 @@ class Query(StrEnum):
 
     JOIN = "join"  # who are you, what do you hold
     PING = "ping"  # are you there
+    KEYS = "keys"  # secure aggregation: make new secrets for a round
+    SHARES = "shares"  # secure aggregation: give the other hospitals their shares of them
+    UNMASK = "unmask"  # secure aggregation: give the shares that uncover the sum
     END = "end"  # the federation is over for you; `code` says why
 
 
@@ -35,6 +38,7 @@ class Failure(StrEnum):
     LATE = "late"
     CODE = "code"
     CONSENT = "consent"
+    PROTOCOL = "protocol"
     BUG = "bug"
 
 
@@ -45,6 +49,8 @@ FAILURES = {
     Failure.LATE: "it was not done within the round's time",
     Failure.CODE: "it runs its own MedFL alone, and the server's code is another; install the same version on both sides",
     Failure.CONSENT: "it has not approved these settings; its own terminal says which they are",
+    Failure.PROTOCOL: "its update does not fit into the secure aggregation, or a step of that was not what it should be; its own "
+                      "terminal says why",
     Failure.BUG: "a fault of the program; its own terminal says which",
 }
 

@@ -16,6 +16,7 @@ from federation.messages import RESULT, TRAINED, End, expect
 from federation.post import NO_ANSWER, SPARE, Answer, Post
 from federation.privacy import HospitalPrivacy
 from federation.screening import Update, check_update, outliers
+from federation.secure_round import SecureRound
 from federation.settings import to_json
 from federation.state import RunState
 from federation.weights import FULL, from_record, in_precision, part_mask, payload, to_record
@@ -115,9 +116,9 @@ class Federation:
         """The members that can be given work. Raises NoQuorum where too few come within a round's time."""
         until = time.monotonic() + self.settings.round_timeout
         told = False
-        while len(present := self.membership.present) < self.settings.quorum or self.membership.disputed:
+        while len(present := self.membership.present) < self.settings.beginners or self.membership.disputed:
             if not told and not self.membership.disputed:
-                self.say(f"{len(present)} of {self.settings.clients} hospitals can work and a round needs {self.settings.quorum}; "
+                self.say(f"{len(present)} of {self.settings.clients} hospitals can work, a round needs {self.settings.beginners}; "
                          f"waiting up to {self.settings.round_timeout:.0f} s for {', '.join(self._missing()) or 'those behind'}")
                 told = True
             if time.monotonic() > until:
@@ -127,9 +128,9 @@ class Federation:
         return present
 
     def _send(self, kind: str, purpose: str, members: list[Member], about: dict, weights: torch.Tensor,
-              left_out: list[str]) -> dict[str, int]:
+              left_out: list[str], own: dict[str, dict] | None = None) -> dict[str, int]:
         """Send the members one message with the weights; those who hold a model get it without the parts that are left out.
-        The bytes that went to each, by label."""
+        own: what is said to each besides, by label. The bytes that went to each, by label."""
         holders = [m for m in members if m.session in self._have] if left_out else []
         sent = {}
         for some, without in ((holders, left_out), ([m for m in members if m not in holders], [])):
@@ -138,15 +139,21 @@ class Federation:
             part = to_record(weights[part_mask(self.state.model, without)], self.settings.update_dtype)
             message = {**self.about, "run": self.state.progress.run, "without": without, **about}
             # Flower lets the message live a little longer, so that it is we who say that somebody gave no answer in time
-            self.post.send([m.node for m in some], kind, purpose, message, self.settings.round_timeout + SPARE, part)
+            time_to_live = self.settings.round_timeout + SPARE
+            if own is None:
+                self.post.send([m.node for m in some], kind, purpose, message, time_to_live, part)
+            else:
+                for member in some:
+                    self.post.send([member.node], kind, purpose, message | own[member.label], time_to_live, part)
             sent |= {member.label: payload(part) for member in some}
         return sent
 
-    def _wait(self, purpose: str, members: list[Member], title: str) -> tuple[dict[str, Answer], dict[str, str]]:
-        """Wait for answers, as long as a round may take: answers, and reasons for none, by label."""
+    def _wait(self, purpose: str, members: list[Member], title: str,
+              limit: float | None = None) -> tuple[dict[str, Answer], dict[str, str]]:
+        """Wait for answers, for `limit` seconds or as long as a round may take: answers, and reasons for none, by label."""
         by_node = {member.node: member for member in members}
         answers, failures = {}, {}
-        limit = self.settings.round_timeout
+        limit = limit or self.settings.round_timeout
         until = time.monotonic() + limit
         with tqdm(total=len(members), desc=title, unit="hospital", leave=False, disable=None) as bar:
             while len(answers) + len(failures) < len(members) and time.monotonic() < until:
@@ -160,7 +167,6 @@ class Federation:
                             self.membership.fell_behind(by_node[answer.node])
                     else:
                         answers[label] = answer
-                        self._have.add(by_node[answer.node].session)
                     bar.update()
                 waiting = [m.label for m in members if m.label not in answers and m.label not in failures]
                 for label in waiting:
@@ -185,17 +191,24 @@ class Federation:
             about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout,
                      "partition": self.membership.partition}
             purpose = f"round-{number}.{attempt}"
-            size = self._send("train", purpose, members, about, sent, left_out)
-            answers, failures = self._wait(purpose, members, f"round {number} of {self.settings.rounds}")
-            updates = self._screened(number, members, answers, failures, left_out)
+            secure = self.settings.secure_aggregation and SecureRound(self.post, self._wait, self.settings, number, purpose)
+            own = secure.prepare(members) if secure else None
+            asked = [member for member in members if own is None or member.label in own]
+            size = self._send("train", purpose, asked, about, sent, left_out, own)
+            answers, failures = self._wait(purpose, asked, f"round {number} of {self.settings.rounds}")
+            self._have |= {member.session for member in asked if member.label in answers}
+            if secure:
+                updates = self._summed(secure, answers, failures, left_out)
+            else:
+                updates = self._screened(number, members, answers, failures, left_out)
             for label, reason in sorted(failures.items()):
                 self.say(f"round {number} without {label}: {reason}")
-            if len(updates) >= self.settings.quorum:
+            if updates and len(answers) >= self.settings.quorum:
                 break
-            self.say(f"round {number} got {len(updates)} updates and needs {self.settings.quorum}"
-                     + ("; once more" if attempt < TRIES else ""))
+            what = "has no sum" if secure else f"got {len(updates)} updates and needs {self.settings.quorum}"
+            self.say(f"round {number} {what}" + ("; once more" if attempt < TRIES else ""))
         else:
-            raise NoQuorum(self._too_few(len(updates)))
+            raise NoQuorum(self._too_few(len(answers)))
         rows = [self._row(number, label, answer.about, size[label], payload(answer.arrays)) for label, answer in
                 sorted(answers.items())]
         for member in members:
@@ -211,6 +224,15 @@ class Federation:
         behind = [label for label, member in self.membership.members.items() if member.behind]
         if absent := sorted({*self._missing(), *behind} - failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
+
+    def _summed(self, secure: SecureRound, answers: dict[str, Answer], failures: dict[str, str],
+                without: list[str]) -> list[Update]:
+        """The mean of the updates as one, if there is a sum; answers that can't count, and who dropped out, become failures."""
+        weights = secure.mean(answers, self.state.weights, part_mask(self.state.model, without))
+        failures |= secure.failures
+        for label, reason in sorted(secure.failures.items()):
+            self.audit.write("left_out", round=secure.number, hospital=label, why=reason)
+        return [] if weights is None else [Update("the mean", weights, 1)]
 
     def _screened(self, number: int, members: list[Member], answers: dict[str, Answer], failures: dict[str, str],
                   without: list[str]) -> list[Update]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 from common import MedFLError, setting
+from federation.secure_aggregation import LEAST
 from federation.weights import ENCODER, NORM
 from partition import KINDS
 from split import TEST_FRACTION, VAL_FRACTION
@@ -48,6 +49,10 @@ class FederationSettings:
     dp_clip: float | None = setting(None, "of differential privacy: a hospital's change is cut to this length", kind=float)
     dp_noise_multiplier: float | None = setting(None, "of differential privacy: the noise in clips, instead of derived from "
                                                 "--dp-epsilon; with both, training ends when epsilon is spent", kind=float)
+    secure_aggregation: bool = setting(False, "the server learns the sum of the hospitals' updates and none by itself (SecAgg+); "
+                                       "3 hospitals or more")
+    secure_range: float = setting(64.0, "of secure aggregation: the largest change of a weight that it carries; a hospital whose "
+                                  "update goes further is left out, and told")
     local_epochs: int = setting(1, "passes over a hospital's training slices a round")
     round_timeout: float = setting(1800.0, "longest wait for a round's answers in seconds")
     max_update_norm_ratio: float = setting(10.0, "an update longer than this many times the round's median is left out")
@@ -55,7 +60,7 @@ class FederationSettings:
     min_clients: int | None = setting(None, "hospitals that a round needs, half of --clients if none is given", kind=int)
 
     def __post_init__(self) -> None:
-        for name in ("clients", "rounds", "alpha", "local_epochs", "round_timeout", "max_update_norm_ratio"):
+        for name in ("clients", "rounds", "alpha", "local_epochs", "round_timeout", "max_update_norm_ratio", "secure_range"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0")
         if not 0 <= self.proximal_mu < math.inf:
@@ -71,6 +76,7 @@ class FederationSettings:
         if not 0 < self.trim < 0.5 or self.malicious < 0:
             raise MedFLError("--trim lies between 0 and 0.5, and --malicious is 0 or more; choose others")
         self._check_privacy()
+        self._check_secure_aggregation()
         if self.needed > self.clients:
             raise MedFLError(f"--strategy {self.strategy} {self._why_needed()} and needs {self.needed} hospitals, and --clients is "
                              f"{self.clients}; take more hospitals, or another strategy")
@@ -93,6 +99,25 @@ class FederationSettings:
             raise MedFLError(f"--strategy {self.strategy} looks at each hospital's update, and differential privacy is worked out "
                              "for a sum of all; take fedavg, fedprox or a strategy with a server's optimiser")
 
+    def _check_secure_aggregation(self) -> None:
+        if not self.secure_aggregation:
+            return
+        if self.clients < LEAST:
+            raise MedFLError(f"--secure-aggregation takes {LEAST} hospitals or more, because of two each knows the other's update "
+                             f"from the sum; --clients is {self.clients}")
+        sum_alone = "and with --secure-aggregation the server sees their sum alone"
+        if self.strategy in ("fedmedian", "fedtrimmedavg", "krum"):
+            raise MedFLError(f"--strategy {self.strategy} looks at each hospital's update, {sum_alone}; take fedavg, fedprox or a "
+                             "strategy with a server's optimiser")
+        bounds = {f.name: f.default for f in fields(self) if f.name in ("max_update_norm_ratio", "min_update_cosine")}
+        if any(getattr(self, name) != default for name, default in bounds.items()):
+            raise MedFLError(f"--max-update-norm-ratio and --min-update-cosine screen single updates, {sum_alone}; leave them out")
+        if self.private:
+            raise MedFLError(f"--dp-clip cuts each hospital's update at the server, {sum_alone}; choose one of the two")
+        if self.update_dtype != "float32":
+            raise MedFLError(f"--update-dtype {self.update_dtype} is for single updates, {sum_alone}, in whole numbers of 32 bits; "
+                             "leave it out")
+
     @property
     def private(self) -> bool:
         """Whether the hospitals are protected by differential privacy."""
@@ -102,6 +127,11 @@ class FederationSettings:
     def quorum(self) -> int:
         """Hospitals that a round needs."""
         return self.min_clients or max(math.ceil(self.clients / 2), self.needed)
+
+    @property
+    def beginners(self) -> int:
+        """Hospitals that a round needs to begin: with secure aggregation enough that none is uncovered, though some drop out."""
+        return max(self.quorum, LEAST) if self.secure_aggregation else self.quorum
 
     @property
     def needed(self) -> int:

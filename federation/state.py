@@ -118,7 +118,7 @@ class RunState:
                   "rounds": number, "started_from": done.started_from,
                   "init_split_sha256": done.init_split,
                   "norm_at_hospitals": self.federation.keep_norm_local,
-                  "privacy": {"secure_aggregation": False, "epsilon": done.epsilon,
+                  "privacy": {"secure_aggregation": self.federation.secure_aggregation, "epsilon": done.epsilon,
                               "delta": self.federation.dp_delta if self.federation.private else None}}
         val = {"val": {"patients": score["patients"],
                        "volume_dice": {"mean": score["mean"], "median": None, "ci95": None}}} if score else {}

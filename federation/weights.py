@@ -80,20 +80,30 @@ def in_precision(vector: torch.Tensor, precision: str) -> torch.Tensor:
 def to_record(vector: torch.Tensor, precision: str = FULL) -> ArrayRecord:
     """A vector as a message carries it."""
     values = vector.to(getattr(torch, precision))
-    return ArrayRecord({WEIGHTS: Array((values.view(torch.int16) if precision == "bfloat16" else values).numpy())})
+    return array_record((values.view(torch.int16) if precision == "bfloat16" else values).numpy())
 
 
-def from_record(arrays: ArrayRecord | None, precision: str = FULL) -> torch.Tensor:
-    """The vector that a message carries, (n,) float32. Raises MedFLError where it carries anything else."""
+def array_record(values: np.ndarray) -> ArrayRecord:
+    """A vector of any type as a message carries it."""
+    return ArrayRecord({WEIGHTS: Array(values)})
+
+
+def values_of(arrays: ArrayRecord | None, kind: type) -> np.ndarray:
+    """The vector of this type that a message carries, (n,). Raises MedFLError where it carries anything else."""
     if not isinstance(arrays, ArrayRecord) or list(arrays) != [WEIGHTS]:
         raise MedFLError("its message has no weights")
     try:
         values = arrays[WEIGHTS].numpy()
     except Exception as error:  # bytes from elsewhere: numpy and Flower each raise their own kinds
         raise MedFLError("its weights can't be decoded") from error
-    if values.ndim != 1 or values.dtype != ON_THE_WAY[precision]:
+    if values.ndim != 1 or values.dtype != kind:
         raise MedFLError("its weights have another shape or type than they should")
-    vector = torch.from_numpy(np.array(values))
+    return values
+
+
+def from_record(arrays: ArrayRecord | None, precision: str = FULL) -> torch.Tensor:
+    """The vector that a message carries, (n,) float32. Raises MedFLError where it carries anything else."""
+    vector = torch.from_numpy(np.array(values_of(arrays, ON_THE_WAY[precision])))
     return (vector.view(torch.bfloat16) if precision == "bfloat16" else vector).float()
 
 
