@@ -3,6 +3,7 @@
 import pytest
 
 from federations import scene  # noqa: F401  a fixture
+from in_process import federate  # noqa: F401  a fixture
 from scripted import make_messages_outside_of_a_run
 
 

@@ -4,67 +4,22 @@ import json
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
 from torch import nn
 
 from checkpoint import load_checkpoint
-from common import MedFLError, __version__, write_json
-from federation.audit import AuditLog
-from federation.client_app import IDENTITY, make_app
-from federation.hospital import Hospital, identity
-from federation.rounds import Federation
+from common import MedFLError
+from federation.client_app import IDENTITY
+from federation.hospital import Hospital
 from federation.settings import FederationSettings
-from federation.state import BEST, SHARED, RunState, load_run
+from federation.state import BEST, SHARED
 from federation.weights import ENCODER, NORM, from_record, in_precision, norm_mask, pack, part_mask, payload, to_record
-from scripted import VERSIONS, Grid, make_fast
+from in_process import RealHospital
 from training import TrainingSettings
 from transunet import TransUNet
 
 ENCODER_VALUES = sum(p.numel() for p in TransUNet("tiny", 32).encoder.parameters())
 ALL_VALUES = len(pack(TransUNet("tiny", 32).state_dict()))
 NORM_VALUES = 4 * sum(m.num_features for m in TransUNet("tiny", 32).modules() if isinstance(m, nn.BatchNorm2d))
-
-
-class RealHospital:
-    """A node of the scripted grid that answers with the hospital's own app, in this process; keeps what it was asked."""
-
-    def __init__(self, folder, cid, data):
-        self.folder, self.asked = folder / f"hospital-{cid}", []
-        who = identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models", shared_cores=None, code="0" * 64)
-        write_json(self.folder / IDENTITY, {**who, "medfl": VERSIONS["medfl"]})
-        self.app = make_app(lambda context: self.folder)
-
-    def answer(self, incoming: Message) -> Message:
-        about, arrays = json.loads(incoming.content["about"]["json"]), incoming.content.get("arrays")
-        reply = self.app(incoming, Context(1, 1, {}, RecordDict(), {}))
-        if arrays is not None:
-            self.asked.append({**about, "values": arrays["weights"].shape[0], "bytes": payload(arrays)})
-        return reply
-
-
-@pytest.fixture
-def federate(monkeypatch, tmp_path, phantoms, home):
-    """Run a federation of two real hospitals in this process: its state, its hospitals, what it said."""
-    make_fast(monkeypatch)
-    monkeypatch.setattr("federation.hospital.local_versions", lambda medfl: VERSIONS)
-
-    def run(rounds: int, training: dict | None = None, out: str = "out", resume: bool = False, hospitals=None, **settings):
-        said, grid, folder = [], Grid(), tmp_path / out
-        folder.mkdir(exist_ok=True)
-        torch.manual_seed(0)
-        federation = FederationSettings(rounds=rounds, round_timeout=300.0, val_fraction=0.2, **settings)
-        settings = TrainingSettings(**{"image_size": 32, "batch_size": 8, "warmup_steps": 2, **(training or {})})
-        state = RunState(TransUNet("tiny", 32), settings, federation, folder, None)
-        state.progress.started_from = "random weights"
-        if resume:
-            state.restore(load_run(folder)[2])
-        hospitals = hospitals or [RealHospital(folder, cid, phantoms) for cid in (0, 1)]
-        grid.nodes = dict(enumerate(hospitals, 1))
-        code = Federation(grid, state, VERSIONS, folder, resume, AuditLog(folder / "audit.jsonl"), say=said.append).run()
-        assert code == 0, said
-        return state, hospitals, said
-
-    return run
 
 
 def test_masks_name_the_parts_of_a_model():

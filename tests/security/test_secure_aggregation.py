@@ -35,18 +35,17 @@ def watched(home, phantoms, tmp_path_factory):
 
 
 def secure_stage(""")
-    change(app, "    with party(context) as mine:\n        match", "    die_in(about['query'])\n    with party(context) as mine:\n        match")
-    change(app, "    with party(context) as mine:\n        return mine.masked", f"""    label = json.loads(Path(IDENTITY).read_text())["label"]
+    begin = "    with party(context) as mine:\n        "
+    change(app, f"{begin}match", f"    die_in(about['query'])\n{begin}match")
+    change(app, f"{begin}return mine.masked", f"""    label = json.loads(Path(IDENTITY).read_text())["label"]
     np.savez(f"{notes}/update-{{about['round']}}-{{label}}", update=update.numpy(), examples=examples)
     die_in("update")
-    with party(context) as mine:
-        return mine.masked""")
-    change(rounds, '    if len(values) != length:\n        raise MedFLError(f"its update has',
-           f'    np.save(f"{notes}/received-{{number}}-{{member.label}}", values)\n    if len(values) != length:\n'
-           '        raise MedFLError(f"its update has')
+{begin}return mine.masked""")
+    change(rounds, "    if len(values) != length:", f"""    np.save(f"{notes}/received-{{number}}-{{member.label}}", values)
+    if len(values) != length:""")
     change(rounds, "        return weights.float()\n",
-           f'        np.savez(f"{notes}/sum-{{self.number}}", before=sent.numpy(), after=weights.numpy())\n        return weights.float()\n')
-    change(root / "federation" / "settings.py", "return max(self.quorum, LEAST) if", "return self.clients if")  # all begin each round
+           f'        np.savez(f"{notes}/sum-{{self.number}}", before=sent, after=weights)\n        return weights.float()\n')
+    change(root / "federation" / "settings.py", "return max(self.quorum, LEAST) if", "return self.clients if")  # all begin a round
     scene = Scene(folder)
     server = scene.server("--clients", HOSPITALS, "--rounds", len(STAGES), "--partition", "iid", "--val-fraction", 0, *SMALL,
                           "--secure-aggregation", root=root)
@@ -92,7 +91,7 @@ def chi_square(values: np.ndarray) -> float:
 
 def test_what_the_server_receives_of_one_hospital_is_noise(watched):
     notes, _, _ = watched
-    for label, (update, examples) in updates_of(notes, 1).items():
+    for label, (update, _) in updates_of(notes, 1).items():
         received = np.load(notes / f"received-1-{label}.npy")
         chance = 1 / np.sqrt(len(received))
         assert received.dtype == np.uint32 and len(received) == len(update)
