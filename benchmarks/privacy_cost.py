@@ -3,7 +3,7 @@
     python benchmarks/privacy_cost.py [--clients 3] [--round-seconds 13]
 
 The updates are random, of the size of `tiny`'s; how long a round is without privacy, benchmarks/federated_rounds.py and
-benchmarks/gateway_cost.py measure.
+benchmarks/security_cost.py measure.
 """
 
 import sys

@@ -51,7 +51,7 @@ class FederationSettings:
                                                 "--dp-epsilon; with both, training ends when epsilon is spent", kind=float)
     secure_aggregation: bool = setting(False, "the server learns the sum of the hospitals' updates and none by itself (SecAgg+); "
                                        "3 hospitals or more")
-    secure_range: float = setting(64.0, "of secure aggregation: the largest change of a weight that it carries; a hospital whose "
+    secure_range: float = setting(8.0, "of secure aggregation: the largest change of a weight that it carries; a hospital whose "
                                   "update goes further is left out, and told")
     local_epochs: int = setting(1, "passes over a hospital's training slices a round")
     round_timeout: float = setting(1800.0, "longest wait for a round's answers in seconds")

@@ -1,9 +1,10 @@
-"""What keys, TLS and the gateway cost: rounds of a federation on plain loopback and of a secured one, in turn.
+"""What a defence costs: rounds of a federation on plain loopback and of a secured one, in turn.
 
-    python benchmarks/gateway_cost.py --data-dir data/phantoms [--rounds 5] [--repeats 2]
+    python benchmarks/security_cost.py gateway --data-dir data/phantoms [--rounds 5] [--repeats 2]
+    python benchmarks/security_cost.py secure-aggregation
 
-Two hospitals and a server as real processes on this machine, `tiny` at 128 pixels; the secured ones with a kit of their own,
-behind nginx.
+A server and two hospitals (three with secure aggregation, which needs as many) as real processes on this machine, `tiny` at 128
+pixels. gateway: the secured ones have a kit each, and stand behind nginx.
 """
 
 import sys
@@ -23,33 +24,34 @@ from common import MedFLError, run_script  # noqa: E402
 from federation.kit import CA, HOSPITAL_PUBLIC, admit, make_authority, make_hospital_key, make_server_certificate  # noqa: E402
 from federation.processes import free_port  # noqa: E402
 
-HOSPITALS = 2
+HOSPITALS = {"gateway": 2, "secure-aggregation": 3}
 ROUND = re.compile(r"^round \d+ of \d+: ([\d.]+) s, of which ([\d.]+) s", re.M)
 
 
-def make_kits(folder: Path) -> None:
+def make_kits(folder: Path, hospitals: int) -> None:
     """A server's kit and the hospitals', each admitted."""
     make_authority(folder / "server")
     make_server_certificate(folder / "server", ["localhost"], 1)
-    for number in range(HOSPITALS):
+    for number in range(hospitals):
         kit = folder / f"hospital-{number}"
         make_hospital_key(kit, kit.name)
         admit(folder / "server", (kit / HOSPITAL_PUBLIC).read_text(encoding="utf-8"), 1)
         shutil.copyfile(folder / "server" / CA, kit / CA)
 
 
-def rounds(folder: Path, kits: Path | None, data_dir: Path, number: int) -> list[tuple[float, float]]:
-    """Seconds of each round, and those besides the longest hospital's work."""
+def rounds(defence: str | None, count: int, folder: Path, data_dir: Path, number: int) -> list[tuple[float, float]]:
+    """Seconds of each of `number` rounds of `count` hospitals, and those besides the longest hospital's work."""
     address = f"127.0.0.1:{free_port()}"
 
     def keys(name: str) -> list[str]:
-        return ["--kit", str(kits / name)] if kits else []
+        return ["--kit", str(folder / name)] if defence == "gateway" else []
 
     client = [sys.executable, str(ROOT / "run_client.py"), "--data-dir", str(data_dir), "--server", address]
     hospitals = [subprocess.Popen([*client, "--cid", str(k), *keys(f"hospital-{k}")], stdout=subprocess.DEVNULL)
-                 for k in range(HOSPITALS)]
-    server = [sys.executable, str(ROOT / "run_server.py"), "--address", address, "--out", str(folder / "out")]
-    done = subprocess.run([*server, "--rounds", str(number), *keys("server")], capture_output=True, text=True)
+                 for k in range(count)]
+    server = [sys.executable, str(ROOT / "run_server.py"), "--address", address, "--out", str(folder / "out"), *keys("server")]
+    server += ["--secure-aggregation"] if defence == "secure-aggregation" else []
+    done = subprocess.run([*server, "--clients", str(count), "--rounds", str(number)], capture_output=True, text=True)
     for hospital in hospitals:
         hospital.wait()
     if done.returncode:
@@ -59,24 +61,27 @@ def rounds(folder: Path, kits: Path | None, data_dir: Path, number: int) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("defence", choices=HOSPITALS, help="which")
     parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each federation (default 5)")
     parser.add_argument("--repeats", type=int, default=2, help="federations of each kind, in turn (default 2)")
     arguments = parser.parse_args()
+    count = HOSPITALS[arguments.defence]
     measured: dict[str, list[tuple[float, float]]] = {"plain": [], "secured": []}
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as name:
-        make_kits(Path(name))
+        make_kits(Path(name), count)
         for _ in range(arguments.repeats):
             for kind, found in measured.items():
-                found += rounds(Path(name), Path(name) if kind == "secured" else None, arguments.data_dir, arguments.rounds)
+                found += rounds(arguments.defence if kind == "secured" else None, count, Path(name), arguments.data_dir,
+                                arguments.rounds)
                 print(f"{kind}: {', '.join(f'{seconds:.1f}' for seconds, _ in found[-arguments.rounds:])} s a round", flush=True)
     medians = {}
     for kind, found in measured.items():
         medians[kind] = [statistics.median(values) for values in zip(*found)]
         print(f"{kind:8} median round {medians[kind][0]:.1f} s, besides the hospitals' work {medians[kind][1]:.1f} s, "
               f"{len(found)} rounds")
-    cost = medians["secured"][0] / medians["plain"][0] - 1
-    print(f"keys, TLS and gateway: {100 * cost:+.1f} % of a round")
+    more = medians["secured"][0] - medians["plain"][0]
+    print(f"{arguments.defence}: {more:+.1f} s, {100 * more / medians['plain'][0]:+.1f} % of a round")
 
 
 if __name__ == "__main__":
