@@ -141,6 +141,8 @@ def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, Trai
         job.update(settings=settings, start=str(start), started_from=started_from, init_split=init_split)
         size = 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point()) / 1e6
         print(f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way a round and hospital")
+    if federation.secure_aggregation:
+        print("secure aggregation: this server learns the sum of a round's updates, and none by itself; they are not screened")
     if federation.private:
         announce_privacy(HospitalPrivacy(federation), model, training)
     if (out / AUDIT).exists():
