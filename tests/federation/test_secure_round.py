@@ -77,7 +77,7 @@ def test_a_value_out_of_range_is_an_error_and_no_cut():
 
 def test_a_mask_needs_the_whole_key():
     """Keys whose 32-bit words have the same parity give one mask with Flower's generator, so that 2^32 trials find it."""
-    one, other = bytes(32), b"\1\2\3\4" * 2 + bytes(24)
+    one, other = bytes(32), bytes(24) + b"\1\2\3\4" * 2
     assert np.array_equal(*(pseudo_rand_gen(key, 2**32, [(100,)])[0] for key in (one, other)))
     assert (mask(one, LENGTH) == mask(other, LENGTH)).mean() < 0.01 and np.array_equal(mask(one, LENGTH), mask(one, LENGTH))
     # the stream of RFC 7539's first test vector for ChaCha20: key, nonce and counter all zero
@@ -144,11 +144,29 @@ def test_steps_out_of_order_and_forged_lists_of_keys_are_refused():
 def test_shares_of_others_that_were_changed_or_exchanged_are_refused():
     for forge, sentence in ((lambda texts: texts[7].update({"5": texts[7]["5"][:-4] + "0000"}), "can't be opened"),
                             (lambda texts: texts[7].update({"5": texts[40]["5"]}), "can't be opened"),
+                            (lambda texts: texts[7].update({"5": texts[5]["7"]}), "meant for somebody else"),
                             (lambda texts: [texts.pop(node) for node in (7, 40)], "too few hospitals")):
         group = Group()
         forge(group.sealed)
         with pytest.raises(MedFLError, match=sentence):
             group.masked(5, torch.zeros(LENGTH))
+
+
+def test_shares_that_are_too_few_open_nothing():
+    group = Group()
+    vectors = {node: group.masked(node, torch.zeros(LENGTH)) for node in NODES}
+    shares = group.shares(list(NODES), [])
+    with pytest.raises(MedFLError, match="too few hospitals gave their shares"):
+        unmasked(sum(vectors.values(), np.zeros(LENGTH, np.uint32)), {**shares, 7: shares[7][:2]}, list(NODES), group.keys())
+
+
+def test_another_hospitals_key_in_the_place_of_a_missing_one_is_noticed():
+    group = Group()
+    vectors = {node: group.masked(node, torch.zeros(LENGTH)) for node in NODES if node != 40}
+    shares = group.shares(list(vectors), [40])
+    public = group.keys()
+    with pytest.raises(MedFLError, match="wrong shares"):
+        unmasked(sum(vectors.values(), np.zeros(LENGTH, np.uint32)), shares, list(vectors), {**public, 40: public[7]})
 
 
 def test_wrong_shares_are_noticed():
@@ -203,6 +221,38 @@ def test_a_round_is_as_without_it(federate, hospitals, more):
     for name in ("val_dice", "examples", "site", "bytes_received"):
         assert [row[name] for row in secure.progress.rows[:3]] == [row[name] for row in plain.progress.rows[:3]]
     assert secure.best.exists() and secure.progress.best_round == plain.progress.best_round
+
+
+class Liar(RealHospital):
+    """Tells other things of its update than are true."""
+
+    def __init__(self, *where, **lies):
+        super().__init__(*where)
+        self.lies = lies
+
+    def answer(self, incoming):
+        reply = super().answer(incoming)
+        about = json.loads(reply.content["about"]["json"])
+        if "examples" in about:
+            reply.content["about"]["json"] = json.dumps(about | self.lies)
+        return reply
+
+
+@pytest.mark.parametrize(("lies", "reason"), [({"examples": 10_000}, "counts 10000 slices"), ({"round": 7}, "is of round 7")])
+def test_an_update_that_counts_too_much_or_is_of_another_round_is_left_out(federate, hospitals, phantoms, tmp_path, lies, reason):
+    three = [*hospitals("out")[:2], Liar(tmp_path / "out", 2, phantoms, **lies)]
+    state, _, said = federate(1, hospitals=three, secure_aggregation=True, **THREE)
+    assert any(line.startswith("round 1 without hospital-2") and reason in line for line in said)
+    assert {row["site"] for row in state.progress.rows if row["round"] == 1} == {"hospital-0", "hospital-1"}
+
+
+def test_no_round_begins_with_two(federate, hospitals, monkeypatch, phantoms, tmp_path):
+    """One of three gives no keys: nobody is asked to train for a sum of two."""
+    monkeypatch.setattr(federation.secure_round, "STAGE_TIME", 1.0)
+    three = [*hospitals("out")[:2], Sleeper(tmp_path / "out", 2, phantoms, stage="keys", says={"failure": "bug"})]
+    with pytest.raises(AssertionError, match="has no sum"):
+        federate(1, hospitals=three, secure_aggregation=True, **THREE)
+    assert three[0].asked == [] and three[1].asked == []
 
 
 class Sleeper(RealHospital):
