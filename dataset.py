@@ -24,8 +24,9 @@ PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
 SEARCH_DEPTH = 4  # folders below --data-dir; the deepest that people make is archive/lgg-mri-segmentation/kaggle_3m
 CACHE_VERSION = 2
 DAY = 86_400.0  # seconds; no build takes as long
-HOW_TO_GET = ("download https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation and unpack it there, "
-              "or make a synthetic cohort with `python data/make_phantoms.py`")
+HOW_TO_GET = ("fetch the scans with `python data/download.py`, or by hand from "
+              "https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation, or make a synthetic cohort with "
+              "`python data/make_phantoms.py`")
 
 
 @dataclass(frozen=True)
