@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common import MedFLError
 from plausibility import describe_volume, image_statistics
 from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice
+from spacing import NAME, read_spacing
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
@@ -74,6 +75,12 @@ class Dataset:
         count = int(np.prod(shape))
         return (self._pixels[3 * start:3 * (start + count)].reshape(*shape, 3),
                 self._masks[start:start + count].reshape(shape))
+
+    def spacing(self, patient: str) -> tuple[float, float, float] | None:
+        """Millimetres between a patient's slices, rows and columns; None without a `volume.json`. Raises MedFLError for a
+        broken one."""
+        path = self.root / patient / NAME
+        return read_spacing(path, self._entries[patient]["shape"][0]) if path.exists() else None
 
     def statistics(self, patient: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The volume's mean and deviation per channel, (3,) and (3,) float32, as `preprocessing.volume_statistics` gives."""
