@@ -15,6 +15,7 @@ import numpy as np
 
 from common import MedFLError
 from preprocessing import group_volumes, is_image, is_mask, read_mask, read_slice, slice_number
+from spacing import NAME, read_spacing
 
 MAX_FILES = 1_000  # in one upload, masks and all
 MAX_PIXELS = 12 * 2**20  # of a case: 192 slices of 256×256; more would need more than 1.5 GiB at the normalisation
@@ -24,7 +25,7 @@ NIFTI = (".nii", ".nii.gz")
 # what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another kind
 DAMAGED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError, IndexError, zlib.error,
            lzma.LZMAError)
-KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz"]  # that the page's upload offers
+KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "json", "dcm", "dicom", "ima"]  # that the page's upload offers
 
 
 @dataclass
@@ -33,8 +34,9 @@ class Case:
 
     name: the patient's, or the file's; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each slice the number
     of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H, W) uint8 0/255 or None;
-    spacing: mm between rows, columns and slices, or None; notes: what a reader should know about how it was read;
-    nifti: the image that it came from, if it did, to write a mask in the same space.
+    spacing: mm between rows, columns and slices, or None; measured: whether the files tell it; notes: what a reader should know
+    about how it was read; nifti, dicom: the image or the series (dicom.Source) that it came from, if it did, to write a mask in
+    the same space.
     """
 
     name: str
@@ -43,8 +45,10 @@ class Case:
     groups: np.ndarray
     truth: np.ndarray | None = None
     spacing: tuple[float, float, float] | None = None
+    measured: bool = False
     notes: list[str] = field(default_factory=list)
     nifti: object = None
+    dicom: object = None
 
     @property
     def is_volume(self) -> bool:
@@ -120,7 +124,7 @@ def unpack_gzip(name: str, content: bytes) -> bytes:
 
 
 def _read_slices(files: dict[str, bytes]) -> Case:
-    """A case of TIFF, PNG and JPEG slices, masks among them."""
+    """A case of TIFF, PNG and JPEG slices, with masks and a prepared patient's `volume.json` among them."""
     paths = {PurePosixPath(name): content for name, content in files.items()}
     images = [path for path in paths if is_image(path)]
     if not images:
@@ -146,7 +150,13 @@ def _read_slices(files: dict[str, bytes]) -> Case:
                           "reliable. Open a patient's slices together.")
     if spare := len(masks) - sum(mask is not None for mask in known):
         case.notes.append(f"{spare} masks belong to no slice of the upload and were passed over.")
-    if left := len(paths) - len(images) - len(masks):
+    told = [path for path in paths if path.name == NAME]
+    if len(told) > 1:
+        raise MedFLError(f"{len(told)} files are called {NAME}, and a patient has one; open one patient at a time")
+    if told:
+        between, rows, columns = read_spacing(told[0], len(order), paths[told[0]])
+        case.spacing, case.measured = (rows, columns, between), True
+    if left := len(paths) - len(images) - len(masks) - len(told):
         case.notes.append(f"{left} files are neither slices nor masks and were passed over.")
     return case
 

@@ -190,7 +190,7 @@ def read_mirrored(model: TransUNet) -> None:
 def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
     """What not every reader needs: pixel size, truth, a second reading of the mirrored slices."""
     state = st.session_state
-    if case.nifti is None:
+    if not case.measured:
         with st.expander("Pixel size in mm"):
             st.caption("Volumes in cm³ and diameters in mm are shown where both are known.")
             st.number_input("Side of a pixel (mm)", 0.0, 10.0, step=0.05, key="pixel_size", on_change=take_spacing)
