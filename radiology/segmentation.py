@@ -19,7 +19,14 @@ SERIES_NUMBER = 9001  # far from the scanner's own
 
 
 def write_segmentation(mask: np.ndarray, series: Series, path: Path) -> None:
-    """Write a mask as a binary DICOM SEG of one segment, "tumour", that refers to its source series.
+    """Write a mask as `make_segmentation` makes it. Raises MedFLError for what that refuses, and where it can't be written."""
+    segmentation = make_segmentation(mask, series)
+    with atomic_write(path) as file:
+        segmentation.save_as(file)
+
+
+def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segmentation:
+    """A mask as a binary DICOM SEG of one segment, "tumour", that refers to its source series; nothing touches the disk.
 
     mask: (S, H, W) bool or uint8, not 0 is tumour; the series' slices in its own order. The file carries the patient's name
     and number from the source, as a viewer needs them. Raises MedFLError for a mask of another shape and for an empty one.
@@ -41,13 +48,11 @@ def write_segmentation(mask: np.ndarray, series: Series, path: Path) -> None:
             name="MedFL", version=__version__, family=codes.DCM.ArtificialIntelligence))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of source tags that deviate from the standard, which are the scanner's
-        segmentation = highdicom.seg.Segmentation(
+        return highdicom.seg.Segmentation(
             source_images=sources, pixel_array=mask, segmentation_type=SegmentationTypeValues.BINARY,
             segment_descriptions=[tumour], series_instance_uid=generate_uid(), series_number=SERIES_NUMBER,
             sop_instance_uid=generate_uid(), instance_number=1, manufacturer="MedFL", manufacturer_model_name="MedFL",
             software_versions=__version__, device_serial_number="0", series_description="MedFL tumour, research use only")
-    with atomic_write(path) as file:
-        segmentation.save_as(file)
 
 
 def read_segmentation(path: Path, reference: sitk.Image) -> sitk.Image:
