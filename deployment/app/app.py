@@ -135,9 +135,10 @@ def choose_case() -> None:
                 if st.button(path.stem.replace("_", " ").capitalize(), key=path.stem, icon=":material/neurology:"):
                     open_case([(path.name, path.read_bytes())])
                     st.rerun()
-    files = st.file_uploader("Slices of one patient (TIFF, PNG, JPEG), a ZIP of them, or a NIfTI file", KINDS,
+    files = st.file_uploader("Slices of one patient (TIFF, PNG, JPEG), DICOM, a ZIP of either, or a NIfTI file", KINDS,
                              accept_multiple_files=True, key=f"files-{number}",
-                             help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them.")
+                             help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them, "
+                                  "and a volume.json. DICOM files whose names have no ending: as a ZIP, or as a folder below.")
     folder = st.file_uploader("Or a patient's folder", accept_multiple_files="directory", key=f"folder-{number}")
     if chosen := files or folder:
         open_case(take_uploads(chosen))
