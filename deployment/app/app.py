@@ -141,7 +141,8 @@ def choose_case() -> None:
                                   "and a volume.json. DICOM files whose names have no ending: as a ZIP, or as a folder below.")
     folder = st.file_uploader("Or a patient's folder", accept_multiple_files="directory", key=f"folder-{number}")
     if chosen := files or folder:
-        open_case(take_uploads(chosen))
+        with st.spinner("reading the files"):  # DICOM series are laid over each other, which takes some seconds
+            open_case(take_uploads(chosen))
         st.rerun()
 
 

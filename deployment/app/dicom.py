@@ -14,10 +14,11 @@ import SimpleITK as sitk
 from cases import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case
 from common import MedFLError
 from preprocessing import CHANNELS
-from radiology.geometry import register, resample, to_bytes
-from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
+from radiology.geometry import POOR, agreement, register, resample, to_uint8
+from radiology.rules import FLAIR, POST, PRE, load_rules
 from radiology.segmentation import make_segmentation, read_segmentation
 from radiology.series import Refused, Series, find_series, load_series
+from radiology.studies import plan_studies
 
 ACQUIRED = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal"}  # by the direction in which the slices follow
 
@@ -58,50 +59,57 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     found, refused = find_series([Upload(name, content) for name, content in files])
     masks = [series for series in found if series.modality == "SEG"]
     scans = [series for series in found if series not in masks]
-    usable = [series for series in scans if not series.problems]
-    if not usable:
-        raise MedFLError(f"the upload holds no series that can be used ({_reasons(scans, refused)}); export the FLAIR series anew")
-    if len({(series.patient_id, series.study_uid) for series in usable}) > 1:
-        raise MedFLError("the upload holds series of several studies; open one at a time")
-    chosen = _choose(usable)
-    flair = chosen[FLAIR]
+    channels, notes = _choose(scans, masks, refused)
+    flair = channels[FLAIR]
     _check_size(flair.slices, flair.rows, flair.columns)
     image = _load(flair)
     oriented = sitk.DICOMOrient(image, "LPS")
     grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)
     grid.CopyInformation(image)
     source = Source(flair, grid, _margins(oriented))
-    planes = {FLAIR: _onto_page(to_bytes(sitk.GetArrayViewFromImage(oriented)), source)}
+    planes = {FLAIR: _onto_page(oriented, source)}
     for channel in (PRE, POST):
-        if channel in chosen:
-            moved = _laid_over(chosen[channel], flair, oriented)
-            planes[channel] = _onto_page(to_bytes(sitk.GetArrayViewFromImage(moved)), source)
-    volume = np.stack([planes.get(channel, planes[FLAIR]) for channel in CHANNELS], axis=-1)
+        if channel in channels:
+            planes[channel] = _onto_page(_laid_over(channels[channel], flair, oriented, notes), source)
+        else:
+            notes.append(f"There is no series for {channel}: FLAIR stands in, as in the training set where one was missing.")
+    volume = np.stack([to_uint8(planes.get(channel, planes[FLAIR])) for channel in CHANNELS], axis=-1)
     _check_size(*volume.shape[:3])
     columns, rows, between = oriented.GetSpacing()
     case = Case(name="DICOM series", slices=[f"slice_{k + 1}" for k in range(len(volume))], volume=volume,
                 groups=np.zeros(len(volume), int), spacing=(rows, columns, between), measured=True, dicom=source,
-                notes=_notes(chosen, image, oriented, [s for s in scans if s not in chosen.values()], refused))
+                notes=notes + _notes_on(image, oriented, len(volume)))
     own = [series for series in masks if flair.uid in series.references]
     if len(own) == 1:
         case.truth = read_dicom_mask(case, own[0].files[0].name, own[0].files[0].getvalue())
-    elif masks:
-        case.notes.append(f"{len(masks)} DICOM SEG were passed over: one that belongs to the FLAIR series becomes the truth.")
+    if passed := len(masks) - (case.truth is not None):
+        case.notes.append(f"{passed} DICOM SEG were passed over: one alone that is of the FLAIR series becomes the truth.")
     return case
 
 
-def _choose(usable: list[Series]) -> dict[str, Series]:
-    """The series of each channel, FLAIR among them. Raises MedFLError where none can be told to be FLAIR."""
+def _choose(scans: list[Series], masks: list[Series], refused: list[Refused]) -> tuple[dict[str, Series], list[str]]:
+    """The series of each channel, FLAIR among them, and what is to be told of the others. Of several that claim to be FLAIR one
+    with a mask goes first. Raises MedFLError where none can be used, or none can be told to be FLAIR."""
+    usable = [series for series in scans if not series.problems]
+    if not usable:
+        raise MedFLError(f"the upload holds no series that can be used ({_reasons(scans, refused)}); export the FLAIR series anew")
+    if len({(series.patient_id, series.study_uid) for series in usable}) > 1:
+        raise MedFLError("the upload holds series of several studies; open one at a time")
     if len(usable) == 1:
-        return {FLAIR: usable[0]}
-    rules, claims = load_rules(), {}
-    for series in usable:
-        claims.setdefault(role_of(series, rules)[0], []).append(series)
-    claimed = len(claims.get(FLAIR, ()))
-    if claimed != 1:
-        raise MedFLError(f"{claimed or 'none'} of the upload's {len(usable)} series are FLAIR by what they say of themselves, and one "
-                         "must be; upload the FLAIR series alone")
-    return {channel: claims[channel][0] for channel in CHANNELS if len(claims.get(channel, ())) == 1}
+        channels, notes = {FLAIR: usable[0]}, []
+    else:
+        study = next(s for s in plan_studies(usable + masks, load_rules()) if s.uid == usable[0].study_uid)
+        channels = study.channels
+        if not channels:
+            raise MedFLError(f"none of the upload's {len(usable)} series says of itself that it is FLAIR; upload the FLAIR series "
+                             "alone")
+        notes = [f"{line.used_as} was chosen {line.why}." for line in study.lines if line.used_as and "claim" in line.why]
+    spare = [series for series in scans if series not in channels.values()]
+    if spare:
+        notes.append(f"{len(spare)} series were passed over: {_reasons(spare, []) or 'no channel needs them'}.")
+    if refused:
+        notes.append(f"{len(refused)} files were passed over: {_reasons([], refused[:1])}.")
+    return channels, notes
 
 
 def _reasons(series: list[Series], refused: list[Refused]) -> str:
@@ -127,11 +135,15 @@ def _rewind(series: Series) -> None:
         file.seek(0)
 
 
-def _laid_over(series: Series, flair: Series, fixed: sitk.Image) -> sitk.Image:
-    """Another series of the study, registered to FLAIR and on its grid."""
+def _laid_over(series: Series, flair: Series, fixed: sitk.Image, notes: list[str]) -> sitk.Image:
+    """Another series of the study, registered to FLAIR and on its grid. Adds to `notes` where it does not fit."""
     moving = _load(series)
     same = bool(flair.frame_of_reference) and series.frame_of_reference == flair.frame_of_reference
-    return resample(moving, fixed, register(moving, fixed, same))
+    moved = resample(moving, fixed, register(moving, fixed, same))
+    if agreement(moved, fixed) < POOR:
+        notes.append("A series lies poorly over FLAIR, even after it was registered: look at the channels before you trust the "
+                     "mask.")
+    return moved
 
 
 def _margins(oriented: sitk.Image) -> tuple[int, int, int, int]:
@@ -143,25 +155,16 @@ def _margins(oriented: sitk.Image) -> tuple[int, int, int, int]:
     return more_rows // 2, more_columns // 2, more_rows - more_rows // 2, more_columns - more_columns // 2
 
 
-def _notes(chosen: dict[str, Series], image: sitk.Image, oriented: sitk.Image, left: list[Series],
-           refused: list[Refused]) -> list[str]:
-    """What a reader should know about how the files were read."""
+def _notes_on(image: sitk.Image, oriented: sitk.Image, slices: int) -> list[str]:
+    """What a reader should know of the series that the slices are of."""
     notes = ["The mask as DICOM SEG carries the patient's name and number from the series, as a viewer needs them; the page shows "
              "neither, and no other download holds them."]
-    if missing := [channel for channel in (PRE, POST) if channel not in chosen]:
-        notes.append(f"There is no series for {' and '.join(missing)}: FLAIR stands in, as in the training set where one was "
-                     "missing.")
     follows = _orientation(image)[2]
     if follows in ACQUIRED:
         across, down = oriented.GetSpacing()[:2]
         notes.append(f"The series was acquired {ACQUIRED[follows]}; its axial slices have pixels of {across:.1f} × {down:.1f} mm.")
-    if image.GetSize()[2] == 1:
+    if slices == 1:
         notes.append(LONE_SLICE)
-    if left:
-        why = _reasons(left, []) or "not chosen for a channel by their descriptions"
-        notes.append(f"{len(left)} series were passed over: {why}.")
-    if refused:
-        notes.append(f"{len(refused)} files were passed over: {_reasons([], refused[:1])}.")
     return notes
 
 
@@ -170,16 +173,16 @@ def _orientation(image: sitk.Image) -> str:
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
 
 
-def _onto_page(slices: np.ndarray, source: Source) -> np.ndarray:
-    """Axial slices (S, H, W) with the source's margins."""
+def _onto_page(oriented: sitk.Image, source: Source) -> np.ndarray:
+    """Axial slices (S, H, W) with the source's margins, black."""
     above, left, below, right = source.margins
-    return np.pad(slices, ((0, 0), (above, below), (left, right)))
+    return np.pad(sitk.GetArrayViewFromImage(oriented), ((0, 0), (above, below), (left, right)))
 
 
 def read_dicom_mask(case: Case, name: str, content: bytes) -> np.ndarray:
     """A mask of the case's shape from a DICOM SEG of its series, (S, H, W) uint8. Raises MedFLError for any other."""
     labels = sitk.DICOMOrient(read_segmentation(Upload(name, content), case.dicom.grid), "LPS")
-    return _onto_page(sitk.GetArrayFromImage(labels), case.dicom) * np.uint8(255)
+    return _onto_page(labels, case.dicom) * np.uint8(255)
 
 
 def on_series(case: Case, mask: np.ndarray) -> np.ndarray:
