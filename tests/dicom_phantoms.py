@@ -53,3 +53,43 @@ def write_series(folder: Path, image: sitk.Image, patient: dict | None = None, s
         paths.append(folder / f"IM{index:04d}")
         file.save_as(paths[-1], enforce_file_format=True)
     return paths
+
+
+SPACING = (6.0, 0.9, 0.9)  # mm, of a phantom's own grid
+
+
+def phantom(seed: int = 0, slices: int = 16, size: int = 256) -> tuple[list[sitk.Image], sitk.Image]:
+    """Pre-contrast, FLAIR and post-contrast of a painted head of size × 0.9 mm, on one grid, and its mask."""
+    from data.make_phantoms import SCANNERS, _patient
+
+    volume, truth = _patient(np.random.default_rng(seed), SCANNERS["DU"], slices, size, None)
+    spacing = (SPACING[0], 230.4 / size, 230.4 / size)
+    origin = (-115.0, -110.0, -30.0)
+    return [image_of(volume[..., c], spacing, origin) for c in range(3)], image_of(truth > 0, spacing, origin)
+
+
+def turn(image: sitk.Image, degrees: tuple[float, float, float], shift: tuple[float, float, float]) -> sitk.Euler3DTransform:
+    """A rigid movement about an image's middle."""
+    transform = sitk.Euler3DTransform()
+    transform.SetCenter(image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()]))
+    transform.SetRotation(*np.radians(degrees))
+    transform.SetTranslation(shift)
+    return transform
+
+
+def scan(image: sitk.Image, side: int, slices: int, direction=None, moved: sitk.Transform | None = None, spread: float = 1.0,
+         nearest: bool = False) -> sitk.Image:
+    """An image as a scanner with another grid sees it: side × side pixels, the same middle; the head moved by a transform."""
+    size, spacing = np.array(image.GetSize()), np.array(image.GetSpacing())
+    matrix = np.eye(3) if direction is None else np.asarray(direction, float)
+    reach = np.abs(np.linalg.inv(matrix)) @ (size * spacing) * spread
+    count = np.array([side, side, slices])
+    pixel = reach[:2].max() / side
+    steps = np.array([pixel, pixel, reach[2] / slices])
+    middle = np.array(image.TransformContinuousIndexToPhysicalPoint(((size - 1) / 2).tolist()))
+    grid = sitk.Image(count.tolist(), sitk.sitkFloat32)
+    grid.SetSpacing(steps.tolist())
+    grid.SetDirection(matrix.ravel().tolist())
+    grid.SetOrigin((middle - matrix @ ((count - 1) / 2 * steps)).tolist())
+    how = sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear
+    return sitk.Resample(image, grid, moved or sitk.Transform(), how, 0.0, sitk.sitkFloat32)
