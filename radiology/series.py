@@ -28,12 +28,13 @@ DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
 NOT_PICTURES = {"RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC", "RWV", "FID"}
 
 TAGS = [  # what is read of a header
-    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "SeriesDescription",
-    "ProtocolName", "SequenceName", "SeriesNumber", "ImageType", "ContrastBolusAgent", "RepetitionTime", "EchoTime",
-    "InversionTime", "Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "SliceThickness",
-    "SpacingBetweenSlices", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames", "FrameOfReferenceUID",
-    "BurnedInAnnotation", "ConversionType", "MagneticFieldStrength", "Manufacturer", "ManufacturerModelName",
-    "ReferencedSeriesSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "StudyDate", "StudyTime", "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID",
+    "Modality", "SeriesDescription", "ProtocolName", "SequenceName", "SeriesNumber", "ImageType", "ContrastBolusAgent",
+    "RepetitionTime", "EchoTime", "InversionTime", "Rows", "Columns", "PixelSpacing", "ImageOrientationPatient",
+    "ImagePositionPatient", "SliceThickness", "SpacingBetweenSlices", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames",
+    "FrameOfReferenceUID", "BurnedInAnnotation", "ConversionType", "MagneticFieldStrength", "Manufacturer",
+    "ManufacturerModelName", "ReferencedSeriesSequence", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 ]
 
 
@@ -44,6 +45,7 @@ class Series:
     files: along the normal of the slices, one per slice, or the one file of a multi-frame series, whose slices are then
     `frames` of it, in order. spacing: mm between slices, rows and columns. positions: mm along the normal, one per slice.
     problems: why it can't be used, a sentence each; empty where it can. references: the series that a segmentation is of.
+    when: the study's date and time as DICOM writes them, to put studies in order.
     """
 
     uid: str
@@ -74,6 +76,7 @@ class Series:
     frame_of_reference: str = ""
     burnt_in: bool = False
     references: tuple[str, ...] = ()
+    when: str = ""
 
     @property
     def slices(self) -> int:
@@ -183,6 +186,7 @@ def _describe(header: pydicom.Dataset, uid: str) -> dict:
         inversion_time=_number(header.get("InversionTime")), field_strength=_number(header.get("MagneticFieldStrength")),
         manufacturer=text("Manufacturer"), model=text("ManufacturerModelName"), frame_of_reference=text("FrameOfReferenceUID"),
         burnt_in=text("BurnedInAnnotation").upper() == "YES" or "SECONDARY" in kind[1:2] or bool(text("ConversionType")),
+        when=text("StudyDate") + text("StudyTime"),
         references=tuple(str(r.get("SeriesInstanceUID", "")) for r in header.get("ReferencedSeriesSequence") or ()))
 
 
