@@ -152,7 +152,12 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
     if state.get("predicted_by") == sha256:
         return
     case: Case = state.case
-    state.doubts = doubts(case.volume, checkpoint.metadata["preprocessing"].get("training_images"))
+    seen = case.volume
+    if case.dicom is not None:
+        from dicom import as_prepared  # radiology/ is optional
+
+        seen = as_prepared(case.volume)
+    state.doubts = doubts(seen, checkpoint.metadata["preprocessing"].get("training_images"))
     with st.spinner(f"segmenting {len(case.slices)} slices"):
         state.prediction = predict_case(checkpoint.model, case)
     state.predicted_by = sha256

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from cases import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case
 from common import MedFLError
 from preprocessing import CHANNELS
-from radiology.geometry import POOR, agreement, register, resample, to_uint8
+from radiology.geometry import POOR, SIDE, agreement, register, resample, to_uint8
 from radiology.rules import FLAIR, POST, PRE, load_rules
 from radiology.segmentation import make_segmentation, read_segmentation
 from radiology.series import Refused, Series, find_series, load_series
@@ -213,6 +213,15 @@ def write_series_nifti(case: Case, mask: np.ndarray) -> bytes:
     affine[:3, 3] = grid.GetOrigin()
     affine[:2] *= -1  # DICOM counts to the left and back, NIfTI to the right and front
     return nifti_file(on_series(case, mask).transpose(2, 1, 0), affine)
+
+
+def as_prepared(volume: np.ndarray) -> np.ndarray:
+    """Slices (S, H, W, 3) uint8 with their pixels averaged to about the side that prepared slices have: what a scan looks like is
+    measured there, and scanners often write 512×512 pixels that are smooth because they were interpolated."""
+    times = max(1, max(volume.shape[1:3]) // SIDE)
+    rows, columns = volume.shape[1] // times, volume.shape[2] // times
+    blocks = volume[:, :rows * times, :columns * times].reshape(len(volume), rows, times, columns, times, 3)
+    return blocks.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
 
 
 def has_nifti() -> bool:
