@@ -28,7 +28,7 @@ LONE_SLICE = ("A lone slice is normalised by itself and not with its patient's o
 # what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another kind
 DAMAGED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError, IndexError, zlib.error,
            lzma.LZMAError)
-KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "json", "dcm", "dicom", "ima"]  # that the page's upload offers
+KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "json"]  # that the page's upload offers
 
 
 @dataclass
