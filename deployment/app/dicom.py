@@ -15,7 +15,7 @@ from cases import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case
 from common import MedFLError
 from preprocessing import CHANNELS
 from radiology.geometry import POOR, SIDE, agreement, register, resample, to_uint8
-from radiology.rules import FLAIR, POST, PRE, load_rules
+from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
 from radiology.segmentation import make_segmentation, read_segmentation
 from radiology.series import Refused, Series, find_series, load_series
 from radiology.studies import plan_studies
@@ -95,15 +95,20 @@ def _choose(scans: list[Series], masks: list[Series], refused: list[Refused]) ->
         raise MedFLError(f"the upload holds no series that can be used ({_reasons(scans, refused)}); export the FLAIR series anew")
     if len({(series.patient_id, series.study_uid) for series in usable}) > 1:
         raise MedFLError("the upload holds series of several studies; open one at a time")
-    if len(usable) == 1:
-        channels, notes = {FLAIR: usable[0]}, []
+    rules, notes = load_rules(), []
+    broken = [series for series in scans if series.problems and role_of(series, rules)[0] == FLAIR]
+    if len(usable) == 1 and not broken:
+        channels = {FLAIR: usable[0]}
+        if role_of(usable[0], rules)[0] != FLAIR:
+            notes.append("The series does not say of itself that it is FLAIR, and was taken for it because there is no other.")
     else:
-        study = next(s for s in plan_studies(usable + masks, load_rules()) if s.uid == usable[0].study_uid)
+        study = next(s for s in plan_studies(usable + masks, rules) if s.uid == usable[0].study_uid)
         channels = study.channels
         if not channels:
-            raise MedFLError(f"none of the upload's {len(usable)} series says of itself that it is FLAIR; upload the FLAIR series "
-                             "alone")
-        notes = [f"{line.used_as} was chosen {line.why}." for line in study.lines if line.used_as and "claim" in line.why]
+            why = f"; one that does can't be used ({_reasons(broken, [])})" if broken else ""
+            raise MedFLError(f"none of the upload's {len(usable)} series that can be used says of itself that it is FLAIR{why}; "
+                             "upload the FLAIR series alone")
+        notes += [f"{line.used_as} was chosen {line.why}." for line in study.lines if line.used_as and "claim" in line.why]
     spare = [series for series in scans if series not in channels.values()]
     if spare:
         notes.append(f"{len(spare)} series were passed over: {_reasons(spare, []) or 'no channel needs them'}.")

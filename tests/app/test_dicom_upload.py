@@ -81,6 +81,8 @@ def test_one_series_is_flair_in_all_channels_in_order_and_in_mm(volume, series):
     case = read_case(files[::-1])
     assert case.volume.shape == volume.shape and case.spacing == (0.5, 0.5, 4.0) and case.measured and case.is_volume
     assert (case.volume == case.volume[..., :1]).all() and "FLAIR stands in" in " ".join(case.notes)
+    assert "does not say of itself that it is FLAIR" in " ".join(case.notes)
+    assert "of itself" not in " ".join(read_case(series(VALUES, "ax FLAIR")).notes)
     for shown, wanted in zip(case.volume[..., 0], volume[..., 1]):
         assert np.corrcoef(shown.ravel(), wanted.ravel())[0, 1] > 0.98  # less than 1: the brightest are cut off
     alone = read_case(files[4:5])
@@ -162,6 +164,8 @@ BAD = {
     "empty": (lambda s: [("a.dcm", b"")], "no series that can be used"),
     "a slice is missing": (lambda s: [file for k, file in enumerate(s(VALUES)) if k != 1], "1 of its slices are missing"),
     "two studies": (lambda s: s(VALUES) + s(VALUES, study="1.2.4"), "several studies"),
+    "T1 beside a truncated FLAIR": (
+        lambda s: s(VALUES, "ax T1") + [(name, content[:-1900]) for name, content in s(VALUES, "ax FLAIR")], "is truncated"),
     "no FLAIR of two": (lambda s: s(VALUES, "ax T1") + s(VALUES, "cor T1"), "upload the FLAIR series alone"),
     "too small": (lambda s: s(VALUES[:, :8, :8]), "8×8 pixels, which this page can't hold"),
     "too large": (lambda s: s(np.zeros((49, 512, 512))), "49 slices of 512×512 pixels, which this page can't hold"),
