@@ -18,7 +18,9 @@ def series(description: str = "", uid: str | None = None, modality: str = "MR", 
 
 @pytest.mark.parametrize("description, role", [
     ("AX FLAIR", FLAIR), ("t2_tirm_tra_dark-fluid_5mm", FLAIR), ("T2W_FLAIR", FLAIR), ("FLAIR_POST", FLAIR),
-    ("BraTS_001-t2f", FLAIR), ("3D FLAIR SAG CUBE", FLAIR), ("AX T1", PRE), ("t1_se_tra", PRE), ("T1W_SE native", PRE), ("Ax T1 FLAIR", PRE),
+    ("BraTS_001-t2f", FLAIR), ("3D FLAIR SAG CUBE", FLAIR),
+    ("AX T1", PRE), ("t1_se_tra", PRE), ("T1W_SE native", PRE),
+    ("Ax T1 FLAIR", PRE),
     ("AX T1 PRE CONTRAST", PRE), ("t1_mprage_sag_p2_iso", PRE), ("T1 ohne KM", PRE), ("BraTS_001-t1n", PRE), ("sub-01_T1w", PRE),
     ("AX T1 w/o contrast", PRE), ("AX T1 POST GAD", POST), ("T1 +C", POST), ("t1_mprage_tra_KM", POST), ("Ax T1 FLAIR +C", POST),
     ("T1 SE C+", POST), ("BraTS_001_t1ce", POST), ("BraTS_001-t1c", POST), ("sub-01_ce-gadolinium_T1w", POST), ("T1Gd", POST),
