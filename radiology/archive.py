@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import MedFLError, write_json
+from common import MedFLError, atomic_write
 from radiology.overview import SUFFIX, contact_sheet, write_page, write_report
 from radiology.preparation import Prepared, prepare, write_study
 from radiology.pseudonyms import Pseudonyms
@@ -54,6 +54,8 @@ class Preparation:
         The first study of a patient that has a mask trains. The others are kept apart, for a split is by folder, and a patient
         in two of them could be on both of its sides. Raises MedFLError where nothing can be written.
         """
+        for killed in self.out.glob(".preparing-*"):
+            shutil.rmtree(killed, ignore_errors=True)
         with tqdm(total=len(studies), desc="preparing", unit="study", disable=None) as bar:
             for _, of_patient in groupby(studies, lambda s: s.patient_id or s.uid):
                 of_patient = list(of_patient)
@@ -151,7 +153,8 @@ class Preparation:
 
     def _remember(self, name: str, made: Made) -> None:
         self._made[name] = made
-        write_json(self._file, {name: asdict(made) for name, made in self._made.items()})
+        with atomic_write(self._file, "w", private=True) as file:
+            json.dump({name: asdict(made) for name, made in self._made.items()}, file)
 
 
 def _fingerprint(study: Study, rules: Rules) -> str:

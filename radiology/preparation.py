@@ -11,7 +11,7 @@ from common import MedFLError, write_json
 from radiology.geometry import POOR, agreement, register, resample, resample_mask, to_axial, to_uint8
 from radiology.nifti import load_volume, read_labels
 from radiology.rules import CHANNELS, FLAIR, Rules
-from radiology.segmentation import read_segmentation
+from radiology.segmentation import MANUFACTURER, read_segmentation
 from radiology.series import Series, load_series
 from radiology.studies import Study
 
@@ -124,6 +124,8 @@ def _read_mask(study: Study, rules: Rules, grids: dict, transforms: dict, fixed:
         if channel not in grids:
             raise MedFLError(f"it is a segmentation of the {channel} series, which can't be used")
         labels = read_segmentation(study.mask.files[0], grids[channel])
+        if study.mask.manufacturer == MANUFACTURER:
+            notes.append("its mask was drawn by a network of MedFL, not by a person")
     mask = resample_mask(labels, fixed, transforms[channel])
     before = np.count_nonzero(sitk.GetArrayViewFromImage(labels)) * np.prod(labels.GetSpacing())
     after = np.count_nonzero(mask) * np.prod(fixed.GetSpacing())

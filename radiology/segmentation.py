@@ -15,6 +15,7 @@ from common import MedFLError, __version__, atomic_write
 from radiology.series import Series
 
 OFF_GRID = 0.1  # pixels by which a mask's grid may lie beside that of its series; writers round
+MANUFACTURER = "MedFL"
 SERIES_NUMBER = 9001  # far from the scanner's own
 
 
@@ -51,7 +52,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
         return highdicom.seg.Segmentation(
             source_images=sources, pixel_array=mask, segmentation_type=SegmentationTypeValues.BINARY,
             segment_descriptions=[tumour], series_instance_uid=generate_uid(), series_number=SERIES_NUMBER,
-            sop_instance_uid=generate_uid(), instance_number=1, manufacturer="MedFL", manufacturer_model_name="MedFL",
+            sop_instance_uid=generate_uid(), instance_number=1, manufacturer=MANUFACTURER, manufacturer_model_name=MANUFACTURER,
             software_versions=__version__, device_serial_number="0", series_description="MedFL tumour, research use only")
 
 

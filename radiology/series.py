@@ -4,6 +4,7 @@ Headers are read first and pixels only when asked for, a slice at a time, so an 
 """
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ SAME_PLACE = 0.01  # mm; nearer slices lie at one place
 UNEVEN = 0.05  # of the distance between slices; scanners round positions
 TURNED = 1e-3  # in direction cosines, which are written with six digits or so
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
+OTHER_MODALITY = "it is of modality"  # how that problem begins: a segmentation has it, and is of use all the same
 NOT_PICTURES = {"RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC", "RWV", "FID"}
 
 TAGS = [  # what is read of a header
@@ -117,7 +119,7 @@ def find_series(paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:
     slices, heads, notes, refused, seen = defaultdict(list), {}, defaultdict(list), [], {}
     for path in paths:
         try:
-            header = _read_header(path)
+            header, left = _read_header(path)
         except MedFLError as error:
             refused.append(Refused(path, str(error)))
             continue
@@ -127,17 +129,20 @@ def find_series(paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:
             continue
         seen[instance] = path
         heads.setdefault(uid, _describe(header, uid))
-        notes[uid] += _problems_of_file(path, header)
+        notes[uid] += _problems_of_file(path, header, left)
         slices[uid] += _slices_of(path, header)
     found = [_assemble(head, slices[uid], notes[uid]) for uid, head in heads.items()]
     return sorted(found, key=lambda s: (s.patient_id, s.study_uid, s.number is None, s.number or 0, s.uid)), refused
 
 
-def _read_header(path: Path) -> pydicom.Dataset:
-    """A file's header, of which only TAGS are kept. Raises MedFLError for what is no DICOM image."""
+def _read_header(path: Path) -> tuple[pydicom.Dataset, int]:
+    """A file's header, of which only TAGS are kept, and the bytes that follow. Raises MedFLError for what is no DICOM image."""
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
-        [header.get(name) for name in TAGS]  # values are converted when they are asked for, and damaged ones raise here
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what deviates from the standard and can be read
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
+            [header.get(name) for name in TAGS]  # values are converted when they are asked for, and damaged ones raise here
+            left = path.stat().st_size - file.tell()
     except InvalidDicomError as error:
         raise MedFLError("no DICOM file; leave it out of the export") from error
     except OSError as error:
@@ -150,7 +155,7 @@ def _read_header(path: Path) -> pydicom.Dataset:
         raise MedFLError(f"of modality {header.Modality}, which holds no pictures; it is not needed")
     if not (header.get("Rows") and header.get("Columns")):
         raise MedFLError("holds no picture, or is cut off within its header; export it again if it should")
-    return header
+    return header, left
 
 
 def _number(value: object) -> float | None:
@@ -190,19 +195,19 @@ def _describe(header: pydicom.Dataset, uid: str) -> dict:
         references=tuple(str(r.get("SeriesInstanceUID", "")) for r in header.get("ReferencedSeriesSequence") or ()))
 
 
-def _problems_of_file(path: Path, header: pydicom.Dataset) -> list[str]:
-    """What is wrong with a file by itself, a sentence each."""
+def _problems_of_file(path: Path, header: pydicom.Dataset, left: int) -> list[str]:
+    """What is wrong with a file by itself, a sentence each; left: bytes from its pixels on."""
     problems = []
     modality = str(header.get("Modality") or "unknown")
     if modality != "MR":
-        problems.append(f"it is of modality {modality}, not MR")
+        problems.append(f"{OTHER_MODALITY} {modality}, not MR")
     if "LOCALIZER" in (str(part).upper() for part in header.get("ImageType") or ()):
         problems.append("it is a localizer")
     if (header.get("SamplesPerPixel") or 1) != 1:
         problems.append("it is in colour, a screen capture or a map, not a scan")
     syntax = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     pixels = header.Rows * header.Columns * (header.get("NumberOfFrames") or 1) * (header.get("SamplesPerPixel") or 1)
-    if not syntax.is_compressed and path.stat().st_size < pixels * (header.get("BitsAllocated") or 16) // 8:
+    if not (syntax.is_compressed or syntax.is_deflated) and left < pixels * (header.get("BitsAllocated") or 16) // 8:
         problems.append(f"{path.name} is truncated; export it again")
     return problems
 
@@ -335,12 +340,14 @@ def load_series(series: Series) -> sitk.Image:
 def _decode(path: Path, whole: pydicom.Dataset | None, frame: int) -> np.ndarray:
     """One slice's values, (rows, columns) float32."""
     try:
-        content = whole if whole is not None else pydicom.dcmread(path)
-        syntax = content.file_meta.TransferSyntaxUID
-        if syntax.is_compressed and not get_decoder(syntax).is_available:
-            raise MedFLError(f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
-                             "`pip install -r requirements-dicom.txt`, or export without compression")
-        stored = pixel_array(content, index=frame)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of padding, and of what the decoder then raises
+            content = whole if whole is not None else pydicom.dcmread(path)
+            syntax = content.file_meta.TransferSyntaxUID
+            if syntax.is_compressed and not _can_decode(syntax):
+                raise MedFLError(f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
+                                 "`pip install -r requirements-dicom.txt`, or export without compression")
+            stored = pixel_array(content, index=frame)
     except MedFLError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds for a damaged file
@@ -348,6 +355,13 @@ def _decode(path: Path, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
     if content.PhotometricInterpretation == "MONOCHROME1":
         stored = (-1 if content.PixelRepresentation else 2**content.BitsStored - 1) - stored.astype(np.int64)
     return _rescaled(content, stored, frame).astype(np.float32)
+
+
+def _can_decode(syntax: UID) -> bool:
+    try:
+        return get_decoder(syntax).is_available
+    except NotImplementedError:  # films, for instance
+        return False
 
 
 def _rescaled(content: pydicom.Dataset, stored: np.ndarray, frame: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from radiology.rules import CHANNELS, FLAIR, MASK, POST, PRE, Rules, role_of
-from radiology.series import Series
+from radiology.series import OTHER_MODALITY, Series
 
 LEAST_SLICES = 4  # fewer are no volume
 
@@ -48,7 +48,7 @@ def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study
     lines, candidates = {}, defaultdict(list)
     for series in group:
         role, why = role_of(series, rules)
-        problems = [p for p in series.problems if role != MASK or "of modality" not in p]
+        problems = [p for p in series.problems if role != MASK or not p.startswith(OTHER_MODALITY)]
         if problems:
             lines[series.uid] = Line(series, "", "; ".join(problems))
         elif role is None:
