@@ -138,7 +138,7 @@ def find_series(paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:
 def _read_header(path: Path) -> tuple[pydicom.Dataset, int]:
     """A file's header, of which only TAGS are kept, and the bytes that follow. Raises MedFLError for what is no DICOM image."""
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what deviates from the standard and can be read
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
             [header.get(name) for name in TAGS]  # values are converted when they are asked for, and damaged ones raise here
