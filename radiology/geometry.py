@@ -8,6 +8,8 @@ the other side. Those are the directions of DICOM's own axes (left, back, up), s
 import numpy as np
 import SimpleITK as sitk
 
+from common import MedFLError
+
 SIDE = 256  # pixels, of the dataset's slices
 AS_ACQUIRED = 20.0  # degrees; slices tilted less, as technicians do along the skull's base, stay as they are
 DISTANCE = 3.0  # mm between slices where they have to be made anew; the dataset's lie between about 1.5 and 6
@@ -96,8 +98,19 @@ def register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Tr
 
     same_frame: whether both have the scanner's coordinates in common; otherwise the search starts with their centres of
     mass laid over each other. Coarse to fine, with a fixed seed and one thread: the same on every run. Where edges agree no
-    better than at the scanner's own coordinates, those are kept.
+    better than at the scanner's own coordinates, those are kept. Raises MedFLError where nothing can be laid over each other.
     """
+    try:
+        transform = _register(moving, fixed, same_frame)
+    except RuntimeError as error:  # of SimpleITK, for blank volumes and for places that do not meet
+        raise MedFLError("it can't be laid over FLAIR (it is blank, or shows another place); export it again") from error
+    if same_frame and agreement(resample(moving, fixed), fixed) >= agreement(resample(moving, fixed, transform), fixed):
+        return sitk.Euler3DTransform()
+    return transform
+
+
+def _register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Transform:
+    """What `register` finds, before it is compared with the scanner's coordinates."""
     transform = sitk.Euler3DTransform()
     if same_frame:
         transform.SetCenter(fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()]))
@@ -117,8 +130,6 @@ def register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Tr
         method.SetOptimizerScalesFromPhysicalShift()
         method.SetInitialTransform(transform, inPlace=True)
         method.Execute(target, source)
-    if same_frame and agreement(resample(moving, fixed), fixed) >= agreement(resample(moving, fixed, transform), fixed):
-        return sitk.Euler3DTransform()
     return transform
 
 
