@@ -34,7 +34,10 @@ class Upload(io.BytesIO):
         return self.name
 
     def stat(self) -> SimpleNamespace:
-        return SimpleNamespace(st_size=self.getbuffer().nbytes)
+        return SimpleNamespace(st_size=len(self.getvalue()))
+
+    def open(self, _mode: str) -> io.BytesIO:
+        return io.BytesIO(self.getvalue())
 
 
 @dataclass
@@ -70,9 +73,12 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     planes = {FLAIR: _onto_page(oriented, source)}
     for channel in (PRE, POST):
         if channel in channels:
-            planes[channel] = _onto_page(_laid_over(channels[channel], flair, oriented, notes), source)
-        else:
-            notes.append(f"There is no series for {channel}: FLAIR stands in, as in the training set where one was missing.")
+            try:
+                planes[channel] = _onto_page(_laid_over(channels[channel], flair, oriented, notes), source)
+            except MedFLError as error:
+                notes.append(f"The series for {channel} was passed over: {error}.")
+        if channel not in planes:
+            notes.append(f"FLAIR stands in for {channel}, as in the training set where it was missing.")
     volume = np.stack([to_uint8(planes.get(channel, planes[FLAIR])) for channel in CHANNELS], axis=-1)
     _check_size(*volume.shape[:3])
     columns, rows, between = oriented.GetSpacing()
@@ -119,7 +125,7 @@ def _choose(scans: list[Series], masks: list[Series], refused: list[Refused]) ->
 
 def _reasons(series: list[Series], refused: list[Refused]) -> str:
     """Why series and files can't be used, each reason once."""
-    told = [problem for one in series for problem in one.problems] + [f"{file.path} is {file.why}" for file in refused]
+    told = [problem for one in series for problem in one.problems] + [f"{file.path}: {file.why}" for file in refused]
     return "; ".join(list(dict.fromkeys(told))[:3])
 
 

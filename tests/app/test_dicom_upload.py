@@ -45,8 +45,9 @@ def volume(phantoms) -> np.ndarray:
 def series(tmp_path):
     """A function that makes (name, content) of a series' files of values (S, H, W); tags by keyword go into every file."""
 
-    def make(values, description="ax FLAIR", spacing=(4.0, 0.5, 0.5), acquired="axial", **tags) -> list[tuple[str, bytes]]:
-        image = image_of(values, spacing, (-12.0, -20.0, 30.0), np.transpose(ACQUIRED[acquired]))
+    def make(values, description="ax FLAIR", spacing=(4.0, 0.5, 0.5), acquired="axial", origin=(-12.0, -20.0, 30.0),
+             **tags) -> list[tuple[str, bytes]]:
+        image = image_of(values, spacing, origin, np.transpose(ACQUIRED[acquired]))
         tags = {"SeriesInstanceUID": generate_uid(), "SeriesDescription": description, **tags}
         files = write_series(tmp_path / tags["SeriesInstanceUID"], image, PATIENT, **tags)
         return [(f"{description}_{file.name}.dcm", file.read_bytes()) for file in files]
@@ -80,7 +81,7 @@ def test_one_series_is_flair_in_all_channels_in_order_and_in_mm(volume, series):
     files = series(7.0 * volume[..., 1], "whatever")
     case = read_case(files[::-1])
     assert case.volume.shape == volume.shape and case.spacing == (0.5, 0.5, 4.0) and case.measured and case.is_volume
-    assert (case.volume == case.volume[..., :1]).all() and "FLAIR stands in" in " ".join(case.notes)
+    assert (case.volume == case.volume[..., :1]).all() and "FLAIR stands in for post-contrast" in " ".join(case.notes)
     assert "does not say of itself that it is FLAIR" in " ".join(case.notes)
     assert "of itself" not in " ".join(read_case(series(VALUES, "ax FLAIR")).notes)
     for shown, wanted in zip(case.volume[..., 0], volume[..., 1]):
@@ -96,8 +97,16 @@ def test_a_zip_of_a_study_gives_each_channel_its_series(volume, study, zipped):
         agreed = [np.corrcoef(case.volume[..., channel].ravel(), volume[..., other].ravel())[0, 1] for other in range(3)]
         assert int(np.argmax(agreed)) == channel and agreed[channel] > 0.97, agreed
     notes = " ".join(case.notes)
-    assert "it is a localizer" in notes and "readme is no DICOM file" in notes
+    assert "it is a localizer" in notes and "readme: no DICOM file" in notes
     assert "stands in" not in notes and "poorly" not in notes
+
+
+@pytest.mark.parametrize(("values", "origin"), [(0.0, (0, 0, 0)), (1.0, (4000, 0, 0))], ids=["blank", "elsewhere"])
+def test_what_can_not_be_laid_over_flair_is_passed_over(series, values, origin):
+    post = series(values * VALUES, "ax T1 post", origin=origin)
+    case = read_case(series(VALUES, "ax FLAIR") + post)
+    assert "post-contrast was passed over: it can't be laid over FLAIR" in " ".join(case.notes)
+    assert np.array_equal(case.volume[..., 2], case.volume[..., 1])
 
 
 def test_of_two_that_claim_to_be_flair_one_is_taken_and_that_is_told(series):
@@ -160,7 +169,7 @@ BAD = {
     "localizer": (lambda s: s(VALUES, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "it is a localizer"),
     "truncated": (lambda s: [(name, content[:-1900]) for name, content in s(VALUES)], "is truncated"),
     "cut in its header": (lambda s: [(name, content[:400]) for name, content in s(VALUES)[:1]], "cut off within its header"),
-    "no DICOM": (lambda s: [("a.dcm", b"Dear Dr Smith")], "a.dcm is no DICOM file"),
+    "no DICOM": (lambda s: [("a.dcm", b"Dear Dr Smith")], "a.dcm: no DICOM file"),
     "empty": (lambda s: [("a.dcm", b"")], "no series that can be used"),
     "a slice is missing": (lambda s: [file for k, file in enumerate(s(VALUES)) if k != 1], "1 of its slices are missing"),
     "two studies": (lambda s: s(VALUES) + s(VALUES, study="1.2.4"), "several studies"),
