@@ -14,6 +14,7 @@ from common import MedFLError
 from dataset import load_dataset
 from running import run_script
 from spacing import read_spacing
+from training import score_patients
 
 BEST = "transunet_centralized_best.pth"
 GOOD = {"version": 1, "spacing_mm": [5.0, 0.5, 0.75], "slice_positions_mm": [0.0, 5.0], "manufacturer": "somebody"}
@@ -124,11 +125,11 @@ def test_evaluate_adds_mm_where_they_are_known_and_changes_nothing_else(phantoms
     assert scores[0] == scores[1]  # no word of the tumours' sizes in a checkpoint
 
 
-@pytest.mark.slow
-def test_evaluate_tells_a_broken_one_before_it_scores(phantoms, trained, measured, tmp_path):
-    folder, one = measured
-    shutil.copytree(folder, tmp_path / "broken")
-    (tmp_path / "broken" / "kaggle_3m" / one / "volume.json").write_text("{")
-    done = run_script("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", tmp_path / "broken")
-    assert done.returncode == 2 and "no volume.json of a prepared patient" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and "Dice" not in done.stdout
+def test_a_broken_one_is_told_before_anybody_is_scored(phantoms, tmp_path):
+    shutil.copytree(phantoms, tmp_path, dirs_exist_ok=True)
+    dataset = load_dataset(tmp_path, progress=False)
+    names = [patient.name for patient in dataset.patients[:3]]
+    assert dataset.spacing(names[-1]) is None
+    (dataset.root / names[-1] / "volume.json").write_text("{")
+    with pytest.raises(MedFLError, match="no volume.json of a prepared patient"):
+        score_patients(None, dataset, names, 0.5, in_mm=True)  # without a model nobody can be scored

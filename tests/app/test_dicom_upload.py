@@ -2,8 +2,6 @@
 
 import gzip
 import io
-import os
-import subprocess
 import sys
 
 import nibabel
@@ -16,7 +14,6 @@ from streamlit.testing.v1 import AppTest
 
 import metrics
 from cases import add_truth, read_case
-from checkpoint import load_checkpoint
 from common import MedFLError
 from dataset import load_dataset
 from dicom import as_prepared, on_series, write_segmentation, write_series_nifti
@@ -234,46 +231,17 @@ def test_a_series_on_the_page_and_its_mask_over_the_source(page, trained, series
     assert not page.exception and "case" not in page.session_state
 
 
-def run_page(folder, code: str, before: str = "", **environment) -> None:
-    """Run lines of Python in a process of its own, in which `page` is the page at its start; before: lines before that."""
-    start = ("import sys\nfrom streamlit.testing.v1 import AppTest\n" + before
-             + "page = AppTest.from_file('deployment/app/app.py', default_timeout=120).run()\n"
-               "assert not page.exception and not page.error, page.exception\n"
-               "label, upload = page.file_uploader[0].label, page.file_uploader[0].set_value\n")
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MEDFL_CHECKPOINT")}
-    done = subprocess.run([sys.executable, "-c", start + code], cwd=folder, capture_output=True, text=True, timeout=300,
-                          env={**kept, **environment})
-    assert done.returncode == 0, done.stderr
-
-
-REFUSED = ("upload([('a.zip', open({!r}, 'rb').read(), 'application/zip')]).run()\n"
-           "assert not page.exception and [{!r} in e.value for e in page.error] == [True], page\n"
-           "page.button(key='phantom_1').click().run()\n"
-           "assert not page.exception and len(page.table) == 1\n")
-
-
-@pytest.fixture
-def zip_of_dicom(series, zipped, tmp_path) -> str:
-    path = tmp_path / "a.zip"
-    path.write_bytes(zipped(series(VALUES)))
-    return str(path)
-
-
 @pytest.mark.slow
-def test_the_page_starts_without_simpleitk_and_says_what_to_install(trained, zip_of_dicom):
-    sentence = "DICOM files need SimpleITK; install it (`pip install -r requirements-dicom.txt`)"
-    lacking = "sys.modules['SimpleITK'] = None\n"  # as Python marks a module that can't be imported
-    run_page(ROOT, REFUSED.format(zip_of_dicom, sentence), lacking, MEDFL_CHECKPOINT=str(trained / BEST))
-
-
-@pytest.mark.slow
-def test_a_space_takes_no_dicom_and_does_not_ask_for_it(trained, zip_of_dicom, tmp_path):
-    from staging import stage_space
-
-    stage_space(load_checkpoint(trained / BEST), tmp_path / "space")
-    assert not (tmp_path / "space" / "radiology").exists()
-    refused = REFUSED.format(zip_of_dicom, "this published page takes none")
-    run_page(tmp_path / "space", "assert 'DICOM' not in label\n" + refused)
+def test_the_page_starts_without_simpleitk_and_says_what_to_install(page, series, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("dicom", "radiology")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)  # as Python marks a module that can't be imported
+    page.run()
+    page.file_uploader[0].set_value([(name, content, "application/dicom") for name, content in series(VALUES)]).run()
+    assert not page.exception and len(page.error) == 1
+    assert "DICOM files need SimpleITK; install it (`pip install -r requirements-dicom.txt`)" in page.error[0].value
+    page.button(key="phantom_1").click().run()
+    assert not page.exception and len(page.table) == 1
 
 
 def test_what_a_scan_looks_like_is_measured_at_the_side_of_prepared_slices():
