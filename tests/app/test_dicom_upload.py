@@ -19,6 +19,10 @@ from dataset import load_dataset
 from dicom import as_prepared, on_series, write_segmentation, write_series_nifti
 from dicom_phantoms import image_of, write_series
 from inference import to_mask
+from radiology.preparation import prepare
+from radiology.rules import load_rules
+from radiology.series import find_series
+from radiology.studies import plan_studies
 from readout import csv_text, slice_rows, zip_masks
 from running import ROOT
 
@@ -85,6 +89,17 @@ def test_one_series_is_flair_in_all_channels_in_order_and_in_mm(volume, series):
         assert np.corrcoef(shown.ravel(), wanted.ravel())[0, 1] > 0.98  # less than 1: the brightest are cut off
     alone = read_case(files[4:5])
     assert len(alone.slices) == 1 and alone.spacing == (0.5, 0.5, 4.0) and "less reliable" in " ".join(alone.notes)
+
+
+def test_slices_are_those_that_the_preparation_makes(series, tmp_path):
+    """Turned, framed and scaled alike: the network meets on the page what it learned from."""
+    rows, columns = np.indices((200, 256))
+    values = np.stack([5.0 * ((rows - 90) ** 2 + (columns - 140) ** 2 < 70**2) * (columns + 20 * k) for k in range(5)])
+    case = read_case(series(values, spacing=(4.0, 0.9, 0.9), acquired="from head to feet"))
+    study, = plan_studies(find_series(sorted(tmp_path.rglob("IM*")))[0], load_rules())
+    prepared = prepare(study, load_rules())
+    assert np.array_equal(case.volume, prepared.volume) and case.volume.shape == (5, 256, 256, 3)
+    assert [prepared.about["spacing_mm"][k] for k in (1, 2, 0)] == pytest.approx(case.spacing)
 
 
 def test_a_zip_of_a_study_gives_each_channel_its_series(volume, study, zipped):
