@@ -123,9 +123,10 @@ def close_case() -> None:
 def choose_case() -> None:
     """The start of a visit: sample cases and uploads."""
     number = st.session_state.get("uploads", 0)
-    st.markdown("Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels. The model "
-                "outlines what it takes for lower-grade glioma. Nothing is stored, and nothing leaves the computer that runs this "
-                "page.")
+    takes_dicom = importlib.util.find_spec("radiology") is not None  # a Space goes without, so that no name is sent there
+    st.markdown("Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
+                f"{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines what it takes for lower-grade "
+                "glioma. Nothing is stored, and nothing leaves the computer that runs this page.")
     if refusal := st.session_state.get("refusal"):
         st.error(refusal)
     samples = sorted(SAMPLES.glob("*.zip"))
@@ -137,7 +138,7 @@ def choose_case() -> None:
                     open_case([(path.name, path.read_bytes())])
                     st.rerun()
     kinds, also, more = KINDS, "a ZIP of them", ""
-    if importlib.util.find_spec("radiology"):  # a Space goes without, so that no patient's name is sent there
+    if takes_dicom:
         kinds, also = KINDS + [suffix[1:] for suffix in DICOM], "DICOM, a ZIP of either"
         more = " DICOM files whose names have no ending: as a ZIP, or as a folder below."
     files = st.file_uploader(f"Slices of one patient (TIFF, PNG, JPEG), {also}, or a NIfTI file", kinds,

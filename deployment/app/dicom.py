@@ -20,6 +20,7 @@ from radiology.segmentation import make_segmentation, read_segmentation
 from radiology.series import Refused, Series, find_series, load_series
 from radiology.studies import plan_studies
 
+LONGEST = 2.0  # sides of a pixel, longer to shorter, that a page can show and a network can judge
 ACQUIRED = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal"}  # by the direction in which the slices follow
 
 
@@ -67,6 +68,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     _check_size(flair.slices, flair.rows, flair.columns)
     image = _load(flair)
     oriented = sitk.DICOMOrient(image, "LPS")
+    _check_pixels(*oriented.GetSpacing()[:2])
     grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)
     grid.CopyInformation(image)
     source = Source(flair, grid, _margins(oriented))
@@ -77,8 +79,8 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
                 planes[channel] = _onto_page(_laid_over(channels[channel], flair, oriented, notes), source)
             except MedFLError as error:
                 notes.append(f"The series for {channel} was passed over: {error}.")
-        if channel not in planes:
-            notes.append(f"FLAIR stands in for {channel}, as in the training set where it was missing.")
+    if missing := [channel for channel in (PRE, POST) if channel not in planes]:
+        notes.append(f"FLAIR stands in for {' and '.join(missing)}, as in the training set where one was missing.")
     volume = np.stack([to_uint8(planes.get(channel, planes[FLAIR])) for channel in CHANNELS], axis=-1)
     _check_size(*volume.shape[:3])
     columns, rows, between = oriented.GetSpacing()
@@ -133,6 +135,12 @@ def _check_size(slices: int, rows: int, columns: int) -> None:
     if min(rows, columns) < MIN_SIDE or slices * rows * columns > MAX_PIXELS:
         raise MedFLError(f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; prepare it with "
                          "data/prepare_hospital.py and open the slices")
+
+
+def _check_pixels(across: float, down: float) -> None:
+    if max(across, down) > LONGEST * min(across, down):
+        raise MedFLError(f"cut axially, the series has pixels of {across:.1f} × {down:.1f} mm; open an axial series or a 3-D one, "
+                         "or prepare this one with data/prepare_hospital.py and open the slices")
 
 
 def _load(series: Series) -> sitk.Image:
@@ -227,11 +235,14 @@ def write_series_nifti(case: Case, mask: np.ndarray) -> bytes:
 
 
 def as_prepared(volume: np.ndarray) -> np.ndarray:
-    """Slices (S, H, W, 3) uint8 with their pixels averaged to about the side that prepared slices have: what a scan looks like is
-    measured there, and scanners often write 512×512 pixels that are smooth because they were interpolated."""
-    times = max(1, max(volume.shape[1:3]) // SIDE)
-    rows, columns = volume.shape[1] // times, volume.shape[2] // times
-    blocks = volume[:, :rows * times, :columns * times].reshape(len(volume), rows, times, columns, times, 3)
+    """Slices (S, H, W, 3) uint8 as square ones of about the side that prepared slices have: what a scan looks like is measured
+    there. Scanners often write 512×512 pixels that are smooth because they were interpolated."""
+    side = max(volume.shape[1:3])
+    rows, columns = (np.arange(side) * length // side for length in volume.shape[1:3])
+    times = max(1, side // SIDE)
+    inside = side // times * times
+    square = volume[:, rows[:inside]][:, :, columns[:inside]]
+    blocks = square.reshape(len(volume), inside // times, times, inside // times, times, 3)
     return blocks.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
 
 

@@ -82,7 +82,8 @@ def test_one_series_is_flair_in_all_channels_in_order_and_in_mm(volume, series):
     files = series(7.0 * volume[..., 1], "whatever")
     case = read_case(files[::-1])
     assert case.volume.shape == volume.shape and case.spacing == (0.5, 0.5, 4.0) and case.measured and case.is_volume
-    assert (case.volume == case.volume[..., :1]).all() and "FLAIR stands in for post-contrast" in " ".join(case.notes)
+    assert (case.volume == case.volume[..., :1]).all()
+    assert "FLAIR stands in for pre-contrast and post-contrast" in " ".join(case.notes)
     assert "does not say of itself that it is FLAIR" in " ".join(case.notes)
     assert "of itself" not in " ".join(read_case(series(VALUES, "ax FLAIR")).notes)
     for shown, wanted in zip(case.volume[..., 0], volume[..., 1]):
@@ -148,7 +149,8 @@ def test_pixels_and_masks_are_on_the_page_as_they_are_on_the_series(series, acqu
 
 
 def test_the_nifti_mask_lies_where_the_series_lies(series):
-    case = read_case(series(np.random.default_rng(2).integers(0, 900, (20, 40, 48)).astype(float), acquired="sagittal"))
+    values = np.random.default_rng(2).integers(0, 900, (20, 40, 48)).astype(float)
+    case = read_case(series(values, acquired="sagittal", spacing=(1.5, 0.9, 1.1)))
     mask = random_mask(case)
     image = nibabel.Nifti1Image.from_bytes(gzip.decompress(write_series_nifti(case, mask)))
     onto = on_series(case, mask)
@@ -188,6 +190,7 @@ BAD = {
     "T1 beside a truncated FLAIR": (
         lambda s: s(VALUES, "ax T1") + [(name, content[:-1900]) for name, content in s(VALUES, "ax FLAIR")], "is truncated"),
     "no FLAIR of two": (lambda s: s(VALUES, "ax T1") + s(VALUES, "cor T1"), "upload the FLAIR series alone"),
+    "thick sagittal slices": (lambda s: s(VALUES, acquired="sagittal"), "cut axially, the series has pixels of 4.0 × 0.5 mm"),
     "too small": (lambda s: s(VALUES[:, :8, :8]), "8×8 pixels, which this page can't hold"),
     "too large": (lambda s: s(np.zeros((49, 512, 512))), "49 slices of 512×512 pixels, which this page can't hold"),
 }
@@ -260,7 +263,7 @@ def test_the_page_starts_without_simpleitk_and_says_what_to_install(page, series
 
 
 def test_what_a_scan_looks_like_is_measured_at_the_side_of_prepared_slices():
-    volume = np.random.default_rng(6).integers(0, 255, (2, 256, 250, 3), np.uint8)
+    volume = np.random.default_rng(6).integers(0, 255, (2, 256, 256, 3), np.uint8)
     doubled = np.repeat(np.repeat(volume, 2, axis=1), 2, axis=2)
-    assert np.array_equal(as_prepared(doubled[:, :, :-1]), volume[:, :, :-1])
-    assert np.array_equal(as_prepared(volume), volume)
+    assert np.array_equal(as_prepared(doubled), volume) and np.array_equal(as_prepared(volume), volume)
+    assert np.array_equal(as_prepared(doubled[:, :, ::2]), volume)  # pixels twice as wide as high
