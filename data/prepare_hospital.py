@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 
-from tqdm import tqdm
-
 from common import MedFLError, run_script
 
 try:
+    from tqdm import tqdm
+
     from radiology.archive import PAGE, REPORT, Preparation
     from radiology.nifti import find_volumes
     from radiology.pseudonyms import Pseudonyms, check_folders

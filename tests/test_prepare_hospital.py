@@ -4,6 +4,8 @@ import csv
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -20,7 +22,7 @@ from radiology.geometry import to_uint8
 from radiology.rules import DEFAULT
 from radiology.segmentation import write_segmentation
 from radiology.series import find_series
-from running import run_script
+from running import ROOT, run_script
 
 SCRIPT = "data/prepare_hospital.py"
 # What an archive writes into its files, and nothing of it may be found again. Maker and model are known to travel.
@@ -328,6 +330,20 @@ def test_wrong_options_end_with_a_sentence_and_2(tmp_path, options, sentence):
     done = run_script(SCRIPT, *options, cwd=tmp_path)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("without, sentence", [
+    (("torch", "flwr", "timm"), "none of 0 studies could be prepared"),
+    (("SimpleITK",), "this needs SimpleITK, which is not installed; `pip install -r requirements-dicom.txt`"),
+])
+def test_it_needs_its_own_requirements_and_nothing_of_the_training(tmp_path, without, sentence):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "a.txt").write_text("x")
+    start = (f"import sys, runpy; sys.modules.update(dict.fromkeys({without!r})); "
+             "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", start, str(ROOT / SCRIPT), "--dicom", "export", "--out", "out"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
 
 
 def test_what_a_study_may_carry_is_warned_of(home, tmp_path):
