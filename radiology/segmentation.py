@@ -16,6 +16,8 @@ from radiology.series import Series
 
 OFF_GRID = 0.1  # pixels by which a mask's grid may lie beside that of its series; writers round
 MANUFACTURER = "MedFL"
+MAY_BE_EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
+                "AccessionNumber", "ReferringPhysicianName")
 SERIES_NUMBER = 9001  # far from the scanner's own
 
 
@@ -30,7 +32,8 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
     """A mask as a binary DICOM SEG of one segment, "tumour", that refers to its source series; nothing touches the disk.
 
     mask: (S, H, W) bool or uint8, not 0 is tumour; the series' slices in its own order. The file carries the patient's name
-    and number from the source, as a viewer needs them. Raises MedFLError for a mask of another shape and for an empty one.
+    and number from the source, as a viewer needs them. Raises MedFLError for a mask of another shape, for an empty one,
+    and for a series that lacks the tags which a SEG refers to.
     """
     mask = np.asarray(mask) != 0
     shape = (series.slices, series.rows, series.columns)
@@ -39,7 +42,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
                          "give the mask on the series' own slices")
     if not mask.any():
         raise MedFLError("the mask is empty, and a DICOM SEG without a pixel can't be shown; there is nothing to write")
-    sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in series.files]
+    sources = [_complete(pydicom.dcmread(file, stop_before_pixels=True), series) for file in series.files]
     if series.frames:  # highdicom takes frames in the file's order
         mask = mask[np.argsort(series.frames)]
     tumour = SegmentDescription(
@@ -47,13 +50,28 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
         segmented_property_type=codes.SCT.Neoplasm, algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name="MedFL", version=__version__, family=codes.DCM.ArtificialIntelligence))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of source tags that deviate from the standard, which are the scanner's
-        return highdicom.seg.Segmentation(
-            source_images=sources, pixel_array=mask, segmentation_type=SegmentationTypeValues.BINARY,
-            segment_descriptions=[tumour], series_instance_uid=generate_uid(), series_number=SERIES_NUMBER,
-            sop_instance_uid=generate_uid(), instance_number=1, manufacturer=MANUFACTURER, manufacturer_model_name=MANUFACTURER,
-            software_versions=__version__, device_serial_number="0", series_description="MedFL tumour, research use only")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of source tags that deviate from the standard, which are the scanner's
+            return highdicom.seg.Segmentation(
+                source_images=sources, pixel_array=mask, segmentation_type=SegmentationTypeValues.BINARY,
+                segment_descriptions=[tumour], series_instance_uid=generate_uid(), series_number=SERIES_NUMBER,
+                sop_instance_uid=generate_uid(), instance_number=1, manufacturer=MANUFACTURER,
+                manufacturer_model_name=MANUFACTURER, software_versions=__version__, device_serial_number="0",
+                series_description="MedFL tumour, research use only")
+    except (AttributeError, ValueError, TypeError) as error:  # of highdicom, for sources that lack what the standard asks for
+        raise MedFLError(f"the series lacks tags that a DICOM SEG refers to ({error}); export it again, or take the mask in "
+                         "another form") from error
+
+
+def _complete(header: pydicom.Dataset, series: Series) -> pydicom.Dataset:
+    """A source's header with the tags that the standard wants at least empty, and that some anonymisers take away."""
+    for name in MAY_BE_EMPTY:
+        if name not in header:
+            setattr(header, name, None)
+    if not series.frames and header.get("SliceThickness") is None:
+        header.SliceThickness = series.spacing[0]
+    return header
 
 
 def read_segmentation(path: Path, reference: sitk.Image) -> sitk.Image:
