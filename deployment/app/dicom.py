@@ -53,6 +53,11 @@ class Source:
     grid: sitk.Image
     margins: tuple[int, int, int, int]
 
+    def within(self, slices: np.ndarray) -> np.ndarray:
+        """A view of slices (S, H, W) without the margins."""
+        above, left, below, right = self.margins
+        return slices[:, above:slices.shape[1] - below, left:slices.shape[2] - right]
+
 
 def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     """The case of the DICOM files of one study: FLAIR, and pre- and post-contrast laid over it where they are there.
@@ -86,7 +91,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     columns, rows, between = oriented.GetSpacing()
     case = Case(name="DICOM series", slices=[f"slice_{k + 1}" for k in range(len(volume))], volume=volume,
                 groups=np.zeros(len(volume), int), spacing=(rows, columns, between), measured=True, dicom=source,
-                notes=notes + _notes_on(image, oriented, len(volume)))
+                notes=notes + _notes_on(flair, image, oriented))
     own = [series for series in masks if flair.uid in series.references]
     if len(own) == 1:
         case.truth = read_dicom_mask(case, own[0].files[0].name, own[0].files[0].getvalue())
@@ -174,15 +179,17 @@ def _margins(oriented: sitk.Image) -> tuple[int, int, int, int]:
     return more_rows // 2, more_columns // 2, more_rows - more_rows // 2, more_columns - more_columns // 2
 
 
-def _notes_on(image: sitk.Image, oriented: sitk.Image, slices: int) -> list[str]:
+def _notes_on(series: Series, image: sitk.Image, oriented: sitk.Image) -> list[str]:
     """What a reader should know of the series that the slices are of."""
     notes = ["The mask as DICOM SEG carries the patient's name and number from the series, as a viewer needs them; the page shows "
              "neither, and no other download holds them."]
+    if not series.frame_of_reference:
+        notes = ["The series names no frame of reference, which a DICOM SEG must refer to: there is no mask in this form."]
     follows = _orientation(image)[2]
     if follows in ACQUIRED:
         across, down = oriented.GetSpacing()[:2]
         notes.append(f"The series was acquired {ACQUIRED[follows]}; its axial slices have pixels of {across:.1f} × {down:.1f} mm.")
-    if slices == 1:
+    if series.slices == 1:
         notes.append(LONE_SLICE)
     return notes
 
@@ -207,9 +214,7 @@ def read_dicom_mask(case: Case, name: str, content: bytes) -> np.ndarray:
 def on_series(case: Case, mask: np.ndarray) -> np.ndarray:
     """A mask (S, H, W) uint8 of the case on the source series' own slices, rows and columns, in its order, 1 where there is
     tumour."""
-    above, left, below, right = case.dicom.margins
-    inner = mask[:, above:mask.shape[1] - below, left:mask.shape[2] - right] > 0
-    oriented = sitk.GetImageFromArray(inner.astype(np.uint8))
+    oriented = sitk.GetImageFromArray((case.dicom.within(mask) > 0).astype(np.uint8))
     oriented.CopyInformation(sitk.DICOMOrient(case.dicom.grid, "LPS"))
     return sitk.GetArrayFromImage(sitk.DICOMOrient(oriented, _orientation(case.dicom.grid)))
 

@@ -238,7 +238,7 @@ def dicom_offers(case: Case, masks: np.ndarray) -> list[tuple]:
     from dicom import has_nifti, write_segmentation, write_series_nifti  # radiology/ is optional
 
     offers = []
-    if masks.any():  # an empty DICOM SEG can't be shown
+    if masks.any() and case.dicom.series.frame_of_reference:  # an empty DICOM SEG can't be shown
         offers.append(("Mask (DICOM SEG)", lambda: write_segmentation(case, masks), "medfl_mask.dcm", "application/dicom"))
     if has_nifti():
         offers.append(("Mask (NIfTI)", lambda: write_series_nifti(case, masks), f"{case.name}_mask.nii.gz", "application/gzip"))

@@ -14,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 import metrics
 from cases import add_truth, read_case
+from checkpoint import load_checkpoint
 from common import MedFLError
 from dataset import load_dataset
 from dicom import as_prepared, on_series, write_segmentation, write_series_nifti
@@ -23,8 +24,9 @@ from radiology.preparation import prepare
 from radiology.rules import load_rules
 from radiology.series import find_series
 from radiology.studies import plan_studies
-from readout import csv_text, slice_rows, zip_masks
+from readout import csv_text, predict_case, slice_rows, zip_masks
 from running import ROOT
+from viewer import dicom_offers
 
 BEST = "transunet_centralized_best.pth"
 PATIENT = {"PatientName": "Grieg^Edvard", "PatientID": "HG-1843-0615", "PatientBirthDate": "18430615",
@@ -67,8 +69,7 @@ def study(volume, series):
 def random_mask(case) -> np.ndarray:
     """A mask that no turn or mirroring keeps as it is, 0 in the margins."""
     mask = np.zeros(case.volume.shape[:3], np.uint8)
-    above, left, below, right = case.dicom.margins
-    inside = mask[:, above:mask.shape[1] - below, left:mask.shape[2] - right]
+    inside = case.dicom.within(mask)
     inside[:] = np.where(np.random.default_rng(0).random(inside.shape) < 0.1, 255, 0)
     return mask
 
@@ -158,6 +159,35 @@ def test_the_nifti_mask_lies_where_the_series_lies(series):
     for voxel in ((0, 0, 0), (47, 39, 19), (5, 30, 11)):
         place = case.dicom.grid.TransformIndexToPhysicalPoint(voxel)
         assert np.allclose(image.affine @ [*voxel, 1], [-place[0], -place[1], place[2], 1])
+
+
+def test_the_margins_hold_no_tumour(series, trained):
+    case = read_case(series(VALUES[:, :20]))
+    assert case.dicom.margins == (6, 0, 6, 0) and case.volume.shape[1:3] == (32, 32)
+    probability = predict_case(load_checkpoint(trained / BEST).model, case).probability
+    assert not probability[:, :6].any() and not probability[:, -6:].any() and (case.dicom.within(probability) > 0).all()
+
+
+def test_a_series_whose_tags_were_deleted_gets_its_segmentation(series):
+    def without(*names):
+        kept = []
+        for name, content in series(VALUES):
+            file = pydicom.dcmread(io.BytesIO(content))
+            for tag in names:
+                delattr(file, tag)
+            stripped = io.BytesIO()
+            file.save_as(stripped)
+            kept.append((name, stripped.getvalue()))
+        return read_case(kept)
+
+    case = without(*PATIENT, "PatientSex", "StudyID", "StudyTime", "SliceThickness")
+    mask = random_mask(case)
+    assert np.array_equal(add_truth(case, [("seg.dcm", write_segmentation(case, mask))]), mask)
+    lacking = without("FrameOfReferenceUID")
+    assert "names no frame of reference" in " ".join(lacking.notes)
+    assert [label for label, *_ in dicom_offers(lacking, mask)] == ["Mask (NIfTI)"]
+    with pytest.raises(MedFLError, match="lacks tags that a DICOM SEG refers to"):
+        write_segmentation(lacking, mask)
 
 
 def test_a_truth_must_be_a_mask_of_this_series(series, picture):
