@@ -14,10 +14,10 @@ from pydicom.uid import generate_uid
 from common import MedFLError, __version__, atomic_write
 from radiology.series import Series
 
+EXPECTED = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
+            "ReferringPhysicianName", "PositionReferenceIndicator")
 OFF_GRID = 0.1  # pixels by which a mask's grid may lie beside that of its series; writers round
 MANUFACTURER = "MedFL"
-MAY_BE_EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
-                "AccessionNumber", "ReferringPhysicianName")
 SERIES_NUMBER = 9001  # far from the scanner's own
 
 
@@ -32,8 +32,8 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
     """A mask as a binary DICOM SEG of one segment, "tumour", that refers to its source series; nothing touches the disk.
 
     mask: (S, H, W) bool or uint8, not 0 is tumour; the series' slices in its own order. The file carries the patient's name
-    and number from the source, as a viewer needs them. Raises MedFLError for a mask of another shape, for an empty one,
-    and for a series that lacks the tags which a SEG refers to.
+    and number from the source, as a viewer needs them. Raises MedFLError for a mask of another shape, for an empty one, and
+    for a series that lacks what a SEG has to say, such as a frame of reference.
     """
     mask = np.asarray(mask) != 0
     shape = (series.slices, series.rows, series.columns)
@@ -42,7 +42,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
                          "give the mask on the series' own slices")
     if not mask.any():
         raise MedFLError("the mask is empty, and a DICOM SEG without a pixel can't be shown; there is nothing to write")
-    sources = [_complete(pydicom.dcmread(file, stop_before_pixels=True), series) for file in series.files]
+    sources = [_source(file, series.spacing[0]) for file in series.files]
     if series.frames:  # highdicom takes frames in the file's order
         mask = mask[np.argsort(series.frames)]
     tumour = SegmentDescription(
@@ -56,21 +56,21 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
             return highdicom.seg.Segmentation(
                 source_images=sources, pixel_array=mask, segmentation_type=SegmentationTypeValues.BINARY,
                 segment_descriptions=[tumour], series_instance_uid=generate_uid(), series_number=SERIES_NUMBER,
-                sop_instance_uid=generate_uid(), instance_number=1, manufacturer=MANUFACTURER,
-                manufacturer_model_name=MANUFACTURER, software_versions=__version__, device_serial_number="0",
-                series_description="MedFL tumour, research use only")
-    except (AttributeError, ValueError, TypeError) as error:  # of highdicom, for sources that lack what the standard asks for
-        raise MedFLError(f"the series lacks tags that a DICOM SEG refers to ({error}); export it again, or take the mask in "
-                         "another form") from error
+                sop_instance_uid=generate_uid(), instance_number=1, manufacturer=MANUFACTURER, manufacturer_model_name=MANUFACTURER,
+                software_versions=__version__, device_serial_number="0", series_description="MedFL tumour, research use only")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a tag that is missing
+        raise MedFLError(f"the series “{series.description}” lacks what a DICOM SEG needs ({error}); export it without "
+                         "taking tags away") from error
 
 
-def _complete(header: pydicom.Dataset, series: Series) -> pydicom.Dataset:
-    """A source's header with the tags that the standard wants at least empty, and that some anonymisers take away."""
-    for name in MAY_BE_EMPTY:
+def _source(path: Path, thickness: float) -> pydicom.Dataset:
+    """A source file's header, where what anonymisers take away and a SEG has to have is put back, empty if it may be."""
+    header = pydicom.dcmread(path, stop_before_pixels=True)
+    for name in EXPECTED:
         if name not in header:
             setattr(header, name, None)
-    if not series.frames and header.get("SliceThickness") is None:
-        header.SliceThickness = series.spacing[0]
+    if "NumberOfFrames" not in header and not header.get("SliceThickness"):
+        header.SliceThickness = thickness
     return header
 
 

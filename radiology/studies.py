@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from radiology.headers import OTHER_MODALITY
 from radiology.rules import CHANNELS, FLAIR, MASK, POST, PRE, Rules, role_of
-from radiology.series import OTHER_MODALITY, Series
+from radiology.series import Series
 
 LEAST_SLICES = 4  # fewer are no volume
 

@@ -34,6 +34,7 @@ SECRETS = {"PatientName": "Zzyzxova^Ludmila", "PatientID": "QX-48151623", "Patie
            "ContentDate": "20190320", "StudyID": "STU7788", "DeviceSerialNumber": "SN0042424", "OperatorsName": "Gruenspan^Ada",
            "StudyDescription": "NEURO QUUX PROTOCOL", "PatientComments": "called twice on the telephone"}
 
+PREPARED = ("Manufacturer", "ManufacturerModelName")  # the texts that volume.json may hold
 TEXTS = ("AE", "AS", "CS", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT")
 STANDARD = {"MONOCHROME2", "ORIGINAL", "PRIMARY", "DERIVED", "LOCALIZER", "tumour", "MedFL", "BINARY"}  # words that name nobody
 
@@ -150,7 +151,7 @@ def test_no_identifying_value_is_found_in_the_output(scene):
     values = set()
     for path in (p for p in scene["archive"].rglob("*") if p.is_file() and p.suffix != ".txt"):
         for element in pydicom.dcmread(path, stop_before_pixels=True).iterall():
-            if element.VR in TEXTS and element.keyword not in ("Manufacturer", "ManufacturerModelName"):
+            if element.VR in TEXTS and element.keyword not in PREPARED:
                 for value in element.value if element.VM > 1 else [element.value]:
                     values |= {str(value), *str(value).split("^")}
     values = {v for v in values if len(v) >= 5} - STANDARD
@@ -226,6 +227,15 @@ def test_a_broken_off_run_goes_on(scene):
     for path, mark in tree(scene["out"]).items():
         if scene["names"]["TWO1.2.22"] not in path and path != "index.html":
             assert before[path] == mark, path
+
+
+def test_a_later_export_of_a_patient_who_trains_is_kept_apart(home, tmp_path):
+    out, private = tmp_path / "out", tmp_path / "private"
+    for number, date in ((1, "20200101"), (2, "20210101")):
+        small_study(tmp_path / str(number), number, "A", f"1.2.{number}", date, channels=(1,))
+        done = run_script(SCRIPT, "--dicom", tmp_path / str(number), "--out", out, "--private", private)
+        assert done.returncode == 0, done.stderr
+    assert len(load_dataset(out, progress=False).patients) == 1 and len(list((out / "more_studies").iterdir())) == 1
 
 
 def write_nifti(path: Path, image: sitk.Image, dtype: type = np.float32) -> None:

@@ -134,3 +134,20 @@ def test_another_kind_of_file_is_no_segmentation(source, tmp_path):
     for path in (source[0].files[0], tmp_path / "text", tmp_path / "gone"):
         with pytest.raises(MedFLError, match="can't be read as a DICOM SEG"):
             read_segmentation(path, source[1])
+
+
+def without(series, *names):
+    """The series with these tags taken away."""
+    for path in series.files:
+        change(path, lambda file: [file.__delattr__(name) for name in names if name in file])
+    return find_series(series.files)[0][0]
+
+
+def test_an_anonymised_source_is_enough(source, tmp_path):
+    bare = without(source[0], "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+                   "AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator", "SeriesDescription", "SliceThickness",
+                   "Manufacturer", "InstanceNumber", "Laterality", "SeriesNumber")
+    write_segmentation(mask(), bare, tmp_path / "seg.dcm")
+    assert np.array_equal(labels(read_segmentation(tmp_path / "seg.dcm", source[1])), mask() > 0)
+    with pytest.raises(MedFLError, match="lacks what a DICOM SEG needs .*Frame Of Reference"):
+        write_segmentation(mask(), without(bare, "FrameOfReferenceUID"), tmp_path / "seg.dcm")

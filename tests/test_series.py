@@ -271,3 +271,26 @@ def test_uids_do_not_depend_on_the_order_of_files(tmp_path):
     second = write_series(tmp_path / "b", image_of(values(4), SPACING), SeriesNumber=2)
     assert [s.number for s in find_series([*first, *second])[0]] == [2, 9]
     assert find_series([*first, *second])[0] == find_series([*second[::-1], *first[::-1]])[0]
+
+
+def test_damaged_headers_never_end_a_run(tmp_path):
+    """Single bytes of headers changed at random: the file is refused or told, read, or refused when its pixels are read."""
+    paths = write_series(tmp_path, image_of(values(3), SPACING), SeriesDescription="AX FLAIR", slope=0.5)
+    write_enhanced(tmp_path / "enhanced", image_of(values(3), SPACING), [0, 1, 2])
+    random, outcomes = np.random.default_rng(0), set()
+    for source, others in ((paths[1], [paths[0], paths[2]]), (tmp_path / "enhanced", [])):
+        whole = source.read_bytes()
+        for _ in range(250):
+            damaged = bytearray(whole)
+            for place in random.integers(132, len(whole) - 3 * 20 * 24 * 2 // len([source, *others]), 3):
+                damaged[place] = random.integers(256)
+            (tmp_path / "damaged").write_bytes(damaged)
+            found, refused = find_series([tmp_path / "damaged", *others])
+            outcomes |= {bool(refused), *(bool(series.problems) for series in found)}
+            for series in found:
+                if not series.problems:
+                    try:
+                        load_series(series)
+                    except MedFLError as error:
+                        outcomes.add(str(error).partition(" can't be ")[2])
+    assert {True, False, "decoded (truncated or damaged); export it again"} <= outcomes

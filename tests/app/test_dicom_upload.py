@@ -186,7 +186,7 @@ def test_a_series_whose_tags_were_deleted_gets_its_segmentation(series):
     lacking = without("FrameOfReferenceUID")
     assert "names no frame of reference" in " ".join(lacking.notes)
     assert [label for label, *_ in dicom_offers(lacking, mask)] == ["Mask (NIfTI)"]
-    with pytest.raises(MedFLError, match="lacks tags that a DICOM SEG refers to"):
+    with pytest.raises(MedFLError, match="lacks what a DICOM SEG needs"):
         write_segmentation(lacking, mask)
 
 
