@@ -46,9 +46,9 @@ def test_pixels_become_square_and_the_aspect_is_kept():
 
 
 def test_finer_pixels_are_averaged_not_skipped():
-    fine = np.zeros((4, 512, 512), np.float32)
-    fine[:, ::2, ::2] = 4.0
-    assert np.allclose(sitk.GetArrayFromImage(to_axial(image_of(fine, (5, 0.5, 0.5)))[0]), 1.0)
+    fine = np.zeros((4, 1024, 1024), np.float32)
+    fine[:, ::4, ::4] = 16.0
+    assert np.allclose(sitk.GetArrayFromImage(to_axial(image_of(fine, (5, 0.25, 0.25)))[0]), 1.0)
 
 
 @pytest.mark.parametrize("name, direction", [
