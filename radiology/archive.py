@@ -85,8 +85,9 @@ class Preparation:
                          "part": PARTS[made.part], "notes": made.notes} for name, _ in there for made in [self._made[name]]],
                        self.out / PAGE)
         failures = {uid: why for made in self.of(studies) for uid, why in made.failures.items()} | self._left_out
-        names = {study.uid: name for name, study in there}
-        write_report([(names.get(study.uid, ""), study) for study in studies], refused, failures, self.pseudonyms.folder / REPORT)
+        names = {(study.patient_id, study.uid): name for name, study in there}
+        named = [(names.get((study.patient_id, study.uid), ""), study) for study in studies]
+        write_report(named, refused, failures, self.pseudonyms.folder / REPORT)
 
     def _read(self) -> dict[str, Made]:
         try:

@@ -98,39 +98,38 @@ def register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Tr
 
     same_frame: whether both have the scanner's coordinates in common; otherwise the search starts with their centres of
     mass laid over each other. Coarse to fine, with a fixed seed and one thread: the same on every run. Where edges agree no
-    better than at the scanner's own coordinates, those are kept. Raises MedFLError where nothing can be laid over each other.
+    better than at the scanner's own coordinates, those are kept. Raises MedFLError for volumes that share no place.
     """
+    transform = sitk.Euler3DTransform()
     try:
-        transform = _register(moving, fixed, same_frame)
-    except RuntimeError as error:  # of SimpleITK, for blank volumes and for places that do not meet
-        raise MedFLError("it can't be laid over FLAIR (it is blank, or shows another place); export it again") from error
+        if same_frame:
+            transform.SetCenter(fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()]))
+        else:
+            transform = sitk.Euler3DTransform(sitk.CenteredTransformInitializer(
+                fixed, moving, transform, sitk.CenteredTransformInitializerFilter.MOMENTS))
+        for factor, longest in zip(FACTORS, LONGEST):
+            _improve(transform, moving, fixed, factor, longest)
+    except RuntimeError as error:  # ITK's: no sample of one lies in the other, or one is blank
+        raise MedFLError("it can't be laid over FLAIR: they show different places, or nothing") from error
     if same_frame and agreement(resample(moving, fixed), fixed) >= agreement(resample(moving, fixed, transform), fixed):
         return sitk.Euler3DTransform()
     return transform
 
 
-def _register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Transform:
-    """What `register` finds, before it is compared with the scanner's coordinates."""
-    transform = sitk.Euler3DTransform()
-    if same_frame:
-        transform.SetCenter(fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()]))
-    else:
-        transform = sitk.Euler3DTransform(sitk.CenteredTransformInitializer(
-            fixed, moving, transform, sitk.CenteredTransformInitializerFilter.MOMENTS))
-    for factor, longest in zip(FACTORS, LONGEST):
-        target, source = (_binned(image, factor * fixed.GetSpacing()[0]) for image in (fixed, moving))
-        method = sitk.ImageRegistrationMethod()
-        method.SetNumberOfThreads(1)
-        method.SetNumberOfWorkUnits(1)
-        method.SetMetricAsMattesMutualInformation(BINS)
-        method.SetMetricSamplingStrategy(method.RANDOM)
-        method.SetMetricSamplingPercentage(min(1.0, SAMPLES / float(np.prod(target.GetSize()))), SEED)
-        method.SetInterpolator(sitk.sitkLinear)
-        method.SetOptimizerAsRegularStepGradientDescent(longest, SHORTEST, STEPS, relaxationFactor=0.6)
-        method.SetOptimizerScalesFromPhysicalShift()
-        method.SetInitialTransform(transform, inPlace=True)
-        method.Execute(target, source)
-    return transform
+def _improve(transform: sitk.Transform, moving: sitk.Image, fixed: sitk.Image, factor: int, longest: float) -> None:
+    """Change a transform, in place, for more mutual information of both images binned to `factor` pixels of `fixed`."""
+    target, source = (_binned(image, factor * fixed.GetSpacing()[0]) for image in (fixed, moving))
+    method = sitk.ImageRegistrationMethod()
+    method.SetNumberOfThreads(1)
+    method.SetNumberOfWorkUnits(1)
+    method.SetMetricAsMattesMutualInformation(BINS)
+    method.SetMetricSamplingStrategy(method.RANDOM)
+    method.SetMetricSamplingPercentage(min(1.0, SAMPLES / float(np.prod(target.GetSize()))), SEED)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetOptimizerAsRegularStepGradientDescent(longest, SHORTEST, STEPS, relaxationFactor=0.6)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetInitialTransform(transform, inPlace=True)
+    method.Execute(target, source)
 
 
 def agreement(moved: sitk.Image, fixed: sitk.Image) -> float:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from common import MedFLError
 from dicom_phantoms import image_of, phantom, scan, turn
 from radiology.geometry import POOR, SIDE, agreement, register, resample, resample_mask, to_axial, to_uint8
 
@@ -46,9 +47,9 @@ def test_pixels_become_square_and_the_aspect_is_kept():
 
 
 def test_finer_pixels_are_averaged_not_skipped():
-    fine = np.zeros((4, 512, 512), np.float32)
-    fine[:, ::2, ::2] = 4.0
-    assert np.allclose(sitk.GetArrayFromImage(to_axial(image_of(fine, (5, 0.5, 0.5)))[0]), 1.0)
+    fine = np.zeros((4, 1024, 1024), np.float32)
+    fine[:, ::4, ::4] = 16.0
+    assert np.allclose(sitk.GetArrayFromImage(to_axial(image_of(fine, (5, 0.25, 0.25)))[0]), 1.0)
 
 
 @pytest.mark.parametrize("name, direction", [
@@ -93,6 +94,14 @@ def test_coordinates_of_another_visit_start_at_the_centres_of_mass(head):
     found = register(far, flair, same_frame=False)
     errors = [np.linalg.norm(np.subtract(found.TransformPoint(p), np.add(p, (300, -200, 500)))) for p in PLACES]
     assert max(errors) < 3.0, errors
+
+
+def test_volumes_of_different_places_are_told(head):
+    far = sitk.Image(head[0])
+    far.SetOrigin((900, 900, 900))
+    for moving in (far, head[0] * 0):
+        with pytest.raises(MedFLError, match="can't be laid over FLAIR"):
+            register(moving, head[1], same_frame=moving is far)
 
 
 def test_poor_alignment_can_be_told_from_good(head):

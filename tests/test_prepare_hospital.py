@@ -357,7 +357,7 @@ def test_it_needs_its_own_requirements_and_nothing_of_the_training(tmp_path, wit
 
 
 def test_what_a_study_may_carry_is_warned_of(home, tmp_path):
-    """Burnt-in text in the corner, a damaged file, and a sequence that was taken of another head."""
+    """Burnt-in text in the corner, a sequence of something else, a damaged file in one study's T1 and in another's FLAIR."""
     small_study(tmp_path / "export", 1, "A", "1.2.1", "20200101")
     for path in (tmp_path / "export" / "series1").iterdir():
         file = pydicom.dcmread(path)
@@ -370,14 +370,19 @@ def test_what_a_study_may_carry_is_warned_of(home, tmp_path):
     write_series(tmp_path / "export" / "series2", image_of(np.random.default_rng(0).integers(0, 200, (8, 64, 64)), (6, 3.6, 3.6),
                                                            images[0].GetOrigin()), {"PatientID": "A"}, study="1.2.1",
                  SeriesDescription="AX T1 GD")
-    path = sorted((tmp_path / "export" / "series0").iterdir())[3]
-    file = pydicom.dcmread(path)
-    file.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
-    file.save_as(path)
-    path.write_bytes(path.read_bytes()[:-300])
+    small_study(tmp_path / "export" / "b", 2, "B", "1.2.2", "20200101", channels=(1,))
+    for folder in ("series0", "b/series1"):
+        path = sorted((tmp_path / "export" / folder).iterdir())[3]
+        file = pydicom.dcmread(path)
+        file.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+        file.save_as(path)
+        path.write_bytes(path.read_bytes()[:-300])
     done = run_script(SCRIPT, "--dicom", tmp_path / "export", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     said = done.stderr
     assert "FLAIR may carry burnt-in text" in said and "post-contrast may lie poorly on FLAIR" in said
     assert "IM0003 can't be decoded" in said and "pre-contrast is missing or can't be used, and FLAIR stands in" in said
     assert "pre-contrast may carry" not in said
+    assert "is left out: " in said and "1 of 2 studies" in done.stdout
+    assert {row["used_as"]: row["why"] for row in report(tmp_path / "export") if row["patient_id"] == "B"}[""].endswith(
+        "export/b/series1/IM0003 can't be decoded (truncated or damaged); export it again")

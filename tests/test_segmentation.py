@@ -82,7 +82,7 @@ def test_masks_that_can_not_be_written(source, tmp_path, wrong, sentence):
 
 def shifted(image):
     moved = sitk.Image(image)
-    moved.SetOrigin([v + 0.4 for v in image.GetOrigin()])
+    moved.SetOrigin([v + 0.2 for v in image.GetOrigin()])
     return moved
 
 
