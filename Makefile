@@ -83,7 +83,8 @@ $(VENV)/installed-export: $(VENV)/installed requirements-export.txt
 	$(RUN) -m pip install -q -r requirements-export.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements.txt requirements-export.txt requirements-simulation.txt requirements-privacy.txt requirements-dev.txt
+$(VENV)/installed-dev: requirements.txt requirements-export.txt requirements-simulation.txt requirements-privacy.txt \
+		requirements-dicom.txt requirements-download.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MedFL needs Python 3.11 or newer; name one with make PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements-dev.txt

@@ -18,14 +18,16 @@ from tqdm import tqdm
 from common import MedFLError
 from plausibility import describe_volume, image_statistics
 from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice
+from spacing import NAME, read_spacing
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
 SEARCH_DEPTH = 4  # folders below --data-dir; the deepest that people make is archive/lgg-mri-segmentation/kaggle_3m
 CACHE_VERSION = 2
 DAY = 86_400.0  # seconds; no build takes as long
-HOW_TO_GET = ("download https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation and unpack it there, "
-              "or make a synthetic cohort with `python data/make_phantoms.py`")
+HOW_TO_GET = ("fetch the scans with `python data/download.py`, or by hand from "
+              "https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation, or make a synthetic cohort with "
+              "`python data/make_phantoms.py`")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class Dataset:
         count = int(np.prod(shape))
         return (self._pixels[3 * start:3 * (start + count)].reshape(*shape, 3),
                 self._masks[start:start + count].reshape(shape))
+
+    def spacing(self, patient: str) -> tuple[float, float, float] | None:
+        """Millimetres between a patient's slices, rows and columns; None without a `volume.json`. Raises MedFLError for a
+        broken one."""
+        path = self.root / patient / NAME
+        return read_spacing(path, self._entries[patient]["shape"][0]) if path.exists() else None
 
     def statistics(self, patient: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The volume's mean and deviation per channel, (3,) and (3,) float32, as `preprocessing.volume_statistics` gives."""

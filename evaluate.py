@@ -4,7 +4,8 @@
 
     python evaluate.py --compare models/transunet_federated_best.pth models/local_*/transunet_local_best.pth --data-dir data
 
-Prints a table per site and overall. Dice is the volume Dice of each patient, tumour slices and empty slices apart. With
+Prints a table per site and overall. Dice is the volume Dice of each patient, tumour slices and empty slices apart. Where a
+patient's folder holds a volume.json (data/prepare_hospital.py writes it), volumes in cm³ and HD95 in mm are added. With
 --compare a row per model, a column per hospital, all on the same test patients (comparison.py).
 """
 
@@ -60,12 +61,13 @@ def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkp
     return split
 
 
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure as the tables show it."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def print_table(figures: dict) -> None:
-    """One line per site and one over all patients."""
-
-    def number(value: float | None, digits: int = 3) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
+    """One line per site and one over all patients; where a spacing is known, the same in cm³ and mm."""
     print(f"{'site':8}{'patients':>9}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'IoU':>7}{'tumour slices':>15}"
           f"{'false on empty':>16}{'HD95 px':>9}{'missed':>8}")
     for site, row in [*figures["sites"].items(), ("all", figures)]:
@@ -75,14 +77,30 @@ def print_table(figures: dict) -> None:
               f"{number(row['volume_dice']['median']):>8}{interval:>17}{number(row['volume_iou']['mean']):>7}"
               f"{number(row['slice_dice_tumour']):>15}{number(row['empty_slice_false_positive_rate']):>16}"
               f"{number(row['hd95_px']['mean'], 1):>9}{row['missed_patients']:>8}")
+    if "volume_cm3" in figures:
+        print_table_in_mm(figures)
+
+
+def print_table_in_mm(figures: dict) -> None:
+    """Means in cm³ and mm over the patients whose spacing is known, one line per site that has some and one over all."""
+    print(f"\n{'site':8}{'with mm':>9}{'truth cm³':>11}{'predicted':>11}{'difference':>12}{'|difference|':>14}{'HD95 mm':>9}")
+    for site, row in [*figures["sites"].items(), ("all", figures)]:
+        if volume := row.get("volume_cm3"):
+            print(f"{site:8}{volume['patients']:>9}{volume['truth']:>11.2f}{volume['prediction']:>11.2f}"
+                  f"{volume['difference']:>+12.2f}{volume['absolute_difference']:>14.2f}{number(row['hd95_mm']['mean'], 1):>9}")
 
 
 def write_patients(figures: dict, path: Path) -> None:
-    """A line per patient: patient, site, slices, dice, iou, hd95_px."""
+    """A line per patient: patient, site, slices, dice, iou, hd95_px, and `metrics.FIGURES_IN_MM` where a spacing is known."""
     with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, list(figures["patients"][0]))
         writer.writeheader()
         writer.writerows(figures["patients"])
+
+
+def without_mm(figures: dict) -> dict:
+    """Figures of `metrics.summarise` less those that need a spacing."""
+    return {name: value for name, value in figures.items() if name not in ("hd95_mm", "volume_cm3")}
 
 
 def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, folder: Path) -> None:
@@ -137,7 +155,7 @@ def main() -> None:
         patients = [p.name for p in dataset.patients]
     else:
         patients = list(split_of(arguments, dataset, checkpoint).part(arguments.split))
-    rows = score_patients(checkpoint.model, dataset, patients, checkpoint.threshold, progress=True)
+    rows = score_patients(checkpoint.model, dataset, patients, checkpoint.threshold, progress=True, in_mm=True)
     figures = report(rows)
     print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {len(rows)} patients")
     print_table(figures)
@@ -152,8 +170,9 @@ def main() -> None:
     if arguments.overlays:
         write_overlays(figures, dataset, checkpoint, arguments.overlays)
     if arguments.write_back:
-        test = {**figures, "patients": len(rows),  # a checkpoint is handed on: no site of one patient or two
-                "sites": {site: row for site, row in figures["sites"].items() if row["patients_scored"] >= SMALLEST_GROUP}}
+        # a checkpoint is handed on: no site of one patient or two, and no word of how large the patients' tumours are
+        told = {site: row for site, row in figures["sites"].items() if row["patients_scored"] >= SMALLEST_GROUP}
+        test = {**without_mm(figures), "patients": len(rows), "sites": {site: without_mm(row) for site, row in told.items()}}
         update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
         print(f"wrote the test scores into {arguments.checkpoint}")
 

@@ -14,6 +14,7 @@ from common import MedFLError
 
 MINIMUM_FOR_INTERVAL = 3
 FIGURES_OF_A_PATIENT = ("patient", "site", "slices", "dice", "iou", "hd95_px")
+FIGURES_IN_MM = ("hd95_mm", "volume_truth_cm3", "volume_prediction_cm3", "volume_difference_cm3")
 
 
 def counts(prediction: ArrayLike, truth: ArrayLike) -> tuple[int, int, int]:
@@ -38,10 +39,11 @@ def iou(tp: int, fp: int, fn: int) -> float:
     return float(tp / total) if total else 1.0
 
 
-def hd95(prediction: ArrayLike, truth: ArrayLike) -> float | None:
-    """The 95th percentile of the distances between two volumes' boundaries, in pixels; None where no slice has both.
+def hd95(prediction: ArrayLike, truth: ArrayLike, pixel: tuple[float, float] = (1.0, 1.0)) -> float | None:
+    """The 95th percentile of the distances between two volumes' boundaries; None where no slice has both.
 
-    Both masks: (S, H, W), any dtype, non-zero is tumour. Distances are Euclidean, within a slice, from every boundary pixel
+    Both masks: (S, H, W), any dtype, non-zero is tumour. pixel: the distance of rows and of columns, in whose unit the result
+    is: in pixels unless given in mm. Distances are Euclidean, within a slice, from every boundary pixel
     of one mask to the other's nearest, both directions and all slices pooled before the percentile is taken (linear
     interpolation). Other definitions take the larger of two directed percentiles and give other numbers.
     Raises MedFLError where the shapes differ or aren't (S, H, W).
@@ -50,8 +52,23 @@ def hd95(prediction: ArrayLike, truth: ArrayLike) -> float | None:
     both = predicted.any(axis=(1, 2)) & actual.any(axis=(1, 2))
     if not both.any():
         return None
-    distances = [_boundary_distances(predicted[i], actual[i]) for i in np.flatnonzero(both)]
+    distances = [_boundary_distances(predicted[i], actual[i], pixel) for i in np.flatnonzero(both)]
     return float(np.percentile(np.concatenate(distances), 95))
+
+
+def volume_cm3(mask: ArrayLike, spacing: tuple[float, float, float]) -> float:
+    """Volume of a mask (S, H, W), any dtype, non-zero is tumour, in cm³. spacing: mm between slices, rows and columns."""
+    return float(np.count_nonzero(mask) * np.prod(spacing) / 1_000)
+
+
+def score_in_mm(prediction: ArrayLike, truth: ArrayLike, spacing: tuple[float, float, float]) -> dict:
+    """`FIGURES_IN_MM` of one patient, to be added to the row: HD95 in mm and volumes in cm³.
+
+    Both masks: (S, H, W), any dtype, non-zero is tumour; spacing: mm between slices, rows and columns. HD95 lies within the slice,
+    as in pixels. The difference is the prediction's volume less the truth's. Raises MedFLError where the shapes differ.
+    """
+    volumes = volume_cm3(truth, spacing), volume_cm3(prediction, spacing)
+    return dict(zip(FIGURES_IN_MM, (hd95(prediction, truth, spacing[1:]), *volumes, volumes[1] - volumes[0])))
 
 
 def score_patient(patient: str, site: str, prediction: ArrayLike, truth: ArrayLike) -> dict:
@@ -96,34 +113,38 @@ def summarise(rows: list[dict]) -> dict:
     Returns volume_dice (mean, median, ci95: [low, high] or None below 3 patients), volume_iou (mean, median), pooled_dice,
     slice_dice_tumour (None without a tumour slice), empty_slice_false_positive_rate (None without an empty slice), hd95_px
     (mean and median in pixels, None without a value; undefined: patients without one), missed_patients (who have a tumour,
-    and nothing was predicted) and patients_scored. Raises MedFLError where there are no rows.
+    and nothing was predicted) and patients_scored. Where a row has `FIGURES_IN_MM`: hd95_mm as hd95_px, and volume_cm3 (over
+    those patients the means of truth, prediction, difference and absolute_difference, and patients). Raises MedFLError where
+    there are no rows.
     """
     if not rows:
         raise MedFLError("there are no patients to score; choose a part of the split that has some")
     volume_dice = [row["dice"] for row in rows]
-    distances = [row["hd95_px"] for row in rows if row["hd95_px"] is not None]
     return {
         "volume_dice": {**_mean_and_median(volume_dice), "ci95": bootstrap_interval(volume_dice)},
         "volume_iou": _mean_and_median([row["iou"] for row in rows]),
         "pooled_dice": dice(*(_sum(rows, name) for name in ("tp", "fp", "fn"))),
         "slice_dice_tumour": _share(rows, "slice_dice_sum", "tumour_slices"),
         "empty_slice_false_positive_rate": _share(rows, "empty_slices_with_prediction", "empty_slices"),
-        "hd95_px": {**_mean_and_median(distances), "undefined": len(rows) - len(distances)},
+        "hd95_px": _defined([row["hd95_px"] for row in rows]),
         "missed_patients": sum(row["tp"] + row["fp"] == 0 and row["fn"] > 0 for row in rows),
         "patients_scored": len(rows),
+        **_summary_in_mm([row for row in rows if "hd95_mm" in row]),
     }
 
 
 def report(rows: list[dict]) -> dict:
-    """`summarise` of all rows, and `sites` (the same per site, sorted) and `patients` (each one's figures, in order).
+    """`summarise` of all rows, and `sites` (the same per site, sorted) and `patients` (each one's figures, in order; those in mm
+    are None for a patient of unknown spacing, and are left out where it is known of none).
 
     It holds figures of single patients: what leaves a hospital is made from `summarise`. Raises MedFLError without rows.
     """
     sites = sorted({row["site"] for row in rows})
+    names = FIGURES_OF_A_PATIENT + (FIGURES_IN_MM if any("hd95_mm" in row for row in rows) else ())
     return {
         **summarise(rows),
         "sites": {site: summarise([row for row in rows if row["site"] == site]) for site in sites},
-        "patients": [{name: row[name] for name in FIGURES_OF_A_PATIENT} for row in rows],
+        "patients": [{name: row.get(name) for name in names} for row in rows],
     }
 
 
@@ -155,13 +176,31 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
     return mask & ~(padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:])
 
 
-def _boundary_distances(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
+def _boundary_distances(predicted: np.ndarray, actual: np.ndarray, pixel: tuple[float, float]) -> np.ndarray:
     either = predicted | actual
     rows, columns = np.flatnonzero(either.any(axis=1)), np.flatnonzero(either.any(axis=0))
     # Both boundaries lie inside the crop, so the distances stay exact while the transforms see far fewer pixels.
     crop = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     first, second = _boundary(predicted[crop]), _boundary(actual[crop])
-    return np.concatenate([distance_transform_edt(~second)[first], distance_transform_edt(~first)[second]])
+    return np.concatenate([distance_transform_edt(~second, sampling=pixel)[first],
+                           distance_transform_edt(~first, sampling=pixel)[second]])
+
+
+def _defined(distances: list[float | None]) -> dict:
+    """Mean and median of the distances that are defined, and how many are not."""
+    known = [distance for distance in distances if distance is not None]
+    return {**_mean_and_median(known), "undefined": len(distances) - len(known)}
+
+
+def _summary_in_mm(rows: list[dict]) -> dict:
+    """hd95_mm and volume_cm3 of the rows, which have `FIGURES_IN_MM`; nothing of none."""
+    if not rows:
+        return {}
+    differences = [row["volume_difference_cm3"] for row in rows]
+    means = {"truth": [row["volume_truth_cm3"] for row in rows], "prediction": [row["volume_prediction_cm3"] for row in rows],
+             "difference": differences, "absolute_difference": np.abs(differences)}
+    return {"hd95_mm": _defined([row["hd95_mm"] for row in rows]),
+            "volume_cm3": {**{name: float(np.mean(values)) for name, values in means.items()}, "patients": len(rows)}}
 
 
 def _mean_and_median(values: list[float]) -> dict:

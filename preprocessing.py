@@ -35,8 +35,9 @@ DESCRIPTION = {
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's name is that of a slice: an image suffix, not a mask, not hidden."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not is_mask(path) and not path.name.startswith(".")
+    """Whether a file's name is that of a slice: an image suffix, not a mask, no contact sheet of prepared data, not hidden."""
+    return (path.suffix.lower() in IMAGE_SUFFIXES and not is_mask(path) and not path.name.startswith(".")
+            and not path.stem.endswith("_contact_sheet"))
 
 
 def is_mask(path: Path) -> bool:

@@ -17,7 +17,7 @@ DATASET_LICENCE = "cc-by-nc-sa-4.0"  # of the LGG scans, which weights trained o
 SAMPLES = "deployment/app/samples"
 
 SPACE_CODE = ("LICENSE", "checkpoint.py", "common.py", "inference.py", "metrics.py", "plausibility.py", "preprocessing.py",
-              "torchvision_operators.py", "transunet.py", "deployment/app/.streamlit/config.toml")
+              "spacing.py", "torchvision_operators.py", "transunet.py", "deployment/app/.streamlit/config.toml")
 SPACE_FOLDERS = {"deployment/app": "*.py", SAMPLES: "*.zip"}
 SPACE_TOP = ("README.md", "Dockerfile", "requirements.txt")  # of deployment/space
 

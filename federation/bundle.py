@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FILES = (
     "LICENSE",
     "batches.py", "checkpoint.py", "common.py", "curves.py", "dataset.py", "inference.py", "metrics.py", "partition.py",
-    "plausibility.py", "preprocessing.py", "split.py", "torchvision_operators.py", "training.py", "transunet.py",
+    "plausibility.py", "preprocessing.py", "spacing.py", "split.py", "torchvision_operators.py", "training.py", "transunet.py",
     "federation/__init__.py", "federation/aggregation.py", "federation/audit.py", "federation/client_app.py",
     "federation/history.py", "federation/hospital.py", "federation/membership.py", "federation/messages.py",
     "federation/post.py", "federation/privacy.py", "federation/rounds.py", "federation/screening.py",

@@ -106,6 +106,18 @@ def test_pictures_below_a_patient_are_no_dataset_of_their_own(tmp_path):
     assert find_dataset(root) == root
 
 
+def test_what_prepared_data_hold_besides_is_passed_over(tmp_path):
+    """volume.json, contact sheets in any folder, the page, and the studies that are kept apart."""
+    root = write_patients(tmp_path / "scans", ["anna"])
+    write_patients(root / "more_studies", ["bert"])
+    (root / "anna" / "volume.json").write_text("{}")
+    for place in ("anna", "contact_sheets", "."):
+        save(root / place / "anna_contact_sheet.png", np.zeros((8, 80, 3), np.uint8))
+    (root / "index.html").write_text("")
+    found = load(tmp_path)
+    assert found.root == root and [p.name for p in found.patients] == ["anna"] and len(found.patients[0].images) == 3
+
+
 def test_own_data_takes_the_label_given(tmp_path):
     root = write_patients(tmp_path / "scans", ["anna", "bert", NAMES[0]])
     found = load(root, site="north")

@@ -8,6 +8,7 @@ What is uploaded stays in the memory of this process while its page is open; it 
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import sys
 import threading
 from pathlib import Path
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import streamlit as st  # noqa: E402
 
 from card import NOTICE, card_rows, find_checkpoints  # noqa: E402
-from cases import KINDS, Case, read_case  # noqa: E402
+from cases import DICOM, KINDS, Case, read_case  # noqa: E402
 from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from common import MedFLError  # noqa: E402
 from inference import choose_device  # noqa: E402
@@ -122,9 +123,10 @@ def close_case() -> None:
 def choose_case() -> None:
     """The start of a visit: sample cases and uploads."""
     number = st.session_state.get("uploads", 0)
-    st.markdown("Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels. The model "
-                "outlines what it takes for lower-grade glioma. Nothing is stored, and nothing leaves the computer that runs this "
-                "page.")
+    takes_dicom = importlib.util.find_spec("radiology") is not None  # a Space goes without, so that no name is sent there
+    st.markdown("Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
+                f"{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines what it takes for lower-grade "
+                "glioma. Nothing is stored, and nothing leaves the computer that runs this page.")
     if refusal := st.session_state.get("refusal"):
         st.error(refusal)
     samples = sorted(SAMPLES.glob("*.zip"))
@@ -135,12 +137,18 @@ def choose_case() -> None:
                 if st.button(path.stem.replace("_", " ").capitalize(), key=path.stem, icon=":material/neurology:"):
                     open_case([(path.name, path.read_bytes())])
                     st.rerun()
-    files = st.file_uploader("Slices of one patient (TIFF, PNG, JPEG), a ZIP of them, or a NIfTI file", KINDS,
+    kinds, also, more = KINDS, "a ZIP of them", ""
+    if takes_dicom:
+        kinds, also = KINDS + [suffix[1:] for suffix in DICOM], "DICOM, a ZIP of either"
+        more = " DICOM files whose names have no ending: as a ZIP, or as a folder below."
+    files = st.file_uploader(f"Slices of one patient (TIFF, PNG, JPEG), {also}, or a NIfTI file", kinds,
                              accept_multiple_files=True, key=f"files-{number}",
-                             help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them.")
+                             help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them, "
+                                  "and a volume.json." + more)
     folder = st.file_uploader("Or a patient's folder", accept_multiple_files="directory", key=f"folder-{number}")
     if chosen := files or folder:
-        open_case(take_uploads(chosen))
+        with st.spinner("reading the files"):  # DICOM series are laid over each other, which takes some seconds
+            open_case(take_uploads(chosen))
         st.rerun()
 
 
@@ -150,7 +158,12 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
     if state.get("predicted_by") == sha256:
         return
     case: Case = state.case
-    state.doubts = doubts(case.volume, checkpoint.metadata["preprocessing"].get("training_images"))
+    seen = case.volume
+    if case.dicom is not None:
+        from dicom import as_prepared  # radiology/ is optional
+
+        seen = as_prepared(case.volume)
+    state.doubts = doubts(seen, checkpoint.metadata["preprocessing"].get("training_images"))
     with st.spinner(f"segmenting {len(case.slices)} slices"):
         state.prediction = predict_case(checkpoint.model, case)
     state.predicted_by = sha256

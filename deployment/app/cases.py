@@ -14,17 +14,21 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from common import MedFLError
-from preprocessing import group_volumes, is_image, is_mask, read_mask, read_slice, slice_number
+from preprocessing import IMAGE_SUFFIXES, group_volumes, is_image, is_mask, read_mask, read_slice, slice_number
+from spacing import NAME, read_spacing
 
 MAX_FILES = 1_000  # in one upload, masks and all
 MAX_PIXELS = 12 * 2**20  # of a case: 192 slices of 256×256; more would need more than 1.5 GiB at the normalisation
 MAX_UNPACKED = 256 * 2**20  # bytes that an archive may unpack to
 MIN_SIDE = 16  # pixels
 NIFTI = (".nii", ".nii.gz")
+DICOM = (".dcm", ".dicom", ".ima")  # or any other name, where the content says so
+LONE_SLICE = ("A lone slice is normalised by itself and not with its patient's other slices: its mask is less reliable. Open a "
+              "patient's slices together.")
 # what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another kind
 DAMAGED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError, IndexError, zlib.error,
            lzma.LZMAError)
-KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz"]  # that the page's upload offers
+KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "json"]  # that the page's upload offers
 
 
 @dataclass
@@ -33,8 +37,9 @@ class Case:
 
     name: the patient's, or the file's; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each slice the number
     of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H, W) uint8 0/255 or None;
-    spacing: mm between rows, columns and slices, or None; notes: what a reader should know about how it was read;
-    nifti: the image that it came from, if it did, to write a mask in the same space.
+    spacing: mm between rows, columns and slices, or None; measured: whether the files tell it; notes: what a reader should know
+    about how it was read; nifti, dicom: the image or the series (dicom.Source) that it came from, if it did, to write a mask in
+    the same space.
     """
 
     name: str
@@ -43,8 +48,10 @@ class Case:
     groups: np.ndarray
     truth: np.ndarray | None = None
     spacing: tuple[float, float, float] | None = None
+    measured: bool = False
     notes: list[str] = field(default_factory=list)
     nifti: object = None
+    dicom: object = None
 
     @property
     def is_volume(self) -> bool:
@@ -53,7 +60,7 @@ class Case:
 
 
 def read_case(files: list[tuple[str, bytes]]) -> Case:
-    """The case that (name, content) of uploaded files make: slices, one ZIP of slices, or a NIfTI file.
+    """The case that (name, content) of uploaded files make: slices, DICOM, one ZIP of either, or a NIfTI file.
 
     Raises MedFLError, in one sentence, for everything else.
     """
@@ -64,6 +71,8 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
             raise MedFLError(f"{_short(archives[0])} came with other files; upload a ZIP by itself")
         files = unpack_zip(*files[0])
     _check_number(len(files))
+    if any(_is_dicom(*file) for file in files):
+        return _dicom().read_dicom(files)
     if any(name.lower().endswith(NIFTI) for name, _ in files):
         from nifti import read_nifti  # nibabel is optional
 
@@ -74,6 +83,23 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
 def _check_number(files: int) -> None:
     if files > MAX_FILES:
         raise MedFLError(f"{files} files are more than the {MAX_FILES} of one case; upload one patient at a time")
+
+
+def _is_dicom(name: str, content: bytes) -> bool:
+    return name.lower().endswith(DICOM) or content[128:132] == b"DICM"
+
+
+def _dicom():
+    """The module that reads DICOM. Raises MedFLError where what it needs is not installed, or not here."""
+    try:
+        import dicom
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("radiology"):  # left out of a Space
+            raise MedFLError("DICOM files carry the patient's name, so this published page takes none; run the page on a machine "
+                             "of your own, or upload slices or NIfTI") from error
+        raise MedFLError(f"DICOM files need {error.name}; install it (`pip install -r requirements-dicom.txt`), or upload slices "
+                         "or NIfTI") from error
+    return dicom
 
 
 def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
@@ -120,7 +146,7 @@ def unpack_gzip(name: str, content: bytes) -> bytes:
 
 
 def _read_slices(files: dict[str, bytes]) -> Case:
-    """A case of TIFF, PNG and JPEG slices, masks among them."""
+    """A case of TIFF, PNG and JPEG slices, with masks and a prepared patient's `volume.json` among them."""
     paths = {PurePosixPath(name): content for name, content in files.items()}
     images = [path for path in paths if is_image(path)]
     if not images:
@@ -142,11 +168,16 @@ def _read_slices(files: dict[str, bytes]) -> Case:
     if any(known):
         case.truth = _read_masks(order, [mask and (mask, paths[mask]) for mask in known], case.volume.shape)
     if not case.is_volume:
-        case.notes.append("A lone slice is normalised by itself and not with its patient's other slices: its mask is less "
-                          "reliable. Open a patient's slices together.")
+        case.notes.append(LONE_SLICE)
     if spare := len(masks) - sum(mask is not None for mask in known):
         case.notes.append(f"{spare} masks belong to no slice of the upload and were passed over.")
-    if left := len(paths) - len(images) - len(masks):
+    told = [path for path in paths if path.name == NAME]
+    if len(told) > 1:
+        raise MedFLError(f"{len(told)} files are called {NAME}, and a patient has one; open one patient at a time")
+    if told:
+        between, rows, columns = read_spacing(told[0], len(order), paths[told[0]])
+        case.spacing, case.measured = (rows, columns, between), True
+    if left := len(paths) - len(images) - len(masks) - len(told):
         case.notes.append(f"{left} files are neither slices nor masks and were passed over.")
     return case
 
@@ -182,6 +213,8 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     """The truth, (S, H, W) uint8, that uploaded masks give for a case that is open. A mask belongs to the slice of its name
     without `_mask`; for a lone slice any one mask does. Raises MedFLError where they don't fit."""
     files = [(PurePosixPath(name.replace("\\", "/")), content) for name, content in files]
+    if case.dicom is not None and len(files) == 1 and files[0][0].suffix.lower() not in IMAGE_SUFFIXES:
+        return _dicom().read_dicom_mask(case, str(files[0][0]), files[0][1])
     if len(files) == 1 and str(files[0][0]).lower().endswith(NIFTI):
         from nifti import read_nifti_mask
 

@@ -38,7 +38,8 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
     columns, rows, between = (float(size) for size in image.header.get_zooms()[:3])
     stem = name[:name.lower().index(".nii")]
     case = Case(name=stem, slices=[f"{stem}_{k + 1}" for k in range(len(volume))], volume=volume,
-                groups=np.zeros(len(volume), int), spacing=(rows, columns, between), nifti=stored)
+                groups=np.zeros(len(volume), int), spacing=(rows, columns, between), measured=True,
+                nifti=stored)
     if values.dtype != np.uint8:
         case.notes.append("The intensities of each sequence were scaled to 0–255: 0 and below become 0, and the "
                           f"{BRIGHTEST} % percentile of the rest becomes 255.")
@@ -108,12 +109,18 @@ def _size(slices: np.ndarray) -> str:
 
 def write_nifti(case: Case, mask: np.ndarray) -> bytes:
     """A mask (S, H, W) uint8 0/255 as .nii.gz, voxel for voxel on the scan that was uploaded, 1 where there is tumour."""
-    import nibabel
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
     canonical = [[0, 1], [1, 1], [2, 1]]
     back = ornt_transform(canonical, io_orientation(case.nifti.affine))
     voxels = apply_orientation(from_axial((mask > 0).astype(np.uint8)), back)
-    image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), case.nifti.affine)
+    return nifti_file(voxels, case.nifti.affine)
+
+
+def nifti_file(voxels: np.ndarray, affine: np.ndarray) -> bytes:
+    """Voxels (X, Y, Z) uint8 as .nii.gz; affine: (4, 4), from indices to mm to the right, front and top."""
+    import nibabel
+
+    image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), affine)
     image.header.set_xyzt_units("mm")
     return gzip.compress(image.to_bytes(), mtime=0)

@@ -30,8 +30,13 @@ class Prediction:
 
 
 def predict_case(model: TransUNet, case: Case) -> Prediction:
-    """One pass of the model over the case; slices are normalised with those of their group, as predict.py does it."""
-    return Prediction(_probability(model, case.volume, case.groups))
+    """One pass of the model over the case; slices are normalised with those of their group, as predict.py does it. In the black
+    margins of a DICOM series, which are no scan, there is no tumour."""
+    probability = _probability(model, case.volume, case.groups)
+    if case.dicom is not None:
+        inside, probability = probability, np.zeros_like(probability)
+        case.dicom.within(probability)[:] = case.dicom.within(inside)
+    return Prediction(probability)
 
 
 def _probability(model: TransUNet, volume: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "trut
 LEGENDS = {OUTLINE: "Solid orange line: what the model takes for tumour.", FILL: "Orange: what the model takes for tumour.",
            PROBABILITY: "Dark blue is probability 0, yellow is 1.",
            COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone."}
-MASK_KINDS = ["tif", "tiff", "png", "nii", "gz"]
+MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "dcm"]
 
 
 def take_uploads(uploads: list) -> list[tuple[str, bytes]]:
@@ -190,7 +190,7 @@ def read_mirrored(model: TransUNet) -> None:
 def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
     """What not every reader needs: pixel size, truth, a second reading of the mirrored slices."""
     state = st.session_state
-    if case.nifti is None:
+    if not case.measured:
         with st.expander("Pixel size in mm"):
             st.caption("Volumes in cm³ and diameters in mm are shown where both are known.")
             st.number_input("Side of a pixel (mm)", 0.0, 10.0, step=0.05, key="pixel_size", on_change=take_spacing)
@@ -225,7 +225,21 @@ def downloads(case: Case, probability: np.ndarray, masks: np.ndarray, rows: list
         from nifti import write_nifti  # nibabel is optional
 
         offers.append(("Mask (NIfTI)", lambda: write_nifti(case, masks), f"{case.name}_mask.nii.gz", "application/gzip"))
+    if case.dicom is not None:
+        offers += dicom_offers(case, masks)
     st.subheader("Download")
     with st.container(horizontal=True):
         for label, make, name, mime in offers:
             st.download_button(label, make, name, mime, key=f"get {label}", on_click="ignore")
+
+
+def dicom_offers(case: Case, masks: np.ndarray) -> list[tuple]:
+    """What a case of DICOM gives besides: the mask over its source series, unless it is empty, and as NIfTI."""
+    from dicom import has_nifti, write_segmentation, write_series_nifti  # radiology/ is optional
+
+    offers = []
+    if masks.any() and case.dicom.series.frame_of_reference:  # an empty DICOM SEG can't be shown
+        offers.append(("Mask (DICOM SEG)", lambda: write_segmentation(case, masks), "medfl_mask.dcm", "application/dicom"))
+    if has_nifti():
+        offers.append(("Mask (NIfTI)", lambda: write_series_nifti(case, masks), f"{case.name}_mask.nii.gz", "application/gzip"))
+    return offers

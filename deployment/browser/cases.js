@@ -10,12 +10,15 @@ export const MAX_BYTES = 200 * 2 ** 20; // of a file
 export const MIN_SIDE = 16; // pixels
 const IMAGE = /\.(tiff?|png|jpe?g)$/i;
 const MASK = /_mask\.(tiff?|png|jpe?g)$/i;
+const SHEET = /_contact_sheet\.[^.]*$/; // of a prepared patient, to look through
+const MEASURES = "volume.json"; // of a prepared patient, by the rules of spacing.py
 const NUMBER = /(?:^|[_\-. ])(\d{1,18})$/;
 
 /* A case:
    name; slices: a name for each; count, height, width; pixels: Uint8Array, count × height × width × 3;
    together: whether the slices are one volume, or each is normalised by itself; truth: Uint8Array, count × height × width,
-   0 or 255, or null; spacing: mm between rows, columns and slices, or null; notes; nifti: where the scan came from, or null. */
+   0 or 255, or null; spacing: mm between rows, columns and slices, or null; measured: whether the files tell it; notes; nifti:
+   where the scan came from, or null. */
 
 /** The case that [{name, bytes}] make: slices, one ZIP of slices, or a NIfTI file. Throws UserError for anything else. */
 export async function readCase(files) {
@@ -36,7 +39,7 @@ const stem = (name) => file(name).replace(/\.[^.]*$/, "");
 const number = (name) => stem(name).match(NUMBER)?.[1];
 
 async function readSlices(files) {
-  const images = files.filter(({ name }) => IMAGE.test(name) && !MASK.test(name) && !hidden(name));
+  const images = files.filter(({ name }) => IMAGE.test(name) && !MASK.test(name) && !SHEET.test(name) && !hidden(name));
   const masks = new Map(files.filter(({ name }) => MASK.test(name) && !hidden(name))
     .map((mask) => [folder(mask.name) + stem(mask.name).slice(0, -"_mask".length), mask]));
   if (!images.length) {
@@ -59,7 +62,7 @@ async function readSlices(files) {
   const { width, height, pixels } = await readAll(order);
   const opened = {
     name: [...patients.values()][0] || stem(order[0].name), slices: order.map(({ name }) => file(name)), count: order.length,
-    height, width, pixels, together: numbered.length > 0, truth: null, spacing: null, notes: [], nifti: null,
+    height, width, pixels, together: numbered.length > 0, truth: null, spacing: null, measured: false, notes: [], nifti: null,
   };
   const known = order.map(({ name }) => masks.get(folder(name) + stem(name)));
   const used = known.filter(Boolean).length;
@@ -69,9 +72,35 @@ async function readSlices(files) {
       "Open a patient's slices together.");
   }
   if (masks.size > used) opened.notes.push(`${masks.size - used} masks belong to no slice that was opened and were passed over.`);
-  const left = files.length - images.length - masks.size;
+  const told = files.filter(({ name }) => file(name) === MEASURES);
+  if (told.length > 1) {
+    throw new UserError(`${told.length} files are called ${MEASURES}, and a patient has one; open one patient at a time`);
+  }
+  if (told.length) Object.assign(opened, { spacing: readSpacing(told[0], opened.count), measured: true });
+  const left = files.length - images.length - masks.size - told.length;
   if (left) opened.notes.push(`${left} files are neither slices nor masks and were passed over.`);
   return opened;
+}
+
+/** Millimetres between rows, columns and slices, from the volume.json of a patient of so many slices. */
+function readSpacing({ name, bytes }, slices) {
+  const again = "make it anew with data/prepare_hospital.py, or leave it out to do without millimetres";
+  let told;
+  try {
+    told = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+    if (!("version" in told)) throw new TypeError("another file");
+  } catch {
+    throw new UserError(`${short(name)} is no ${MEASURES} of a prepared patient; ${again}`);
+  }
+  if (told.version !== 1) throw new UserError(`${short(name)} is of version ${short(`${told.version}`)}, and this page reads 1; ${again}`);
+  const { spacing_mm: spacing, slice_positions_mm: positions } = told;
+  if (!(Array.isArray(spacing) && spacing.length === 3 && spacing.every((value) => Number.isFinite(value) && value > 0))) {
+    throw new UserError(`${short(name)} holds no three sizes above 0 as spacing_mm (between slices, row, column); ${again}`);
+  }
+  if (!Array.isArray(positions) || positions.length !== slices) {
+    throw new UserError(`${short(name)} tells of ${positions?.length ?? 0} slices, and the patient has ${slices}; ${again}`);
+  }
+  return [spacing[1], spacing[2], spacing[0]];
 }
 
 /** The pixels of slices of one size, one after the other. */

@@ -48,7 +48,8 @@ export function readNifti(files) {
   const [columns, rows, between] = stored.turned.axes.map((axis) => Math.abs(header.pixDims[axis + 1]));
   const opened = {
     name: base, slices: Array.from({ length: count }, (_, k) => `${base}_${k + 1}`), count, height, width, pixels, together: true,
-    truth: null, spacing: [rows, columns, between], notes: [], nifti: { head: stored.head, header, turned: stored.turned },
+    truth: null, spacing: [rows, columns, between], measured: true, notes: [],
+    nifti: { head: stored.head, header, turned: stored.turned },
   };
   if (!stored.isBytes) {
     opened.notes.push("The intensities of each sequence were scaled to 0–255: 0 and below become 0, and the " +

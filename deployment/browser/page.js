@@ -163,7 +163,7 @@ function showCase() {
     ...opened.notes.map((text) => message("note", text)));
   $("slice").max = opened.count;
   $("slice-label").hidden = $("chart").hidden = opened.count === 1;
-  $("spacing").hidden = opened.nifti !== null;
+  $("spacing").hidden = opened.measured;
   $("figures-title").textContent = opened.count === 1 ? "This slice" : "All slices";
   showTruth();
   measure();

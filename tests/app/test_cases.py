@@ -1,6 +1,7 @@
 """What becomes of an upload: order, groups, truth, NIfTI, and one sentence for everything that is no case."""
 
 import gzip
+import json
 
 import nibabel
 import numpy as np
@@ -37,6 +38,21 @@ def test_masks_become_the_truth_and_may_come_later(slices, picture):
             add_truth(read_case(slices), wrong)
     with pytest.raises(MedFLError, match="16×16 pixels and its slice is 32×32"):
         add_truth(read_case(slices[:1]), [("m.png", picture(mode="L", size=(16, 16)))])
+
+
+def test_volume_json_gives_mm_and_a_broken_one_is_refused(slices, zipped):
+    told = {"version": 1, "spacing_mm": [5.0, 0.9, 0.8], "slice_positions_mm": list(range(12)), "manufacturer": "somebody"}
+    measured = [*slices, ("volume.json", json.dumps(told).encode())]
+    for files in (measured, [("p.zip", zipped([("anna/" + name, content) for name, content in measured]))]):
+        case = read_case(files)
+        assert case.spacing == (0.9, 0.8, 5.0) and case.measured and not case.notes
+    plain = read_case(slices)
+    assert plain.spacing is None and not plain.measured
+    for files, sentence in (([*slices, ("volume.json", b"{")], "no volume.json of a prepared patient"),
+                            ([*slices[:3], measured[-1]], "tells of 12 slices, and the patient has 3"),
+                            ([*measured, ("b/volume.json", b"{}")], "2 files are called volume.json")):
+        with pytest.raises(MedFLError, match=sentence):
+            read_case(files)
 
 
 def sixteen_bit(picture):

@@ -37,7 +37,7 @@ def staged(trained, tmp_path_factory):
 def test_the_folder_holds_the_app_and_nothing_of_a_federation(staged):
     names = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
     assert {"README.md", "Dockerfile", "requirements.txt", "MODEL_CARD.md", f"models/{BEST}", "deployment/app/app.py"} <= names
-    assert not [name for name in names if re.search(r"federation|train|dataset|batches|split|\.tif|__pycache__", name)]
+    assert not [name for name in names if re.search(r"federation|train|dataset|batches|split|radiology|\.tif|__pycache__", name)]
     head = (staged / "README.md").read_text().split("---")[1]
     assert {"sdk: docker", "app_port: 8501", "license: mit"} <= set(head.split("\n"))
     assert len(re.search("short_description: (.*)", head)[1]) <= 60
@@ -51,8 +51,13 @@ def test_the_folder_holds_the_app_and_nothing_of_a_federation(staged):
 
 def test_the_folder_starts_by_itself_and_segments(staged, tmp_path):
     """Outside of the repository, on its own path alone; a module that it lacks would be missed here."""
-    code = ("import sys; from pathlib import Path; from streamlit.testing.v1 import AppTest\n"
+    code = ("import io, sys, zipfile; from pathlib import Path; from streamlit.testing.v1 import AppTest\n"
             "page = AppTest.from_file('deployment/app/app.py', default_timeout=120).run()\n"
+            "assert 'DICOM' not in page.file_uploader[0].label\n"
+            "file = io.BytesIO()\n"
+            "with zipfile.ZipFile(file, 'w') as archive: archive.writestr('a', bytes(128) + b'DICM')\n"
+            "page.file_uploader[0].set_value([('a.zip', file.getvalue(), 'application/zip')]).run()\n"
+            "assert ['published page takes none' in error.value for error in page.error] == [True], page.error\n"
             "page.button(key='phantom_1').click().run()\n"
             "assert not page.exception and len(page.table) == 1, page.exception\n"
             "here = {n: m.__file__ for n, m in sys.modules.items() if n in ('card', 'transunet', 'inference', 'plausibility')}\n"

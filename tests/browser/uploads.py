@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import zipfile
 
 import nibabel
@@ -92,6 +93,7 @@ def zipped(files) -> bytes:
 VOLUME = [(f"anna_{k}.tif", picture((COLOURS // 13 * k).astype(np.uint8), "TIFF")) for k in range(1, 13)]
 MASKS = [(f"anna_{k}_mask.png", picture(255 * np.greater(GREY, 20 * k).astype(np.uint8))) for k in range(1, 13)]
 TRUTH = nibabel.Nifti1Image(RNG.integers(0, 2, (20, 24, 18)).astype(np.uint8), LAS).to_bytes()
+MEASURED = json.dumps({"version": 1, "spacing_mm": [5.0, 0.9, 0.8], "slice_positions_mm": list(range(12))}).encode()
 READ = {name: [file] for name, file in PICTURES.items()} | {
     f"NIfTI: {name}": [("scan.nii", content)] for name, content in SCANS.items()} | {
     "a volume in any order": VOLUME[::-1], "with masks": VOLUME + MASKS, "a ZIP": [("p.zip", zipped([*VOLUME, *MASKS]))],
@@ -104,6 +106,7 @@ READ = {name: [file] for name, file in PICTURES.items()} | {
     "nameless": [("anna/1.png", picture(GREY)), ("anna/2.png", picture(GREY))],
     "a ZIP with hidden files": [
         ("p.zip", zipped([(".DS_Store", b""), ("p/.x/b_1.tif", b""), *[(f"p/{n}", c) for n, c in VOLUME + MASKS]]))],
+    "a prepared patient": [*VOLUME, ("volume.json", MEASURED), ("anna_contact_sheet.png", picture(COLOURS))],
     "a mask too many": [*VOLUME, ("bert_1_mask.png", MASKS[0][1])], "capitals": [("ANNA_1.TIF", VOLUME[0][1])],
 }
 FLIPPED = bytearray(picture(COLOURS, compress_level=0))
@@ -125,6 +128,12 @@ BROKEN = {
     "numbered and not": [VOLUME[0], ("scan.png", picture(GREY))], "too many": [(f"a_{k}.png", b"") for k in range(2000)],
     "masks alone": MASKS, "no mask for one": VOLUME + MASKS[:-1], "a grey mask": [VOLUME[0], ("anna_1_mask.png", picture(GREY))],
     "a mask of another size": [VOLUME[0], ("anna_1_mask.png", picture(np.zeros((20, 20), np.uint8)))],
+    "a broken volume.json": [*VOLUME, ("volume.json", b"{")], "an empty volume.json": [*VOLUME, ("volume.json", b"{}")],
+    "a volume.json of lists": [*VOLUME, ("volume.json", b"[1]")],
+    "the volume.json of others": [*VOLUME[:3], ("volume.json", MEASURED)],
+    "no sizes": [*VOLUME, ("volume.json", MEASURED.replace(b"5.0", b"0.0"))],
+    "of a later version": [*VOLUME, ("volume.json", MEASURED.replace(b": 1,", b": 2,"))],
+    "two volume.json": [*VOLUME, ("volume.json", MEASURED), ("b/volume.json", MEASURED)],
     "broken ZIP": [("p.zip", b"PK\3\4 and no more")], "empty ZIP": [("p.zip", zipped([]))],
     "ZIP and more": [("p.zip", zipped(VOLUME)), VOLUME[0]],
     "climbing ZIP": [("p.zip", zipped([("../../etc/a_1.tif", VOLUME[0][1])]))],

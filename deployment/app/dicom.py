@@ -1,0 +1,256 @@
+"""DICOM series in and masks out, through radiology/, which is optional here (requirements-dicom.txt).
+
+Of a file's tags a case keeps what its mask as DICOM SEG needs, until it is closed; the page shows none but the geometry.
+"""
+
+import importlib.util
+import io
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import SimpleITK as sitk
+
+from cases import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case
+from common import MedFLError
+from preprocessing import CHANNELS
+from radiology.geometry import POOR, SIDE, agreement, register, resample, to_uint8
+from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
+from radiology.segmentation import make_segmentation, read_segmentation
+from radiology.series import Refused, Series, find_series, load_series
+from radiology.studies import plan_studies
+
+LONGEST = 2.0  # sides of a pixel, longer to shorter, that a page can show and a network can judge
+ACQUIRED = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal"}  # by the direction in which the slices follow
+
+
+class Upload(io.BytesIO):
+    """A file in memory that radiology/ reads as it reads one on disk."""
+
+    def __init__(self, name: str, content: bytes):
+        super().__init__(content)
+        self.name = name.rsplit("/", 1)[-1]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def stat(self) -> SimpleNamespace:
+        return SimpleNamespace(st_size=len(self.getvalue()))
+
+    def open(self, _mode: str) -> io.BytesIO:
+        return io.BytesIO(self.getvalue())
+
+
+@dataclass
+class Source:
+    """The series that a case's slices were made of, and how to get back onto its grid.
+
+    series: FLAIR, its files in memory; grid: an empty image on it; margins: black rows above and black columns on the left
+    that made the slices square, and the rows and columns in between.
+    """
+
+    series: Series
+    grid: sitk.Image
+    margins: tuple[int, int, int, int]
+
+    def within(self, slices: np.ndarray) -> np.ndarray:
+        """A view of slices (S, H, W) without the margins."""
+        above, left, below, right = self.margins
+        return slices[:, above:slices.shape[1] - below, left:slices.shape[2] - right]
+
+
+def read_dicom(files: list[tuple[str, bytes]]) -> Case:
+    """The case of the DICOM files of one study: FLAIR, and pre- and post-contrast laid over it where they are there.
+
+    One series alone is taken for FLAIR. Slices are axial, from feet to head, as the series has them or cut across it; a DICOM
+    SEG of the FLAIR series becomes the truth. Raises MedFLError where no series can be used.
+    """
+    found, refused = find_series([Upload(name, content) for name, content in files])
+    masks = [series for series in found if series.modality == "SEG"]
+    scans = [series for series in found if series not in masks]
+    channels, notes = _choose(scans, masks, refused)
+    flair = channels[FLAIR]
+    _check_size(flair.slices, flair.rows, flair.columns)
+    image = _load(flair)
+    oriented = sitk.DICOMOrient(image, "LPS")
+    _check_pixels(*oriented.GetSpacing()[:2])
+    grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)
+    grid.CopyInformation(image)
+    source = Source(flair, grid, _margins(oriented))
+    planes = {FLAIR: _onto_page(oriented, source)}
+    for channel in (PRE, POST):
+        if channel in channels:
+            try:
+                planes[channel] = _onto_page(_laid_over(channels[channel], flair, oriented, notes), source)
+            except MedFLError as error:
+                notes.append(f"The series for {channel} was passed over: {error}.")
+    if missing := [channel for channel in (PRE, POST) if channel not in planes]:
+        notes.append(f"FLAIR stands in for {' and '.join(missing)}, as in the training set where one was missing.")
+    volume = np.stack([to_uint8(planes.get(channel, planes[FLAIR])) for channel in CHANNELS], axis=-1)
+    _check_size(*volume.shape[:3])
+    columns, rows, between = oriented.GetSpacing()
+    case = Case(name="DICOM series", slices=[f"slice_{k + 1}" for k in range(len(volume))], volume=volume,
+                groups=np.zeros(len(volume), int), spacing=(rows, columns, between), measured=True, dicom=source,
+                notes=notes + _notes_on(flair, image, oriented))
+    own = [series for series in masks if flair.uid in series.references]
+    if len(own) == 1:
+        case.truth = read_dicom_mask(case, own[0].files[0].name, own[0].files[0].getvalue())
+    if passed := len(masks) - (case.truth is not None):
+        case.notes.append(f"{passed} DICOM SEG were passed over: one alone that is of the FLAIR series becomes the truth.")
+    return case
+
+
+def _choose(scans: list[Series], masks: list[Series], refused: list[Refused]) -> tuple[dict[str, Series], list[str]]:
+    """The series of each channel, FLAIR among them, and what is to be told of the others. Of several that claim to be FLAIR one
+    with a mask goes first. Raises MedFLError where none can be used, or none can be told to be FLAIR."""
+    usable = [series for series in scans if not series.problems]
+    if not usable:
+        raise MedFLError(f"the upload holds no series that can be used ({_reasons(scans, refused)}); export the FLAIR series anew")
+    if len({(series.patient_id, series.study_uid) for series in usable}) > 1:
+        raise MedFLError("the upload holds series of several studies; open one at a time")
+    rules, notes = load_rules(), []
+    broken = [series for series in scans if series.problems and role_of(series, rules)[0] == FLAIR]
+    if len(usable) == 1 and not broken:
+        channels = {FLAIR: usable[0]}
+        if role_of(usable[0], rules)[0] != FLAIR:
+            notes.append("The series does not say of itself that it is FLAIR, and was taken for it because there is no other.")
+    else:
+        study = next(s for s in plan_studies(usable + masks, rules) if s.uid == usable[0].study_uid)
+        channels = study.channels
+        if not channels:
+            why = f"; one that does can't be used ({_reasons(broken, [])})" if broken else ""
+            raise MedFLError(f"none of the upload's {len(usable)} series that can be used says of itself that it is FLAIR{why}; "
+                             "upload the FLAIR series alone")
+        notes += [f"{line.used_as} was chosen {line.why}." for line in study.lines if line.used_as and "claim" in line.why]
+    spare = [series for series in scans if series not in channels.values()]
+    if spare:
+        notes.append(f"{len(spare)} series were passed over: {_reasons(spare, []) or 'no channel needs them'}.")
+    if refused:
+        notes.append(f"{len(refused)} files were passed over: {_reasons([], refused[:1])}.")
+    return channels, notes
+
+
+def _reasons(series: list[Series], refused: list[Refused]) -> str:
+    """Why series and files can't be used, each reason once."""
+    told = [problem for one in series for problem in one.problems] + [f"{file.path}: {file.why}" for file in refused]
+    return "; ".join(list(dict.fromkeys(told))[:3])
+
+
+def _check_size(slices: int, rows: int, columns: int) -> None:
+    if min(rows, columns) < MIN_SIDE or slices * rows * columns > MAX_PIXELS:
+        raise MedFLError(f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; prepare it with "
+                         "data/prepare_hospital.py and open the slices")
+
+
+def _check_pixels(across: float, down: float) -> None:
+    if max(across, down) > LONGEST * min(across, down):
+        raise MedFLError(f"cut axially, the series has pixels of {across:.1f} × {down:.1f} mm; open an axial series or a 3-D one, "
+                         "or prepare this one with data/prepare_hospital.py and open the slices")
+
+
+def _load(series: Series) -> sitk.Image:
+    _rewind(series)
+    return load_series(series)
+
+
+def _rewind(series: Series) -> None:
+    """What reads a file in memory begins where the last reader stopped."""
+    for file in series.files:
+        file.seek(0)
+
+
+def _laid_over(series: Series, flair: Series, fixed: sitk.Image, notes: list[str]) -> sitk.Image:
+    """Another series of the study, registered to FLAIR and on its grid. Adds to `notes` where it does not fit."""
+    moving = _load(series)
+    same = bool(flair.frame_of_reference) and series.frame_of_reference == flair.frame_of_reference
+    moved = resample(moving, fixed, register(moving, fixed, same))
+    if agreement(moved, fixed) < POOR:
+        notes.append("A series lies poorly over FLAIR, even after it was registered: look at the channels before you trust the "
+                     "mask.")
+    return moved
+
+
+def _margins(oriented: sitk.Image) -> tuple[int, int, int, int]:
+    """The margins that make slices square in mm, as the slices were that the network learned from."""
+    columns, rows = oriented.GetSize()[:2]
+    across, down = oriented.GetSpacing()[:2]
+    side = max(columns * across, rows * down)
+    more_rows, more_columns = max(0, round(side / down) - rows), max(0, round(side / across) - columns)
+    return more_rows // 2, more_columns // 2, more_rows - more_rows // 2, more_columns - more_columns // 2
+
+
+def _notes_on(series: Series, image: sitk.Image, oriented: sitk.Image) -> list[str]:
+    """What a reader should know of the series that the slices are of."""
+    notes = ["The mask as DICOM SEG carries the patient's name and number from the series, as a viewer needs them; the page shows "
+             "neither, and no other download holds them."]
+    if not series.frame_of_reference:
+        notes = ["The series names no frame of reference, which a DICOM SEG must refer to: there is no mask in this form."]
+    follows = _orientation(image)[2]
+    if follows in ACQUIRED:
+        across, down = oriented.GetSpacing()[:2]
+        notes.append(f"The series was acquired {ACQUIRED[follows]}; its axial slices have pixels of {across:.1f} × {down:.1f} mm.")
+    if series.slices == 1:
+        notes.append(LONE_SLICE)
+    return notes
+
+
+def _orientation(image: sitk.Image) -> str:
+    """Where an image's columns, rows and slices lead to, a letter each, such as LPS."""
+    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+
+
+def _onto_page(oriented: sitk.Image, source: Source) -> np.ndarray:
+    """Axial slices (S, H, W) with the source's margins, black."""
+    above, left, below, right = source.margins
+    return np.pad(sitk.GetArrayViewFromImage(oriented), ((0, 0), (above, below), (left, right)))
+
+
+def read_dicom_mask(case: Case, name: str, content: bytes) -> np.ndarray:
+    """A mask of the case's shape from a DICOM SEG of its series, (S, H, W) uint8. Raises MedFLError for any other."""
+    labels = sitk.DICOMOrient(read_segmentation(Upload(name, content), case.dicom.grid), "LPS")
+    return _onto_page(labels, case.dicom) * np.uint8(255)
+
+
+def on_series(case: Case, mask: np.ndarray) -> np.ndarray:
+    """A mask (S, H, W) uint8 of the case on the source series' own slices, rows and columns, in its order, 1 where there is
+    tumour."""
+    oriented = sitk.GetImageFromArray((case.dicom.within(mask) > 0).astype(np.uint8))
+    oriented.CopyInformation(sitk.DICOMOrient(case.dicom.grid, "LPS"))
+    return sitk.GetArrayFromImage(sitk.DICOMOrient(oriented, _orientation(case.dicom.grid)))
+
+
+def write_segmentation(case: Case, mask: np.ndarray) -> bytes:
+    """A mask of the case as DICOM SEG over its source series. Raises MedFLError for an empty one."""
+    _rewind(case.dicom.series)
+    file = io.BytesIO()
+    make_segmentation(on_series(case, mask), case.dicom.series).save_as(file)
+    return file.getvalue()
+
+
+def write_series_nifti(case: Case, mask: np.ndarray) -> bytes:
+    """A mask of the case as .nii.gz, voxel for voxel on the source series, 1 where there is tumour."""
+    from nifti import nifti_file
+
+    grid = case.dicom.grid
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(grid.GetDirection()).reshape(3, 3) * grid.GetSpacing()
+    affine[:3, 3] = grid.GetOrigin()
+    affine[:2] *= -1  # DICOM counts to the left and back, NIfTI to the right and front
+    return nifti_file(on_series(case, mask).transpose(2, 1, 0), affine)
+
+
+def as_prepared(volume: np.ndarray) -> np.ndarray:
+    """Slices (S, H, W, 3) uint8 as square ones of about the side that prepared slices have: what a scan looks like is measured
+    there. Scanners often write 512×512 pixels that are smooth because they were interpolated."""
+    side = max(volume.shape[1:3])
+    rows, columns = (np.arange(side) * length // side for length in volume.shape[1:3])
+    times = max(1, side // SIDE)
+    inside = side // times * times
+    square = volume[:, rows[:inside]][:, :, columns[:inside]]
+    blocks = square.reshape(len(volume), inside // times, times, inside // times, times, 3)
+    return blocks.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
+
+
+def has_nifti() -> bool:
+    """Whether nibabel is installed, which is optional."""
+    return importlib.util.find_spec("nibabel") is not None

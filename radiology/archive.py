@@ -1,0 +1,173 @@
+"""A run over an archive's studies: each prepared once, put where it belongs, and remembered, so that a broken-off run goes on."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import MedFLError, atomic_write
+from radiology.overview import SUFFIX, contact_sheet, write_page, write_report
+from radiology.preparation import Prepared, prepare, write_study
+from radiology.pseudonyms import Pseudonyms
+from radiology.rules import FLAIR, Rules
+from radiology.series import Refused
+from radiology.studies import Study
+
+VERSION = 1  # of what is made; another one makes every study anew
+MADE, REPORT = "prepared.json", "report.csv"  # in the private folder
+PAGE, SHEETS = "index.html", "contact_sheets"  # in the output, and the folders of studies that don't train
+TRAINING, MORE, UNMASKED = "", "more_studies", "without_masks"
+PARTS = {TRAINING: "for training", MORE: "another study of a patient who trains already, so kept apart",
+         UNMASKED: "kept apart from training"}
+
+
+@dataclass
+class Made:
+    """What a study became. fingerprint: of its files and the rules. part: the folder in the output. failures: by a series' uid."""
+
+    fingerprint: str
+    part: str
+    slices: int
+    mask: bool
+    notes: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Preparation:
+    """A run that puts studies into `out`. tell: takes a sentence about a study. Raises MedFLError for a damaged memory."""
+
+    def __init__(self, out: Path, pseudonyms: Pseudonyms, rules: Rules, tell: Callable[[str], None]):
+        self.out, self.pseudonyms, self.rules, self.tell = out, pseudonyms, rules, tell
+        self._file = pseudonyms.folder / MADE
+        self._made = self._read()
+        self._left_out: dict[str, str] = {}  # by the FLAIR's uid
+
+    def run(self, studies: list[Study]) -> None:
+        """Prepare every study that has a FLAIR, one after the other; what is there already, from the same files, stays.
+
+        The first study of a patient that has a mask trains. The others are kept apart, for a split is by folder, and a patient
+        in two of them could be on both of its sides. Raises MedFLError where nothing can be written.
+        """
+        for killed in self.out.glob(".preparing-*"):
+            shutil.rmtree(killed, ignore_errors=True)
+        with tqdm(total=len(studies), desc="preparing", unit="study", disable=None) as bar:
+            for _, of_patient in groupby(studies, lambda s: s.patient_id or s.uid):
+                of_patient = list(of_patient)
+                trains = self._trains_already(of_patient)
+                for study in of_patient:
+                    if study.channels and (name := self._ready(study)) and self._made[name].mask:
+                        self._place(name, MORE if trains else TRAINING)
+                        trains = True
+                    bar.update()
+
+    def _trains_already(self, of_patient: list[Study]) -> bool:
+        """Whether a study of this patient trains that came with a former export."""
+        names = {self.pseudonyms.name(study.patient_id, study.uid) for study in of_patient}
+        person = min(names).split("_")[0]
+        return any(name.startswith(f"{person}_") and name not in names and made.mask and made.part == TRAINING
+                   and self._is_whole(name) for name, made in self._made.items())
+
+    def of(self, studies: list[Study]) -> list[Made]:
+        """What these studies became, without those that could not be prepared."""
+        return [self._made[name] for name, _ in self._there(studies)]
+
+    def write_overview(self, studies: list[Study], refused: list[Refused]) -> None:
+        """Write the page over all prepared studies, and the report on every series."""
+        there = self._there(studies)
+        if there:
+            write_page([{"name": name, "sheet": f"{SHEETS}/{name}{SUFFIX}", "slices": made.slices, "mask": made.mask,
+                         "part": PARTS[made.part], "notes": made.notes} for name, _ in there for made in [self._made[name]]],
+                       self.out / PAGE)
+        failures = {uid: why for made in self.of(studies) for uid, why in made.failures.items()} | self._left_out
+        names = {(study.patient_id, study.uid): name for name, study in there}
+        named = [(names.get((study.patient_id, study.uid), ""), study) for study in studies]
+        write_report(named, refused, failures, self.pseudonyms.folder / REPORT)
+
+    def _read(self) -> dict[str, Made]:
+        try:
+            return {name: Made(**made) for name, made in json.loads(self._file.read_text(encoding="utf-8")).items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise MedFLError(f"{self._file} can't be read; delete it, and every study is prepared anew") from error
+
+    def _there(self, studies: list[Study]) -> list[tuple[str, Study]]:
+        names = [(self.pseudonyms.name(study.patient_id, study.uid), study) for study in studies if study.channels]
+        return [(n, s) for n, s in names if self._is_whole(n) and s.channels[FLAIR].uid not in self._left_out]
+
+    def _is_whole(self, name: str) -> bool:
+        made = self._made.get(name)
+        return made is not None and (self.out / made.part / name / "volume.json").exists()
+
+    def _ready(self, study: Study) -> str | None:
+        """The name of a study that is prepared now, or None where it can't be: that is told, and the rest goes on."""
+        name = self.pseudonyms.name(study.patient_id, study.uid)
+        fingerprint = _fingerprint(study, self.rules)
+        if self._is_whole(name) and self._made[name].fingerprint == fingerprint:
+            return name
+        try:
+            prepared = prepare(study, self.rules)
+        except MedFLError as error:
+            self._left_out[study.channels[FLAIR].uid] = str(error)
+            self.tell(f"{name} is left out: {error}")
+            return None
+        part = UNMASKED if prepared.mask is None else TRAINING
+        self.pseudonyms.save()
+        self._put(prepared, part, name)
+        self._remember(name, Made(fingerprint, part, len(prepared.volume), prepared.mask is not None, list(prepared.notes),
+                                  prepared.failures))
+        for sentence in [*prepared.notes, *prepared.failures.values()]:
+            self.tell(f"{name}: {sentence}")
+        return name
+
+    def _put(self, prepared: Prepared, part: str, name: str) -> None:
+        """Write a study beside and move it to its place, whole."""
+        beside = None
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(dir=self.out, prefix=".preparing-"))
+            (beside / name).mkdir()
+            write_study(prepared, beside / name, name)
+            contact_sheet(prepared.volume, prepared.mask).save(beside / "sheet.png")
+            for old in PARTS:
+                shutil.rmtree(self.out / old / name, ignore_errors=True)
+            _move(beside / "sheet.png", self.out / SHEETS / f"{name}{SUFFIX}")
+            _move(beside / name, self.out / part / name)
+        except OSError as error:
+            raise MedFLError(f"{self.out} can't be written ({error.strerror or error}); free the space or change --out") from error
+        finally:
+            if beside is not None:
+                shutil.rmtree(beside, ignore_errors=True)
+
+    def _place(self, name: str, part: str) -> None:
+        made = self._made[name]
+        if made.part != part:
+            _move(self.out / made.part / name, self.out / part / name)
+            made.part = part
+            self._remember(name, made)
+
+    def _remember(self, name: str, made: Made) -> None:
+        self._made[name] = made
+        with atomic_write(self._file, "w", private=True) as file:
+            json.dump({name: asdict(made) for name, made in self._made.items()}, file)
+
+
+def _fingerprint(study: Study, rules: Rules) -> str:
+    """Changes when a file of the study changes, the rules do, or what this program makes of them."""
+    digest = hashlib.sha256(f"{VERSION}\n{rules.text}\n".encode())
+    for series in [*study.channels.values(), *([study.mask] if study.mask else [])]:
+        for path in series.files:
+            about = path.stat()
+            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _move(what: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    what.replace(to)

@@ -1,0 +1,158 @@
+"""One study's series to a volume in the dataset's layout: channels laid over FLAIR, 8 bits, mask, and what is told of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from PIL import Image
+
+from common import MedFLError, write_json
+from radiology.geometry import POOR, agreement, register, resample, resample_mask, to_axial, to_uint8
+from radiology.nifti import load_volume, read_labels
+from radiology.rules import CHANNELS, FLAIR, Rules
+from radiology.segmentation import MANUFACTURER, read_segmentation
+from radiology.series import Series, load_series
+from radiology.studies import Study
+
+LOST = 0.1  # of a mask's volume, from where on it is told
+TEXT_SHARE, TEXT_PIXELS, TEXT_LEVEL = 0.5, 20, 0.2  # of slices with one value at a place; such places; of the 99.9th percentile
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study in the dataset's layout.
+
+    volume: (S, 256, 256, 3) uint8. mask: (S, 256, 256) uint8 0 or 255, or None. about: what volume.json holds. notes: what
+    a person should know, in sentences without a word of the source. failures: why a series could not be used after all, by
+    its uid; these may name files.
+    """
+
+    volume: np.ndarray
+    mask: np.ndarray | None
+    about: dict
+    notes: tuple[str, ...]
+    failures: dict[str, str]
+
+
+def prepare(study: Study, rules: Rules) -> Prepared:
+    """A study's series, read, aligned and in 8 bits. Raises MedFLError where its FLAIR can't be read or is blank."""
+    flair = _load(study.channels[FLAIR])
+    fixed, told = to_axial(flair)
+    notes = ([f"FLAIR was {told}"] if told else []) + _text_notes(FLAIR, study.channels[FLAIR], flair)
+    grids, transforms, failures = {FLAIR: _grid_of(flair)}, {FLAIR: sitk.Transform()}, {}
+    planes = {FLAIR: to_uint8(sitk.GetArrayViewFromImage(fixed))}
+    del flair
+    if not planes[FLAIR].any():
+        raise MedFLError("its FLAIR is blank: every pixel has the same value; export it again")
+    for channel in CHANNELS:
+        series = study.channels.get(channel)
+        if channel != FLAIR and series is not None:
+            try:
+                image = _load(series)
+                transform = register(image, fixed, _same_frame(series, study.channels[FLAIR]))
+                moved = resample(image, fixed, transform)
+                planes[channel] = _not_blank(to_uint8(sitk.GetArrayViewFromImage(moved)))
+            except MedFLError as error:
+                failures[series.uid] = str(error)
+            else:
+                grids[channel], transforms[channel] = _grid_of(image), transform
+                notes += _text_notes(channel, series, image) + _alignment_notes(channel, agreement(moved, fixed))
+        if channel not in planes:
+            planes[channel] = planes[FLAIR]
+            notes.append(f"{channel} is missing or can't be used, and FLAIR stands in")
+    mask = None
+    if study.mask is not None:
+        try:
+            mask = _read_mask(study, rules, grids, transforms, fixed, notes)
+        except MedFLError as error:
+            failures[study.mask.uid] = str(error)
+            notes.append("its mask can't be used; the report says why")
+    volume = np.stack([planes[channel] for channel in CHANNELS], axis=-1)
+    return Prepared(volume, mask, _about(study.channels[FLAIR], fixed), tuple(notes), failures)
+
+
+def _load(series: Series) -> sitk.Image:
+    return load_volume(series) if series.modality == "NIfTI" else load_series(series)
+
+
+def _grid_of(image: sitk.Image) -> sitk.Image:
+    """An empty image on the same grid, a quarter of the memory."""
+    grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)
+    grid.CopyInformation(image)
+    return grid
+
+
+def _same_frame(one: Series, other: Series) -> bool:
+    """Whether two series were measured in one set of coordinates. NIfTI does not tell; those of a study are taken to be."""
+    return one.frame_of_reference == other.frame_of_reference and (bool(one.frame_of_reference) or one.modality == "NIfTI")
+
+
+def _not_blank(plane: np.ndarray) -> np.ndarray:
+    if not plane.any():
+        raise MedFLError("nothing of it lies where FLAIR lies, or every pixel has the same value")
+    return plane
+
+
+def _alignment_notes(channel: str, found: float) -> list[str]:
+    if found >= POOR:
+        return []
+    return [f"{channel} may lie poorly on FLAIR (agreement of edges {found:.2f}, usually above {POOR}): look at its contact sheet"]
+
+
+def _text_notes(channel: str, series: Series, image: sitk.Image) -> list[str]:
+    """A warning where a series says so, is a secondary capture, or has the same bright pixels in the corners of many slices."""
+    volume = sitk.GetArrayViewFromImage(image)
+    rows, columns = (np.linspace(-1, 1, n) for n in volume.shape[1:])
+    corners = volume[:, np.hypot(rows[:, None], columns[None, :]) > 1]
+    usual = np.median(corners, axis=0)
+    level = volume.min() + TEXT_LEVEL * (np.percentile(volume[::4, ::4, ::4], 99.9) - volume.min())
+    fixed = ((corners == usual).mean(axis=0) >= TEXT_SHARE) & (usual > level)
+    if not series.burnt_in and fixed.sum() < TEXT_PIXELS:
+        return []
+    return [f"{channel} may carry burnt-in text, which can name the patient: look at its contact sheet before anything leaves"]
+
+
+def _read_mask(study: Study, rules: Rules, grids: dict, transforms: dict, fixed: sitk.Image, notes: list[str]) -> np.ndarray:
+    """The study's mask on the grid of `fixed`, (S, H, W) uint8 0 or 255. Raises MedFLError for one that can't be used."""
+    if study.mask.modality == "NIfTI":
+        channels = [FLAIR, *(c for c in grids if c != FLAIR)]
+        labels, place = read_labels(study.mask, rules.labels, [grids[c] for c in channels])
+        channel = channels[place]
+    else:
+        channel = study.mask_of
+        if channel not in grids:
+            raise MedFLError(f"it is a segmentation of the {channel} series, which can't be used")
+        labels = read_segmentation(study.mask.files[0], grids[channel])
+        if study.mask.manufacturer == MANUFACTURER:
+            notes.append("its mask was drawn by a network of MedFL, not by a person")
+    mask = resample_mask(labels, fixed, transforms[channel])
+    before = np.count_nonzero(sitk.GetArrayViewFromImage(labels)) * np.prod(labels.GetSpacing())
+    after = np.count_nonzero(mask) * np.prod(fixed.GetSpacing())
+    if not after:
+        raise MedFLError("it marks nothing that lies where FLAIR lies")
+    if abs(after - before) > LOST * before:
+        notes.append(f"the mask's volume went from {before / 1000:.1f} to {after / 1000:.1f} cm³ on FLAIR's slices")
+    return mask
+
+
+def _about(flair: Series, fixed: sitk.Image) -> dict:
+    """What volume.json holds: of the source only field strength, maker and model."""
+    column, row, between = fixed.GetSpacing()
+    normal = np.array(fixed.GetDirection()).reshape(3, 3)[:, 2]
+    positions = float(np.dot(fixed.GetOrigin(), normal)) + between * np.arange(fixed.GetSize()[2])
+    return {"version": 1, "spacing_mm": [round(v, 4) for v in (between, row, column)],
+            "slice_positions_mm": positions.round(3).tolist(), "field_strength_t": flair.field_strength,
+            "manufacturer": flair.manufacturer or None, "model": flair.model or None}
+
+
+def write_study(prepared: Prepared, folder: Path, name: str) -> None:
+    """Write slices, masks and volume.json into a folder that is there. Raises MedFLError where that fails."""
+    try:
+        for index, pixels in enumerate(prepared.volume):
+            Image.fromarray(pixels).save(folder / f"{name}_{index + 1}.tif")
+            if prepared.mask is not None:
+                Image.fromarray(prepared.mask[index]).save(folder / f"{name}_{index + 1}_mask.tif")
+    except OSError as error:
+        raise MedFLError(f"{folder} can't be written ({error.strerror or error}); free the space or change --out") from error
+    write_json(folder / "volume.json", prepared.about)

@@ -1,0 +1,240 @@
+"""From DICOM files to series: which files belong together, in what order, what is wrong with them, and their pixels.
+
+Headers are read first and pixels only when asked for, a slice at a time, so an archive of any size can be looked through.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+from pydicom.pixels import get_decoder, pixel_array
+from pydicom.pixels.processing import apply_modality_lut
+from pydicom.uid import UID
+
+from common import MedFLError
+from radiology.headers import Slice, read_header
+
+MAX_VOXELS = 2**27  # of a series: 512 MiB as float32
+SAME_PLACE = 0.01  # mm; nearer slices lie at one place
+UNEVEN = 0.05  # of the distance between slices; scanners round positions
+TURNED = 1e-3  # in direction cosines, which are written with six digits or so
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series of an archive.
+
+    files: along the normal of the slices, one per slice, or the one file of a multi-frame series, whose slices are then
+    `frames` of it, in order. spacing: mm between slices, rows and columns. positions: mm along the normal, one per slice.
+    problems: why it can't be used, a sentence each; empty where it can. references: the series that a segmentation is of.
+    when: the study's date and time as DICOM writes them, to put studies in order.
+    """
+
+    uid: str
+    study_uid: str
+    patient_id: str
+    modality: str
+    description: str
+    files: tuple[Path, ...] = field(repr=False)
+    frames: tuple[int, ...] = field(default=(), repr=False)
+    rows: int = 0
+    columns: int = 0
+    spacing: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    orientation: tuple[float, ...] = ()
+    positions: tuple[float, ...] = field(default=(), repr=False)
+    problems: tuple[str, ...] = ()
+    number: int | None = None
+    protocol: str = ""
+    sequence: str = ""
+    image_type: tuple[str, ...] = ()
+    contrast_agent: str = ""
+    repetition_time: float | None = None
+    echo_time: float | None = None
+    inversion_time: float | None = None
+    field_strength: float | None = None
+    manufacturer: str = ""
+    model: str = ""
+    frame_of_reference: str = ""
+    burnt_in: bool = False
+    references: tuple[str, ...] = ()
+    when: str = ""
+
+    @property
+    def slices(self) -> int:
+        """How many slices it has."""
+        return len(self.frames) or len(self.files)
+
+    @property
+    def normal(self) -> np.ndarray:
+        """The direction in which the slices follow each other, (3,), in the patient's coordinates (left, back, up)."""
+        return np.cross(self.orientation[:3], self.orientation[3:])
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A file that belongs to no series, and why."""
+
+    path: Path
+    why: str
+
+
+def find_series(paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:
+    """The series that these files form, by patient, study and number, and the files that belong to none.
+
+    Reads headers only. A file that is there twice counts once; the second is among the refused.
+    """
+    slices, heads, notes, refused, seen = defaultdict(list), {}, defaultdict(list), [], {}
+    for path in paths:
+        try:
+            header = read_header(path)
+        except MedFLError as error:
+            refused.append(Refused(path, str(error)))
+            continue
+        if header.instance in seen:
+            refused.append(Refused(path, f"the same image as {seen[header.instance].name}; it counts once"))
+            continue
+        seen[header.instance] = path
+        heads.setdefault(header.series, header.about)
+        notes[header.series] += header.problems
+        slices[header.series] += header.slices
+    found = [_assemble(head, slices[uid], notes[uid]) for uid, head in heads.items()]
+    return sorted(found, key=lambda s: (s.patient_id, s.study_uid, s.number is None, s.number or 0, s.uid)), refused
+
+
+def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
+    """A series of slices in any order, with everything that is wrong with it."""
+    first, problems = slices[0], list(dict.fromkeys(notes))
+    files = tuple(dict.fromkeys(s.path for s in slices))
+    rows, columns = first.matrix
+    if head["modality"] == "SEG":  # its frames are of several segments, and radiology.segmentation reads them
+        return Series(**head, files=files, rows=rows, columns=columns, problems=tuple(problems))
+    if sizes := sorted({s.matrix for s in slices} - {first.matrix}):
+        problems.append(f"its slices have different sizes, {columns}×{rows} and {sizes[0][1]}×{sizes[0][0]}")
+    geometry = problem = None
+    if len(files) > 1 and any(s.frame is not None for s in slices):
+        problem = "it mixes files of several frames with others; export it as one kind"
+    elif any(None in (s.position, s.orientation, s.pixel_spacing) for s in slices):
+        problem = "it does not say where its slices lie (position, orientation or pixel spacing is missing)"
+    else:
+        geometry, problem = _geometry(slices)
+    if problem:
+        problems.append(problem)
+    if len(slices) * rows * columns > MAX_VOXELS:
+        problems.append(f"it has {len(slices)} slices of {columns}×{rows}, more than is read at once; export it in smaller series")
+    if geometry is None:
+        return Series(**head, files=files, rows=rows, columns=columns, problems=tuple(problems))
+    order = geometry.pop("order")
+    if first.frame is None:
+        files, frames = tuple(slices[i].path for i in order), ()
+    else:
+        frames = tuple(slices[i].frame for i in order)
+    return Series(**head, **geometry, files=files, frames=frames, rows=rows, columns=columns, problems=tuple(problems))
+
+
+def _geometry(slices: list[Slice]) -> tuple[dict | None, str | None]:
+    """Order, spacing, origin, orientation and positions of slices that say where they lie; and what is wrong with them."""
+    first = slices[0]
+    across, down = np.array(first.orientation[:3]), np.array(first.orientation[3:])
+    if abs(across @ down) > 10 * TURNED or abs(across @ across - 1) > 10 * TURNED or abs(down @ down - 1) > 10 * TURNED \
+            or min(first.pixel_spacing) <= 0:
+        return None, "its directions are not at right angles, or its pixels have no size; export it again"
+    if any(np.abs(np.subtract(s.orientation, first.orientation)).max() > TURNED for s in slices):
+        return None, "its slices are turned against each other, as in a localizer of several planes"
+    if any(np.abs(np.subtract(s.pixel_spacing, first.pixel_spacing)).max() > TURNED for s in slices):
+        return None, "its slices have pixels of different sizes"
+    normal = np.cross(across, down)
+    places = np.array([s.position for s in slices])
+    order = np.argsort(places @ normal, kind="stable")
+    along = (places @ normal)[order]
+    steps = np.diff(along)
+    between = round(float((along[-1] - along[0]) / max(1, len(steps))), 4) if len(steps) and steps.min() > SAME_PLACE else 0.0
+    problem = _spacing_problem(steps)
+    between = between or float(np.median(steps[steps > SAME_PLACE])) if (steps > SAME_PLACE).any() else first.thickness
+    if between <= 0:
+        problem = problem or "it is a single slice that does not say how thick it is"
+        between = 1.0
+    sideways = places[order] - places[order[0]] - np.outer(along - along[0], normal)
+    if not problem and np.abs(sideways).max() > min(first.pixel_spacing):
+        problem = "its slices do not lie straight above each other (a tilted gantry, or several stacks)"
+    return {"order": order.tolist(), "spacing": (between, *first.pixel_spacing), "origin": tuple(places[order[0]].tolist()),
+            "orientation": first.orientation, "positions": tuple(along.tolist())}, problem
+
+
+def _spacing_problem(steps: np.ndarray) -> str | None:
+    """What is wrong with the distances between slices, (S - 1,) mm, in order."""
+    if not len(steps):
+        return None
+    if (steps <= SAME_PLACE).any():
+        return (f"{int((steps <= SAME_PLACE).sum())} of its slices lie where another lies (several echoes or times, or sent "
+                "twice); export them as series of their own")
+    usual = float(np.median(steps))
+    gaps = steps / usual
+    if (np.abs(gaps - 1) <= UNEVEN).all():
+        return None
+    whole = np.abs(gaps - gaps.round()) <= UNEVEN * gaps.round().clip(1)
+    if whole.all():
+        missing = int(gaps.round().sum()) - len(gaps)
+        return f"{missing} of its slices are missing (a gap of {steps.max():.1f} mm where {usual:.1f} is usual)"
+    return f"its slices lie unevenly, {steps.min():.2f} to {steps.max():.2f} mm apart"
+
+
+def load_series(series: Series) -> sitk.Image:
+    """The pixels of a series with its place in the patient, float32 (size: columns, rows, slices; mm; left, back, up).
+
+    Rescale slope and intercept are applied, MONOCHROME1 is turned so that bright is bright. Raises MedFLError for a series
+    with problems, for a file that can't be decoded, and where a decoder is not installed.
+    """
+    if series.problems:
+        raise MedFLError(f"the series “{series.description}” can't be used: {'; '.join(series.problems)}")
+    volume = np.empty((series.slices, series.rows, series.columns), np.float32)
+    whole = pydicom.dcmread(series.files[0]) if series.frames else None
+    for index in range(series.slices):
+        path = series.files[0 if series.frames else index]
+        volume[index] = _decode(path, whole, series.frames[index] if series.frames else 0)
+    image = sitk.GetImageFromArray(volume)
+    between, row, column = series.spacing
+    image.SetSpacing((column, row, between))
+    image.SetOrigin(series.origin)
+    image.SetDirection(np.stack([series.orientation[:3], series.orientation[3:], series.normal], axis=1).ravel().tolist())
+    return image
+
+
+def _decode(path: Path, whole: pydicom.Dataset | None, frame: int) -> np.ndarray:
+    """One slice's values, (rows, columns) float32."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of padding, and of what the decoder then raises
+            content = whole if whole is not None else pydicom.dcmread(path)
+            syntax = content.file_meta.TransferSyntaxUID
+            if syntax.is_compressed and not _can_decode(syntax):
+                raise MedFLError(f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
+                                 "`pip install -r requirements-dicom.txt`, or export without compression")
+            stored = pixel_array(content, index=frame)
+            if content.PhotometricInterpretation == "MONOCHROME1":
+                stored = (-1 if content.PixelRepresentation else 2**content.BitsStored - 1) - stored.astype(np.int64)
+            return _rescaled(content, stored, frame).astype(np.float32)
+    except MedFLError:
+        raise
+    except Exception as error:  # pydicom and its decoders raise many kinds for a damaged file
+        raise MedFLError(f"{path} can't be decoded (truncated or damaged); export it again") from error
+
+
+def _can_decode(syntax: UID) -> bool:
+    try:
+        return get_decoder(syntax).is_available
+    except NotImplementedError:  # films, for instance
+        return False
+
+
+def _rescaled(content: pydicom.Dataset, stored: np.ndarray, frame: int) -> np.ndarray:
+    """Stored values to the values they stand for: the transformation lies in the file, or in functional groups of frames."""
+    for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        if index < len(content.get(groups) or ()) and content[groups].value[index].get("PixelValueTransformationSequence"):
+            return apply_modality_lut(stored, content[groups].value[index].PixelValueTransformationSequence[0])
+    return apply_modality_lut(stored, content)

@@ -1,0 +1,127 @@
+"""From series to studies: which series becomes which channel, which mask belongs to it, and why the others do not."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from radiology.headers import OTHER_MODALITY
+from radiology.rules import CHANNELS, FLAIR, MASK, POST, PRE, Rules, role_of
+from radiology.series import Series
+
+LEAST_SLICES = 4  # fewer are no volume
+
+
+@dataclass(frozen=True)
+class Line:
+    """What becomes of a series: the channel's name, "mask" or "", and why."""
+
+    series: Series
+    used_as: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A patient's study. channels: by name; empty where there is no FLAIR. mask: and the channel whose series it is of (None of
+    a NIfTI file, whose grid tells). lines: one for each of its series."""
+
+    patient_id: str
+    uid: str
+    when: str
+    channels: dict[str, Series]
+    mask: Series | None
+    mask_of: str | None
+    lines: tuple[Line, ...]
+
+
+def plan_studies(found: list[Series], rules: Rules) -> list[Study]:
+    """The studies that these series form, by patient and date, each with its choice. Reads no pixel."""
+    groups = defaultdict(list)
+    for series in found:
+        groups[series.patient_id, series.study_uid].append(series)
+    return sorted((_plan(*key, group, rules) for key, group in groups.items()), key=lambda s: (s.patient_id, s.when, s.uid))
+
+
+def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study:
+    """One study's choice."""
+    lines, candidates = {}, defaultdict(list)
+    for series in group:
+        role, why = role_of(series, rules)
+        problems = [p for p in series.problems if role != MASK or not p.startswith(OTHER_MODALITY)]
+        if problems:
+            lines[series.uid] = Line(series, "", "; ".join(problems))
+        elif role is None:
+            lines[series.uid] = Line(series, "", why)
+        elif role != MASK and series.slices < LEAST_SLICES:
+            lines[series.uid] = Line(series, "", f"{series.slices} slices are no volume")
+        else:
+            candidates[role].append((series, why))
+    outlined = {reference for series, _ in candidates[MASK] for reference in series.references}
+    channels = {}
+    for channel in CHANNELS:
+        if candidates[channel]:
+            channels[channel] = _choose(channel, candidates[channel], outlined, lines)
+    if FLAIR not in channels:
+        channels = {}
+        for uid_of, line in lines.items():
+            if line.used_as:
+                lines[uid_of] = Line(line.series, "", "the study has no FLAIR")
+    mask, mask_of = _choose_mask(candidates[MASK], channels, lines)
+    when = min((s.when for s in group if s.when), default="")
+    return Study(patient_id, uid, when, channels, mask, mask_of, tuple(lines[s.uid] for s in group))
+
+
+def _label(series: Series) -> str:
+    """How a series is called in a sentence."""
+    return series.description if series.number is None else f"{series.number} ({series.description})"
+
+
+def _preferences(outlined: set[str]) -> list[tuple[str, Callable[[Series], float]]]:
+    """What speaks for one of several series that claim a channel, most important first."""
+    return [("a segmentation is of it", lambda s: s.uid in outlined),
+            ("it is axial", lambda s: bool(s.orientation) and int(np.abs(s.normal).argmax()) == 2),
+            ("it is original, not derived", lambda s: "DERIVED" not in s.image_type),
+            ("it has more slices", lambda s: s.slices),
+            ("it came last", lambda s: s.number or 0)]
+
+
+def _choose(channel: str, candidates: list[tuple[Series, str]], outlined: set[str], lines: dict[str, Line]) -> Series:
+    """The series that becomes a channel. Why it does, and the others do not, goes into `lines`."""
+    preferences = _preferences(outlined)
+    ranked = sorted(candidates, key=lambda c: [value(c[0]) for _, value in preferences], reverse=True)
+    (best, why), others = ranked[0], ranked[1:]
+    reasons = []
+    for other, _ in others:
+        reason = next((text for text, value in preferences if value(best) != value(other)), "nothing tells them apart")
+        lines[other.uid] = Line(other, "", f"claims to be {channel} as well; {_label(best)} was taken, because {reason}")
+        reasons.append(reason)
+    told = f"; {len(ranked)} series claim to be {channel}, taken because {reasons[0]}" if reasons else ""
+    lines[best.uid] = Line(best, channel, why + told)
+    return best
+
+
+def _choose_mask(candidates: list[tuple[Series, str]], channels: dict[str, Series],
+                 lines: dict[str, Line]) -> tuple[Series | None, str | None]:
+    """The study's mask and the channel that it is of. Why goes into `lines`."""
+    chosen = {series.uid: name for name, series in channels.items()}
+    fitting = defaultdict(list)
+    for series, _ in candidates:
+        named = [chosen[uid] for uid in series.references if uid in chosen]
+        if not channels:
+            lines[series.uid] = Line(series, "", "the study has no FLAIR")
+        elif series.references and not named:
+            lines[series.uid] = Line(series, "", "it is a segmentation of a series that is not used")
+        else:
+            fitting[named[0] if named else FLAIR].append(series)
+    for channel in (FLAIR, POST, PRE):
+        if len(fitting[channel]) == 1:
+            (mask,) = fitting.pop(channel)
+            lines[mask.uid] = Line(mask, MASK, "a segmentation")
+            for other in (s for group in fitting.values() for s in group):
+                lines[other.uid] = Line(other, "", f"a segmentation of another channel; that of {channel} was taken")
+            return mask, None if mask.modality == "NIfTI" else channel
+        for series in fitting.pop(channel):
+            lines[series.uid] = Line(series, "", f"{len(candidates)} segmentations claim to be the mask; leave one in the export")
+    return None, None
