@@ -9,7 +9,6 @@ from dataset import load_dataset
 from federation.hospital import Hospital, HospitalError
 from federation.messages import Failure
 from federation.settings import FederationSettings
-from federation.weights import from_record
 from split import Split, save_split
 from training import TrainingSettings, score_patients
 from transunet import TransUNet
@@ -33,8 +32,8 @@ def work(subject: Hospital, model: TransUNet | None = None, **about):
     model = model or TransUNet("tiny", 32)
     rate = None if subject.training.schedule == "cosine" else 1.0
     about = {"run": "this", "round": 1, "rate": rate, "seconds": 600.0, "partition": subject.hashes["partition_sha256"], **about}
-    result, arrays = subject.train(model, about)
-    return result, from_record(arrays), model
+    result, update = subject.train(model, about)
+    return result, update, model
 
 
 def test_the_score_is_of_the_validation_patients(hospital):
