@@ -6,7 +6,7 @@
 
 DP-SGD (Abadi et al. 2016, arXiv:1607.00133) whose unit is the patient: each takes part in a step with a fixed chance; the
 gradient over eight of its slices is cut to --clip; noise is added to their sum. With GroupNorm, because BatchNorm mixes
-patients. Not part of run_client.py: SECURITY.md says what came of it.
+patients. Not an option of run_client.py yet: SECURITY.md says what came of the trial.
 """
 
 import sys
