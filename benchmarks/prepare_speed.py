@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import argparse  # noqa: E402
 import os  # noqa: E402
@@ -21,9 +21,9 @@ import time  # noqa: E402
 import SimpleITK as sitk  # noqa: E402
 
 from common import MedFLError, run_script  # noqa: E402
-from dicom_phantoms import phantom, scan, turn, write_series  # noqa: E402
 from radiology.segmentation import write_segmentation  # noqa: E402
 from radiology.series import find_series  # noqa: E402
+from tests.dicom_phantoms import phantom, scan, turn, write_series  # noqa: E402
 
 SIDE, SLICES = 512, 40
 KIBIBYTE = 1 if sys.platform == "darwin" else 1024  # in what the system counts a resident set

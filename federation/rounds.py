@@ -78,7 +78,7 @@ class Federation:
                 missing = f"; missing: {', '.join(self._missing())}" if self._missing() else ""
                 self.say(f"{count} of {self.settings.clients} hospitals are here{missing}")
             if self.resumed and now - began > self.settings.round_timeout:
-                if count < self.settings.quorum:
+                if count < self.settings.beginners:
                     raise NoQuorum(self._too_few(count))
                 break
             time.sleep(TICK)
@@ -98,7 +98,7 @@ class Federation:
 
     def _too_few(self, count: int) -> str:
         missing = f" (missing: {', '.join(self._missing())})" if self._missing() else ""
-        return (f"{count} of {self.settings.clients} hospitals took part and a round needs {self.settings.quorum}{missing}; "
+        return (f"{count} of {self.settings.clients} hospitals took part and a round needs {self.settings.beginners}{missing}; "
                 "see to them and go on with --resume")
 
     def _attend(self) -> list[Answer]:
