@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import streamlit as st  # noqa: E402
 
 from card import NOTICE, card_rows, find_checkpoints  # noqa: E402
-from cases import DICOM, KINDS, Case, read_case  # noqa: E402
+from cases import KINDS, Case, read_case  # noqa: E402
 from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from common import MedFLError  # noqa: E402
 from inference import choose_device  # noqa: E402
@@ -137,14 +137,12 @@ def choose_case() -> None:
                 if st.button(path.stem.replace("_", " ").capitalize(), key=path.stem, icon=":material/neurology:"):
                     open_case([(path.name, path.read_bytes())])
                     st.rerun()
-    kinds, also, more = KINDS, "a ZIP of them", ""
-    if takes_dicom:
-        kinds, also = KINDS + [suffix[1:] for suffix in DICOM], "DICOM, a ZIP of either"
-        more = " DICOM files whose names have no ending: as a ZIP, or as a folder below."
+    # archives name DICOM files as they like, mostly without an ending
+    kinds, also = (None, "DICOM, a ZIP of either") if takes_dicom else (KINDS, "a ZIP of them")
     files = st.file_uploader(f"Slices of one patient (TIFF, PNG, JPEG), {also}, or a NIfTI file", kinds,
                              accept_multiple_files=True, key=f"files-{number}",
                              help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them, "
-                                  "and a volume.json." + more)
+                                  "and a volume.json.")
     folder = st.file_uploader("Or a patient's folder", accept_multiple_files="directory", key=f"folder-{number}")
     if chosen := files or folder:
         with st.spinner("reading the files"):  # DICOM series are laid over each other, which takes some seconds

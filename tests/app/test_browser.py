@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from dataset import load_dataset
+from dicom_phantoms import phantom, write_series
 from running import ROOT, run_script
 from serving import served
 
@@ -115,3 +116,10 @@ def test_one_slice_keys_and_what_is_always_in_view(page, patient, tmp_path):
     assert box.evaluate("e => e.scrollWidth <= e.clientWidth"), "the page is wider than the screen"
     page.get_by_role("button", name="Close this case").click()
     page.get_by_text("Try a sample").wait_for()
+
+
+def test_dicom_files_need_no_ending(page, tmp_path):
+    """As archives export them."""
+    (_, flair, _), _ = phantom(0, slices=4, size=64)
+    page.locator(SLICES).set_input_files(write_series(tmp_path, flair, SeriesDescription="AX FLAIR"))
+    page.get_by_role("heading", name="DICOM series").wait_for()
