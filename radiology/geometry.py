@@ -15,6 +15,7 @@ AS_ACQUIRED = 20.0  # degrees; slices tilted less, as technicians do along the s
 DISTANCE = 3.0  # mm between slices where they have to be made anew; the dataset's lie between about 1.5 and 6
 LOW, HIGH, BRIGHT = 0.5, 99.9, 170  # percentiles that become 0 and 170: the dataset's 99.9th is 162 to 176 in the median
 
+OFF_GRID = 0.1  # voxels by which a mask's grid may lie beside that of its series; writers round
 FACTORS = (8, 4, 2)  # pixels binned in the plane, coarse to fine, for the registration
 BINS, SAMPLES, SEED = 48, 60_000, 1
 STEPS = 150  # of the optimiser, at most
@@ -85,6 +86,17 @@ def resample(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform | No
     if max(factors) > 1:
         image = sitk.BinShrink(image, factors)
     return sitk.Resample(image, grid, transform or sitk.Transform(), sitk.sitkLinear, lowest, sitk.sitkFloat32)
+
+
+def on_grid(image: sitk.Image, reference: sitk.Image) -> bool:
+    """Whether the corners of an image lie on voxels of the reference, to a tenth of one: a mask may have fewer slices."""
+    for corner in np.ndindex(2, 2, 2):
+        place = image.TransformIndexToPhysicalPoint([int(c) * (n - 1) for c, n in zip(corner, image.GetSize())])
+        index = np.array(reference.TransformPhysicalPointToContinuousIndex(place))
+        nearest = index.round()
+        if np.abs(index - nearest).max() > OFF_GRID or (nearest < 0).any() or (nearest >= reference.GetSize()).any():
+            return False
+    return True
 
 
 def resample_mask(mask: sitk.Image, fixed: sitk.Image, transform: sitk.Transform) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from common import MedFLError
+from radiology.geometry import on_grid
 from radiology.series import MAX_VOXELS, Refused, Series
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -85,18 +86,6 @@ def read_labels(series: Series, labels: tuple[int, ...], references: list[sitk.I
     if not present.any():
         raise MedFLError(f"{path.name} is empty: no voxel is marked as tumour")
     for place, reference in enumerate(references):
-        if same_grid(image, reference):
+        if image.GetSize() == reference.GetSize() and on_grid(image, reference):
             return sitk.Cast(image != 0, sitk.sitkUInt8), place
     raise MedFLError(f"{path.name} has another geometry than the volumes beside it; draw or export the mask on one of them")
-
-
-def same_grid(one: sitk.Image, other: sitk.Image) -> bool:
-    """Whether two images have the same size and voxels at the same places, to a tenth of a voxel."""
-    if one.GetSize() != other.GetSize():
-        return False
-    for corner in np.ndindex(2, 2, 2):
-        index = [int(c) * (n - 1) for c, n in zip(corner, one.GetSize())]
-        found = other.TransformPhysicalPointToContinuousIndex(one.TransformIndexToPhysicalPoint(index))
-        if np.abs(np.subtract(found, index)).max() > 0.1:
-            return False
-    return True

@@ -12,11 +12,11 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from common import MedFLError, __version__, atomic_write
+from radiology.geometry import on_grid
 from radiology.series import Series
 
 EXPECTED = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
             "ReferringPhysicianName", "PositionReferenceIndicator")
-OFF_GRID = 0.1  # pixels by which a mask's grid may lie beside that of its series; writers round
 MANUFACTURER = "MedFL"
 SERIES_NUMBER = 9001  # far from the scanner's own
 
@@ -97,7 +97,7 @@ def read_segmentation(path: Path, reference: sitk.Image) -> sitk.Image:
     labels = _image(volume)
     if not sitk.GetArrayViewFromImage(labels).any():
         raise MedFLError(f"{path} is empty: no pixel is marked as tumour")
-    if not _on_grid(labels, reference):
+    if labels.GetSize()[:2] != reference.GetSize()[:2] or not on_grid(labels, reference):
         raise MedFLError(f"{path} lies on another grid than its series; draw or export the mask on the series itself")
     return sitk.Resample(labels, reference, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
 
@@ -113,16 +113,3 @@ def _image(volume: highdicom.Volume) -> sitk.Image:
     image.SetOrigin([float(place) for place in volume.position])
     image.SetDirection(np.stack(volume.unit_vectors()[::-1], axis=1).ravel().tolist())
     return image
-
-
-def _on_grid(labels: sitk.Image, reference: sitk.Image) -> bool:
-    """Whether the corners of a mask lie on pixels of the reference, and its slices have the reference's size."""
-    if labels.GetSize()[:2] != reference.GetSize()[:2]:
-        return False
-    for corner in np.ndindex(2, 2, 2):
-        place = labels.TransformIndexToPhysicalPoint([int(c) * (n - 1) for c, n in zip(corner, labels.GetSize())])
-        index = np.array(reference.TransformPhysicalPointToContinuousIndex(place))
-        nearest = index.round()
-        if np.abs(index - nearest).max() > OFF_GRID or (nearest < 0).any() or (nearest >= reference.GetSize()).any():
-            return False
-    return True
