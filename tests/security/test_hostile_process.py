@@ -13,8 +13,9 @@ pytestmark = pytest.mark.slow
 def hostile_copy(folder):
     """MedFL as a hospital would change it: its updates are spoilt, and that its code is not the server's does not trouble it."""
     copy = copy_of_medfl(folder)
-    change(copy / "federation" / "hospital.py", "to_record(update, precision)", "to_record(update * float('nan'), precision)")
-    change(copy / "federation" / "client_app.py", 'if code == here["code"]:', "if True:")
+    app = copy / "federation" / "client_app.py"
+    change(app, "to_record(update, mine", "to_record(update * float('nan'), mine")
+    change(app, 'if code == here["code"]:', "if True:")
     return copy
 
 
