@@ -28,6 +28,7 @@ from federation.flower import ask_admission
 from federation.hospital import identity as describe_hospital
 from federation.kit import CA, HOSPITAL_KEY, hospital_label
 from federation.messages import LABEL
+from federation.patient_privacy import Promise
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
 from inference import choose_device
 
@@ -53,6 +54,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wait", type=float, default=300.0, help="seconds to wait for a server that is not there (default 300)")
     parser.add_argument("--approve", nargs="*", metavar="HASH", help="train only with code and settings of these hashes, or "
                         "of those in this file, a line each; without any: say what the server wants, and leave")
+    parser.add_argument("--dp-sgd-epsilon", type=float, help="differential privacy of this hospital's patients: what all its "
+                        "rounds together may tell of one; for a server with --norm group and --init (requirements-privacy.txt)")
+    parser.add_argument("--dp-sgd-delta", type=float, default=1e-5, help="of --dp-sgd-epsilon: chance that the bound does not "
+                        "hold; far below 1 / patients (default 1e-5)")
     parser.add_argument("--check", action="store_true", help="look at data and connection, train nothing")
     return parser.parse_args()
 
@@ -79,9 +84,15 @@ def identity(arguments: argparse.Namespace) -> dict:
     slices = int(dataset.table["slices"].sum())
     print(f"{label}: {dataset.name} in {dataset.root}, {len(dataset.patients)} patients, {slices} slices"
           + ("" if own else ", of which the server's partition says which are this hospital's"), flush=True)
-    return describe_hospital(label, arguments.cid, folder, str(choose_device(arguments.device)), __version__, Path("models"),
-                             shared_cores=None if own else os.cpu_count() or 1, code=hashlib.sha256(make_bundle()).hexdigest(),
-                             approved=None if arguments.approve is None else approved(arguments.approve))
+    promise = None
+    if arguments.dp_sgd_epsilon is not None:
+        promise = {"epsilon": arguments.dp_sgd_epsilon, "delta": arguments.dp_sgd_delta}
+    who = describe_hospital(label, arguments.cid, folder, str(choose_device(arguments.device)), __version__, Path("models"),
+                            shared_cores=None if own else os.cpu_count() or 1, code=hashlib.sha256(make_bundle()).hexdigest(),
+                            approved=None if arguments.approve is None else approved(arguments.approve), promise=promise)
+    if promise:
+        Promise(**promise, ledger=Path(who["privacy_file"]))  # complains of what can't be kept
+    return who
 
 
 def approved(given: list[str]) -> list[str]:

@@ -159,26 +159,35 @@ class Learner:
                 progress.set_postfix(loss=f"{loss_sum / steps:.3f}", dice=f"{dice_sum / steps:.3f}", refresh=False)
         return EpochResult(loss_sum / max(steps, 1), dice_sum / max(steps, 1), steps)
 
-    def _step(self, images: Tensor, masks: Tensor) -> tuple[float, float]:
+    def loss_of(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and soft Dice, scalars, of a batch as it comes from `TrainingBatches`."""
         images = images.to(self.device, memory_format=torch.channels_last)
         mixed = contextlib.nullcontext()
         if self.precision != torch.float32:
             mixed = torch.autocast(self.device.type, self.precision)
         with mixed:
             logits = self.model(images)
-        loss, dice = segmentation_loss(logits.float(), masks.to(self.device))
+        return segmentation_loss(logits.float(), masks.to(self.device))
+
+    def set_gradients(self, images: Tensor, masks: Tensor) -> tuple[float, float]:
+        """Give every weight its gradient; loss and soft Dice of the batch."""
+        loss, dice = self.loss_of(images, masks)
         if not math.isfinite(loss.item()):
             raise MedFLError(f"the loss is {loss.item()} at step {self.step_count + 1}, and weights made by it "
                              f"would be worthless; lower --lr (now {self.settings.lr}) and start again")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        return loss.item(), dice.item()
+
+    def _step(self, images: Tensor, masks: Tensor) -> tuple[float, float]:
+        loss, dice = self.set_gradients(images, masks)
         self.adjust_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimiser.step()
         self.step_count += 1
         if self.average:
             self.average.update_parameters(self.model)
-        return loss.item(), dice.item()
+        return loss, dice
 
     def state_dict(self) -> dict:
         """All that `load_state_dict` needs to go on bit for bit."""

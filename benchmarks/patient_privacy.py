@@ -1,12 +1,13 @@
-"""Can a hospital promise its patients differential privacy (DP-SGD), and still train? Dice against epsilon.
+"""What privacy of patients costs: Dice of a federation whose hospitals train by DP-SGD, against epsilon.
 
     python data/make_phantoms.py --patients 100 --slices 8 --size 64 --out data/many
-    python benchmarks/patient_privacy.py --data-dir data/many [--epsilons inf 1e4 1000 100 8] [--steps 300]
-    python benchmarks/patient_privacy.py --data-dir data/many --init MODEL --last-layers
+    python data/make_phantoms.py --patients 12 --slices 8 --size 64 --seed 7 --out data/others
+    python train_centralized.py --data-dir data/others --norm group --image-size 64 --steps 250 --out models/others
+    python benchmarks/patient_privacy.py --data-dir data/many --init models/others/transunet_centralized_best.pth
+    python benchmarks/patient_privacy.py --data-dir data/many --all-weights --rounds 60
 
-DP-SGD (Abadi et al. 2016, arXiv:1607.00133) whose unit is the patient: each takes part in a step with a fixed chance; the
-gradient over eight of its slices is cut to --clip; noise is added to their sum. With GroupNorm, because BatchNorm mixes
-patients. Not an option of run_client.py yet: SECURITY.md says what came of the trial.
+The hospitals' own code in this process, without Flower; FedAvg over --hospitals that share the patients at random; scored on
+patients that nobody trained on. The epsilon of 1e9 is the same training with next to no noise.
 """
 
 import sys
@@ -15,95 +16,84 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import argparse  # noqa: E402
-import math  # noqa: E402
+import tempfile  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, rdp  # noqa: E402
-from dp_accounting.mechanism_calibration import calibrate_dp_mechanism  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from batches import TrainingBatches  # noqa: E402
 from checkpoint import THRESHOLD, load_start  # noqa: E402
-from common import run_script  # noqa: E402
+from common import __version__, run_script  # noqa: E402
 from dataset import load_dataset  # noqa: E402
+from federation import patient_privacy  # noqa: E402
+from federation.hospital import Hospital, identity  # noqa: E402
+from federation.settings import FederationSettings  # noqa: E402
+from federation.weights import pack, unpack  # noqa: E402
 from split import make_split  # noqa: E402
-from training import rate_scale, score_patients, segmentation_loss  # noqa: E402
+from training import TrainingSettings, score_patients  # noqa: E402
 from transunet import TransUNet  # noqa: E402
 
-SLICES = 8  # of a patient in a step
-LAST_LAYERS = ("head.", "decoder.2")
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data/many"), help="a dataset (default data/many)")
+    parser.add_argument("--init", type=Path, help="a model to begin with, trained on others with --norm group")
+    parser.add_argument("--all-weights", action="store_true", help="train all weights and not the last layers alone")
+    parser.add_argument("--hospitals", type=int, default=2, help="hospitals (default 2)")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds (default 12)")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[1e9, 100, 8, 1], help="bounds to try")
+    parser.add_argument("--delta", type=float, default=1e-3, help="of the bound (default 1e-3)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate (default 3e-3)")
+    parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default 0)")
+    return parser.parse_args()
 
 
-def noise_for(epsilon: float, delta: float, chance: float, steps: int) -> float:
-    """The least noise, in clips, with which so many steps spend no more than epsilon; 0 for no bound."""
-    if math.isinf(epsilon):
-        return 0.0
-
-    def all_steps(multiplier: float) -> SelfComposedDpEvent:
-        return SelfComposedDpEvent(PoissonSampledDpEvent(chance, GaussianDpEvent(multiplier)), steps)
-
-    return float(calibrate_dp_mechanism(rdp.RdpAccountant, all_steps, epsilon, delta))
+def start(arguments: argparse.Namespace) -> TransUNet:
+    """The model that a federation begins with."""
+    torch.manual_seed(arguments.seed)
+    return load_start(arguments.init, "tiny", 64, "group").model if arguments.init else TransUNet("tiny", 64, "group")
 
 
-def train(model: TransUNet, weights: list[torch.Tensor], batches: list[TrainingBatches], noise: float,
-          arguments: argparse.Namespace, title: str) -> None:
-    """Train these weights of the model by DP-SGD over the patients' batches."""
-    random = np.random.default_rng(arguments.seed)
-    optimiser = torch.optim.Adam(weights, lr=arguments.lr)
-    expected = arguments.chance * len(batches)
-    model.train()
-    for step in tqdm(range(arguments.steps), desc=title, unit="step", leave=False, disable=None):
-        total = [torch.zeros_like(weight) for weight in weights]
-        for patient in np.flatnonzero(random.random(len(batches)) < arguments.chance):
-            images, masks = next(batches[patient].epoch(step + 1))
-            loss, _ = segmentation_loss(model(images), masks)
-            gradients = torch.autograd.grad(loss, weights)
-            length = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
-            for one, gradient in zip(total, gradients):
-                one.add_(gradient, alpha=min(1.0, arguments.clip / max(length, 1e-12)))
-        for weight, one in zip(weights, total):
-            weight.grad = (one + torch.randn_like(one) * noise * arguments.clip) / expected
-        for group in optimiser.param_groups:
-            group["lr"] = arguments.lr * rate_scale(step / arguments.steps, step, arguments.steps // 20)
-        optimiser.step()
+def federate(arguments: argparse.Namespace, epsilon: float, folder: Path) -> tuple[TransUNet, list[Hospital]]:
+    """The last model of a federation, and its hospitals."""
+    settings = FederationSettings(clients=arguments.hospitals, rounds=arguments.rounds, partition="iid", val_fraction=0.0)
+    training = TrainingSettings(image_size=64, norm="group", lr=arguments.lr, seed=arguments.seed)
+    people = [identity(f"hospital-{cid}", cid, arguments.data_dir, "cpu", __version__, folder, shared_cores=None, code="",
+                       promise={"epsilon": epsilon, "delta": arguments.delta}) for cid in range(arguments.hospitals)]
+    hospitals = [Hospital(who, training, settings, folder / "model.pt") for who in people]
+    model = start(arguments)
+    for number in tqdm(range(1, arguments.rounds + 1), desc=f"epsilon {epsilon:g}", unit="round", leave=False, disable=None):
+        sent, total, examples = pack(model.state_dict()), 0.0, 0
+        for hospital in hospitals:
+            model.load_state_dict(unpack(sent, model.state_dict()))
+            told, weights = hospital.train(model, {"run": "trial", "round": number, "rate": None, "seconds": 1e9,
+                                                   "partition": hospital.hashes["partition_sha256"]})
+            total, examples = total + told["examples"] * weights.double(), examples + told["examples"]
+        model.load_state_dict(unpack((total / examples).float(), model.state_dict()))
+    return model, hospitals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data/many"), help="a dataset (default data/many)")
-    parser.add_argument("--epsilons", type=float, nargs="+", default=[math.inf, 1e4, 1000, 100, 8], help="bounds to try")
-    parser.add_argument("--steps", type=int, default=300, help="steps (default 300)")
-    parser.add_argument("--chance", type=float, default=0.2, help="of a patient to be in a step (default 0.2)")
-    parser.add_argument("--clip", type=float, default=0.5, help="length of a patient's gradient (default 0.5)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
-    parser.add_argument("--delta", type=float, default=1e-3, help="of the bound (default 1e-3)")
-    parser.add_argument("--init", type=Path, help="a model to start from, trained on others with --norm group")
-    parser.add_argument("--last-layers", action="store_true", help="train the head and the decoder's last stage alone")
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default 0)")
-    arguments = parser.parse_args()
+    arguments = parse()
+    if arguments.all_weights:
+        patient_privacy.TRAINED = ("",)
     dataset = load_dataset(arguments.data_dir)
-    split = make_split({p.name: p.site for p in dataset.patients}, arguments.seed, val_fraction=0.0)
-    batches = [TrainingBatches(dataset, (patient,), 64, SLICES, arguments.seed) for patient in split.train]
-    print(f"{dataset.name}: {len(batches)} patients to train on, {arguments.steps} steps, each patient in {arguments.chance:g} of "
-          f"them; scored on {len(split.test)}; delta {arguments.delta:g}")
+    test = make_split({p.name: p.site for p in dataset.patients}, arguments.seed, val_fraction=0.0).test
+
+    def dice(model: TransUNet) -> float:
+        return float(np.mean([row["dice"] for row in score_patients(model, dataset, test, THRESHOLD)]))
+
+    model = start(arguments)
+    values = sum(p.numel() for name, p in model.named_parameters() if name.startswith(patient_privacy.TRAINED))
+    print(f"{dataset.name}: {len(test)} patients to score on; {values:,} weights are trained, in {arguments.rounds} rounds of "
+          f"{patient_privacy.STEPS} steps; delta {arguments.delta:g}; before it Dice {dice(model):.3f}")
     for epsilon in arguments.epsilons:
-        torch.manual_seed(arguments.seed)
-        model = load_start(arguments.init, "tiny", 64, "group").model if arguments.init else TransUNet("tiny", 64, "group")
-        weights = [p for name, p in model.named_parameters() if not arguments.last_layers or name.startswith(LAST_LAYERS)]
-        noise = noise_for(epsilon, arguments.delta, arguments.chance, arguments.steps)
-        if epsilon == arguments.epsilons[0] and arguments.init:
-            print(f"the model to start from: Dice {dice_of(model, dataset, split.test):.3f}")
-        train(model, weights, batches, noise, arguments, f"epsilon {epsilon:g}")
-        values = sum(weight.numel() for weight in weights)
-        ratio = noise * math.sqrt(values) / (arguments.chance * len(batches))
-        print(f"epsilon {epsilon:g}: noise {noise:.2f} clips on {values:,} weights, {ratio:.3g} times the longest mean gradient; "
-              f"Dice {dice_of(model, dataset, split.test):.3f}", flush=True)
-
-
-def dice_of(model: TransUNet, dataset, patients: tuple[str, ...]) -> float:
-    """Mean volume Dice."""
-    return float(np.mean([row["dice"] for row in score_patients(model, dataset, patients, THRESHOLD)]))
+        with tempfile.TemporaryDirectory(prefix="medfl-trial-") as folder:
+            model, hospitals = federate(arguments, epsilon, Path(folder))
+        counts = ", ".join(str(len(hospital.split.train)) for hospital in hospitals)
+        promise = hospitals[0].promise
+        print(f"epsilon {epsilon:g} at hospitals of {counts} patients: {promise.spent:.3g} spent, noise "
+              f"{promise.done[0].multiplier:.3g} clips; Dice {dice(model):.3f}", flush=True)
 
 
 if __name__ == "__main__":

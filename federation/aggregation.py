@@ -62,7 +62,7 @@ class Aggregator:
 
     def __call__(self, number: int, updates: list[Update], sent: torch.Tensor) -> torch.Tensor:
         """The weights, (n,) float32, after round `number`, of checked updates to the weights `sent`, (n,) float32."""
-        everything = torch.ones_like(self.statistics)
+        everything = slice(None)
         if not isinstance(self.strategy, SERVER_OPTIMISERS):
             return (sent.double() + _apply(self.strategy, number, updates, sent, everything)).float()
         trained = ~self.statistics
@@ -92,7 +92,8 @@ class Aggregator:
                 setattr(self.strategy, f"{name}_t", {WEIGHTS: values.numpy()})
 
 
-def _apply(strategy: Strategy, number: int, updates: list[Update], sent: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+def _apply(strategy: Strategy, number: int, updates: list[Update], sent: torch.Tensor,
+           part: torch.Tensor | slice) -> torch.Tensor:
     """The strategy's answer to what hospitals changed in this part of the weights, float64. Hospitals go by their labels."""
     replies = []
     for update in sorted(updates, key=lambda u: u.label):

@@ -80,7 +80,7 @@ def make_app(folder_of: Callable[[Context], Path] = lambda context: Path(),
         score = mine.finish(mine.received(about, incoming.content["arrays"]), about)
         if score["val_dice"] is not None:
             say(f"last model: validation Dice {score['val_dice']:.3f}")
-        return Message(message(score), reply_to=incoming)
+        return Message(message(mine.told(score)), reply_to=incoming)
 
     return app
 
@@ -146,6 +146,9 @@ def introduce(about: dict, identity: dict, hospital: Callable[[], Hospital]) -> 
     parts = facts["parts"]
     say(f"joined as {identity['label']}: {mine.dataset.name}, {parts['train']['patients']} patients to train on, "
         f"{parts['val']['patients']} to choose by, {parts['test']['patients']} kept for the test; waiting for the first round")
+    if promise := mine.promise:
+        say(f"promised to the patients: epsilon {promise.epsilon:g} at delta {promise.delta:g}, of which {promise.spent:.3g} is "
+            f"spent; noise of {mine.noise(1):.3g} clips; the last layers alone are trained, and the server gets no scores")
     return facts
 
 
@@ -156,10 +159,13 @@ def one_round(about: dict, hospital: Hospital, arrays: ArrayRecord) -> tuple[dic
     result, update = hospital.train(model, about)
     scored = f"validation Dice {score['val_dice']:.3f} before it, " if score["val_dice"] is not None else ""
     loss = f"loss {result['train_loss']:.3f} " if result["train_loss"] is not None else ""
+    spent = ""
+    if hospital.promise:
+        spent = f"; epsilon {result['patient_epsilon']:.3g} of the {hospital.promise.epsilon:g} promised to the patients is spent"
     say(f"round {about['round']} of {hospital.federation.rounds}: {scored}trained, {loss}over {result['examples']} slices "
-        f"in {result['seconds']:.0f} s")
+        f"in {result['seconds']:.0f} s{spent}")
     result["seconds"] += score.pop("seconds")
-    return {**score, **result, "round": about["round"]}, update
+    return {**hospital.told(score), **result, "round": about["round"]}, update
 
 
 @contextmanager

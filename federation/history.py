@@ -2,8 +2,9 @@
 
 Columns: round, site (the hospital's label), examples (training slices), train_loss (mean over the round), val_dice (mean
 volume Dice of the model that the round began with, over the hospital's validation patients), val_patients, seconds (of
-the hospital's own work), bytes_sent and bytes_received (the arrays' payload, seen from the server). After the last round
-R the final model is scored: rows of round R + 1 have no training columns.
+the hospital's own work), bytes_sent and bytes_received (the arrays' payload, seen from the server), patient_epsilon (what
+of its patients' privacy the hospital has spent, where it promises them any). After the last round R the final model is scored:
+rows of round R + 1 have no training columns.
 """
 
 import csv
@@ -14,7 +15,8 @@ from matplotlib.figure import Figure
 from common import atomic_write
 from curves import save_curves
 
-COLUMNS = ("round", "site", "examples", "train_loss", "val_dice", "val_patients", "seconds", "bytes_sent", "bytes_received")
+COLUMNS = ("round", "site", "examples", "train_loss", "val_dice", "val_patients", "seconds", "bytes_sent", "bytes_received",
+           "patient_epsilon")
 MARKS = "os^Dv<>ph*"
 
 
@@ -39,11 +41,14 @@ def table(rows: list[dict]) -> str:
     def number(value: float | None, digits: int) -> str:
         return "–" if value is None else f"{value:.{digits}f}"
 
-    lines = [f"  {'hospital':18}{'slices':>7}{'loss':>8}{'val Dice':>10}{'patients':>10}{'seconds':>9}{'MB out':>8}{'MB in':>8}"]
+    private = any(row.get("patient_epsilon") is not None for row in rows)
+    lines = [f"  {'hospital':18}{'slices':>7}{'loss':>8}{'val Dice':>10}{'patients':>10}{'seconds':>9}{'MB out':>8}{'MB in':>8}"
+             + f"{'epsilon':>10}" * private]
     for row in rows:
         lines.append(f"  {row['site']:18}{number(row['examples'], 0):>7}{number(row['train_loss'], 3):>8}"
                      f"{number(row['val_dice'], 3):>10}{row['val_patients']:>10}{number(row['seconds'], 1):>9}"
-                     f"{row['bytes_sent'] / 1e6:>8.1f}{row['bytes_received'] / 1e6:>8.1f}")
+                     f"{row['bytes_sent'] / 1e6:>8.1f}{row['bytes_received'] / 1e6:>8.1f}"
+                     + f"{number(row.get('patient_epsilon'), 3):>10}" * private)
     return "\n".join(lines)
 
 

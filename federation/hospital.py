@@ -17,6 +17,8 @@ from checkpoint import THRESHOLD, describe, save_checkpoint
 from common import SMALLEST_GROUP, MedFLError, atomic_write
 from dataset import load_dataset
 from federation.messages import Failure
+from federation.patient_privacy import CHANCE, STEPS, PatientBatches, PrivateLearner, Promise
+from federation.privacy import Noisy
 from federation.settings import FederationSettings
 from federation.weights import FULL, from_record, in_precision, norm_mask, pack, part_mask, unpack
 from inference import choose_device
@@ -39,29 +41,32 @@ def local_versions(medfl: str) -> dict[str, str]:
     return {"medfl": medfl, "flwr": version("flwr"), "torch": torch.__version__.split("+")[0], "timm": version("timm")}
 
 
-OWN_FILES = {"split": "split.json", "norms": "norms.pt", "model": "federated_best.pth"}  # a hospital's, in its models/
+OWN_FILES = {"split": "split.json", "norms": "norms.pt", "model": "federated_best.pth",  # a hospital's, in its models/
+             "privacy": "privacy.json"}
 
 
 def identity(label: str, cid: int | None, data: Path, device: str, medfl: str, models: Path, shared_cores: int | None, code: str,
-             approved: list[str] | None = None) -> dict:
+             approved: list[str] | None = None, promise: dict | None = None) -> dict:
     """Who a hospital is, as it stands in its hospital.json and `Hospital` reads it.
 
     session, which it draws: a random number of this start. shared_cores: those that it shares with the other simulated
     hospitals, None with a machine of its own. code: SHA-256 of the bundle of the MedFL installed here. approved: hashes of
-    code and settings that it consents to, None for any settings of this code.
+    code and settings that it consents to, None for any settings of this code. promise: epsilon and delta of its patients'
+    privacy, None without.
     """
     files = {f"{what}_file": str((models / f"{label}_{name}").resolve()) for what, name in OWN_FILES.items()}
     return {"label": label, "session": secrets.token_hex(8), "cid": cid, "data": str(data.resolve()), "device": device,
-            "medfl": medfl, "shared_cores": shared_cores, "code": code, "approved": approved, **files}
+            "medfl": medfl, "shared_cores": shared_cores, "code": code, "approved": approved, "promise": promise, **files}
 
 
 class Hospital:
     """A hospital's data and its work in one federation.
 
     identity: who it is (`identity` above): label, session, cid (None with own data), data (folder), device, medfl (the version
-    installed here), shared_cores, split_file (where an own split is kept), norms_file and model_file (where own
-    normalisation layers are kept, and the model with them is written). memory: the file that keeps the last weights, for
-    messages that bring a part of them. Raises HospitalError for bad data.
+    installed here), shared_cores, promise, split_file (where an own split is kept), norms_file and model_file (where own
+    normalisation layers are kept, and the model with them is written), privacy_file (what of the promise is spent). memory: the
+    file that keeps the last weights, for messages that bring a part of them. Raises HospitalError for bad data, and for settings
+    with which the promise can't be kept.
     """
 
     def __init__(self, identity: dict, training: TrainingSettings, federation: FederationSettings, memory: Path):
@@ -76,6 +81,28 @@ class Hospital:
             self._take_data()
         except MedFLError as error:
             raise HospitalError(Failure.DATA, str(error)) from error
+        self.promise = self._promise() if identity["promise"] else None
+
+    def _promise(self) -> Promise:
+        """What this hospital promises its patients, if it can be kept here at all."""
+        try:
+            promise = Promise(**self.identity["promise"], ledger=Path(self.identity["privacy_file"]))
+        except MedFLError as error:
+            raise HospitalError(Failure.PRIVACY, str(error)) from error
+        if self.training.norm == "batch":
+            raise HospitalError(Failure.PRIVACY, "with BatchNorm a patient changes what the others' scans teach, and no privacy of "
+                                "patients can be promised; the server has to start with --norm group")
+        if promise.delta * len(self.split.train) >= 1:
+            raise HospitalError(Failure.PRIVACY, f"--dp-sgd-delta {promise.delta:g} would allow to tell all of one of the "
+                                f"{len(self.split.train)} patients; choose one far below 1 / patients")
+        return promise
+
+    def noise(self, number: int) -> float:
+        """The noise, in clips, with which the rounds from `number` on keep the promise."""
+        try:
+            return self.promise.multiplier((self.federation.rounds - number + 1) * self.federation.local_epochs * STEPS)
+        except MedFLError as error:
+            raise HospitalError(Failure.PRIVACY, str(error)) from error
 
     def _take_data(self) -> None:
         """Find the scans and who of them trains, chooses and is kept for the test here."""
@@ -99,7 +126,8 @@ class Hospital:
         parts = {part: {"patients": len(self.split.part(part)), "slices": int(slices[list(self.split.part(part))].sum())}
                  for part in PARTS}
         return {**self.introduction(self.identity), "own_data": self.own_data, "data": self.dataset.name, "parts": parts,
-                "images": self.dataset.image_statistics(self.split.train), "device": self.device.type, **self.hashes}
+                "images": None if self.promise else self.dataset.image_statistics(self.split.train),
+                "device": self.device.type, "patient_privacy": self.identity["promise"], **self.hashes}
 
     @staticmethod
     def introduction(identity: dict) -> dict:
@@ -168,7 +196,8 @@ class Hospital:
                              "test_fraction": settings.test_fraction}
         mean = {"mean": score["val_dice"], "median": None, "ci95": None}
         training = {**asdict(self.training), **asdict(settings), "rounds_done": rounds, "selected_by": "nothing: the last model"}
-        about = describe(model, self.dataset.image_statistics(self.split.train), training=training, origin=origin, data=data,
+        images = None if self.promise else self.dataset.image_statistics(self.split.train)
+        about = describe(model, images, training=training, origin=origin, data=data,
                          scores={"val": {"patients": score["val_patients"], "volume_dice": mean}} if score["val_patients"] else {})
         save_checkpoint(Path(self.identity["model_file"]), model.state_dict(), about)
 
@@ -182,9 +211,13 @@ class Hospital:
         return {"val_dice": float(np.mean([row["dice"] for row in rows])), "val_patients": len(rows),
                 "seconds": time.monotonic() - began}
 
+    def told(self, score: dict) -> dict:
+        """What the server gets of a score: with a promise to patients none, for no noise protects it."""
+        return {**score, "val_dice": None, "val_patients": 0} if self.promise else score
+
     def train(self, model: TransUNet, about: dict) -> tuple[dict, torch.Tensor]:
-        """Train the model as the message says; what happened (examples, train_loss, seconds), and the update, (n,) float32: the new
-        weights, or, in half precision and for secure aggregation, what changed.
+        """Train the model as the message says; what happened (examples, train_loss, seconds, patient_epsilon), and the update, (n,)
+        float32: the new weights, or, in half precision and for secure aggregation, what changed.
 
         about: run (its random name), round (from 1), rate (a share of the learning rate, or None for the cosine), seconds (the
         time there is), partition (its SHA-256, None where all have own data).
@@ -198,20 +231,26 @@ class Hospital:
         if not usual or not 1 <= number <= settings.rounds:
             raise HospitalError(Failure.CONSENT, f"the server asked for round {number} of {settings.rounds} at {rate} times the "
                                 "learning rate, which the settings do not provide for; nothing was trained")
-        learner = Learner(model, replace(self.training, ema_decay=0.0), self.device)  # the server averages, over rounds
+        seed = self.training.seed * 1_000 + zlib.crc32(self.identity["label"].encode()) % 1_000  # unlike at each hospital
+        mine = replace(self.training, ema_decay=0.0)  # the server averages, over rounds
+        if self.promise:
+            noise = self.noise(number)
+            learner = PrivateLearner(model, mine, self.device, noise, len(self.split.train))
+            batches = PatientBatches(self.dataset, self.split.train, mine.image_size, seed)
+        else:
+            learner = Learner(model, mine, self.device)
+            batches = TrainingBatches(self.dataset, self.split.train, mine.image_size, mine.batch_size, seed)
         if settings.strategy == "fedprox":
             learner.adjust_gradients = proximal_pull(model, settings.proximal_mu)
         frozen, before = number <= self.training.freeze_encoder_epochs, pack(model.state_dict())
         model.set_encoder_trainable(not frozen)
-        seed = self.training.seed * 1_000 + zlib.crc32(self.identity["label"].encode()) % 1_000  # unlike at each hospital
-        batches = TrainingBatches(self.dataset, self.split.train, self.training.image_size, self.training.batch_size, seed)
         steps = len(batches) * settings.local_epochs
 
         def before_step(step: int) -> bool:
             share = about["rate"]
             if share is None:
-                share = rate_scale((number - 1 + step / steps) / settings.rounds, (number - 1) * steps + step,
-                                   self.training.warmup_steps)
+                warmup = 0 if self.promise else self.training.warmup_steps  # few steps, of a model that is trained already
+                share = rate_scale((number - 1 + step / steps) / settings.rounds, (number - 1) * steps + step, warmup)
             learner.set_rate(share)
             if time.monotonic() - self.began > about["seconds"]:
                 raise HospitalError(Failure.LATE, f"round {number} took longer than the server's {about['seconds']:.0f} s; "
@@ -232,9 +271,11 @@ class Hospital:
                                 "(the server's --lr) may be too high")
         if settings.keep_norm_local:
             self._keep_norms(after, norm_mask(model), about["run"], number)
+        if self.promise:
+            self.promise.spend(about["run"], number, Noisy(noise, steps, CHANCE))
         few = self.own_data and len(self.split.train) < SMALLEST_GROUP  # then the loss would say something of one patient
-        return {"examples": batches.slices, "train_loss": None if few else float(np.mean(losses)),
-                "seconds": time.monotonic() - began}, update
+        return {"examples": batches.slices, "train_loss": None if few or self.promise else float(np.mean(losses)),
+                "patient_epsilon": self.promise.spent if self.promise else None, "seconds": time.monotonic() - began}, update
 
 
 def proximal_pull(model: TransUNet, mu: float):

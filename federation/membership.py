@@ -16,7 +16,7 @@ JOIN_TRIES = 3  # for a hospital that is connected and can't say who it is
 JOIN_AGAIN = 10.0  # seconds between them
 PING_TIME = 45.0  # seconds in which somebody who is there answers, also on a busy machine
 PURPOSES = ("join", "ping", "end")
-FINAL = (Failure.DATA, Failure.CODE, Failure.CONSENT)  # reasons for not joining that asking again does not mend
+FINAL = (Failure.DATA, Failure.CODE, Failure.CONSENT, Failure.PRIVACY)  # reasons for not joining that asking again does not mend
 
 
 @dataclass
@@ -191,12 +191,13 @@ class Membership:
         member = Member(facts["label"], node, facts["session"], facts)
         self.members[member.label] = member
         parts = facts["parts"]
-        torch_note = ""
+        torch_note, promise = "", facts["patient_privacy"]
         if facts["versions"].get("torch") != self.about["versions"]["torch"]:
             torch_note = f"; it runs torch {facts['versions'].get('torch')}, the server {self.about['versions']['torch']}"
         self.audit.write("joined", hospital=member.label)
         self.say(f"{member.label} {'is back' if back else 'joined'}: {parts['train']['patients']} patients to train on "
-                 f"({parts['train']['slices']} slices), {parts['val']['patients']} to choose by{torch_note}")
+                 f"({parts['train']['slices']} slices), {parts['val']['patients']} to choose by{torch_note}"
+                 + (f"; it promises them epsilon {promise['epsilon']:g} at delta {promise['delta']:g}" if promise else ""))
 
     def _remove(self, member: Member, why: str) -> None:
         self.say(f"{member.label}: {why}")

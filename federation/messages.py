@@ -38,6 +38,7 @@ class Failure(StrEnum):
     LATE = "late"
     CODE = "code"
     CONSENT = "consent"
+    PRIVACY = "privacy"
     PROTOCOL = "protocol"
     BUG = "bug"
 
@@ -49,6 +50,7 @@ FAILURES = {
     Failure.LATE: "it was not done within the round's time",
     Failure.CODE: "it runs its own MedFL alone, and the server's code is another; install the same version on both sides",
     Failure.CONSENT: "it has not approved these settings; its own terminal says which they are",
+    Failure.PRIVACY: "what it promises its patients does not allow that; its own terminal says why",
     Failure.PROTOCOL: "its update does not fit into the secure aggregation, or a step of that was not what it should be; its own "
                       "terminal says why",
     Failure.BUG: "a fault of the program; its own terminal says which",
@@ -102,9 +104,9 @@ def read(content: RecordDict) -> dict:
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
 INTRODUCTION = {"label": str, "session": str, "cid": int | None, "versions": dict}  # what an answer must have, and of what kind
 FACTS = {**INTRODUCTION, "own_data": bool, "data": str, "parts": dict, "images": dict | None, "device": str,
-         "split_sha256": str | None, "partition_sha256": str | None}
+         "split_sha256": str | None, "partition_sha256": str | None, "patient_privacy": dict | None}
 RESULT = {"val_dice": float | None, "val_patients": int, "seconds": float}
-TRAINED = {**RESULT, "round": int, "examples": int, "train_loss": float | None}
+TRAINED = {**RESULT, "round": int, "examples": int, "train_loss": float | None, "patient_epsilon": float | None}
 
 
 def expect(about: dict, kinds: Mapping) -> dict:
@@ -124,6 +126,8 @@ def expect(about: dict, kinds: Mapping) -> dict:
 def check_facts(facts: dict) -> None:
     """Raises MedFLError where what a hospital says of itself at joining is not what `Hospital.facts` makes."""
     expect(facts, FACTS)
+    if facts["patient_privacy"] is not None:
+        expect(facts["patient_privacy"], {"epsilon": float, "delta": float})
     try:
         for part in PARTS:
             expect(facts["parts"][part], {"patients": int, "slices": int})

@@ -12,6 +12,8 @@ its strategies weight by examples, and a change of nothing ends it. The accounta
 import importlib.util
 import math
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,26 +30,57 @@ def check_accountant() -> None:
                          "-r requirements-privacy.txt`")
 
 
-def spent(multiplier: float, rounds: int, delta: float) -> float:
-    """Epsilon after so many rounds with noise of `multiplier` times the clip, by Renyi differential privacy (Mironov 2017)."""
-    from dp_accounting import GaussianDpEvent, SelfComposedDpEvent, rdp
+FINE = 1e-4  # of a multiplier
 
-    if not rounds:
-        return 0.0
-    accountant = rdp.RdpAccountant()
-    accountant.compose(SelfComposedDpEvent(GaussianDpEvent(multiplier), rounds))
+
+@dataclass(frozen=True)
+class Noisy:
+    """Sums to which noise was added. multiplier: its deviation in clips; times: how often; chance: of one whom it protects to be
+    in such a sum."""
+
+    multiplier: float
+    times: int
+    chance: float = 1.0
+
+
+def spent(sums: Iterable[Noisy], delta: float) -> float:
+    """Epsilon after these, by Renyi differential privacy (Mironov 2017, arXiv:1702.07476; with a chance below 1 Mironov, Talwar
+    and Zhang 2019, arXiv:1908.10530)."""
+    accountant = _accountant()
+    for one in sums:
+        accountant.compose(_event(one))
     return float(accountant.get_epsilon(delta))
 
 
-def multiplier_for(epsilon: float, rounds: int, delta: float) -> float:
-    """The least noise multiplier that spends no more than epsilon in so many rounds."""
-    from dp_accounting import GaussianDpEvent, SelfComposedDpEvent, rdp
+def multiplier_for(epsilon: float, times: int, delta: float, chance: float = 1.0, before: tuple[Noisy, ...] = ()) -> float:
+    """The least noise multiplier, within FINE, with which so many more sums, after those `before`, spend no more than epsilon in all."""
+    from dp_accounting import ComposedDpEvent
     from dp_accounting.mechanism_calibration import calibrate_dp_mechanism
 
-    def all_rounds(multiplier: float) -> SelfComposedDpEvent:
-        return SelfComposedDpEvent(GaussianDpEvent(multiplier), rounds)
+    def all_sums(multiplier: float) -> ComposedDpEvent:
+        return ComposedDpEvent([_event(one) for one in (*before, Noisy(multiplier, times, chance))])
 
-    return float(calibrate_dp_mechanism(rdp.RdpAccountant, all_rounds, epsilon, delta))
+    return float(calibrate_dp_mechanism(_accountant, all_sums, epsilon, delta, tol=FINE))
+
+
+def _accountant():
+    import absl.logging
+    from dp_accounting import rdp
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # it warns of each bound that is looser than it could be
+    return rdp.RdpAccountant()
+
+
+def _event(one: Noisy):
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+
+    event = GaussianDpEvent(one.multiplier)
+    return SelfComposedDpEvent(PoissonSampledDpEvent(one.chance, event) if one.chance < 1 else event, one.times)
+
+
+def secret_random() -> np.random.Generator:
+    """A generator seeded by the system's randomness, which nobody keeps."""
+    return np.random.default_rng(int.from_bytes(os.urandom(32)))
 
 
 class HospitalPrivacy:
@@ -60,7 +93,7 @@ class HospitalPrivacy:
 
     def spent(self, rounds: int) -> float:
         """Epsilon after so many rounds."""
-        return spent(self.multiplier, rounds, self.settings.dp_delta)
+        return spent([Noisy(self.multiplier, rounds)], self.settings.dp_delta) if rounds else 0.0
 
     def exhausted(self, rounds: int) -> bool:
         """Whether one round more would spend more than --dp-epsilon."""
@@ -69,9 +102,7 @@ class HospitalPrivacy:
     def private_mean(self, updates: list[Update], sent: torch.Tensor, travels: torch.Tensor) -> Update:
         """The hospitals' updates as one: their clipped, noised mean. sent: the weights, (n,) float32, that the round began with;
         travels: which of them were trained, (n,) bool. The others stay as they were."""
-        # numpy's generator, seeded by the system's randomness, which nobody keeps
-        random = np.random.default_rng(int.from_bytes(os.urandom(32)))
-        total = torch.from_numpy(random.standard_normal(len(sent))).mul_(self.multiplier * self.settings.dp_clip)
+        total = torch.from_numpy(secret_random().standard_normal(len(sent))).mul_(self.multiplier * self.settings.dp_clip)
         for update in updates:
             change = update.weights.double().sub_(sent)
             length = float(change.mul_(travels).norm())

@@ -264,7 +264,7 @@ class Federation:
     def _row(self, number: int, label: str, about: dict, sent: int, received: int) -> dict:
         return {"round": number, "site": label, "examples": about.get("examples"), "train_loss": about.get("train_loss"),
                 "val_dice": about["val_dice"], "val_patients": about["val_patients"], "seconds": round(about["seconds"], 2),
-                "bytes_sent": sent, "bytes_received": received}
+                "bytes_sent": sent, "bytes_received": received, "patient_epsilon": about.get("patient_epsilon")}
 
     def _record(self, number: int, rows: list[dict], sent: torch.Tensor, began: float) -> None:
         """Write what a round gave, and a table on the terminal. The score in its rows is of the model that was sent."""

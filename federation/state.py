@@ -113,13 +113,16 @@ class RunState:
         training = {**settings, "rounds_done": number, "seconds": round(done.seconds, 1),
                     "device": " ".join(sorted({facts["device"] for facts in told})),
                     "selected_by": "patient-weighted validation mean volume Dice" if score else "nothing: the last model"}
+        spent = {row["site"]: row["patient_epsilon"] for row in done.rows if row.get("patient_epsilon") is not None}
         origin = {"kind": "federated", "hospitals": len(told), "labels": sorted(done.hospitals),
                   "partition": self.federation.partition if simulated else "own data", "strategy": self.federation.strategy,
                   "rounds": number, "started_from": done.started_from,
                   "init_split_sha256": done.init_split,
                   "norm_at_hospitals": self.federation.keep_norm_local,
                   "privacy": {"secure_aggregation": self.federation.secure_aggregation, "epsilon": done.epsilon,
-                              "delta": self.federation.dp_delta if self.federation.private else None}}
+                              "delta": self.federation.dp_delta if self.federation.private else None,
+                              "patients": {label: {"epsilon": spent[label], "delta": facts["patient_privacy"]["delta"]}
+                                           for label, facts in done.hospitals.items() if label in spent}}}
         val = {"val": {"patients": score["patients"],
                        "volume_dice": {"mean": score["mean"], "median": None, "ci95": None}}} if score else {}
         about = describe(self.model, images, training=training, origin=origin, data=data, scores=val)

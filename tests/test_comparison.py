@@ -12,7 +12,7 @@ from checkpoint import load_checkpoint, update_metadata
 from common import MedFLError
 from comparison import ALL, COLUMNS, as_text, hospitals_of, kind_of, lines_of, make_rows, table_of
 from dataset import load_dataset
-from running import run_script
+from running import run_here
 from split import load_split
 
 HOSPITALS = {"hospital-0": ("a", "b"), "hospital-1": ("c",), "hospital-2": ()}
@@ -105,7 +105,7 @@ def trained(home, phantoms, tmp_path_factory):
     common = ("--data-dir", phantoms, "--image-size", 32, "--batch-size", 8, "--steps", 5, "--warmup-steps", 2)
     shares = [("alone_0", "--cid", 0), ("alone_1", "--cid", 1), ("central",)]
     for name, *options in [*shares, ("tuned_0", "--cid", 0, "--init", out / "central" / "transunet_centralized_best.pth")]:
-        done = run_script("train_centralized.py", *common, "--out", out / name, *options)
+        done = run_here("train_centralized.py", *common, "--out", out / name, *options)
         assert done.returncode == 0, done.stderr
     return out
 
@@ -140,14 +140,14 @@ def test_a_start_from_a_checkpoint_is_one(trained):
 def test_evaluate_compares(trained, phantoms, tmp_path):
     paths = [checkpoint(trained, name) for name in ("central", "alone_0", "alone_1", "tuned_0")]
     files = {kind: tmp_path / f"table.{kind}" for kind in ("json", "csv", "png")}
-    done = run_script("evaluate.py", "--compare", *paths, "--data-dir", phantoms, "--json", files["json"], "--csv", files["csv"],
+    done = run_here("evaluate.py", "--compare", *paths, "--data-dir", phantoms, "--json", files["json"], "--csv", files["csv"],
                       "--plot", files["png"])
     assert done.returncode == 0, done.stderr
     table = json.loads(files["json"].read_text())
     assert [row["name"] for row in table["rows"]] == ["centralised", "hospital-0 alone", "hospital-1 alone", "each hospital alone",
                                                       "hospital-0 fine-tuned from centralised"]
     assert set(table["columns"]) == {"hospital-0", "hospital-1", "all"} and len(table["checkpoints"]) == 4
-    alone = run_script("evaluate.py", "--checkpoint", paths[1], "--data-dir", phantoms, "--json", tmp_path / "alone.json")
+    alone = run_here("evaluate.py", "--checkpoint", paths[1], "--data-dir", phantoms, "--json", tmp_path / "alone.json")
     assert alone.returncode == 0, alone.stderr
     figures = json.loads((tmp_path / "alone.json").read_text())
     assert table["rows"][1]["scores"]["all"]["mean"] == figures["volume_dice"]["mean"]  # one way to score
@@ -166,7 +166,7 @@ def test_models_that_can_not_be_compared_are_refused(trained, phantoms, tmp_path
     for options, sentence in ((("--compare", alone, other), "differently divided"),
                               (("--compare", central, "--overlays", tmp_path), "leave the other options out"),
                               (("--checkpoint", central, "--plot", tmp_path / "x.png"), "--plot draws the table")):
-        done = run_script("evaluate.py", *options, "--data-dir", phantoms)
+        done = run_here("evaluate.py", *options, "--data-dir", phantoms)
         assert done.returncode == 2 and sentence in done.stderr, done.stderr
 
 
@@ -174,11 +174,11 @@ def test_models_that_can_not_be_compared_are_refused(trained, phantoms, tmp_path
     (("--cid", 2), "numbered from 0"), (("--steps", 0), "--steps is 0"), (("--steps", 1, "--minutes", 1), "give one of them"),
     (("--init", "nothing.pth"), "nothing.pth")])
 def test_bad_options_of_the_training(phantoms, home, tmp_path, options, sentence):
-    done = run_script("train_centralized.py", "--data-dir", phantoms, "--image-size", 32, "--out", tmp_path, *options)
+    done = run_here("train_centralized.py", "--data-dir", phantoms, "--image-size", 32, "--out", tmp_path, *options)
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
 
 
 def test_a_start_of_another_network_is_refused(trained, phantoms, home, tmp_path):
-    done = run_script("train_centralized.py", "--data-dir", phantoms, "--image-size", 48, "--out", tmp_path, "--init",
+    done = run_here("train_centralized.py", "--data-dir", phantoms, "--image-size", 48, "--out", tmp_path, "--init",
                       checkpoint(trained, "central"))
     assert done.returncode == 2 and "give --model tiny --image-size 32" in done.stderr

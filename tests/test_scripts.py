@@ -16,7 +16,7 @@ from PIL import Image
 from checkpoint import load_checkpoint, update_metadata
 from dataset import load_dataset
 from inference import predict_volume, to_mask
-from running import ROOT, run_script
+from running import ROOT, run_here, run_script
 from split import make_split
 
 pytestmark = pytest.mark.slow
@@ -83,16 +83,16 @@ def test_resume_refuses_another_split_and_keeps_its_own(phantoms, trained, tmp_p
     split["test"], split["val"] = split["val"], split["test"]
     (tmp_path / "other.json").write_text(json.dumps(split))
     resume = ("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, "--resume")
-    expect_sentence(run_script(*resume, "--split-file", tmp_path / "other.json"), "another split")
+    expect_sentence(run_here(*resume, "--split-file", tmp_path / "other.json"), "another split")
     assert (tmp_path / "split.json").read_bytes() == (trained / "split.json").read_bytes()
     (tmp_path / LAST).write_bytes((trained / BEST).read_bytes())
-    expect_sentence(run_script(*resume), "no run to go on with")
+    expect_sentence(run_here(*resume), "no run to go on with")
 
 
 def test_a_new_run_leaves_nothing_to_resume_of_the_old(phantoms, trained, tmp_path):
     for name in (BEST, LAST, "split.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
-    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--lr", 1e30, "--epochs", 3,
+    done = run_here("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--lr", 1e30, "--epochs", 3,
                       "--clip", 1e30)
     expect_sentence(done, "lower --lr")
     assert not (tmp_path / LAST).exists() or load_checkpoint(tmp_path / LAST).metadata["training"]["lr"] == 1e30
@@ -118,7 +118,7 @@ def test_minutes_end_in_time(phantoms, tmp_path):
 
 
 def test_everybody_trains_when_nobody_is_held_out(phantoms, tmp_path):
-    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--epochs", 1,
+    done = run_here("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--epochs", 1,
                       "--val-fraction", 0, "--test-fraction", 0)
     assert done.returncode == 0 and "no validation patients" in done.stdout
     metadata = load_checkpoint(tmp_path / BEST).metadata
@@ -126,20 +126,20 @@ def test_everybody_trains_when_nobody_is_held_out(phantoms, tmp_path):
 
 
 def test_early_stop(phantoms, tmp_path):
-    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--epochs", 20,
+    done = run_here("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--epochs", 20,
                       "--patience", 1, "--lr", 1e-9)
     assert done.returncode == 0 and "stopped after epoch" in done.stdout and len(history(tmp_path)) < 20
 
 
 def test_training_says_what_is_wrong(phantoms, trained, tmp_path):
-    expect_sentence(run_script("train_centralized.py", "--data-dir", tmp_path / "none", "--out", tmp_path), "make_phantoms.py")
+    expect_sentence(run_here("train_centralized.py", "--data-dir", tmp_path / "none", "--out", tmp_path), "make_phantoms.py")
     train = ("train_centralized.py", "--data-dir", phantoms, "--out")
-    expect_sentence(run_script(*train, tmp_path / "a", "--image-size", 100), "multiple of 16")
-    expect_sentence(run_script(*train, tmp_path / "b", "--resume"), "start without --resume")
-    expect_sentence(run_script(*train, trained, "--test-fraction", 0), "another --out")
-    expect_sentence(run_script(*train, trained, "--seed", 1), "drawn with --seed 0")
+    expect_sentence(run_here(*train, tmp_path / "a", "--image-size", 100), "multiple of 16")
+    expect_sentence(run_here(*train, tmp_path / "b", "--resume"), "start without --resume")
+    expect_sentence(run_here(*train, trained, "--test-fraction", 0), "another --out")
+    expect_sentence(run_here(*train, trained, "--seed", 1), "drawn with --seed 0")
     (tmp_path / "split.json").write_text(json.dumps({"version": 1, "seed": 0, "train": ["nobody"], "val": [], "test": []}))
-    expect_sentence(run_script(*train, tmp_path / "c", "--split-file", tmp_path / "split.json"), "names nobody")
+    expect_sentence(run_here(*train, tmp_path / "c", "--split-file", tmp_path / "split.json"), "names nobody")
 
 
 def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
@@ -159,7 +159,7 @@ def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
 def test_evaluate_writes_back_no_figure_of_one_patient(phantoms, trained, tmp_path):
     for name in (BEST, "split.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
-    assert run_script("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--write-back").returncode == 0
+    assert run_here("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--write-back").returncode == 0
     scores = load_checkpoint(tmp_path / BEST).metadata["scores"]
     assert scores["test"]["patients"] == 2 and scores["test"]["sites"] == {} and "val" in scores
 
@@ -169,11 +169,11 @@ def test_evaluate_says_what_is_wrong(phantoms, trained, tmp_path):
     split["test"], split["train"] = split["train"][:2], split["test"] + split["train"][2:]
     (tmp_path / "other.json").write_text(json.dumps(split))
     check = ("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", phantoms)
-    expect_sentence(run_script(*check, "--split-file", tmp_path / "other.json"), "not the split")
-    expect_sentence(run_script(*check, "--split-file", tmp_path / "missing.json"), "there is no split file")
+    expect_sentence(run_here(*check, "--split-file", tmp_path / "other.json"), "not the split")
+    expect_sentence(run_here(*check, "--split-file", tmp_path / "missing.json"), "there is no split file")
     missing = ("--checkpoint", tmp_path / "no.pth", "--data-dir", phantoms)
-    expect_sentence(run_script("evaluate.py", *missing), "there is no checkpoint")
-    expect_sentence(run_script(*check, "--split", "all", "--write-back"), "leave --split at test")
+    expect_sentence(run_here("evaluate.py", *missing), "there is no checkpoint")
+    expect_sentence(run_here(*check, "--split", "all", "--write-back"), "leave --split at test")
 
 
 def test_predictions_are_bit_equal_with_what_is_scored(phantoms, trained, tmp_path):
@@ -203,15 +203,15 @@ def test_predict_takes_any_picture_and_says_what_is_wrong(trained, tmp_path):
         Image.fromarray(pixels).save(given / name)
     options = ("--checkpoint", trained / BEST, "--out", given / "out", "--probabilities")
     for _ in range(2):  # what the first run wrote is not taken for slices
-        done = run_script("predict.py", given, *options)
+        done = run_here("predict.py", given, *options)
         assert done.returncode == 0 and "4 slices segmented" in done.stdout, done.stderr
     assert Image.open(given / "out" / "scan_mask.png").size == (56, 40)
-    assert run_script("predict.py", given, "--checkpoint", trained / BEST, "--out", tmp_path).returncode == 0
-    expect_sentence(run_script("predict.py", given, "--checkpoint", trained / BEST, "--out", given), "another --out")
-    expect_sentence(run_script("predict.py", tmp_path / "missing", *options), "there is no")
+    assert run_here("predict.py", given, "--checkpoint", trained / BEST, "--out", tmp_path).returncode == 0
+    expect_sentence(run_here("predict.py", given, "--checkpoint", trained / BEST, "--out", given), "another --out")
+    expect_sentence(run_here("predict.py", tmp_path / "missing", *options), "there is no")
     (given / "text.tif").write_text("hello")
-    expect_sentence(run_script("predict.py", given / "text.tif", *options), "can't be read as a picture")
-    expect_sentence(run_script("predict.py", given / "a_1_mask.tif", *options), "there is no slice")
+    expect_sentence(run_here("predict.py", given / "text.tif", *options), "can't be read as a picture")
+    expect_sentence(run_here("predict.py", given / "a_1_mask.tif", *options), "there is no slice")
 
 
 def test_the_checkpoints_threshold_and_the_part_asked_for_decide(phantoms, trained, tmp_path):
@@ -221,7 +221,7 @@ def test_the_checkpoints_threshold_and_the_part_asked_for_decide(phantoms, train
     update_metadata(tmp_path / BEST, threshold=0.0)
     dataset = load_dataset(phantoms, progress=False)
     split = json.loads((trained / "split.json").read_text())
-    done = run_script("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--split", "train", "--json",
+    done = run_here("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--split", "train", "--json",
                       tmp_path / "s.json", "--overlays", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "s.json").read_text())["patients"]
@@ -236,7 +236,7 @@ def test_the_checkpoints_threshold_and_the_part_asked_for_decide(phantoms, train
     for folder in ("a", "b"):
         (given / folder).mkdir(parents=True)
         Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(given / folder / "scan.png")
-    done = run_script("predict.py", given, given / "a", "--checkpoint", tmp_path / BEST, "--out", tmp_path / "p")
+    done = run_here("predict.py", given, given / "a", "--checkpoint", tmp_path / BEST, "--out", tmp_path / "p")
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "p").glob("*.png")} == {"a_scan_png_mask.png", "b_scan_png_mask.png"}
     with open(tmp_path / "p" / "predictions.csv", encoding="utf-8") as file:
@@ -247,7 +247,7 @@ def test_validation_patients_of_another_split_are_not_scored(phantoms, trained, 
     split = json.loads((trained / "split.json").read_text())
     split["val"], split["train"] = split["train"][:1], split["val"] + split["train"][1:]
     (tmp_path / "other.json").write_text(json.dumps(split))
-    expect_sentence(run_script("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", phantoms, "--split", "val",
+    expect_sentence(run_here("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", phantoms, "--split", "val",
                                "--split-file", tmp_path / "other.json"), "not the split")
 
 
@@ -257,7 +257,7 @@ def test_a_federations_split_is_made_anew_with_its_fractions(phantoms, trained, 
     split = make_split({p.name: p.site for p in dataset.patients}, **asked)
     (tmp_path / BEST).write_bytes((trained / BEST).read_bytes())
     update_metadata(tmp_path / BEST, data={"split": asked, "split_sha256": split.sha256()})
-    done = run_script("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--csv", tmp_path / "s.csv")
+    done = run_here("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--csv", tmp_path / "s.csv")
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "s.csv", encoding="utf-8") as file:
         assert sorted(row["patient"] for row in csv.DictReader(file)) == sorted(split.test)
@@ -265,5 +265,5 @@ def test_a_federations_split_is_made_anew_with_its_fractions(phantoms, trained, 
 
 def test_all_patients_of_a_foreign_dataset_need_no_split(phantoms, trained, tmp_path):
     (tmp_path / BEST).write_bytes((trained / BEST).read_bytes())
-    done = run_script("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--split", "all")
+    done = run_here("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--split", "all")
     assert done.returncode == 0 and "all: 10 patients" in done.stdout, done.stderr

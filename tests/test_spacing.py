@@ -12,7 +12,7 @@ import metrics
 from checkpoint import load_checkpoint
 from common import MedFLError
 from dataset import load_dataset
-from running import run_script
+from running import run_here
 from spacing import read_spacing
 from training import score_patients
 
@@ -101,7 +101,7 @@ def test_evaluate_adds_mm_where_they_are_known_and_changes_nothing_else(phantoms
         copied.mkdir()
         for file in (BEST, "split.json"):
             shutil.copyfile(trained / file, copied / file)
-        done = run_script("evaluate.py", "--checkpoint", copied / BEST, "--data-dir", data, "--json", copied / "s.json", "--csv",
+        done = run_here("evaluate.py", "--checkpoint", copied / BEST, "--data-dir", data, "--json", copied / "s.json", "--csv",
                           copied / "s.csv", "--write-back")
         assert done.returncode == 0, done.stderr
         with open(copied / "s.csv", encoding="utf-8", newline="") as file:

@@ -22,9 +22,10 @@ from transunet import TransUNet
 class RealHospital:
     """A node of the scripted grid that answers with the hospital's own app, in this process; keeps what it was asked."""
 
-    def __init__(self, folder, cid, data):
+    def __init__(self, folder, cid, data, promise=None):
         self.folder, self.asked = folder / f"hospital-{cid}", []
-        who = identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models", shared_cores=None, code="0" * 64)
+        who = identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models", shared_cores=None, code="0" * 64,
+                       promise=promise)
         write_json(self.folder / IDENTITY, {**who, "medfl": VERSIONS["medfl"]})
         self.app = make_app(lambda context: self.folder)
         self.context = Context(1, 1, {}, RecordDict(), {})
@@ -49,7 +50,7 @@ def federate(monkeypatch, tmp_path, phantoms, home):
         torch.manual_seed(0)
         federation = FederationSettings(**{"rounds": rounds, "round_timeout": 300.0, "val_fraction": 0.2, **settings})
         settings = TrainingSettings(**{"image_size": 32, "batch_size": 8, "warmup_steps": 2, **(training or {})})
-        state = RunState(TransUNet("tiny", 32), settings, federation, folder, None)
+        state = RunState(TransUNet("tiny", 32, settings.norm), settings, federation, folder, None)
         state.progress.started_from = "random weights"
         if resume:
             state.restore(load_run(folder)[2])

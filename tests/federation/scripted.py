@@ -15,8 +15,9 @@ from federation.settings import FederationSettings
 from federation.state import RunState, load_run
 from federation.weights import from_record, to_record
 from training import TrainingSettings
-from transunet import TransUNet
+from transunet import ARCHITECTURES, Architecture, TransUNet
 
+TINIER = Architecture("test_vit", (8, 8, 16, 16), (16, 16, 8))
 VERSIONS = {"medfl": "1", "flwr": "1", "timm": "1", "torch": "1"}
 
 
@@ -25,7 +26,8 @@ def facts(label: str, **other) -> dict:
     cid = int(label.removeprefix("hospital-")) if label.startswith("hospital-") else None
     return {"label": label, "session": f"session of {label}", "cid": cid, "versions": VERSIONS, "own_data": cid is None,
             "data": "phantoms", "parts": {"train": part, "val": part, "test": part}, "images": None, "device": "cpu",
-            "split_sha256": None if cid is None else "s", "partition_sha256": None if cid is None else "p", **other}
+            "split_sha256": None if cid is None else "s", "partition_sha256": None if cid is None else "p",
+            "patient_privacy": None, **other}
 
 
 class Node:
@@ -92,7 +94,7 @@ class Worker(Node):
         if "round" not in about:
             return Message(message(result), reply_to=incoming)
         weights = torch.full_like(self.got[-1], about["round"] * self.factor)
-        result |= {"round": about["round"], "examples": 10, "train_loss": 1.0}
+        result |= {"round": about["round"], "examples": 10, "train_loss": 1.0, "patient_epsilon": None}
         return Message(message(result, to_record(weights)), reply_to=incoming)
 
 
@@ -103,8 +105,9 @@ def make_messages_outside_of_a_run(monkeypatch) -> None:
 
 
 def make_fast(monkeypatch) -> None:
-    """Let messages be made outside of a run, and the loop look for answers all the time."""
+    """Let messages be made outside of a run, the loop look for answers all the time, and `tiny` be a twentieth of its size."""
     make_messages_outside_of_a_run(monkeypatch)
+    monkeypatch.setitem(ARCHITECTURES, "tiny", TINIER)
     monkeypatch.setattr(federation.membership, "LOOK", -1.0)
     monkeypatch.setattr(federation.rounds, "TICK", 0.01)
     monkeypatch.setattr(federation.rounds, "draw_curves", lambda *_: None)

@@ -6,7 +6,7 @@ import torch
 
 from common import __version__
 from dataset import load_dataset
-from federation.hospital import Hospital, HospitalError
+from federation.hospital import Hospital, HospitalError, identity
 from federation.messages import Failure
 from federation.settings import FederationSettings
 from split import Split, save_split
@@ -17,10 +17,8 @@ from transunet import TransUNet
 @pytest.fixture
 def hospital(phantoms, tmp_path):
     def make(cid: int | None = 0, training: dict | None = None, **federation) -> Hospital:
-        identity = {"label": "mercy" if cid is None else f"hospital-{cid}", "session": "s", "cid": cid, "data": str(phantoms),
-                    "device": "cpu", "medfl": __version__, "split_file": str(tmp_path / "split.json"), "shared_cores": None,
-                    "norms_file": str(tmp_path / "norms.pt"), "model_file": str(tmp_path / "mine.pth")}
-        return Hospital(identity, TrainingSettings(image_size=32, batch_size=8, **(training or {})),
+        who = identity("mercy" if cid is None else f"hospital-{cid}", cid, phantoms, "cpu", __version__, tmp_path, None, "0" * 64)
+        return Hospital(who, TrainingSettings(image_size=32, batch_size=8, **(training or {})),
                         FederationSettings(**{"clients": 1, **federation}), tmp_path / "model.pt")
 
     return make
@@ -51,7 +49,7 @@ def test_examples_are_the_training_slices(hospital):
 
 def test_figures_of_one_or_two_patients_stay_here(hospital, phantoms, tmp_path):
     names = [p.name for p in load_dataset(phantoms, progress=False).patients]
-    save_split(Split(0, tuple(names[:2]), tuple(names[2:4]), tuple(names[4:])), tmp_path / "split.json")
+    save_split(Split(0, tuple(names[:2]), tuple(names[2:4]), tuple(names[4:])), tmp_path / "mercy_split.json")
     subject = hospital(None)
     assert work(subject)[0]["train_loss"] is None and subject.score(TransUNet("tiny", 32))["val_dice"] is None
     facts = subject.facts()

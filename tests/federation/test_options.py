@@ -3,7 +3,7 @@
 import pytest
 
 from federation.processes import free_port
-from running import run_script
+from running import run_here
 
 pytestmark = pytest.mark.slow
 
@@ -29,5 +29,5 @@ def test_bad_options_end_with_one_sentence(home, tmp_path, options, text):
     script, *rest = options
     if script == "run_server.py":
         rest = ["--address", f"127.0.0.1:{free_port()}", "--out", tmp_path, *rest]
-    done = run_script(script, *rest, cwd=tmp_path)
+    done = run_here(script, *rest, cwd=tmp_path)
     assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -147,7 +147,8 @@ def test_mean_dice_is_weighted_by_patients():
     {"val_dice": float("nan")}, {"val_dice": "0.5"}, {"val_patients": -1}, {"seconds": float("inf")}, {"examples": True},
     {"examples": 3.5}, {"train_loss": [1.0]}], ids=str)
 def test_broken_answers_are_told_apart(wrong):
-    good = {"val_dice": 0.5, "val_patients": 2, "seconds": 1.0, "round": 3, "examples": 7, "train_loss": None}
+    good = {"val_dice": 0.5, "val_patients": 2, "seconds": 1.0, "round": 3, "examples": 7, "train_loss": None,
+            "patient_epsilon": None}
     assert expect(good, TRAINED) == good
     with pytest.raises(MedFLError, match=next(iter(wrong))):
         expect({**good, **wrong}, TRAINED)

@@ -12,7 +12,7 @@ from scipy.stats import kstest, norm
 from checkpoint import load_checkpoint
 from common import MedFLError
 from federation import privacy
-from federation.privacy import HospitalPrivacy, multiplier_for, spent
+from federation.privacy import HospitalPrivacy, Noisy, multiplier_for, spent
 from federation.screening import Update
 from federation.settings import FederationSettings, check_together
 from federation.state import BEST, LAST
@@ -74,7 +74,7 @@ def test_what_is_not_trained_stays_as_it_was_and_no_change_is_no_error():
 @pytest.mark.parametrize(("multiplier", "rounds"), [(1.0, 1), (2.0, 10), (0.8, 5), (5.0, 100)])
 def test_the_accountant_is_near_the_exact_value_and_never_below(multiplier, rounds):
     exact = exact_epsilon(multiplier, rounds, 1e-5)
-    assert exact <= spent(multiplier, rounds, 1e-5) < 1.15 * exact
+    assert exact <= spent([Noisy(multiplier, rounds)], 1e-5) < 1.15 * exact
 
 
 def test_the_accountant_gives_published_values():
@@ -82,13 +82,13 @@ def test_the_accountant_gives_published_values():
     its conversion gives at most min over a of a / (2 z^2) + log(1 / delta) / (a - 1)."""
     for multiplier in (0.7, 1.0, 4.0):
         published = min(a / (2 * multiplier**2) + math.log(1e5) / (a - 1) for a in np.linspace(1.01, 200, 20_000))
-        assert 0.75 * published < spent(multiplier, 1, 1e-5) <= published * 1.001
+        assert 0.75 * published < spent([Noisy(multiplier, 1)], 1e-5) <= published * 1.001
 
 
 @pytest.mark.parametrize(("epsilon", "rounds"), [(1.0, 5), (8.0, 12), (100.0, 3)])
 def test_the_noise_that_is_derived_spends_what_was_asked_for(epsilon, rounds):
     multiplier = multiplier_for(epsilon, rounds, 1e-5)
-    assert 0.99 * epsilon < spent(multiplier, rounds, 1e-5) <= epsilon * 1.0001
+    assert 0.99 * epsilon < spent([Noisy(multiplier, rounds)], 1e-5) <= epsilon * 1.0001
 
 
 @pytest.mark.parametrize(("wrong", "sentence"), [
@@ -124,12 +124,13 @@ def run(tmp_path, rounds: int, workers: int = 2, resume: bool = False, **given):
 
 def test_a_run_ends_when_the_budget_is_spent_and_keeps_its_last_model(monkeypatch, tmp_path):
     make_fast(monkeypatch)
-    budget = spent(2.0, 3, 1e-5) + 0.01
+    budget = spent([Noisy(2.0, 3)], 1e-5) + 0.01
     code, state, said = run(tmp_path, 8, dp_epsilon=budget)
     assert code == 0 and state.progress.round == 3 and any("stopped" in line for line in said)
     assert sum("of a hospital is spent" in line for line in said) == 3
     told = load_checkpoint(tmp_path / BEST).metadata
-    assert told["origin"]["privacy"] == {"secure_aggregation": False, "epsilon": pytest.approx(spent(2.0, 3, 1e-5)), "delta": 1e-5}
+    assert told["origin"]["privacy"] == {"secure_aggregation": False, "epsilon": pytest.approx(spent([Noisy(2.0, 3)], 1e-5)),
+                                         "delta": 1e-5, "patients": {}}
     assert told["training"]["selected_by"].startswith("nothing") and told["preprocessing"]["training_images"] is None
     assert told["scores"] == {}  # the Dice fell from round to round, and yet the last model was kept
     best, last = (load_checkpoint(tmp_path / name).model.head.weight for name in (BEST, LAST))
@@ -142,7 +143,7 @@ def test_a_resumed_run_spends_nothing_twice(monkeypatch, tmp_path):
     run(tmp_path, 2)
     assert not (tmp_path / BEST).exists()  # nothing was chosen by scores
     _, state, _ = run(tmp_path, 4, resume=True)
-    assert state.progress.epsilon == pytest.approx(spent(2.0, 4, 1e-5))
+    assert state.progress.epsilon == pytest.approx(spent([Noisy(2.0, 4)], 1e-5))
 
 
 def test_under_privacy_no_update_is_left_out_for_being_unlike(monkeypatch, tmp_path):
@@ -160,7 +161,7 @@ def test_a_budget_that_no_round_fits_is_refused_and_how_many_fit_is_told(capsys)
     model, training = TransUNet("tiny", 32, "group"), TrainingSettings(image_size=32, norm="group")
     with pytest.raises(MedFLError, match="the first round alone would spend"):
         announce_privacy(HospitalPrivacy(settings(dp_epsilon=1.0, dp_noise_multiplier=0.1)), model, training)
-    budget = spent(2.0, 3, 1e-5) + 0.01
+    budget = spent([Noisy(2.0, 3)], 1e-5) + 0.01
     announce_privacy(HospitalPrivacy(settings(dp_epsilon=budget, dp_noise_multiplier=2.0, rounds=8)), model, training)
     assert "after 3 rounds" in capsys.readouterr().out
 

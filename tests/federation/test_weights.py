@@ -1,6 +1,7 @@
 """What travels: parts of the weights, half precision, and what a hospital keeps for itself; real hospitals, real rounds."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -14,12 +15,20 @@ from federation.settings import FederationSettings
 from federation.state import BEST, SHARED
 from federation.weights import ENCODER, NORM, from_record, in_precision, norm_mask, pack, part_mask, payload, to_record
 from in_process import RealHospital
+from scripted import TINIER
 from training import TrainingSettings
-from transunet import TransUNet
+from transunet import ARCHITECTURES, TransUNet
 
-ENCODER_VALUES = sum(p.numel() for p in TransUNet("tiny", 32).encoder.parameters())
-ALL_VALUES = len(pack(TransUNet("tiny", 32).state_dict()))
-NORM_VALUES = 4 * sum(m.num_features for m in TransUNet("tiny", 32).modules() if isinstance(m, nn.BatchNorm2d))
+with mock.patch.dict(ARCHITECTURES, tiny=TINIER):  # the network of these federations
+    MODEL = TransUNet("tiny", 32)
+ENCODER_VALUES = sum(p.numel() for p in MODEL.encoder.parameters())
+ALL_VALUES = len(pack(MODEL.state_dict()))
+NORM_VALUES = 4 * sum(m.num_features for m in MODEL.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.fixture(autouse=True)
+def tinier(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "tiny", TINIER)
 
 
 def test_masks_name_the_parts_of_a_model():

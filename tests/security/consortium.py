@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 
 from federations import SMALL, Scene
-from running import run_script
+from running import run_here
 
 
 class Consortium:
@@ -17,7 +17,7 @@ class Consortium:
         self.provision("server", "--host", "fl.example.org", "--kit", self.kit)
 
     def provision(self, *options, fine: bool = True):
-        done = run_script("provision.py", *options)
+        done = run_here("provision.py", *options)
         assert not fine or done.returncode == 0, done.stderr
         return done
 

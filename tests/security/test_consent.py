@@ -14,7 +14,7 @@ from federation.settings import FederationSettings, approval, to_json, unusual
 from federation.weights import pack, to_record
 from federations import SMALL, Scene
 from run_client import approved
-from running import change, copy_of_medfl, run_script
+from running import change, copy_of_medfl, run_here
 from scripted import make_messages_outside_of_a_run
 from training import TrainingSettings
 from transunet import TransUNet
@@ -97,7 +97,7 @@ def test_the_option_takes_hashes_and_files(tmp_path):
 
 
 def test_a_mistyped_hash_is_told_at_the_start(phantoms, home):
-    done = run_script("run_client.py", "--cid", 0, "--data-dir", phantoms, "--approve", "abc")
+    done = run_here("run_client.py", "--cid", 0, "--data-dir", phantoms, "--approve", "abc")
     assert done.returncode == 2 and "no hash of 64 digits" in done.stderr
 
 

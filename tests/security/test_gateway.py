@@ -29,7 +29,7 @@ from federation.audit import verify
 from federation.bundle import make_bundle
 from federation.flower import Control, TaskSource
 from federations import BEST, SMALL, Scene, children
-from running import run_script
+from running import run_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None,
                                                    reason="no nginx for the gateway's tests: install it")]
@@ -282,7 +282,7 @@ def test_a_killed_server_takes_its_gateway_along(consortium, tmp_path):
 def test_beyond_this_machine_keys_are_needed(consortium, phantoms, script, options, sentence):
     options = [consortium.kit if option == "KIT" else option for option in options]
     data = ("--data-dir", phantoms) if script == "run_client.py" else ("--out", consortium.folder / "out")
-    done = run_script(script, *options, *data)
+    done = run_here(script, *options, *data)
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

@@ -5,6 +5,7 @@ address can do, is test_gateway.py's.
 """
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from flwr.app import Array, ArrayRecord, Message
 
 from federation.messages import message, read
 from federation.weights import WEIGHTS, pack, to_record
-from scripted import Worker, facts, federate, make_fast
-from transunet import TransUNet
+from scripted import TINIER, Worker, facts, federate, make_fast
+from transunet import ARCHITECTURES, TransUNet
 
 ROUNDS = 2
-LENGTH = len(pack(TransUNet("tiny", 32).state_dict()))
+with mock.patch.dict(ARCHITECTURES, tiny=TINIER):  # the network of these federations
+    LENGTH = len(pack(TransUNet("tiny", 32).state_dict()))
 SHARED, *OWN = (0.01 * torch.randn(LENGTH, generator=torch.Generator().manual_seed(seed)) for seed in range(6))
 
 
@@ -39,7 +41,8 @@ class Honest(Worker):
         return self.reply(incoming, to_record(weights), about["round"], 10)
 
     def reply(self, incoming: Message, arrays: ArrayRecord | None, number: int, examples: object) -> Message:
-        told = {"val_dice": 0.5, "val_patients": 3, "seconds": 1.0, "round": number, "examples": examples, "train_loss": 1.0}
+        told = {"val_dice": 0.5, "val_patients": 3, "seconds": 1.0, "round": number, "examples": examples, "train_loss": 1.0,
+                "patient_epsilon": None}
         return Message(message(told, arrays), reply_to=incoming)
 
 
