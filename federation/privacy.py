@@ -53,7 +53,7 @@ def spent(sums: Iterable[Noisy], delta: float) -> float:
 
 
 def multiplier_for(epsilon: float, times: int, delta: float, chance: float = 1.0, before: tuple[Noisy, ...] = ()) -> float:
-    """The least noise multiplier, within FINE, with which so many more sums, after those `before`, spend no more than epsilon in all."""
+    """The least noise multiplier, within FINE, with which so many more sums, after those `before`, spend no more than epsilon."""
     from dp_accounting import ComposedDpEvent
     from dp_accounting.mechanism_calibration import calibrate_dp_mechanism
 
