@@ -23,14 +23,13 @@ from pathlib import Path
 
 from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
 from dataset import load_dataset
+from federation.accountant import Promise
 from federation.bundle import make_bundle
 from federation.flower import ask_admission
-from federation.hospital import identity as describe_hospital
+from federation.identity import identity as describe_hospital
 from federation.kit import CA, HOSPITAL_KEY, hospital_label
 from federation.messages import LABEL
-from federation.patient_privacy import Promise
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
-from inference import choose_device
 
 LOOK = 0.5  # seconds between two looks at children and server
 PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before
@@ -87,7 +86,10 @@ def identity(arguments: argparse.Namespace) -> dict:
     promise = None
     if arguments.dp_sgd_epsilon is not None:
         promise = {"epsilon": arguments.dp_sgd_epsilon, "delta": arguments.dp_sgd_delta}
-    who = describe_hospital(label, arguments.cid, folder, str(choose_device(arguments.device)), __version__, Path("models"),
+    if arguments.device not in ("auto", "cpu"):
+        from inference import choose_device  # the network's library, which this process does without
+        choose_device(arguments.device)
+    who = describe_hospital(label, arguments.cid, folder, arguments.device, __version__, Path("models"),
                             shared_cores=None if own else os.cpu_count() or 1, code=hashlib.sha256(make_bundle()).hexdigest(),
                             approved=None if arguments.approve is None else approved(arguments.approve), promise=promise)
     if promise:

@@ -26,7 +26,8 @@ from checkpoint import THRESHOLD, load_start  # noqa: E402
 from common import __version__, run_script  # noqa: E402
 from dataset import load_dataset  # noqa: E402
 from federation import patient_privacy  # noqa: E402
-from federation.hospital import Hospital, identity  # noqa: E402
+from federation.hospital import Hospital  # noqa: E402
+from federation.identity import identity  # noqa: E402
 from federation.settings import FederationSettings  # noqa: E402
 from federation.weights import pack, unpack  # noqa: E402
 from split import make_split  # noqa: E402

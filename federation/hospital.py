@@ -1,6 +1,5 @@
 """What a hospital does with a message: answer who it is, score the model that came, train it, give back the update."""
 
-import secrets
 import time
 import zlib
 from dataclasses import asdict, replace
@@ -16,9 +15,9 @@ from batches import TrainingBatches
 from checkpoint import THRESHOLD, describe, save_checkpoint
 from common import SMALLEST_GROUP, MedFLError, atomic_write
 from dataset import load_dataset
+from federation.accountant import Noisy, Promise
 from federation.messages import Failure
-from federation.patient_privacy import CHANCE, STEPS, PatientBatches, PrivateLearner, Promise
-from federation.privacy import Noisy
+from federation.patient_privacy import CHANCE, STEPS, PatientBatches, PrivateLearner
 from federation.settings import FederationSettings
 from federation.weights import FULL, from_record, in_precision, norm_mask, pack, part_mask, unpack
 from inference import choose_device
@@ -39,24 +38,6 @@ class HospitalError(MedFLError):
 def local_versions(medfl: str) -> dict[str, str]:
     """Versions of what a hospital's figures depend on."""
     return {"medfl": medfl, "flwr": version("flwr"), "torch": torch.__version__.split("+")[0], "timm": version("timm")}
-
-
-OWN_FILES = {"split": "split.json", "norms": "norms.pt", "model": "federated_best.pth",  # a hospital's, in its models/
-             "privacy": "privacy.json"}
-
-
-def identity(label: str, cid: int | None, data: Path, device: str, medfl: str, models: Path, shared_cores: int | None, code: str,
-             approved: list[str] | None = None, promise: dict | None = None) -> dict:
-    """Who a hospital is, as it stands in its hospital.json and `Hospital` reads it.
-
-    session, which it draws: a random number of this start. shared_cores: those that it shares with the other simulated
-    hospitals, None with a machine of its own. code: SHA-256 of the bundle of the MedFL installed here. approved: hashes of
-    code and settings that it consents to, None for any settings of this code. promise: epsilon and delta of its patients'
-    privacy, None without.
-    """
-    files = {f"{what}_file": str((models / f"{label}_{name}").resolve()) for what, name in OWN_FILES.items()}
-    return {"label": label, "session": secrets.token_hex(8), "cid": cid, "data": str(data.resolve()), "device": device,
-            "medfl": medfl, "shared_cores": shared_cores, "code": code, "approved": approved, "promise": promise, **files}
 
 
 class Hospital:
@@ -100,7 +81,7 @@ class Hospital:
     def noise(self, number: int) -> float:
         """The noise, in clips, with which the rounds from `number` on keep the promise."""
         try:
-            return self.promise.multiplier((self.federation.rounds - number + 1) * self.federation.local_epochs * STEPS)
+            return self.promise.multiplier((self.federation.rounds - number + 1) * self.federation.local_epochs * STEPS, CHANCE)
         except MedFLError as error:
             raise HospitalError(Failure.PRIVACY, str(error)) from error
 

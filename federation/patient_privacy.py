@@ -8,20 +8,15 @@ Only TRAINED is trained: noise grows with the number of weights, and over all of
 federation begins with a model (run_server.py --init). With BatchNorm a patient would change the gradients of the others.
 """
 
-import json
 import math
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from batches import TrainingBatches
-from common import MedFLError, write_json
 from dataset import Dataset
-from federation.privacy import Noisy, check_accountant, multiplier_for, secret_random, spent
+from federation.privacy import secret_random
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 
@@ -30,56 +25,6 @@ SLICES = 8  # of a patient in a step; half of them show a tumour, where there is
 STEPS = round(1 / CHANCE)  # of a pass over the patients, in which each takes part once on average
 CLIP = 0.5  # longest gradient of a patient
 TRAINED = ("head.", "decoder.2.")  # the last layers
-NEXT_TO_NOTHING = 0.01  # of the budget: less than this left is none
-
-
-class Promise:
-    """What a hospital promises its training patients, and what of it is spent.
-
-    epsilon, delta: the bound, over all federations together. ledger: the file that keeps what was done, an entry a round.
-    Raises MedFLError for a bound that is none, a ledger that can't be read, and where the accountant is not installed.
-    """
-
-    def __init__(self, epsilon: float, delta: float, ledger: Path):
-        self.epsilon, self.delta, self.ledger = epsilon, delta, ledger
-        if not (0 < epsilon < math.inf and 0 < delta < 1):
-            raise MedFLError(f"--dp-sgd-epsilon is {epsilon:g} and --dp-sgd-delta {delta:g}; choose an epsilon above 0 and a delta "
-                             "between 0 and 1, far below 1 / patients")
-        check_accountant()
-        try:
-            self.rounds = json.loads(ledger.read_text(encoding="utf-8")) if ledger.exists() else []
-            if not all(entry["multiplier"] > 0 and entry["times"] > 0 and 0 < entry["chance"] <= 1 for entry in self.rounds):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise MedFLError(f"{ledger} can't be read, and it says what of the patients' privacy is spent; put it back from a "
-                             "backup") from error
-
-    @property
-    def done(self) -> tuple[Noisy, ...]:
-        """All noisy sums so far, alike ones together."""
-        times: Counter = Counter()
-        for entry in self.rounds:
-            times[entry["multiplier"], entry["chance"]] += entry["times"]
-        return tuple(Noisy(multiplier, number, chance) for (multiplier, chance), number in times.items())
-
-    @property
-    def spent(self) -> float:
-        """Epsilon so far."""
-        return spent(self.done, self.delta) if self.rounds else 0.0
-
-    def multiplier(self, steps: int) -> float:
-        """The noise, in clips, with which so many more steps keep the promise. Raises MedFLError where nothing is left."""
-        already = self.spent
-        if already > self.epsilon * (1 - NEXT_TO_NOTHING):
-            raise MedFLError(f"the patients' privacy is spent: epsilon {already:.3g} of {self.epsilon:g}, in {len(self.rounds)} "
-                             f"rounds ({self.ledger}); train on other patients, or promise less with a larger --dp-sgd-epsilon")
-        least = multiplier_for(self.epsilon, steps, self.delta, CHANCE, self.done)
-        return math.ceil(least * 1_000) / 1_000  # upwards; so that rounds of a run share a few values
-
-    def spend(self, run: str, number: int, noise: Noisy) -> None:
-        """Write down a round's steps, which must be done before its update leaves."""
-        self.rounds.append({"run": run, "round": number, **asdict(noise)})
-        write_json(self.ledger, self.rounds)
 
 
 class PatientBatches:

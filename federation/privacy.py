@@ -6,76 +6,18 @@ to each value, and the sum is divided by the number of hospitals that there shou
 by slices would tell of them, and one that is missing counts as no change. Two runs are neighbours if one has a hospital more.
 
 Flower's own wrapper (DifferentialPrivacyServerSideFixedClipping) is not used: its noise is right for equal weights alone while
-its strategies weight by examples, and a change of nothing ends it. The accountant is Google's dp-accounting, as Flower's.
+its strategies weight by examples, and a change of nothing ends it.
 """
 
-import importlib.util
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from common import MedFLError
+from federation.accountant import Noisy, check_accountant, multiplier_for, spent
 from federation.screening import Update
 from federation.settings import FederationSettings
-
-
-def check_accountant() -> None:
-    """Raises MedFLError where the accountant is not installed."""
-    if importlib.util.find_spec("dp_accounting") is None:
-        raise MedFLError("differential privacy needs an accountant, which is not installed; run `pip install -r requirements.txt "
-                         "-r requirements-privacy.txt`")
-
-
-FINE = 1e-4  # of a multiplier
-
-
-@dataclass(frozen=True)
-class Noisy:
-    """Sums to which noise was added. multiplier: its deviation in clips; times: how often; chance: of one whom it protects to be
-    in such a sum."""
-
-    multiplier: float
-    times: int
-    chance: float = 1.0
-
-
-def spent(sums: Iterable[Noisy], delta: float) -> float:
-    """Epsilon after these, by Renyi differential privacy (Mironov 2017, arXiv:1702.07476; with a chance below 1 Mironov, Talwar
-    and Zhang 2019, arXiv:1908.10530)."""
-    accountant = _accountant()
-    for one in sums:
-        accountant.compose(_event(one))
-    return float(accountant.get_epsilon(delta))
-
-
-def multiplier_for(epsilon: float, times: int, delta: float, chance: float = 1.0, before: tuple[Noisy, ...] = ()) -> float:
-    """The least noise multiplier, within FINE, with which so many more sums, after those `before`, spend no more than epsilon."""
-    from dp_accounting import ComposedDpEvent
-    from dp_accounting.mechanism_calibration import calibrate_dp_mechanism
-
-    def all_sums(multiplier: float) -> ComposedDpEvent:
-        return ComposedDpEvent([_event(one) for one in (*before, Noisy(multiplier, times, chance))])
-
-    return float(calibrate_dp_mechanism(_accountant, all_sums, epsilon, delta, tol=FINE))
-
-
-def _accountant():
-    import absl.logging
-    from dp_accounting import rdp
-
-    absl.logging.set_verbosity(absl.logging.ERROR)  # it warns of each bound that is looser than it could be
-    return rdp.RdpAccountant()
-
-
-def _event(one: Noisy):
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
-
-    event = GaussianDpEvent(one.multiplier)
-    return SelfComposedDpEvent(PoissonSampledDpEvent(one.chance, event) if one.chance < 1 else event, one.times)
 
 
 def secret_random() -> np.random.Generator:

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common import EXIT_INTERRUPTED, MedFLError, __version__, write_json
 from federation.client_app import IDENTITY, make_app
-from federation.hospital import identity
+from federation.identity import identity
 from federation.server_app import run
 
 STORE = 300 * 2**20  # bytes of Ray's shared memory besides the weights on their way

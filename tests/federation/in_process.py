@@ -9,7 +9,7 @@ from flwr.app import Context, Message, RecordDict
 from common import __version__, write_json
 from federation.audit import AuditLog
 from federation.client_app import IDENTITY, make_app
-from federation.hospital import identity
+from federation.identity import identity
 from federation.rounds import Federation
 from federation.settings import FederationSettings
 from federation.state import RunState, load_run

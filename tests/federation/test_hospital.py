@@ -6,7 +6,8 @@ import torch
 
 from common import __version__
 from dataset import load_dataset
-from federation.hospital import Hospital, HospitalError, identity
+from federation.hospital import Hospital, HospitalError
+from federation.identity import identity
 from federation.messages import Failure
 from federation.settings import FederationSettings
 from split import Split, save_split

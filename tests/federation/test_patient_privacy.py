@@ -12,10 +12,11 @@ from scipy.stats import kstest
 from checkpoint import load_checkpoint
 from common import MedFLError, __version__
 from dataset import load_dataset
-from federation.hospital import Hospital, HospitalError, identity, local_versions
+from federation.accountant import Noisy, Promise, multiplier_for, spent
+from federation.hospital import Hospital, HospitalError, local_versions
+from federation.identity import identity
 from federation.messages import Failure, Query, message, read
-from federation.patient_privacy import CHANCE, CLIP, STEPS, TRAINED, PatientBatches, PrivateLearner, Promise
-from federation.privacy import Noisy, multiplier_for, spent
+from federation.patient_privacy import CHANCE, CLIP, STEPS, TRAINED, PatientBatches, PrivateLearner
 from federation.settings import FederationSettings, to_json
 from federation.state import LAST
 from federations import SMALL, Scene

@@ -11,8 +11,8 @@ from scipy.stats import kstest, norm
 
 from checkpoint import load_checkpoint
 from common import MedFLError
-from federation import privacy
-from federation.privacy import HospitalPrivacy, Noisy, multiplier_for, spent
+from federation.accountant import Noisy, check_accountant, multiplier_for, spent
+from federation.privacy import HospitalPrivacy
 from federation.screening import Update
 from federation.settings import FederationSettings, check_together
 from federation.state import BEST, LAST
@@ -114,7 +114,7 @@ def test_what_does_not_go_with_a_training(training, more, sentence):
 def test_without_the_accountant_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MedFLError, match="requirements-privacy.txt"):
-        privacy.check_accountant()
+        check_accountant()
 
 
 def run(tmp_path, rounds: int, workers: int = 2, resume: bool = False, **given):

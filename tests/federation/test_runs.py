@@ -102,7 +102,8 @@ def test_no_message_and_no_file_names_a_patient(whole, phantoms):
     assert keys <= {b"label", b"session", b"cid", b"versions", b"medfl", b"flwr", b"torch", b"timm", b"own_data", b"data",
                     b"parts", b"train", b"val", b"test", b"patients", b"slices", b"images", b"foreground_mean",
                     b"foreground_deviation", b"appearance", b"mean", b"deviation", b"device", b"split_sha256", b"partition_sha256",
-                    b"val_dice", b"val_patients", b"seconds", b"round", b"examples", b"train_loss", b"patient_epsilon"}
+                    b"val_dice", b"val_patients", b"seconds", b"round", b"examples", b"train_loss", b"patient_privacy",
+                    b"patient_epsilon"}
     assert {b"val_dice", b"label", b"split_sha256", b"foreground_mean"} <= keys
 
 

@@ -8,7 +8,7 @@ from flwr.app import Context, Message, RecordDict
 
 from common import MedFLError, __version__, write_json
 from federation.client_app import IDENTITY, make_app
-from federation.hospital import identity
+from federation.identity import identity
 from federation.messages import message, read
 from federation.settings import FederationSettings, approval, to_json, unusual
 from federation.weights import pack, to_record
