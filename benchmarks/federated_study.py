@@ -4,7 +4,7 @@
     python benchmarks/federated_study.py sites --data-dir data --out models/study_sites         real sites, two seeds
     python benchmarks/federated_study.py strategies --out models/study_strategies               all strategies, three partitions
     python benchmarks/federated_study.py half --out models/study_half                           half-precision updates
-    python benchmarks/federated_study.py privacy-8 --out models/study_privacy_8 --simulate   what privacy costs: 2, 8, 32 hospitals
+    python benchmarks/federated_study.py privacy-8 --simulate --init MODEL --out models/study_privacy_8    privacy: 2, 8, 32
 
 Every arrangement makes the same number of gradient steps: those of all hospitals of the federation together, which is what the
 central model makes by itself; a hospital alone makes its own share of them. Fine-tuning comes on top. A study that was
@@ -63,8 +63,8 @@ class Study:
 FEDAVG = {"fedavg": []}
 FEDPROX = {"fedprox": ["--strategy", "fedprox", "--proximal-mu", "0.01"]}
 PLAIN = ["--norm", "group"]
-PRIVATE = {"plain": PLAIN} | {f"epsilon_{epsilon}": [*PLAIN, "--dp-clip", "10", "--dp-epsilon", epsilon]
-                              for epsilon in ("1e6", "1e5", "1e4", "1000", "8")}
+PRIVATE = {"plain": PLAIN} | {f"epsilon_{epsilon}": [*PLAIN, "--dp-clip", "2", "--dp-epsilon", epsilon]
+                              for epsilon in ("1e6", "1e5", "1e4", "1e3", "8")}
 STUDIES = {
     "demo": Study(FEDAVG, clients=3, rounds=8, image_size=64),
     "sites": Study(FEDAVG | FEDPROX, seeds=(0, 1)),
@@ -73,7 +73,7 @@ STUDIES = {
                         ("site", "dirichlet", "iid"), clients=5, rounds=10, image_size=64),
     "half": Study(FEDAVG | {name: ["--update-dtype", name] for name in ("float16", "bfloat16")}, seeds=(0, 1, 2), clients=2,
                   rounds=5, local_epochs=6, image_size=64, alone=False),
-    **{f"privacy-{clients}": Study(PRIVATE, ("iid",), clients=clients, rounds=10, local_epochs=4, image_size=64, warmup_steps=5,
+    **{f"privacy-{clients}": Study(PRIVATE, ("iid",), clients=clients, rounds=5, local_epochs=2, image_size=64, warmup_steps=2,
                                    alone=False) for clients in (2, 8, 32)},
 }
 
@@ -106,8 +106,8 @@ def finished(folder: Path, what: str, commands: list[list[str]]) -> None:
     print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path, simulated: bool) -> list[Path]:
-    """The checkpoints of one partition and seed, in the order of the table's rows."""
+def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path, simulated: bool, init: Path | None) -> list[Path]:
+    """The checkpoints of one partition and seed, in the order of the table's rows. init: what federations start from."""
     data = str(dataset.root.resolve())
     common = ["--data-dir", data, "--seed", str(seed), "--image-size", str(study.image_size), "--warmup-steps",
               str(study.warmup_steps)]
@@ -125,7 +125,7 @@ def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path
     for variant, options in study.variants.items():
         address = f"127.0.0.1:{free_port()}"
         server = ["run_server.py", *common[2:], *divided, "--rounds", str(study.rounds), "--local-epochs",
-                  str(study.local_epochs), "--out", ".", *options]
+                  str(study.local_epochs), "--out", ".", *options, *(["--init", str(init.resolve())] if init else [])]
         if simulated:
             commands = [[*server, "--simulate", str(study.clients), "--data-dir", data]]
         else:
@@ -166,11 +166,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/study"), help="folder for what is written (default models/study)")
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the study's own")
     parser.add_argument("--simulate", action="store_true", help="run federations in Flower's simulation engine")
+    parser.add_argument("--init", type=Path, help="a model that federations start from, instead of random weights")
     arguments = parser.parse_args()
     study, out = STUDIES[arguments.study], arguments.out
     seeds = tuple(arguments.seeds or study.seeds)
     dataset = load_dataset(arguments.data_dir)
-    about = json.loads(json.dumps({"data": dataset.name, "patients": len(dataset.patients), **asdict(study), "seeds": seeds}))
+    about = json.loads(json.dumps({"data": dataset.name, "patients": len(dataset.patients), **asdict(study), "seeds": seeds,
+                                   "init": arguments.init and arguments.init.name}))
     if (out / "study.json").exists() and json.loads((out / "study.json").read_text(encoding="utf-8")) != about:
         raise MedFLError(f"{out} holds another study; choose another --out, or delete it")
     write_json(out / "study.json", about)
@@ -178,7 +180,7 @@ def main() -> None:
     for partition in study.partitions:
         tables = []
         for seed in seeds:
-            paths = trained(study, dataset, partition, seed, out / f"{partition}_{seed}", arguments.simulate)
+            paths = trained(study, dataset, partition, seed, out / f"{partition}_{seed}", arguments.simulate, arguments.init)
             split = make_split({p.name: p.site for p in dataset.patients}, seed)
             tables.append(compare([load_checkpoint(path) for path in paths], dataset, split))
             lines += [[partition, seed, *line] for line in lines_of(tables[-1])]
