@@ -75,7 +75,7 @@ def test_no_patient_moves_the_sum_by_more_than_the_clip_whatever_it_holds():
 def test_the_noise_has_the_deviation_of_the_theory_and_is_new_each_time():
     subject = learner(3.0)
     one, other = gradients(subject).numpy(), gradients(subject).numpy()
-    assert one.std() == pytest.approx(3.0 * CLIP, rel=0.03) and kstest(one / (3.0 * CLIP), "norm").pvalue > 1e-4
+    assert one.std() == pytest.approx(3.0 * CLIP, rel=0.03) and kstest(one / (3.0 * CLIP), "norm").pvalue > 1e-6
     assert abs(np.corrcoef(one, other)[0, 1]) < 5 / len(one) ** 0.5
     assert abs(np.corrcoef(one, gradients(learner(3.0)).numpy())[0, 1]) < 5 / len(one) ** 0.5  # no seed of the settings
 
@@ -95,9 +95,9 @@ def test_every_patient_takes_part_by_chance_and_not_by_the_seed(phantoms):
     counts = [[len(images) for epoch in range(1, 9) for images, _ in subject.epoch(epoch)] for subject in (one, other)]
     drawn = np.array(counts[0] + counts[1])  # 80 steps of 10 patients
     assert counts[0] != counts[1] and len(counts[0]) == 8 * STEPS
-    assert drawn.mean() == pytest.approx(CHANCE * 10, abs=4 * (CHANCE * (1 - CHANCE) * 10 / 80) ** 0.5)
-    assert drawn.var() == pytest.approx(CHANCE * (1 - CHANCE) * 10, rel=0.6)
-    images, masks = next(batch for batch in one.epoch(1) if batch[0])
+    assert drawn.mean() == pytest.approx(CHANCE * 10, abs=5 * (CHANCE * (1 - CHANCE) * 10 / 80) ** 0.5)
+    assert drawn.var() == pytest.approx(CHANCE * (1 - CHANCE) * 10, rel=0.8)
+    images, masks = next(batch for epoch in range(1, 9) for batch in one.epoch(epoch) if batch[0])
     assert images[0].shape == (8, 3, 32, 32) and masks[0].shape == (8, 1, 32, 32)
     assert one.slices == dataset.table["slices"].sum()
 
