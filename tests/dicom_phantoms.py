@@ -8,6 +8,9 @@ import SimpleITK as sitk
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
+from radiology.segmentation import write_segmentation
+from radiology.series import find_series
+
 
 def image_of(volume: np.ndarray, spacing: tuple[float, float, float], origin=(0.0, 0.0, 0.0), direction=None) -> sitk.Image:
     """(S, H, W) as an image; spacing in mm between slices, rows, columns; direction: columns are the axes x, y, z."""
@@ -93,3 +96,14 @@ def scan(image: sitk.Image, side: int, slices: int, direction=None, moved: sitk.
     grid.SetOrigin((middle - matrix @ ((count - 1) / 2 * steps)).tolist())
     how = sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear
     return sitk.Resample(image, grid, moved or sitk.Transform(), how, 0.0, sitk.sitkFloat32)
+
+
+def small_study(folder: Path, seed: int, patient: str, study: str, date: str, mask: bool = True, channels=(0, 1, 2)) -> None:
+    """A phantom of 64 pixels and 8 slices, all series on one grid."""
+    images, truth = phantom(seed, slices=8, size=64)
+    for channel in channels:
+        paths = write_series(folder / f"series{channel}", images[channel], {"PatientID": patient}, study=study, StudyDate=date,
+                             SeriesDescription=("AX T1", "AX FLAIR", "AX T1 GD")[channel], SeriesNumber=channel + 1)
+        if mask and channel == 1:
+            (series,), _ = find_series(paths)
+            write_segmentation(sitk.GetArrayFromImage(truth), series, folder / "seg")

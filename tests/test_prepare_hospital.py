@@ -1,7 +1,9 @@
 """data/prepare_hospital.py: an export of phantoms through the whole chain, as an engineer runs it."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,12 +17,12 @@ from PIL import Image
 
 from common import MedFLError
 from dataset import load_dataset
-from dicom_phantoms import image_of, phantom, scan, turn, write_series
+from dicom_phantoms import image_of, phantom, scan, small_study, turn, write_series
 from prepared import SCRIPT, pixels, report
 from radiology.geometry import to_uint8
 from radiology.segmentation import write_segmentation
 from radiology.series import find_series
-from running import ROOT, run_script
+from running import ROOT, run_here, run_script
 
 # What an archive writes into its files, and nothing of it may be found again. Maker and model are known to travel.
 SECRETS = {"PatientName": "Zzyzxova^Ludmila", "PatientID": "QX-48151623", "PatientBirthDate": "19431117", "PatientSex": "F",
@@ -40,17 +42,6 @@ def tree(folder: Path) -> dict[str, str]:
     """Every file below a folder, by its path, with its content's hash and time."""
     return {str(p.relative_to(folder)): f"{hashlib.sha256(p.read_bytes()).hexdigest()} {p.stat().st_mtime_ns}"
             for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def small_study(folder: Path, seed: int, patient: str, study: str, date: str, mask: bool = True, channels=(0, 1, 2)) -> None:
-    """A phantom of 64 pixels and 8 slices, all series on one grid."""
-    images, truth = phantom(seed, slices=8, size=64)
-    for channel in channels:
-        paths = write_series(folder / f"series{channel}", images[channel], {"PatientID": patient}, study=study, StudyDate=date,
-                             SeriesDescription=("AX T1", "AX FLAIR", "AX T1 GD")[channel], SeriesNumber=channel + 1)
-        if mask and channel == 1:
-            (series,), _ = find_series(paths)
-            write_segmentation(sitk.GetArrayFromImage(truth), series, folder / "seg")
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +212,27 @@ def test_a_later_export_of_a_patient_who_trains_is_kept_apart(home, tmp_path):
         done = run_script(SCRIPT, "--dicom", tmp_path / str(number), "--out", out, "--private", private)
         assert done.returncode == 0, done.stderr
     assert len(load_dataset(out, progress=False).patients) == 1 and len(list((out / "more_studies").iterdir())) == 1
+
+
+def test_a_full_disk_is_told_and_a_second_run_goes_on(home, tmp_path, monkeypatch):
+    for number in range(2):
+        small_study(tmp_path / "export" / str(number), number, f"P{number}", f"1.2.{number}", "20200101", channels=(1,))
+    save, pictures = Image.Image.save, []
+
+    def full(image, path, *options, **named):
+        pictures.append(path)
+        if len(pictures) > 25:  # in the middle of the second study
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(image, path, *options, **named)
+
+    command = (SCRIPT, "--dicom", tmp_path / "export", "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        done = run_here(*command)
+    assert done.returncode == 2 and "No space left on device); free the space or change --out" in done.stderr, done.stderr
+    (whole,) = (tmp_path / "out").rglob("volume.json")  # the first study, and nothing of the second
+    assert len(list(whole.parent.glob("*_mask.tif"))) == 8 == len(list((tmp_path / "out").rglob("*_mask.tif")))
+    assert run_here(*command).returncode == 0 and len(load_dataset(tmp_path / "out", progress=False).patients) == 2
 
 
 @pytest.mark.parametrize("options, sentence", [
