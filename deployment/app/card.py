@@ -53,11 +53,13 @@ def _origin(origin: dict) -> str:
         privacy = origin.get("privacy", {})
         kept = "secure aggregation" if privacy.get("secure_aggregation") else "the server saw each hospital's weights"
         epsilon = privacy.get("epsilon")
-        noise = f", ε = {epsilon:g} at δ = {privacy['delta']:g}" if epsilon else ", no differential privacy"
+        bounds = [f"ε = {epsilon:g} at δ = {privacy['delta']:g}"] if epsilon else []
+        bounds += [f"ε = {spent['epsilon']:.3g} at δ = {spent['delta']:g} for the patients of {label}"
+                   for label, spent in sorted(privacy.get("patients", {}).items())]
         labels = origin["labels"]
         names = ", ".join(labels[:LABELS]) + (f" and {len(labels) - LABELS} more" if len(labels) > LABELS else "")
         return (f"federated, {origin['hospitals']} hospitals ({names}), {origin['rounds']} rounds, "
-                f"{origin['strategy']}, data held by {origin['partition']}; {kept}{noise}")
+                f"{origin['strategy']}, data held by {origin['partition']}; {kept}, {', '.join(bounds) or 'no differential privacy'}")
     place = {"centralised": "in one place", "local": f"at {origin.get('hospital')} alone"}.get(kind, "not told")
     return place + (f", from a model of {origin['started_from']}" if origin.get("started_from") else "")
 

@@ -165,6 +165,10 @@ def test_the_card_tells_privacy_and_names_eight_hospitals(trained):
                                      "privacy": {"secure_aggregation": True, "epsilon": 3.5, "delta": 1e-5}}
     told = dict(card_rows(checkpoint, "0" * 64))["Trained"]
     assert "h6, h7 and 2 more" in told and told.endswith("secure aggregation, ε = 3.5 at δ = 1e-05")
+    checkpoint.metadata["origin"]["privacy"] = {"secure_aggregation": True, "epsilon": None, "delta": None,
+                                                "patients": {"h3": {"epsilon": 7.9912, "delta": 1e-3}}}
+    told = dict(card_rows(checkpoint, "0" * 64))["Trained"]
+    assert told.endswith("secure aggregation, ε = 7.99 at δ = 0.001 for the patients of h3")
 
 
 @pytest.mark.parametrize(("origin", "words"), [
