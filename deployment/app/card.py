@@ -56,10 +56,10 @@ def _origin(origin: dict) -> str:
         bounds = [f"ε = {epsilon:g} at δ = {privacy['delta']:g}"] if epsilon else []
         bounds += [f"ε = {spent['epsilon']:.3g} at δ = {spent['delta']:g} for the patients of {label}"
                    for label, spent in sorted(privacy.get("patients", {}).items())]
-        labels = origin["labels"]
+        noise, labels = ", ".join(bounds) or "no differential privacy", origin["labels"]
         names = ", ".join(labels[:LABELS]) + (f" and {len(labels) - LABELS} more" if len(labels) > LABELS else "")
         return (f"federated, {origin['hospitals']} hospitals ({names}), {origin['rounds']} rounds, "
-                f"{origin['strategy']}, data held by {origin['partition']}; {kept}, {', '.join(bounds) or 'no differential privacy'}")
+                f"{origin['strategy']}, data held by {origin['partition']}; {kept}, {noise}")
     place = {"centralised": "in one place", "local": f"at {origin.get('hospital')} alone"}.get(kind, "not told")
     return place + (f", from a model of {origin['started_from']}" if origin.get("started_from") else "")
 
