@@ -16,7 +16,7 @@ from federation.accountant import Noisy, Promise, multiplier_for, spent
 from federation.hospital import Hospital, HospitalError, local_versions
 from federation.identity import identity
 from federation.messages import Failure, Query, message, read
-from federation.patient_privacy import CHANCE, CLIP, STEPS, TRAINED, PatientBatches, PrivateLearner
+from federation.patient_privacy import CHANCE, CLIP, STEPS, PatientBatches, PrivateLearner
 from federation.settings import FederationSettings, to_json
 from federation.state import LAST
 from federations import SMALL, Scene
@@ -85,7 +85,8 @@ def test_nothing_but_the_last_layers_is_trained():
     before = {name: weight.clone() for name, weight in subject.model.named_parameters()}
     subject.train_epoch([([patient(0)[0]], [patient(0)[1]]), ([], [])])
     moved = {name for name, weight in subject.model.named_parameters() if not torch.equal(weight, before[name])}
-    assert moved == {name for name in before if name.startswith(TRAINED)}
+    assert moved == {name for name in before if name.startswith(("head.", "decoder.2."))}
+    assert sum(weight.numel() for weight in subject.trained) == 19_972  # as SECURITY.md says
 
 
 def test_every_patient_takes_part_by_chance_and_not_by_the_seed(phantoms):
@@ -198,7 +199,8 @@ def test_a_spoiled_ledger_is_no_new_budget(tmp_path, content):
 def test_a_federation_learns_nothing_of_the_patients_but_by_the_update(federate, tmp_path, phantoms):
     hospitals = [RealHospital(tmp_path / "both", 0, phantoms, {"epsilon": 8.0, "delta": 1e-3}),
                  RealHospital(tmp_path / "both", 1, phantoms)]
-    state, _, said = federate(2, training={"norm": "group"}, hospitals=hospitals, out="both")
+    state, _, said = federate(2, training={"norm": "group"}, hospitals=hospitals, out="both", partition="iid", val_fraction=0.4,
+                              test_fraction=0.0)
     private, open_ = (state.progress.hospitals[f"hospital-{cid}"] for cid in (0, 1))
     assert private["images"] is None and private["patient_privacy"] == {"epsilon": 8.0, "delta": 1e-3}
     assert open_["images"] is not None and open_["patient_privacy"] is None
