@@ -38,6 +38,7 @@ QUIET = 120.0
 REFUSED = "[code: 2004]"  # of Flower's SuperNode: its activation was not accepted
 LINGERS = 120.0  # seconds for which a server may hold a connection whose hospital was killed; Flower's own are about 60
 AGAIN = 5.0  # seconds between two tries meanwhile
+DELTA = 1e-5  # of a promise to patients that names none
 HASH = re.compile("[0-9a-f]{64}")
 
 
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
                         "of those in this file, a line each; without any: say what the server wants, and leave")
     parser.add_argument("--dp-sgd-epsilon", type=float, help="differential privacy of this hospital's patients: what all its "
                         "rounds together may tell of one; for a server with --norm group and --init (requirements-privacy.txt)")
-    parser.add_argument("--dp-sgd-delta", type=float, default=1e-5, help="of --dp-sgd-epsilon: chance that the bound does not "
+    parser.add_argument("--dp-sgd-delta", type=float, help="of --dp-sgd-epsilon: chance that the bound does not "
                         "hold; far below 1 / patients (default 1e-5)")
     parser.add_argument("--check", action="store_true", help="look at data and connection, train nothing")
     return parser.parse_args()
@@ -85,15 +86,21 @@ def identity(arguments: argparse.Namespace) -> dict:
           + ("" if own else ", of which the server's partition says which are this hospital's"), flush=True)
     promise = None
     if arguments.dp_sgd_epsilon is not None:
-        promise = {"epsilon": arguments.dp_sgd_epsilon, "delta": arguments.dp_sgd_delta}
+        promise = {"epsilon": arguments.dp_sgd_epsilon, "delta": arguments.dp_sgd_delta or DELTA}
+    elif arguments.dp_sgd_delta is not None:
+        raise MedFLError("--dp-sgd-delta goes with --dp-sgd-epsilon; give both, or none")
     if arguments.device not in ("auto", "cpu"):
         from inference import choose_device  # the network's library, which this process does without
         choose_device(arguments.device)
     who = describe_hospital(label, arguments.cid, folder, arguments.device, __version__, Path("models"),
                             shared_cores=None if own else os.cpu_count() or 1, code=hashlib.sha256(make_bundle()).hexdigest(),
                             approved=None if arguments.approve is None else approved(arguments.approve), promise=promise)
+    ledger = Path(who["privacy_file"])
     if promise:
-        Promise(**promise, ledger=Path(who["privacy_file"]))  # complains of what can't be kept
+        Promise(**promise, ledger=ledger)  # complains of what can't be kept
+    elif ledger.exists():
+        raise MedFLError(f"{label} promised its patients privacy ({ledger}), and a round without it would break the promise; give "
+                         "--dp-sgd-epsilon, or move that file away if the promise no longer holds")
     return who
 
 

@@ -12,10 +12,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from common import MedFLError, write_json
 
+# of Renyi's divergence; each gives a bound that holds, and the tightest is taken. Fewer than the accountant's own 160, because
+# those that are no whole numbers take most of its time; epsilon is at most 1 % larger for it.
+ORDERS = (*(1 + k / 10 for k in range(1, 10)), *(k / 4 for k in range(8, 40)), *range(10, 64), 80, 96, 128, 192, 256, 512, 1024)
 FINE = 1e-4  # of a multiplier
-NEXT_TO_NOTHING = 0.01  # of a promise: less than this left is none
+LEAST = 1e-3  # multiplier
+NEXT_TO_NOTHING = 0.01  # of a promise: with less than this left no run begins
+LOUDER = 4.0  # times a run's first noise: more, for rounds that are repeated, would do harm alone
+LOUDEST = 1e3  # multiplier that a run may begin with
 
 
 def check_accountant() -> None:
@@ -59,7 +67,7 @@ def _accountant():
     from dp_accounting import rdp
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # it warns of each bound that is looser than it could be
-    return rdp.RdpAccountant()
+    return rdp.RdpAccountant(ORDERS)
 
 
 def _event(one: Noisy):
@@ -72,8 +80,9 @@ def _event(one: Noisy):
 class Promise:
     """What a hospital promises its training patients, and what of it is spent.
 
-    epsilon, delta: the bound, over all federations together. ledger: the file that keeps what was done, an entry a round.
-    Raises MedFLError for a bound that is none, a ledger that can't be read, and where the accountant is not installed.
+    epsilon, delta: the bound, over all federations together. ledger: the file that keeps what was done, an entry for each round
+    that was begun. Raises MedFLError for a bound that is none, a ledger that can't be read, and where the accountant is not
+    installed.
     """
 
     def __init__(self, epsilon: float, delta: float, ledger: Path):
@@ -82,13 +91,19 @@ class Promise:
             raise MedFLError(f"--dp-sgd-epsilon is {epsilon:g} and --dp-sgd-delta {delta:g}; choose an epsilon above 0 and a delta "
                              "between 0 and 1, far below 1 / patients")
         check_accountant()
+        self.rounds = self._read()
+
+    def _read(self) -> list[dict]:
         try:
-            self.rounds = json.loads(ledger.read_text(encoding="utf-8")) if ledger.exists() else []
-            if not all(entry["multiplier"] > 0 and entry["times"] > 0 and 0 < entry["chance"] <= 1 for entry in self.rounds):
+            rounds = json.loads(self.ledger.read_text(encoding="utf-8")) if self.ledger.exists() else []
+            if not isinstance(rounds, list) or not all(
+                    LEAST <= entry["multiplier"] < math.inf and type(entry["times"]) is int and entry["times"] > 0
+                    and 0 < entry["chance"] <= 1 and isinstance(entry["run"], str) for entry in rounds):
                 raise ValueError
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise MedFLError(f"{ledger} can't be read, and it says what of the patients' privacy is spent; put it back from a "
+            raise MedFLError(f"{self.ledger} can't be read, and it says what of the patients' privacy is spent; put it back from a "
                              "backup") from error
+        return rounds
 
     @property
     def done(self) -> tuple[Noisy, ...]:
@@ -103,16 +118,29 @@ class Promise:
         """Epsilon so far."""
         return spent(self.done, self.delta) if self.rounds else 0.0
 
-    def multiplier(self, steps: int, chance: float) -> float:
-        """The noise, in clips, with which so many more steps keep the promise. Raises MedFLError where nothing is left."""
-        already = self.spent
-        if already > self.epsilon * (1 - NEXT_TO_NOTHING):
-            raise MedFLError(f"the patients' privacy is spent: epsilon {already:.3g} of {self.epsilon:g}, in {len(self.rounds)} "
-                             f"rounds ({self.ledger}); train on other patients, or promise less with a larger --dp-sgd-epsilon")
+    def multiplier(self, run: str, steps: int, chance: float) -> float:
+        """The noise, in clips, with which so many more steps of a run keep the promise. Raises MedFLError where nothing is left."""
+        before, already = [entry["multiplier"] for entry in self.rounds if entry["run"] == run], self.spent
+        loudest = Noisy(LOUDER * before[0] if before else LOUDEST, steps, chance)
+        begins = before or already <= self.epsilon * (1 - NEXT_TO_NOTHING)  # a run may have planned less for its last rounds
+        if not begins or spent((*self.done, loudest), self.delta) > self.epsilon:
+            raise MedFLError(f"too little is left of the patients' privacy: epsilon {already:.3g} of {self.epsilon:g} is spent, in "
+                             f"{len(self.rounds)} rounds ({self.ledger}); take no part, or promise less with a larger "
+                             "--dp-sgd-epsilon")
         least = multiplier_for(self.epsilon, steps, self.delta, chance, self.done)
-        return math.ceil(least * 1_000) / 1_000  # upwards; so that rounds of a run share a few values
+        return max(LEAST, math.ceil(least * 1_000) / 1_000)  # upwards; so that rounds of a run share a few values
 
-    def spend(self, run: str, number: int, noise: Noisy) -> None:
-        """Write down a round's steps, which must be done before its update leaves."""
-        self.rounds.append({"run": run, "round": number, **asdict(noise)})
-        write_json(self.ledger, self.rounds)
+    def reserve(self, run: str, number: int, steps: int, left: int, chance: float) -> float:
+        """Write down a round's steps before they are done, for whatever comes of them may tell something; the noise for them, in
+        clips, if the run has so many steps left. Raises MedFLError where nothing is left, or the ledger can't be written."""
+        try:
+            self.ledger.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.ledger}.lock"):  # another process may have the same label
+                self.rounds = self._read()
+                noise = Noisy(self.multiplier(run, left, chance), steps, chance)
+                self.rounds.append({"run": run, "round": number, **asdict(noise)})
+                write_json(self.ledger, self.rounds)
+        except OSError as error:
+            raise MedFLError(f"{self.ledger} can't be written ({error.strerror or error}), and without it no round may begin; "
+                             "free the space or mend its folder") from error
+        return noise.multiplier

@@ -147,8 +147,10 @@ def introduce(about: dict, identity: dict, hospital: Callable[[], Hospital]) -> 
     say(f"joined as {identity['label']}: {mine.dataset.name}, {parts['train']['patients']} patients to train on, "
         f"{parts['val']['patients']} to choose by, {parts['test']['patients']} kept for the test; waiting for the first round")
     if promise := mine.promise:
+        noise = mine.planned_noise(about["run"])
+        noise = "" if noise is None else f"noise of {noise:.3g} clips; "
         say(f"promised to the patients: epsilon {promise.epsilon:g} at delta {promise.delta:g}, of which {promise.spent:.3g} is "
-            f"spent; noise of {mine.noise(1):.3g} clips; the last layers alone are trained, and the server gets no scores")
+            f"spent; {noise}the last layers alone are trained, and the server gets no scores")
     return facts
 
 

@@ -15,7 +15,7 @@ from batches import TrainingBatches
 from checkpoint import THRESHOLD, describe, save_checkpoint
 from common import SMALLEST_GROUP, MedFLError, atomic_write
 from dataset import load_dataset
-from federation.accountant import Noisy, Promise
+from federation.accountant import Promise
 from federation.messages import Failure
 from federation.patient_privacy import CHANCE, STEPS, PatientBatches, PrivateLearner
 from federation.settings import FederationSettings
@@ -78,10 +78,20 @@ class Hospital:
                                 f"{len(self.split.train)} patients; choose one far below 1 / patients")
         return promise
 
-    def noise(self, number: int) -> float:
-        """The noise, in clips, with which the rounds from `number` on keep the promise."""
+    def planned_noise(self, run: str) -> float | None:
+        """The noise, in clips, with which all rounds of a run keep the promise; None where the run has begun."""
+        if any(entry["run"] == run for entry in self.promise.rounds):
+            return None
         try:
-            return self.promise.multiplier((self.federation.rounds - number + 1) * self.federation.local_epochs * STEPS, CHANCE)
+            return self.promise.multiplier(run, self.federation.rounds * self.federation.local_epochs * STEPS, CHANCE)
+        except MedFLError as error:
+            raise HospitalError(Failure.PRIVACY, str(error)) from error
+
+    def _reserve(self, run: str, number: int) -> float:
+        """Take a round's share of the promise; its noise, in clips."""
+        steps = self.federation.local_epochs * STEPS
+        try:
+            return self.promise.reserve(run, number, steps, (self.federation.rounds - number + 1) * steps, CHANCE)
         except MedFLError as error:
             raise HospitalError(Failure.PRIVACY, str(error)) from error
 
@@ -140,7 +150,7 @@ class Hospital:
         each (values,) float32; None at first. A round that the server asks for again begins where it began."""
         path = Path(self.identity["norms_file"])
         kept = torch.load(path, weights_only=True) if path.exists() else {"run": None}
-        if kept["run"] != run:
+        if kept["run"] != run or self.promise and not kept["promised"]:  # trained without noise: no promise would hold
             return None
         return kept["before"] if kept["round"] == number else kept
 
@@ -151,7 +161,7 @@ class Hospital:
         rounds, average = (before["rounds"], before["average"]) if before else (0, last)
         past = averaging_weight(self.training.ema_decay, rounds) if before and self.training.ema_decay else 0.0
         with atomic_write(Path(self.identity["norms_file"]), private=True) as file:
-            torch.save({"run": run, "round": number, "rounds": rounds + 1, "last": last,
+            torch.save({"run": run, "round": number, "rounds": rounds + 1, "last": last, "promised": bool(self.promise),
                         "average": average.lerp(last, 1 - past), "before": before}, file)
 
     def finish(self, model: TransUNet, about: dict) -> dict:
@@ -215,8 +225,7 @@ class Hospital:
         seed = self.training.seed * 1_000 + zlib.crc32(self.identity["label"].encode()) % 1_000  # unlike at each hospital
         mine = replace(self.training, ema_decay=0.0)  # the server averages, over rounds
         if self.promise:
-            noise = self.noise(number)
-            learner = PrivateLearner(model, mine, self.device, noise, len(self.split.train))
+            learner = PrivateLearner(model, mine, self.device, self._reserve(about["run"], number), len(self.split.train))
             batches = PatientBatches(self.dataset, self.split.train, mine.image_size, seed)
         else:
             learner = Learner(model, mine, self.device)
@@ -252,8 +261,6 @@ class Hospital:
                                 "(the server's --lr) may be too high")
         if settings.keep_norm_local:
             self._keep_norms(after, norm_mask(model), about["run"], number)
-        if self.promise:
-            self.promise.spend(about["run"], number, Noisy(noise, steps, CHANCE))
         few = self.own_data and len(self.split.train) < SMALLEST_GROUP  # then the loss would say something of one patient
         return {"examples": batches.slices, "train_loss": None if few or self.promise else float(np.mean(losses)),
                 "patient_epsilon": self.promise.spent if self.promise else None, "seconds": time.monotonic() - began}, update

@@ -42,7 +42,7 @@ class Federation:
         self.training, self.settings = state.training, state.federation
         self.about = {"settings": to_json(self.training, self.settings)}
         self.post = Post(grid)
-        join = {**self.about, "versions": versions, "hospitals": self.settings.clients}
+        join = {**self.about, "versions": versions, "hospitals": self.settings.clients, "run": state.progress.run}
         self.membership = Membership(self.post, self.settings, join, state.progress.hospitals, say, audit, labels)
         self.privacy = HospitalPrivacy(self.settings) if self.settings.private else None
         self._have: set[str] = set()  # sessions of hospitals that hold a whole model, so that parts of it are enough

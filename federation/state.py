@@ -113,7 +113,12 @@ class RunState:
         training = {**settings, "rounds_done": number, "seconds": round(done.seconds, 1),
                     "device": " ".join(sorted({facts["device"] for facts in told})),
                     "selected_by": "patient-weighted validation mean volume Dice" if score else "nothing: the last model"}
-        spent = {row["site"]: row["patient_epsilon"] for row in done.rows if row.get("patient_epsilon") is not None}
+        spent, bare = {}, set()  # hospitals that gave updates with and without privacy of patients
+        for row in done.rows:
+            if row.get("patient_epsilon") is not None:
+                spent[row["site"]] = row["patient_epsilon"]
+            elif row["examples"] is not None:
+                bare.add(row["site"])
         origin = {"kind": "federated", "hospitals": len(told), "labels": sorted(done.hospitals),
                   "partition": self.federation.partition if simulated else "own data", "strategy": self.federation.strategy,
                   "rounds": number, "started_from": done.started_from,
@@ -122,7 +127,8 @@ class RunState:
                   "privacy": {"secure_aggregation": self.federation.secure_aggregation, "epsilon": done.epsilon,
                               "delta": self.federation.dp_delta if self.federation.private else None,
                               "patients": {label: {"epsilon": spent[label], "delta": facts["patient_privacy"]["delta"]}
-                                           for label, facts in done.hospitals.items() if label in spent}}}
+                                           for label, facts in done.hospitals.items()
+                                           if facts.get("patient_privacy") and label in spent.keys() - bare}}}
         val = {"val": {"patients": score["patients"],
                        "volume_dice": {"mean": score["mean"], "median": None, "ci95": None}}} if score else {}
         about = describe(self.model, images, training=training, origin=origin, data=data, scores=val)

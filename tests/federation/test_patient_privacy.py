@@ -128,10 +128,10 @@ def test_an_attacker_that_knows_all_others_learns_whether_a_patient_took_part_on
 
 @pytest.fixture
 def hospital(phantoms, tmp_path):
-    def make(promise: dict, norm: str = "group") -> Hospital:
+    def make(promise: dict | None, norm: str = "group", **federation) -> Hospital:
         who = identity("hospital-0", 0, phantoms, "cpu", __version__, tmp_path, None, "0" * 64, promise=promise)
         training = TrainingSettings(image_size=32, batch_size=8, norm=norm)
-        return Hospital(who, training, FederationSettings(clients=1, rounds=3, val_fraction=0.3), tmp_path)
+        return Hospital(who, training, FederationSettings(clients=1, rounds=3, val_fraction=0.3, **federation), tmp_path / "m.pt")
 
     return make
 
@@ -149,12 +149,14 @@ def test_rounds_restarts_and_repeats_together_keep_the_promise(hospital, tmp_pat
     again = train(hospital(promise), 2)["patient_epsilon"]  # the server asks once more
     last = train(hospital(promise), 3)["patient_epsilon"]
     assert 0 < first < second < again < last <= 5.0 and last > 4.9
+    with pytest.raises(HospitalError, match="too little is left"):  # so much noise for one more would do harm alone
+        train(hospital(promise), 3)
     kept = json.loads((tmp_path / "hospital-0_privacy.json").read_text())
     assert [entry["round"] for entry in kept] == [1, 2, 2, 3] and {entry["times"] for entry in kept} == {STEPS}
     noise = [entry["multiplier"] for entry in kept]
     assert noise[1] == pytest.approx(noise[0], abs=0.002) and noise[3] == pytest.approx(noise[2], abs=0.002)
     assert noise[2] > noise[1] + 0.02  # more, because of a round that was not planned
-    with pytest.raises(HospitalError, match="privacy is spent: epsilon 5 of 5, in 4 rounds") as caught:
+    with pytest.raises(HospitalError, match="too little is left.*epsilon 5 of 5 is spent, in 4 rounds") as caught:
         train(hospital(promise), 1, "another")
     assert caught.value.failure == Failure.PRIVACY
     assert train(hospital({**promise, "epsilon": 9.0}), 1, "another")["patient_epsilon"] > 5.0
@@ -165,18 +167,72 @@ def test_who_has_nothing_left_does_not_join(hospital, tmp_path, phantoms, monkey
     promise = {"epsilon": 5.0, "delta": 1e-3}
     node = RealHospital(tmp_path, 0, phantoms, promise)
     settings = to_json(TrainingSettings(image_size=32, norm="group"), FederationSettings(rounds=3, clients=1))
-    asked = {"query": Query.JOIN, "settings": settings, "versions": local_versions(__version__), "hospitals": 1}
+    asked = {"query": Query.JOIN, "settings": settings, "versions": local_versions(__version__), "hospitals": 1, "run": "another"}
     assert read(node.answer(Message(message(asked), 1, "query")).content)["patient_privacy"] == promise
     assert "epsilon 5 at delta 0.001, of which 0 is spent" in capsys.readouterr().out
-    Promise(**promise, ledger=tmp_path / "models" / "hospital-0_privacy.json").spend("a run", 1, Noisy(0.5, 15, CHANCE))
+    Promise(**promise, ledger=tmp_path / "models" / "hospital-0_privacy.json").reserve("a run", 1, 15, 15, CHANCE)
     assert read(node.answer(Message(message(asked), 1, "query")).content)["failure"] == Failure.PRIVACY
-    assert "the patients' privacy is spent" in capsys.readouterr().out
+    assert "too little is left of the patients' privacy" in capsys.readouterr().out
+    asked["run"] = "a run"  # it comes back to the one that it was in
+    assert read(node.answer(Message(message(asked), 1, "query")).content)["patient_privacy"] == promise
+    assert "of which 4.99 is spent; the last" in capsys.readouterr().out
 
 
-def test_the_ledger_is_written_before_an_update_leaves(hospital, monkeypatch):
-    monkeypatch.setattr(Promise, "spend", lambda *_: (_ for _ in ()).throw(MedFLError("the disk is full")))
-    with pytest.raises(MedFLError, match="the disk is full"):
+def test_a_round_is_in_the_ledger_before_it_begins_whatever_becomes_of_it(hospital, tmp_path, monkeypatch):
+    """That a training fails, or when, may tell something of the patients as well."""
+    ledger = tmp_path / "hospital-0_privacy.json"
+    monkeypatch.setattr(PrivateLearner, "train_epoch", lambda *_: (_ for _ in ()).throw(MedFLError("not finite")))
+    for count in (1, 2):
+        with pytest.raises(MedFLError, match="not finite"):
+            train(hospital({"epsilon": 5.0, "delta": 1e-3}))
+        assert len(json.loads(ledger.read_text())) == count
+    monkeypatch.setattr("federation.accountant.write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(HospitalError, match="No space left.*no round may begin") as caught:
         train(hospital({"epsilon": 5.0, "delta": 1e-3}))
+    assert caught.value.failure == Failure.PRIVACY
+
+
+def test_two_processes_of_one_label_share_one_promise(tmp_path):
+    one, other = (Promise(5.0, 1e-3, tmp_path / "ledger.json") for _ in range(2))
+    one.reserve("a", 1, 15, 15, CHANCE)
+    with pytest.raises(MedFLError, match="too little is left"):
+        other.reserve("b", 1, 15, 15, CHANCE)
+
+
+def test_a_long_run_has_noise_for_its_last_round(tmp_path):
+    promise = Promise(8.0, 1e-5, tmp_path / "ledger.json")
+    planned = promise.multiplier("long", 100 * STEPS, CHANCE)
+    promise.rounds = [{"run": "long", "round": 1, "multiplier": planned, "times": 99 * STEPS, "chance": CHANCE}]
+    assert promise.multiplier("long", STEPS, CHANCE) == pytest.approx(planned, rel=0.1) and promise.spent > 7.92
+    with pytest.raises(MedFLError, match="too little is left"):
+        promise.multiplier("another", STEPS, CHANCE)
+
+
+def test_layers_that_were_trained_without_noise_are_not_taken_up(hospital, tmp_path):
+    plain, private = (hospital(promise, keep_norm_local=True) for promise in (None, {"epsilon": 5.0, "delta": 1e-3}))
+    train(plain)
+    assert plain._own_norms("this", None) is not None and private._own_norms("this", None) is None
+    train(private)
+    assert private._own_norms("this", None)["rounds"] == 1
+
+
+def test_a_card_claims_no_privacy_for_who_also_gave_updates_without(federate, tmp_path, phantoms):
+    promise = {"epsilon": 8.0, "delta": 1e-3}
+    for name, (first, second) in {"to": (None, promise), "from": (promise, None)}.items():
+        for resume, kept in ((False, first), (True, second)):
+            hospitals = [RealHospital(tmp_path / name, 0, phantoms, kept)]
+            state, _, _ = federate(1 + resume, training={"norm": "group"}, hospitals=hospitals, out=name, clients=1, resume=resume)
+        assert load_checkpoint(state.last).metadata["origin"]["privacy"]["patients"] == {}
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    (("--dp-sgd-delta", 0.001), "goes with --dp-sgd-epsilon"), (("--dp-sgd-epsilon", 0), "choose an epsilon above 0"),
+    ((), "promised its patients privacy")], ids=str)
+def test_a_start_that_would_break_the_promise_is_refused(home, phantoms, tmp_path, options, sentence):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "hospital-0_privacy.json").write_text("[]")
+    done = run_here("run_client.py", "--cid", 0, "--data-dir", phantoms, "--check", *options, cwd=tmp_path)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(("promise", "norm", "sentence"), [
@@ -189,7 +245,9 @@ def test_a_promise_that_can_not_be_kept_is_refused(hospital, promise, norm, sent
     assert caught.value.failure == Failure.PRIVACY
 
 
-@pytest.mark.parametrize("content", ["", "[{}]", '[{"multiplier": -1, "times": 5, "chance": 0.2}]', '[{"multiplier": "1"}]'])
+@pytest.mark.parametrize("content", ["", "{}", '""', "[{}]", *(
+    f'[{{"run": "a", "multiplier": {multiplier}, "times": {times}, "chance": 0.2}}]'
+    for multiplier, times in ((-1, 5), ("Infinity", 5), (1, 1.5), (1e-200, 5), ('"1"', 5)))])
 def test_a_spoiled_ledger_is_no_new_budget(tmp_path, content):
     (tmp_path / "ledger.json").write_text(content)
     with pytest.raises(MedFLError, match="put it back from a backup"):
