@@ -4,7 +4,7 @@ DP-SGD (Abadi et al. 2016, arXiv:1607.00133) whose unit is the patient, and not 
 takes part with the chance CHANCE; the gradient over SLICES of its slices is cut to the length CLIP; Gaussian noise is added to
 the sum over patients, which is divided by how many were to be expected. Two datasets are neighbours if one has a patient more.
 
-Only TRAINED is trained: noise grows with the number of weights, and over all of them it left nothing (SECURITY.md), so a
+Only TRAINED is trained: noise grows with the number of weights, and over all of them less is learnt (SECURITY.md). So a
 federation begins with a model (run_server.py --init). With BatchNorm a patient would change the gradients of the others.
 """
 
