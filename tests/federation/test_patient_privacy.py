@@ -22,7 +22,8 @@ from federation.state import LAST
 from federations import SMALL, Scene
 from in_process import RealHospital
 from running import run_here
-from scripted import make_messages_outside_of_a_run
+from scripted import Worker, make_fast, make_messages_outside_of_a_run
+from scripted import federate as scripted_federation
 from training import TrainingSettings, segmentation_loss
 from transunet import TransUNet
 
@@ -223,6 +224,24 @@ def test_a_card_claims_no_privacy_for_who_also_gave_updates_without(federate, tm
             hospitals = [RealHospital(tmp_path / name, 0, phantoms, kept)]
             state, _, _ = federate(1 + resume, training={"norm": "group"}, hospitals=hospitals, out=name, clients=1, resume=resume)
         assert load_checkpoint(state.last).metadata["origin"]["privacy"]["patients"] == {}
+
+
+class Boaster(Worker):
+    """Says that it spent something, and promised nothing at joining."""
+
+    def answer(self, incoming: Message) -> Message:
+        reply = super().answer(incoming)
+        about = read(reply.content)
+        if "train_loss" in about:
+            reply.content["about"] = message({**about, "patient_epsilon": 1.0})["about"]
+        return reply
+
+
+def test_who_promised_nothing_at_joining_claims_nothing_on_the_card(monkeypatch, tmp_path):
+    make_fast(monkeypatch)
+    code, state, _ = scripted_federation([Boaster("hospital-0", [0.5] * 2)], 1, tmp_path)
+    assert code == 0 and state.progress.rows[0]["patient_epsilon"] == 1.0
+    assert load_checkpoint(state.last).metadata["origin"]["privacy"]["patients"] == {}
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
