@@ -4,11 +4,13 @@ Renyi differential privacy of the Gaussian mechanism (Mironov 2017, arXiv:1702.0
 drawn by chance (Mironov, Talwar and Zhang 2019, arXiv:1908.10530).
 """
 
+import contextlib
 import importlib.util
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,10 +47,11 @@ class Noisy:
 
 def spent(sums: Iterable[Noisy], delta: float) -> float:
     """Epsilon after these."""
-    accountant = _accountant()
-    for one in sums:
-        accountant.compose(_event(one))
-    return float(accountant.get_epsilon(delta))
+    with _quietly():
+        accountant = _accountant()
+        for one in sums:
+            accountant.compose(_event(one))
+        return float(accountant.get_epsilon(delta))
 
 
 def multiplier_for(epsilon: float, times: int, delta: float, chance: float = 1.0, before: tuple[Noisy, ...] = ()) -> float:
@@ -59,14 +62,28 @@ def multiplier_for(epsilon: float, times: int, delta: float, chance: float = 1.0
     def all_sums(multiplier: float) -> ComposedDpEvent:
         return ComposedDpEvent([_event(one) for one in (*before, Noisy(multiplier, times, chance))])
 
-    return float(calibrate_dp_mechanism(_accountant, all_sums, epsilon, delta, tol=FINE))
+    with _quietly():
+        return float(calibrate_dp_mechanism(_accountant, all_sums, epsilon, delta, tol=FINE))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without its warnings of each bound that is looser than it could be, for which absl would give all loggers a handler that
+    prints what Flower's says."""
+    import absl.logging
+
+    nothing = logging.NullHandler()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    logging.getLogger().addHandler(nothing)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(nothing)
 
 
 def _accountant():
-    import absl.logging
     from dp_accounting import rdp
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # it warns of each bound that is looser than it could be
     return rdp.RdpAccountant(ORDERS)
 
 

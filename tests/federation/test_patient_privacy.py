@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from federation.settings import FederationSettings, to_json
 from federation.state import LAST
 from federations import SMALL, Scene
 from in_process import RealHospital
-from running import run_here
+from running import ROOT, run_here
 from scripted import Worker, make_fast, make_messages_outside_of_a_run
 from scripted import federate as scripted_federation
 from training import TrainingSettings, segmentation_loss
@@ -108,6 +110,14 @@ def test_the_accountant_is_no_worse_than_published_values():
     """Abadi et al. 2016: q = 0.01, sigma = 4, 10,000 steps, delta 1e-5: epsilon 1.26; by the tighter conversion of today less."""
     assert 0.9 < spent([Noisy(4.0, 10_000, 0.01)], 1e-5) <= 1.26
     assert spent([Noisy(4.0, 10_000, 0.01)], 1e-5) < spent([Noisy(4.0, 10_000)], 1e-5) / 10
+
+
+def test_the_accountant_prints_nothing_and_leaves_other_loggers_as_they_were(home):
+    """Its library gives all loggers a handler where it finds none, and Flower's lines came twice."""
+    code = ("import logging\nfrom federation.accountant import Noisy, multiplier_for, spent\n"
+            "spent([Noisy(1.0, 5, 0.2)], 1e-5), multiplier_for(5.0, 5, 1e-5, 0.2)\nassert not logging.getLogger().handlers\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
 
 
 @pytest.mark.parametrize(("epsilon", "finds"), [(0.5, False), (1e9, True)])
