@@ -86,7 +86,8 @@ def identity(arguments: argparse.Namespace) -> dict:
           + ("" if own else ", of which the server's partition says which are this hospital's"), flush=True)
     promise = None
     if arguments.dp_sgd_epsilon is not None:
-        promise = {"epsilon": arguments.dp_sgd_epsilon, "delta": arguments.dp_sgd_delta or DELTA}
+        delta = DELTA if arguments.dp_sgd_delta is None else arguments.dp_sgd_delta
+        promise = {"epsilon": arguments.dp_sgd_epsilon, "delta": delta}
     elif arguments.dp_sgd_delta is not None:
         raise MedFLError("--dp-sgd-delta goes with --dp-sgd-epsilon; give both, or none")
     if arguments.device not in ("auto", "cpu"):

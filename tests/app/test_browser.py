@@ -123,3 +123,6 @@ def test_dicom_files_need_no_ending(page, tmp_path):
     (_, flair, _), _ = phantom(0, slices=4, size=64)
     page.locator(SLICES).set_input_files(write_series(tmp_path, flair, SeriesDescription="AX FLAIR"))
     page.get_by_role("heading", name="DICOM series").wait_for()
+    picture = page.get_by_role("img", name="of 4, FLAIR").first
+    picture.wait_for()
+    assert picture.evaluate("image => image.getBoundingClientRect().width") > 100  # its slices are shown

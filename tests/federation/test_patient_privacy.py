@@ -256,6 +256,7 @@ def test_who_promised_nothing_at_joining_claims_nothing_on_the_card(monkeypatch,
 
 @pytest.mark.parametrize(("options", "sentence"), [
     (("--dp-sgd-delta", 0.001), "goes with --dp-sgd-epsilon"), (("--dp-sgd-epsilon", 0), "choose an epsilon above 0"),
+    (("--dp-sgd-epsilon", 8, "--dp-sgd-delta", 0), "a delta between 0 and 1"),
     ((), "promised its patients privacy")], ids=str)
 def test_a_start_that_would_break_the_promise_is_refused(home, phantoms, tmp_path, options, sentence):
     (tmp_path / "models").mkdir()
