@@ -28,7 +28,7 @@ from federation.bundle import make_bundle
 from federation.flower import ask_admission
 from federation.identity import identity as describe_hospital
 from federation.kit import CA, HOSPITAL_KEY, hospital_label
-from federation.messages import LABEL
+from federation.answers import LABEL
 from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
 
 LOOK = 0.5  # seconds between two looks at children and server

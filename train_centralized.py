@@ -140,10 +140,10 @@ class CentralTraining:
     def _train(self) -> EpochResult:
         """One epoch's steps, under a progress bar."""
 
-        def before_step(step: int) -> bool:
+        def before_step(_: int) -> bool:
             share = self._share_done()
             if not self.plateau:
-                self.learner.set_rate(rate_scale(share, step, self.settings.warmup_steps))
+                self.learner.set_rate(rate_scale(share, self.settings.warmup))
             return share < 1 or not (self.settings.minutes or self.settings.steps)
 
         epoch = self.progress.epoch + 1

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import torchvision_operators  # noqa: F401  must come before timm
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -38,7 +40,7 @@ class TrainingSettings:
     encoder_lr_factor: float = setting(1.0, "learning rate of the encoder, as a factor of --lr (0.1 suits pretrained weights)")
     weight_decay: float = setting(0.05, "AdamW's weight decay")
     schedule: str = setting("cosine", "warm-up and cosine, or halving on a plateau of the validation Dice", ("cosine", "plateau"))
-    warmup_steps: int = setting(100, "steps until the learning rate is reached")
+    warmup: float = setting(0.05, "share of the run in which the learning rate rises to --lr, 0 to 0.5")
     freeze_encoder_epochs: int = setting(0, "first epochs in which the encoder keeps its weights")
     clip: float = setting(1.0, "largest norm of a step's gradient")
     ema_decay: float = setting(0.999, "weight of the past in the averaged weights, ramped up; 0 turns averaging off")
@@ -52,11 +54,13 @@ class TrainingSettings:
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0")
-        for name in ("weight_decay", "warmup_steps", "freeze_encoder_epochs", "patience", "seed"):
+        for name in ("weight_decay", "freeze_encoder_epochs", "patience", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 0 or more")
         if self.minutes is not None and self.steps is not None:
             raise MedFLError("--minutes and --steps both say how long to train; give one of them")
+        if not 0 <= self.warmup <= 0.5:  # more, and a run would end before it reached its learning rate
+            raise MedFLError(f"--warmup is {self.warmup}; choose a share of the run from 0 to 0.5")
         if not 0 <= self.ema_decay < 1:
             raise MedFLError(f"--ema-decay is {self.ema_decay}; choose a number from 0 to below 1")
 
@@ -74,10 +78,27 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 
 
-def rate_scale(progress: float, step: int, warmup_steps: int) -> float:
-    """Share of the learning rate: linear warm-up times a cosine from 1 to FINAL_RATE as progress goes from 0 to 1."""
-    cosine = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    return cosine * min(1.0, (step + 1) / max(warmup_steps, 1))
+def rate_scale(progress: float, warmup: float) -> float:
+    """Share of the learning rate when a share `progress` of the run is over, 0 to 1: a cosine from 1 to FINAL_RATE, times a
+    linear rise from FINAL_RATE to 1 over the first `warmup` of the run.
+
+    It depends on nothing but how far the run is, so in a federation it is the same at every hospital.
+    """
+    progress = min(progress, 1.0)
+    cosine = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2
+    rise = min(1.0, progress / warmup) if warmup else 1.0
+    return cosine * (FINAL_RATE + (1 - FINAL_RATE) * rise)
+
+
+def parameter_groups(model: TransUNet, settings: TrainingSettings) -> list[dict]:
+    """AdamW's groups, each with its learning rate: decoder and pyramid, then encoder, each in those that decay and those
+    that don't. As timm has it, biases, normalisation layers, position embeddings and the class token don't decay."""
+    encoder = {id(weight) for weight in model.encoder.parameters()}
+    still = {f"encoder.{name}" for name in model.encoder.no_weight_decay()}
+    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=still)
+    return [{"params": [weight for weight in group["params"] if (id(weight) in encoder) == inside],
+             "weight_decay": group["weight_decay"], "lr": settings.lr * (settings.encoder_lr_factor if inside else 1.0)}
+            for inside in (False, True) for group in groups]
 
 
 def averaging_weight(decay: float, count: float) -> float:
@@ -112,14 +133,11 @@ class Learner:
         self.precision = choose_precision(settings.precision, device)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.average = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True) if settings.ema_decay else None
-        encoder = list(model.encoder.parameters())
-        ids = {id(p) for p in encoder}
-        self.rates = (settings.lr, settings.lr * settings.encoder_lr_factor)
-        self.optimiser = torch.optim.AdamW(
-            [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": self.rates[0]},
-             {"params": encoder, "lr": self.rates[1]}], weight_decay=settings.weight_decay, fused=True)
+        groups = parameter_groups(model, settings)
+        self.rates = [group["lr"] for group in groups]
+        self.optimiser = torch.optim.AdamW(groups, fused=True)
         self.step_count = 0
-        self.adjust_gradients: Callable[[], None] = lambda: None  # after each backward pass, before clipping
+        self.after_step: Callable[[], None] = lambda: None
 
     @property
     def weights_model(self) -> TransUNet:
@@ -136,7 +154,7 @@ class Learner:
                 past.copy_(now)  # BatchNorm's counter
 
     def set_rate(self, scale: float) -> None:
-        """Set both learning rates to this share of the settings'."""
+        """Set the learning rates to this share of the settings'."""
         for group, rate in zip(self.optimiser.param_groups, self.rates):
             group["lr"] = rate * scale
 
@@ -181,9 +199,9 @@ class Learner:
 
     def _step(self, images: Tensor, masks: Tensor) -> tuple[float, float]:
         loss, dice = self.set_gradients(images, masks)
-        self.adjust_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimiser.step()
+        self.after_step()
         self.step_count += 1
         if self.average:
             self.average.update_parameters(self.model)
@@ -198,7 +216,11 @@ class Learner:
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        try:
+            self.optimiser.load_state_dict(state["optimiser"])
+        except ValueError as error:
+            raise MedFLError("the run was begun by an earlier MedFL, whose optimiser had other groups of weights, and can't go on "
+                             "bit for bit; start a new run, with --init to begin with its weights") from error
         self.step_count = state["step_count"]
         self.precision = getattr(torch, state["precision"].removeprefix("torch."))
 

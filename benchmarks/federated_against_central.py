@@ -71,8 +71,8 @@ def main() -> None:
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data_dir)
     split = make_split({p.name: p.site for p in dataset.patients}, 0)
-    settings = TrainingSettings(image_size=arguments.image_size, epochs=arguments.rounds, warmup_steps=20, ema_decay=0.0)
-    options = ["--image-size", str(settings.image_size), "--warmup-steps", str(settings.warmup_steps), "--ema-decay", "0"]
+    settings = TrainingSettings(image_size=arguments.image_size, epochs=arguments.rounds, warmup=0.05, ema_decay=0.0)
+    options = ["--image-size", str(settings.image_size), "--warmup", str(settings.warmup), "--ema-decay", "0"]
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as folder:
         out, rounds = Path(folder), ["--rounds", str(arguments.rounds)]
         models = {"federation of one hospital": run_federation(arguments.data_dir, out, [*rounds, *options]),

@@ -55,7 +55,7 @@ class Study:
     rounds: int = 12
     local_epochs: int = 1
     image_size: int = 128
-    warmup_steps: int = 20
+    warmup: float = 0.05
     tune_passes: int = 2
     alone: bool = True
 
@@ -73,7 +73,7 @@ STUDIES = {
                         ("site", "dirichlet", "iid"), clients=5, rounds=10, image_size=64),
     "half": Study(FEDAVG | {name: ["--update-dtype", name] for name in ("float16", "bfloat16")}, seeds=(0, 1, 2), clients=2,
                   rounds=5, local_epochs=6, image_size=64, alone=False),
-    **{f"privacy-{clients}": Study(PRIVATE, ("iid",), clients=clients, rounds=5, local_epochs=2, image_size=64, warmup_steps=2,
+    **{f"privacy-{clients}": Study(PRIVATE, ("iid",), clients=clients, rounds=5, local_epochs=2, image_size=64, warmup=0.05,
                                    alone=False) for clients in (2, 8, 32)},
 }
 
@@ -109,8 +109,8 @@ def finished(folder: Path, what: str, commands: list[list[str]]) -> None:
 def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path, simulated: bool, init: Path | None) -> list[Path]:
     """The checkpoints of one partition and seed, in the order of the table's rows. init: what federations start from."""
     data = str(dataset.root.resolve())
-    common = ["--data-dir", data, "--seed", str(seed), "--image-size", str(study.image_size), "--warmup-steps",
-              str(study.warmup_steps)]
+    common = ["--data-dir", data, "--seed", str(seed), "--image-size", str(study.image_size), "--warmup",
+              str(study.warmup)]
     divided = ["--partition", partition, "--clients", str(study.clients)]
     split = make_split({p.name: p.site for p in dataset.patients}, seed)
     shares = make_partition(dataset.table, split, partition, study.clients, seed=seed).hospitals

@@ -13,14 +13,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import argparse  # noqa: E402
 import statistics  # noqa: E402
+import tempfile  # noqa: E402
 import time  # noqa: E402
 
 import torch  # noqa: E402
 
 from common import run_script  # noqa: E402
 from federation.privacy import HospitalPrivacy  # noqa: E402
-from federation.screening import Update  # noqa: E402
 from federation.settings import FederationSettings  # noqa: E402
+from federation.updates import Updates  # noqa: E402
 from federation.weights import pack  # noqa: E402
 from transunet import TransUNet  # noqa: E402
 
@@ -34,12 +35,15 @@ def main() -> None:
     arguments = parser.parse_args()
     privacy = HospitalPrivacy(FederationSettings(clients=arguments.clients, dp_clip=1.0, dp_noise_multiplier=1.0))
     sent = pack(TransUNet("tiny", 128, "group").state_dict())
-    updates = [Update(f"hospital-{k}", sent + torch.randn(len(sent)) * 0.01, 100) for k in range(arguments.clients)]
     everything, seconds = torch.ones(len(sent), dtype=torch.bool), []
-    for _ in range(TIMES):
-        began = time.perf_counter()
-        privacy.private_mean(updates, sent, everything)
-        seconds.append(time.perf_counter() - began)
+    with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as folder:
+        updates = Updates(sent, ~everything, Path(folder))
+        for k in range(arguments.clients):
+            updates.add(f"hospital-{k}", sent + torch.randn(len(sent)) * 0.01, 100)
+        for _ in range(TIMES):
+            began = time.perf_counter()
+            privacy.private_mean(updates, everything)
+            seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds)
     print(f"{arguments.clients} updates of {len(sent):,} weights: {median:.2f} s (median of {TIMES}), "
           f"{median / arguments.round_seconds:.1%} of a round of {arguments.round_seconds:g} s")

@@ -1,105 +1,103 @@
-"""From the hospitals' updates to one model, by Flower's strategies.
+"""From the hospitals' updates to one model.
 
-A strategy is given changes (a hospital's weights less those that were sent) in float64, and what it makes of them is added to
-the weights that were sent. Krum's distances would drown in the rounding of the weights themselves otherwise.
+The strategies, with the papers that they come from. Weighted by training slices, which are capped (updates.py):
+
+- fedavg (McMahan et al. 2017, arXiv:1602.05629): the mean
+- fedprox (Li et al. 2020, arXiv:1812.06127): the mean; it differs at the hospitals only
+- fedavgm (Hsu et al. 2019, arXiv:1909.06335): the mean change with momentum
+- fedadam, fedyogi (Reddi et al. 2021, arXiv:2003.00295): the mean change as the gradient of an adaptive optimiser
+
+Not weighted, and not moved far by one hostile hospital: fedmedian and fedtrimmedavg (Yin et al. 2018, arXiv:1803.01498), value by
+value, and krum (Blanchard et al. 2017), which takes the one update that lies nearest to the others.
+
+Flower has these too. Its classes want all updates in memory, so they serve as the reference in the tests, and the sums here are
+taken block by block.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, FedTrimmedAvg, FedYogi, Krum
-from flwr.serverapp.strategy.strategy import Strategy
 
-from federation.screening import Update
 from federation.settings import FederationSettings
-from federation.weights import WEIGHTS
+from federation.updates import Updates
 
-SERVER_OPTIMISERS = (FedAvgM, FedAdam, FedYogi)
-
-
-def make_strategy(settings: FederationSettings) -> Strategy:
-    """Flower's strategy of that name.
-
-    Weighted by training slices: fedavg (McMahan et al. 2017), fedprox (Li et al. 2020; differs at the hospitals alone),
-    fedavgm (Hsu et al. 2019), fedadam and fedyogi (Reddi et al. 2021; Flower's Adam corrects the bias of its moments). Not
-    weighted: fedmedian and fedtrimmedavg (Yin et al. 2018), value by value, and krum (Blanchard et al. 2017), which takes the
-    one update that lies nearest to the others.
-    """
-    moments = {"eta": settings.server_rate, "beta_1": settings.beta_1, "beta_2": settings.beta_2, "tau": settings.tau}
-    match settings.strategy:
-        case "fedprox":
-            return FedProx(proximal_mu=settings.proximal_mu)
-        case "fedavgm":
-            return FedAvgM(server_learning_rate=settings.server_rate, server_momentum=settings.server_momentum)
-        case "fedadam":
-            return FedAdam(**moments)
-        case "fedyogi":
-            return FedYogi(**moments)
-        case "fedmedian":
-            return FedMedian()
-        case "fedtrimmedavg":
-            return FedTrimmedAvg(beta=settings.trim)
-        case "krum":
-            return Krum(num_malicious_nodes=settings.malicious)
-    return FedAvg()
+MEMORY = {"fedavgm": ("momentum",), "fedadam": ("m", "v"), "fedyogi": ("m", "v")}  # what a server's optimiser remembers
+ROBUST = "fedmedian"  # in the place of the mean where a round's model collapsed
 
 
 @dataclass
 class Aggregator:
     """Makes one model of each round's updates, and keeps what its strategy remembers.
 
-    statistics: which weights nobody trains, (n,) bool. They are averaged; a server's optimiser, which goes further than any
+    is_statistic: which weights nobody trains, (n,) bool. They are averaged; a server's optimiser, which goes further than any
     hospital went, would make negative variances of them.
     """
 
     settings: FederationSettings
-    statistics: torch.Tensor
+    is_statistic: torch.Tensor
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)  # (trained weights,) float64, by name
 
-    def __post_init__(self) -> None:
-        self.strategy = make_strategy(self.settings)
+    def __call__(self, number: int, updates: Updates, robust: bool = False) -> torch.Tensor:
+        """The weights, (n,) float32, after round `number`, of screened updates. robust: by the median, whatever the strategy is."""
+        strategy = ROBUST if robust else self.settings.strategy
+        change = self._combined(strategy, updates)
+        if strategy in MEMORY:
+            trained = ~self.is_statistic
+            change[trained] = self._optimised(number, change[trained])
+        return (updates.sent.double() + change).float()
 
-    def __call__(self, number: int, updates: list[Update], sent: torch.Tensor) -> torch.Tensor:
-        """The weights, (n,) float32, after round `number`, of checked updates to the weights `sent`, (n,) float32."""
-        everything = slice(None)
-        if not isinstance(self.strategy, SERVER_OPTIMISERS):
-            return (sent.double() + _apply(self.strategy, number, updates, sent, everything)).float()
-        trained = ~self.statistics
-        start = np.zeros(int(trained.sum()))
-        self.strategy.current_arrays = (ArrayRecord({WEIGHTS: Array(start)}) if isinstance(self.strategy, FedAvgM)
-                                        else {WEIGHTS: start})
-        step = _apply(FedAvg(), number, updates, sent, everything)
-        step[trained] = _apply(self.strategy, number, updates, sent, trained)
-        return (sent.double() + step).float()
+    def _combined(self, strategy: str, updates: Updates) -> torch.Tensor:
+        """One change, (n,) float64, of all hospitals'."""
+        change = np.empty(len(updates.sent))
+        if strategy == "krum":
+            weights = np.eye(len(updates))[nearest(updates.distances(), self.settings.malicious)]
+        else:
+            weights = updates.shares(self.settings.max_weight_ratio)
+        cut = int(self.settings.trim * len(updates))
+        for columns, block in updates.blocks():
+            if strategy == "fedmedian":
+                change[columns] = np.median(block, axis=0)
+            elif strategy == "fedtrimmedavg":
+                block.sort(axis=0)
+                change[columns] = block[cut:len(block) - cut].mean(axis=0)
+            else:
+                change[columns] = weights @ block
+        return torch.from_numpy(change)
+
+    def _optimised(self, number: int, change: torch.Tensor) -> torch.Tensor:
+        """The step of the server's optimiser, (trained weights,) float64, for the mean change of round `number`."""
+        settings, nothing = self.settings, torch.zeros_like(change)
+        kept = {name: self.memory.get(name, nothing) for name in MEMORY[settings.strategy]}
+        if settings.strategy == "fedavgm":
+            self.memory = {"momentum": settings.server_momentum * kept["momentum"] + change}
+            return settings.server_rate * self.memory["momentum"]
+        square, rate = change.square(), settings.server_rate
+        m = settings.beta_1 * kept["m"] + (1 - settings.beta_1) * change
+        if settings.strategy == "fedadam":
+            v = settings.beta_2 * kept["v"] + (1 - settings.beta_2) * square
+            # Kingma and Ba's correction of the moments' bias, with the round's number plus one, as Flower's FedAdam has it
+            rate *= math.sqrt(1 - settings.beta_2 ** (number + 1)) / (1 - settings.beta_1 ** (number + 1))
+        else:
+            v = kept["v"] - (1 - settings.beta_2) * square * torch.sign(kept["v"] - square)
+        self.memory = {"m": m, "v": v}
+        return rate * m / (v.sqrt() + settings.tau)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What the strategy remembers, by name, (trained weights,) float64; empty for those without a memory."""
-        if isinstance(self.strategy, FedAvgM):
-            kept = {"momentum": self.strategy.momentum_vector and self.strategy.momentum_vector[0]}
-        elif isinstance(self.strategy, SERVER_OPTIMISERS):
-            kept = {name: (getattr(self.strategy, f"{name}_t") or {}).get(WEIGHTS) for name in ("m", "v")}
-        else:
-            kept = {}
-        return {name: torch.from_numpy(values) for name, values in kept.items() if values is not None}
+        """What the strategy remembers, by name; empty for those without a memory."""
+        return dict(self.memory)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take up what `state_dict` gave."""
-        for name, values in state.items():
-            if name == "momentum":
-                self.strategy.momentum_vector = [values.numpy()]
-            else:
-                setattr(self.strategy, f"{name}_t", {WEIGHTS: values.numpy()})
+        self.memory = dict(state)
 
 
-def _apply(strategy: Strategy, number: int, updates: list[Update], sent: torch.Tensor,
-           part: torch.Tensor | slice) -> torch.Tensor:
-    """The strategy's answer to what hospitals changed in this part of the weights, float64. Hospitals go by their labels."""
-    replies = []
-    for update in sorted(updates, key=lambda u: u.label):
-        change = update.weights[part].double() - sent[part].double()
-        contents = {"arrays": ArrayRecord({WEIGHTS: Array(change.numpy())}),
-                    "metrics": MetricRecord({"num-examples": update.examples})}
-        replies.append(Message(RecordDict(contents), 0, "train"))
-    arrays, _ = strategy.aggregate_train(number, replies)
-    return torch.from_numpy(np.array(arrays[WEIGHTS].numpy(), np.float64))
+def nearest(distances: np.ndarray, malicious: int) -> int:
+    """Krum's choice: whose squared distances to its nearest neighbours, all but `malicious` and two, have the least sum.
+
+    distances: (hospitals, hospitals). Of equal ones the first.
+    """
+    neighbours = max(1, len(distances) - malicious - 2)
+    others = np.sort(distances + np.diag(np.full(len(distances), np.inf)), axis=1)
+    return int(others[:, :neighbours].sum(axis=1).argmin())

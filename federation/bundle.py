@@ -10,11 +10,13 @@ FILES = (
     "LICENSE",
     "batches.py", "checkpoint.py", "common.py", "curves.py", "dataset.py", "inference.py", "metrics.py", "partition.py",
     "plausibility.py", "preprocessing.py", "spacing.py", "split.py", "torchvision_operators.py", "training.py", "transunet.py",
-    "federation/__init__.py", "federation/accountant.py", "federation/aggregation.py", "federation/audit.py",
-    "federation/client_app.py", "federation/history.py", "federation/hospital.py", "federation/membership.py",
-    "federation/messages.py", "federation/patient_privacy.py", "federation/post.py", "federation/privacy.py",
+    "federation/__init__.py", "federation/accountant.py", "federation/aggregation.py", "federation/answers.py",
+    "federation/audit.py", "federation/client_app.py", "federation/exchange.py", "federation/history.py",
+    "federation/hospital.py", "federation/judging.py", "federation/membership.py", "federation/messages.py",
+    "federation/moments.py", "federation/patient_privacy.py", "federation/post.py", "federation/privacy.py",
     "federation/rounds.py", "federation/screening.py", "federation/secure_aggregation.py", "federation/secure_round.py",
-    "federation/server_app.py", "federation/settings.py", "federation/state.py", "federation/weights.py",
+    "federation/server_app.py", "federation/settings.py", "federation/state.py", "federation/updates.py",
+    "federation/weights.py",
 )
 
 

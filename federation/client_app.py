@@ -197,7 +197,7 @@ def secure_stage(about: dict, node: int, context: Context) -> dict:
 def masked(about: dict, update: torch.Tensor, examples: int, limit: float, context: Context) -> np.ndarray:
     """The weighted update under its masks, (n,) uint32."""
     with party(context) as mine:
-        return mine.masked(about["sealed"], update, examples / about["most"], limit, [about["run"], about["round"]])
+        return mine.masked(about["sealed"], update, min(1.0, examples / about["most"]), limit, [about["run"], about["round"]])
 
 
 app = make_app()

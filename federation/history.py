@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from common import atomic_write
 from curves import save_curves
+from federation.judging import mean_dice, scores_of
 
 COLUMNS = ("round", "site", "examples", "train_loss", "val_dice", "val_patients", "seconds", "bytes_sent", "bytes_received",
            "patient_epsilon")
@@ -26,13 +27,6 @@ def write_history(rows: list[dict], path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def mean_dice(rows: list[dict]) -> tuple[float | None, int]:
-    """The patient-weighted mean of the hospitals' validation Dice, and the patients behind it; (None, 0) without any."""
-    scored = [row for row in rows if row["val_dice"] is not None]
-    patients = sum(row["val_patients"] for row in scored)
-    return (sum(row["val_dice"] * row["val_patients"] for row in scored) / patients if patients else None), patients
 
 
 def table(rows: list[dict]) -> str:
@@ -62,7 +56,7 @@ def draw_curves(rows: list[dict], path: Path, title: str) -> None:
             mine = [(row["round"] + shift, row[name]) for row in rows if row["site"] == site and row[name] is not None]
             axes.plot(*zip(*mine), **mark) if mine else axes.plot([], [], **mark)
     by_round = {number: [row for row in rows if row["round"] == number] for number in sorted({row["round"] for row in rows})}
-    mean = [(number - 1, value) for number, of in by_round.items() if (value := mean_dice(of)[0]) is not None]
+    mean = [(number - 1, value) for number, of in by_round.items() if (value := mean_dice(scores_of(of))[0]) is not None]
     if mean:
         dice.plot(*zip(*mean), color="black", linewidth=2.2, label="mean over patients")
     loss.set(title="Training loss at the hospitals", xlabel="round", ylabel="cross-entropy + (1 − soft Dice)")

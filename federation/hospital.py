@@ -1,7 +1,9 @@
 """What a hospital does with a message: answer who it is, score the model that came, train it, give back the update."""
 
+import math
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +19,7 @@ from common import SMALLEST_GROUP, MedFLError, atomic_write
 from dataset import load_dataset
 from federation.accountant import Promise
 from federation.messages import Failure
+from federation.moments import Moments
 from federation.patient_privacy import CHANCE, STEPS, PatientBatches, PrivateLearner
 from federation.settings import FederationSettings
 from federation.weights import FULL, from_record, in_precision, norm_mask, pack, part_mask, unpack
@@ -45,9 +48,9 @@ class Hospital:
 
     identity: who it is (`identity` above): label, session, cid (None with own data), data (folder), device, medfl (the version
     installed here), shared_cores, promise, split_file (where an own split is kept), norms_file and model_file (where own
-    normalisation layers are kept, and the model with them is written), privacy_file (what of the promise is spent). memory: the
-    file that keeps the last weights, for messages that bring a part of them. Raises HospitalError for bad data, and for settings
-    with which the promise can't be kept.
+    normalisation layers are kept, and the model with them is written), privacy_file (what of the promise is spent), optimiser_file
+    (moments of the optimiser). memory: the file that keeps the last weights, for messages that bring a part of them. Raises
+    HospitalError for bad data, and for settings with which the promise can't be kept.
     """
 
     def __init__(self, identity: dict, training: TrainingSettings, federation: FederationSettings, memory: Path):
@@ -83,13 +86,13 @@ class Hospital:
         if any(entry["run"] == run for entry in self.promise.rounds):
             return None
         try:
-            return self.promise.multiplier(run, self.federation.rounds * self.federation.local_epochs * STEPS, CHANCE)
+            return self.promise.multiplier(run, self.federation.rounds * self.federation.steps_a_round(STEPS), CHANCE)
         except MedFLError as error:
             raise HospitalError(Failure.PRIVACY, str(error)) from error
 
     def _reserve(self, run: str, number: int) -> float:
         """Take a round's share of the promise; its noise, in clips."""
-        steps = self.federation.local_epochs * STEPS
+        steps = self.federation.steps_a_round(STEPS)
         try:
             return self.promise.reserve(run, number, steps, (self.federation.rounds - number + 1) * steps, CHANCE)
         except MedFLError as error:
@@ -167,6 +170,7 @@ class Hospital:
     def finish(self, model: TransUNet, about: dict) -> dict:
         """Score the federation's last model. Where normalisation layers stayed here, it is one of this hospital's own, with
         its layers averaged over the rounds, and it is written down."""
+        self._moments(about["run"]).forget()
         if not self.federation.keep_norm_local or not (own := self._own_norms(about["run"], None)):
             return self.score(model)
         weights = pack(model.state_dict())
@@ -223,56 +227,76 @@ class Hospital:
             raise HospitalError(Failure.CONSENT, f"the server asked for round {number} of {settings.rounds} at {rate} times the "
                                 "learning rate, which the settings do not provide for; nothing was trained")
         seed = self.training.seed * 1_000 + zlib.crc32(self.identity["label"].encode()) % 1_000  # unlike at each hospital
-        mine = replace(self.training, ema_decay=0.0)  # the server averages, over rounds
+        # the server averages, over rounds, and what it calls a batch is of all hospitals together
+        mine = replace(self.training, ema_decay=0.0, batch_size=settings.batch_of_one(self.training.batch_size))
         if self.promise:
             learner = PrivateLearner(model, mine, self.device, self._reserve(about["run"], number), len(self.split.train))
             batches = PatientBatches(self.dataset, self.split.train, mine.image_size, seed)
         else:
             learner = Learner(model, mine, self.device)
             batches = TrainingBatches(self.dataset, self.split.train, mine.image_size, mine.batch_size, seed)
+        if settings.moments == "keep" and (kept := self._moments(about["run"]).before(number)):
+            learner.optimiser.load_state_dict(kept)
         if settings.strategy == "fedprox":
-            learner.adjust_gradients = proximal_pull(model, settings.proximal_mu)
+            learner.after_step = proximal_pull(learner.optimiser, settings.proximal_mu)
         frozen, before = number <= self.training.freeze_encoder_epochs, pack(model.state_dict())
         model.set_encoder_trainable(not frozen)
-        steps = len(batches) * settings.local_epochs
-
-        def before_step(step: int) -> bool:
-            share = about["rate"]
-            if share is None:
-                warmup = 0 if self.promise else self.training.warmup_steps  # few steps, of a model that is trained already
-                share = rate_scale((number - 1 + step / steps) / settings.rounds, (number - 1) * steps + step, warmup)
-            learner.set_rate(share)
-            if time.monotonic() - self.began > about["seconds"]:
-                raise HospitalError(Failure.LATE, f"round {number} took longer than the server's {about['seconds']:.0f} s; "
-                                    "it goes on without this hospital's update (the server's --round-timeout sets the time)")
-            return True
-
-        losses = []
-        with tqdm(total=steps, desc=f"round {number}", unit="step", leave=False, disable=None) as bar:
-            for local in range(settings.local_epochs):
-                epoch = (number - 1) * settings.local_epochs + local + 1
-                torch.manual_seed(100_003 * seed + epoch)  # for layers that draw numbers
-                losses.append(learner.train_epoch(batches.epoch(epoch), before_step, bar).loss)
+        loss = self._train(learner, batches, about, seed)
         after, precision = pack(model.state_dict()), settings.update_dtype
         whole = precision == FULL and not settings.secure_aggregation
         update = (after if whole else after - before)[part_mask(model, settings.left_out(frozen))]
         if not bool(torch.isfinite(in_precision(update, precision)).all()):
             raise HospitalError(Failure.TRAINING, "the trained weights are not finite and were not sent; the learning rate "
                                 "(the server's --lr) may be too high")
+        if settings.moments == "keep":
+            self._moments(about["run"]).keep(number, learner.optimiser.state_dict())
         if settings.keep_norm_local:
             self._keep_norms(after, norm_mask(model), about["run"], number)
         few = self.own_data and len(self.split.train) < SMALLEST_GROUP  # then the loss would say something of one patient
-        return {"examples": batches.slices, "train_loss": None if few or self.promise else float(np.mean(losses)),
+        return {"examples": batches.slices, "train_loss": None if few or self.promise else loss,
                 "patient_epsilon": self.promise.spent if self.promise else None, "seconds": time.monotonic() - began}, update
 
+    def _moments(self, run: str) -> Moments:
+        return Moments(Path(self.identity["optimiser_file"]), run, bool(self.promise))
 
-def proximal_pull(model: TransUNet, mu: float):
-    """FedProx (Li et al. 2020, arXiv:1812.06127): a function that adds mu (w - w0) to each gradient, w0 the weights now."""
-    start = [p.detach().clone() for p in model.parameters()]
+    def _train(self, learner: Learner, batches: TrainingBatches | PatientBatches, about: dict, seed: int) -> float:
+        """A round's steps; the mean loss. Raises HospitalError where they take longer than the server waits."""
+        number, rounds, steps = about["round"], self.federation.rounds, self.federation.steps_a_round(len(batches))
+        warmup = 0 if self.promise else self.training.warmup  # few steps, of a model that is trained already
+        passes, losses = math.ceil(steps / len(batches)), []
 
+        def before_step(step: int) -> bool:
+            share = about["rate"]
+            if share is None:  # how far the federation is, and not this hospital
+                share = rate_scale((number - 1 + step / steps) / rounds, warmup)
+            learner.set_rate(share)
+            if time.monotonic() - self.began > about["seconds"]:
+                raise HospitalError(Failure.LATE, f"round {number} took longer than the server's {about['seconds']:.0f} s; "
+                                    "it goes on without this hospital's update (the server's --round-timeout sets the time)")
+            return step < steps
+
+        with tqdm(total=steps, desc=f"round {number}", unit="step", leave=False, disable=None) as bar:
+            for local in range(passes):
+                epoch = (number - 1) * passes + local + 1
+                torch.manual_seed(100_003 * seed + epoch)  # for layers that draw numbers
+                result = learner.train_epoch(batches.epoch(epoch), before_step, bar)
+                losses.append((result.loss, result.steps))
+        return sum(loss * done for loss, done in losses) / steps
+
+
+def proximal_pull(optimiser: torch.optim.Optimizer, mu: float) -> Callable[[], None]:
+    """FedProx (Li et al. 2020, arXiv:1812.06127): a function that, after a step, draws each weight w back to w0, what it is now, by
+    rate x mu x (w - w0).
+
+    The pull is decoupled from the gradient as weight decay is in AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): in the
+    gradient it would be clipped, and Adam would divide it by its own size, so that mu meant nothing.
+    """
+    start = [[weight.detach().clone() for weight in group["params"]] for group in optimiser.param_groups]
+
+    @torch.no_grad()
     def pull() -> None:
-        for weight, before in zip(model.parameters(), start):
-            if weight.grad is not None:
-                weight.grad.add_(weight.detach() - before, alpha=mu)
+        for group, before in zip(optimiser.param_groups, start):
+            for weight, origin in zip(group["params"], before):
+                weight.lerp_(origin, min(1.0, group["lr"] * mu))
 
     return pull

@@ -4,7 +4,7 @@ import secrets
 from pathlib import Path
 
 OWN_FILES = {"split": "split.json", "norms": "norms.pt", "model": "federated_best.pth",  # in its models/
-             "privacy": "privacy.json"}
+             "privacy": "privacy.json", "optimiser": "optimiser.pt"}
 
 
 def identity(label: str, cid: int | None, data: Path, device: str, medfl: str, models: Path, shared_cores: int | None, code: str,

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common import MedFLError, atomic_write
-from federation.messages import LABEL
+from federation.answers import LABEL
 
 CURVE = ec.SECP384R1
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # the gateway and Flower speak with each other by these

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common import MedFLError
+from federation.answers import LABEL, Facts, Introduction, parse
 from federation.audit import AuditLog
-from federation.messages import INTRODUCTION, LABEL, End, Failure, Query, check_facts, expect
+from federation.messages import End, Failure, Query
 from federation.post import Answer, Post
 from federation.settings import FederationSettings
 
@@ -26,7 +27,7 @@ class Member:
     label: str
     node: int
     session: str
-    facts: dict
+    facts: Facts
     behind: bool = False  # gave no answer in time; gets no work until it answers again
 
 
@@ -38,14 +39,14 @@ class Membership:
     each node's key stands for, or None where no keys are asked for.
     """
 
-    def __init__(self, post: Post, settings: FederationSettings, about: dict, contributors: dict[str, dict],
+    def __init__(self, post: Post, settings: FederationSettings, about: dict, contributors: dict[str, Facts],
                  say: Callable[[str], None], audit: AuditLog, labels: Callable[[], dict[int, str] | None] = lambda: None):
         self.post, self.settings, self.about, self.contributors, self.say = post, settings, about, contributors, say
         self.audit, self.labels = audit, labels
         self.members: dict[str, Member] = {}
         self._asked: set[int] = set()
         self._tries: dict[int, tuple[int, float]] = {}  # nodes that could not join: how often they tried, when to ask again
-        self._rivals: dict[int, dict] = {}  # nodes that claim a label somebody has: what they said
+        self._rivals: dict[int, Facts] = {}  # nodes that claim a label somebody has: what they said
         self._looked = -LOOK
 
     @property
@@ -57,7 +58,7 @@ class Membership:
     def partition(self) -> str | None:
         """The SHA-256 of the partition that the simulated hospitals share; None before the first, or without any."""
         facts = [*(member.facts for member in self.members.values()), *self.contributors.values()]
-        return next((f["partition_sha256"] for f in facts if not f["own_data"]), None)
+        return next((f.partition_sha256 for f in facts if not f.own_data), None)
 
     @property
     def disputed(self) -> bool:
@@ -81,12 +82,12 @@ class Membership:
             self._remove(member, "gone")
         for node in [n for n in self._rivals if n not in online]:
             del self._rivals[node]
-        contested = [self.members[facts["label"]].node for facts in self._rivals.values() if facts["label"] in self.members]
+        contested = [self.members[facts.label].node for facts in self._rivals.values() if facts.label in self.members]
         behind = [m.node for m in self.members.values() if m.behind]
         free = [node for node in {*contested, *behind} if not self.post.is_open(node)]
         self.post.send(sorted(free), "query", "ping", {"query": Query.PING}, PING_TIME)
         for node, facts in list(self._rivals.items()):
-            if facts["label"] not in self.members:
+            if facts.label not in self.members:
                 self._admit(node, self._rivals.pop(node))
 
     def handle(self, answer: Answer) -> None:
@@ -106,28 +107,28 @@ class Membership:
         self.post.send(nodes, "query", "end", {"query": Query.END, "code": code}, seconds)
         until = time.monotonic() + seconds
         while any(self.post.is_open(node, "end") for node in nodes) and time.monotonic() < until:
-            self.post.collect()
+            for _ in self.post.collect():
+                pass
             time.sleep(0.2)
 
     def _joined(self, answer: Answer) -> None:
-        facts = answer.about
         if answer.failure:
             self._did_not_join(answer)
             return
         try:
-            refusal, detail = self._refusal(answer.node, facts)
+            facts, refusal, detail = self._look_at(answer.node, answer.about)
         except MedFLError as error:
             self.say(f"a hospital is refused: {error}")
             self.audit.write("refused", hospital=None, why=str(error))
             self._refuse(answer.node, End.UNFIT)
             return
         if refusal:
-            self.say(f"{facts['label']} refused: {refusal}{' (' + detail + ')' if detail else ''}")
-            self.audit.write("refused", hospital=facts["label"], why=refusal)
+            self.say(f"{facts.label} refused: {refusal}{' (' + detail + ')' if detail else ''}")
+            self.audit.write("refused", hospital=facts.label, why=refusal)
             self._refuse(answer.node, refusal, detail)
             return
-        holder = self.members.get(facts["label"])
-        if holder and holder.session != facts["session"]:
+        holder = self.members.get(facts.label)
+        if holder and holder.session != facts.session:
             self._rivals[answer.node] = facts  # the holder is asked whether it is still there
         else:
             self._admit(answer.node, facts)
@@ -149,7 +150,7 @@ class Membership:
         member = next((m for m in self.members.values() if m.node == answer.node), None)
         if member is None:
             return
-        rivals = [node for node, facts in self._rivals.items() if facts["label"] == member.label]
+        rivals = [node for node, facts in self._rivals.items() if facts.label == member.label]
         if answer.failure:
             if rivals:
                 self._remove(member, "replaced by one that came back")
@@ -164,40 +165,46 @@ class Membership:
             self._refuse(node, End.TAKEN)
             del self._rivals[node]
 
-    def _refusal(self, node: int, facts: dict) -> tuple[End | None, str]:
-        """Why a hospital can't be a member, and what its sentence says besides. Raises MedFLError if it makes no sense."""
-        ours, theirs = self.about["versions"], expect(facts, INTRODUCTION)["versions"]
-        if not LABEL.fullmatch(facts["label"]) or facts["cid"] is not None and facts["label"] != f"hospital-{facts['cid']}":
+    def _look_at(self, node: int, about: dict) -> tuple[Introduction, End | None, str]:
+        """What a hospital says of itself; why it can't be a member, and what its sentence says besides. Raises MedFLError where
+        that makes no sense. The facts of one that can be a member are `Facts`."""
+        who = parse(Introduction, {name: about.get(name) for name in Introduction.model_fields})
+        if not LABEL.fullmatch(who.label) or who.cid is not None and who.label != f"hospital-{who.cid}":
             raise MedFLError("its label is none that run_client.py gives; use the same version of MedFL everywhere")
-        known = self.labels()
-        if known is not None and known.get(node) != facts["label"]:
+        if refusal := self._refusal(node, who):
+            return who, *refusal
+        facts = parse(Facts, about)
+        if not facts.own_data and self.partition not in (None, facts.partition_sha256):
+            return facts, End.SPLIT, ""
+        return facts, None, ""
+
+    def _refusal(self, node: int, who: Introduction) -> tuple[End, str] | None:
+        """Why who says this can't be a member whatever its data are, and what its sentence says besides."""
+        known, ours = self.labels(), self.about["versions"]
+        if known is not None and known.get(node) != who.label:
             return End.IDENTITY, known.get(node, "nobody")
-        other = [f"{name} {theirs.get(name)} instead of {ours[name]}" for name in ("medfl", "flwr", "timm")
-                 if theirs.get(name) != ours[name]]
+        other = [f"{name} {who.versions.get(name)} instead of {ours[name]}" for name in ("medfl", "flwr", "timm")
+                 if who.versions.get(name) != ours[name]]
         if other:
             return End.VERSION, ", ".join(other)
-        if facts["cid"] is not None and facts["cid"] >= self.settings.clients:
+        if who.cid is not None and who.cid >= self.settings.clients:
             return End.NUMBER, str(self.settings.clients)
-        if facts["label"] not in self.members and len(self.members) >= self.settings.clients:
+        if who.label not in self.members and len(self.members) >= self.settings.clients:
             return End.FULL, ""
-        check_facts(facts)
-        if not facts["own_data"] and self.partition not in (None, facts["partition_sha256"]):
-            return End.SPLIT, ""
-        return None, ""
+        return None
 
-    def _admit(self, node: int, facts: dict) -> None:
-        back = facts["label"] in self.members
+    def _admit(self, node: int, facts: Facts) -> None:
+        back = facts.label in self.members
         self._tries.pop(node, None)
-        member = Member(facts["label"], node, facts["session"], facts)
+        member = Member(facts.label, node, facts.session, facts)
         self.members[member.label] = member
-        parts = facts["parts"]
-        torch_note, promise = "", facts["patient_privacy"]
-        if facts["versions"].get("torch") != self.about["versions"]["torch"]:
-            torch_note = f"; it runs torch {facts['versions'].get('torch')}, the server {self.about['versions']['torch']}"
+        parts, promise, torch_note = facts.parts, facts.patient_privacy, ""
+        if facts.versions.get("torch") != self.about["versions"]["torch"]:
+            torch_note = f"; it runs torch {facts.versions.get('torch')}, the server {self.about['versions']['torch']}"
         self.audit.write("joined", hospital=member.label)
-        self.say(f"{member.label} {'is back' if back else 'joined'}: {parts['train']['patients']} patients to train on "
-                 f"({parts['train']['slices']} slices), {parts['val']['patients']} to choose by{torch_note}"
-                 + (f"; it promises them epsilon {promise['epsilon']:g} at delta {promise['delta']:g}" if promise else ""))
+        self.say(f"{member.label} {'is back' if back else 'joined'}: {parts['train'].patients} patients to train on "
+                 f"({parts['train'].slices} slices), {parts['val'].patients} to choose by{torch_note}"
+                 + (f"; it promises them epsilon {promise.epsilon:g} at delta {promise.delta:g}" if promise else ""))
 
     def _remove(self, member: Member, why: str) -> None:
         self.say(f"{member.label}: {why}")

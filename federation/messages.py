@@ -1,21 +1,18 @@
 """What server and hospitals say to each other.
 
 Every message of the server carries `about`, one JSON text; train and evaluate messages carry `arrays` as well. A
-hospital's answer carries `about`, and after training `arrays` (weights.py). Nothing else is sent: no name of a patient or a
-file, no path, no figure of one patient or slice, and no text of an error (a code stands for it).
+hospital's answer carries `about` (its types are in answers.py), and after training `arrays` (weights.py). Nothing else is
+sent: no name of a patient or a file, no path, no figure of one patient or slice, and no text of an error (a code stands for
+it).
 """
 
 import json
-import math
-import re
 from collections.abc import Mapping
 from enum import StrEnum
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from common import SMALLEST_GROUP, MedFLError
-from plausibility import MEASURES
-from split import PARTS
+from common import MedFLError
 
 
 class Query(StrEnum):
@@ -94,49 +91,8 @@ def read(content: RecordDict) -> dict:
     """The `about` of a message. Raises MedFLError where there is none."""
     try:
         about = json.loads(content["about"]["json"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise MedFLError("a message came without its text; use the same version of MedFL on both sides") from error
     if not isinstance(about, dict):
         raise MedFLError("a message came with another text than expected; use the same version of MedFL on both sides")
     return about
-
-
-LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
-INTRODUCTION = {"label": str, "session": str, "cid": int | None, "versions": dict}  # what an answer must have, and of what kind
-FACTS = {**INTRODUCTION, "own_data": bool, "data": str, "parts": dict, "images": dict | None, "device": str,
-         "split_sha256": str | None, "partition_sha256": str | None, "patient_privacy": dict | None}
-RESULT = {"val_dice": float | None, "val_patients": int, "seconds": float}
-TRAINED = {**RESULT, "round": int, "examples": int, "train_loss": float | None, "patient_epsilon": float | None}
-
-
-def expect(about: dict, kinds: Mapping) -> dict:
-    """What a hospital said, if it has these entries of these kinds and every number is finite and not negative.
-
-    Raises MedFLError otherwise: a broken answer must not end the server.
-    """
-    for name, kind in kinds.items():
-        value = about.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-            raise MedFLError(f"its answer has no usable {name}")
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise MedFLError(f"its answer says {name} {value}")
-    return about
-
-
-def check_facts(facts: dict) -> None:
-    """Raises MedFLError where what a hospital says of itself at joining is not what `Hospital.facts` makes."""
-    expect(facts, FACTS)
-    if facts["patient_privacy"] is not None:
-        expect(facts["patient_privacy"], {"epsilon": float, "delta": float})
-    try:
-        for part in PARTS:
-            expect(facts["parts"][part], {"patients": int, "slices": int})
-        images = facts["images"]
-        lists = [] if images is None else [(images[name][key], width) for name, width in MEASURES.items()
-                                           for key in ("mean", "deviation")]
-        usable = all(len(values) == width and all(isinstance(v, float) and math.isfinite(v) for v in values)
-                     for values, width in lists)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise MedFLError("its introduction has not the parts that it should; use the same version of MedFL everywhere") from error
-    if not usable or lists and facts["parts"]["train"]["patients"] < SMALLEST_GROUP:
-        raise MedFLError("its introduction describes its images in another way than it should; use the same version everywhere")

@@ -1,6 +1,7 @@
 """Messages on their way: sent to hospitals and collected without waiting, each with a time after which it counts as lost."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -9,7 +10,9 @@ from flwr.app import ArrayRecord, Message
 
 from common import MedFLError
 from federation.messages import FAILURES, message, read
+from federation.weights import payload
 
+AT_ONCE = 4  # answers that are taken out of Flower at a time, and so in memory together
 SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
 GONE, NO_ANSWER = 5, "no answer in time"
 FLOWER_SAYS = {3: NO_ANSWER, GONE: "it is not reachable", 8: "its process ended without an answer"}  # its error codes
@@ -17,13 +20,14 @@ FLOWER_SAYS = {3: NO_ANSWER, GONE: "it is not reachable", 8: "its process ended 
 
 @dataclass
 class Answer:
-    """What came back for a message: `about` and arrays, or the reason why there is nothing."""
+    """What came back for a message: `about` and arrays, or the reason why there is nothing. bytes: of the arrays' numbers."""
 
     node: int
     purpose: str
     about: dict
     arrays: ArrayRecord | None = None
     failure: str | None = None
+    bytes: int = 0
 
 
 @dataclass
@@ -67,23 +71,25 @@ class Post:
         """Wait no longer for answers to messages of this purpose; later ones are passed over."""
         self._open = {identity: sent for identity, sent in self._open.items() if sent.purpose != purpose}
 
-    def collect(self) -> list[Answer]:
-        """The answers that came since the last call, lost messages among them.
+    def collect(self) -> Iterator[Answer]:
+        """The answers that have come, lost messages among them, a few at a time: the caller is to be done with one before it
+        takes the next, so that memory holds no more than `AT_ONCE`.
 
         An answer whose tensors stop half way (a hospital killed while it sends) can hold Flower up for 3 minutes.
         """
-        answers, self._refused = self._refused, []
-        if not self._open:
-            return answers
-        for reply in self._grid.pull_messages(list(self._open)):
-            sent = self._open.pop(reply.metadata.reply_to_message_id, None)  # not by sender: Flower answers for the dead
-            if sent:
-                answers.append(_answer(sent, reply))
+        refused, self._refused = self._refused, []
+        yield from refused
+        waiting = list(self._open)
+        for start in range(0, len(waiting), AT_ONCE):
+            some = [identity for identity in waiting[start:start + AT_ONCE] if identity in self._open]
+            for reply in self._grid.pull_messages(some) if some else []:
+                sent = self._open.pop(reply.metadata.reply_to_message_id, None)  # not by sender: Flower answers for the dead
+                if sent:
+                    yield _answer(sent, reply)
         now = time.monotonic()
         for identity in [identity for identity, sent in self._open.items() if now > sent.lost_at]:
             sent = self._open.pop(identity)
-            answers.append(Answer(sent.node, sent.purpose, {}, failure=NO_ANSWER))
-        return answers
+            yield Answer(sent.node, sent.purpose, {}, failure=NO_ANSWER)
 
 
 def _answer(sent: _Sent, reply: Message) -> Answer:
@@ -96,4 +102,5 @@ def _answer(sent: _Sent, reply: Message) -> Answer:
     code = about.get("failure")
     if code is not None:
         return Answer(sent.node, sent.purpose, about, failure=FAILURES.get(str(code), "it failed"))
-    return Answer(sent.node, sent.purpose, about, reply.content.get("arrays"))
+    arrays = reply.content.get("arrays")
+    return Answer(sent.node, sent.purpose, about, arrays, bytes=payload(arrays))

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from federation.accountant import Noisy, check_accountant, multiplier_for, spent
-from federation.screening import Update
 from federation.settings import FederationSettings
+from federation.updates import Updates
 
 
 def secret_random() -> np.random.Generator:
@@ -41,16 +41,17 @@ class HospitalPrivacy:
         """Whether one round more would spend more than --dp-epsilon."""
         return self.settings.dp_epsilon is not None and self.spent(rounds + 1) > self.settings.dp_epsilon * (1 + 1e-6)
 
-    def private_mean(self, updates: list[Update], sent: torch.Tensor, travels: torch.Tensor) -> Update:
-        """The hospitals' updates as one: their clipped, noised mean. sent: the weights, (n,) float32, that the round began with;
-        travels: which of them were trained, (n,) bool. The others stay as they were."""
-        total = torch.from_numpy(secret_random().standard_normal(len(sent))).mul_(self.multiplier * self.settings.dp_clip)
-        for update in updates:
-            change = update.weights.double().sub_(sent)
-            length = float(change.mul_(travels).norm())
-            if length:
-                total.add_(change, alpha=min(1.0, self.settings.dp_clip / length))
-        return Update("the noised mean", total.mul_(travels).div_(self.settings.clients).add_(sent).float(), 1)
+    def private_mean(self, updates: Updates, travels: torch.Tensor) -> torch.Tensor:
+        """The weights, (n,) float32, with the hospitals' clipped, noised mean change. travels: which of them were trained, (n,)
+        bool. The others stay as they were."""
+        total = torch.from_numpy(secret_random().standard_normal(len(updates.sent))).mul_(self.multiplier * self.settings.dp_clip)
+        squares = np.zeros(len(updates))
+        for columns, block in updates.blocks():
+            squares += np.square(block[:, travels[columns].numpy()]).sum(axis=1)
+        factors = np.minimum(1.0, self.settings.dp_clip / np.sqrt(squares).clip(min=1e-300))
+        for columns, block in updates.blocks():
+            total[columns] += torch.from_numpy(factors @ block)
+        return total.mul_(travels).div_(self.settings.clients).add_(updates.sent).float()
 
     def warning(self, values: int) -> str | None:
         """What to say where the noise on so many trained values is longer than any update can be; None where it is not."""

@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from flwr.app import ArrayRecord
 
 from common import MedFLError
+from federation.answers import Trained
 from federation.membership import Member
-from federation.messages import TRAINED, Query, expect
+from federation.messages import Query
 from federation.post import Answer, Post
 from federation.secure_aggregation import LEAST, from_sum, threshold, unmasked
 from federation.settings import FederationSettings
+from federation.updates import capped
 from federation.weights import values_of
 
 STAGE_TIME = 60.0  # seconds for an answer in the stages in which nobody trains, also on a busy machine
@@ -22,11 +25,14 @@ class SecureRound:
     """One try of one round.
 
     wait: waits for the answers to a purpose from members, with a title and a limit in seconds; answers, and reasons for none,
-    by label. purpose: a name for the try, unlike any other's.
+    by label. purpose: a name for the try, unlike any other's. length: values of an update. Masked updates are added up as they
+    come, so memory holds their sum and none of them.
     """
 
-    def __init__(self, post: Post, wait: Wait, settings: FederationSettings, number: int, purpose: str):
+    def __init__(self, post: Post, wait: Wait, settings: FederationSettings, number: int, purpose: str, length: int):
         self.post, self.wait, self.settings, self.number, self.purpose = post, wait, settings, number, purpose
+        self.total, self.examples = np.zeros(length, np.uint32), 0.0
+        self.most = 0  # slices that count at most
         self.public: dict[int, list[str]] = {}  # keys, by node
         self.shared: dict[str, Member] = {}  # those who gave shares to the others, by label
         self.failures: dict[str, str] = {}  # why hospitals dropped out, by label
@@ -46,43 +52,45 @@ class SecureRound:
         if len(members) < threshold(len(self.public)):
             return {}
         self.shared = {member.label: member for member in members}
-        most = max(member.facts["parts"]["train"]["slices"] for member in members)
-        return {to.label: {"most": most, "sealed": {str(by.node): sealed[by.label][to.node] for by in members if by is not to}}
+        slices = [member.facts.parts["train"].slices for member in members]
+        self.most = max(1, int(max(capped(slices, self.settings.max_weight_ratio))))
+        return {to.label: {"most": self.most, "sealed": {str(by.node): sealed[by.label][to.node] for by in members if by is not to}}
                 for to in members}
 
-    def mean(self, answers: dict[str, Answer], sent: torch.Tensor, travels: torch.Tensor) -> torch.Tensor | None:
-        """The last two stages: the weights, (n,) float32, with the mean change of the hospitals that answered; None where too few
-        did. Answers that can't count are taken out.
+    def take(self, member: Member, told: Trained, arrays: ArrayRecord | None) -> None:
+        """Add a hospital's masked update to the sum. Raises MedFLError where it is none, or counts what it should not."""
+        announced = member.facts.parts["train"].slices
+        if not 0 < told.examples <= announced:
+            raise MedFLError(f"its update counts {told.examples} slices, and it joined with {announced}")
+        values = values_of(arrays, np.uint32)
+        if len(values) != len(self.total):
+            raise MedFLError(f"its update has {len(values)} weights and the model {len(self.total)}")
+        self.total += values
+        self.examples += min(told.examples, self.most)
 
-        sent: the weights, (n,) float32, that the round began with; travels: which of them are in the answers, (n,) bool.
+    def mean(self, labels: list[str], sent: torch.Tensor, travels: torch.Tensor) -> torch.Tensor | None:
+        """The last two stages: the weights, (n,) float32, with the mean change of the hospitals whose updates were taken; None
+        where these are too few.
+
+        sent: the weights, (n,) float32, that the round began with; travels: which of them are in the updates, (n,) bool.
         """
-        length, examples = int(travels.sum()), 0
-        total = np.zeros(length, np.uint32)
-        for label in sorted(answers):
-            try:
-                total += _masked(answers[label], self.number, length, self.shared[label])
-                examples += answers[label].about["examples"]
-            except MedFLError as error:
-                self.failures[label] = f"{error}; it is left out"
-                del answers[label]
         hospitals = len(self.public)
-        if len(answers) < max(threshold(hospitals), self.settings.quorum):
+        if len(labels) < max(threshold(hospitals), self.settings.quorum):
             return None  # and nothing is uncovered
-        here = [self.shared[label] for label in sorted(answers)]
+        here = [self.shared[label] for label in labels]
         summed = [member.node for member in here]
         missing = [member.node for member in self.shared.values() if member.node not in summed]
         given, failures = self._ask("unmask", here, lambda member: {"query": Query.UNMASK, "summed": summed, "missing": missing},
                                     lambda about, member: _by_node(about, "shares", {*summed, *missing}))
         shares = {node: [one[node] for one in given.values()] for node in (*summed, *missing)}
         try:
-            total = unmasked(total, shares, summed, self.public)
+            total = unmasked(self.total, shares, summed, self.public)
             change = from_sum(total, len(summed), self.settings.secure_range, hospitals)
         except MedFLError as error:
             self.failures |= failures | {"the sum": str(error)}  # without it a hospital that gave no shares is counted all the same
             return None
-        most = max(member.facts["parts"]["train"]["slices"] for member in self.shared.values())
         weights = sent.double()
-        weights[travels] += change * (most / examples)
+        weights[travels] += change * (self.most / self.examples)
         return weights.float()
 
     def _ask(self, stage: str, members: list[Member], about: Callable, read: Callable) -> tuple[dict[str, object], dict[str, str]]:
@@ -116,17 +124,3 @@ def _by_node(about: dict, name: str, nodes: set[int]) -> dict[int, str]:
             isinstance(text, str) for text in texts.values()):
         raise MedFLError(f"it sent no usable {name} in the secure aggregation")
     return {int(node): text for node, text in texts.items()}
-
-
-def _masked(answer: Answer, number: int, length: int, member: Member) -> np.ndarray:
-    """A hospital's masked update, (length,) uint32. Raises MedFLError where it is anything else, or counts what it should not."""
-    about = expect(answer.about, TRAINED)
-    if about["round"] != number:
-        raise MedFLError(f"its update is of round {about['round']}")
-    announced = member.facts["parts"]["train"]["slices"]
-    if not 0 < about["examples"] <= announced:
-        raise MedFLError(f"its update counts {about['examples']} slices, and it joined with {announced}")
-    values = values_of(answer.arrays, np.uint32)
-    if len(values) != length:
-        raise MedFLError(f"its update has {len(values)} weights and the model {length}")
-    return values

@@ -14,6 +14,7 @@ from federation.audit import AUDIT, AuditLog
 from federation.rounds import Federation
 from federation.settings import from_json
 from federation.state import RunState, load_run
+from federation.updates import remove_leftovers
 
 JOB, OUTCOME, NODES = Path("job.json"), Path("outcome.json"), Path("nodes.json")
 
@@ -23,12 +24,14 @@ app = ServerApp()
 def prepare(job: dict) -> RunState:
     """The state that the run begins with, or goes on from."""
     out = Path(job["out"])
+    remove_leftovers(out)
     if job["resume"]:
         training, federation, kept, model = load_run(out)
         state = RunState(model, training, federation, out, job["commit"])
         state.restore(kept)
         return state
     state = RunState(load_checkpoint(job["start"]).model, *from_json(job["settings"]), out, job["commit"])
+    state.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
     state.progress.started_from, state.progress.init_split = job["started_from"], job["init_split"]
     return state
 

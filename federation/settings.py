@@ -13,10 +13,11 @@ from split import TEST_FRACTION, VAL_FRACTION
 from training import TrainingSettings
 
 STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")
+SMALLEST_BATCH = 4  # of a hospital: BatchNorm takes its statistics of it
 SERVER_RATES = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}  # where none is given
 # of the training's settings, those that mean something in a federation; epochs are rounds here, minutes don't exist
 TRAINING_OPTIONS = ["model", "image_size", "norm", "pretrained", "encoder_weights", "batch_size", "lr", "encoder_lr_factor",
-                    "weight_decay", "schedule", "warmup_steps", "freeze_encoder_epochs", "clip", "ema_decay", "patience",
+                    "weight_decay", "schedule", "warmup", "freeze_encoder_epochs", "clip", "ema_decay", "patience",
                     "precision", "seed"]
 
 
@@ -25,13 +26,14 @@ class FederationSettings:
     """Everything that decides how hospitals train together, each default once."""
 
     clients: int = setting(2, "hospitals in the federation")
-    rounds: int = setting(5, "rounds of training")
+    rounds: int = setting(30, "rounds of training")
     partition: str = setting("site", "how one dataset is divided among simulated hospitals", KINDS)
     alpha: float = setting(0.5, "of the partition dirichlet: small makes unlike hospitals")
     val_fraction: float = setting(VAL_FRACTION, "share of the patients to choose by")
     test_fraction: float = setting(TEST_FRACTION, "share of the patients kept for the test")
     strategy: str = setting("fedavg", "how updates become one model", STRATEGIES)
-    proximal_mu: float = setting(0.01, "of fedprox: the pull towards the round's model")
+    proximal_mu: float = setting(10.0, "of fedprox: the pull towards the round's model; a step draws weights back by this times "
+                                 "the learning rate")
     server_lr: float | None = setting(None, "of fedavgm, fedadam and fedyogi: the server's step, 1.0 of fedavgm and 0.01 of the "
                                       "others if none is given", kind=float)
     server_momentum: float = setting(0.9, "of fedavgm: weight of the past steps")
@@ -54,15 +56,23 @@ class FederationSettings:
     secure_range: float = setting(8.0, "of secure aggregation: the largest change of a weight that it carries; a hospital whose "
                                   "update goes further is left out, and told")
     local_epochs: int = setting(1, "passes over a hospital's training slices a round")
+    local_steps: int | None = setting(None, "steps of each hospital a round, instead of --local-epochs", kind=int)
+    moments: str = setting("keep", "what becomes of a hospital's optimiser from round to round: its moments are kept at the "
+                           "hospital, or begin at zero", ("keep", "reset"))
     round_timeout: float = setting(1800.0, "longest wait for a round's answers in seconds")
     max_update_norm_ratio: float = setting(10.0, "an update longer than this many times the round's median is left out")
+    cut_update_norm_ratio: float = setting(2.0, "an update longer than this many times the round's median is cut to that")
     min_update_cosine: float = setting(-0.5, "an update whose cosine with the others' mean is below this is left out")
+    max_weight_ratio: float = setting(3.0, "a hospital counts at most this many times the median of the hospitals' slices")
     min_clients: int | None = setting(None, "hospitals that a round needs, half of --clients if none is given", kind=int)
 
     def __post_init__(self) -> None:
-        for name in ("clients", "rounds", "alpha", "local_epochs", "round_timeout", "max_update_norm_ratio", "secure_range"):
+        for name in ("clients", "rounds", "alpha", "local_epochs", "round_timeout", "max_update_norm_ratio",
+                     "cut_update_norm_ratio", "max_weight_ratio", "secure_range"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0")
+        if self.local_steps is not None and self.local_steps < 1:
+            raise MedFLError(f"--local-steps is {self.local_steps}; choose a number above 0")
         if not 0 <= self.proximal_mu < math.inf:
             raise MedFLError(f"--proximal-mu is {self.proximal_mu}; choose 0 or more")
         if not (0 <= self.val_fraction < 1 and 0 <= self.test_fraction < 1 and self.val_fraction + self.test_fraction < 1):
@@ -109,9 +119,10 @@ class FederationSettings:
         if self.strategy in ("fedmedian", "fedtrimmedavg", "krum"):
             raise MedFLError(f"--strategy {self.strategy} looks at each hospital's update, {sum_alone}; take fedavg, fedprox or a "
                              "strategy with a server's optimiser")
-        bounds = {f.name: f.default for f in fields(self) if f.name in ("max_update_norm_ratio", "min_update_cosine")}
-        if any(getattr(self, name) != default for name, default in bounds.items()):
-            raise MedFLError(f"--max-update-norm-ratio and --min-update-cosine screen single updates, {sum_alone}; leave them out")
+        names = ("max_update_norm_ratio", "cut_update_norm_ratio", "min_update_cosine")
+        if any(getattr(self, f.name) != f.default for f in fields(self) if f.name in names):
+            raise MedFLError("--max-update-norm-ratio, --cut-update-norm-ratio and --min-update-cosine screen single updates, "
+                             f"{sum_alone}; leave them out")
         if self.private:
             raise MedFLError(f"--dp-clip cuts each hospital's update at the server, {sum_alone}; choose one of the two")
         if self.update_dtype != "float32":
@@ -152,6 +163,14 @@ class FederationSettings:
     def server_rate(self) -> float | None:
         """The server's step: what was asked for, else the strategy's default."""
         return self.server_lr or SERVER_RATES.get(self.strategy)
+
+    def steps_a_round(self, batches: int) -> int:
+        """Steps of a hospital whose pass over its slices has so many batches."""
+        return self.local_steps or self.local_epochs * batches
+
+    def batch_of_one(self, batch_size: int) -> int:
+        """Slices in a step of one hospital, for a batch of all hospitals together."""
+        return max(SMALLEST_BATCH, round(batch_size / self.clients))
 
     def left_out(self, frozen: bool) -> list[str]:
         """The parts of the weights that need not travel: nobody trains a frozen encoder, and normalisation layers may stay."""

@@ -55,6 +55,11 @@ def statistics_mask(model: nn.Module) -> torch.Tensor:
     return _mask(model, model.state_dict().keys() - trained)
 
 
+def variance_mask(model: nn.Module) -> torch.Tensor:
+    """Which values of the model's vector are running variances of normalisation layers, (n,) bool."""
+    return _mask(model, {name for name in model.state_dict() if name.endswith(".running_var")})
+
+
 def norm_mask(model: nn.Module) -> torch.Tensor:
     """Which values of the model's vector are of normalisation layers, found by their type, (n,) bool. LayerNorm, which keeps
     nothing of the data, is none of them."""

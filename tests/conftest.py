@@ -42,7 +42,7 @@ def trained(phantoms, tmp_path_factory) -> Path:
     """The folder that two epochs of training on the phantoms wrote."""
     out = tmp_path_factory.mktemp("trained")
     done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", out, "--image-size", 32, "--epochs", 2,
-                      "--batch-size", 8, "--warmup-steps", 2)
+                      "--batch-size", 8)
     assert done.returncode == 0, done.stderr
     return out
 

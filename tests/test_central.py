@@ -22,7 +22,7 @@ def central(phantoms, tmp_path):
     split = make_split({p.name: p.site for p in dataset.patients}, 0)
 
     def make(resume: bool = False, **settings) -> CentralTraining:
-        small = {"image_size": 32, "batch_size": 8, "warmup_steps": 2, "epochs": 1, "ema_decay": 0.5}
+        small = {"image_size": 32, "batch_size": 8, "epochs": 1, "ema_decay": 0.5}
         return CentralTraining(dataset, split, TrainingSettings(**{**small, **settings}), torch.device("cpu"), tmp_path, resume)
 
     return make

@@ -102,7 +102,7 @@ def test_seeds_are_pooled_by_patient():
 def trained(home, phantoms, tmp_path_factory):
     """Two hospitals alone, one of them started from the other's model, and a central model, a few steps each."""
     out = tmp_path_factory.mktemp("compared")
-    common = ("--data-dir", phantoms, "--image-size", 32, "--batch-size", 8, "--steps", 5, "--warmup-steps", 2)
+    common = ("--data-dir", phantoms, "--image-size", 32, "--batch-size", 8, "--steps", 5)
     shares = [("alone_0", "--cid", 0), ("alone_1", "--cid", 1), ("central",)]
     for name, *options in [*shares, ("tuned_0", "--cid", 0, "--init", out / "central" / "transunet_centralized_best.pth")]:
         done = run_here("train_centralized.py", *common, "--out", out / name, *options)

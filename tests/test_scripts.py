@@ -20,7 +20,7 @@ from running import ROOT, run_here, run_script
 from split import make_split
 
 pytestmark = pytest.mark.slow
-SHORT = ("--image-size", 32, "--batch-size", 8, "--warmup-steps", 2)
+SHORT = ("--image-size", 32, "--batch-size", 8)
 BEST, LAST = "transunet_centralized_best.pth", "transunet_centralized_last.pth"
 
 

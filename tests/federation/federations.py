@@ -17,7 +17,7 @@ import pytest
 
 from running import ROOT
 
-SMALL = ("--image-size", 32, "--batch-size", 8, "--warmup-steps", 2)
+SMALL = ("--image-size", 32, "--batch-size", 8)
 BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
 DEADLINE = 240.0  # seconds for an event on a busy machine; nothing waits this long unless it fails
 

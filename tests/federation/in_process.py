@@ -49,7 +49,7 @@ def federate(monkeypatch, tmp_path, phantoms, home):
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
         federation = FederationSettings(**{"rounds": rounds, "round_timeout": 300.0, "val_fraction": 0.2, **settings})
-        settings = TrainingSettings(**{"image_size": 32, "batch_size": 8, "warmup_steps": 2, **(training or {})})
+        settings = TrainingSettings(**{"image_size": 32, "batch_size": 8, **(training or {})})
         state = RunState(TransUNet("tiny", 32, settings.norm), settings, federation, folder, None)
         state.progress.started_from = "random weights"
         if resume:

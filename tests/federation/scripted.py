@@ -6,6 +6,7 @@ import torch
 from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 
+import federation.exchange
 import federation.membership
 import federation.rounds
 from federation.audit import AuditLog
@@ -90,7 +91,7 @@ class Worker(Node):
             self.failures -= 1
             return Message(message({"failure": "bug"}), reply_to=incoming)
         dice = self.scores.pop(0)
-        result = {"val_dice": dice, "val_patients": 0 if dice is None else 3, "seconds": 1.0}
+        result = {"val_dice": dice, "val_patients": 0 if dice is None else 4, "seconds": 1.0}
         if "round" not in about:
             return Message(message(result), reply_to=incoming)
         weights = torch.full_like(self.got[-1], about["round"] * self.factor)
@@ -109,14 +110,14 @@ def make_fast(monkeypatch) -> None:
     make_messages_outside_of_a_run(monkeypatch)
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINIER)
     monkeypatch.setattr(federation.membership, "LOOK", -1.0)
-    monkeypatch.setattr(federation.rounds, "TICK", 0.01)
+    monkeypatch.setattr(federation.exchange, "TICK", 0.01)
     monkeypatch.setattr(federation.rounds, "draw_curves", lambda *_: None)
 
 
 def federate(workers: list[Worker], rounds: int, out, weights: torch.Tensor | None = None, federation: dict | None = None,
              resume: bool = False, **training) -> tuple[int, RunState, list[str]]:
-    """Exit code, final state and spoken lines of a federation of these hospitals. weights: to start from, random ones if none;
-    federation: more of its settings."""
+    """Exit code, final state and spoken lines of a federation of these hospitals. weights: numbers to start from in the place of a
+    model, none of which is a variance; federation: more of its settings."""
     settings = FederationSettings(**{"clients": len(workers), "rounds": rounds, "round_timeout": 20.0, **(federation or {})})
     model = TransUNet("tiny", 32, training.get("norm", "batch"))
     state = RunState(model, TrainingSettings(image_size=32, **training), settings, out, None)
@@ -127,5 +128,8 @@ def federate(workers: list[Worker], rounds: int, out, weights: torch.Tensor | No
         state.restore(load_run(out)[2])
     said, grid = [], Grid()
     grid.nodes = dict(enumerate(workers, 1))
-    code = Federation(grid, state, VERSIONS, out, resume, AuditLog(out / "audit.jsonl"), say=said.append).run()
+    subject = Federation(grid, state, VERSIONS, out, resume, AuditLog(out / "audit.jsonl"), say=said.append)
+    if weights is not None:
+        subject.variances = torch.zeros_like(subject.variances)
+    code = subject.run()
     return code, state, said

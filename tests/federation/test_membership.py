@@ -7,6 +7,7 @@ import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
 import federation.membership
+from federation.answers import Facts
 from federation.membership import Membership
 from federation.messages import End
 from federation.post import Post
@@ -147,7 +148,7 @@ def test_a_full_federation_takes_nobody(play):
 
 def test_another_dataset_is_refused_also_when_nobody_is_there(play):
     """After a restart the weights remember patients that the new dataset could keep for the test."""
-    p = play(contributors={"hospital-1": facts("hospital-1", partition_sha256="old")})
+    p = play(contributors={"hospital-1": Facts(**facts("hospital-1", partition_sha256="old"))})
     p.grid.nodes = {1: Node(facts("hospital-0"))}
     p.go()
     assert not p.labels and p.grid.nodes[1].ends == [End.SPLIT]
@@ -183,7 +184,7 @@ def test_a_message_that_is_not_accepted_is_lost_at_once(play):
     p.post.send([9], "train", "round-1.1", {}, 1800)
     (answer,) = p.post.collect()
     assert (answer.node, answer.purpose, answer.failure) == (9, "round-1.1", "it is not reachable")
-    assert not p.post.is_open(9) and p.post.collect() == []
+    assert not p.post.is_open(9) and list(p.post.collect()) == []
 
 
 @pytest.mark.parametrize("name", ["medfl", "flwr", "timm"])

@@ -10,11 +10,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 import federation.history
 from common import MedFLError, __version__
+from federation.answers import Trained, parse
 from federation.bundle import FILES, ROOT, make_bundle
 from federation.client_app import guard
-from federation.history import mean_dice
 from federation.hospital import HospitalError, proximal_pull
-from federation.messages import TRAINED, Failure, expect, message, read
+from federation.messages import Failure, message, read
 from federation.processes import is_loopback, parse_address
 from federation.settings import FederationSettings, from_json, to_json
 from federation.state import RunState, load_run
@@ -61,35 +61,37 @@ def test_messages_and_settings_come_back_as_they_were():
             from_json(text)
 
 
-def test_the_proximal_gradient_is_that_of_its_closed_form():
-    """The gradient of f(w) + mu / 2 |w - w0|^2 by autograd, against what a training step sees."""
-    torch.manual_seed(0)
-    model = TransUNet("tiny", 32)
-    start = [p.detach().clone() for p in model.parameters()]
-    pull = proximal_pull(model, mu=0.3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.01)
-    images = torch.randn(2, 3, 32, 32)
-    model.eval()
-    loss = model(images).square().mean() + 0.15 * sum((p - w).square().sum() for p, w in zip(model.parameters(), start))
-    wanted = torch.autograd.grad(loss, list(model.parameters()))
-    model.zero_grad()
-    model(images).square().mean().backward()
-    pull()
-    for p, gradient in zip(model.parameters(), wanted):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
-
-
-def test_the_pull_reaches_the_training_step():
-    """With a huge mu a step's gradient points back to the start, whatever the loss says."""
-    settings = TrainingSettings(image_size=32, batch_size=2, clip=1e9, ema_decay=0.0)
+def test_the_proximal_pull_is_that_of_its_closed_form():
+    """Without a gradient a step draws each weight back by rate x mu of what is between it and where it was; the encoder's rate is
+    its own."""
+    settings = TrainingSettings(image_size=32, lr=1e-2, encoder_lr_factor=0.5, weight_decay=0.0, ema_decay=0.0)
     learner = Learner(TransUNet("tiny", 32), settings, torch.device("cpu"))
-    learner.adjust_gradients = proximal_pull(learner.model, mu=1e6)
+    pull = proximal_pull(learner.optimiser, mu=20.0)
+    start = {name: weight.detach().clone() for name, weight in learner.model.named_parameters()}
     with torch.no_grad():
-        learner.model.head.weight.add_(1.0)
-    learner.train_epoch([(torch.randn(2, 3, 32, 32), torch.zeros(2, 1, 32, 32))])
-    torch.testing.assert_close(learner.model.head.weight.grad, torch.full_like(learner.model.head.weight, 1e6), rtol=1e-3, atol=1)
+        for weight in learner.model.parameters():
+            weight.add_(1.0)
+    for scale in (1.0, 0.5):
+        learner.set_rate(scale)
+        pull()
+    for name, weight in learner.model.named_parameters():
+        rate = 5e-3 if name.startswith("encoder.") else 1e-2
+        left = (1 - rate * 20) * (1 - 0.5 * rate * 20)
+        torch.testing.assert_close(weight - start[name], torch.full_like(weight, left), atol=1e-5, rtol=0)
+
+
+def test_the_pull_reaches_the_training_step_and_is_not_clipped():
+    """With a huge mu weights stay where they are, whatever the loss says; the gradient is that of the loss."""
+    settings = TrainingSettings(image_size=32, batch_size=2, clip=1e-6, ema_decay=0.0)
+    learner = Learner(TransUNet("tiny", 32), settings, torch.device("cpu"))
+    start = learner.model.head.weight.detach().clone()
+    learner.after_step = proximal_pull(learner.optimiser, mu=1e9)
+    batch = (torch.randn(2, 3, 32, 32), torch.zeros(2, 1, 32, 32))
+    learner.train_epoch([batch])
+    assert torch.equal(learner.model.head.weight, start) and learner.model.head.weight.grad.norm() <= 1.01e-6
+    learner.after_step = lambda: None
+    learner.train_epoch([batch])
+    assert not torch.equal(learner.model.head.weight, start)
 
 
 def state_of(tmp_path, **training) -> RunState:
@@ -107,53 +109,58 @@ def test_averaged_weights_over_rounds_follow_their_definition(tmp_path):
     assert torch.equal(plain.final_weights, two)
 
 
+def one(dice: float, patients: int = 4) -> dict[str, tuple[float, int]]:
+    return {"hospital-0": (dice, patients)}
+
+
 def test_plateau_halves_the_rate_and_survives_a_restart(tmp_path):
     state = state_of(tmp_path, schedule="plateau")
-    for _ in range(5):  # patience 3: the first sets the mark, the fifth is one too many
-        state.plateau.step(0.5)
+    for number in range(5):  # patience 3: the first sets the mark, the fifth is one too many
+        state.judge(one(0.5), number)
     assert state.rate == 0.5
     state.save_last()
     again = state_of(tmp_path, schedule="plateau")
-    kept = torch.load(state.last, weights_only=True)["state"]
-    again.restore(kept)
+    again.restore(torch.load(state.last, weights_only=True)["state"])
     assert again.rate == 0.5
-    for _ in range(4):
-        again.plateau.step(0.5)
+    for number in range(4):
+        again.judge(one(0.5), number)
     assert again.rate == 0.25
-    assert state_of(tmp_path).rate is None
+    again.judge(one(0.6), 9)
+    for number in range(3):
+        again.judge(one(0.6), number)
+    assert again.rate == 0.25 and state_of(tmp_path).rate is None
 
 
-def test_only_means_over_the_same_patients_are_compared(tmp_path):
-    state = state_of(tmp_path, schedule="plateau")
-    assert state.judge(0.3, 4, 1) and not state.judge(0.9, 3, 2) and not state.judge(None, 0, 3)
-    assert state.judge(0.2, 5, 4) and state.progress.best == 0.2  # one more patient: the count begins anew
-
-
-def test_the_best_is_kept_and_patience_counts_rounds(tmp_path):
+def test_the_best_is_kept_and_patience_counts_judged_rounds(tmp_path):
     state = state_of(tmp_path, patience=2)
-    assert state.judge(0.3, 4, 1) and not state.judge(0.3, 4, 2) and state.judge(0.4, 4, 3)
-    state.progress.round = 5
+    assert [state.judge(one(dice), number)[0] for number, dice in enumerate((0.3, 0.3, 0.4), 1)] == [True, False, True]
+    state.progress.round = 9
     assert not state.stopped_early
-    state.progress.round = 6
+    state.judge({}, 4)
+    state.judge(one(0.4), 5)
+    assert not state.stopped_early
+    state.judge(one(0.4), 6)
     assert state.stopped_early
 
 
-def test_mean_dice_is_weighted_by_patients():
-    rows = [{"val_dice": 0.5, "val_patients": 1}, {"val_dice": 0.8, "val_patients": 3}, {"val_dice": None, "val_patients": 0}]
-    assert mean_dice(rows) == (pytest.approx(0.725), 4) and mean_dice(rows[2:]) == (None, 0)
+TOLD = {"val_dice": 0.5, "val_patients": 2, "seconds": 1.0, "round": 3, "examples": 7, "train_loss": None, "patient_epsilon": None}
 
 
 @pytest.mark.parametrize("wrong", [
-    {"val_dice": float("nan")}, {"val_dice": "0.5"}, {"val_patients": -1}, {"seconds": float("inf")}, {"examples": True},
-    {"examples": 3.5}, {"train_loss": [1.0]}], ids=str)
-def test_broken_answers_are_told_apart(wrong):
-    good = {"val_dice": 0.5, "val_patients": 2, "seconds": 1.0, "round": 3, "examples": 7, "train_loss": None,
-            "patient_epsilon": None}
-    assert expect(good, TRAINED) == good
+    {"val_dice": float("nan")}, {"val_dice": "0.5"}, {"val_dice": 7.0}, {"val_dice": 10**400}, {"val_dice": -0.1},
+    {"val_patients": -1}, {"val_patients": 2**2100}, {"seconds": float("inf")}, {"examples": True}, {"examples": 3.5},
+    {"train_loss": [1.0]}, {"train_loss": 1e308}, {"round": -1}, {"patient_epsilon": "much"}], ids=lambda wrong: str(wrong)[:40])
+def test_an_answer_out_of_its_bounds_is_told_apart(wrong):
+    assert parse(Trained, TOLD).model_dump() == TOLD
     with pytest.raises(MedFLError, match=next(iter(wrong))):
-        expect({**good, **wrong}, TRAINED)
-    with pytest.raises(MedFLError, match="examples"):
-        expect({name: value for name, value in good.items() if name != "examples"}, TRAINED)
+        parse(Trained, {**TOLD, **wrong})
+
+
+@pytest.mark.parametrize("about", [{name: value for name, value in TOLD.items() if name != "examples"}, {**TOLD, "more": 1},
+                                   {**TOLD, "val_dice": None}, {**TOLD, "val_patients": 0}, None, [], {1: 2}], ids=str)
+def test_an_answer_of_another_form_is_told_apart(about):
+    with pytest.raises(MedFLError, match="its answer"):
+        parse(Trained, about)
 
 
 def fails_with(error: Exception):
@@ -204,7 +211,9 @@ def test_a_restart_keeps_everything(tmp_path):
     state = state_of(tmp_path)
     state.take(torch.full_like(state.weights, 1.0))
     state.take(torch.full_like(state.weights, 2.0))
-    state.judge(0.3, 4, 1)
+    state.judge(one(0.3), 1)
+    state.progress.before = one(0.2)
+    state.begin()
     state.save_last()
     again = state_of(tmp_path)
     again.restore(load_run(tmp_path)[2])
@@ -216,10 +225,6 @@ def test_patience_needs_a_score(tmp_path):
     state = state_of(tmp_path, patience=2)
     state.progress.round = 9
     assert not state.stopped_early
-
-
-def test_a_dice_of_0_counts():
-    assert mean_dice([{"val_dice": 0.0, "val_patients": 1}, {"val_dice": 0.8, "val_patients": 1}]) == (0.4, 2)
 
 
 def test_curves_show_the_dice_after_the_round_it_is_of(monkeypatch, tmp_path):

@@ -13,9 +13,9 @@ from checkpoint import load_checkpoint
 from common import MedFLError
 from federation.accountant import Noisy, check_accountant, multiplier_for, spent
 from federation.privacy import HospitalPrivacy
-from federation.screening import Update
 from federation.settings import FederationSettings, check_together
 from federation.state import BEST, LAST
+from federation.updates import Updates
 from run_server import announce_privacy
 from running import run_script
 from scripted import Worker, federate, make_fast
@@ -31,9 +31,22 @@ def settings(**given) -> FederationSettings:
     return FederationSettings(**{"clients": 4, "dp_clip": 2.0, "dp_noise_multiplier": 1.0, **given})
 
 
-def update(label: str, length: float, examples: int = 10) -> Update:
+def change(label: str, length: float) -> torch.Tensor:
     way = torch.randn(N, generator=torch.Generator().manual_seed(ord(label)), dtype=torch.float64)
-    return Update(label, (SENT.double() + length * way / way.norm()).float(), examples)
+    return length * way / way.norm()
+
+
+@pytest.fixture
+def updates(tmp_path):
+    """Updates of these changes to `sent`, by label, with so many slices each."""
+
+    def make(changes: dict[str, torch.Tensor], sent: torch.Tensor = SENT, examples: int = 1) -> Updates:
+        made = Updates(sent, ~EVERYTHING, tmp_path)
+        for number, (label, one) in enumerate(changes.items()):
+            made.add(label, (sent.double() + one).float(), examples * 1_000**number)
+        return made
+
+    return make
 
 
 def exact_epsilon(multiplier: float, rounds: int, delta: float) -> float:
@@ -42,32 +55,33 @@ def exact_epsilon(multiplier: float, rounds: int, delta: float) -> float:
     return brentq(lambda e: norm.cdf(1 / (2 * s) - e * s) - math.exp(e) * norm.cdf(-1 / (2 * s) - e * s) - delta, 0, 300)
 
 
-def test_changes_are_clipped_and_count_alike(monkeypatch):
+@pytest.mark.parametrize("block", [1_000, 10**9])
+def test_changes_are_clipped_and_count_alike(monkeypatch, updates, block):
     """Without noise: (0.5 u + 2 v) / 4, whatever the slices, and with a missing hospital as no change."""
+    monkeypatch.setattr("federation.updates.BLOCK", block)
     subject = HospitalPrivacy(settings(dp_noise_multiplier=1e-12))
-    small, large = update("s", 0.5, examples=1), update("l", 50.0, examples=1_000)
-    wanted = ((small.weights - SENT).double() + (large.weights - SENT).double() * 2 / 50) / 4
-    result = subject.private_mean([small, large], SENT, EVERYTHING).weights - SENT
-    assert torch.allclose(result.double(), wanted, atol=1e-6)
+    small, large = change("s", 0.5), change("l", 50.0)
+    result = subject.private_mean(updates({"s": small, "l": large}), EVERYTHING) - SENT
+    assert torch.allclose(result.double(), (small + large * 2 / 50) / 4, atol=1e-6)
 
 
-def test_the_noise_has_the_deviation_of_the_theory_and_is_gaussian():
-    result = HospitalPrivacy(settings(dp_noise_multiplier=3.0)).private_mean([], torch.zeros(N), EVERYTHING).weights.numpy()
+def test_the_noise_has_the_deviation_of_the_theory_and_is_gaussian(updates):
+    result = HospitalPrivacy(settings(dp_noise_multiplier=3.0)).private_mean(updates({}, torch.zeros(N)), EVERYTHING).numpy()
     deviation = 3.0 * 2.0 / 4
     assert result.std() == pytest.approx(deviation, rel=0.03) and abs(result.mean()) < 5 * deviation / math.sqrt(N)
     assert kstest(result / deviation, "norm").pvalue > 1e-4
     assert abs(np.corrcoef(result[:-1], result[1:])[0, 1]) < 5 / math.sqrt(N)
 
 
-def test_no_two_rounds_have_the_same_noise():
+def test_no_two_rounds_have_the_same_noise(updates):
     subject = HospitalPrivacy(settings())
-    one, other = (subject.private_mean([], torch.zeros(N), EVERYTHING).weights for _ in range(2))
+    one, other = (subject.private_mean(updates({}, torch.zeros(N)), EVERYTHING) for _ in range(2))
     assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(N)
 
 
-def test_what_is_not_trained_stays_as_it_was_and_no_change_is_no_error():
+def test_what_is_not_trained_stays_as_it_was_and_no_change_is_no_error(updates):
     travels = torch.arange(N) % 2 == 0
-    result = HospitalPrivacy(settings()).private_mean([Update("a", SENT.clone(), 1)], SENT, travels).weights
+    result = HospitalPrivacy(settings()).private_mean(updates({"a": torch.zeros(N)}), travels)
     assert torch.equal(result[~travels], SENT[~travels]) and not torch.equal(result[travels], SENT[travels])
 
 

@@ -156,7 +156,7 @@ def test_one_hospital_learns_what_the_central_loop_learns(scene, phantoms):
     assert server.end() == 0 and hospital.end() == 0, server.output
     dataset = load_dataset(phantoms, progress=False)
     split = make_split({p.name: p.site for p in dataset.patients}, 0)
-    settings = TrainingSettings(image_size=32, batch_size=8, warmup_steps=2, epochs=2, ema_decay=0.0)
+    settings = TrainingSettings(image_size=32, batch_size=8, epochs=2, ema_decay=0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())  # as a hospital alone on its machine takes
     try:

@@ -125,4 +125,4 @@ def test_a_killed_hospital_finds_its_layers_again_and_a_new_run_does_not_take_th
 
 def test_a_half_precision_update_out_of_range_is_the_hospitals_fault(federate):
     with pytest.raises(AssertionError, match="its training failed"):
-        federate(1, {"lr": 1e6, "clip": 1e9, "warmup_steps": 0}, update_dtype="float16")
+        federate(1, {"lr": 1e6, "clip": 1e9, "warmup": 0.0}, update_dtype="float16")

@@ -41,7 +41,7 @@ class Honest(Worker):
         return self.reply(incoming, to_record(weights), about["round"], 10)
 
     def reply(self, incoming: Message, arrays: ArrayRecord | None, number: int, examples: object) -> Message:
-        told = {"val_dice": 0.5, "val_patients": 3, "seconds": 1.0, "round": number, "examples": examples, "train_loss": 1.0,
+        told = {"val_dice": 0.5, "val_patients": 4, "seconds": 1.0, "round": number, "examples": examples, "train_loss": 1.0,
                 "patient_epsilon": None}
         return Message(message(told, arrays), reply_to=incoming)
 
@@ -94,7 +94,8 @@ ATTACKS = {
     "claims 10 GB": (Hostile(array(shape=(2_500_000_000,), data=b"\x93NUMPY")), "can't be decoded"),
     "negative count": (Hostile(examples=-5), "says examples -5"),
     "no count": (Hostile(examples=0), "counts 0 slices"),
-    "inflated count": (Hostile(examples=10**12), "it joined with"),
+    "inflated count": (Hostile(examples=10**6), "it joined with"),
+    "a count beyond all bounds": (Hostile(examples=10**400), "says examples a number beyond all bounds"),
     "count in words": (Hostile(examples="many"), "no usable examples"),
 }
 

@@ -1,0 +1,153 @@
+"""A round's updates on disk. Memory holds one block of them at a time, however many hospitals there are.
+
+An update is a file of float32 values; what a strategy or the screening sees are changes (a hospital's weights less those that were
+sent) in float64, a block of columns of all hospitals at a time. Lengths, directions and distances all follow from the products of
+each change with each other one, which take one pass.
+"""
+
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import MedFLError
+
+BLOCK = 4_000_000  # values of all hospitals together that are in memory at a time: 32 MB in float64
+
+
+@dataclass
+class Update:
+    """What is known of a hospital's update besides its values. trained, statistics: factors to which the screening cut its changes
+    of trained weights and of statistics."""
+
+    label: str
+    examples: int
+    file: Path
+    trained: float = 1.0
+    statistics: float = 1.0
+
+
+class Updates:
+    """The updates of one round to the weights `sent`, (n,) float32.
+
+    is_statistic: which weights nobody trains, (n,) bool. within: the folder in which they get one of their own.
+    """
+
+    def __init__(self, sent: torch.Tensor, is_statistic: torch.Tensor, within: Path):
+        self.sent, self.is_statistic = sent, is_statistic
+        self._folder = _made(within)
+        self._of: dict[str, Update] = {}
+        self._products: tuple[list[str], np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __iter__(self) -> Iterator[Update]:
+        """The updates by their labels, so that nothing depends on who answered first."""
+        return iter(self._of[label] for label in sorted(self._of))
+
+    @property
+    def labels(self) -> list[str]:
+        """The hospitals' labels, in order."""
+        return sorted(self._of)
+
+    def add(self, label: str, weights: torch.Tensor, examples: int) -> None:
+        """Take in a hospital's weights, (n,) float32, and the training slices behind them. Raises MedFLError on a full disk."""
+        path = self._folder / label
+        try:
+            with open(path, "wb") as file:  # numpy's tofile is silent where the disk is full
+                file.write(weights.contiguous().numpy())
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise MedFLError(f"the updates of a round don't fit into {self._folder.parent} ({error.strerror or error}); free the "
+                             "disk") from error
+        self._of[label], self._products = Update(label, examples, path), None
+
+    def drop(self, label: str) -> None:
+        """Leave an update out."""
+        self._of.pop(label).file.unlink(missing_ok=True)
+        if self._products:
+            labels, *parts = self._products
+            kept = [k for k, one in enumerate(labels) if one != label]
+            self._products = [labels[k] for k in kept], *(part[np.ix_(kept, kept)] for part in parts)
+
+    def cut(self, label: str, trained: float, statistics: float) -> None:
+        """Shorten an update: its changes of trained weights and of statistics are multiplied by these factors from now on."""
+        self._of[label].trained, self._of[label].statistics = trained, statistics
+
+    def close(self) -> None:
+        """Remove the files."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._of, self._products = {}, None
+
+    def shares(self, ratio: float) -> np.ndarray:
+        """Each hospital's weight in the mean, (hospitals,) float64, by its slices; `capped`."""
+        counts = np.array(capped([update.examples for update in self], ratio))
+        return counts / counts.sum()
+
+    def products(self) -> tuple[np.ndarray, np.ndarray]:
+        """The products of each hospital's change with each other's, of trained weights and of statistics, each (hospitals,
+        hospitals) float64, as they came: before any cut."""
+        if self._products is None:
+            labels = self.labels
+            whole, of_statistics = (np.zeros((len(labels), len(labels))) for _ in range(2))
+            for columns, block in self._blocks():
+                whole += block @ block.T
+                part = block[:, self.is_statistic[columns].numpy()]
+                of_statistics += part @ part.T
+            self._products = labels, whole - of_statistics, of_statistics
+        return self._products[1:]
+
+    def distances(self) -> np.ndarray:
+        """The squared distance between each two hospitals' changes, as they are cut, (hospitals, hospitals) float64."""
+        total = np.zeros((len(self), len(self)))
+        for part, name in zip(self.products(), ("trained", "statistics")):
+            factors = np.array([getattr(update, name) for update in self])
+            part = part * np.outer(factors, factors)
+            total += part.diagonal()[:, None] + part.diagonal() - 2 * part
+        return total
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """All changes, as they are cut, in blocks: which values, and the changes of them, (hospitals, values) float64."""
+        factors = np.array([[update.trained, update.statistics] for update in self]).reshape(-1, 2)
+        for columns, block in self._blocks():
+            if (factors != 1).any():
+                block *= factors[:, self.is_statistic[columns].numpy().astype(int)]
+            yield columns, block
+
+    def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        size, files = max(1, BLOCK // max(1, len(self))), [update.file for update in self]
+        for start in range(0, len(self.sent), size):
+            columns = slice(start, min(start + size, len(self.sent)))
+            block = np.empty((len(files), columns.stop - start))
+            for row, file in zip(block, files):
+                row[:] = np.fromfile(file, np.float32, len(row), offset=4 * start)
+            block -= self.sent[columns].numpy()
+            yield columns, block
+
+
+def capped(counts: list[int], ratio: float) -> list[float]:
+    """Counts of slices or patients as weights, none more than `ratio` times their median: a hospital that claims a hundred
+    times what the others have does not rule the mean."""
+    most = ratio * statistics.median(counts)
+    return [min(float(count), most) for count in counts]
+
+
+def _made(within: Path) -> Path:
+    """A new folder in `within`."""
+    try:
+        within.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=within, prefix=".updates-"))
+    except OSError as error:
+        raise MedFLError(f"{within} can't be written ({error.strerror or error}); free it, or choose another --out") from error
+
+
+def remove_leftovers(within: Path) -> None:
+    """Remove the updates that a killed server left."""
+    for folder in within.glob(".updates-*"):
+        shutil.rmtree(folder, ignore_errors=True)
