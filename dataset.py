@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from common import MedFLError
+from common import MedFLError, file_sha256, write_json
 from plausibility import describe_volume, image_statistics
 from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice
 from spacing import NAME, read_spacing
@@ -23,8 +23,10 @@ from spacing import NAME, read_spacing
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
 SEARCH_DEPTH = 4  # folders below --data-dir; the deepest that people make is archive/lgg-mri-segmentation/kaggle_3m
-CACHE_VERSION = 2
+CACHE_VERSION = 3
+ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
 DAY = 86_400.0  # seconds; no build takes as long
+SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again gets another time
 HOW_TO_GET = ("fetch the scans with `python data/download.py`, or by hand from "
               "https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation, or make a synthetic cohort with "
               "`python data/make_phantoms.py`")
@@ -52,17 +54,18 @@ class Dataset:
         self.name = _dataset_name(patients)
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))["patients"]
         self._entries = {entry["patient"]: entry for entry in index}
+        self._sites = {patient.name: patient.site for patient in patients}
         self._pixels = np.memmap(cache / "images.bin", np.uint8, "r")
         self._masks = np.memmap(cache / "masks.bin", np.uint8, "r")
         self.table = pd.DataFrame([{
-            "patient": e["patient"], "site": e["site"], "slices": e["shape"][0], "pixels": int(np.prod(e["shape"])),
+            "patient": e["patient"], "site": self._sites[e["patient"]], "slices": e["shape"][0], "pixels": int(np.prod(e["shape"])),
             "tumour_slices": sum(n > 0 for n in e["tumour_pixels"]), "tumour_pixels": sum(e["tumour_pixels"]),
             "tumour_share": sum(e["tumour_pixels"]) / np.prod(e["shape"], dtype=float),
         } for e in index])
 
     def site(self, patient: str) -> str:
         """The patient's site code."""
-        return self._entries[patient]["site"]
+        return self._sites[patient]
 
     def tumour_pixels(self, patient: str) -> list[int]:
         """Tumour pixels in each of the patient's slices."""
@@ -180,29 +183,50 @@ def cache_folder() -> Path:
     return folder
 
 
-def _fingerprint(root: Path, patients: list[Patient]) -> str:
-    """Changes when a file is added, removed, renamed, resized or written again, or a label changes."""
+def _content(root: Path, patients: list[Patient]) -> str:
+    """A name for what these patients' files hold, in hexadecimal: whatever changes a pixel, or a patient's name, changes it.
+
+    A file is read again when its size, times or inode are others than they were. Its ctime is set by the kernel, so that also a
+    file that was replaced by one of the same size and time is read; Windows has no such time, and all files are read there.
+    """
+    notes = cache_folder() / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.files.json"
+    known, now = _read_notes(notes), {}
     digest = hashlib.sha256(f"{CACHE_VERSION}".encode())
     for patient in patients:
-        digest.update(f"{patient.name} {patient.site}\n".encode())
+        digest.update(f"{patient.name} {len(patient.images)}\n".encode())
         for path in patient.images + patient.masks:
-            about = path.stat()
-            digest.update(f"{path.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
+            name, about = str(path.relative_to(root)), path.stat()
+            stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+            *before, content = known.get(name, [None])
+            if before != stamp or os.name == "nt":
+                content = file_sha256(path)
+            digest.update(f"{content}\n".encode())
+            if time.time_ns() - about.st_ctime_ns > SETTLED:  # else it may change again without a new time
+                now[name] = [*stamp, content]
+    if now != known:
+        write_json(notes, now)
     return digest.hexdigest()[:24]
 
 
+def _read_notes(path: Path) -> dict[str, list]:
+    """What is known of the files of a dataset; nothing where that can't be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
-    """The cache of these files. Built beside and renamed: of two processes that build at once, the first one's stays."""
-    dataset = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    folder = cache_folder() / f"{dataset}-{_fingerprint(root, patients)}"
+    """The cache of these files' content, whatever their folder or the site's label is called. Built beside and renamed: of two
+    processes that build at once, the first one's stays."""
+    folder = cache_folder() / _content(root, patients)
     if (folder / "index.json").exists():
+        os.utime(folder)  # in use
         return folder
-    for stale in folder.parent.glob(".building-*"):  # of a build that was killed
-        if time.time() - stale.stat().st_mtime > DAY:
-            shutil.rmtree(stale, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
         _build_cache(beside, patients, progress)
+        (beside / ROOT_NOTE).write_text(str(root.resolve()), encoding="utf-8")
         try:
             os.rename(beside, folder)
         except OSError:
@@ -212,10 +236,21 @@ def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
         raise MedFLError(f"the cache in {folder.parent} can't be written ({error.strerror}); free the disk") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    for old in folder.parent.glob(f"{dataset}-*"):
-        if old != folder:  # of files that have changed since
-            shutil.rmtree(old, ignore_errors=True)
+    _remove_stale(folder, root)
     return folder
+
+
+def _remove_stale(folder: Path, root: Path) -> None:
+    """Remove what a killed build left, and caches of what the dataset held before, unless they were in use within a day: another
+    process may be about to open one."""
+    for other in folder.parent.iterdir():
+        try:
+            old = time.time() - other.stat().st_mtime > DAY
+            of_this = other.name.startswith(".building-") or (other / ROOT_NOTE).read_text(encoding="utf-8") == str(root.resolve())
+        except OSError:
+            continue
+        if old and of_this and other != folder:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
@@ -226,7 +261,7 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
             volume, truth = _read_pair(patient)
             images.write(volume.tobytes())
             masks.write(truth.tobytes())
-            index.append({"patient": patient.name, "site": patient.site, "shape": list(truth.shape), "start": start,
+            index.append({"patient": patient.name, "shape": list(truth.shape), "start": start,
                           "measured": describe_volume(torch.from_numpy(volume)),
                           "tumour_pixels": np.count_nonzero(truth, axis=(1, 2)).tolist()})
             start += truth.size

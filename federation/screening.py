@@ -71,11 +71,11 @@ def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
         for label, reason in too_long.items():
             drop(label, reason)
     while len(updates) >= COMPARED:
-        against = cosines(updates.products()[0])
-        worst = int(against.argmin())
-        if against[worst] >= settings.min_update_cosine:
+        against = np.stack([cosines(products) for products in updates.products()])
+        part, worst = np.unravel_index(against.argmin(), against.shape)
+        if against[part, worst] >= settings.min_update_cosine:
             break
-        drop(updates.labels[worst], f"its change of the {PARTS[0]} points against the others' (cosine {against[worst]:.2f})")
+        drop(updates.labels[worst], f"its change of the {PARTS[part]} points against the others' (cosine {against.min():.2f})")
     if len(updates) >= COMPARED:
         of_parts = [settings.cut_update_norm_ratio / lengths(products).clip(min=TINY) for products in updates.products()]
         for label, *factors in zip(updates.labels, *of_parts):

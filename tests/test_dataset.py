@@ -58,7 +58,7 @@ def load(data_dir, **options):
 
 
 def caches():
-    return sorted(cache_folder().iterdir())
+    return sorted(folder for folder in cache_folder().iterdir() if folder.is_dir())
 
 
 @pytest.mark.parametrize("layout", [
@@ -190,7 +190,7 @@ def test_the_cache_is_built_once_and_outside_the_dataset(tmp_path):
     files = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     load(root)
     built = {p: p.stat().st_mtime_ns for p in caches()[0].iterdir()}
-    assert len(caches()) == 1 and len(built) == 3
+    assert len(caches()) == 1 and len(built) == 4
     load(root)
     assert {p: p.stat().st_mtime_ns for p in caches()[0].iterdir()} == built and len(caches()) == 1
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == files
@@ -199,18 +199,65 @@ def test_the_cache_is_built_once_and_outside_the_dataset(tmp_path):
 
 def test_the_cache_is_built_again_when_a_file_changes_or_is_added(tmp_path):
     root = write_patients(tmp_path / "scans")
-    other = write_patients(tmp_path / "other")
-    load(other)
     load(root)
     before, image = caches(), root / NAMES[0] / f"{NAMES[0]}_1.tif"
-    stamp = image.stat().st_mtime_ns + 10**9
     save(image, np.full((16, 16, 3), 9, np.uint8))
-    os.utime(image, ns=(stamp, stamp))
-    assert (load(root).volume(NAMES[0])[0][0] == 9).all()
-    after = caches()
-    assert len(after) == 2 and len(set(before) & set(after)) == 1  # the other dataset's cache stays
+    assert (load(root).volume(NAMES[0])[0][0] == 9).all() and len(caches()) == 2
     write_patients(root, ["TCGA_FG_0001_20000101"])
-    assert len(load(root).table) == 3 and len(caches()) == 2 and caches() != after
+    assert len(load(root).table) == 3 and len(caches()) == 3 and set(before) < set(caches())
+
+
+@pytest.mark.parametrize("settled", [-1, dataset.SETTLED])
+def test_a_mask_replaced_by_one_of_the_same_size_and_time_is_seen(tmp_path, monkeypatch, settled):
+    monkeypatch.setattr(dataset, "SETTLED", settled)  # -1: what is known of a file is used at once
+    root = write_patients(tmp_path / "scans")
+    assert load(root).tumour_pixels(NAMES[0])[1] == 3
+    mask = root / NAMES[0] / f"{NAMES[0]}_2_mask.tif"
+    about = mask.stat()
+    save(mask, np.full((16, 16), 255, np.uint8))
+    os.utime(mask, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert (mask.stat().st_size, mask.stat().st_mtime_ns) == (about.st_size, about.st_mtime_ns)
+    assert load(root).tumour_pixels(NAMES[0])[1] == 256
+
+
+def test_files_that_did_not_change_are_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SETTLED", -1)
+    root = write_patients(tmp_path / "scans")
+    load(root)
+    monkeypatch.setattr(dataset, "file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    if os.name != "nt":
+        load(root)
+
+
+def test_one_cache_for_one_content_whatever_label_and_folder(tmp_path):
+    names = ("anna", "bert")
+    root, copy = (write_patients(tmp_path / folder, names) for folder in ("scans", "copy"))
+    sites = [set(load(root, site=label).table["site"]) for label in ("mercy", None, "mercy")]
+    assert sites == [{"mercy"}, {"own"}, {"mercy"}] and len(caches()) == 1
+    load(copy, site="hope")
+    assert len(caches()) == 1
+
+
+def test_caches_of_what_was_there_before_go_when_nobody_uses_them(tmp_path):
+    root, other = write_patients(tmp_path / "scans"), write_patients(tmp_path / "other", slices=2)
+    load(other)
+    load(root)
+    first = caches()
+    for folder in first:
+        os.utime(folder, (0, 0))
+    save(root / NAMES[0] / f"{NAMES[0]}_1.tif", np.full((16, 16, 3), 9, np.uint8))
+    load(root)
+    kept = set(first) & set(caches())
+    assert len(caches()) == 2 and len(kept) == 1 and (next(iter(kept)) / "root.txt").read_text() == str(other.resolve())
+
+
+def test_notes_about_files_that_are_damaged_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SETTLED", -1)
+    root = write_patients(tmp_path / "scans")
+    load(root)
+    notes = next(cache_folder().glob("*.files.json"))
+    notes.write_text("{")
+    assert len(load(root).table) == 2
 
 
 BUILD = """
