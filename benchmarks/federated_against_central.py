@@ -3,8 +3,8 @@
     python benchmarks/federated_against_central.py [--data-dir data/phantoms] [--rounds 20] [--image-size 128]
 
 Three trainings of as many epochs, from the same weights and scored on the same test patients: a federation of real
-processes with one hospital and one local epoch a round; the centralised loop with a new optimiser every epoch, as a
-hospital has; and train_centralized.py, whose optimiser lasts. The first two should agree.
+processes with one hospital and one local epoch a round; the centralised loop with the hospital's order of slices; and
+train_centralized.py, which has an order of its own. The first two should agree.
 """
 
 import sys
@@ -45,20 +45,19 @@ def run_federation(data_dir: Path, out: Path, options: list[str]) -> TransUNet:
     return load_checkpoint(out / LAST.format("federated")).model
 
 
-def loop_with_restarts(dataset: Dataset, split: Split, settings: TrainingSettings) -> TransUNet:
-    """The model after settings.epochs epochs, each with a new optimiser, and the hospital's order of slices."""
+def loop_of_a_hospital(dataset: Dataset, split: Split, settings: TrainingSettings) -> TransUNet:
+    """The model after settings.epochs epochs with the hospital's order of slices."""
     torch.manual_seed(settings.seed)
     model = TransUNet(settings.model, settings.image_size, settings.norm)
     seed = settings.seed * 1_000 + zlib.crc32(b"hospital-0") % 1_000
     batches = TrainingBatches(dataset, split.train, settings.image_size, settings.batch_size, seed)
+    learner = Learner(model, replace(settings, ema_decay=0.0), torch.device("cpu"))
+
+    def before_step(step: int) -> bool:
+        learner.set_rate(rate_scale(step / (settings.epochs * len(batches)), settings.warmup))
+        return True
+
     for epoch in range(settings.epochs):
-        learner = Learner(model, replace(settings, ema_decay=0.0), torch.device("cpu"))
-
-        def before_step(step: int, learner: Learner = learner, epoch: int = epoch) -> bool:
-            done = epoch * len(batches) + step
-            learner.set_rate(rate_scale(done / (settings.epochs * len(batches)), done, settings.warmup_steps))
-            return True
-
         learner.train_epoch(batches.epoch(epoch + 1), before_step)
     return model
 
@@ -71,12 +70,12 @@ def main() -> None:
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data_dir)
     split = make_split({p.name: p.site for p in dataset.patients}, 0)
-    settings = TrainingSettings(image_size=arguments.image_size, epochs=arguments.rounds, warmup=0.05, ema_decay=0.0)
-    options = ["--image-size", str(settings.image_size), "--warmup", str(settings.warmup), "--ema-decay", "0"]
+    settings = TrainingSettings(image_size=arguments.image_size, epochs=arguments.rounds, ema_decay=0.0)
+    options = ["--image-size", str(settings.image_size), "--ema-decay", "0"]
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as folder:
         out, rounds = Path(folder), ["--rounds", str(arguments.rounds)]
         models = {"federation of one hospital": run_federation(arguments.data_dir, out, [*rounds, *options]),
-                  "loop with optimiser restarts": loop_with_restarts(dataset, split, settings)}
+                  "loop with the hospital's order": loop_of_a_hospital(dataset, split, settings)}
         subprocess.run([sys.executable, str(ROOT / "train_centralized.py"), "--data-dir", str(arguments.data_dir), "--out", folder,
                         "--epochs", str(arguments.rounds), *options], check=True, stdout=subprocess.DEVNULL)
         models["train_centralized.py"] = load_checkpoint(out / LAST.format("centralized")).model

@@ -6,11 +6,11 @@
     python benchmarks/federated_study.py half --out models/study_half                           half-precision updates
     python benchmarks/federated_study.py privacy-8 --simulate --init MODEL --out models/study_privacy_8    privacy: 2, 8, 32
 
-Every arrangement makes the same number of gradient steps: those of all hospitals of the federation together, which is what the
-central model makes by itself; a hospital alone makes its own share of them. Fine-tuning comes on top. A study that was
-interrupted goes on with the first training that is not finished. Writes into --out: study.csv, a line per partition, seed,
-model and hospital (`COLUMNS`); for each partition a table as JSON and PNG, over all seeds; and each training's folder with its
-log. Federations run as real processes, or with --simulate in Flower's simulation engine, whose weights are the same.
+Every arrangement makes the same number of passes over the training slices that it sees: all hospitals together as many as the
+central model, and a hospital alone as many over its own. Fine-tuning comes on top. A study that was interrupted goes on with the
+first training that is not finished. Writes into --out: study.csv, a line per partition, seed, model and hospital (`COLUMNS`); for
+each partition a table as JSON and PNG, over all seeds; and each training's folder with its log. Federations run as real
+processes, or with --simulate in Flower's simulation engine, whose weights are the same.
 """
 
 import sys
@@ -55,13 +55,12 @@ class Study:
     rounds: int = 12
     local_epochs: int = 1
     image_size: int = 128
-    warmup: float = 0.05
     tune_passes: int = 2
     alone: bool = True
 
 
 FEDAVG = {"fedavg": []}
-FEDPROX = {"fedprox": ["--strategy", "fedprox", "--proximal-mu", "0.01"]}
+FEDPROX = {"fedprox": ["--strategy", "fedprox"]}
 PLAIN = ["--norm", "group"]
 PRIVATE = {"plain": PLAIN} | {f"epsilon_{epsilon}": [*PLAIN, "--dp-clip", "2", "--dp-epsilon", epsilon]
                               for epsilon in ("1e5", "1e4", "1e3", "100", "8")}
@@ -73,7 +72,7 @@ STUDIES = {
                         ("site", "dirichlet", "iid"), clients=5, rounds=10, image_size=64),
     "half": Study(FEDAVG | {name: ["--update-dtype", name] for name in ("float16", "bfloat16")}, seeds=(0, 1, 2), clients=2,
                   rounds=5, local_epochs=6, image_size=64, alone=False),
-    **{f"privacy-{clients}": Study(PRIVATE, ("iid",), clients=clients, rounds=5, local_epochs=2, image_size=64, warmup=0.05,
+    **{f"privacy-{clients}": Study(PRIVATE, ("iid",), clients=clients, rounds=5, local_epochs=2, image_size=64,
                                    alone=False) for clients in (2, 8, 32)},
 }
 
@@ -109,8 +108,7 @@ def finished(folder: Path, what: str, commands: list[list[str]]) -> None:
 def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path, simulated: bool, init: Path | None) -> list[Path]:
     """The checkpoints of one partition and seed, in the order of the table's rows. init: what federations start from."""
     data = str(dataset.root.resolve())
-    common = ["--data-dir", data, "--seed", str(seed), "--image-size", str(study.image_size), "--warmup",
-              str(study.warmup)]
+    common = ["--data-dir", data, "--seed", str(seed), "--image-size", str(study.image_size)]
     divided = ["--partition", partition, "--clients", str(study.clients)]
     split = make_split({p.name: p.site for p in dataset.patients}, seed)
     shares = make_partition(dataset.table, split, partition, study.clients, seed=seed).hospitals

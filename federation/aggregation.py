@@ -24,6 +24,8 @@ from federation.settings import FederationSettings
 from federation.updates import Updates
 
 MEMORY = {"fedavgm": ("momentum",), "fedadam": ("m", "v"), "fedyogi": ("m", "v")}  # what a server's optimiser remembers
+# how many values a robust mean leaves out at each end: the median all but the middle one or two
+CUTS = {"fedmedian": lambda hospitals, _: (hospitals - 1) // 2, "fedtrimmedavg": lambda hospitals, trim: int(trim * hospitals)}
 ROBUST = "fedmedian"  # in the place of the mean where a round's model collapsed
 
 
@@ -55,11 +57,9 @@ class Aggregator:
             weights = np.eye(len(updates))[nearest(updates.distances(), self.settings.malicious)]
         else:
             weights = updates.shares(self.settings.max_weight_ratio)
-        cut = int(self.settings.trim * len(updates))
         for columns, block in updates.blocks():
-            if strategy == "fedmedian":
-                change[columns] = np.median(block, axis=0)
-            elif strategy == "fedtrimmedavg":
+            if strategy in CUTS:
+                cut = CUTS[strategy](len(block), self.settings.trim)
                 block.sort(axis=0)
                 change[columns] = block[cut:len(block) - cut].mean(axis=0)
             else:

@@ -4,35 +4,33 @@ import json
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message
 
-from common import __version__, write_json
+from benchmarks.local_federation import Grid, LocalHospital
+from common import write_json
 from federation.audit import AuditLog
-from federation.client_app import IDENTITY, make_app
-from federation.identity import identity
+from federation.client_app import IDENTITY
 from federation.rounds import Federation
 from federation.settings import FederationSettings
 from federation.state import RunState, load_run
 from federation.weights import payload
-from scripted import VERSIONS, Grid, make_fast
+from scripted import VERSIONS, make_fast
 from training import TrainingSettings
 from transunet import TransUNet
 
 
-class RealHospital:
-    """A node of the scripted grid that answers with the hospital's own app, in this process; keeps what it was asked."""
+class RealHospital(LocalHospital):
+    """A local hospital of the scripted versions, with a promise to its patients perhaps, that keeps what it was asked."""
 
     def __init__(self, folder, cid, data, promise=None):
-        self.folder, self.asked = folder / f"hospital-{cid}", []
-        who = identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models", shared_cores=None, code="0" * 64,
-                       promise=promise)
-        write_json(self.folder / IDENTITY, {**who, "medfl": VERSIONS["medfl"]})
-        self.app = make_app(lambda context: self.folder)
-        self.context = Context(1, 1, {}, RecordDict(), {})
+        super().__init__(folder, cid, data)
+        self.asked = []
+        who = json.loads((self.folder / IDENTITY).read_text(encoding="utf-8"))
+        write_json(self.folder / IDENTITY, {**who, "medfl": VERSIONS["medfl"], "promise": promise})
 
     def answer(self, incoming: Message) -> Message:
         about, arrays = json.loads(incoming.content["about"]["json"]), incoming.content.get("arrays")
-        reply = self.app(incoming, self.context)
+        reply = super().answer(incoming)
         if arrays is not None:
             self.asked.append({**about, "values": arrays["weights"].shape[0], "bytes": payload(arrays)})
         return reply

@@ -1,7 +1,5 @@
 """Hospitals and a grid that answer as a test says, for cases that real processes can't be brought into at will."""
 
-import itertools
-
 import torch
 from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
@@ -9,6 +7,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import federation.exchange
 import federation.membership
 import federation.rounds
+from benchmarks.local_federation import Grid
 from federation.audit import AuditLog
 from federation.messages import Query, message, read
 from federation.rounds import Federation
@@ -48,30 +47,6 @@ class Node:
                 return Message(Error(self.introduction, "x"), reply_to=incoming)
             return Message(message(self.introduction), reply_to=incoming)
         return Message(message({}), reply_to=incoming)
-
-
-class Grid:
-    """Nodes by number; a message to one that is not there is not accepted, as Flower's SuperLink does."""
-
-    def __init__(self):
-        self.nodes, self.replies, self.ids = {}, {}, itertools.count(1)
-
-    def get_node_ids(self):
-        return list(self.nodes)
-
-    def push_messages(self, messages):
-        accepted = []
-        for sent in messages:
-            node = self.nodes.get(sent.metadata.dst_node_id)
-            identity = f"message {next(self.ids)}" if node else ""
-            sent.metadata.__dict__["_message_id"] = identity
-            if node and (reply := node.answer(sent)):
-                self.replies[identity] = reply
-            accepted.append(identity)
-        return accepted
-
-    def pull_messages(self, identities):
-        return [self.replies.pop(identity) for identity in identities if identity in self.replies]
 
 
 class Worker(Node):

@@ -20,9 +20,8 @@ def run(monkeypatch, tmp_path):
     def go(scores: list[float], rounds: int, liar: list[float] | None = None, hospitals: int = 3, resume: bool = False, **settings):
         lists = [list(scores) for _ in range(hospitals - 1)] + [liar or list(scores)]
         workers = [Worker(f"hospital-{k}", given, factor) for k, (given, factor) in enumerate(zip(lists, FACTORS))]
-        code, state, said = federate(workers, rounds, tmp_path, federation={"max_update_norm_ratio": 1e9, "cut_update_norm_ratio": 1e9,
-                                                                           **settings},
-                                     resume=resume, ema_decay=0.0)
+        bounds = {"max_update_norm_ratio": 1e9, "cut_update_norm_ratio": 1e9}
+        code, state, said = federate(workers, rounds, tmp_path, federation={**bounds, **settings}, resume=resume, ema_decay=0.0)
         assert code == 0, said
         events = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
         return state, said, [event for event in events if event["event"] == "collapse"], workers

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.federated_against_central import loop_with_restarts
+from benchmarks.federated_against_central import loop_of_a_hospital
 from checkpoint import load_checkpoint
 from dataset import load_dataset
 from federation.history import COLUMNS
@@ -160,7 +160,7 @@ def test_one_hospital_learns_what_the_central_loop_learns(scene, phantoms):
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())  # as a hospital alone on its machine takes
     try:
-        wanted = loop_with_restarts(dataset, split, settings).state_dict()
+        wanted = loop_of_a_hospital(dataset, split, settings).state_dict()
     finally:
         torch.set_num_threads(threads)
     found = load_checkpoint(scene.out / LAST).model.state_dict()

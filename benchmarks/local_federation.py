@@ -1,0 +1,83 @@
+"""Federations in one process, without Flower's: the product's own round loop and hospitals, one after the other.
+
+The weights are those of run_server.py and run_client.py; there is no network, and nothing waits. For studies of many federations,
+and for hostile hospitals, whose answers can be changed on their way.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+import federation.exchange
+import federation.membership
+from common import __version__, write_json
+from federation.audit import AuditLog
+from federation.client_app import IDENTITY, make_app
+from federation.hospital import local_versions
+from federation.identity import identity
+from federation.rounds import Federation
+from federation.settings import FederationSettings
+from federation.state import RunState
+from training import TrainingSettings
+from transunet import TransUNet
+
+
+class Grid:
+    """Nodes by number; a message to one that is not there is not accepted, as Flower's SuperLink does."""
+
+    def __init__(self):
+        self.nodes, self.replies, self.ids = {}, {}, itertools.count(1)
+
+    def get_node_ids(self):
+        return list(self.nodes)
+
+    def push_messages(self, messages):
+        accepted = []
+        for sent in messages:
+            node = self.nodes.get(sent.metadata.dst_node_id)
+            identity = f"message {next(self.ids)}" if node else ""
+            sent.metadata.__dict__["_message_id"] = identity
+            if node and (reply := node.answer(sent)):
+                self.replies[identity] = reply
+            accepted.append(identity)
+        return accepted
+
+    def pull_messages(self, identities):
+        return [self.replies.pop(identity) for identity in identities if identity in self.replies]
+
+
+class LocalHospital:
+    """A node that answers with a hospital's own app, in this process. change: makes another answer of each."""
+
+    def __init__(self, folder: Path, cid: int, data: Path, change: Callable[[Message, Message], Message] | None = None):
+        self.folder, self.change = folder / f"hospital-{cid}", change
+        write_json(self.folder / IDENTITY, identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models",
+                                                    shared_cores=None, code="0" * 64))
+        self.app, self.context = make_app(lambda context: self.folder), Context(1, 1, {}, RecordDict(), {})
+
+    def answer(self, incoming: Message) -> Message:
+        reply = self.app(incoming, self.context)
+        return self.change(incoming, reply) if self.change else reply
+
+
+def run(hospitals: list[LocalHospital], training: TrainingSettings, settings: FederationSettings, out: Path,
+        start: torch.Tensor | None = None, say: Callable[[str], None] = print) -> tuple[RunState, list[dict]]:
+    """Run a federation of these hospitals: its state, and the audit log's entries. start: weights to begin with, (n,) float32."""
+    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = 1  # Flower makes messages only inside of a run
+    federation.membership.LOOK, federation.exchange.TICK = -1.0, 0.0  # there is nothing to wait for
+    torch.manual_seed(training.seed)
+    state = RunState(TransUNet(training.model, training.image_size, training.norm), training, settings, out, None)
+    state.progress.started_from = "random weights"
+    if start is not None:
+        state.weights, state.progress.started_from = start, "checkpoint"
+    grid = Grid()
+    grid.nodes = dict(enumerate(hospitals, 1))
+    code = Federation(grid, state, local_versions(__version__), out, False, AuditLog(out / "audit.jsonl"), say=say).run()
+    if code:
+        raise RuntimeError(f"the federation ended with {code}")
+    return state, [json.loads(line) for line in (out / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
