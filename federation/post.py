@@ -15,6 +15,7 @@ from federation.weights import payload
 AT_ONCE = 4  # answers that are taken out of Flower at a time, and so in memory together
 SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
 GONE, NO_ANSWER = 5, "no answer in time"
+UNREADABLE = "its answer can't be read"
 FLOWER_SAYS = {3: NO_ANSWER, GONE: "it is not reachable", 8: "its process ended without an answer"}  # its error codes
 
 
@@ -96,11 +97,13 @@ def _answer(sent: _Sent, reply: Message) -> Answer:
     if reply.has_error():
         return Answer(sent.node, sent.purpose, {}, failure=FLOWER_SAYS.get(reply.error.code, "its program could not answer"))
     try:
-        about = read(reply.content)
+        about, arrays = read(reply.content), reply.content.get("arrays")
+        size = payload(arrays)
     except MedFLError as error:
         return Answer(sent.node, sent.purpose, {}, failure=str(error))
+    except Exception:  # bytes from elsewhere: Flower and numpy each raise their own kinds
+        return Answer(sent.node, sent.purpose, {}, failure=UNREADABLE)
     code = about.get("failure")
     if code is not None:
-        return Answer(sent.node, sent.purpose, about, failure=FAILURES.get(str(code), "it failed"))
-    arrays = reply.content.get("arrays")
-    return Answer(sent.node, sent.purpose, about, arrays, bytes=payload(arrays))
+        return Answer(sent.node, sent.purpose, about, failure=FAILURES.get(str(code)[:32], "it failed"))
+    return Answer(sent.node, sent.purpose, about, arrays, bytes=size)

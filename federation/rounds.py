@@ -144,18 +144,14 @@ class Federation:
         sent = self.exchange.send("train", purpose, members, about, self.state.weights_as_sent, left_out, own)
 
         def take(member: Member, answer: Answer) -> None:
-            try:
-                told = parse(Trained, answer.about)
-                if told.round != number:
-                    raise MedFLError(f"its update is of round {told.round}")
-                announced(told, member.facts)
-                if secure:
-                    secure.take(member, told, answer.arrays)
-                else:
-                    self._take(member, told, answer, asked.updates, travels)
-            except MedFLError as error:
-                self.audit.write("left_out", round=number, hospital=member.label, why=str(error))
-                raise
+            told = parse(Trained, answer.about)
+            if told.round != number:
+                raise MedFLError(f"its update is of round {told.round}")
+            announced(told, member.facts)
+            if secure:
+                secure.take(member, told, answer.arrays)
+            else:
+                self._take(member, told, answer, asked.updates, travels)
             asked.told[member.label] = told
             asked.bytes[member.label] = sent[member.label], answer.bytes
             self.exchange.holds(member)
@@ -166,8 +162,6 @@ class Federation:
             mean = secure.mean(sorted(asked.told), self.state.weights, travels)
             for label in secure.failures.keys() & asked.told.keys():
                 del asked.told[label]
-            for label, reason in sorted(secure.failures.items()):
-                self.audit.write("left_out", round=number, hospital=label, why=reason)
             asked.failures |= secure.failures
             if mean is not None:
                 asked.updates.add("the mean", mean, 1)
@@ -188,11 +182,11 @@ class Federation:
         """Screen the updates beside each other, and say who has no part in the round."""
         # whom the others leave in would tell of them; under privacy the clip bounds an update, and a sum has no single ones
         if not self.privacy and not self.settings.secure_aggregation:
-            for label, reason in sorted(screen(asked.updates, self.settings).items()):
-                self.audit.write("left_out", round=number, hospital=label, why=reason)
+            for label, reason in screen(asked.updates, self.settings).items():
                 asked.failures[label] = f"{reason}; it is left out"
                 del asked.told[label]
         for label, reason in sorted(asked.failures.items()):
+            self.audit.write("left_out", round=number, hospital=label, why=reason.removesuffix("; it is left out"))
             self.say(f"round {number} without {label}: {reason}")
 
     def _sum(self, number: int, updates: Updates) -> None:
