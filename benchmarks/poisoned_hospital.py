@@ -56,6 +56,10 @@ class Round:
     def mean(self) -> torch.Tensor:
         return torch.stack(self.others).mean(dim=0)
 
+    def allowed(self, change: torch.Tensor) -> torch.Tensor:
+        """The change with variances that stay above 0, so that it is not refused for them."""
+        return torch.where(self.variances, torch.maximum(change, 1e-6 - self.sent), change)
+
     def long(self, change: torch.Tensor, times: float) -> torch.Tensor:
         """The change, its trained weights as long as so many medians of the others'."""
         trained = ~self.is_statistic
@@ -93,13 +97,12 @@ def a_little(now: Round) -> torch.Tensor:
 
 def replaced(now: Round) -> torch.Tensor:
     """Model replacement (Bagdasaryan et al. 2020, arXiv:1807.00459): so long that the mean of all becomes the opposite."""
-    return -(len(now.others) + 1) * 2 * now.mean
+    return now.allowed(-(len(now.others) + 1) * 2 * now.mean)
 
 
 def variances(now: Round) -> torch.Tensor:
     """Statistics moved 9.5 times as far as they should, honest weights; variances stay above 0."""
-    change = torch.where(now.is_statistic, 9.5 * now.own, now.own)
-    return torch.where(now.variances, torch.maximum(change, 1e-6 - now.sent), change)
+    return now.allowed(torch.where(now.is_statistic, 9.5 * now.own, now.own))
 
 
 def below_zero(now: Round) -> torch.Tensor:
@@ -112,7 +115,7 @@ def below_zero(now: Round) -> torch.Tensor:
 
 def times(factor: float) -> Callable[[Round], torch.Tensor]:
     """Its own change, so many times as long."""
-    return lambda now: factor * now.own
+    return lambda now: now.allowed(factor * now.own)
 
 
 def empty(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -228,7 +228,8 @@ class Hospital:
                                 "learning rate, which the settings do not provide for; nothing was trained")
         seed = self.training.seed * 1_000 + zlib.crc32(self.identity["label"].encode()) % 1_000  # unlike at each hospital
         # the server averages, over rounds, and what it calls a batch is of all hospitals together
-        mine = replace(self.training, ema_decay=0.0, batch_size=settings.batch_of_one(self.training.batch_size))
+        mine = replace(self.training, ema_decay=0.0, batch_size=settings.batch_of_one(self.training.batch_size),
+                       lr=self.training.lr * (1 if self.promise else settings.rate_factor))
         if self.promise:
             learner = PrivateLearner(model, mine, self.device, self._reserve(about["run"], number), len(self.split.train))
             batches = PatientBatches(self.dataset, self.split.train, mine.image_size, seed)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from federation.updates import capped
 
 LASTING = 3  # judged rounds in a row with other hospitals, after which the comparison begins again
-WEIGHT = 3.0  # medians of the patients: the most that a hospital counts
+WEIGHT = 2.0  # medians of the patients: the most that a hospital counts
 COLLAPSE = 0.5  # of its score before: a hospital whose score fell below reports a collapse
 GOOD = 0.1  # Dice: below it there is nothing to lose
 

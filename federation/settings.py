@@ -14,6 +14,7 @@ from training import TrainingSettings
 
 STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")
 SMALLEST_BATCH = 4  # of a hospital: BatchNorm takes its statistics of it
+MOST_RATE = 2.0  # times --lr, at which hospitals train
 SERVER_RATES = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}  # where none is given
 # of the training's settings, those that mean something in a federation; epochs are rounds here, minutes don't exist
 TRAINING_OPTIONS = ["model", "image_size", "norm", "pretrained", "encoder_weights", "batch_size", "lr", "encoder_lr_factor",
@@ -57,13 +58,15 @@ class FederationSettings:
                                   "update goes further is left out, and told")
     local_epochs: int = setting(1, "passes over a hospital's training slices a round")
     local_steps: int | None = setting(None, "steps of each hospital a round, instead of --local-epochs", kind=int)
+    lr_factor: float | None = setting(None, "hospitals' learning rate as a factor of --lr, because a mean over hospitals takes out "
+                                      "noise; the root of --clients, and 2 at most, if none is given", kind=float)
     moments: str = setting("keep", "what becomes of a hospital's optimiser from round to round: its moments are kept at the "
                            "hospital, or begin at zero", ("keep", "reset"))
     round_timeout: float = setting(1800.0, "longest wait for a round's answers in seconds")
     max_update_norm_ratio: float = setting(10.0, "an update longer than this many times the round's median is left out")
     cut_update_norm_ratio: float = setting(2.0, "an update longer than this many times the round's median is cut to that")
     min_update_cosine: float = setting(-0.5, "an update whose cosine with the others' mean is below this is left out")
-    max_weight_ratio: float = setting(3.0, "a hospital counts at most this many times the median of the hospitals' slices")
+    max_weight_ratio: float = setting(2.0, "a hospital counts at most this many times the median of the hospitals' slices")
     min_clients: int | None = setting(None, "hospitals that a round needs, half of --clients if none is given", kind=int)
 
     def __post_init__(self) -> None:
@@ -71,6 +74,8 @@ class FederationSettings:
                      "cut_update_norm_ratio", "max_weight_ratio", "secure_range"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0")
+        if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
+            raise MedFLError(f"--lr-factor is {self.lr_factor}; choose a number above 0")
         if self.local_steps is not None and self.local_steps < 1:
             raise MedFLError(f"--local-steps is {self.local_steps}; choose a number above 0")
         if not 0 <= self.proximal_mu < math.inf:
@@ -167,6 +172,11 @@ class FederationSettings:
     def steps_a_round(self, batches: int) -> int:
         """Steps of a hospital whose pass over its slices has so many batches."""
         return self.local_steps or self.local_epochs * batches
+
+    @property
+    def rate_factor(self) -> float:
+        """The hospitals' learning rate as a factor of the settings'."""
+        return self.lr_factor or min(MOST_RATE, math.sqrt(self.clients))
 
     def batch_of_one(self, batch_size: int) -> int:
         """Slices in a step of one hospital, for a batch of all hospitals together."""

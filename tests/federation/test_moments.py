@@ -46,7 +46,7 @@ def rates(monkeypatch):
 
     class Watched(Learner):
         def _step(self, images, masks):
-            seen.append((self.optimiser.param_groups[0]["lr"] / self.rates[0], len(images)))
+            seen.append((self.optimiser.param_groups[0]["lr"] / 1e-3, len(images)))
             return super()._step(images, masks)
 
     monkeypatch.setattr("federation.hospital.Learner", Watched)
@@ -64,7 +64,7 @@ def test_the_rate_is_the_same_at_all_hospitals_whatever_their_size(hospital, rat
             steps = len(rates)
             most.setdefault(cid, []).append(steps)
             assert [rate for rate, _ in rates] == pytest.approx(
-                [rate_scale((number - 1 + step / steps) / ROUNDS, 0.3) for step in range(steps)])
+                [3**0.5 * rate_scale((number - 1 + step / steps) / ROUNDS, 0.3) for step in range(steps)])
     assert len(set(map(tuple, most.values()))) > 1, "hospitals of one size show nothing"
     assert all(len(values) == 1 for values in first.values())
 
@@ -72,6 +72,12 @@ def test_the_rate_is_the_same_at_all_hospitals_whatever_their_size(hospital, rat
 @pytest.mark.parametrize(("clients", "wanted"), [(1, 16), (2, 8), (3, 5), (4, 4), (64, 4)])
 def test_a_batch_is_of_all_hospitals_together(clients, wanted):
     assert FederationSettings(clients=clients).batch_of_one(16) == wanted
+
+
+@pytest.mark.parametrize(("settings", "wanted"), [({"clients": 1}, 1.0), ({"clients": 2}, 2**0.5), ({"clients": 4}, 2.0),
+                                                  ({"clients": 64}, 2.0), ({"clients": 4, "lr_factor": 0.5}, 0.5)])
+def test_the_rate_of_more_hospitals_is_higher_up_to_a_bound(settings, wanted):
+    assert FederationSettings(**settings).rate_factor == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(("options", "steps"), [({"local_steps": 3}, 3), ({"local_steps": 40}, 40), ({"local_epochs": 2}, None)])
