@@ -12,10 +12,17 @@ from federation.identity import identity
 from federation.moments import Moments
 from federation.settings import FederationSettings
 from federation.weights import pack, unpack
+from scripted import TINIER
 from training import Learner, TrainingSettings, rate_scale
-from transunet import TransUNet
+from transunet import ARCHITECTURES, TransUNet
 
 ROUNDS = 4
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """`tiny` of a twentieth of its size."""
+    monkeypatch.setitem(ARCHITECTURES, "tiny", TINIER)
 
 
 @pytest.fixture

@@ -1,11 +1,18 @@
 """The round loop on a grid whose hospitals answer as a test says: what is kept, averaged, left out, and when it ends."""
 
 import pytest
+from flwr.app import Message
 
-from checkpoint import load_checkpoint
+from checkpoint import describe, load_checkpoint, save_checkpoint
+from common import MedFLError
+from federation import server_app
+from federation.messages import message, read
+from federation.settings import FederationSettings, to_json
 from federation.weights import pack
-from federation.state import BEST, RunState
+from federation.state import BEST, LAST, RunState, load_run
 from scripted import Worker, federate, make_fast
+from training import TrainingSettings
+from transunet import TransUNet
 
 
 @pytest.fixture
@@ -65,3 +72,58 @@ def test_the_best_of_an_earlier_run_does_not_stay(run, tmp_path):
     (tmp_path / BEST).write_bytes(b"of an earlier run")
     _, state, _ = run([Worker("hospital-0", [None] * 2)], 1)
     assert kept(state)[0] == 1.0
+
+
+def test_a_run_that_is_killed_before_its_first_round_leaves_nothing_to_go_on_with(run, tmp_path):
+    """The last round of an earlier run is not taken for this one's."""
+    run([Worker("hospital-0", [0.5] * 2)], 1)
+    assert load_run(tmp_path)
+    model, settings = TransUNet("tiny", 32), TrainingSettings(image_size=32)
+    save_checkpoint(tmp_path / "start.pth", model.state_dict(), describe(model))
+    server_app.prepare({"out": str(tmp_path), "resume": False, "start": str(tmp_path / "start.pth"), "commit": None,
+                        "settings": to_json(settings, FederationSettings()), "started_from": "random weights", "init_split": None})
+    assert not (tmp_path / LAST).exists()
+    with pytest.raises(MedFLError, match="start without --resume"):
+        load_run(tmp_path)
+
+
+def test_a_run_of_another_version_is_refused_with_what_to_do(run, tmp_path):
+    _, state, _ = run([Worker("hospital-0", [0.5] * 2)], 1)
+    kept = load_checkpoint(state.last, whole=False)
+    del kept.state["progress"]["judge"]
+    save_checkpoint(state.last, kept.model.state_dict(), kept.metadata, kept.state)
+    with pytest.raises(MedFLError, match="another version of MedFL.*--init"):
+        load_run(tmp_path)
+
+
+def test_both_paths_pass_over_the_slices_as_often_by_default():
+    federation = FederationSettings()
+    assert federation.rounds * federation.local_epochs == TrainingSettings().epochs
+
+
+def test_a_hospital_that_fails_again_and_again_does_not_freeze_the_best(run):
+    """It stays connected and gives no update any more; the other one improves round by round."""
+
+    class Leaves(Worker):
+        def answer(self, incoming):
+            self.failures = int(len(self.heard) >= 2)
+            return super().answer(incoming)
+
+    rising = [0.1 * k for k in range(1, 9)]
+    _, state, said = run([Worker("hospital-0", rising), Leaves("hospital-1", rising)], 7, patience=3)
+    assert state.progress.round == 7 and state.progress.best_round == 7
+    assert any("the best model so far is now the choice of hospital-0" in line for line in said)
+
+
+def test_one_lying_score_does_not_choose_the_model(run):
+    class Liar(Worker):
+        def answer(self, incoming):
+            reply = super().answer(incoming)
+            if read(incoming.content).get("round") == 2:
+                told = {**read(reply.content), "val_dice": 1.0}
+                reply = Message(message(told, reply.content["arrays"]), reply_to=incoming)
+            return reply
+
+    rising = [0.1 * k for k in range(1, 6)]
+    _, state, _ = run([Worker("hospital-0", rising), Worker("hospital-1", rising), Liar("hospital-2", rising)], 4)
+    assert state.progress.best_round == 4

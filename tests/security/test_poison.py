@@ -83,7 +83,7 @@ def settings(norm: str, **more) -> TrainingSettings:
 def trial(request, home, tmp_path_factory):
     """The same for each attack."""
     folder = tmp_path_factory.mktemp("poison")
-    make_phantoms(folder, patients=28, slices=8, size=64, seed=5)
+    make_phantoms(folder, patients=26, slices=8, size=64, seed=5)
     dataset = load_dataset(folder, progress=False)
     names = [patient.name for patient in dataset.patients]
     with mock.patch.dict(ARCHITECTURES, tiny=TINIER):

@@ -1,0 +1,113 @@
+"""What makes a federation learn as well as one central model? Variants of its recipe after the same passes over the same patients.
+
+    python benchmarks/federated_recipe.py --data-dir data --rounds 30 --seeds 1 --out models/recipe
+    python benchmarks/federated_recipe.py --data-dir data --rounds 60 --seeds 1 2 3 --variants default --out models/recipe_60
+
+Half of the patients train, at four hospitals by site, and half are the test; nobody is held out to choose by, so each run ends with
+its last averaged model. A variant is a name and options of run_server.py; the central model is train_centralized.py's after as many
+epochs as there are rounds. Federations run in one process, with the product's round loop and hospitals. A run that was finished is
+not made again. Writes a JSON for each run into --out, and prints mean and median volume Dice over the test patients, the share of
+the central model's, and the paired difference to it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import io  # noqa: E402
+import json  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+
+import torch  # noqa: E402
+
+from benchmarks.local_federation import LocalHospital, run  # noqa: E402
+from checkpoint import THRESHOLD, load_checkpoint  # noqa: E402
+from common import run_script, write_json  # noqa: E402
+from dataset import Dataset, load_dataset  # noqa: E402
+from federation.settings import FederationSettings  # noqa: E402
+from federation.weights import unpack  # noqa: E402
+from metrics import paired_difference, summarise  # noqa: E402
+from split import make_split  # noqa: E402
+from training import TrainingSettings, score_patients  # noqa: E402
+from transunet import TransUNet  # noqa: E402
+
+TEST = 0.5  # of the patients
+# options of the federation, and of the training; --batch-size is of all four hospitals together
+BEFORE = {"lr_factor": 1.0, "batch_size": 64}
+VARIANTS = {
+    "central": {},
+    "moments reset, 16 slices each": {**BEFORE, "moments": "reset"},
+    "moments kept, 16 slices each": BEFORE,
+    "the same, server momentum 0.6": {**BEFORE, "strategy": "fedavgm", "server_momentum": 0.6},
+    "the same, twice the rate": {"batch_size": 64},
+    "moments kept, 8 slices each": {**BEFORE, "batch_size": 32},
+    "moments kept, 4 slices each": {**BEFORE, "batch_size": 16},
+    "default": {},
+    "default, moments reset": {"moments": "reset"},
+    "default, GroupNorm": {"norm": "group"},
+    "default, 20 steps a round": {"local_steps": 20},
+}
+OF_TRAINING = ("batch_size", "norm")
+
+
+def federated(dataset: Dataset, options: dict, rounds: int, seed: int, side: int, folder: Path) -> TransUNet:
+    """The model that a federation of four hospitals by site ends with."""
+    training = TrainingSettings(image_size=side, seed=seed, **{name: options[name] for name in OF_TRAINING if name in options})
+    settings = FederationSettings(clients=4, rounds=rounds, val_fraction=0.0, test_fraction=TEST, round_timeout=1e6,
+                                  **{name: value for name, value in options.items() if name not in OF_TRAINING})
+    hospitals = [LocalHospital(folder, cid, dataset.root) for cid in range(4)]
+    with contextlib.redirect_stdout(io.StringIO()):  # what hospitals say
+        state, _ = run(hospitals, training, settings, folder, say=lambda line: print(line.splitlines()[0], file=sys.stderr))
+    state.model.load_state_dict(unpack(state.final_weights, state.model.state_dict()))
+    return state.model
+
+
+def central(dataset: Dataset, rounds: int, seed: int, side: int, folder: Path) -> TransUNet:
+    """The model of one training in one place."""
+    script = Path(__file__).parent.parent / "train_centralized.py"
+    subprocess.run([sys.executable, str(script), "--data-dir", str(dataset.root), "--out", str(folder), "--epochs", str(rounds),
+                    "--seed", str(seed), "--image-size", str(side), "--val-fraction", "0", "--test-fraction", str(TEST)],
+                   check=True, stdout=subprocess.DEVNULL)
+    return load_checkpoint(folder / "transunet_centralized_best.pth").model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="a dataset (default data)")
+    parser.add_argument("--out", type=Path, default=Path("models/recipe"), help="folder for results (default models/recipe)")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of one epoch, and epochs (default 30)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of split, weights and order (default 1)")
+    parser.add_argument("--image-size", type=int, default=64, help="side of the network's input in pixels (default 64)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which, beside the central model")
+    parser.add_argument("--threads", type=int, help="of torch (default its own)")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dataset = load_dataset(arguments.data_dir)
+    found: dict[str, list[dict]] = {}
+    for name in dict.fromkeys(["central", *arguments.variants]):
+        for seed in arguments.seeds:
+            folder = arguments.out / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+            scores = folder / "scores.json"
+            if not scores.exists():
+                began = time.monotonic()
+                given = (arguments.rounds, seed, arguments.image_size, folder)
+                model = central(dataset, *given) if name == "central" else federated(dataset, VARIANTS[name], *given)
+                split = make_split({p.name: p.site for p in dataset.patients}, seed, 0.0, TEST)
+                rows = score_patients(model, dataset, split.test, THRESHOLD)
+                write_json(scores, {"seconds": round(time.monotonic() - began, 1), "options": VARIANTS[name], "rows": rows})
+            # a patient who is in the test of several seeds counts for each
+            found.setdefault(name, []).extend({**row, "patient": f"{row['patient']} {seed}"} for row in
+                                              json.loads(scores.read_text(encoding="utf-8"))["rows"])
+        dice, whole = summarise(found[name])["volume_dice"], summarise(found["central"])["volume_dice"]["mean"]
+        against = paired_difference(found["central"], found[name])
+        print(f"{name:34} mean {dice['mean']:.3f}  median {dice['median']:.3f}  {dice['mean'] / whole:.3f} of central  paired "
+              f"{against['mean']:+.3f} ({against['ci95'][0]:+.3f} to {against['ci95'][1]:+.3f})", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
