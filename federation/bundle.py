@@ -14,9 +14,9 @@ FILES = (
     "federation/audit.py", "federation/client_app.py", "federation/exchange.py", "federation/history.py",
     "federation/hospital.py", "federation/judging.py", "federation/membership.py", "federation/messages.py",
     "federation/moments.py", "federation/patient_privacy.py", "federation/post.py", "federation/privacy.py",
-    "federation/rounds.py", "federation/screening.py", "federation/secure_aggregation.py", "federation/secure_round.py",
-    "federation/server_app.py", "federation/settings.py", "federation/state.py", "federation/updates.py",
-    "federation/weights.py",
+    "federation/record.py", "federation/rounds.py", "federation/screening.py", "federation/secure_aggregation.py",
+    "federation/secure_round.py", "federation/server_app.py", "federation/settings.py", "federation/state.py",
+    "federation/updates.py", "federation/weights.py",
 )
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import EXIT_NO_QUORUM, MedFLError, file_sha256
+from common import EXIT_NO_QUORUM, MedFLError
 from federation.aggregation import ROBUST
 from federation.answers import Result, Trained, announced, parse
 from federation.audit import AuditLog
 from federation.exchange import Exchange, NoQuorum
-from federation.history import draw_curves, table, write_history
 from federation.judging import Scores, collapsed, mean_dice, scores_of
 from federation.membership import Member, Membership
 from federation.messages import End
 from federation.post import Answer, Post
 from federation.privacy import HospitalPrivacy
+from federation.record import Record, row_of
 from federation.screening import COMPARED, check_update, screen
 from federation.secure_round import SecureRound
 from federation.settings import to_json
@@ -65,6 +65,7 @@ class Federation:
         self.exchange = Exchange(self.post, self.membership, self.settings, settings, state.model,
                                  lambda: list(state.progress.hospitals), say)
         self.privacy = HospitalPrivacy(self.settings) if self.settings.private else None
+        self.record = Record(state, out, audit, say, chooses=self.privacy is None)
         self.variances = variance_mask(state.model)
         self._last: Updates | None = None  # what the last round's model was made of, until hospitals have scored it
         self._robust = False  # whether that was by the median
@@ -120,10 +121,8 @@ class Federation:
             if member.label in asked.told:
                 self.state.progress.hospitals[member.label] = member.facts
         self._sum(number, asked.updates)
-        rows = [self._row(number, label, told, *asked.bytes[label]) for label, told in sorted(asked.told.items())]
-        self._record(number, rows, sent, began)
-        self.audit.write("round", round=number, hospitals=sorted(asked.told), file=self.state.last.name,
-                         sha256=file_sha256(self.state.last))
+        rows = [row_of(number, label, told, *asked.bytes[label]) for label, told in sorted(asked.told.items())]
+        self.record.round(number, rows, sent, began)
         behind = [label for label, member in self.membership.members.items() if member.behind]
         if absent := sorted({*self.exchange.missing(), *behind} - asked.failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
@@ -239,68 +238,14 @@ class Federation:
         self.state.save_last()
         return True
 
-    def _row(self, number: int, label: str, told: Result, sent: int, received: int) -> dict:
-        row = {"round": number, "site": label, "bytes_sent": sent, "bytes_received": received,
-               "examples": None, "train_loss": None, "patient_epsilon": None}
-        return {**row, **told.model_dump(exclude={"round"}), "seconds": round(told.seconds, 2)}
-
-    def _record(self, number: int, rows: list[dict], sent: torch.Tensor, began: float) -> None:
-        """Write what a round gave, and a table on the terminal. The score in its rows is of the model that was sent."""
-        done, scores = self.state.progress, scores_of(rows)
-        if number == 1:
-            self.state.best.unlink(missing_ok=True)  # of an earlier run
-        done.rows = [row for row in done.rows if row["round"] < number] + rows
-        from_a_model = number > 1 or done.started_from.startswith("checkpoint")  # random weights are no model to keep
-        better = from_a_model and self._judge(sent, scores, number - 1)
-        done.before = scores
-        done.seconds += time.monotonic() - began
-        self.state.save_last()
-        self._write_pictures()
-        seconds, work = time.monotonic() - began, max(row["seconds"] for row in rows)
-        notes = (" (best so far)" if better else "") + self._spent_in_words()
-        self.say(f"round {number} of {self.settings.rounds}: {seconds:.1f} s, of which {work:.1f} s the longest hospital's work; "
-                 f"the model before it: {_score_in_words(scores)}{notes}\n{table(rows)}")
-
-    def _spent_in_words(self) -> str:
-        spent = self.state.progress.epsilon
-        return "" if spent is None else f"; epsilon {spent:.3g} of a hospital is spent"
-
-    def _judge(self, weights: torch.Tensor, scores: Scores, number: int) -> bool:
-        """Whether the model after round `number` is the best so far; it is kept then. Under privacy no score decides anything."""
-        if self.privacy:
-            return False
-        better, said = self.state.judge(scores, number)
-        if said:
-            self.say(said)
-        if better:
-            self._keep_best(weights, scores, number)
-        return better
-
-    def _keep_best(self, weights: torch.Tensor, scores: Scores, number: int) -> None:
-        """Write the best model so far, and its hash into the audit log."""
-        self.state.save_best(weights, scores, number)
-        self.audit.write("checkpoint", round=number, file=self.state.best.name, sha256=file_sha256(self.state.best))
-
     def _final_score(self) -> None:
         """Score the model that the run ends with, and keep it if it is the best. If it collapsed, the last round is taken back."""
-        done = self.state.progress
         for attempt in count(1):
             weights = in_precision(self.state.final_weights, self.settings.update_dtype)
-            rows = self._scored(weights, done.round + 1, f"final.{attempt}")
+            rows = self._scored(weights, self.state.progress.round + 1, f"final.{attempt}")
             if not (self._collapsed(scores_of(rows)) and self._take_back(scores_of(rows))):
                 break
-        done.rows = [row for row in done.rows if row["round"] <= done.round] + rows
-        scores = scores_of(rows)
-        if not self._judge(weights, scores, done.round) and (self.privacy or not self.state.best.exists()):
-            self._keep_best(weights, {}, done.round)  # nothing may choose, or nobody scored a trained model
-        self._write_pictures()
-        if rows:
-            kind = " (averaged over rounds)" if self.state.average is not None else ""
-            self.say(f"the last model{kind}: {_score_in_words(scores)}\n{table(rows)}")
-        chosen = "after the last round"
-        if done.scored_patients:
-            chosen = f"after round {done.best_round}, validation Dice {done.best:.3f} over {done.scored_patients} patients"
-        self.say(f"{self.state.best}: {chosen}")
+        self.record.end(rows, weights)
 
     def _scored(self, weights: torch.Tensor, number: int, purpose: str) -> list[dict]:
         """Rows of the hospitals that scored these weights, as of round `number`."""
@@ -316,18 +261,4 @@ class Federation:
         _, failures = self.exchange.wait(purpose, members, "scoring the last model", take=take)
         for label, reason in sorted(failures.items()):
             self.say(f"the last model is not scored by {label}: {reason}")
-        return [self._row(number, label, result, size[label], 0) for label, result in sorted(results.items())]
-
-    def _write_pictures(self) -> None:
-        done = self.state.progress
-        try:
-            write_history(done.rows, self.out / "federated_history.csv")
-            draw_curves(done.rows, self.out / "federated_curves.png", f"Federated training, {self.settings.strategy}, "
-                        f"{len(done.hospitals)} hospitals")
-        except MedFLError as error:  # a viewer may hold the file; both are written anew after the next round
-            self.say(f"not this time: {error}")
-
-
-def _score_in_words(scores: Scores) -> str:
-    mean, patients = mean_dice(scores)
-    return "no validation patients" if mean is None else f"validation Dice {mean:.3f} over {patients} patients"
+        return [row_of(number, label, result, size[label], 0) for label, result in sorted(results.items())]

@@ -6,7 +6,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import federation.exchange
 import federation.membership
-import federation.rounds
+import federation.record
 from benchmarks.local_federation import Grid
 from federation.audit import AuditLog
 from federation.messages import Query, message, read
@@ -86,7 +86,7 @@ def make_fast(monkeypatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINIER)
     monkeypatch.setattr(federation.membership, "LOOK", -1.0)
     monkeypatch.setattr(federation.exchange, "TICK", 0.01)
-    monkeypatch.setattr(federation.rounds, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(federation.record, "draw_curves", lambda *_: None)
 
 
 def federate(workers: list[Worker], rounds: int, out, weights: torch.Tensor | None = None, federation: dict | None = None,
