@@ -290,8 +290,8 @@ def test_a_federation_learns_nothing_of_the_patients_but_by_the_update(federate,
     state, _, said = federate(2, training={"norm": "group"}, hospitals=hospitals, out="both", partition="iid", val_fraction=0.4,
                               test_fraction=0.0)
     private, open_ = (state.progress.hospitals[f"hospital-{cid}"] for cid in (0, 1))
-    assert private["images"] is None and private["patient_privacy"] == {"epsilon": 8.0, "delta": 1e-3}
-    assert open_["images"] is not None and open_["patient_privacy"] is None
+    assert private.images is None and private.patient_privacy.model_dump() == {"epsilon": 8.0, "delta": 1e-3}
+    assert open_.images is not None and open_.patient_privacy is None
     rows = {(row["round"], row["site"]): row for row in state.progress.rows}
     assert len(rows) == 6
     for (number, site), row in rows.items():
