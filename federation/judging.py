@@ -2,7 +2,7 @@
 
 Two models are compared over the hospitals that scored both, each hospital with itself, so that one that leaves, or is missing for a
 round, neither helps a model nor hurts it. No hospital decides by itself: of three or more, the one whose verdict is most unlike
-the others' takes no part in the comparison, and patients count as weights up to a bound. A collapse takes a majority.
+the others' takes no part in the comparison, and patients count as weights up to a bound. A collapse is judged in the same way.
 """
 
 import statistics
@@ -12,7 +12,7 @@ from federation.updates import capped
 
 LASTING = 3  # judged rounds in a row with other hospitals, after which the comparison begins again
 WEIGHT = 2.0  # medians of the patients: the most that a hospital counts
-COLLAPSE = 0.5  # of its score before: a hospital whose score fell below reports a collapse
+COLLAPSE = 0.5  # of the mean score before: a model below it collapsed
 GOOD = 0.1  # Dice: below it there is nothing to lose
 
 Scores = dict[str, tuple[float, int]]  # mean volume Dice and validation patients, by the hospital's label
@@ -23,19 +23,29 @@ def difference(before: Scores, now: Scores) -> float | None:
     both = sorted(before.keys() & now.keys())
     if not both:
         return None
-    gains = {label: now[label][0] - before[label][0] for label in both}
-    if len(both) > 2:
-        middle = statistics.median(gains.values())
-        both.remove(max(both, key=lambda label: abs(gains[label] - middle)))
-    weights = capped([now[label][1] for label in both], WEIGHT)
-    return sum(weight * gains[label] for weight, label in zip(weights, both)) / sum(weights)
+    kept = _without_the_odd_one(before, now, both)
+    weights = capped([now[label][1] for label in kept], WEIGHT)
+    return sum(weight * (now[label][0] - before[label][0]) for weight, label in zip(weights, kept)) / sum(weights)
 
 
 def collapsed(before: Scores, now: Scores) -> bool:
-    """Whether most of the hospitals that scored both models saw their Dice fall below half: of two both, of three two."""
-    both = before.keys() & now.keys()
-    fallen = [label for label in both if before[label][0] >= GOOD and now[label][0] < COLLAPSE * before[label][0]]
-    return bool(both) and len(fallen) > len(both) / 2
+    """Whether the mean Dice of the hospitals that scored both models fell below half, the odd one of three or more left out."""
+    both = sorted(before.keys() & now.keys())
+    if not both:
+        return False
+    kept = _without_the_odd_one(before, now, both)
+    was, is_now = (sum(scores[label][0] for label in kept) / len(kept) for scores in (before, now))
+    return was >= GOOD and is_now < COLLAPSE * was
+
+
+def _without_the_odd_one(before: Scores, now: Scores, labels: list[str]) -> list[str]:
+    """These hospitals without the one, of three or more, whose change of the Dice is most unlike the others'."""
+    if len(labels) < 3:
+        return labels
+    gains = {label: now[label][0] - before[label][0] for label in labels}
+    middle = statistics.median(gains.values())
+    odd = max(labels, key=lambda label: abs(gains[label] - middle))
+    return [label for label in labels if label != odd]
 
 
 @dataclass

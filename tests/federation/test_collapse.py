@@ -1,4 +1,4 @@
-"""A round that ruined the model is taken back: by the median of its updates, or without it; and it takes a majority to say so."""
+"""A round that ruined the model is taken back: by the median of its updates, or without it; one hospital alone can not say so."""
 
 import json
 
