@@ -67,7 +67,8 @@ def test_a_claim_of_many_patients_does_not_rule():
 @pytest.mark.parametrize(("before", "now", "fell"), [
     ((0.7, 0.7, 0.7), (0.1, 0.1, 0.7), True), ((0.7, 0.7, 0.7), (0.1, 0.5, 0.7), False), ((0.7, 0.7), (0.1, 0.7), False),
     ((0.7, 0.7), (0.1, 0.1), True), ((0.7,), (0.1,), True), ((0.05, 0.05, 0.05), (0.0, 0.0, 0.0), False),
-    ((0.7,) * 4, (0.0, 0.0, 0.7, 0.7), False), ((0.6,) * 5, (0.0, 0.0, 0.35, 0.35, 1.0), True), ((0.7,) * 4, (0.0, 0.0, 0.0, 0.7), True), ((), (), False)])
+    ((0.7,) * 4, (0.0, 0.0, 0.7, 0.7), False), ((0.6,) * 5, (0.0, 0.0, 0.35, 0.35, 1.0), True),
+    ((0.7,) * 4, (0.0, 0.0, 0.0, 0.7), True), ((), (), False)])
 def test_what_a_collapse_is(before, now, fell):
     given = [{f"h{k}": (dice, 4) for k, dice in enumerate(values)} for values in (before, now)]
     assert collapsed(*given) == fell
