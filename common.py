@@ -16,7 +16,7 @@ from datetime import datetime, UTC
 from pathlib import Path
 from typing import IO, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 

@@ -1,6 +1,6 @@
 """What one hostile hospital does to the model, attack by attack, behind the server's defences and without them.
 
-    python benchmarks/poisoned_hospital.py --data-dir data/many --plot docs/poisoned.png
+    python benchmarks/poisoned_hospital.py --data-dir data/forty --init models/start/transunet_centralized_best.pth --rounds 4
     python benchmarks/poisoned_hospital.py --data-dir data --partition site --clients 4 --attacks none
 
 Hospitals of one process, with the product's own round loop and training. First all are honest, for --warm-up rounds; from the
