@@ -204,7 +204,7 @@ class Federation:
         self._last = updates
 
     def _forget_updates(self) -> None:
-        if self._last:
+        if self._last is not None:
             self._last.close()
         self._last = None
 
