@@ -5,7 +5,7 @@
 
 Half of the patients train, at four hospitals by site, and half are the test; nobody is held out to choose by, so each run ends with
 its last averaged model. A variant is a name and options of run_server.py; the central model is train_centralized.py's after as many
-epochs as there are rounds. Federations run in one process, with the product's round loop and hospitals. A run that was finished is
+epochs as there are rounds, and a hospital alone is the same with its own patients. Federations run in one process, with the product's round loop and hospitals. A run that was finished is
 not made again. Writes a JSON for each run into --out, and prints mean and median volume Dice over the test patients, the share of
 the central model's, and the paired difference to it.
 """
@@ -50,6 +50,7 @@ VARIANTS = {
     "default, moments reset": {"moments": "reset"},
     "default, GroupNorm": {"norm": "group"},
     "default, 20 steps a round": {"local_steps": 20},
+    **{f"hospital-{cid} alone": {"cid": cid} for cid in range(4)},
 }
 OF_TRAINING = ("batch_size", "norm")
 
@@ -66,13 +67,14 @@ def federated(dataset: Dataset, options: dict, rounds: int, seed: int, side: int
     return state.model
 
 
-def central(dataset: Dataset, rounds: int, seed: int, side: int, folder: Path) -> TransUNet:
-    """The model of one training in one place."""
+def central(dataset: Dataset, options: dict, rounds: int, seed: int, side: int, folder: Path) -> TransUNet:
+    """The model of one training in one place: all patients', or those of the hospital options["cid"]."""
     script = Path(__file__).parent.parent / "train_centralized.py"
+    own = ["--partition", "site", "--clients", "4", "--cid", str(options["cid"])] if options else []
     subprocess.run([sys.executable, str(script), "--data-dir", str(dataset.root), "--out", str(folder), "--epochs", str(rounds),
-                    "--seed", str(seed), "--image-size", str(side), "--val-fraction", "0", "--test-fraction", str(TEST)],
-                   check=True, stdout=subprocess.DEVNULL)
-    return load_checkpoint(folder / "transunet_centralized_best.pth").model
+                    "--seed", str(seed), "--image-size", str(side), "--val-fraction", "0", "--test-fraction", str(TEST),
+                    *own], check=True, stdout=subprocess.DEVNULL)
+    return load_checkpoint(folder / f"transunet_{'local' if own else 'centralized'}_best.pth").model
 
 
 def main() -> None:
@@ -95,8 +97,8 @@ def main() -> None:
             scores = folder / "scores.json"
             if not scores.exists():
                 began = time.monotonic()
-                given = (arguments.rounds, seed, arguments.image_size, folder)
-                model = central(dataset, *given) if name == "central" else federated(dataset, VARIANTS[name], *given)
+                make = central if name == "central" or name.endswith("alone") else federated
+                model = make(dataset, VARIANTS[name], arguments.rounds, seed, arguments.image_size, folder)
                 split = make_split({p.name: p.site for p in dataset.patients}, seed, 0.0, TEST)
                 rows = score_patients(model, dataset, split.test, THRESHOLD)
                 write_json(scores, {"seconds": round(time.monotonic() - began, 1), "options": VARIANTS[name], "rows": rows})

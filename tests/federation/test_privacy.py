@@ -69,7 +69,8 @@ def test_the_noise_has_the_deviation_of_the_theory_and_is_gaussian(updates):
     result = HospitalPrivacy(settings(dp_noise_multiplier=3.0)).private_mean(updates({}, torch.zeros(N)), EVERYTHING).numpy()
     deviation = 3.0 * 2.0 / 4
     assert result.std() == pytest.approx(deviation, rel=0.03) and abs(result.mean()) < 5 * deviation / math.sqrt(N)
-    assert kstest(result / deviation, "norm").pvalue > 1e-4
+    # the noise can't be seeded: true noise fails this once in 10^9 runs, and uniform noise of this deviation has 1e-62
+    assert kstest(result / deviation, "norm").pvalue > 1e-9
     assert abs(np.corrcoef(result[:-1], result[1:])[0, 1]) < 5 / math.sqrt(N)
 
 

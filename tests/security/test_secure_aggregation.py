@@ -41,8 +41,9 @@ def secure_stage(""")
     np.savez(f"{notes}/update-{{about['round']}}-{{label}}", update=update.numpy(), examples=examples)
     die_in("update")
 {begin}return mine.masked""")
-    change(rounds, "    if len(values) != length:", f"""    np.save(f"{notes}/received-{{number}}-{{member.label}}", values)
-    if len(values) != length:""")
+    change(rounds, "        if len(values) != len(self.total):",
+           f"""        np.save(f"{notes}/received-{{self.number}}-{{member.label}}", values)
+        if len(values) != len(self.total):""")
     change(rounds, "        return weights.float()\n",
            f'        np.savez(f"{notes}/sum-{{self.number}}", before=sent, after=weights)\n        return weights.float()\n')
     change(root / "federation" / "settings.py", "return max(self.quorum, LEAST) if", "return self.clients if")  # all begin a round
