@@ -73,7 +73,7 @@ benchmark: $(VENV)/installed-dev
 	$(RUN) benchmarks/throughput.py
 
 # One call of pip: only then does it choose a torchvision that fits the pinned torch.
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MedFL needs Python 3.11 or newer; name one with make PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements.txt
@@ -84,7 +84,7 @@ $(VENV)/installed-export: $(VENV)/installed requirements-export.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements.txt requirements-export.txt requirements-simulation.txt requirements-privacy.txt \
-		requirements-dicom.txt requirements-download.txt requirements-dev.txt
+		requirements-dicom.txt requirements-download.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MedFL needs Python 3.11 or newer; name one with make PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements-dev.txt

@@ -1,6 +1,7 @@
 """What every part of MedFL may use: the user's error, exit codes, atomic writes, settings as options, the version."""
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -12,11 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 __version__ = "0.2.0"
+
+ROOT = Path(__file__).parent
 
 SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
@@ -124,6 +127,29 @@ def settings_from(arguments: argparse.Namespace, settings: type) -> Any:
     """The settings dataclass filled with the parsed options of the same names."""
     given = vars(arguments)
     return settings(**{f.name: given[f.name] for f in dataclasses.fields(settings) if f.name in given})
+
+
+def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()) -> list[str]:
+    """The Python files of this repository that running these files imports, themselves included, as sorted paths below `root`.
+
+    without: packages that are left out, for a program that does without them where they are missing. Imports inside of functions
+    count as well.
+    """
+    found, waiting = set(), [entry.removesuffix(".py").replace("/", ".") for entry in entries]
+    while waiting:
+        module = waiting.pop()
+        file = next((path for path in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py")
+                     if (root / path).is_file()), None)
+        if file is None or file in found or module.split(".")[0] in without:
+            continue
+        found.add(file)
+        waiting += [module.rpartition(".")[0]]  # the package that it lies in
+        for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                waiting += [name.name for name in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+    return sorted(found)
 
 
 def file_sha256(path: Path) -> str:

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from appearance.features import describe_volume, image_statistics
 from common import MedFLError, file_sha256, write_json
-from plausibility import describe_volume, image_statistics
 from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice
 from spacing import NAME, read_spacing
 
@@ -91,7 +91,7 @@ class Dataset:
         return torch.tensor(measured["foreground_mean"]), torch.tensor(measured["foreground_deviation"])
 
     def image_statistics(self, patients: tuple[str, ...]) -> dict | None:
-        """What these patients' images look like, as `plausibility.image_statistics` tells it."""
+        """What these patients' images look like, as `appearance.features.image_statistics` tells it."""
         return image_statistics([self._entries[patient]["measured"] for patient in patients])
 
 

@@ -1,4 +1,4 @@
-"""Score a checkpoint on a dataset, by the rules in metrics.py.
+"""Score a checkpoint on a dataset, by the rules in evaluation/metrics.py.
 
     python evaluate.py --checkpoint models/transunet_centralized_best.pth --data-dir data
 
@@ -6,7 +6,7 @@
 
 Prints a table per site and overall. Dice is the volume Dice of each patient, tumour slices and empty slices apart. Where a
 patient's folder holds a volume.json (data/prepare_hospital.py writes it), volumes in cm³ and HD95 in mm are added. With
---compare a row per model, a column per hospital, all on the same test patients (comparison.py).
+--compare a row per model, a column per hospital, all on the same test patients (evaluation/comparison.py).
 """
 
 import argparse
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
 from common import SMALLEST_GROUP, MedFLError, atomic_write, run_script, utc_now, write_json
-from comparison import COLUMNS, as_text, compare, draw_table, lines_of
 from dataset import Dataset, load_dataset
+from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
+from evaluation.metrics import report
+from evaluation.overlays import draw_outlines
+from evaluation.scoring import score_patients
 from inference import choose_device, predict_volume, to_mask
-from metrics import report
-from overlays import draw_outlines
 from split import Split, load_split, make_split
-from training import score_patients
 
 
 def parse() -> argparse.Namespace:

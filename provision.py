@@ -15,8 +15,8 @@ import argparse
 from pathlib import Path
 
 from common import MedFLError, run_script
-from federation import kit as kits
-from federation.audit import verify
+from federation.runtime import kit as kits
+from federation.server.audit import verify
 
 
 def parse() -> argparse.Namespace:

@@ -23,13 +23,13 @@ from pathlib import Path
 
 from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script, write_json
 from dataset import load_dataset
-from federation.accountant import Promise
-from federation.bundle import make_bundle
-from federation.flower import ask_admission
-from federation.identity import identity as describe_hospital
-from federation.kit import CA, HOSPITAL_KEY, hospital_label
-from federation.answers import LABEL
-from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
+from federation.hospital.identity import identity as describe_hospital
+from federation.privacy.accountant import Promise
+from federation.protocol.answers import LABEL
+from federation.runtime.bundle import make_bundle
+from federation.runtime.flower import ask_admission
+from federation.runtime.kit import CA, HOSPITAL_KEY, hospital_label
+from federation.runtime.processes import Child, free_port, is_healthy, is_loopback, join_address, parse_address
 
 LOOK = 0.5  # seconds between two looks at children and server
 PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before

@@ -7,8 +7,8 @@
 
 Hospitals join with run_client.py, before or after. Writes into --out (default models/): transunet_federated_best.pth, by
 the patient-weighted validation Dice; transunet_federated_last.pth, what --resume needs; federated_history.csv (columns in
-federation/history.py), federated_curves.png, and audit.jsonl (federation/audit.py). Exit codes: 0 done, 2 bad input, 3 too few
-hospitals left, 130 stopped.
+federation/server/history.py), federated_curves.png, and audit.jsonl (federation/server/audit.py). Exit codes: 0 done,
+2 bad input, 3 too few hospitals left, 130 stopped.
 """
 
 import argparse
@@ -27,19 +27,19 @@ import torch
 from checkpoint import describe, load_start, save_checkpoint
 from common import MedFLError, __version__, add_settings, git_commit, run_script, settings_from, write_json
 from dataset import load_dataset
-from federation.audit import AUDIT, verify
-from federation.bundle import make_bundle
-from federation.doors import Doors
-from federation.flower import Control, TaskSource
-from federation.gateway import find_nginx, start_gateway
-from federation.hospital import local_versions
-from federation.kit import CA, SERVER, SERVER_KEY, server_certificate
-from federation.processes import Child, free_port, is_healthy, is_loopback, join_address, no_proxy, parse_address
-from federation.privacy import HospitalPrivacy
-from federation.settings import TRAINING_OPTIONS, FederationSettings, approval, check_together, to_json
-from federation.simulation import check_ray, simulate
-from federation.state import load_run
-from federation.weights import part_mask
+from federation.privacy.hospitals import HospitalPrivacy
+from federation.protocol.messages import local_versions
+from federation.protocol.settings import TRAINING_OPTIONS, FederationSettings, approval, check_together, to_json
+from federation.protocol.weights import part_mask
+from federation.runtime.bundle import make_bundle
+from federation.runtime.flower import Control, TaskSource
+from federation.runtime.gateway import find_nginx, start_gateway
+from federation.runtime.kit import CA, SERVER, SERVER_KEY, server_certificate
+from federation.runtime.processes import Child, free_port, is_healthy, is_loopback, join_address, no_proxy, parse_address
+from federation.runtime.registrar import Registrar
+from federation.runtime.simulation import check_ray, simulate
+from federation.server.audit import AUDIT, verify
+from federation.server.state import load_run
 from inference import choose_device
 from partition import make_partition
 from split import make_split
@@ -173,15 +173,15 @@ def start_superlink(host: str, port: int, kit: Path | None, folder: Path) -> Chi
     return child
 
 
-def wait_for(app: Child, others: list[Child], doors: Doors | None, folder: Path) -> int:
+def wait_for(app: Child, others: list[Child], registrar: Registrar | None, folder: Path) -> int:
     """Wait for the run's end; its exit code. Meanwhile who is admitted anew is let in, and who is revoked put out."""
     while app.exit_code is None:
         for child in others:
             if child.exit_code is not None:
                 raise MedFLError(f"the {child.program} ended; the rounds so far are kept, go on with --resume. Its last lines:\n"
                                  f"{child.last_words()}")
-        if doors:
-            doors.update()
+        if registrar:
+            registrar.update()
         time.sleep(0.2)
     outcome = folder / "outcome.json"
     if not outcome.exists():
@@ -228,7 +228,7 @@ def main() -> None:
         inner, ca = join_address(inner_host, inner_port), kit and kit / CA
         os.environ.update(no_proxy())
         control = Control(inner, ca)
-        doors = Doors(control, kit, folder, lambda line: print(line, flush=True)) if kit else None
+        registrar = Registrar(control, kit, folder, lambda line: print(line, flush=True)) if kit else None
         if gated:
             children.append(start_gateway(host, port, inner_port, kit, folder, arguments.out.resolve() / "gateway.log"))
         how = (f"python run_client.py --own-data FOLDER --kit KIT --server HOST:{port}" if kit else
@@ -240,7 +240,7 @@ def main() -> None:
             time.sleep(0.1)
         app = Child("serverapp", [inner, *([str(ca.resolve())] if ca else [])], folder, secret=token)
         children.append(app)
-        code = wait_for(app, children[:-1], doors, folder)
+        code = wait_for(app, children[:-1], registrar, folder)
     finally:
         for child in reversed(children):
             child.stop()

@@ -26,13 +26,14 @@ from tqdm import tqdm
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, Checkpoint, describe, load_checkpoint, load_start, save_checkpoint
 from common import MedFLError, add_settings, atomic_write, run_script, settings_from
-from curves import draw_curves
 from dataset import Dataset, load_dataset
+from evaluation.curves import draw_curves
+from evaluation.metrics import summarise
+from evaluation.scoring import score_patients
 from inference import choose_device
-from metrics import summarise
 from partition import add_partition_options, make_partition
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
-from training import PLATEAU, EpochResult, Learner, TrainingSettings, rate_scale, score_patients
+from training import PLATEAU, EpochResult, Learner, TrainingSettings, rate_scale
 from transunet import TransUNet
 
 HISTORY = ("epoch", "step", "seconds", "learning_rate", "train_loss", "train_dice", "val_dice", "val_dice_median")

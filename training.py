@@ -5,18 +5,17 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torchvision_operators  # noqa: F401  must come before timm
+
+# isort: split
 import torch
 import torch.nn.functional as F
-import torchvision_operators  # noqa: F401  must come before timm
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-import metrics
 from common import MedFLError, setting
-from dataset import Dataset
-from inference import predict_volume, to_mask
 from transunet import ARCHITECTURES, TransUNet
 
 FINAL_RATE = 0.01  # of the learning rate, at the end of the cosine
@@ -223,20 +222,3 @@ class Learner:
                              "bit for bit; start a new run, with --init to begin with its weights") from error
         self.step_count = state["step_count"]
         self.precision = getattr(torch, state["precision"].removeprefix("torch."))
-
-
-def score_patients(model: TransUNet, dataset: Dataset, patients: Iterable[str], threshold: float,
-                   progress: bool = False, in_mm: bool = False) -> list[dict]:
-    """A row of `metrics.score_patient` for each patient, the whole volume at its own size.
-
-    in_mm: add `metrics.score_in_mm` where the patient's spacing is known; evaluate.py alone asks, and no hospital sends them.
-    """
-    rows, patients = [], list(patients)
-    spacings = {patient: dataset.spacing(patient) for patient in patients} if in_mm else {}
-    for patient in tqdm(patients, desc="scoring", unit="patient", disable=None if progress else True, leave=False):
-        volume, truth = dataset.volume(patient)
-        prediction = to_mask(predict_volume(model, volume), threshold)
-        rows.append(metrics.score_patient(patient, dataset.site(patient), prediction, truth))
-        if spacing := spacings.get(patient):
-            rows[-1] |= metrics.score_in_mm(prediction, truth, spacing)
-    return rows

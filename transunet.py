@@ -6,10 +6,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torchvision_operators  # noqa: F401  must come before timm
+
+# isort: split
+import timm
 import torch
 import torch.nn.functional as F
-import torchvision_operators  # noqa: F401  must come before timm
-import timm
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn

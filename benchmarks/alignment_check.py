@@ -7,19 +7,15 @@ a channel that FLAIR stands in for is left out. The slices don't say how large a
 pixels), and 5 mm between slices. Needs requirements-dicom.txt.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
+import SimpleITK as sitk
 
-import argparse  # noqa: E402
-
-import numpy as np  # noqa: E402
-import SimpleITK as sitk  # noqa: E402
-
-from common import run_script  # noqa: E402
-from dataset import load_dataset  # noqa: E402
-from radiology.geometry import POOR, agreement, resample  # noqa: E402
+from common import run_script
+from dataset import load_dataset
+from radiology.geometry import POOR, agreement, resample
 
 PIXEL, BETWEEN = 0.94, 5.0  # mm
 MOVES = (0.0, 5.0, 10.0)  # mm

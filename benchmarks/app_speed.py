@@ -6,24 +6,19 @@ Times run from the upload until the picture stands in the page: one slice, and a
 slider's move until its picture. Memory is the server's resident set after the first volume and after the last of many uploads.
 """
 
-import sys
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "app")]
+from playwright.sync_api import Page, sync_playwright
 
-import argparse  # noqa: E402
-import shutil  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-
-from playwright.sync_api import Page, sync_playwright  # noqa: E402
-
-from common import MedFLError, run_script  # noqa: E402
-from data.make_phantoms import make_phantoms  # noqa: E402
-from dataset import load_dataset  # noqa: E402
-from serving import served  # noqa: E402
+from benchmarks.serving import served
+from common import ROOT, MedFLError, run_script
+from dataset import load_dataset
+from phantoms import make_phantoms
 
 SLICES = 40
 REPEATS = 5

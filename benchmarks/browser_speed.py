@@ -7,27 +7,22 @@ page served without the headers that isolate it) on one thread; then from a slid
 largest that the page's process ever held, after 200 slices. Sizes are those of the staged folder.
 """
 
-import sys
+import argparse
+import shutil
+import statistics
+import tempfile
+import threading
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "deployment"), str(ROOT / "deployment" / "app")]
+from playwright.sync_api import Page, sync_playwright
 
-import argparse  # noqa: E402
-import shutil  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
-
-from playwright.sync_api import Page, sync_playwright  # noqa: E402
-
-from checkpoint import load_checkpoint  # noqa: E402
-from common import MedFLError, run_script  # noqa: E402
-from data.make_phantoms import make_phantoms  # noqa: E402
-from dataset import load_dataset  # noqa: E402
-from serve_browser import server  # noqa: E402
-from staging import stage_browser  # noqa: E402
+from checkpoint import load_checkpoint
+from common import MedFLError, run_script
+from dataset import load_dataset
+from deployment.serve_browser import server
+from deployment.staging import stage_browser
+from phantoms import make_phantoms
 
 SLICES, MANY = 40, 200
 REPEATS = 3

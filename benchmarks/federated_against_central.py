@@ -7,30 +7,27 @@ processes with one hospital and one local epoch a round; the centralised loop wi
 train_centralized.py, which has an order of its own. The first two should agree.
 """
 
+import argparse
+import subprocess
 import sys
+import tempfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 
-import argparse  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import zlib  # noqa: E402
-from dataclasses import replace  # noqa: E402
+from batches import TrainingBatches
+from checkpoint import THRESHOLD, load_checkpoint
+from common import ROOT, run_script
+from dataset import Dataset, load_dataset
+from evaluation.metrics import paired_difference, summarise
+from evaluation.scoring import score_patients
+from federation.runtime.processes import free_port
+from split import Split, make_split
+from training import Learner, TrainingSettings, rate_scale
+from transunet import TransUNet
 
-import torch  # noqa: E402
-
-from batches import TrainingBatches  # noqa: E402
-from checkpoint import THRESHOLD, load_checkpoint  # noqa: E402
-from common import run_script  # noqa: E402
-from dataset import Dataset, load_dataset  # noqa: E402
-from federation.processes import free_port  # noqa: E402
-from metrics import paired_difference, summarise  # noqa: E402
-from split import Split, make_split  # noqa: E402
-from training import Learner, TrainingSettings, rate_scale, score_patients  # noqa: E402
-from transunet import TransUNet  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
 LAST = "transunet_{}_last.pth"
 
 

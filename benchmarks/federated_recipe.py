@@ -5,35 +5,33 @@
 
 Half of the patients train, at four hospitals by site, and half are the test; nobody is held out to choose by, so each run ends with
 its last averaged model. A variant is a name and options of run_server.py; the central model is train_centralized.py's after as many
-epochs as there are rounds, and a hospital alone is the same with its own patients. Federations run in one process, with the product's round loop and hospitals. A run that was finished is
-not made again. Writes a JSON for each run into --out, and prints mean and median volume Dice over the test patients, the share of
-the central model's, and the paired difference to it.
+epochs as there are rounds, and a hospital alone is the same with its own patients. Federations run in one process, with the
+product's round loop and hospitals. A run that was finished is not made again. Writes a JSON for each run into --out, and prints
+mean and median volume Dice over the test patients, the share of the central model's, and the paired difference to it.
 """
 
+import argparse
+import contextlib
+import io
+import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 
-import argparse  # noqa: E402
-import contextlib  # noqa: E402
-import io  # noqa: E402
-import json  # noqa: E402
-import subprocess  # noqa: E402
-import time  # noqa: E402
-
-import torch  # noqa: E402
-
-from benchmarks.local_federation import LocalHospital, run  # noqa: E402
-from checkpoint import THRESHOLD, load_checkpoint  # noqa: E402
-from common import run_script, write_json  # noqa: E402
-from dataset import Dataset, load_dataset  # noqa: E402
-from federation.settings import FederationSettings  # noqa: E402
-from federation.weights import unpack  # noqa: E402
-from metrics import paired_difference, summarise  # noqa: E402
-from split import make_split  # noqa: E402
-from training import TrainingSettings, score_patients  # noqa: E402
-from transunet import TransUNet  # noqa: E402
+from benchmarks.local_federation import LocalHospital, run
+from checkpoint import THRESHOLD, load_checkpoint
+from common import run_script, write_json
+from dataset import Dataset, load_dataset
+from evaluation.metrics import paired_difference, summarise
+from evaluation.scoring import score_patients
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import unpack
+from split import make_split
+from training import TrainingSettings
+from transunet import TransUNet
 
 TEST = 0.5  # of the patients
 # options of the federation, and of the training; --batch-size is of all four hospitals together

@@ -6,22 +6,18 @@ Runs a server and its hospitals as real processes on this machine. The overhead 
 hospital's own work. Memory is the resident memory of all processes of the server together, after each round (Linux only).
 """
 
+import argparse
+import csv
+import re
+import statistics
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import ROOT, run_script
+from federation.runtime.processes import free_port
 
-import argparse  # noqa: E402
-import csv  # noqa: E402
-import re  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-
-from common import run_script  # noqa: E402
-from federation.processes import free_port  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
 ROUND = re.compile(r"round (\d+) of \d+: ([\d.]+) s, of which ([\d.]+) s")
 
 

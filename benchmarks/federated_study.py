@@ -13,31 +13,27 @@ each partition a table as JSON and PNG, over all seeds; and each training's fold
 processes, or with --simulate in Flower's simulation engine, whose weights are the same.
 """
 
+import argparse
+import csv
+import json
+import subprocess
 import sys
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
 
-import argparse  # noqa: E402
-import csv  # noqa: E402
-import json  # noqa: E402
-import subprocess  # noqa: E402
-import time  # noqa: E402
-from dataclasses import asdict, dataclass  # noqa: E402
+from batches import TrainingBatches
+from checkpoint import load_checkpoint
+from common import ROOT, MedFLError, atomic_write, run_script, write_json
+from dataset import Dataset, load_dataset
+from evaluation.comparison import ALL, Row, as_text, compare, draw_table, lines_of, table_of
+from evaluation.comparison import COLUMNS as OF_A_TABLE
+from federation.runtime.processes import free_port
+from partition import make_partition
+from split import make_split
 
-import numpy as np  # noqa: E402
-
-from batches import TrainingBatches  # noqa: E402
-from checkpoint import load_checkpoint  # noqa: E402
-from common import MedFLError, atomic_write, run_script, write_json  # noqa: E402
-from comparison import ALL, Row, as_text, compare, draw_table, lines_of, table_of  # noqa: E402
-from comparison import COLUMNS as OF_A_TABLE  # noqa: E402
-from dataset import Dataset, load_dataset  # noqa: E402
-from federation.processes import free_port  # noqa: E402
-from partition import make_partition  # noqa: E402
-from split import make_split  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
 COLUMNS = ("partition", "seed", *OF_A_TABLE)
 FEDERATED, LOCAL, CENTRAL = "transunet_federated_best.pth", "transunet_local_best.pth", "transunet_centralized_best.pth"
 

@@ -13,16 +13,16 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-import federation.exchange
-import federation.membership
+import federation.server.exchange
+import federation.server.membership
 from common import __version__, write_json
-from federation.audit import AuditLog
-from federation.client_app import IDENTITY, make_app
-from federation.hospital import local_versions
-from federation.identity import identity
-from federation.rounds import Federation
-from federation.settings import FederationSettings
-from federation.state import RunState
+from federation.hospital.app import IDENTITY, make_app
+from federation.hospital.identity import identity
+from federation.protocol.messages import local_versions
+from federation.protocol.settings import FederationSettings
+from federation.server.audit import AuditLog
+from federation.server.rounds import Federation
+from federation.server.state import RunState
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -69,7 +69,7 @@ def run(hospitals: list[LocalHospital], training: TrainingSettings, settings: Fe
         start: torch.Tensor | None = None, say: Callable[[str], None] = print) -> tuple[RunState, list[dict]]:
     """Run a federation of these hospitals: its state, and the audit log's entries. start: weights to begin with, (n,) float32."""
     TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = 1  # Flower makes messages only inside of a run
-    federation.membership.LOOK, federation.exchange.TICK = -1.0, 0.0  # there is nothing to wait for
+    federation.server.membership.LOOK, federation.server.exchange.TICK = -1.0, 0.0  # there is nothing to wait for
     torch.manual_seed(training.seed)
     state = RunState(TransUNet(training.model, training.image_size, training.norm), training, settings, out, None)
     state.progress.started_from = "random weights"

@@ -10,29 +10,26 @@ The hospitals' own code in this process, without Flower; FedAvg over --hospitals
 patients that nobody trained on. The epsilon of 1e9 is the same training with next to no noise.
 """
 
-import sys
+import argparse
+import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
+import torch
+from tqdm import tqdm
 
-import argparse  # noqa: E402
-import tempfile  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from checkpoint import THRESHOLD, load_start  # noqa: E402
-from common import __version__, run_script  # noqa: E402
-from dataset import load_dataset  # noqa: E402
-from federation import patient_privacy  # noqa: E402
-from federation.hospital import Hospital  # noqa: E402
-from federation.identity import identity  # noqa: E402
-from federation.settings import FederationSettings  # noqa: E402
-from federation.weights import pack, unpack  # noqa: E402
-from split import make_split  # noqa: E402
-from training import TrainingSettings, score_patients  # noqa: E402
-from transunet import TransUNet  # noqa: E402
+from checkpoint import THRESHOLD, load_start
+from common import __version__, run_script
+from dataset import load_dataset
+from evaluation.scoring import score_patients
+from federation.hospital.identity import identity
+from federation.hospital.work import Hospital
+from federation.privacy import patients as patient_privacy
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import pack, unpack
+from split import make_split
+from training import TrainingSettings
+from transunet import TransUNet
 
 
 def parse() -> argparse.Namespace:

@@ -5,23 +5,19 @@
 The threshold is the best of 30 on normalised FLAIR, chosen on the test patients themselves: flattered, and still worse.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 
-import argparse  # noqa: E402
-
-import torch  # noqa: E402
-
-from checkpoint import load_checkpoint  # noqa: E402
-from common import run_script  # noqa: E402
-from dataset import Dataset, load_dataset  # noqa: E402
-from metrics import counts, dice, summarise  # noqa: E402
-from preprocessing import apply_statistics  # noqa: E402
-from split import load_split  # noqa: E402
-from training import score_patients  # noqa: E402
-from transunet import TransUNet  # noqa: E402
+from checkpoint import load_checkpoint
+from common import run_script
+from dataset import Dataset, load_dataset
+from evaluation.metrics import counts, dice, summarise
+from evaluation.scoring import score_patients
+from preprocessing import apply_statistics
+from split import load_split
+from transunet import TransUNet
 
 
 def best_threshold(dataset: Dataset, patients: tuple[str, ...]) -> tuple[float, float]:

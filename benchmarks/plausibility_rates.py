@@ -7,24 +7,20 @@ lone slices. The others: photographs and microscopy that ship with scikit-learn 
 modalities of pydicom's test files, and noise. Counted is the sentence that says that it does not look like the training scans.
 """
 
-import sys
+import argparse
+import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
+import pydicom
+import pydicom.data
+import skimage
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
-import argparse  # noqa: E402
-import warnings  # noqa: E402
-
-import numpy as np  # noqa: E402
-import pydicom  # noqa: E402
-import pydicom.data  # noqa: E402
-import skimage  # noqa: E402
-from PIL import Image  # noqa: E402
-from sklearn.datasets import load_sample_images  # noqa: E402
-
-from common import run_script  # noqa: E402
-from dataset import load_dataset  # noqa: E402
-from plausibility import SIDES, doubts  # noqa: E402
+from appearance.doubts import SIDES, doubts
+from common import run_script
+from dataset import load_dataset
 
 DRAWS = 50
 EVERY = 4  # of the slices that are looked at alone

@@ -9,35 +9,32 @@ honest hospitals over the same rounds. The attackers know the rules and all hone
 volume Dice over the test patients, whom nobody trains on, of the model that the run ends with.
 """
 
-import sys
+import argparse
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
+import torch
+from flwr.app import Message
+from matplotlib.figure import Figure
+from PIL import Image
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import logging  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from flwr.app import Message  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from benchmarks.local_federation import LocalHospital, run  # noqa: E402
-from checkpoint import THRESHOLD, load_start  # noqa: E402
-from common import run_script  # noqa: E402
-from dataset import Dataset, load_dataset  # noqa: E402
-from federation.messages import message, read  # noqa: E402
-from federation.settings import FederationSettings  # noqa: E402
-from federation.weights import from_record, pack, statistics_mask, to_record, unpack, variance_mask  # noqa: E402
-from partition import KINDS  # noqa: E402
-from split import make_split  # noqa: E402
-from training import TrainingSettings, score_patients  # noqa: E402
-from transunet import TransUNet  # noqa: E402
+from benchmarks.local_federation import LocalHospital, run
+from checkpoint import THRESHOLD, load_start
+from common import run_script
+from dataset import Dataset, load_dataset
+from evaluation.scoring import score_patients
+from federation.protocol.messages import message, read
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import from_record, pack, statistics_mask, to_record, unpack, variance_mask
+from partition import KINDS
+from split import make_split
+from training import TrainingSettings
+from transunet import TransUNet
 
 UNDEFENDED = {"max_update_norm_ratio": 1e9, "cut_update_norm_ratio": 1e9, "min_update_cosine": -1.0, "max_weight_ratio": 1e9}
 

@@ -6,24 +6,20 @@ A study is three DICOM series of 512×512×40 of a phantom that moved between th
 resident set of the script's process. Linux and macOS.
 """
 
+import argparse
+import os
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import SimpleITK as sitk
 
-import argparse  # noqa: E402
-import os  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-
-import SimpleITK as sitk  # noqa: E402
-
-from common import MedFLError, run_script  # noqa: E402
-from radiology.segmentation import write_segmentation  # noqa: E402
-from radiology.series import find_series  # noqa: E402
-from tests.dicom_phantoms import phantom, scan, turn, write_series  # noqa: E402
+from common import ROOT, MedFLError, run_script
+from radiology.segmentation import write_segmentation
+from radiology.series import find_series
+from tests.dicom_phantoms import phantom, scan, turn, write_series
 
 SIDE, SLICES = 512, 40
 KIBIBYTE = 1 if sys.platform == "darwin" else 1024  # in what the system counts a resident set

@@ -6,24 +6,20 @@ The updates are random, of the size of `tiny`'s; how long a round is without pri
 benchmarks/security_cost.py measure.
 """
 
-import sys
+import argparse
+import statistics
+import tempfile
+import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 
-import argparse  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-
-import torch  # noqa: E402
-
-from common import run_script  # noqa: E402
-from federation.privacy import HospitalPrivacy  # noqa: E402
-from federation.settings import FederationSettings  # noqa: E402
-from federation.updates import Updates  # noqa: E402
-from federation.weights import pack  # noqa: E402
-from transunet import TransUNet  # noqa: E402
+from common import run_script
+from federation.privacy.hospitals import HospitalPrivacy
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import pack
+from federation.server.updates import Updates
+from transunet import TransUNet
 
 TIMES = 9
 
@@ -42,7 +38,7 @@ def main() -> None:
             updates.add(f"hospital-{k}", sent + torch.randn(len(sent)) * 0.01, 100)
         for _ in range(TIMES):
             began = time.perf_counter()
-            privacy.private_mean(updates, everything)
+            privacy.private_mean(updates.sent, updates.blocks, everything)
             seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds)
     print(f"{arguments.clients} updates of {len(sent):,} weights: {median:.2f} s (median of {TIMES}), "

@@ -7,22 +7,18 @@ A server and two hospitals (three with secure aggregation, which needs as many) 
 pixels. gateway: the secured ones have a kit each, and stand behind nginx.
 """
 
+import argparse
+import re
+import shutil
+import statistics
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import argparse  # noqa: E402
-import re  # noqa: E402
-import shutil  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-
-from common import MedFLError, run_script  # noqa: E402
-from federation.kit import CA, HOSPITAL_PUBLIC, admit, make_authority, make_hospital_key, make_server_certificate  # noqa: E402
-from federation.processes import free_port  # noqa: E402
+from common import ROOT, MedFLError, run_script
+from federation.runtime.kit import CA, HOSPITAL_PUBLIC, admit, make_authority, make_hospital_key, make_server_certificate
+from federation.runtime.processes import free_port
 
 HOSPITALS = {"gateway": 2, "secure-aggregation": 3}
 ROUND = re.compile(r"^round \d+ of \d+: ([\d.]+) s, of which ([\d.]+) s", re.M)

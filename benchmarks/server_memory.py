@@ -7,25 +7,22 @@ they come from Flower, screens them, and makes the new model. Memory is the high
 holds with the model alone (Linux only); seconds are those of screening and summing.
 """
 
+import argparse
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 
-import argparse  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-
-import torch  # noqa: E402
-
-from common import run_script  # noqa: E402
-from federation.aggregation import Aggregator  # noqa: E402
-from federation.screening import check_update, screen  # noqa: E402
-from federation.settings import STRATEGIES, FederationSettings  # noqa: E402
-from federation.updates import Updates  # noqa: E402
-from federation.weights import from_record, pack, statistics_mask, to_record, variance_mask  # noqa: E402
-from transunet import ARCHITECTURES, TransUNet  # noqa: E402
+from common import run_script
+from federation.protocol.settings import STRATEGIES, FederationSettings
+from federation.protocol.weights import from_record, pack, statistics_mask, to_record, variance_mask
+from federation.server.aggregation import Aggregator
+from federation.server.screening import check_update, screen
+from federation.server.updates import Updates
+from transunet import ARCHITECTURES, TransUNet
 
 
 def resident(which: str) -> float:

@@ -7,23 +7,19 @@ defaults. Both do the same step in turn, so that a noisy machine hits both, and 
 only forward, backward and the optimiser's step; augmentation is timed apart.
 """
 
-import sys
+import argparse
+import resource
+import statistics
+import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 
-import argparse  # noqa: E402
-import resource  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-
-import torch  # noqa: E402
-
-from batches import TrainingBatches  # noqa: E402
-from common import run_script  # noqa: E402
-from dataset import load_dataset  # noqa: E402
-from training import Learner, TrainingSettings, segmentation_loss  # noqa: E402
-from transunet import TransUNet  # noqa: E402
+from batches import TrainingBatches
+from common import run_script
+from dataset import load_dataset
+from training import Learner, TrainingSettings, segmentation_loss
+from transunet import TransUNet
 
 
 def seconds(work) -> float:

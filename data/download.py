@@ -7,23 +7,19 @@ A broken-off run goes on where it stopped: kagglehub keeps the part of the archi
 place whole or not at all. Where everything is there, nothing is asked of anybody.
 """
 
-import sys
+import argparse
+import errno
+import os
+import shutil
+import tarfile
+import zipfile
+import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tqdm import tqdm
 
-import argparse  # noqa: E402
-import errno  # noqa: E402
-import os  # noqa: E402
-import shutil  # noqa: E402
-import tarfile  # noqa: E402
-import zipfile  # noqa: E402
-import zlib  # noqa: E402
-
-from tqdm import tqdm  # noqa: E402
-
-from common import MedFLError, run_script  # noqa: E402
-from dataset import find_dataset, read_patients  # noqa: E402
+from common import MedFLError, run_script
+from dataset import find_dataset, read_patients
 
 HANDLE = "mateuszbuda/lgg-mri-segmentation"
 PAGE = f"https://www.kaggle.com/datasets/{HANDLE}"

@@ -8,12 +8,9 @@ Needs requirements-dicom.txt. Key, table of names and report stay beside the arc
 broken off goes on; what is whole and unchanged is not made again.
 """
 
+import argparse
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import argparse
 
 from common import MedFLError, run_script
 

@@ -7,21 +7,16 @@ Inputs: `volume` uint8 (S, H, W, 3), all slices of a patient; `first` and `count
 the same as all at once. The file is kept only if onnxruntime computes with it what inference.py computes.
 """
 
-import sys
+import argparse
+import json
+import tempfile
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "deployment" / "app")]
-
-import argparse  # noqa: E402
-import json  # noqa: E402
-import tempfile  # noqa: E402
-import warnings  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 try:
     import onnx
@@ -31,14 +26,14 @@ try:
 except ImportError:
     onnx = None
 
-import plausibility  # noqa: E402
-from card import card_rows  # noqa: E402
-from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
-from common import MedFLError, atomic_write, run_script  # noqa: E402
-from data.make_phantoms import make_phantoms  # noqa: E402
-from inference import BLOCK, predict_volume, probability, to_mask  # noqa: E402
-from preprocessing import CHANNELS, read_volume, volume_statistics  # noqa: E402
-from transunet import TransUNet  # noqa: E402
+from appearance import doubts, features
+from checkpoint import Checkpoint, load_checkpoint
+from common import MedFLError, atomic_write, run_script
+from deployment.app.card import card_rows
+from inference import BLOCK, predict_volume, probability, to_mask
+from phantoms import make_phantoms
+from preprocessing import CHANNELS, read_volume, volume_statistics
+from transunet import TransUNet
 
 FORMAT = "1"  # of the file's properties; deployment/browser/model.js reads this one
 BOUND, BOUND_HALF = 1e-4, 1e-2  # largest difference of a probability with which a file is kept
@@ -131,16 +126,16 @@ def halve(graph: "onnx.GraphProto") -> None:
 
 
 def properties(checkpoint: Checkpoint) -> dict[str, str]:
-    """What travels in the file besides the graph: the checkpoint's metadata, its card, and the constants of plausibility.py."""
+    """What travels in the file besides the graph: the checkpoint's metadata, its card, and the constants of appearance/."""
     texts = {"metadata": checkpoint.metadata, "card": card_rows(checkpoint, checkpoint.sha256()), "plausibility": rules()}
     return {"medfl_format": FORMAT} | {name: json.dumps(value, allow_nan=False) for name, value in texts.items()}
 
 
 def rules() -> dict:
-    """The constants of plausibility.py, by which the page in the browser doubts a scan."""
-    return {"channels": CHANNELS, "flair": plausibility.FLAIR, "frame": plausibility.FRAME, "appearance": plausibility.APPEARANCE,
-            "limit": plausibility.LIMIT, "limit_alone": plausibility.LIMIT_ALONE, "sides": plausibility.SIDES,
-            "aspect": plausibility.ASPECT}
+    """The constants of appearance/, by which the page in the browser doubts a scan."""
+    return {"channels": CHANNELS, "flair": features.FLAIR, "frame": features.FRAME, "appearance": features.APPEARANCE,
+            "limit": doubts.LIMIT, "limit_alone": doubts.LIMIT_ALONE, "sides": doubts.SIDES,
+            "aspect": doubts.ASPECT}
 
 
 def compare(checkpoint: Checkpoint, content: bytes) -> Difference:

@@ -3,19 +3,15 @@
     python deployment/make_samples.py
 """
 
-import sys
+import io
+import tempfile
+import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from PIL import Image
 
-import io  # noqa: E402
-import tempfile  # noqa: E402
-import zipfile  # noqa: E402
-
-from PIL import Image  # noqa: E402
-
-from data.make_phantoms import make_phantoms  # noqa: E402
-from dataset import load_dataset  # noqa: E402
+from dataset import load_dataset
+from phantoms import make_phantoms
 
 SAMPLES = Path(__file__).parent / "app" / "samples"
 SEED = 2026  # of no phantom that the README's models were trained on

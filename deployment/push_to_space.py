@@ -10,23 +10,18 @@ of yours (`hf auth login`, or HF_TOKEN) creates or updates the Space and waits u
 is sent.
 """
 
-import sys
+import argparse
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "deployment" / "app")]
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 
-import argparse  # noqa: E402
-import time  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-
-from huggingface_hub import HfApi  # noqa: E402
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError  # noqa: E402
-
-from checkpoint import load_checkpoint  # noqa: E402
-from common import MedFLError, run_script  # noqa: E402
-from export_onnx import told  # noqa: E402
-from staging import BROWSER, SPACE, of_phantoms, stage_browser, stage_space  # noqa: E402
+from checkpoint import load_checkpoint
+from common import ROOT, MedFLError, run_script
+from deployment.export_onnx import told
+from deployment.staging import BROWSER, SPACE, of_phantoms, stage_browser, stage_space
 
 PATIENCE = 1_800.0  # seconds for the Space to be built and started
 LOOK = 5.0  # seconds between two looks at it

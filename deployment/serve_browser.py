@@ -4,21 +4,16 @@
     python deployment/serve_browser.py --checkpoint models/demo/transunet_centralized_best.pth --port 8600
 """
 
-import sys
+import argparse
+import functools
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "deployment" / "app")]
-
-import argparse  # noqa: E402
-import functools  # noqa: E402
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer  # noqa: E402
-
-from card import find_checkpoints  # noqa: E402
-from checkpoint import load_checkpoint  # noqa: E402
-from common import MedFLError, run_script  # noqa: E402
-from export_onnx import told  # noqa: E402
-from staging import BROWSER, stage_browser  # noqa: E402
+from checkpoint import load_checkpoint
+from common import ROOT, MedFLError, run_script
+from deployment.app.card import find_checkpoints
+from deployment.export_onnx import told
+from deployment.staging import BROWSER, stage_browser
 
 
 def parse() -> argparse.Namespace:

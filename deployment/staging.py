@@ -1,24 +1,22 @@
 """The folders that are published: the page with its server (Docker Space), and the page that runs in the browser (static Space).
 
-Each is filled from an allow-list, so that nothing else can slip in.
+Each is filled with what its page needs by name, so that nothing else can slip in.
 """
 
 import shutil
 from pathlib import Path
 
-from card import NOTICE, card_rows
 from checkpoint import Checkpoint
-from common import MedFLError
-from export_onnx import Difference, export
+from common import ROOT, MedFLError, files_needed
+from deployment.app.card import NOTICE, card_rows
+from deployment.export_onnx import Difference, export
 
-ROOT = Path(__file__).resolve().parents[1]
 SPACE, BROWSER = ROOT / "models" / "space", ROOT / "models" / "browser"
 DATASET_LICENCE = "cc-by-nc-sa-4.0"  # of the LGG scans, which weights trained on them carry as well
 SAMPLES = "deployment/app/samples"
 
-SPACE_CODE = ("LICENSE", "checkpoint.py", "common.py", "inference.py", "metrics.py", "plausibility.py", "preprocessing.py",
-              "spacing.py", "torchvision_operators.py", "transunet.py", "deployment/app/.streamlit/config.toml")
-SPACE_FOLDERS = {"deployment/app": "*.py", SAMPLES: "*.zip"}
+SPACE_OTHERS = ("LICENSE", "deployment/app/.streamlit/config.toml")  # besides what the page imports
+NOT_IN_A_SPACE = ("radiology",)  # DICOM files carry names, and a Space is somebody else's computer
 SPACE_TOP = ("README.md", "Dockerfile", "requirements.txt")  # of deployment/space
 
 BROWSER_FILES = ("README.md", "index.html", "style.css", "icon.svg")  # of deployment/browser, and its *.js
@@ -37,9 +35,10 @@ ONNXRUNTIME = {"ort.js": "ort.wasm.min.mjs", "ort-wasm.js": "ort-wasm-simd-threa
 
 def stage_space(checkpoint: Checkpoint, folder: Path = SPACE) -> list[Path]:
     """Put the Streamlit page, its modules and one model into `folder`; the files' paths."""
-    sources = {name: ROOT / name for name in SPACE_CODE} | {name: ROOT / "deployment" / "space" / name for name in SPACE_TOP}
-    for inside, pattern in SPACE_FOLDERS.items():
-        sources |= {f"{inside}/{path.name}": path for path in sorted((ROOT / inside).glob(pattern))}
+    code = files_needed("deployment/app/app.py", without=NOT_IN_A_SPACE)
+    sources = {name: ROOT / name for name in (*code, *SPACE_OTHERS)}
+    sources |= {name: ROOT / "deployment" / "space" / name for name in SPACE_TOP}
+    sources |= {f"{SAMPLES}/{path.name}": path for path in sorted((ROOT / SAMPLES).glob("*.zip"))}
     name = checkpoint.path.name if checkpoint.path.name.endswith("_best.pth") else f"{checkpoint.path.stem}_best.pth"
     sources[f"models/{name}"] = checkpoint.path
     return _fill(folder, sources, checkpoint)

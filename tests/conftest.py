@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 import pytest
-
 from running import run_script
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and its children would too
@@ -30,7 +29,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def phantoms(home, tmp_path_factory) -> Path:
     """A cohort of 10 small phantoms, about 8 slices of 64 pixels each."""
-    from data.make_phantoms import make_phantoms
+    from phantoms import make_phantoms
 
     out = tmp_path_factory.mktemp("phantoms")
     make_phantoms(out, patients=10, slices=8, size=64, seed=0)

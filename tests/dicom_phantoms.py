@@ -63,7 +63,7 @@ SPACING = (6.0, 0.9, 0.9)  # mm, of a phantom's own grid
 
 def phantom(seed: int = 0, slices: int = 16, size: int = 256) -> tuple[list[sitk.Image], sitk.Image]:
     """Pre-contrast, FLAIR and post-contrast of a painted head of size × 0.9 mm, on one grid, and its mask."""
-    from data.make_phantoms import SCANNERS, _patient
+    from phantoms import SCANNERS, _patient
 
     volume, truth = _patient(np.random.default_rng(seed), SCANNERS["DU"], slices, size, None)
     spacing = (SPACING[0], 230.4 / size, 230.4 / size)

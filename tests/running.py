@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def copy_of_medfl(folder: Path) -> Path:
-    """The scripts and federation/ in another folder, for a test to change."""
-    for path in [ROOT / "LICENSE", *ROOT.glob("*.py"), *ROOT.glob("federation/*.py")]:
+    """The scripts and what they import in another folder, for a test to change."""
+    packages = [path for name in ("appearance", "evaluation", "federation") for path in (ROOT / name).rglob("*.py")]
+    for path in [ROOT / "LICENSE", *ROOT.glob("*.py"), *packages]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

@@ -6,13 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from running import run_here
 
 from benchmarks.federated_study import pooled
 from checkpoint import load_checkpoint, update_metadata
 from common import MedFLError
-from comparison import ALL, COLUMNS, as_text, hospitals_of, kind_of, lines_of, make_rows, table_of
 from dataset import load_dataset
-from running import run_here
+from evaluation.comparison import ALL, COLUMNS, as_text, hospitals_of, kind_of, lines_of, make_rows, table_of
 from split import load_split
 
 HOSPITALS = {"hospital-0": ("a", "b"), "hospital-1": ("c",), "hospital-2": ()}

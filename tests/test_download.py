@@ -9,13 +9,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from running import run_script
 
 from common import MedFLError
 from dataset import find_dataset, read_patients
-from running import run_script
 
 pytest.importorskip("kagglehub", reason="the download's tests need kagglehub")
-from data.download import PAGE, cache_folder, check, copy_set, download  # noqa: E402
+from data.download import PAGE, cache_folder, check, copy_set, download
 
 LISTED = "/api/v1/datasets.DatasetApiService/GetDataset"
 FETCHED = "/api/v1/datasets.DatasetApiService/DownloadDataset"

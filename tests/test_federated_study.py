@@ -8,7 +8,7 @@ import pytest
 from benchmarks import federated_study
 from benchmarks.federated_study import FEDAVG, Study, finished
 from common import MedFLError
-from comparison import ALL
+from evaluation.comparison import ALL
 
 
 @pytest.mark.slow

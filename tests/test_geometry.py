@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_phantoms import image_of, phantom, scan, turn
 
 from common import MedFLError
-from dicom_phantoms import image_of, phantom, scan, turn
 from radiology.geometry import POOR, SIDE, agreement, register, resample, resample_mask, to_axial, to_uint8
 
 PLACES = [(x, y, z) for x in (-60, 60) for y in (-70, 70) for z in (-30, 40)]  # mm, about the corners of a brain

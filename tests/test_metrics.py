@@ -1,4 +1,4 @@
-"""metrics.py against scikit-learn, brute force, identities and masks that are counted by hand."""
+"""evaluation/metrics.py against scikit-learn, brute force, identities and masks that are counted by hand."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, jaccard_score
 
-import metrics
 from common import MedFLError
+from evaluation import metrics
 
 SEEDS = range(6)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from running import run_script
 
 from common import MedFLError
 from dataset import load_dataset
 from partition import KINDS, MIN_TRAIN, Partition, burden_classes, describe_hospitals, heterogeneity, make_partition
-from running import run_script
 from split import PARTS, Split, make_split
 
 

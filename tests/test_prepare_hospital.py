@@ -13,16 +13,16 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from dicom_phantoms import image_of, phantom, scan, small_study, turn, write_series
 from PIL import Image
+from prepared import SCRIPT, pixels, report
+from running import ROOT, run_here, run_script
 
 from common import MedFLError
 from dataset import load_dataset
-from dicom_phantoms import image_of, phantom, scan, small_study, turn, write_series
-from prepared import SCRIPT, pixels, report
 from radiology.geometry import to_uint8
 from radiology.segmentation import write_segmentation
 from radiology.series import find_series
-from running import ROOT, run_here, run_script
 
 # What an archive writes into its files, and nothing of it may be found again. Maker and model are known to travel.
 SECRETS = {"PatientName": "Zzyzxova^Ludmila", "PatientID": "QX-48151623", "PatientBirthDate": "19431117", "PatientSex": "F",

@@ -7,11 +7,11 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-
 from dicom_phantoms import phantom
 from prepared import SCRIPT, pixels, report
-from radiology.rules import DEFAULT
 from running import run_script
+
+from radiology.rules import DEFAULT
 
 
 def write_nifti(path: Path, image: sitk.Image, dtype: type = np.float32) -> None:

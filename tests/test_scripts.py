@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import ROOT, run_here, run_script
 
 from checkpoint import load_checkpoint, update_metadata
 from dataset import load_dataset
 from inference import predict_volume, to_mask
-from running import ROOT, run_here, run_script
 from split import make_split
 
 pytestmark = pytest.mark.slow

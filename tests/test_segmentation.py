@@ -4,12 +4,12 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from dicom_phantoms import image_of, turn, write_series
+from test_series import write_enhanced
 
 from common import MedFLError
-from dicom_phantoms import image_of, turn, write_series
 from radiology.segmentation import read_segmentation, write_segmentation
 from radiology.series import find_series, load_series
-from test_series import write_enhanced
 
 SHAPE = (7, 20, 24)
 OBLIQUE = np.array(turn(image_of(np.zeros((2, 2, 2)), (5, 1, 1)), (20, -10, 35), (0, 0, 0)).GetMatrix()).reshape(3, 3)

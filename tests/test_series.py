@@ -8,13 +8,13 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from dicom_phantoms import image_of, turn, write_series
 from pydicom.dataset import Dataset
-from pydicom.uid import EnhancedMRImageStorage, JPEG2000Lossless, JPEGLosslessSV1, MPEG2MPML, RLELossless, generate_uid
+from pydicom.uid import MPEG2MPML, EnhancedMRImageStorage, JPEG2000Lossless, JPEGLosslessSV1, RLELossless, generate_uid
+from running import ROOT
 
 from common import MedFLError
-from dicom_phantoms import image_of, turn, write_series
 from radiology.series import find_series, load_series
-from running import ROOT
 
 SPACING = (5.0, 1.25, 0.75)
 OBLIQUE = np.array(turn(image_of(np.zeros((2, 2, 2)), SPACING), (20, -10, 35), (0, 0, 0)).GetMatrix()).reshape(3, 3)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import run_here
 
-import metrics
 from checkpoint import load_checkpoint
 from common import MedFLError
 from dataset import load_dataset
-from running import run_here
+from evaluation import metrics
+from evaluation.scoring import score_patients
 from spacing import read_spacing
-from training import score_patients
 
 BEST = "transunet_centralized_best.pth"
 GOOD = {"version": 1, "spacing_mm": [5.0, 0.5, 0.75], "slice_positions_mm": [0.0, 5.0], "manufacturer": "somebody"}

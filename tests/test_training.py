@@ -8,8 +8,9 @@ import torch
 from batches import TrainingBatches
 from common import MedFLError
 from dataset import load_dataset
+from evaluation.scoring import score_patients
 from inference import predict_volume, to_mask
-from training import Learner, TrainingSettings, choose_precision, rate_scale, score_patients, segmentation_loss
+from training import Learner, TrainingSettings, choose_precision, rate_scale, segmentation_loss
 from transunet import TransUNet
 
 CPU = torch.device("cpu")

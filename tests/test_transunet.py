@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from running import ROOT
 from safetensors.torch import save_file
 
 from common import MedFLError
-from running import ROOT
 from transunet import ARCHITECTURES, TransUNet
 
 

@@ -9,24 +9,21 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
-import sys
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import streamlit as st
 
-import streamlit as st  # noqa: E402
-
-from card import NOTICE, card_rows, find_checkpoints  # noqa: E402
-from cases import KINDS, Case, read_case  # noqa: E402
-from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
-from common import MedFLError  # noqa: E402
-from inference import choose_device  # noqa: E402
-from pictures import icon  # noqa: E402
-from plausibility import doubts  # noqa: E402
-from readout import predict_case  # noqa: E402
-from viewer import show_case, take_uploads  # noqa: E402
+from appearance.doubts import doubts
+from checkpoint import Checkpoint, load_checkpoint
+from common import ROOT, MedFLError
+from deployment.app.card import NOTICE, card_rows, find_checkpoints
+from deployment.app.case import Case
+from deployment.app.cases import KINDS, read_case
+from deployment.app.pictures import icon
+from deployment.app.readout import predict_case
+from deployment.app.viewer import show_case, take_uploads
+from inference import choose_device
 
 MODELS = ROOT / "models"
 SAMPLES = Path(__file__).parent / "samples"
@@ -158,7 +155,7 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
     case: Case = state.case
     seen = case.volume
     if case.dicom is not None:
-        from dicom import as_prepared  # radiology/ is optional
+        from deployment.app.dicom import as_prepared  # radiology/ is optional
 
         seen = as_prepared(case.volume)
     state.doubts = doubts(seen, checkpoint.metadata["preprocessing"].get("training_images"))

@@ -3,60 +3,21 @@
 Everything stays in memory; nothing is written to disk.
 """
 
-import gzip
-import io
-import lzma
-import zipfile
-import zlib
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from types import ModuleType
 
 import numpy as np
 
 from common import MedFLError
+from deployment.app.archives import check_number, unpack_zip
+from deployment.app.case import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case, short
+from deployment.app.nifti import read_nifti, read_nifti_mask
 from preprocessing import IMAGE_SUFFIXES, group_volumes, is_image, is_mask, read_mask, read_slice, slice_number
 from spacing import NAME, read_spacing
 
-MAX_FILES = 1_000  # in one upload, masks and all
-MAX_PIXELS = 12 * 2**20  # of a case: 192 slices of 256×256; more would need more than 1.5 GiB at the normalisation
-MAX_UNPACKED = 256 * 2**20  # bytes that an archive may unpack to
-MIN_SIDE = 16  # pixels
 NIFTI = (".nii", ".nii.gz")
 DICOM = (".dcm", ".dicom", ".ima")  # or any other name, where the content says so
-LONE_SLICE = ("A lone slice is normalised by itself and not with its patient's other slices: its mask is less reliable. Open a "
-              "patient's slices together.")
-# what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another kind
-DAMAGED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError, IndexError, zlib.error,
-           lzma.LZMAError)
 KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "json"]  # that the page's upload offers
-
-
-@dataclass
-class Case:
-    """What is looked at together.
-
-    name: the patient's, or the file's; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each slice the number
-    of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H, W) uint8 0/255 or None;
-    spacing: mm between rows, columns and slices, or None; measured: whether the files tell it; notes: what a reader should know
-    about how it was read; nifti, dicom: the image or the series (dicom.Source) that it came from, if it did, to write a mask in
-    the same space.
-    """
-
-    name: str
-    slices: list[str]
-    volume: np.ndarray
-    groups: np.ndarray
-    truth: np.ndarray | None = None
-    spacing: tuple[float, float, float] | None = None
-    measured: bool = False
-    notes: list[str] = field(default_factory=list)
-    nifti: object = None
-    dicom: object = None
-
-    @property
-    def is_volume(self) -> bool:
-        """Whether the slices are one patient's, so that sums over them mean something."""
-        return len(self.slices) > 1 and int(self.groups.max()) == 0
 
 
 def read_case(files: list[tuple[str, bytes]]) -> Case:
@@ -68,31 +29,24 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
     archives = [name for name, _ in files if name.lower().endswith(".zip")]
     if archives:
         if len(files) > 1:
-            raise MedFLError(f"{_short(archives[0])} came with other files; upload a ZIP by itself")
+            raise MedFLError(f"{short(archives[0])} came with other files; upload a ZIP by itself")
         files = unpack_zip(*files[0])
-    _check_number(len(files))
+    check_number(len(files))
     if any(_is_dicom(*file) for file in files):
         return _dicom().read_dicom(files)
     if any(name.lower().endswith(NIFTI) for name, _ in files):
-        from nifti import read_nifti  # nibabel is optional
-
         return read_nifti(files)
     return _read_slices(dict(files))
-
-
-def _check_number(files: int) -> None:
-    if files > MAX_FILES:
-        raise MedFLError(f"{files} files are more than the {MAX_FILES} of one case; upload one patient at a time")
 
 
 def _is_dicom(name: str, content: bytes) -> bool:
     return name.lower().endswith(DICOM) or content[128:132] == b"DICM"
 
 
-def _dicom():
-    """The module that reads DICOM. Raises MedFLError where what it needs is not installed, or not here."""
+def _dicom() -> ModuleType:
+    """The module that reads DICOM, which is optional. Raises MedFLError where what it needs is not installed, or not here."""
     try:
-        import dicom
+        from deployment.app import dicom
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("radiology"):  # left out of a Space
             raise MedFLError("DICOM files carry the patient's name, so this published page takes none; run the page on a machine "
@@ -100,49 +54,6 @@ def _dicom():
         raise MedFLError(f"DICOM files need {error.name}; install it (`pip install -r requirements-dicom.txt`), or upload slices "
                          "or NIfTI") from error
     return dicom
-
-
-def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
-    """Names and contents of a ZIP's files, folders and hidden files left out. Raises MedFLError for a damaged archive, names
-    that point out of it, and more than may be unpacked."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-            _check_number(len(entries))
-            for entry in entries:
-                path = PurePosixPath(entry.filename.replace("\\", "/"))
-                if path.is_absolute() or ".." in path.parts or any(":" in part for part in path.parts[:1]):
-                    raise MedFLError(f"{_short(name)} holds a name that points out of the archive; pack the slices anew")
-            if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
-                raise MedFLError(f"{_short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time")
-            files, room = [], MAX_UNPACKED
-            for entry in entries:
-                path = PurePosixPath(entry.filename.replace("\\", "/"))
-                if any(part.startswith((".", "__MACOSX")) for part in path.parts):
-                    continue
-                with archive.open(entry) as file:
-                    piece = file.read(room + 1)  # a header can lie about the size
-                room -= len(piece)
-                if room < 0:
-                    raise MedFLError(f"{_short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time")
-                files.append((str(path), piece))
-    except DAMAGED as error:
-        raise MedFLError(f"{_short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it anew") from error
-    if not files:
-        raise MedFLError(f"{_short(name)} holds no files; pack the slices into it")
-    return files
-
-
-def unpack_gzip(name: str, content: bytes) -> bytes:
-    """What a .gz file holds. Raises MedFLError for a damaged one, or one that unpacks to too much."""
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-            unpacked = file.read(MAX_UNPACKED + 1)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise MedFLError(f"{_short(name)} can't be unpacked; copy it again") from error
-    if len(unpacked) > MAX_UNPACKED:
-        raise MedFLError(f"{_short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; crop it first")
-    return unpacked
 
 
 def _read_slices(files: dict[str, bytes]) -> Case:
@@ -158,7 +69,7 @@ def _read_slices(files: dict[str, bytes]) -> Case:
         raise MedFLError(f"these are slices of {len(numbered)} patients ({', '.join(sorted(numbered)[:3])}); open one at a time")
     if numbered and len(volumes) > 1:
         odd = next(slices[0] for _, slices in volumes if slice_number(slices[0]) is None)
-        raise MedFLError(f"{_short(odd.name)} has no slice number at its end and others have; open it by itself")
+        raise MedFLError(f"{short(odd.name)} has no slice number at its end and others have; open it by itself")
     order = [path for _, slices in volumes for path in slices]
     pixels = [read_slice(path, paths[path]) for path in order]
     _check_sizes(order, pixels)
@@ -185,10 +96,10 @@ def _read_slices(files: dict[str, bytes]) -> Case:
 def _check_sizes(order: list[PurePosixPath], pixels: list[np.ndarray]) -> None:
     rows, columns, _ = pixels[0].shape
     if min(rows, columns) < MIN_SIDE:
-        raise MedFLError(f"{_short(order[0].name)} is {columns}×{rows} pixels, too small for a slice; choose another file")
+        raise MedFLError(f"{short(order[0].name)} is {columns}×{rows} pixels, too small for a slice; choose another file")
     for path, one in zip(order, pixels):
         if one.shape != pixels[0].shape:
-            raise MedFLError(f"{_short(path.name)} is {one.shape[1]}×{one.shape[0]} pixels and {_short(order[0].name)} is "
+            raise MedFLError(f"{short(path.name)} is {one.shape[1]}×{one.shape[0]} pixels and {short(order[0].name)} is "
                              f"{columns}×{rows}; open slices of one size together")
     if len(pixels) * rows * columns > MAX_PIXELS:
         raise MedFLError(f"{len(pixels)} slices of {columns}×{rows} pixels are more than this page can hold; open fewer slices")
@@ -199,11 +110,11 @@ def _read_masks(order: list[PurePosixPath], masks: list[tuple | None], shape: tu
     truth = []
     for path, mask in zip(order, masks):
         if mask is None:
-            raise MedFLError(f"{_short(path.name)} has no mask and other slices have; add {_short(path.stem)}_mask, or leave all "
+            raise MedFLError(f"{short(path.name)} has no mask and other slices have; add {short(path.stem)}_mask, or leave all "
                              "masks out")
         pixels = read_mask(*mask)
         if pixels.shape != shape[1:3]:
-            raise MedFLError(f"{_short(mask[0].name)} is {pixels.shape[1]}×{pixels.shape[0]} pixels and its slice is "
+            raise MedFLError(f"{short(mask[0].name)} is {pixels.shape[1]}×{pixels.shape[0]} pixels and its slice is "
                              f"{shape[2]}×{shape[1]}; choose masks of the slices' size")
         truth.append(pixels)
     return np.stack(truth)
@@ -216,8 +127,6 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     if case.dicom is not None and len(files) == 1 and files[0][0].suffix.lower() not in IMAGE_SUFFIXES:
         return _dicom().read_dicom_mask(case, str(files[0][0]), files[0][1])
     if len(files) == 1 and str(files[0][0]).lower().endswith(NIFTI):
-        from nifti import read_nifti_mask
-
         return read_nifti_mask(case, *files[0])
     order = [PurePosixPath(name) for name in case.slices]
     if len(order) == len(files) == 1:
@@ -226,9 +135,3 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     if not any(path.stem.lower() in masks for path in order):
         raise MedFLError("no mask has the name of a slice with _mask at its end; rename the masks, or choose others")
     return _read_masks(order, [masks.get(path.stem.lower()) for path in order], case.volume.shape)
-
-
-def _short(name: str) -> str:
-    """A file's name without its folders, cut where it is very long."""
-    name = PurePosixPath(name).name
-    return name if len(name) <= 60 else f"{name[:40]}…{name[-15:]}"

@@ -5,14 +5,15 @@ Of a file's tags a case keeps what its mask as DICOM SEG needs, until it is clos
 
 import importlib.util
 import io
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import SimpleITK as sitk
 
-from cases import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case
 from common import MedFLError
+from deployment.app.case import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case
+from deployment.app.nifti import nifti_file
+from deployment.app.source import Source
 from preprocessing import CHANNELS
 from radiology.geometry import POOR, SIDE, agreement, register, resample, to_uint8
 from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
@@ -39,24 +40,6 @@ class Upload(io.BytesIO):
 
     def open(self, _mode: str) -> io.BytesIO:
         return io.BytesIO(self.getvalue())
-
-
-@dataclass
-class Source:
-    """The series that a case's slices were made of, and how to get back onto its grid.
-
-    series: FLAIR, its files in memory; grid: an empty image on it; margins: black rows above and black columns on the left
-    that made the slices square, and the rows and columns in between.
-    """
-
-    series: Series
-    grid: sitk.Image
-    margins: tuple[int, int, int, int]
-
-    def within(self, slices: np.ndarray) -> np.ndarray:
-        """A view of slices (S, H, W) without the margins."""
-        above, left, below, right = self.margins
-        return slices[:, above:slices.shape[1] - below, left:slices.shape[2] - right]
 
 
 def read_dicom(files: list[tuple[str, bytes]]) -> Case:
@@ -229,8 +212,6 @@ def write_segmentation(case: Case, mask: np.ndarray) -> bytes:
 
 def write_series_nifti(case: Case, mask: np.ndarray) -> bytes:
     """A mask of the case as .nii.gz, voxel for voxel on the source series, 1 where there is tumour."""
-    from nifti import nifti_file
-
     grid = case.dicom.grid
     affine = np.eye(4)
     affine[:3, :3] = np.array(grid.GetDirection()).reshape(3, 3) * grid.GetSpacing()

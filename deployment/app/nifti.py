@@ -5,8 +5,9 @@ import io
 
 import numpy as np
 
-from cases import MAX_PIXELS, MIN_SIDE, Case, unpack_gzip
 from common import MedFLError
+from deployment.app.archives import unpack_gzip
+from deployment.app.case import MAX_PIXELS, MIN_SIDE, Case
 
 BRIGHTEST = 99.9  # percentile of the voxels above 0 that becomes 255
 

@@ -11,11 +11,11 @@ from scipy.ndimage import label
 from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 
-import metrics
-from cases import Case
+from appearance.features import FLAIR
+from deployment.app.case import Case
+from deployment.app.pictures import png
+from evaluation import metrics
 from inference import predict_volume, to_mask
-from pictures import png
-from plausibility import FLAIR
 from transunet import TransUNet
 
 SPREAD_FLOOR = 0.05  # probability below which a pixel is background in both readings and says nothing of the doubt
@@ -95,7 +95,7 @@ def slice_rows(case: Case, prediction: Prediction, threshold: float) -> list[dic
 
 
 def agreement(prediction: np.ndarray, truth: np.ndarray) -> tuple[float | None, float | None]:
-    """Dice and IoU of two masks of one shape, by the rules in metrics.py; None where both are empty."""
+    """Dice and IoU of two masks of one shape, by the rules in evaluation/metrics.py; None where both are empty."""
     overlap = metrics.counts(prediction, truth)
     return (metrics.dice(*overlap), metrics.iou(*overlap)) if any(overlap) else (None, None)
 

@@ -6,7 +6,7 @@ import textwrap
 import numpy as np
 from matplotlib.figure import Figure
 
-from card import NOTICE
+from deployment.app.card import NOTICE
 
 ORANGE = "#C77700"
 PAGE = (8.27, 11.69)  # inches, A4

@@ -6,13 +6,15 @@ import pandas as pd
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from cases import Case, add_truth
 from checkpoint import Checkpoint
 from common import MedFLError
+from deployment.app.case import Case
+from deployment.app.cases import add_truth
+from deployment.app.nifti import write_nifti
+from deployment.app.pictures import BLUE, ORANGE, VIEWS, base_picture, comparison, fill, outline, png, probability_picture
+from deployment.app.readout import Prediction, csv_text, flip_spread, mask_name, slice_rows, summary, zip_masks
+from deployment.app.report import draw_report
 from inference import to_mask
-from pictures import BLUE, ORANGE, VIEWS, base_picture, comparison, fill, outline, png, probability_picture
-from readout import Prediction, csv_text, flip_spread, mask_name, slice_rows, summary, zip_masks
-from report import draw_report
 from transunet import TransUNet
 
 OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "truth"
@@ -222,8 +224,6 @@ def downloads(case: Case, probability: np.ndarray, masks: np.ndarray, rows: list
               ("Figures (CSV)", lambda: csv_text(rows), f"{case.name}.csv", "text/csv"),
               ("Report (PNG)", report, f"{case.name}_report.png", "image/png")]
     if case.nifti is not None:
-        from nifti import write_nifti  # nibabel is optional
-
         offers.append(("Mask (NIfTI)", lambda: write_nifti(case, masks), f"{case.name}_mask.nii.gz", "application/gzip"))
     if case.dicom is not None:
         offers += dicom_offers(case, masks)
@@ -235,7 +235,7 @@ def downloads(case: Case, probability: np.ndarray, masks: np.ndarray, rows: list
 
 def dicom_offers(case: Case, masks: np.ndarray) -> list[tuple]:
     """What a case of DICOM gives besides: the mask over its source series, unless it is empty, and as NIfTI."""
-    from dicom import has_nifti, write_segmentation, write_series_nifti  # radiology/ is optional
+    from deployment.app.dicom import has_nifti, write_segmentation, write_series_nifti  # radiology/ is optional
 
     offers = []
     if masks.any() and case.dicom.series.frame_of_reference:  # an empty DICOM SEG can't be shown

@@ -1,4 +1,4 @@
-// The figures beside the picture, by the rules of metrics.py and deployment/app/readout.py.
+// The figures beside the picture, by the rules of evaluation/metrics.py and deployment/app/readout.py.
 
 const FLAIR = 1; // channel
 

@@ -1,16 +1,11 @@
 """Cases that a user may upload, and the app's folder where its modules find each other."""
 
 import io
-import sys
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
-
-from running import ROOT
-
-sys.path[:0] = [str(ROOT / "deployment"), str(ROOT / "deployment" / "app")]
 
 
 @pytest.fixture

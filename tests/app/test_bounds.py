@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-import cases
-import readout
-from card import card_rows, find_checkpoints
-from cases import Case, add_truth, read_case
+from appearance.doubts import doubts
+from appearance.features import describe_volume
 from checkpoint import load_checkpoint
 from common import MedFLError
+from deployment.app import archives, cases, readout
+from deployment.app.card import card_rows, find_checkpoints
+from deployment.app.case import Case
+from deployment.app.cases import add_truth, read_case
+from deployment.app.nifti import write_nifti
+from deployment.app.pictures import BLUE, ORANGE, base_picture, comparison, enlargement, outline
+from deployment.app.readout import Prediction, flip_spread, predict_case, slice_rows, summary
+from deployment.serve_browser import headers, server
+from deployment.staging import ROOT, stage_space
 from inference import to_mask
-from nifti import write_nifti
-from pictures import BLUE, ORANGE, base_picture, comparison, enlargement, outline
-from plausibility import describe_volume, doubts
-from readout import Prediction, flip_spread, predict_case, slice_rows, summary
-from serve_browser import headers, server
-from staging import ROOT, stage_space
 
 
 def test_a_zip_of_a_folder_with_masks_has_a_truth_and_hidden_files_are_left_out(slices, picture, zipped):
@@ -38,7 +39,7 @@ def test_what_is_passed_over_is_told(slices, picture):
 
 
 def test_bounds_hold_to_the_last_one(slices, zipped, monkeypatch):
-    monkeypatch.setattr(cases, "MAX_FILES", 12)
+    monkeypatch.setattr(archives, "MAX_FILES", 12)
     monkeypatch.setattr(cases, "MAX_PIXELS", 12 * 32 * 32)
     read_case(slices)
     for files in ([*slices, ("x.txt", b"")], [("p.zip", zipped([(f".{k}", b"") for k in range(13)]))]):
@@ -48,7 +49,7 @@ def test_bounds_hold_to_the_last_one(slices, zipped, monkeypatch):
     with pytest.raises(MedFLError, match="12 slices of 32×32 pixels are more than this page can hold"):
         read_case(slices)
     scan = nibabel.Nifti1Image(np.zeros((32, 32, 12), np.uint8), np.eye(4)).to_bytes()
-    monkeypatch.setattr("nifti.MAX_PIXELS", 12 * 32 * 32 - 1)
+    monkeypatch.setattr("deployment.app.nifti.MAX_PIXELS", 12 * 32 * 32 - 1)
     with pytest.raises(MedFLError, match="which this page can't hold"):
         read_case([("a.nii", scan)])
 

@@ -4,12 +4,12 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from dataset import load_dataset
 from dicom_phantoms import phantom, write_series
+from PIL import Image
 from running import ROOT, run_script
-from serving import served
+
+from benchmarks.serving import served
+from dataset import load_dataset
 
 pytestmark = pytest.mark.slow
 BEST = "transunet_centralized_best.pth"

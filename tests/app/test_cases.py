@@ -7,10 +7,11 @@ import nibabel
 import numpy as np
 import pytest
 
-import cases
-from cases import MAX_FILES, add_truth, read_case
 from common import MedFLError
-from nifti import write_nifti
+from deployment.app import archives
+from deployment.app.archives import MAX_FILES
+from deployment.app.cases import add_truth, read_case
+from deployment.app.nifti import write_nifti
 from preprocessing import read_slice
 
 
@@ -104,7 +105,7 @@ def test_an_archive_whose_names_climb_out_is_refused(zipped, picture, name):
 
 
 def test_bombs_are_refused(zipped, monkeypatch):
-    monkeypatch.setattr(cases, "MAX_UNPACKED", 1 << 20)
+    monkeypatch.setattr(archives, "MAX_UNPACKED", 1 << 20)
     bomb = zipped([("a_1.png", bytes(2 << 20))])
     with pytest.raises(MedFLError, match="unpacks to more than 1 MB"):
         read_case([("p.zip", bomb)])
@@ -114,7 +115,7 @@ def test_bombs_are_refused(zipped, monkeypatch):
     with pytest.raises(MedFLError, match="unpacks to more than 1 MB"):
         read_case([("p.nii.gz", gzip.compress(bytes(2 << 20)))])
     with pytest.raises(MedFLError, match="unpacks to more"):
-        monkeypatch.setattr(cases, "MAX_UNPACKED", 0)
+        monkeypatch.setattr(archives, "MAX_UNPACKED", 0)
         read_case([("p.zip", bomb)])
 
 

@@ -8,25 +8,25 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from dicom_phantoms import image_of, write_series
 from highdicom.seg import segread
 from pydicom.uid import generate_uid
+from running import ROOT
 from streamlit.testing.v1 import AppTest
 
-import metrics
-from cases import add_truth, read_case
 from checkpoint import load_checkpoint
 from common import MedFLError
 from dataset import load_dataset
-from dicom import as_prepared, on_series, write_segmentation, write_series_nifti
-from dicom_phantoms import image_of, write_series
+from deployment.app.cases import add_truth, read_case
+from deployment.app.dicom import as_prepared, on_series, write_segmentation, write_series_nifti
+from deployment.app.readout import csv_text, predict_case, slice_rows, zip_masks
+from deployment.app.viewer import dicom_offers
+from evaluation import metrics
 from inference import to_mask
 from radiology.preparation import prepare
 from radiology.rules import load_rules
 from radiology.series import find_series
 from radiology.studies import plan_studies
-from readout import csv_text, predict_case, slice_rows, zip_masks
-from running import ROOT
-from viewer import dicom_offers
 
 BEST = "transunet_centralized_best.pth"
 PATIENT = {"PatientName": "Grieg^Edvard", "PatientID": "HG-1843-0615", "PatientBirthDate": "18430615",

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from running import ROOT
 from streamlit.testing.v1 import AppTest
 
 from dataset import load_dataset
-from running import ROOT
 
 pytestmark = pytest.mark.slow
 BEST = "transunet_centralized_best.pth"
@@ -119,8 +119,8 @@ def test_a_model_that_cant_be_used_is_told(tmp_path, monkeypatch, content, sente
 
 
 def test_the_card_tells_a_federation_and_a_central_model_apart(trained):
-    from card import card_rows
     from checkpoint import load_checkpoint
+    from deployment.app.card import card_rows
 
     checkpoint = load_checkpoint(trained / BEST)
     central = dict(card_rows(checkpoint, "0" * 64, "cpu"))

@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cases import Case
+from deployment.app.case import Case
+from deployment.app.pictures import (
+    BLUE,
+    ORANGE,
+    YELLOW,
+    base_picture,
+    comparison,
+    enlargement,
+    fill,
+    outline,
+    probability_picture,
+    windowed,
+)
+from deployment.app.readout import Prediction, csv_text, largest_diameter, mask_name, slice_rows, summary, zip_masks
+from deployment.app.report import draw_report
 from inference import to_mask
-from pictures import BLUE, ORANGE, YELLOW, base_picture, comparison, enlargement, fill, outline, probability_picture, windowed
-from readout import Prediction, csv_text, largest_diameter, mask_name, slice_rows, summary, zip_masks
-from report import draw_report
 
 SIDE = 64
 

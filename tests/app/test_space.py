@@ -9,12 +9,13 @@ import sys
 import threading
 
 import pytest
-
 from running import ROOT
-from serving import served
+
+from benchmarks.serving import served
 
 pytestmark = pytest.mark.slow
 BEST = "transunet_centralized_best.pth"
+OF_THE_REPOSITORY = [ROOT, *(path.parent for path in ROOT.rglob("*.py") if ".venv" not in path.parts)]  # folders of modules
 
 
 def push(*options, **environment) -> subprocess.CompletedProcess:
@@ -25,9 +26,8 @@ def push(*options, **environment) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def staged(trained, tmp_path_factory):
-    sys.path.insert(0, str(ROOT / "deployment"))
     from checkpoint import load_checkpoint
-    from staging import stage_space
+    from deployment.staging import stage_space
 
     folder = tmp_path_factory.mktemp("space") / "staged"
     stage_space(load_checkpoint(trained / BEST), folder)
@@ -50,7 +50,7 @@ def test_the_folder_holds_the_app_and_nothing_of_a_federation(staged):
 
 
 def test_the_folder_starts_by_itself_and_segments(staged, tmp_path):
-    """Outside of the repository, on its own path alone; a module that it lacks would be missed here."""
+    """Outside of the repository, as the Dockerfile has it; a module that it lacks would come from the repository."""
     code = ("import io, sys, zipfile; from pathlib import Path; from streamlit.testing.v1 import AppTest\n"
             "page = AppTest.from_file('deployment/app/app.py', default_timeout=120).run()\n"
             "assert 'DICOM' not in page.file_uploader[0].label\n"
@@ -60,10 +60,13 @@ def test_the_folder_starts_by_itself_and_segments(staged, tmp_path):
             "assert ['published page takes none' in error.value for error in page.error] == [True], page.error\n"
             "page.button(key='phantom_1').click().run()\n"
             "assert not page.exception and len(page.table) == 1, page.exception\n"
-            "here = {n: m.__file__ for n, m in sys.modules.items() if n in ('card', 'transunet', 'inference', 'plausibility')}\n"
+            "names = ('deployment.app.card', 'transunet', 'inference', 'appearance.doubts')\n"
+            "here = {n: m.__file__ for n, m in sys.modules.items() if n in names}\n"
             "assert len(here) == 4 and all(Path(f).is_relative_to(Path.cwd()) for f in here.values()), here\n"
+            "files = [Path(m.__file__) for m in sys.modules.values() if getattr(m, '__file__', None)]\n"
+            f"assert not [f for f in files if str(f.parent) in {[str(path) for path in OF_THE_REPOSITORY]!r}]\n"
             "assert not {'flwr', 'dataset', 'federation'} & set(sys.modules)\n")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MEDFL_CHECKPOINT")}
+    environment = {name: value for name, value in os.environ.items() if name != "MEDFL_CHECKPOINT"} | {"PYTHONPATH": str(staged)}
     done = subprocess.run([sys.executable, "-c", code], cwd=staged, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     with served(staged, None, tmp_path / "log") as (address, _):

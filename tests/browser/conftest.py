@@ -1,17 +1,15 @@
 """What the browser's tests share: node, the staged page and its server, and the app's modules, which the page is held against."""
 
 import shutil
-import sys
 import threading
 
 import pytest
+from running import ROOT, run_script
 
 from dataset import load_dataset
-from running import ROOT, run_script
 
 BEST = "transunet_centralized_best.pth"
 PAGE = ROOT / "deployment" / "browser"
-sys.path[:0] = [str(ROOT / "deployment"), str(ROOT / "deployment" / "app")]
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +24,7 @@ def node() -> str:
 @pytest.fixture(scope="module")
 def staged(node, trained, tmp_path_factory):
     from checkpoint import load_checkpoint
-    from staging import stage_browser
+    from deployment.staging import stage_browser
 
     folder = tmp_path_factory.mktemp("browser") / "staged"
     stage_browser(load_checkpoint(trained / BEST), folder=folder)
@@ -36,7 +34,7 @@ def staged(node, trained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def serve():
     """A function that serves a folder, with the Space's headers or without, and gives the address."""
-    from serve_browser import server
+    from deployment.serve_browser import server
 
     running = []
 

@@ -9,13 +9,13 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from running import ROOT, run_script
 
-import export_onnx
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
-from export_onnx import export
+from deployment import export_onnx
+from deployment.export_onnx import export
 from inference import predict_volume
-from running import ROOT, run_script
 from transunet import TransUNet
 
 BEST = "transunet_centralized_best.pth"

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-import plausibility
-from cases import add_truth, read_case
-from common import MedFLError
-from inference import to_mask
-from nifti import write_nifti
-from readout import Prediction, csv_text, mask_name, slice_rows, summary
 from running import ROOT
 from uploads import BITS, BROKEN, COLOURS, MASKS, READ, RNG, SCANS, VOLUME, picture, tiled_tiff
+
+from appearance.doubts import doubts
+from appearance.features import describe_volume
+from common import MedFLError
+from deployment.app.cases import add_truth, read_case
+from deployment.app.nifti import write_nifti
+from deployment.app.readout import Prediction, csv_text, mask_name, slice_rows, summary
+from inference import to_mask
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +153,10 @@ def test_figures_csv_and_masks_are_the_apps(ask, tmp_path, kind):
 
 
 def test_doubts_are_the_apps(ask, phantoms):
-    from dataset import load_dataset
-    from export_onnx import rules
     from sklearn.datasets import load_sample_image
+
+    from dataset import load_dataset
+    from deployment.export_onnx import rules
 
     dataset = load_dataset(phantoms, progress=False)
     training = dataset.image_statistics(tuple(patient.name for patient in dataset.patients))
@@ -168,7 +170,7 @@ def test_doubts_are_the_apps(ask, phantoms):
         answers = ask(*[(files, {"rules": json.loads(json.dumps(rules())), "training": statistics}) for files in given])
         for files, answer in zip(given, answers):
             case = read_case(files)
-            assert answer["doubts"] == plausibility.doubts(case.volume, statistics), files[0][0]
-            measured = plausibility.describe_volume(torch.from_numpy(case.volume))
+            assert answer["doubts"] == doubts(case.volume, statistics), files[0][0]
+            measured = describe_volume(torch.from_numpy(case.volume))
             for name, values in measured.items():
                 assert answer["measured"][name] == pytest.approx(values, rel=2e-3, abs=2e-4), name

@@ -9,9 +9,8 @@ import zipfile
 import nibabel
 import numpy as np
 import pytest
-from PIL import Image
-
 from pages import WIDTHS, assert_equal_masks, choose, fetched, masks_of, opened, shown
+from PIL import Image
 from running import run_script
 from uploads import picture
 

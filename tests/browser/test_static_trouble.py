@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-
 from pages import choose, opened, shown
 from uploads import BROKEN, picture
 

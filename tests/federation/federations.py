@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from running import ROOT
 
 SMALL = ("--image-size", 32, "--batch-size", 8)
@@ -125,7 +124,8 @@ def left_running(folder: Path, seconds: float = 10.0) -> list[str]:
 
 def child_of(script: Script, program: str) -> int:
     """The process id of one of a script's programs."""
-    return next(int(c.split()[0]) for c in children(script.folder) if f"flower.py {script.process.pid} {program}" in c)
+    command = f"federation.runtime.flower {script.process.pid} {program}"
+    return next(int(c.split()[0]) for c in children(script.folder) if command in c)
 
 
 def signal_tree(top: int, what: signal.Signals) -> None:

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 from flwr.app import Message
+from scripted import VERSIONS, make_fast
 
 from benchmarks.local_federation import Grid, LocalHospital
 from common import write_json
-from federation.audit import AuditLog
-from federation.client_app import IDENTITY
-from federation.rounds import Federation
-from federation.settings import FederationSettings
-from federation.state import RunState, load_run
-from federation.weights import payload
-from scripted import VERSIONS, make_fast
+from federation.hospital.app import IDENTITY
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import payload
+from federation.server.audit import AuditLog
+from federation.server.rounds import Federation
+from federation.server.state import RunState, load_run
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -40,7 +40,7 @@ class RealHospital(LocalHospital):
 def federate(monkeypatch, tmp_path, phantoms, home):
     """Run a federation of real hospitals, two if none are given, in this process: its state, its hospitals, what it said."""
     make_fast(monkeypatch)
-    monkeypatch.setattr("federation.hospital.local_versions", lambda medfl: VERSIONS)
+    monkeypatch.setattr("federation.hospital.work.local_versions", lambda medfl: VERSIONS)
 
     def run(rounds: int, training: dict | None = None, out: str = "out", resume: bool = False, hospitals=None, **settings):
         said, grid, folder = [], Grid(), tmp_path / out

@@ -4,16 +4,16 @@ import torch
 from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 
-import federation.exchange
-import federation.membership
-import federation.record
+import federation.server.exchange
+import federation.server.membership
+import federation.server.record
 from benchmarks.local_federation import Grid
-from federation.audit import AuditLog
-from federation.messages import Query, message, read
-from federation.rounds import Federation
-from federation.settings import FederationSettings
-from federation.state import RunState, load_run
-from federation.weights import from_record, to_record
+from federation.protocol.messages import Query, message, read
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import from_record, to_record
+from federation.server.audit import AuditLog
+from federation.server.rounds import Federation
+from federation.server.state import RunState, load_run
 from training import TrainingSettings
 from transunet import ARCHITECTURES, Architecture, TransUNet
 
@@ -84,9 +84,9 @@ def make_fast(monkeypatch) -> None:
     """Let messages be made outside of a run, the loop look for answers all the time, and `tiny` be a twentieth of its size."""
     make_messages_outside_of_a_run(monkeypatch)
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINIER)
-    monkeypatch.setattr(federation.membership, "LOOK", -1.0)
-    monkeypatch.setattr(federation.exchange, "TICK", 0.01)
-    monkeypatch.setattr(federation.record, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(federation.server.membership, "LOOK", -1.0)
+    monkeypatch.setattr(federation.server.exchange, "TICK", 0.01)
+    monkeypatch.setattr(federation.server.record, "draw_curves", lambda *_: None)
 
 
 def federate(workers: list[Worker], rounds: int, out, weights: torch.Tensor | None = None, federation: dict | None = None,

@@ -8,12 +8,12 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, FedTrimmedAvg, FedYogi, Krum
 
-import federation.updates
+import federation.server.updates
 from common import MedFLError
-from federation.aggregation import Aggregator
-from federation.settings import STRATEGIES, FederationSettings
-from federation.state import RunState, load_run
-from federation.updates import Updates
+from federation.protocol.settings import STRATEGIES, FederationSettings
+from federation.server.aggregation import Aggregator
+from federation.server.state import RunState, load_run
+from federation.server.updates import Updates
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -78,7 +78,7 @@ ORACLES = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_strategy_does_what_flowers_does(in_a_run, monkeypatch, made, strategy, block):
     """Three rounds, so that what a server's optimiser remembers takes part; in blocks of one value and of all."""
-    monkeypatch.setattr(federation.updates, "BLOCK", block)
+    monkeypatch.setattr(federation.server.updates, "BLOCK", block)
     kind, theirs, ours = ORACLES[strategy]
     subject, oracle, weights = aggregator(strategy, **ours), Flowers(kind(**theirs)), SENT
     for number, (labels, scale) in enumerate((("abcde", 1.0), ("bcdea", 0.5), ("abcde", -1.0)), start=1):

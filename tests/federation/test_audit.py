@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from running import run_script
 
 from common import MedFLError
-from federation.audit import NOTHING, AuditLog, verify
-from running import run_script
+from federation.server.audit import NOTHING, AuditLog, verify
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from scripted import Worker, federate, make_fast
 
 from checkpoint import load_checkpoint
-from federation.state import load_run
-from federation.weights import pack
-from scripted import Worker, federate, make_fast
+from federation.protocol.weights import pack
+from federation.server.state import load_run
 
 FACTORS = (1.0, 1.1, 1.5)  # what each hospital's weights are, times the round: the mean is 1.2, the median 1.1
 
@@ -87,7 +87,7 @@ def test_it_gives_up_where_no_model_is_better(run):
 
 def test_a_server_that_was_killed_still_knows_the_way_back(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("federation.rounds.Federation._final_score", lambda self: None)
+        patched.setattr("federation.server.rounds.Federation._final_score", lambda self: None)
         run([0.0, 0.6], 2)
     kept = load_run(tmp_path)[2]
     assert kept["before"]["weights"][0].item() == pytest.approx(1.2) and kept["weights"][0].item() == pytest.approx(2.4)

@@ -6,12 +6,13 @@ import torch
 
 from common import __version__
 from dataset import load_dataset
-from federation.hospital import Hospital, HospitalError
-from federation.identity import identity
-from federation.messages import Failure
-from federation.settings import FederationSettings
+from evaluation.scoring import score_patients
+from federation.hospital.identity import identity
+from federation.hospital.work import Hospital, HospitalError
+from federation.protocol.messages import Failure
+from federation.protocol.settings import FederationSettings
 from split import Split, save_split
-from training import TrainingSettings, score_patients
+from training import TrainingSettings
 from transunet import TransUNet
 
 

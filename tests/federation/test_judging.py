@@ -2,7 +2,7 @@
 
 import pytest
 
-from federation.judging import LASTING, Judge, collapsed, difference, mean_dice
+from federation.server.judging import LASTING, Judge, collapsed, difference, mean_dice
 
 
 def scores(**dice: float) -> dict[str, tuple[float, int]]:

@@ -5,23 +5,25 @@ The real processes of test_runs.py show that the way there works; here are the c
 
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
-
-import federation.membership
-from federation.answers import Facts
-from federation.membership import Membership
-from federation.messages import End
-from federation.post import Post
-from federation.settings import FederationSettings
-from plausibility import MEASURES
 from scripted import VERSIONS, Grid, Node, facts
+
+import federation.server.mailbox
+import federation.server.membership
+from appearance.features import MEASURES
+from federation.protocol.answers import Facts
+from federation.protocol.messages import End
+from federation.protocol.settings import FederationSettings
+from federation.server.mailbox import Mailbox
+from federation.server.membership import Membership
+
 
 class Play:
     """A membership on such a grid, and the lines that it said."""
 
     def __init__(self, clients: int = 2, contributors: dict | None = None, keys: dict[int, str] | None = None):
         self.grid, self.said, self.keys, self.audited = Grid(), [], keys, []
-        self.post = Post(self.grid)
-        self.membership = Membership(self.post, FederationSettings(clients=clients), {"versions": VERSIONS, "hospitals": clients},
+        self.mailbox = Mailbox(self.grid)
+        self.membership = Membership(self.mailbox, FederationSettings(clients=clients), {"versions": VERSIONS, "hospitals": clients},
                                      contributors or {}, self.said.append, self, lambda: self.keys)
 
     def write(self, event: str, **about) -> None:
@@ -31,7 +33,7 @@ class Play:
     def go(self, looks: int = 6) -> None:
         for _ in range(looks):
             self.membership.poll()
-            for answer in self.post.collect():
+            for answer in self.mailbox.collect():
                 self.membership.handle(answer)
 
     @property
@@ -44,14 +46,14 @@ def play(monkeypatch):
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     for name in ("LOOK", "JOIN_AGAIN"):
-        monkeypatch.setattr(federation.membership, name, -1.0)
+        monkeypatch.setattr(federation.server.membership, name, -1.0)
     return Play
 
 
 def lose_pings(monkeypatch):
     """Whoever does not answer a ping counts as lost at once."""
-    monkeypatch.setattr(federation.membership, "PING_TIME", 0.001)
-    monkeypatch.setattr(federation.post, "SPARE", -1.0)
+    monkeypatch.setattr(federation.server.membership, "PING_TIME", 0.001)
+    monkeypatch.setattr(federation.server.mailbox, "SPARE", -1.0)
 
 
 def test_a_key_and_a_label_belong_together(play):
@@ -92,7 +94,7 @@ def test_a_silent_holder_is_replaced_and_told(play, monkeypatch):
     p.go(3)
     assert p.labels == {"hospital-0": 1} and p.membership.disputed
     lose_pings(monkeypatch)
-    p.post._open = {i: s.__class__(s.node, s.purpose, 0.0) for i, s in p.post._open.items()}  # its time is over
+    p.mailbox._open = {i: s.__class__(s.node, s.purpose, 0.0) for i, s in p.mailbox._open.items()}  # its time is over
     p.go()
     assert p.labels == {"hospital-0": 2} and not p.membership.disputed and slow.ends == [End.TAKEN]
 
@@ -111,11 +113,11 @@ def test_a_dispute_waits_for_the_holders_work(play):
     p.grid.nodes = {1: Node(facts("hospital-0"))}
     p.go()
     p.grid.nodes[1].silent = True
-    p.post.send([1], "train", "round-1.1", {"query": "x"}, 60)
+    p.mailbox.send([1], "train", "round-1.1", {"query": "x"}, 60)
     p.grid.nodes[2] = twin = Node(facts("hospital-0", session="another"))
     p.go()
-    assert p.membership.disputed and not p.post.is_open(1, "ping")
-    p.post.drop("round-1.1")
+    assert p.membership.disputed and not p.mailbox.is_open(1, "ping")
+    p.mailbox.drop("round-1.1")
     p.grid.nodes[1].silent = False
     p.go()
     assert twin.ends == [End.TAKEN]
@@ -174,17 +176,17 @@ def test_who_is_behind_gets_no_work_until_it_answers(play):
     p.go()
     assert not p.membership.present
     p.grid.nodes[1].silent = False
-    p.post.drop("ping")
+    p.mailbox.drop("ping")
     p.go()
     assert p.membership.present == [member] and "mercy answers again" in p.said
 
 
 def test_a_message_that_is_not_accepted_is_lost_at_once(play):
     p = play()
-    p.post.send([9], "train", "round-1.1", {}, 1800)
-    (answer,) = p.post.collect()
+    p.mailbox.send([9], "train", "round-1.1", {}, 1800)
+    (answer,) = p.mailbox.collect()
     assert (answer.node, answer.purpose, answer.failure) == (9, "round-1.1", "it is not reachable")
-    assert not p.post.is_open(9) and list(p.post.collect()) == []
+    assert not p.mailbox.is_open(9) and list(p.mailbox.collect()) == []
 
 
 @pytest.mark.parametrize("name", ["medfl", "flwr", "timm"])

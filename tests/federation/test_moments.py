@@ -4,15 +4,15 @@ import zlib
 
 import pytest
 import torch
+from scripted import TINIER
 
 from batches import TrainingBatches
 from common import __version__
-from federation.hospital import Hospital
-from federation.identity import identity
-from federation.moments import Moments
-from federation.settings import FederationSettings
-from federation.weights import pack, unpack
-from scripted import TINIER
+from federation.hospital.identity import identity
+from federation.hospital.moments import Moments
+from federation.hospital.work import Hospital
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import pack, unpack
 from training import Learner, TrainingSettings, rate_scale
 from transunet import ARCHITECTURES, TransUNet
 
@@ -56,7 +56,7 @@ def rates(monkeypatch):
             seen.append((self.optimiser.param_groups[0]["lr"] / 1e-3, len(images)))
             return super()._step(images, masks)
 
-    monkeypatch.setattr("federation.hospital.Learner", Watched)
+    monkeypatch.setattr("federation.hospital.work.Learner", Watched)
     return seen
 
 

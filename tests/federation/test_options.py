@@ -1,9 +1,9 @@
 """What a user may get wrong on the command line of server and hospital: one sentence each, before anything starts."""
 
 import pytest
-
-from federation.processes import free_port
 from running import run_here
+
+from federation.runtime.processes import free_port
 
 pytestmark = pytest.mark.slow
 

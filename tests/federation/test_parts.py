@@ -1,6 +1,9 @@
 """The federation's parts, each by itself: messages, weights on the way, averaged weights, joining, the bundle."""
 
 import io
+import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -8,17 +11,17 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-import federation.history
-from common import MedFLError, __version__
-from federation.answers import Trained, parse
-from federation.bundle import FILES, ROOT, make_bundle
-from federation.client_app import guard
-from federation.hospital import HospitalError, proximal_pull
-from federation.messages import Failure, message, read
-from federation.processes import is_loopback, parse_address
-from federation.settings import FederationSettings, from_json, to_json
-from federation.state import RunState, load_run
-from federation.weights import from_record, pack, payload, to_record, unpack
+import federation.server.history
+from common import ROOT, MedFLError, __version__
+from federation.hospital.app import guard
+from federation.hospital.work import HospitalError, proximal_pull
+from federation.protocol.answers import Trained, parse
+from federation.protocol.messages import Failure, message, read
+from federation.protocol.settings import FederationSettings, from_json, to_json
+from federation.protocol.weights import from_record, pack, payload, to_record, unpack
+from federation.runtime.bundle import make_bundle
+from federation.runtime.processes import is_loopback, parse_address
+from federation.server.state import RunState, load_run
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 
@@ -182,14 +185,24 @@ def test_errors_travel_as_codes_and_their_text_stays(in_a_run, capsys, error, co
     assert "Anna" in capsys.readouterr().out
 
 
-def test_the_bundle_holds_the_named_files_and_nothing_else(tmp_path):
+def test_the_bundle_holds_what_both_apps_import_and_nothing_else(tmp_path):
     bundle = make_bundle()
     assert bundle == make_bundle()
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
         names = {name for name in archive.namelist() if not name.startswith(".info")}
-        assert names == {*FILES, "pyproject.toml"}
         assert __version__ in archive.read("pyproject.toml").decode()
-    assert all((ROOT / name).exists() for name in FILES)
+        archive.extractall(tmp_path)
+    assert {"LICENSE", "pyproject.toml", "federation/server/rounds.py", "federation/hospital/app.py", "training.py"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "deployment/", "federation/runtime/", "run_", "radiology/"))]
+    code = ("import sys; from pathlib import Path; import federation.server.app, federation.hospital.app\n"
+            "files = {Path(m.__file__) for m in sys.modules.values() if getattr(m, '__file__', None)}\n"
+            "print(*(f for f in files if f.is_relative_to(sys.argv[1]) and 'site-packages' not in f.parts))\n"
+            "print(len([f for f in files if f.is_relative_to(sys.argv[2])]))")
+    done = subprocess.run([sys.executable, "-P", "-c", code, ROOT, tmp_path], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    elsewhere, here = done.stdout.splitlines()
+    assert elsewhere == "" and int(here) > 30, "a module that the bundle lacks came from the repository"
 
 
 def test_settings_out_of_range_are_refused():
@@ -229,9 +242,9 @@ def test_patience_needs_a_score(tmp_path):
 
 def test_curves_show_the_dice_after_the_round_it_is_of(monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr(federation.history, "save_curves", lambda figure, *_: figures.append(figure))
+    monkeypatch.setattr(federation.server.history, "save_curves", lambda figure, *_: figures.append(figure))
     rows = [{"round": n, "site": "a", "train_loss": 1.0, "val_dice": 0.1 * n, "val_patients": 1} for n in (1, 2)]
-    federation.history.draw_curves(rows, tmp_path / "x.png", "")
+    federation.server.history.draw_curves(rows, tmp_path / "x.png", "")
     loss, dice = figures[0].axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2]]
     assert [list(line.get_xdata()) for line in dice.lines] == [[0, 1], [0, 1]]  # the hospital's, and the mean

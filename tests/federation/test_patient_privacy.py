@@ -8,24 +8,24 @@ import sys
 import numpy as np
 import pytest
 import torch
+from federations import SMALL, Scene
 from flwr.app import Message
+from in_process import RealHospital
+from running import ROOT, run_here
 from scipy.stats import kstest
+from scripted import Worker, make_fast, make_messages_outside_of_a_run
+from scripted import federate as scripted_federation
 
 from checkpoint import load_checkpoint
 from common import MedFLError, __version__
 from dataset import load_dataset
-from federation.accountant import Noisy, Promise, multiplier_for, spent
-from federation.hospital import Hospital, HospitalError, local_versions
-from federation.identity import identity
-from federation.messages import Failure, Query, message, read
-from federation.patient_privacy import CHANCE, CLIP, STEPS, PatientBatches, PrivateLearner
-from federation.settings import FederationSettings, to_json
-from federation.state import LAST
-from federations import SMALL, Scene
-from in_process import RealHospital
-from running import ROOT, run_here
-from scripted import Worker, make_fast, make_messages_outside_of_a_run
-from scripted import federate as scripted_federation
+from federation.hospital.identity import identity
+from federation.hospital.work import Hospital, HospitalError
+from federation.privacy.accountant import Noisy, Promise, multiplier_for, spent
+from federation.privacy.patients import CHANCE, CLIP, STEPS, PatientBatches, PrivateLearner
+from federation.protocol.messages import Failure, Query, local_versions, message, read
+from federation.protocol.settings import FederationSettings, to_json
+from federation.server.state import LAST
 from training import TrainingSettings, segmentation_loss
 from transunet import TransUNet
 
@@ -114,7 +114,7 @@ def test_the_accountant_is_no_worse_than_published_values():
 
 def test_the_accountant_prints_nothing_and_leaves_other_loggers_as_they_were(home):
     """Its library gives all loggers a handler where it finds none, and Flower's lines came twice."""
-    code = ("import logging\nfrom federation.accountant import Noisy, multiplier_for, spent\n"
+    code = ("import logging\nfrom federation.privacy.accountant import Noisy, multiplier_for, spent\n"
             "spent([Noisy(1.0, 5, 0.2)], 1e-5), multiplier_for(5.0, 5, 1e-5, 0.2)\nassert not logging.getLogger().handlers\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
@@ -197,7 +197,7 @@ def test_a_round_is_in_the_ledger_before_it_begins_whatever_becomes_of_it(hospit
         with pytest.raises(MedFLError, match="not finite"):
             train(hospital({"epsilon": 5.0, "delta": 1e-3}))
         assert len(json.loads(ledger.read_text())) == count
-    monkeypatch.setattr("federation.accountant.write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr("federation.privacy.accountant.write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(HospitalError, match="No space left.*no round may begin") as caught:
         train(hospital({"epsilon": 5.0, "delta": 1e-3}))
     assert caught.value.failure == Failure.PRIVACY

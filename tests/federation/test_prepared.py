@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from dicom_phantoms import small_study
 from federations import BEST, SMALL, history
 from running import run_script

@@ -6,19 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from running import run_script
 from scipy.optimize import brentq
 from scipy.stats import kstest, norm
+from scripted import Worker, federate, make_fast
 
 from checkpoint import load_checkpoint
 from common import MedFLError
-from federation.accountant import Noisy, check_accountant, multiplier_for, spent
-from federation.privacy import HospitalPrivacy
-from federation.settings import FederationSettings, check_together
-from federation.state import BEST, LAST
-from federation.updates import Updates
+from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
+from federation.privacy.hospitals import HospitalPrivacy
+from federation.protocol.settings import FederationSettings, check_together
+from federation.server.state import BEST, LAST
+from federation.server.updates import Updates
 from run_server import announce_privacy
-from running import run_script
-from scripted import Worker, federate, make_fast
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -49,6 +49,10 @@ def updates(tmp_path):
     return make
 
 
+def private_mean(subject: HospitalPrivacy, made: Updates, travels: torch.Tensor = EVERYTHING) -> torch.Tensor:
+    return subject.private_mean(made.sent, made.blocks, travels)
+
+
 def exact_epsilon(multiplier: float, rounds: int, delta: float) -> float:
     """Balle and Wang 2018 (arXiv:1805.06530), theorem 8, for the one Gaussian that so many are."""
     s = multiplier / math.sqrt(rounds)
@@ -58,15 +62,15 @@ def exact_epsilon(multiplier: float, rounds: int, delta: float) -> float:
 @pytest.mark.parametrize("block", [1_000, 10**9])
 def test_changes_are_clipped_and_count_alike(monkeypatch, updates, block):
     """Without noise: (0.5 u + 2 v) / 4, whatever the slices, and with a missing hospital as no change."""
-    monkeypatch.setattr("federation.updates.BLOCK", block)
+    monkeypatch.setattr("federation.server.updates.BLOCK", block)
     subject = HospitalPrivacy(settings(dp_noise_multiplier=1e-12))
     small, large = change("s", 0.5), change("l", 50.0)
-    result = subject.private_mean(updates({"s": small, "l": large}), EVERYTHING) - SENT
+    result = private_mean(subject, updates({"s": small, "l": large})) - SENT
     assert torch.allclose(result.double(), (small + large * 2 / 50) / 4, atol=1e-6)
 
 
 def test_the_noise_has_the_deviation_of_the_theory_and_is_gaussian(updates):
-    result = HospitalPrivacy(settings(dp_noise_multiplier=3.0)).private_mean(updates({}, torch.zeros(N)), EVERYTHING).numpy()
+    result = private_mean(HospitalPrivacy(settings(dp_noise_multiplier=3.0)), updates({}, torch.zeros(N))).numpy()
     deviation = 3.0 * 2.0 / 4
     assert result.std() == pytest.approx(deviation, rel=0.03) and abs(result.mean()) < 5 * deviation / math.sqrt(N)
     # the noise can't be seeded: true noise fails this once in 10^9 runs, and uniform noise of this deviation has 1e-62
@@ -76,13 +80,13 @@ def test_the_noise_has_the_deviation_of_the_theory_and_is_gaussian(updates):
 
 def test_no_two_rounds_have_the_same_noise(updates):
     subject = HospitalPrivacy(settings())
-    one, other = (subject.private_mean(updates({}, torch.zeros(N)), EVERYTHING) for _ in range(2))
+    one, other = (private_mean(subject, updates({}, torch.zeros(N))) for _ in range(2))
     assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(N)
 
 
 def test_what_is_not_trained_stays_as_it_was_and_no_change_is_no_error(updates):
     travels = torch.arange(N) % 2 == 0
-    result = HospitalPrivacy(settings()).private_mean(updates({"a": torch.zeros(N)}), travels)
+    result = private_mean(HospitalPrivacy(settings()), updates({"a": torch.zeros(N)}), travels)
     assert torch.equal(result[~travels], SENT[~travels]) and not torch.equal(result[travels], SENT[travels])
 
 
@@ -154,7 +158,7 @@ def test_a_run_ends_when_the_budget_is_spent_and_keeps_its_last_model(monkeypatc
 
 def test_a_resumed_run_spends_nothing_twice(monkeypatch, tmp_path):
     make_fast(monkeypatch)
-    monkeypatch.setattr("federation.rounds.Federation._final_score", lambda self: None)
+    monkeypatch.setattr("federation.server.rounds.Federation._final_score", lambda self: None)
     run(tmp_path, 2)
     assert not (tmp_path / BEST).exists()  # nothing was chosen by scores
     _, state, _ = run(tmp_path, 4, resume=True)

@@ -2,15 +2,15 @@
 
 import pytest
 from flwr.app import Message
+from scripted import Worker, federate, make_fast
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
-from federation import server_app
-from federation.messages import message, read
-from federation.settings import FederationSettings, to_json
-from federation.weights import pack
-from federation.state import BEST, LAST, RunState, load_run
-from scripted import Worker, federate, make_fast
+from federation.protocol.messages import message, read
+from federation.protocol.settings import FederationSettings, to_json
+from federation.protocol.weights import pack
+from federation.server import app as server_app
+from federation.server.state import BEST, LAST, RunState, load_run
 from training import TrainingSettings
 from transunet import TransUNet
 

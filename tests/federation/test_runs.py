@@ -7,13 +7,13 @@ import time
 
 import pytest
 import torch
+from federations import BEST, LAST, SMALL, Scene, Wiretap, children, history, left_running
+from running import run_script
 
 from benchmarks.federated_against_central import loop_of_a_hospital
 from checkpoint import load_checkpoint
 from dataset import load_dataset
-from federation.history import COLUMNS
-from federations import BEST, LAST, SMALL, Scene, Wiretap, children, history, left_running
-from running import run_script
+from federation.server.history import COLUMNS
 from split import make_split
 from training import TrainingSettings
 from transunet import TransUNet
@@ -123,7 +123,7 @@ def test_a_killed_server_goes_on_where_it_was(whole, scene, phantoms):
     server.wait_for(r"round 1 of 3: ")
     server.kill()
     until = time.monotonic() + 10
-    while (left := [c for c in children(scene.folder) if re.search(r"flower.py \d+ (superlink|serverapp)", c)]) \
+    while (left := [c for c in children(scene.folder) if re.search(r"runtime.flower \d+ (superlink|serverapp)", c)]) \
             and time.monotonic() < until:
         time.sleep(0.1)
     assert left == []

@@ -8,10 +8,10 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from common import MedFLError
-from federation.screening import check_update, screen
-from federation.settings import FederationSettings
-from federation.updates import Updates
-from federation.weights import from_record
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import from_record
+from federation.server.screening import check_update, screen
+from federation.server.updates import Updates
 
 N = 400
 SENT = torch.randn(N, generator=torch.Generator().manual_seed(0))

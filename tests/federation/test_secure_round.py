@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
-
-import federation.secure_round
-from common import MedFLError
-from federation.messages import message
-from federation.secure_aggregation import Party, from_sum, mask, quantise, steps, threshold, unmasked
-from federation.settings import FederationSettings
-from federation.weights import pack
 from in_process import RealHospital
+
+import federation.server.secure_round
+from common import MedFLError
+from federation.protocol.messages import message
+from federation.protocol.secure_aggregation import Party, from_sum, mask, quantise, steps, threshold, unmasked
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import pack
 from transunet import TransUNet
 
 NODES = (5, 2**63 + 11, 7, 40)  # Flower's numbers have 64 bits
@@ -248,7 +248,7 @@ def test_an_update_that_counts_too_much_or_is_of_another_round_is_left_out(feder
 
 def test_no_round_begins_with_two(federate, hospitals, monkeypatch, phantoms, tmp_path):
     """One of three gives no keys: nobody is asked to train for a sum of two."""
-    monkeypatch.setattr(federation.secure_round, "STAGE_TIME", 1.0)
+    monkeypatch.setattr(federation.server.secure_round, "STAGE_TIME", 1.0)
     three = [*hospitals("out")[:2], Sleeper(tmp_path / "out", 2, phantoms, stage="keys", says={"failure": "bug"})]
     with pytest.raises(AssertionError, match="has no sum"):
         federate(1, hospitals=three, secure_aggregation=True, **THREE)
@@ -273,7 +273,7 @@ class Sleeper(RealHospital):
 @pytest.mark.parametrize("stage", ["keys", "shares", "update", "unmask"])
 def test_one_of_four_that_hangs_or_answers_nonsense_ends_no_round(federate, hospitals, monkeypatch, phantoms, tmp_path,
                                                                  stage, says):
-    monkeypatch.setattr(federation.secure_round, "STAGE_TIME", 1.0)
+    monkeypatch.setattr(federation.server.secure_round, "STAGE_TIME", 1.0)
     four = [*hospitals("out"), Sleeper(tmp_path / "out", 3, phantoms, stage=stage, says=says)]
     settings = {**THREE, "clients": 4, "secure_aggregation": True, "val_fraction": 0.0}  # patients enough for four
     state, _, said = federate(1, hospitals=four, round_timeout=4.0 if stage == "update" else 300.0, **settings)
@@ -284,7 +284,7 @@ def test_one_of_four_that_hangs_or_answers_nonsense_ends_no_round(federate, hosp
 
 def test_too_few_for_a_sum_uncover_nothing(federate, hospitals, monkeypatch, phantoms, tmp_path):
     """Two of three drop out before their updates: the third is never asked for shares, and the run ends without a quorum."""
-    monkeypatch.setattr(federation.secure_round, "STAGE_TIME", 1.0)
+    monkeypatch.setattr(federation.server.secure_round, "STAGE_TIME", 1.0)
     fails = {"stage": "update", "says": {"failure": "bug"}}
     three = [hospitals("out")[0], *(Sleeper(tmp_path / "out", cid, phantoms, **fails) for cid in (1, 2))]
     with pytest.raises(AssertionError, match="has no sum"):

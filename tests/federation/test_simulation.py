@@ -5,12 +5,12 @@ import re
 import signal
 
 import pytest
+from federations import BEST, SMALL, Scene, Script, history
+from running import run_script
 
 from checkpoint import load_checkpoint
 from common import MedFLError
-from federation import simulation
-from federations import BEST, SMALL, Scene, Script, history
-from running import run_script
+from federation.runtime import simulation
 
 SERVER = ("run_server.py", "--simulate", 3, *SMALL)
 

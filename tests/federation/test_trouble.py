@@ -9,9 +9,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from federations import LAST, ROOT, SMALL, Wiretap, child_of, children, history, left_running, signal_tree
 
 from dataset import load_dataset
-from federations import LAST, ROOT, SMALL, Wiretap, child_of, children, history, left_running, signal_tree
 
 pytestmark = pytest.mark.slow
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import federation.updates
+import federation.server.updates
 from common import MedFLError
-from federation.updates import Updates, capped, remove_leftovers
+from federation.server.updates import Updates, capped, remove_leftovers
 
 N = 50
 SENT = torch.randn(N, generator=torch.Generator().manual_seed(0))
@@ -30,7 +30,7 @@ def changes(labels: str) -> np.ndarray:
 
 @pytest.mark.parametrize("block", [1, 10, 10**6])
 def test_figures_do_not_depend_on_the_block(monkeypatch, updates, block):
-    monkeypatch.setattr(federation.updates, "BLOCK", block)
+    monkeypatch.setattr(federation.server.updates, "BLOCK", block)
     given, part = changes("abc"), STATISTICS.numpy()
     assert updates.labels == ["a", "b", "c"] == [update.label for update in updates]
     np.testing.assert_array_equal(np.concatenate([block for _, block in updates.blocks()], axis=1), given)

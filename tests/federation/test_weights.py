@@ -5,17 +5,17 @@ from unittest import mock
 
 import pytest
 import torch
+from in_process import RealHospital
+from scripted import TINIER
 from torch import nn
 
 from checkpoint import load_checkpoint
 from common import MedFLError
-from federation.client_app import IDENTITY
-from federation.hospital import Hospital
-from federation.settings import FederationSettings
-from federation.state import BEST, SHARED
-from federation.weights import ENCODER, NORM, from_record, in_precision, norm_mask, pack, part_mask, payload, to_record
-from in_process import RealHospital
-from scripted import TINIER
+from federation.hospital.app import IDENTITY
+from federation.hospital.work import Hospital
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import ENCODER, NORM, from_record, in_precision, norm_mask, pack, part_mask, payload, to_record
+from federation.server.state import BEST, SHARED
 from training import TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
 

@@ -1,14 +1,9 @@
 """The federation's tests' tools, and a kit of keys."""
 
-import sys
 
 import pytest
-
-from running import ROOT
-
-sys.path.insert(0, str(ROOT / "tests" / "federation"))
-from consortium import Consortium  # noqa: E402
-from federations import scene  # noqa: E402, F401  a fixture
+from consortium import Consortium
+from federations import scene  # noqa: F401  a fixture
 
 
 @pytest.fixture

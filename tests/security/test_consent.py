@@ -4,18 +4,18 @@ import json
 import re
 
 import pytest
-from flwr.app import Context, Message, RecordDict
-
-from common import MedFLError, __version__, write_json
-from federation.client_app import IDENTITY, make_app
-from federation.identity import identity
-from federation.messages import message, read
-from federation.settings import FederationSettings, approval, to_json, unusual
-from federation.weights import pack, to_record
 from federations import SMALL, Scene
-from run_client import approved
+from flwr.app import Context, Message, RecordDict
 from running import change, copy_of_medfl, run_here
 from scripted import make_messages_outside_of_a_run
+
+from common import MedFLError, __version__, write_json
+from federation.hospital.app import IDENTITY, make_app
+from federation.hospital.identity import identity
+from federation.protocol.messages import message, read
+from federation.protocol.settings import FederationSettings, approval, to_json, unusual
+from federation.protocol.weights import pack, to_record
+from run_client import approved
 from training import TrainingSettings
 from transunet import TransUNet
 

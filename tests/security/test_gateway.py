@@ -15,21 +15,21 @@ from datetime import timedelta
 
 import httpx
 import pytest
+from consortium import Consortium, Secured, call, tls
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from federations import BEST, SMALL, Scene, children
 from flwr.proto.control_pb2 import ListRunsRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
-
-from consortium import Consortium, Secured, call, tls
-from federation.audit import verify
-from federation.bundle import make_bundle
-from federation.flower import Control, TaskSource
-from federations import BEST, SMALL, Scene, children
 from running import run_here
+
+from federation.runtime.bundle import make_bundle
+from federation.runtime.flower import Control, TaskSource
+from federation.server.audit import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None,
                                                    reason="no nginx for the gateway's tests: install it")]
@@ -288,7 +288,7 @@ def test_beyond_this_machine_keys_are_needed(consortium, phantoms, script, optio
 
 def test_no_nginx_is_told(consortium, monkeypatch):
     from common import MedFLError
-    from federation import gateway
+    from federation.runtime import gateway
 
     monkeypatch.setattr(gateway.shutil, "which", lambda *_, **__: None)
     with pytest.raises(MedFLError, match="nginx is missing"):

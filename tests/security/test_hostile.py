@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message
-
-from federation.messages import message, read
-from federation.weights import WEIGHTS, pack, to_record
 from scripted import TINIER, Worker, facts, federate, make_fast
+
+from federation.protocol.messages import message, read
+from federation.protocol.weights import WEIGHTS, pack, to_record
 from transunet import ARCHITECTURES, TransUNet
 
 ROUNDS = 2

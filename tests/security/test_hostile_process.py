@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from federations import SMALL, Scene
 from running import change, copy_of_medfl
 

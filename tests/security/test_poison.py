@@ -10,21 +10,22 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from scripted import TINIER
 
 from batches import TrainingBatches
 from benchmarks.poisoned_hospital import ATTACKS, UNDEFENDED, Round, spoiled_copy
 from checkpoint import THRESHOLD
 from common import MedFLError
-from data.make_phantoms import make_phantoms
 from dataset import Dataset, load_dataset
-from federation.aggregation import Aggregator
-from federation.judging import COLLAPSE
-from federation.screening import check_update, screen
-from federation.settings import FederationSettings
-from federation.updates import Updates
-from federation.weights import pack, statistics_mask, unpack, variance_mask
-from scripted import TINIER
-from training import Learner, TrainingSettings, score_patients
+from evaluation.scoring import score_patients
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import pack, statistics_mask, unpack, variance_mask
+from federation.server.aggregation import Aggregator
+from federation.server.judging import COLLAPSE
+from federation.server.screening import check_update, screen
+from federation.server.updates import Updates
+from phantoms import make_phantoms
+from training import Learner, TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
 
 HOSPITALS, SIDE = 5, 32

@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common import MedFLError
-from federation import kit as kits
+from federation.runtime import kit as kits
 
 
 def private(path) -> bool:

@@ -6,12 +6,12 @@ dies in another stage of each round.
 
 import numpy as np
 import pytest
-
-from checkpoint import load_checkpoint
-from federation.secure_aggregation import steps
-from federation.settings import FederationSettings
 from federations import BEST, SMALL, Scene
 from running import change, copy_of_medfl
+
+from checkpoint import load_checkpoint
+from federation.protocol.secure_aggregation import steps
+from federation.protocol.settings import FederationSettings
 
 pytestmark = pytest.mark.slow
 STAGES = ("keys", "shares", "update", "unmask")  # of rounds 1 to 4, in which hospital-3 dies

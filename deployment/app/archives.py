@@ -1,0 +1,66 @@
+"""ZIP and gzip files in memory, unpacked within bounds."""
+
+import gzip
+import io
+import lzma
+import zipfile
+import zlib
+from pathlib import PurePosixPath
+
+from common import MedFLError
+from deployment.app.case import short
+
+MAX_FILES = 1_000  # in one upload, masks and all
+MAX_UNPACKED = 256 * 2**20  # bytes that an archive may unpack to
+# what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another kind
+DAMAGED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError, IndexError, zlib.error,
+           lzma.LZMAError)
+
+
+def check_number(files: int) -> None:
+    """Raises MedFLError for more files than a case has."""
+    if files > MAX_FILES:
+        raise MedFLError(f"{files} files are more than the {MAX_FILES} of one case; upload one patient at a time")
+
+
+def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
+    """Names and contents of a ZIP's files, folders and hidden files left out. Raises MedFLError for a damaged archive, names
+    that point out of it, and more than may be unpacked."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            check_number(len(entries))
+            for entry in entries:
+                path = PurePosixPath(entry.filename.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or any(":" in part for part in path.parts[:1]):
+                    raise MedFLError(f"{short(name)} holds a name that points out of the archive; pack the slices anew")
+            if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
+                raise MedFLError(f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time")
+            files, room = [], MAX_UNPACKED
+            for entry in entries:
+                path = PurePosixPath(entry.filename.replace("\\", "/"))
+                if any(part.startswith((".", "__MACOSX")) for part in path.parts):
+                    continue
+                with archive.open(entry) as file:
+                    piece = file.read(room + 1)  # a header can lie about the size
+                room -= len(piece)
+                if room < 0:
+                    raise MedFLError(f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time")
+                files.append((str(path), piece))
+    except DAMAGED as error:
+        raise MedFLError(f"{short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it anew") from error
+    if not files:
+        raise MedFLError(f"{short(name)} holds no files; pack the slices into it")
+    return files
+
+
+def unpack_gzip(name: str, content: bytes) -> bytes:
+    """What a .gz file holds. Raises MedFLError for a damaged one, or one that unpacks to too much."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            unpacked = file.read(MAX_UNPACKED + 1)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise MedFLError(f"{short(name)} can't be unpacked; copy it again") from error
+    if len(unpacked) > MAX_UNPACKED:
+        raise MedFLError(f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; crop it first")
+    return unpacked

@@ -1,0 +1,51 @@
+"""What a reader looks at together, and the bounds of it."""
+
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # both are optional
+    import nibabel
+
+    from deployment.app.source import Source
+
+MAX_PIXELS = 12 * 2**20  # of a case: 192 slices of 256×256; more would need more than 1.5 GiB at the normalisation
+MIN_SIDE = 16  # pixels
+LONE_SLICE = ("A lone slice is normalised by itself and not with its patient's other slices: its mask is less reliable. Open a "
+              "patient's slices together.")
+
+
+@dataclass
+class Case:
+    """What is looked at together.
+
+    name: the patient's, or the file's; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each slice the number
+    of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H, W) uint8 0/255 or None;
+    spacing: mm between rows, columns and slices, or None; measured: whether the files tell it; notes: what a reader should know
+    about how it was read; nifti, dicom: the image or the series (dicom.Source) that it came from, if it did, to write a mask in
+    the same space.
+    """
+
+    name: str
+    slices: list[str]
+    volume: np.ndarray
+    groups: np.ndarray
+    truth: np.ndarray | None = None
+    spacing: tuple[float, float, float] | None = None
+    measured: bool = False
+    notes: list[str] = field(default_factory=list)
+    nifti: "nibabel.Nifti1Image | None" = None
+    dicom: "Source | None" = None
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether the slices are one patient's, so that sums over them mean something."""
+        return len(self.slices) > 1 and int(self.groups.max()) == 0
+
+
+def short(name: str) -> str:
+    """A file's name without its folders, cut where it is very long."""
+    name = PurePosixPath(name).name
+    return name if len(name) <= 60 else f"{name[:40]}…{name[-15:]}"

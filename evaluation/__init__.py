@@ -1,0 +1,1 @@
+"""Figures about a model: metrics, scores of patients, comparisons, pictures."""

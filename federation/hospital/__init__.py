@@ -1,0 +1,1 @@
+"""The hospital's part of a run."""

@@ -1,0 +1,1 @@
+"""Differential privacy: the accountant, privacy of hospitals, privacy of patients."""

@@ -1,0 +1,131 @@
+"""What hospitals answer, as types with bounds: whatever is not of this form is the fault of who sent it, and is not used.
+
+A Dice lies from 0 to 1, counts are not negative, texts are short, and no entry is unknown. Bounds that depend on a hospital
+(no more patients than it announced) are looked at by who knows the announcement.
+"""
+
+import re
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from appearance.features import MEASURES
+from common import SMALLEST_GROUP, MedFLError
+from split import PARTS
+
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
+
+Count = Annotated[int, Field(ge=0, le=100_000_000)]
+Seconds = Annotated[float, Field(ge=0, le=1e8)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(max_length=64)]
+Epsilon = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class Answer(BaseModel):
+    """An answer's text: no number is rounded or made of a text, none is infinite, nothing is added."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Introduction(Answer):
+    """Who a hospital is, before its data are looked at. session: a random number of its start; cid: its share of a divided
+    dataset, None with data of its own."""
+
+    label: Text
+    session: Text
+    cid: Annotated[int, Field(ge=0, le=1_000_000)] | None
+    versions: Annotated[dict[Text, Text], Field(max_length=16)]
+
+
+class Part(Answer):
+    """How much of a hospital's data trains, chooses or is kept for the test."""
+
+    patients: Count
+    slices: Count
+
+
+class Promise(Answer):
+    """What a hospital promises its patients."""
+
+    epsilon: Epsilon
+    delta: Share
+
+
+def _of_a_measure(values: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    """Mean and deviation over patients of everything that `appearance.features.MEASURES` names, and nothing else."""
+    if values.keys() != MEASURES.keys() or any(
+            one.keys() != {"mean", "deviation"} or any(len(numbers) != MEASURES[name] for numbers in one.values())
+            for name, one in values.items()):
+        raise ValueError("other measures")
+    return values
+
+
+Images = Annotated[dict[str, dict[str, list[Annotated[float, Field(ge=-1e6, le=1e6)]]]], AfterValidator(_of_a_measure)]
+
+
+class Facts(Introduction):
+    """What a hospital says of itself at joining. images: what its training images look like on average, of enough patients."""
+
+    own_data: bool
+    data: Text
+    parts: dict[str, Part]
+    images: Images | None
+    device: Text
+    split_sha256: Text | None
+    partition_sha256: Text | None
+    patient_privacy: Promise | None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Facts":
+        if self.parts.keys() != set(PARTS):
+            raise ValueError("other parts")
+        if self.images is not None and self.parts["train"].patients < SMALLEST_GROUP:
+            raise ValueError("a mean over so few patients")
+        return self
+
+
+class Result(Answer):
+    """A model's score: mean volume Dice over so many validation patients; None over none."""
+
+    val_dice: Share | None
+    val_patients: Count
+    seconds: Seconds
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Result":
+        if (self.val_dice is None) != (self.val_patients == 0):
+            raise ValueError("a Dice without patients, or patients without one")
+        return self
+
+
+class Trained(Result):
+    """What a hospital tells of a round's training, beside the update. examples: the training slices behind it."""
+
+    round: Count
+    examples: Count
+    train_loss: Annotated[float, Field(ge=0, le=1e9)] | None
+    patient_epsilon: Epsilon | None
+
+
+Kind = TypeVar("Kind", bound=Answer)
+
+
+def parse(kind: type[Kind], about: object) -> Kind:
+    """A hospital's text as its type. Raises MedFLError, with the entry that is wrong, where it is anything else."""
+    try:
+        return kind.model_validate(about)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name, value = ".".join(str(part)[:32] for part in first["loc"][:4]) or "combination of entries", first["input"]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            said = f"{value:.6g}" if abs(value) < 1e300 else "a number beyond all bounds"
+            raise MedFLError(f"its answer says {name} {said}") from error
+        raise MedFLError(f"its answer has no usable {name}") from error
+
+
+def announced(result: Result, facts: Facts) -> None:
+    """Raises MedFLError where a score is over more patients than the hospital announced."""
+    most = facts.parts["val"].patients
+    if result.val_patients > most:
+        raise MedFLError(f"its score counts {result.val_patients} patients, and it joined with {most}")

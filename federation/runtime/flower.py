@@ -1,0 +1,283 @@
+"""All that MedFL touches of Flower besides its public API, in one place: these names may change with Flower's version.
+
+Run as a module it is one of Flower's programs, tied to the process that started it:
+
+    python -m federation.runtime.flower PARENT superlink|supernode OPTIONS      Flower's own two
+    python -m federation.runtime.flower PARENT gateway NGINX OPTIONS            nginx in front of the SuperLink
+    python -m federation.runtime.flower PARENT serverapp ADDRESS [CA]           the server's part of one run; a token on stdin
+    python -m federation.runtime.flower PARENT hospital ADDRESS                 runs the hospital's part of each message
+    python -m federation.runtime.flower PARENT clientapp ADDRESS                one message; a token on stdin (where fork is unsafe)
+
+The ServerApp runs the code that run_server.py put into its bundle. A hospital never unpacks a bundle: it runs the MedFL that is
+installed there, and looks whether the server's is the same.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+POLL = 0.1  # seconds between two looks for a task
+# how each of the programs is started; -P keeps its working folder, where no module lies, off the path
+PROGRAM = (sys.executable, "-P", "-m", "federation.runtime.flower")
+CAN_FORK = sys.platform == "linux"  # elsewhere a fork after importing torch is not safe
+SERVER_APP, CLIENT_APP = "federation.server.app", "federation.hospital.app"
+PYPROJECT = """[project]
+name = "medfl"
+version = "{version}"
+[tool.flwr.app]
+publisher = "medfl"
+[tool.flwr.app.components]
+serverapp = "{server}:app"
+clientapp = "{client}:app"
+"""
+
+
+def build_bundle(files: dict[str, bytes], version: str) -> bytes:
+    """Flower's app bundle (FAB) of these files; the same files give the same bytes."""
+    from flwr.cli.build import build_fab_from_files
+
+    pyproject = PYPROJECT.format(version=version, server=SERVER_APP, client=CLIENT_APP)
+    return build_fab_from_files({"pyproject.toml": pyproject.encode(), **files})[0]
+
+
+class Control:
+    """The SuperLink's Control API at `address`. ca: the certificate authority's file, if it speaks TLS."""
+
+    def __init__(self, address: str, ca: Path | None = None):
+        from flwr.supercore.control.control_http_client import ControlHttpClient
+
+        self._client = ControlHttpClient.from_server_address(address, **_transport(ca), interceptors=[])
+
+    def submit(self, bundle: bytes) -> int:
+        """Start a run of the bundle; the run's id."""
+        from flwr.common.serde import fab_to_proto
+        from flwr.proto.control_pb2 import StartRunRequest
+        from flwr.supercore.fab import Fab
+
+        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        return self._client.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
+
+    def register(self, public_key: bytes, label: str) -> int:
+        """Let the holder of a key (PEM) in; the node's id."""
+        from flwr.proto.control_pb2 import RegisterNodeRequest
+
+        return self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=label)).node_id
+
+    def unregister(self, node: int) -> None:
+        """Put a node out, for good."""
+        from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+        self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
+
+
+def ask_admission(address: str, ca: Path, key: Path) -> str:
+    """What the SuperLink at `address` makes of a hospital's key (its OpenSSH file): "admitted", "unknown", "clock" (this machine's
+    is wrong), or "" where it gives no answer.
+
+    Its refusal of a hospital does not tell an unknown key from one whose former connection it still holds. Asked to let it in
+    with a heartbeat that can't be, it refuses as well, and for another reason if it knows the key.
+    """
+    import httpx
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    private = load_ssh_private_key(Path(key).read_bytes(), None)
+    public = private.public_key()
+    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(private, public)]
+    asked = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0)
+    try:
+        with FleetHttpClient.from_server_address(address, **_transport(ca), interceptors=interceptors) as client:
+            client.ActivateNode(asked)
+    except httpx.HTTPStatusError as error:
+        return {400: "admitted", 412: "unknown", 401: "clock"}.get(error.response.status_code, "")
+    except httpx.TransportError:
+        pass
+    return ""
+
+
+def _transport(ca: Path | None) -> dict:
+    """How Flower's clients are told to speak TLS, or not to."""
+    return {"insecure": ca is None, "root_certificates": None if ca is None else Path(ca).read_bytes()}
+
+
+class TaskSource:
+    """Hands out the tasks that wait at a SuperLink ("flwr-serverapp") or a SuperNode ("flwr-clientapp")."""
+
+    def __init__(self, address: str, kind: str, ca: Path | None = None):
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+        from flwr.supercore.retry import make_simple_http_retry_invoker
+        from flwr.supercore.runtime import RuntimeHttpClient
+
+        self.kind = kind
+        self._client = RuntimeHttpClient.from_server_address(
+            server_address=address, **_transport(ca), retry_invoker=make_simple_http_retry_invoker(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec")])
+
+    def next_token(self) -> str | None:
+        """The token of a task that is now ours, or None."""
+        from flwr.proto.runtime_pb2 import AcquireTaskRequest
+
+        got = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self.kind]))
+        return got.token if got.HasField("task") and got.token else None
+
+
+def tie_to_parent(parent: int, how: signal.Signals | None = None) -> None:
+    """End with the process `parent`, also when it is killed. Linux sees to it, by the signal `how` (SIGKILL); elsewhere a
+    thread watches."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, how or signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before we asked
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        if os.name == "nt":
+            synchronize, forever = 0x00100000, 0xFFFFFFFF
+            ctypes.windll.kernel32.WaitForSingleObject(ctypes.windll.kernel32.OpenProcess(synchronize, False, parent), forever)
+        else:
+            while os.getppid() == parent:
+                time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_superlink(options: list[str]) -> None:
+    from flwr.superlink.cli import flower_superlink
+
+    sys.argv = ["flower-superlink", *options]
+    flower_superlink()
+
+
+def run_supernode(options: list[str]) -> None:
+    from flwr.supernode.cli import flower_supernode
+
+    sys.argv = ["flower-supernode", *options]
+    flower_supernode()
+    os._exit(1)  # it gave up; a thread of its own would keep a process alive that does nothing
+
+
+def run_gateway(parent: int, command: list[str]) -> None:
+    """Become nginx. Its death signal is one that it passes on to its workers; it survives the change of program."""
+    if sys.platform == "linux":
+        tie_to_parent(parent, signal.SIGTERM)
+        os.execv(command[0], command)
+    tie_to_parent(parent)
+    sys.exit(subprocess.run(command, check=False).returncode)
+
+
+def run_server_app(address: str, ca: str | None = None) -> None:
+    from queue import Queue
+
+    module = importlib.import_module("flwr.superlink.runtime.run_serverapp")  # a function of the package has its name
+    module.install_from_fab = _quietly(module.install_from_fab)
+    transport = _transport(ca)
+    module.run_serverapp(address, Queue(), sys.stdin.readline().strip(), insecure=transport["insecure"],
+                         certificates=transport["root_certificates"])
+
+
+def run_client_app(address: str, token: str) -> None:
+    """Handle one message by the app that is installed here. The bundle that came along is looked at and not run.
+
+    What Flower itself would say of an exception is replaced: its text can hold a file's name.
+    """
+    from flwr.app.error import Error
+
+    from federation.hospital.app import app_for
+
+    module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    came = []
+    module.install_from_fab = lambda content, **_: came.append(hashlib.sha256(content).hexdigest())
+    module.get_load_client_app_fn = lambda **_: lambda *_: app_for(came[0])
+    module.Error = lambda code, reason: Error(code=code, reason="at the hospital")
+    module.run_clientapp(address, token, insecure=True)
+
+
+def _quietly(install: Callable) -> Callable:
+    """Unpack the bundle without a line on the user's terminal for each message."""
+
+    def quiet(*arguments: Any, **options: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return install(*arguments, **options)
+
+    return quiet
+
+
+def serve_hospital(address: str) -> None:
+    """Run the app for each message that comes: in a fork that has all loaded already, or in a new process."""
+    for module in (CLIENT_APP, "flwr.supernode.runtime.run_clientapp"):
+        importlib.import_module(module)
+    source = TaskSource(address, "flwr-clientapp")
+    while True:
+        token = source.next_token()
+        if token is None:
+            time.sleep(POLL)
+            continue
+        if CAN_FORK:
+            code = _in_fork(address, token)
+        else:
+            command = [*PROGRAM, str(os.getpid()), "clientapp", address]
+            code = subprocess.run(command, input=token + "\n", text=True, check=False).returncode
+        if code:  # without an answer, maybe, and then the SuperNode would wait for it for ever: run_client.py renews both
+            why = "killed, perhaps because memory ran out" if code < 0 else f"exit code {code}"
+            sys.exit(f"the program that works on a message ended before its time ({why})")
+
+
+def _in_fork(address: str, token: str) -> int:
+    """Handle one message in a fork of this process; its exit code, negative where a signal ended it."""
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # one message at a time, as the SuperNode hands them out
+    code = 1
+    try:
+        tie_to_parent(parent)
+        run_client_app(address, token)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    parent, program, *options = sys.argv[1:]
+    if program == "gateway":
+        return run_gateway(int(parent), options)
+    tie_to_parent(int(parent))
+    if program == "superlink":
+        run_superlink(options)
+    elif program == "supernode":
+        run_supernode(options)
+    elif program == "serverapp":
+        run_server_app(*options)
+    elif program == "hospital":
+        serve_hospital(*options)
+    elif program == "clientapp":
+        run_client_app(*options, sys.stdin.readline().strip())
+    else:
+        sys.exit(f"there is no program {program}")
+
+
+if __name__ == "__main__":
+    main()

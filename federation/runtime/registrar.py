@@ -1,0 +1,47 @@
+"""Who may pass Flower's door: the kit's list of admissions, carried over to the SuperLink while a federation runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from common import MedFLError, write_json
+from federation.runtime.flower import Control
+from federation.runtime.kit import HOSPITALS, read_admissions
+
+NODES = "nodes.json"  # {node id: label}, for the server's app
+
+
+class Registrar:
+    """Registers who is admitted and puts out who is not any more. say: prints a line. Raises MedFLError where the list is
+    damaged at the start."""
+
+    def __init__(self, control: Control, kit: Path, folder: Path, say: Callable[[str], None]):
+        self.control, self.kit, self.nodes_file, self.say = control, kit, folder / NODES, say
+        self._open: dict[str, tuple[str, int]] = {}  # by label: public key and node id
+        self._complained = False
+        self._apply()
+        say(f"admitted: {', '.join(sorted(self._open)) or 'nobody yet (provision.py admit)'}")
+
+    def update(self) -> None:
+        """Look at the list again. A damaged one changes nothing, and is told once."""
+        try:
+            self._apply()
+            self._complained = False
+        except MedFLError as error:
+            if not self._complained:
+                self.say(f"{error}; meanwhile nobody is admitted or revoked")
+            self._complained = True
+
+    def _apply(self) -> None:
+        admitted = {label: a for label, a in read_admissions(self.kit).items() if a.state == "admitted"}
+        changed = not self.nodes_file.exists()
+        for label, (key, node) in list(self._open.items()):
+            if label not in admitted or admitted[label].public_key != key:
+                self.control.unregister(node)
+                del self._open[label]
+                changed = True
+                self.say(f"{label} is put out: its key is revoked or its admission over ({self.kit / HOSPITALS})")
+        for label in sorted(admitted.keys() - self._open.keys()):
+            self._open[label] = (admitted[label].public_key, self.control.register(admitted[label].pem, label))
+            changed = True
+        if changed:
+            write_json(self.nodes_file, {str(node): label for label, (_, node) in self._open.items()})

@@ -1,0 +1,63 @@
+"""The server's side of a federation: Flower's ServerApp. It runs in the folder that run_server.py made for it."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from checkpoint import load_checkpoint
+from common import EXIT_BAD_INPUT, MedFLError, write_json
+from federation.protocol.settings import from_json
+from federation.server.audit import AUDIT, AuditLog
+from federation.server.rounds import Federation
+from federation.server.state import RunState, load_run
+from federation.server.updates import remove_leftovers
+
+JOB, OUTCOME, NODES = Path("job.json"), Path("outcome.json"), Path("nodes.json")
+
+app = ServerApp()
+
+
+def prepare(job: dict) -> RunState:
+    """The state that the run begins with, or goes on from."""
+    out = Path(job["out"])
+    remove_leftovers(out)
+    if job["resume"]:
+        training, federation, kept, model = load_run(out)
+        state = RunState(model, training, federation, out, job["commit"])
+        state.restore(kept)
+        return state
+    state = RunState(load_checkpoint(job["start"]).model, *from_json(job["settings"]), out, job["commit"])
+    state.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
+    state.progress.started_from, state.progress.init_split = job["started_from"], job["init_split"]
+    return state
+
+
+def labels() -> dict[int, str] | None:
+    """The label that each node's key stands for, as run_server.py keeps it; None where no keys are asked for."""
+    return {int(node): label for node, label in json.loads(NODES.read_text(encoding="utf-8")).items()} if NODES.exists() else None
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation and leave its exit code in the outcome's file."""
+    write_json(OUTCOME, {"exit": run(grid, json.loads(JOB.read_text(encoding="utf-8")))})
+
+
+def run(grid: Grid, job: dict) -> int:
+    """Run the federation that the job describes; its exit code."""
+    try:
+        audit = AuditLog(Path(job["out"]) / AUDIT)
+        audit.write("start", resumed=job["resume"], **job["audit"])
+        code = Federation(grid, prepare(job), job["versions"], Path(job["out"]), job["resume"], audit, labels).run()
+        audit.write("end", exit=code)
+        return code
+    except MedFLError as error:
+        print(error, file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+    except Exception:
+        traceback.print_exc()
+        return 1

@@ -1,0 +1,109 @@
+"""Messages on their way: sent to hospitals and collected without waiting, each with a time after which it counts as lost."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+
+from common import MedFLError
+from federation.protocol.messages import FAILURES, message, read
+from federation.protocol.weights import payload
+
+AT_ONCE = 4  # answers that are taken out of Flower at a time, and so in memory together
+SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
+GONE, NO_ANSWER = 5, "no answer in time"
+UNREADABLE = "its answer can't be read"
+FLOWER_SAYS = {3: NO_ANSWER, GONE: "it is not reachable", 8: "its process ended without an answer"}  # its error codes
+
+
+@dataclass
+class Answer:
+    """What came back for a message: `about` and arrays, or the reason why there is nothing. bytes: of the arrays' numbers."""
+
+    node: int
+    purpose: str
+    about: dict
+    arrays: ArrayRecord | None = None
+    failure: str | None = None
+    bytes: int = 0
+
+
+@dataclass
+class _Sent:
+    node: int
+    purpose: str
+    lost_at: float
+
+
+class Mailbox:
+    """Sends messages over Flower's Grid and hands out the answers as they come."""
+
+    def __init__(self, grid: Any):
+        self._grid = grid
+        self._open: dict[str, _Sent] = {}
+        self._refused: list[Answer] = []
+
+    def online(self) -> set[int]:
+        """The nodes that Flower holds to be connected. One that was killed stays here for about a minute."""
+        return set(self._grid.get_node_ids())
+
+    def send(self, nodes: list[int], kind: str, purpose: str, about: dict, timeout: float,
+             arrays: ArrayRecord | None = None) -> None:
+        """Send each node the same message of Flower's `kind` (train, evaluate or query), to be answered within `timeout` s."""
+        if not nodes:
+            return
+        messages = [Message(message(about, arrays), node, kind, ttl=timeout, group_id=purpose) for node in nodes]
+        lost_at = time.monotonic() + timeout + SPARE
+        identities = list(self._grid.push_messages(messages))
+        for identity, node in zip_longest(identities, nodes):
+            if identity:
+                self._open[identity] = _Sent(node, purpose, lost_at)
+            else:  # the node has left since we looked
+                self._refused.append(Answer(node, purpose, {}, failure=FLOWER_SAYS[GONE]))
+
+    def is_open(self, node: int, purpose: str | None = None) -> bool:
+        """Whether a message (of this purpose) to the node is unanswered."""
+        return any(sent.node == node and purpose in (None, sent.purpose) for sent in self._open.values())
+
+    def drop(self, purpose: str) -> None:
+        """Wait no longer for answers to messages of this purpose; later ones are passed over."""
+        self._open = {identity: sent for identity, sent in self._open.items() if sent.purpose != purpose}
+
+    def collect(self) -> Iterator[Answer]:
+        """The answers that have come, lost messages among them, a few at a time: the caller is to be done with one before it
+        takes the next, so that memory holds no more than `AT_ONCE`.
+
+        An answer whose tensors stop half way (a hospital killed while it sends) can hold Flower up for 3 minutes.
+        """
+        refused, self._refused = self._refused, []
+        yield from refused
+        waiting = list(self._open)
+        for start in range(0, len(waiting), AT_ONCE):
+            some = [identity for identity in waiting[start:start + AT_ONCE] if identity in self._open]
+            for reply in self._grid.pull_messages(some) if some else []:
+                sent = self._open.pop(reply.metadata.reply_to_message_id, None)  # not by sender: Flower answers for the dead
+                if sent:
+                    yield _answer(sent, reply)
+        now = time.monotonic()
+        for identity in [identity for identity, sent in self._open.items() if now > sent.lost_at]:
+            sent = self._open.pop(identity)
+            yield Answer(sent.node, sent.purpose, {}, failure=NO_ANSWER)
+
+
+def _answer(sent: _Sent, reply: Message) -> Answer:
+    if reply.has_error():
+        return Answer(sent.node, sent.purpose, {}, failure=FLOWER_SAYS.get(reply.error.code, "its program could not answer"))
+    try:
+        about, arrays = read(reply.content), reply.content.get("arrays")
+        size = payload(arrays)
+    except MedFLError as error:
+        return Answer(sent.node, sent.purpose, {}, failure=str(error))
+    except Exception:  # bytes from elsewhere: Flower and numpy each raise their own kinds
+        return Answer(sent.node, sent.purpose, {}, failure=UNREADABLE)
+    code = about.get("failure")
+    if code is not None:
+        return Answer(sent.node, sent.purpose, about, failure=FAILURES.get(str(code)[:32], "it failed"))
+    return Answer(sent.node, sent.purpose, about, arrays, bytes=size)

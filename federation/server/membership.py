@@ -1,0 +1,215 @@
+"""Who takes part: hospitals join, are refused, fall behind, vanish and come back."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common import MedFLError
+from federation.protocol.answers import LABEL, Facts, Introduction, parse
+from federation.protocol.messages import End, Failure, Query
+from federation.protocol.settings import FederationSettings
+from federation.server.audit import AuditLog
+from federation.server.mailbox import Answer, Mailbox
+
+LOOK = 1.0  # seconds between two looks at who is connected
+JOIN_TIME = 600.0  # seconds for a hospital's answer at joining; it may have to read its scans first
+JOIN_TRIES = 3  # for a hospital that is connected and can't say who it is
+JOIN_AGAIN = 10.0  # seconds between them
+PING_TIME = 45.0  # seconds in which somebody who is there answers, also on a busy machine
+PURPOSES = ("join", "ping", "end")
+FINAL = (Failure.DATA, Failure.CODE, Failure.CONSENT, Failure.PRIVACY)  # reasons for not joining that asking again does not mend
+
+
+@dataclass
+class Member:
+    """A hospital that takes part. facts: what it said at joining."""
+
+    label: str
+    node: int
+    session: str
+    facts: Facts
+    behind: bool = False  # gave no answer in time; gets no work until it answers again
+
+
+class Membership:
+    """Keeps the list of members up to date; `poll` and `handle` are called again and again by who waits for answers.
+
+    about: what the JOIN message says (settings and the server's versions). contributors: what hospitals that gave updates
+    said at joining, by label. say: prints a line. audit: keeps who joined, was refused and left. labels: gives the label that
+    each node's key stands for, or None where no keys are asked for.
+    """
+
+    def __init__(self, mailbox: Mailbox, settings: FederationSettings, about: dict, contributors: dict[str, Facts],
+                 say: Callable[[str], None], audit: AuditLog, labels: Callable[[], dict[int, str] | None] = lambda: None):
+        self.mailbox, self.settings, self.about, self.contributors, self.say = mailbox, settings, about, contributors, say
+        self.audit, self.labels = audit, labels
+        self.members: dict[str, Member] = {}
+        self._asked: set[int] = set()
+        self._tries: dict[int, tuple[int, float]] = {}  # nodes that could not join: how often they tried, when to ask again
+        self._rivals: dict[int, Facts] = {}  # nodes that claim a label somebody has: what they said
+        self._looked = -LOOK
+
+    @property
+    def present(self) -> list[Member]:
+        """The members that can be given work, by label."""
+        return [self.members[label] for label in sorted(self.members) if not self.members[label].behind]
+
+    @property
+    def partition(self) -> str | None:
+        """The SHA-256 of the partition that the simulated hospitals share; None before the first, or without any."""
+        facts = [*(member.facts for member in self.members.values()), *self.contributors.values()]
+        return next((f.partition_sha256 for f in facts if not f.own_data), None)
+
+    @property
+    def disputed(self) -> bool:
+        """Whether two claim one label, and it is not known yet whether the first is still there."""
+        return bool(self._rivals)
+
+    def poll(self) -> None:
+        """See who is connected; ask newcomers, and those behind, who they are and whether they are there."""
+        now = time.monotonic()
+        if now - self._looked < LOOK:
+            return
+        self._looked = now
+        online = self.mailbox.online()
+        again = {node for node, (_, when) in self._tries.items() if node in online and now > when and not self.mailbox.is_open(node)}
+        newcomers = sorted(online - self._asked | again)
+        self._asked = online
+        for node in again:
+            self._tries[node] = (self._tries[node][0], now + JOIN_TIME)
+        self.mailbox.send(newcomers, "query", "join", {"query": Query.JOIN, **self.about}, JOIN_TIME)
+        for member in [m for m in self.members.values() if m.node not in online]:
+            self._remove(member, "gone")
+        for node in [n for n in self._rivals if n not in online]:
+            del self._rivals[node]
+        contested = [self.members[facts.label].node for facts in self._rivals.values() if facts.label in self.members]
+        behind = [m.node for m in self.members.values() if m.behind]
+        free = [node for node in {*contested, *behind} if not self.mailbox.is_open(node)]
+        self.mailbox.send(sorted(free), "query", "ping", {"query": Query.PING}, PING_TIME)
+        for node, facts in list(self._rivals.items()):
+            if facts.label not in self.members:
+                self._admit(node, self._rivals.pop(node))
+
+    def handle(self, answer: Answer) -> None:
+        """Take an answer to one of our own messages (`PURPOSES`)."""
+        if answer.purpose == "join":
+            self._joined(answer)
+        elif answer.purpose == "ping":
+            self._pinged(answer)
+
+    def fell_behind(self, member: Member) -> None:
+        """No work for this member until it answers again."""
+        member.behind = True
+
+    def end(self, code: End, seconds: float) -> None:
+        """Tell everybody that the federation is over, and give them `seconds` to take note."""
+        nodes = sorted(self.mailbox.online())
+        self.mailbox.send(nodes, "query", "end", {"query": Query.END, "code": code}, seconds)
+        until = time.monotonic() + seconds
+        while any(self.mailbox.is_open(node, "end") for node in nodes) and time.monotonic() < until:
+            for _ in self.mailbox.collect():
+                pass
+            time.sleep(0.2)
+
+    def _joined(self, answer: Answer) -> None:
+        if answer.failure:
+            self._did_not_join(answer)
+            return
+        try:
+            facts, refusal, detail = self._look_at(answer.node, answer.about)
+        except MedFLError as error:
+            self.say(f"a hospital is refused: {error}")
+            self.audit.write("refused", hospital=None, why=str(error))
+            self._refuse(answer.node, End.UNFIT)
+            return
+        if refusal:
+            self.say(f"{facts.label} refused: {refusal}{' (' + detail + ')' if detail else ''}")
+            self.audit.write("refused", hospital=facts.label, why=refusal)
+            self._refuse(answer.node, refusal, detail)
+            return
+        holder = self.members.get(facts.label)
+        if holder and holder.session != facts.session:
+            self._rivals[answer.node] = facts  # the holder is asked whether it is still there
+        else:
+            self._admit(answer.node, facts)
+
+    def _did_not_join(self, answer: Answer) -> None:
+        """Bad data and a lack of consent are final; other trouble, Flower's own included, may pass."""
+        label = str(answer.about.get("label", "a hospital"))
+        count = self._tries.get(answer.node, (0, 0.0))[0] + 1
+        if answer.about.get("failure") in FINAL or count >= JOIN_TRIES:
+            self.say(f"{label} can't take part: {answer.failure}")
+            self.audit.write("refused", hospital=label if LABEL.fullmatch(label) else None, why=answer.failure)
+            self._tries.pop(answer.node, None)
+            self._refuse(answer.node, End.UNFIT)
+        else:
+            self._tries[answer.node] = (count, time.monotonic() + JOIN_AGAIN)
+            self.say(f"{label} could not join: {answer.failure}; it is asked again")
+
+    def _pinged(self, answer: Answer) -> None:
+        member = next((m for m in self.members.values() if m.node == answer.node), None)
+        if member is None:
+            return
+        rivals = [node for node, facts in self._rivals.items() if facts.label == member.label]
+        if answer.failure:
+            if rivals:
+                self._remove(member, "replaced by one that came back")
+                self._refuse(member.node, End.TAKEN)  # in case it was only slow
+            return
+        if member.behind:
+            member.behind = False
+            self.say(f"{member.label} answers again")
+        for node in rivals:
+            self.say(f"{member.label} refused: {End.TAKEN}")
+            self.audit.write("refused", hospital=member.label, why=End.TAKEN)
+            self._refuse(node, End.TAKEN)
+            del self._rivals[node]
+
+    def _look_at(self, node: int, about: dict) -> tuple[Introduction, End | None, str]:
+        """What a hospital says of itself; why it can't be a member, and what its sentence says besides. Raises MedFLError where
+        that makes no sense. The facts of one that can be a member are `Facts`."""
+        who = parse(Introduction, {name: about.get(name) for name in Introduction.model_fields})
+        if not LABEL.fullmatch(who.label) or who.cid is not None and who.label != f"hospital-{who.cid}":
+            raise MedFLError("its label is none that run_client.py gives; use the same version of MedFL everywhere")
+        if refusal := self._refusal(node, who):
+            return who, *refusal
+        facts = parse(Facts, about)
+        if not facts.own_data and self.partition not in (None, facts.partition_sha256):
+            return facts, End.SPLIT, ""
+        return facts, None, ""
+
+    def _refusal(self, node: int, who: Introduction) -> tuple[End, str] | None:
+        """Why who says this can't be a member whatever its data are, and what its sentence says besides."""
+        known, ours = self.labels(), self.about["versions"]
+        if known is not None and known.get(node) != who.label:
+            return End.IDENTITY, known.get(node, "nobody")
+        other = [f"{name} {who.versions.get(name)} instead of {ours[name]}" for name in ("medfl", "flwr", "timm")
+                 if who.versions.get(name) != ours[name]]
+        if other:
+            return End.VERSION, ", ".join(other)
+        if who.cid is not None and who.cid >= self.settings.clients:
+            return End.NUMBER, str(self.settings.clients)
+        if who.label not in self.members and len(self.members) >= self.settings.clients:
+            return End.FULL, ""
+        return None
+
+    def _admit(self, node: int, facts: Facts) -> None:
+        back = facts.label in self.members
+        self._tries.pop(node, None)
+        member = Member(facts.label, node, facts.session, facts)
+        self.members[member.label] = member
+        parts, promise, torch_note = facts.parts, facts.patient_privacy, ""
+        if facts.versions.get("torch") != self.about["versions"]["torch"]:
+            torch_note = f"; it runs torch {facts.versions.get('torch')}, the server {self.about['versions']['torch']}"
+        self.audit.write("joined", hospital=member.label)
+        self.say(f"{member.label} {'is back' if back else 'joined'}: {parts['train'].patients} patients to train on "
+                 f"({parts['train'].slices} slices), {parts['val'].patients} to choose by{torch_note}"
+                 + (f"; it promises them epsilon {promise.epsilon:g} at delta {promise.delta:g}" if promise else ""))
+
+    def _remove(self, member: Member, why: str) -> None:
+        self.say(f"{member.label}: {why}")
+        self.audit.write("left", hospital=member.label, why=why)
+        del self.members[member.label]
+
+    def _refuse(self, node: int, code: End, detail: str = "") -> None:
+        self.mailbox.send([node], "query", "end", {"query": Query.END, "code": code, "detail": detail}, PING_TIME)

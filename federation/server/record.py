@@ -1,0 +1,92 @@
+"""What a federation writes down of its rounds: history and curves, the best model and the last, lines on the terminal."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common import MedFLError, file_sha256
+from federation.protocol.answers import Result
+from federation.server.audit import AuditLog
+from federation.server.history import draw_curves, table, write_history
+from federation.server.judging import Scores, mean_dice, scores_of
+from federation.server.state import RunState
+
+
+def row_of(number: int, label: str, told: Result, sent: int, received: int) -> dict:
+    """A line of the history: what a hospital told in round `number`, and the bytes that went there and came back."""
+    row = {"round": number, "site": label, "bytes_sent": sent, "bytes_received": received,
+           "examples": None, "train_loss": None, "patient_epsilon": None}
+    return {**row, **told.model_dump(exclude={"round"}), "seconds": round(told.seconds, 2)}
+
+
+class Record:
+    """Writes into `out`. chooses: whether scores may choose a model; under differential privacy of hospitals they may not."""
+
+    def __init__(self, state: RunState, out: Path, audit: AuditLog, say: Callable[[str], None], chooses: bool):
+        self.state, self.out, self.audit, self.say, self.chooses = state, out, audit, say, chooses
+
+    def round(self, number: int, rows: list[dict], sent: torch.Tensor, began: float) -> None:
+        """Write what a round gave. The scores in its rows are of the model that was sent, (n,) float32; began: when, monotonic."""
+        done, scores = self.state.progress, scores_of(rows)
+        if number == 1:
+            self.state.best.unlink(missing_ok=True)  # of an earlier run
+        done.rows = [row for row in done.rows if row["round"] < number] + rows
+        from_a_model = number > 1 or done.started_from.startswith("checkpoint")  # random weights are no model to keep
+        better = from_a_model and self._judge(sent, scores, number - 1)
+        done.before = scores
+        done.seconds += time.monotonic() - began
+        self.state.save_last()
+        self._write_pictures()
+        seconds, work = time.monotonic() - began, max(row["seconds"] for row in rows)
+        spent = "" if done.epsilon is None else f"; epsilon {done.epsilon:.3g} of a hospital is spent"
+        self.say(f"round {number} of {self.state.federation.rounds}: {seconds:.1f} s, of which {work:.1f} s the longest hospital's "
+                 f"work; the model before it: {_in_words(scores)}{' (best so far)' * better}{spent}\n{table(rows)}")
+        self.audit.write("round", round=number, hospitals=[row["site"] for row in rows], file=self.state.last.name,
+                         sha256=file_sha256(self.state.last))
+
+    def end(self, rows: list[dict], weights: torch.Tensor) -> None:
+        """Write the scores of the model that the run ends with, (n,) float32, and keep it if it is the best."""
+        done, scores = self.state.progress, scores_of(rows)
+        done.rows = [row for row in done.rows if row["round"] <= done.round] + rows
+        if not self._judge(weights, scores, done.round) and not (self.chooses and self.state.best.exists()):
+            self._keep_best(weights, {}, done.round)  # nothing may choose, or nobody scored a trained model
+        self._write_pictures()
+        if rows:
+            kind = " (averaged over rounds)" if self.state.average is not None else ""
+            self.say(f"the last model{kind}: {_in_words(scores)}\n{table(rows)}")
+        chosen = "after the last round"
+        if done.scored_patients:
+            chosen = f"after round {done.best_round}, validation Dice {done.best:.3f} over {done.scored_patients} patients"
+        self.say(f"{self.state.best}: {chosen}")
+
+    def _judge(self, weights: torch.Tensor, scores: Scores, number: int) -> bool:
+        """Whether the model after round `number` is the best so far; it is kept then."""
+        if not self.chooses:
+            return False
+        better, said = self.state.judge(scores, number)
+        if said:
+            self.say(said)
+        if better:
+            self._keep_best(weights, scores, number)
+        return better
+
+    def _keep_best(self, weights: torch.Tensor, scores: Scores, number: int) -> None:
+        """Write the best model so far, and its hash into the audit log."""
+        self.state.save_best(weights, scores, number)
+        self.audit.write("checkpoint", round=number, file=self.state.best.name, sha256=file_sha256(self.state.best))
+
+    def _write_pictures(self) -> None:
+        done = self.state.progress
+        try:
+            write_history(done.rows, self.out / "federated_history.csv")
+            draw_curves(done.rows, self.out / "federated_curves.png", f"Federated training, {self.state.federation.strategy}, "
+                        f"{len(done.hospitals)} hospitals")
+        except MedFLError as error:  # a viewer may hold the file; both are written anew after the next round
+            self.say(f"not this time: {error}")
+
+
+def _in_words(scores: Scores) -> str:
+    mean, patients = mean_dice(scores)
+    return "no validation patients" if mean is None else f"validation Dice {mean:.3f} over {patients} patients"

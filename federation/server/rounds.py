@@ -1,0 +1,264 @@
+"""The round loop: what the server does from the first hospital's joining to the last model."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import EXIT_NO_QUORUM, MedFLError
+from federation.privacy.hospitals import HospitalPrivacy
+from federation.protocol.answers import Result, Trained, announced, parse
+from federation.protocol.messages import End
+from federation.protocol.settings import to_json
+from federation.protocol.weights import FULL, from_record, in_precision, part_mask, variance_mask
+from federation.server.aggregation import ROBUST
+from federation.server.audit import AuditLog
+from federation.server.exchange import Exchange, NoQuorum
+from federation.server.judging import Scores, collapsed, mean_dice, scores_of
+from federation.server.mailbox import Answer, Mailbox
+from federation.server.membership import Member, Membership
+from federation.server.record import Record, row_of
+from federation.server.screening import COMPARED, check_update, screen
+from federation.server.secure_round import SecureRound
+from federation.server.state import RunState
+from federation.server.updates import Updates
+
+END_TIME = 15.0  # seconds in which hospitals may take note of the end
+TRIES = 2  # of a round that too few hospitals complete
+OFTEN = 2  # collapses, after which every round is summed by the median
+
+
+@dataclass
+class Asked:
+    """What one try of a round brought. told: what hospitals said of their training, by label; updates: those that may count;
+    bytes: what went to each hospital and what came back; failures: why hospitals have no part in it."""
+
+    members: list[Member]
+    updates: Updates
+    told: dict[str, Trained] = field(default_factory=dict)
+    bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Scores:
+        """The hospitals' scores of the model that the round began with."""
+        return {label: (told.val_dice, told.val_patients) for label, told in self.told.items() if told.val_dice is not None}
+
+
+class Federation:
+    """One run. resumed: it goes on with an earlier one, and need not wait for every hospital. labels: gives the label that
+    each node's key stands for, or None where no keys are asked for."""
+
+    def __init__(self, grid, state: RunState, versions: dict[str, str], out: Path, resumed: bool, audit: AuditLog,
+                 labels: Callable[[], dict[int, str] | None] = lambda: None,
+                 say: Callable[[str], None] = lambda line: tqdm.write(line)):
+        self.state, self.out, self.resumed, self.audit, self.say = state, out, resumed, audit, say
+        self.training, self.settings = state.training, state.federation
+        settings = {"settings": to_json(self.training, self.settings), "run": state.progress.run}
+        join = {**settings, "versions": versions, "hospitals": self.settings.clients}
+        self.mailbox = Mailbox(grid)
+        self.membership = Membership(self.mailbox, self.settings, join, state.progress.hospitals, say, audit, labels)
+        self.exchange = Exchange(self.mailbox, self.membership, self.settings, settings, state.model,
+                                 lambda: list(state.progress.hospitals), say)
+        self.privacy = HospitalPrivacy(self.settings) if self.settings.private else None
+        self.record = Record(state, out, audit, say, chooses=self.privacy is None)
+        self.variances = variance_mask(state.model)
+        self._last: Updates | None = None  # what the last round's model was made of, until hospitals have scored it
+        self._robust = False  # whether that was by the median
+
+    def run(self) -> int:
+        """All rounds; the exit code. What every round gave is on disk when it is over."""
+        try:
+            self.exchange.assemble(self.resumed)
+            self._warn_of_another_split()
+            while self.state.progress.round < self.settings.rounds and not self.state.stopped_early:
+                if self.privacy and self.privacy.exhausted(self.state.progress.round):
+                    self.say(f"one round more would spend more than --dp-epsilon {self.settings.dp_epsilon:g}; stopped")
+                    break
+                self._round(self.state.progress.round + 1)
+            if self.state.stopped_early:
+                self.say(f"no better validation Dice for {self.training.patience} rounds; stopped")
+            self._final_score()
+        except NoQuorum as error:
+            self.say(str(error))
+            self.membership.end(End.QUORUM, END_TIME)
+            return EXIT_NO_QUORUM
+        finally:
+            self._forget_updates()
+        self.membership.end(End.DONE, END_TIME)
+        return 0
+
+    def _warn_of_another_split(self) -> None:
+        split = next((m.facts.split_sha256 for m in self.membership.present if not m.facts.own_data), None)
+        if split and self.state.progress.init_split not in (None, split):
+            self.say("mind: the checkpoint that this starts from was trained on another split, so it may have seen patients that "
+                     "are kept for the test here")
+
+    def _round(self, number: int) -> None:
+        """One round: enough updates, the new model, what is written. Raises NoQuorum after two tries."""
+        began, tries, sent = time.monotonic(), 0, self.state.weights_as_sent
+        for attempt in count(1):
+            asked = self._ask(number, attempt)
+            if self._collapsed(asked.scores) and self._take_back(asked.scores):
+                asked.updates.close()
+                sent = self.state.weights_as_sent
+                continue
+            self._look_through(number, asked)
+            if len(asked.updates) and len(asked.told) >= self.settings.quorum:
+                break
+            tries += 1
+            asked.updates.close()
+            got = f"got {len(asked.told)} updates and needs {self.settings.quorum}"
+            what = "has no sum" if self.settings.secure_aggregation else got
+            self.say(f"round {number} {what}" + ("; once more" if tries < TRIES else ""))
+            if tries == TRIES:
+                raise NoQuorum(self.exchange.too_few(len(asked.told)))
+        for member in asked.members:
+            if member.label in asked.told:
+                self.state.progress.hospitals[member.label] = member.facts
+        self._sum(number, asked.updates)
+        rows = [row_of(number, label, told, *asked.bytes[label]) for label, told in sorted(asked.told.items())]
+        self.record.round(number, rows, sent, began)
+        behind = [label for label, member in self.membership.members.items() if member.behind]
+        if absent := sorted({*self.exchange.missing(), *behind} - asked.failures.keys()):
+            self.say(f"  not there: {', '.join(absent)}")
+
+    def _ask(self, number: int, attempt: int) -> Asked:
+        """Send the model, and take in the hospitals' answers as they come."""
+        members = self.exchange.quorum()
+        left_out = self.settings.left_out(number <= self.training.freeze_encoder_epochs)
+        about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout,
+                 "partition": self.membership.partition}
+        purpose = f"round-{number}.{attempt}"
+        asked = Asked(members, Updates(self.state.weights, self.state.is_statistic, self.out))
+        secure, own, travels = None, None, part_mask(self.state.model, left_out)
+        if self.settings.secure_aggregation:
+            secure = SecureRound(self.mailbox, self.exchange.wait, self.settings, number, purpose, int(travels.sum()))
+            own = secure.prepare(members)
+            members = [member for member in members if member.label in own]
+        sent = self.exchange.send("train", purpose, members, about, self.state.weights_as_sent, left_out, own)
+
+        def take(member: Member, answer: Answer) -> None:
+            told = parse(Trained, answer.about)
+            if told.round != number:
+                raise MedFLError(f"its update is of round {told.round}")
+            announced(told, member.facts)
+            if secure:
+                secure.take(member, told, answer.arrays)
+            else:
+                self._take(member, told, answer, asked.updates, travels)
+            asked.told[member.label] = told
+            asked.bytes[member.label] = sent[member.label], answer.bytes
+            self.exchange.holds(member)
+
+        title = f"round {number} of {self.settings.rounds}"
+        _, asked.failures = self.exchange.wait(purpose, members, title, take=take)
+        if secure:
+            mean = secure.mean(sorted(asked.told), self.state.weights, travels)
+            for label in secure.failures.keys() & asked.told.keys():
+                del asked.told[label]
+            asked.failures |= secure.failures
+            if mean is not None:
+                asked.updates.add("the mean", mean, 1)
+        return asked
+
+    def _take(self, member: Member, told: Trained, answer: Answer, updates: Updates, travels: torch.Tensor) -> None:
+        """Check an update and put it to the others. travels: which of the weights are in it, (n,) bool."""
+        precision, sent = self.settings.update_dtype, self.state.weights
+        came = from_record(answer.arrays, precision)
+        weights = came
+        if len(came) == int(travels.sum()):
+            weights = sent.clone()
+            weights[travels] = came + (0 if precision == FULL else sent[travels])
+        check_update(weights, told.examples, len(sent), member.facts.parts["train"].slices, self.variances)
+        updates.add(member.label, weights, told.examples)
+
+    def _look_through(self, number: int, asked: Asked) -> None:
+        """Screen the updates beside each other, and say who has no part in the round."""
+        # whom the others leave in would tell of them; under privacy the clip bounds an update, and a sum has no single ones
+        if not self.privacy and not self.settings.secure_aggregation:
+            for label, reason in screen(asked.updates, self.settings).items():
+                asked.failures[label] = f"{reason}; it is left out"
+                del asked.told[label]
+        for label, reason in sorted(asked.failures.items()):
+            self.audit.write("left_out", round=number, hospital=label, why=reason.removesuffix("; it is left out"))
+            self.say(f"round {number} without {label}: {reason}")
+
+    def _sum(self, number: int, updates: Updates) -> None:
+        """Make the round's model of its updates."""
+        self._forget_updates()
+        self._robust = self.state.progress.collapses >= OFTEN and len(updates) >= COMPARED
+        self.state.begin()
+        if self.privacy:
+            left_out = self.settings.left_out(number <= self.training.freeze_encoder_epochs)
+            mean = self.privacy.private_mean(updates.sent, updates.blocks, part_mask(self.state.model, left_out))
+            updates.close()
+            updates = Updates(self.state.weights, self.state.is_statistic, self.out)
+            updates.add("the noised mean", mean, 1)
+            self.state.progress.epsilon = self.privacy.spent(number)
+        self.state.take(self.state.aggregator(number, updates, self._robust))
+        self._last = updates
+
+    def _forget_updates(self) -> None:
+        if self._last is not None:
+            self._last.close()
+        self._last = None
+
+    def _collapsed(self, now: Scores) -> bool:
+        """Whether the hospitals' scores say that the last round ruined the model. Under privacy no score decides anything."""
+        return not self.privacy and self.state.can_go_back and collapsed(self.state.progress.before, now)
+
+    def _take_back(self, now: Scores) -> bool:
+        """Go back to the model before the last round, and on with the median of that round's updates, or, where that collapsed as
+        well or there is none, without the round. False where nothing more can be done."""
+        done, number = self.state.progress, self.state.progress.round
+        before, after = (mean_dice({label: scores[label] for label in done.before.keys() & now.keys()})[0]
+                         for scores in (done.before, now))
+        updates, robust = self._last, self._robust or self.settings.strategy == ROBUST
+        if updates is None and self._robust:
+            return False
+        self.state.go_back()
+        self._last, self._robust = None, True
+        if updates and len(updates) >= COMPARED and not robust:
+            self.state.take(self.state.aggregator(number, updates, robust=True))
+            self._last, what = updates, "its updates are combined by their median instead"
+        else:
+            self.state.take(self.state.weights)
+            what = "the model stays as it was before it"
+            if updates:
+                updates.close()
+        done.collapses += 1
+        self.say(f"round {number} ruined the model (mean Dice {before:.3f} before it, {after:.3f} after it): it is taken back, and "
+                 + what + ("; from now on every round is summed by the median" if done.collapses == OFTEN else ""))
+        self.audit.write("collapse", round=number, dice_before=round(before, 4), dice_after=round(after, 4), then=what)
+        self.state.save_last()
+        return True
+
+    def _final_score(self) -> None:
+        """Score the model that the run ends with, and keep it if it is the best. If it collapsed, the last round is taken back."""
+        for attempt in count(1):
+            weights = in_precision(self.state.final_weights, self.settings.update_dtype)
+            rows = self._scored(weights, self.state.progress.round + 1, f"final.{attempt}")
+            if not (self._collapsed(scores_of(rows)) and self._take_back(scores_of(rows))):
+                break
+        self.record.end(rows, weights)
+
+    def _scored(self, weights: torch.Tensor, number: int, purpose: str) -> list[dict]:
+        """Rows of the hospitals that scored these weights, as of round `number`."""
+        members = self.membership.present
+        size = self.exchange.send("evaluate", purpose, members, {}, weights, self.settings.left_out(frozen=False))
+        results = {}
+
+        def take(member: Member, answer: Answer) -> None:
+            result = parse(Result, answer.about)
+            announced(result, member.facts)
+            results[member.label] = result
+
+        _, failures = self.exchange.wait(purpose, members, "scoring the last model", take=take)
+        for label, reason in sorted(failures.items()):
+            self.say(f"the last model is not scored by {label}: {reason}")
+        return [row_of(number, label, result, size[label], 0) for label, result in sorted(results.items())]
