@@ -28,6 +28,7 @@ from checkpoint import describe, load_start, save_checkpoint
 from common import MedFLError, __version__, add_settings, git_commit, run_script, settings_from, write_json
 from dataset import load_dataset
 from federation.privacy.hospitals import HospitalPrivacy
+from federation.protocol.log import say
 from federation.protocol.messages import local_versions
 from federation.protocol.settings import TRAINING_OPTIONS, FederationSettings, approval, check_together, to_json
 from federation.protocol.weights import part_mask
@@ -116,10 +117,10 @@ def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: Train
         raise MedFLError(f"the first round alone would spend epsilon {privacy.spent(1):.3g}, more than --dp-epsilon "
                          f"{settings.dp_epsilon:g}; raise one of --dp-epsilon and --dp-noise-multiplier")
     rounds = next((n for n in range(settings.rounds) if privacy.exhausted(n)), settings.rounds)
-    print(f"differential privacy: the protected unit is the hospital, and not the patient; noise {privacy.multiplier:.3g} x clip "
+    say(f"differential privacy: the protected unit is the hospital, and not the patient; noise {privacy.multiplier:.3g} x clip "
           f"{settings.dp_clip:g}, epsilon {privacy.spent(rounds):.3g} after {rounds} rounds at delta {settings.dp_delta:g}")
     if warning := privacy.warning(int(part_mask(model, settings.left_out(training.freeze_encoder_epochs >= rounds)).sum())):
-        print(warning)
+        say(warning)
 
 
 def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, TrainingSettings, FederationSettings]:
@@ -129,7 +130,7 @@ def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, Trai
     if arguments.resume:
         training, federation, state, model = load_run(out)
         settings = state["settings"]
-        print(f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own settings; "
+        say(f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own settings; "
               "other options are passed over")
     else:
         training, federation = settings_from(arguments, TrainingSettings), settings_from(arguments, FederationSettings)
@@ -140,16 +141,16 @@ def prepare_job(arguments: argparse.Namespace, folder: Path) -> tuple[dict, Trai
         settings = to_json(training, federation)
         job.update(settings=settings, start=str(start), started_from=started_from, init_split=init_split)
         size = 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point()) / 1e6
-        print(f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way a round and hospital")
+        say(f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way a round and hospital")
     if federation.secure_aggregation:
-        print("secure aggregation: this server learns the sum of a round's updates, and none by itself; they are not screened")
+        say("secure aggregation: this server learns the sum of a round's updates, and none by itself; they are not screened")
     if federation.private:
         announce_privacy(HospitalPrivacy(federation), model, training)
     if (out / AUDIT).exists():
         verify(out / AUDIT)
     job["audit"] = {"code": hashlib.sha256(make_bundle()).hexdigest(), "settings": hashlib.sha256(settings.encode()).hexdigest(),
                     "versions": job["versions"], "commit": job["commit"], "keys": arguments.kit is not None}
-    print(f"code and settings, for hospitals that ask what they approve: {approval(job['audit']['code'], settings)}")
+    say(f"code and settings, for hospitals that ask what they approve: {approval(job['audit']['code'], settings)}")
     return job, training, federation
 
 
@@ -228,12 +229,12 @@ def main() -> None:
         inner, ca = join_address(inner_host, inner_port), kit and kit / CA
         os.environ.update(no_proxy())
         control = Control(inner, ca)
-        registrar = Registrar(control, kit, folder, lambda line: print(line, flush=True)) if kit else None
+        registrar = Registrar(control, kit, folder, say) if kit else None
         if gated:
             children.append(start_gateway(host, port, inner_port, kit, folder, arguments.out.resolve() / "gateway.log"))
         how = (f"python run_client.py --own-data FOLDER --kit KIT --server HOST:{port}" if kit else
                f"python run_client.py --cid 0 (to {federation.clients - 1}) --server {arguments.address}")
-        print(f"listening on {arguments.address}; waiting for {federation.clients} hospitals: {how}", flush=True)
+        say(f"listening on {arguments.address}; waiting for {federation.clients} hospitals: {how}")
         source = TaskSource(inner, "flwr-serverapp", ca)
         control.submit(make_bundle())
         while (token := source.next_token()) is None:

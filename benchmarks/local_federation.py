@@ -15,9 +15,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import federation.server.exchange
 import federation.server.membership
-from common import __version__, write_json
-from federation.hospital.app import IDENTITY, make_app
-from federation.hospital.identity import identity
+from common import __version__
+from federation.hospital.app import make_app
+from federation.hospital.identity import Identity
 from federation.protocol.messages import local_versions
 from federation.protocol.settings import FederationSettings
 from federation.server.audit import AuditLog
@@ -56,8 +56,9 @@ class LocalHospital:
 
     def __init__(self, folder: Path, cid: int, data: Path, change: Callable[[Message, Message], Message] | None = None):
         self.folder, self.change = folder / f"hospital-{cid}", change
-        write_json(self.folder / IDENTITY, identity(f"hospital-{cid}", cid, data, "cpu", __version__, folder / "models",
-                                                    shared_cores=None, code="0" * 64))
+        self.identity = Identity(label=f"hospital-{cid}", cid=cid, data=data, device="cpu", medfl=__version__,
+                                 models=folder / "models", code="0" * 64)
+        self.identity.save(self.folder)
         self.app, self.context = make_app(lambda context: self.folder), Context(1, 1, {}, RecordDict(), {})
 
     def answer(self, incoming: Message) -> Message:

@@ -22,9 +22,11 @@ from checkpoint import THRESHOLD, load_start
 from common import __version__, run_script
 from dataset import load_dataset
 from evaluation.scoring import score_patients
-from federation.hospital.identity import identity
-from federation.hospital.work import Hospital
+from federation.hospital.hospital import Hospital
+from federation.hospital.identity import Identity
 from federation.privacy import patients as patient_privacy
+from federation.protocol.answers import PatientPrivacy
+from federation.protocol.requests import Train
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack, unpack
 from split import make_split
@@ -56,17 +58,18 @@ def federate(arguments: argparse.Namespace, epsilon: float, folder: Path) -> tup
     """The last model of a federation, and its hospitals."""
     settings = FederationSettings(clients=arguments.hospitals, rounds=arguments.rounds, partition="iid", val_fraction=0.0)
     training = TrainingSettings(image_size=64, norm="group", lr=arguments.lr, seed=arguments.seed)
-    people = [identity(f"hospital-{cid}", cid, arguments.data_dir, "cpu", __version__, folder, shared_cores=None, code="",
-                       promise={"epsilon": epsilon, "delta": arguments.delta}) for cid in range(arguments.hospitals)]
+    people = [Identity(label=f"hospital-{cid}", cid=cid, data=arguments.data_dir, device="cpu", medfl=__version__, models=folder,
+                       code="", patient_privacy=PatientPrivacy(epsilon=epsilon, delta=arguments.delta))
+              for cid in range(arguments.hospitals)]
     hospitals = [Hospital(who, training, settings, folder / "model.pt") for who in people]
     model = start(arguments)
     for number in tqdm(range(1, arguments.rounds + 1), desc=f"epsilon {epsilon:g}", unit="round", leave=False, disable=None):
         sent, total, examples = pack(model.state_dict()), 0.0, 0
         for hospital in hospitals:
             model.load_state_dict(unpack(sent, model.state_dict()))
-            told, weights = hospital.train(model, {"run": "trial", "round": number, "rate": None, "seconds": 1e9,
-                                                   "partition": hospital.hashes["partition_sha256"]})
-            total, examples = total + told["examples"] * weights.double(), examples + told["examples"]
+            work, weights = hospital.train(model, Train(settings="", run="trial", without=[], round=number, rate=None, seconds=1e8,
+                                                        partition=hospital.data.partition_sha256))
+            total, examples = total + work.examples * weights.double(), examples + work.examples
         model.load_state_dict(unpack((total / examples).float(), model.state_dict()))
     return model, hospitals
 
@@ -88,10 +91,10 @@ def main() -> None:
     for epsilon in arguments.epsilons:
         with tempfile.TemporaryDirectory(prefix="medfl-trial-") as folder:
             model, hospitals = federate(arguments, epsilon, Path(folder))
-        counts = ", ".join(str(len(hospital.split.train)) for hospital in hospitals)
-        promise = hospitals[0].promise
-        print(f"epsilon {epsilon:g} at hospitals of {counts} patients: {promise.spent:.3g} spent, noise "
-              f"{promise.done[0].multiplier:.3g} clips; Dice {dice(model):.3f}", flush=True)
+        counts = ", ".join(str(len(hospital.data.split.train)) for hospital in hospitals)
+        budget = hospitals[0].budget
+        print(f"epsilon {epsilon:g} at hospitals of {counts} patients: {budget.spent:.3g} spent, noise "
+              f"{budget.done[0].multiplier:.3g} clips; Dice {dice(model):.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_script_runs_from_any_folder_and_ends_with_2_on_bad_input(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "data" / "make_phantoms.py"), "--out", "here", "--slices", "4", "--size", "32", "--patients"]
+    command = [sys.executable, str(ROOT / "data" / "make_phantoms.py"), "--out", "here", "--slices", "4", "--size", "32",
+               "--patients"]
     good, bad = (subprocess.run([*command, n], cwd=tmp_path, capture_output=True, text=True) for n in ("1", "0"))
     assert good.returncode == 0 and len(folders(tmp_path / "here" / "kaggle_3m")) == 1
     assert bad.returncode == 2 and bad.stderr.startswith("make_phantoms.py: --patients is 0")

@@ -4,6 +4,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,106 +13,128 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from common import MedFLError, write_json
-from federation.hospital.work import Hospital, HospitalError
-from federation.protocol.messages import ENDS, End, Failure, Query, message, read
+from federation.hospital.hospital import Hospital, HospitalError
+from federation.hospital.identity import ENDED, Identity
+from federation.protocol.answers import Facts, Introduction, Kind, Result, Trained, Typed, parse
+from federation.protocol.log import say
+from federation.protocol.messages import ENDS, Failure, Query, message, read
+from federation.protocol.requests import QUERIES, Join, Keys, Over, Score, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party
 from federation.protocol.settings import approval, from_json, unusual
 from federation.protocol.weights import array_record, to_record
 
-IDENTITY, ENDED, MEMORY = "hospital.json", "ended.json", "model.pt"
-STAGES = (Query.KEYS, Query.SHARES, Query.UNMASK)
+MEMORY = "model.pt"
 SECRETS = "secure"  # the record in Flower's memory of this hospital, where secrets of a round are kept between its messages
 
-
-def say(text: str) -> None:
-    """A line on the hospital's own terminal."""
-    print(text, flush=True)
+Handle = Callable[[Message, Context], Message]
+Before = Callable[[Message, Context, Handle], Message]
 
 
 def make_app(folder_of: Callable[[Context], Path] = lambda context: Path(),
-             before: Callable[[Message, Context, Callable], Message] = lambda incoming, context, handle: handle(incoming, context),
-             ) -> ClientApp:
-    """The app. folder_of: gives a hospital's folder, where it finds who it is; run_client.py starts it in that folder. before:
-    gets each message first, with the function that handles it."""
+             before: Before = lambda incoming, context, handle: handle(incoming, context)) -> ClientApp:
+    """The app.
 
-    def identity(context: Context) -> dict:
-        return json.loads((folder_of(context) / IDENTITY).read_text(encoding="utf-8"))
+    Args:
+        folder_of: gives a hospital's folder, where it finds who it is; run_client.py starts it in that folder.
+        before: gets each message first, with the function that handles it.
+    """
 
-    def hospital(about: dict, context: Context) -> Hospital:
-        check_consent(about["settings"], identity(context))
-        return Hospital(identity(context), *from_json(about["settings"]), folder_of(context) / MEMORY)
+    def hospital(settings: str, context: Context) -> Hospital:
+        identity = Identity.load(folder_of(context))
+        check_consent(settings, identity)
+        return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY)
 
-    def keep_errors_here(incoming: Message, context: Context, handle: Callable) -> Message:
-        return guard(incoming, context, handle, identity(context))
+    def keep_errors_here(incoming: Message, context: Context, handle: Handle) -> Message:
+        return guard(incoming, context, handle, Identity.load(folder_of(context)))
 
     app = ClientApp(mods=[keep_errors_here, before])
 
     @app.query()
     def query(incoming: Message, context: Context) -> Message:
         """Tell the server who is here, that somebody is, or learn that it is over."""
-        about = read(incoming.content)
-        if about["query"] == Query.JOIN:
-            return Message(message(introduce(about, identity(context), lambda: hospital(about, context))), reply_to=incoming)
-        if about["query"] in STAGES:
-            return Message(message(secure_stage(about, incoming.metadata.dst_node_id, context)), reply_to=incoming)
-        if about["query"] == Query.END:
-            code, sentence = ENDS[End(about["code"])]
-            ended = {"exit": code, "sentence": sentence.format(detail=about.get("detail", ""))}
-            write_json(folder_of(context) / ENDED, ended)
-        return Message(message({}), reply_to=incoming)
+        asked = query_of(read(incoming.content))
+        answer: dict = {}
+        if isinstance(asked, Join):
+            identity = Identity.load(folder_of(context))
+            answer = introduce(asked, identity, lambda: hospital(asked.settings, context)).model_dump()
+        elif isinstance(asked, Keys | Shares | Unmask):
+            answer = secure_stage(asked, incoming.metadata.dst_node_id, context)
+        elif isinstance(asked, Over):
+            code, sentence = ENDS[asked.code]
+            write_json(folder_of(context) / ENDED, {"exit": code, "sentence": sentence.format(detail=asked.detail)})
+        return Message(message(answer), reply_to=incoming)
 
     @app.train()
     def train(incoming: Message, context: Context) -> Message:
         """Score the model that came, train it, send the update."""
-        about = read(incoming.content)
-        mine = hospital(about, context)
-        told, update = one_round(about, mine, incoming.content["arrays"])
+        task = request(Train, read(incoming.content))
+        mine = hospital(task.settings, context)
+        told, update = one_round(task, mine, incoming.content["arrays"])
         if mine.federation.secure_aggregation:
-            arrays = array_record(masked(about, update, told["examples"], mine.federation.secure_range, context))
+            arrays = array_record(masked(task, update, told.examples, mine.federation.secure_range, context))
         else:
             arrays = to_record(update, mine.federation.update_dtype)
-        return Message(message(told, arrays), reply_to=incoming)
+        return Message(message(told.model_dump(), arrays), reply_to=incoming)
 
     @app.evaluate()
     def evaluate(incoming: Message, context: Context) -> Message:
         """Score the model that came, after the last round."""
-        about = read(incoming.content)
-        mine = hospital(about, context)
-        score = mine.finish(mine.received(about, incoming.content["arrays"]), about)
-        if score["val_dice"] is not None:
-            say(f"last model: validation Dice {score['val_dice']:.3f}")
-        return Message(message(mine.told(score)), reply_to=incoming)
+        task = request(Score, read(incoming.content))
+        mine = hospital(task.settings, context)
+        score = mine.finish(mine.received(task, incoming.content["arrays"]), task)
+        if score.val_dice is not None:
+            say(f"last model: validation Dice {score.val_dice:.3f}")
+        return Message(message(Result(**asdict(mine.told(score))).model_dump()), reply_to=incoming)
 
     return app
 
 
-def check_consent(settings: str, identity: dict) -> None:
+def request(kind: type[Kind], about: dict) -> Kind:
+    """The server's text as its type. Raises HospitalError where it is anything else."""
+    try:
+        return parse(kind, about, "the server's message")
+    except MedFLError as error:
+        raise HospitalError(Failure.PROTOCOL, f"{error}; nothing was done: use the same version of MedFL on both sides") from error
+
+
+def query_of(about: dict) -> Typed:
+    """What a query asks for. Raises HospitalError where it can't be understood."""
+    kind = QUERIES.get(about.get("query", ""))
+    if kind is None:
+        raise HospitalError(Failure.PROTOCOL, "the server asked something that this MedFL does not know; use the same version "
+                            "on both sides")
+    return request(kind, about)
+
+
+def check_consent(settings: str, identity: Identity) -> None:
     """Raises HospitalError where this hospital has not approved its code with these settings, as messages carry them."""
-    if identity["approved"] is not None and (wanted := approval(identity["code"], settings)) not in identity["approved"]:
+    wanted = approval(identity.code, settings)
+    if identity.approved is not None and wanted not in identity.approved:
         raise HospitalError(Failure.CONSENT, f"code and settings {wanted} are not approved (settings: {unusual(settings)}); "
                             f"if you agree to them, start again with --approve {wanted}")
 
 
 def app_for(code: str) -> ClientApp:
-    """The app for messages of a server whose bundle has this SHA-256: this one, or, if it is not the bundle that the MedFL here
-    makes, one that does nothing and says so."""
-    here = json.loads(Path(IDENTITY).read_text(encoding="utf-8"))
-    if code == here["code"]:
+    """The app for messages of a server whose bundle has this SHA-256: this one, or, if it is not the bundle that the MedFL
+    here makes, one that does nothing and says so."""
+    here = Identity.load(Path())
+    if code == here.code:
         return app
 
-    def refuse(incoming: Message, context: Context, handle: Callable) -> Message:
+    def refuse(incoming: Message, context: Context, handle: Handle) -> Message:
         about = read(incoming.content)
         if about.get("query") == Query.END:
             return handle(incoming, context)
-        theirs = about.get("versions", {}).get("medfl", "of an unknown version")
+        versions = about.get("versions")
+        theirs = str(versions.get("medfl"))[:32] if isinstance(versions, dict) else "of an unknown version"
         raise HospitalError(Failure.CODE, f"the server's code is MedFL {theirs} ({code[:12]}...) and the one installed here is "
-                            f"MedFL {here['medfl']} ({here['code'][:12]}...); nothing of it was run; install the server's version, "
+                            f"MedFL {here.medfl} ({here.code[:12]}...); nothing of it was run; install the server's version, "
                             "after a look at what changed")
 
     return make_app(before=refuse)
 
 
-def guard(incoming: Message, context: Context, handle: Callable, identity: dict) -> Message:
+def guard(incoming: Message, context: Context, handle: Handle, identity: Identity) -> Message:
     """Whatever goes wrong is told on this terminal; the server gets a code."""
     try:
         return handle(incoming, context)
@@ -129,51 +152,51 @@ def guard(incoming: Message, context: Context, handle: Callable, identity: dict)
     except Exception:
         failure, text = Failure.BUG, traceback.format_exc()
     say(text)
-    return Message(message({"failure": failure, "label": identity["label"], "session": identity["session"]}), reply_to=incoming)
+    about = {"failure": failure, "label": identity.label, "session": identity.session}
+    return Message(message(about), reply_to=incoming)
 
 
-def introduce(about: dict, identity: dict, hospital: Callable[[], Hospital]) -> dict:
-    """Who this hospital is and what it holds."""
-    introduction = Hospital.introduction(identity)
-    if identity["cid"] is not None and identity["cid"] >= about["hospitals"]:
-        return introduction  # there is no such share; the server says so
-    ours, theirs = introduction["versions"]["torch"], about["versions"]["torch"]
+def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital]) -> Introduction | Facts:
+    """Who this hospital is and what it holds. hospital: makes the hospital, which takes its data in."""
+    if identity.cid is not None and identity.cid >= asked.hospitals:
+        return identity.introduction()  # there is no such share; the server says so
+    ours, theirs = identity.introduction().versions["torch"], asked.versions.get("torch")
     if ours != theirs:
         say(f"this hospital runs torch {ours} and the server {theirs}; that is allowed, and figures may differ a little")
     mine = hospital()
-    say(f"code and settings: {approval(identity['code'], about['settings'])} (settings: {unusual(about['settings'])})")
+    say(f"code and settings: {approval(identity.code, asked.settings)} (settings: {unusual(asked.settings)})")
     facts = mine.facts()
-    parts = facts["parts"]
-    say(f"joined as {identity['label']}: {mine.dataset.name}, {parts['train']['patients']} patients to train on, "
-        f"{parts['val']['patients']} to choose by, {parts['test']['patients']} kept for the test; waiting for the first round")
-    if promise := mine.promise:
-        noise = mine.planned_noise(about["run"])
-        noise = "" if noise is None else f"noise of {noise:.3g} clips; "
-        say(f"promised to the patients: epsilon {promise.epsilon:g} at delta {promise.delta:g}, of which {promise.spent:.3g} is "
-            f"spent; {noise}the last layers alone are trained, and the server gets no scores")
+    parts = facts.parts
+    say(f"joined as {identity.label}: {facts.data}, patients: {parts['train'].patients} train, {parts['val'].patients} "
+        f"validate, {parts['test'].patients} kept for the test; waiting for the first round")
+    if mine.budget:
+        noise = mine.planned_noise(asked.run)
+        noise_said = "" if noise is None else f"noise of {noise:.3g} clips; "
+        say(f"promised to the patients: epsilon {mine.budget.epsilon:g} at delta {mine.budget.delta:g}, of which "
+            f"{mine.budget.spent:.3g} is spent; {noise_said}only the last layers are trained, and the server gets no scores")
     return facts
 
 
-def one_round(about: dict, hospital: Hospital, arrays: ArrayRecord) -> tuple[dict, torch.Tensor]:
+def one_round(task: Train, hospital: Hospital, arrays: ArrayRecord) -> tuple[Trained, torch.Tensor]:
     """What is told of a round, and the update, (n,) float32."""
-    model = hospital.received(about, arrays)
+    model = hospital.received(task, arrays)
     score = hospital.score(model)
-    result, update = hospital.train(model, about)
-    scored = f"validation Dice {score['val_dice']:.3f} before it, " if score["val_dice"] is not None else ""
-    loss = f"loss {result['train_loss']:.3f} " if result["train_loss"] is not None else ""
+    work, update = hospital.train(model, task)
+    scored = f"validation Dice {score.val_dice:.3f} before it, " if score.val_dice is not None else ""
+    loss = f"loss {work.train_loss:.3f} " if work.train_loss is not None else ""
     spent = ""
-    if hospital.promise:
-        spent = f"; epsilon {result['patient_epsilon']:.3g} of the {hospital.promise.epsilon:g} promised to the patients is spent"
-    say(f"round {about['round']} of {hospital.federation.rounds}: {scored}trained, {loss}over {result['examples']} slices "
-        f"in {result['seconds']:.0f} s{spent}")
-    result["seconds"] += score.pop("seconds")
-    return {**hospital.told(score), **result, "round": about["round"]}, update
+    if hospital.budget:
+        spent = f"; epsilon {work.patient_epsilon:.3g} of the {hospital.budget.epsilon:g} promised to the patients is spent"
+    say(f"round {task.round} of {hospital.federation.rounds}: {scored}trained, {loss}over {work.examples} slices "
+        f"in {work.seconds:.0f} s{spent}")
+    told = {**asdict(hospital.told(score)), **asdict(work), "seconds": work.seconds + score.seconds, "round": task.round}
+    return Trained(**told), update
 
 
 @contextmanager
 def party(context: Context) -> Iterator[Party]:
     """This hospital's part in the secure aggregation; what becomes of it is kept. Steps that it refuses become HospitalErrors."""
-    mine = Party(**json.loads(context.state[SECRETS]["json"])) if SECRETS in context.state else Party()
+    mine = Party(**json.loads(str(context.state.config_records[SECRETS]["json"]))) if SECRETS in context.state else Party()
     try:
         yield mine
     except MedFLError as error:
@@ -182,22 +205,22 @@ def party(context: Context) -> Iterator[Party]:
         context.state[SECRETS] = ConfigRecord({"json": json.dumps(mine.kept())})
 
 
-def secure_stage(about: dict, node: int, context: Context) -> dict:
+def secure_stage(asked: Keys | Shares | Unmask, node: int, context: Context) -> dict:
     """What is told in a stage of the secure aggregation that brings no update."""
     with party(context) as mine:
-        match about["query"]:
-            case Query.KEYS:
-                return {"keys": mine.keys(node)}
-            case Query.SHARES:
-                return {"sealed": mine.share(about["keys"])}
-            case _:
-                return {"shares": mine.reveal(about["summed"], about["missing"])}
+        if isinstance(asked, Keys):
+            return {"keys": mine.keys(node)}
+        if isinstance(asked, Shares):
+            return {"sealed": mine.share(asked.keys)}
+        return {"shares": mine.reveal(asked.summed, asked.missing)}
 
 
-def masked(about: dict, update: torch.Tensor, examples: int, limit: float, context: Context) -> np.ndarray:
-    """The weighted update under its masks, (n,) uint32."""
+def masked(task: Train, update: torch.Tensor, examples: int, limit: float, context: Context) -> np.ndarray:
+    """The weighted update under its masks, (n,) uint32. Raises HospitalError where the message does not say what is needed."""
+    if task.sealed is None or not task.most:
+        raise HospitalError(Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares")
     with party(context) as mine:
-        return mine.masked(about["sealed"], update, min(1.0, examples / about["most"]), limit, [about["run"], about["round"]])
+        return mine.masked(task.sealed, update, min(1.0, examples / task.most), limit, [task.run, task.round])
 
 
 app = make_app()

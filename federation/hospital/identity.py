@@ -1,21 +1,65 @@
-"""Who a hospital is, as run_client.py writes it down and `Hospital` reads it, and the files that are a hospital's own."""
+"""Who a hospital is, as run_client.py writes it down for its app, and the files that are a hospital's own."""
 
 import secrets
 from pathlib import Path
+from typing import Literal
 
-OWN_FILES = {"split": "split.json", "norms": "norms.pt", "model": "federated_best.pth",  # in its models/
-             "privacy": "privacy.json", "optimiser": "optimiser.pt"}
+from pydantic import BaseModel, ConfigDict, Field
+
+from common import atomic_write
+from federation.protocol.answers import Introduction, PatientPrivacy
+from federation.protocol.messages import local_versions
+
+# in the folder that run_client.py makes for its app: who the hospital is, and how the federation ended for it
+IDENTITY, ENDED = "hospital.json", "ended.json"
+
+OwnFile = Literal["split.json", "norms.pt", "federated_best.pth", "privacy.json", "optimiser.pt"]
 
 
-def identity(label: str, cid: int | None, data: Path, device: str, medfl: str, models: Path, shared_cores: int | None, code: str,
-             approved: list[str] | None = None, promise: dict | None = None) -> dict:
-    """Who a hospital is, as it stands in its hospital.json and `Hospital` reads it.
+class Identity(BaseModel):
+    """Who a hospital is.
 
-    session, which it draws: a random number of this start. shared_cores: those that it shares with the other simulated
-    hospitals, None with a machine of its own. code: SHA-256 of the bundle of the MedFL installed here. approved: hashes of
-    code and settings that it consents to, None for any settings of this code. promise: epsilon and delta of its patients'
-    privacy, None without.
+    label: its name in the federation. session: a random number of this start. cid: its share of a divided dataset,
+    None with data of its own. data: the folder of its scans. medfl: the version installed here. models: the folder of
+    its own files. shared_cores: those that it shares with the other simulated hospitals, None with a machine of its
+    own. code: SHA-256 of the bundle that the MedFL installed here makes. approved: hashes of code and settings that it
+    consents to, None for any settings of this code. patient_privacy: what it promises its patients, None without.
     """
-    files = {f"{what}_file": str((models / f"{label}_{name}").resolve()) for what, name in OWN_FILES.items()}
-    return {"label": label, "session": secrets.token_hex(8), "cid": cid, "data": str(data.resolve()), "device": device,
-            "medfl": medfl, "shared_cores": shared_cores, "code": code, "approved": approved, "promise": promise, **files}
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str
+    cid: int | None
+    data: Path
+    device: str
+    medfl: str
+    models: Path
+    code: str
+    shared_cores: int | None = None
+    approved: list[str] | None = None
+    patient_privacy: PatientPrivacy | None = None
+    session: str = Field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def own_data(self) -> bool:
+        """Whether all patients in the folder are this hospital's."""
+        return self.cid is None
+
+    def file(self, name: OwnFile) -> Path:
+        """Where a file of this hospital's own lies."""
+        return self.models / f"{self.label}_{name}"
+
+    def introduction(self) -> Introduction:
+        """What the server learns before the data are looked at."""
+        return Introduction(label=self.label, session=self.session, cid=self.cid, versions=local_versions(self.medfl))
+
+    def save(self, folder: Path) -> None:
+        """Write it into the folder in which the app runs."""
+        resolved = self.model_copy(update={"data": self.data.resolve(), "models": self.models.resolve()})
+        with atomic_write(folder / IDENTITY, "w") as file:
+            file.write(resolved.model_dump_json(indent=2))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Identity":
+        """Back from `save`."""
+        return cls.model_validate_json((folder / IDENTITY).read_text(encoding="utf-8"))

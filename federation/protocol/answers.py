@@ -22,13 +22,13 @@ Text = Annotated[str, Field(max_length=64)]
 Epsilon = Annotated[float, Field(ge=0, le=1e12)]
 
 
-class Answer(BaseModel):
-    """An answer's text: no number is rounded or made of a text, none is infinite, nothing is added."""
+class Typed(BaseModel):
+    """A message's text: no number is rounded or made of a text, none is infinite, nothing is added."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Introduction(Answer):
+class Introduction(Typed):
     """Who a hospital is, before its data are looked at. session: a random number of its start; cid: its share of a divided
     dataset, None with data of its own."""
 
@@ -38,14 +38,14 @@ class Introduction(Answer):
     versions: Annotated[dict[Text, Text], Field(max_length=16)]
 
 
-class Part(Answer):
+class Part(Typed):
     """How much of a hospital's data trains, chooses or is kept for the test."""
 
     patients: Count
     slices: Count
 
 
-class Promise(Answer):
+class PatientPrivacy(Typed):
     """What a hospital promises its patients."""
 
     epsilon: Epsilon
@@ -74,7 +74,7 @@ class Facts(Introduction):
     device: Text
     split_sha256: Text | None
     partition_sha256: Text | None
-    patient_privacy: Promise | None
+    patient_privacy: PatientPrivacy | None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Facts":
@@ -85,7 +85,7 @@ class Facts(Introduction):
         return self
 
 
-class Result(Answer):
+class Result(Typed):
     """A model's score: mean volume Dice over so many validation patients; None over none."""
 
     val_dice: Share | None
@@ -108,11 +108,12 @@ class Trained(Result):
     patient_epsilon: Epsilon | None
 
 
-Kind = TypeVar("Kind", bound=Answer)
+Kind = TypeVar("Kind", bound=Typed)
 
 
-def parse(kind: type[Kind], about: object) -> Kind:
-    """A hospital's text as its type. Raises MedFLError, with the entry that is wrong, where it is anything else."""
+def parse(kind: type[Kind], about: object, what: str = "its answer") -> Kind:
+    """A message's text as its type. Raises MedFLError, which begins with `what` and names the entry that is wrong, where it is
+    anything else."""
     try:
         return kind.model_validate(about)
     except ValidationError as error:
@@ -120,8 +121,8 @@ def parse(kind: type[Kind], about: object) -> Kind:
         name, value = ".".join(str(part)[:32] for part in first["loc"][:4]) or "combination of entries", first["input"]
         if isinstance(value, int | float) and not isinstance(value, bool):
             said = f"{value:.6g}" if abs(value) < 1e300 else "a number beyond all bounds"
-            raise MedFLError(f"its answer says {name} {said}") from error
-        raise MedFLError(f"its answer has no usable {name}") from error
+            raise MedFLError(f"{what} says {name} {said}") from error
+        raise MedFLError(f"{what} has no usable {name}") from error
 
 
 def announced(result: Result, facts: Facts) -> None:

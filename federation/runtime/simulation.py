@@ -20,9 +20,9 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from common import EXIT_INTERRUPTED, MedFLError, __version__, write_json
-from federation.hospital.app import IDENTITY, make_app
-from federation.hospital.identity import identity
+from common import EXIT_INTERRUPTED, MedFLError, __version__
+from federation.hospital.app import make_app
+from federation.hospital.identity import Identity
 from federation.server.app import run
 
 STORE = 300 * 2**20  # bytes of Ray's shared memory besides the weights on their way
@@ -92,9 +92,8 @@ def simulate(job: dict, folder: Path, hospitals: int, data_dir: Path, device: st
     """
     for cid in range(hospitals):
         home = folder / f"hospital-{cid}"
-        who = identity(home.name, cid, data_dir, device, __version__, Path(job["out"]), shared_cores=cores,
-                       code=job["audit"]["code"])
-        write_json(home / IDENTITY, who)
+        Identity(label=home.name, cid=cid, data=data_dir, device=device, medfl=__version__, models=Path(job["out"]),
+                 code=job["audit"]["code"], shared_cores=cores).save(home)
 
     def folder_of(context: Context) -> Path:
         return folder / f"hospital-{context.node_config['partition-id']}"

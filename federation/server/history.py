@@ -9,19 +9,40 @@ rows of round R + 1 have no training columns.
 
 import csv
 from pathlib import Path
+from typing import TypedDict
 
 from matplotlib.figure import Figure
 
 from common import atomic_write
 from evaluation.curves import save_curves
-from federation.server.judging import mean_dice, scores_of
+from federation.server.judging import Scores, mean_dice
 
-COLUMNS = ("round", "site", "examples", "train_loss", "val_dice", "val_patients", "seconds", "bytes_sent", "bytes_received",
-           "patient_epsilon")
+
+class Row(TypedDict):
+    """A line: what a hospital told in a round. None where it told nothing of the kind."""
+
+    round: int
+    site: str
+    examples: int | None
+    train_loss: float | None
+    val_dice: float | None
+    val_patients: int
+    seconds: float
+    bytes_sent: int
+    bytes_received: int
+    patient_epsilon: float | None
+
+
+COLUMNS = tuple(Row.__annotations__)
 MARKS = "os^Dv<>ph*"
 
 
-def write_history(rows: list[dict], path: Path) -> None:
+def scores_of(rows: list[Row]) -> Scores:
+    """The scores in a round's rows."""
+    return {row["site"]: (row["val_dice"], row["val_patients"]) for row in rows if row["val_dice"] is not None}
+
+
+def write_history(rows: list[Row], path: Path) -> None:
     """All rows so far; whole or not at all."""
     with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -29,7 +50,7 @@ def write_history(rows: list[dict], path: Path) -> None:
         writer.writerows(rows)
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[Row]) -> str:
     """A round's rows as lines of text."""
 
     def number(value: float | None, digits: int) -> str:
@@ -46,7 +67,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(rows: list[dict], path: Path, title: str) -> None:
+def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     """Write a PNG: training loss at the left, validation Dice of each hospital and their mean at the right."""
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     loss, dice = figure.subplots(1, 2)

@@ -82,11 +82,6 @@ class Judge:
         return True, said
 
 
-def scores_of(rows: list[dict]) -> Scores:
-    """The scores in a round's rows of the history."""
-    return {row["site"]: (row["val_dice"], row["val_patients"]) for row in rows if row["val_dice"] is not None}
-
-
 def mean_dice(scores: Scores) -> tuple[float | None, int]:
     """The mean over hospitals, by their patients, and how many these are; None over none."""
     patients = sum(count for _, count in scores.values())

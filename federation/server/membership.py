@@ -72,7 +72,8 @@ class Membership:
             return
         self._looked = now
         online = self.mailbox.online()
-        again = {node for node, (_, when) in self._tries.items() if node in online and now > when and not self.mailbox.is_open(node)}
+        again = {node for node, (_, when) in self._tries.items()
+                 if node in online and now > when and not self.mailbox.is_open(node)}
         newcomers = sorted(online - self._asked | again)
         self._asked = online
         for node in again:

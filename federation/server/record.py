@@ -7,18 +7,19 @@ from pathlib import Path
 import torch
 
 from common import MedFLError, file_sha256
-from federation.protocol.answers import Result
+from federation.protocol.answers import Result, Trained
 from federation.server.audit import AuditLog
-from federation.server.history import draw_curves, table, write_history
-from federation.server.judging import Scores, mean_dice, scores_of
+from federation.server.history import Row, draw_curves, scores_of, table, write_history
+from federation.server.judging import Scores, mean_dice
 from federation.server.state import RunState
 
 
-def row_of(number: int, label: str, told: Result, sent: int, received: int) -> dict:
+def row_of(number: int, label: str, told: Result, sent: int, received: int) -> Row:
     """A line of the history: what a hospital told in round `number`, and the bytes that went there and came back."""
-    row = {"round": number, "site": label, "bytes_sent": sent, "bytes_received": received,
-           "examples": None, "train_loss": None, "patient_epsilon": None}
-    return {**row, **told.model_dump(exclude={"round"}), "seconds": round(told.seconds, 2)}
+    trained = told if isinstance(told, Trained) else None
+    return Row(round=number, site=label, examples=trained and trained.examples, train_loss=trained and trained.train_loss,
+               val_dice=told.val_dice, val_patients=told.val_patients, seconds=round(told.seconds, 2), bytes_sent=sent,
+               bytes_received=received, patient_epsilon=trained and trained.patient_epsilon)
 
 
 class Record:
@@ -27,7 +28,7 @@ class Record:
     def __init__(self, state: RunState, out: Path, audit: AuditLog, say: Callable[[str], None], chooses: bool):
         self.state, self.out, self.audit, self.say, self.chooses = state, out, audit, say, chooses
 
-    def round(self, number: int, rows: list[dict], sent: torch.Tensor, began: float) -> None:
+    def round(self, number: int, rows: list[Row], sent: torch.Tensor, began: float) -> None:
         """Write what a round gave. The scores in its rows are of the model that was sent, (n,) float32; began: when, monotonic."""
         done, scores = self.state.progress, scores_of(rows)
         if number == 1:
@@ -46,7 +47,7 @@ class Record:
         self.audit.write("round", round=number, hospitals=[row["site"] for row in rows], file=self.state.last.name,
                          sha256=file_sha256(self.state.last))
 
-    def end(self, rows: list[dict], weights: torch.Tensor) -> None:
+    def end(self, rows: list[Row], weights: torch.Tensor) -> None:
         """Write the scores of the model that the run ends with, (n,) float32, and keep it if it is the best."""
         done, scores = self.state.progress, scores_of(rows)
         done.rows = [row for row in done.rows if row["round"] <= done.round] + rows

@@ -2,28 +2,28 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from common import EXIT_NO_QUORUM, MedFLError
+from common import EXIT_NO_QUORUM
 from federation.privacy.hospitals import HospitalPrivacy
-from federation.protocol.answers import Result, Trained, announced, parse
+from federation.protocol.answers import Result, announced, parse
+from federation.protocol.log import say as say_on_the_terminal
 from federation.protocol.messages import End
 from federation.protocol.settings import to_json
-from federation.protocol.weights import FULL, from_record, in_precision, part_mask, variance_mask
+from federation.protocol.weights import in_precision, part_mask
 from federation.server.aggregation import ROBUST
 from federation.server.audit import AuditLog
+from federation.server.collector import Collected, Collector
 from federation.server.exchange import Exchange, NoQuorum
-from federation.server.judging import Scores, collapsed, mean_dice, scores_of
+from federation.server.history import Row, scores_of
+from federation.server.judging import Scores, collapsed, mean_dice
 from federation.server.mailbox import Answer, Mailbox
 from federation.server.membership import Member, Membership
 from federation.server.record import Record, row_of
-from federation.server.screening import COMPARED, check_update, screen
-from federation.server.secure_round import SecureRound
+from federation.server.screening import COMPARED
 from federation.server.state import RunState
 from federation.server.updates import Updates
 
@@ -32,30 +32,13 @@ TRIES = 2  # of a round that too few hospitals complete
 OFTEN = 2  # collapses, after which every round is summed by the median
 
 
-@dataclass
-class Asked:
-    """What one try of a round brought. told: what hospitals said of their training, by label; updates: those that may count;
-    bytes: what went to each hospital and what came back; failures: why hospitals have no part in it."""
-
-    members: list[Member]
-    updates: Updates
-    told: dict[str, Trained] = field(default_factory=dict)
-    bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def scores(self) -> Scores:
-        """The hospitals' scores of the model that the round began with."""
-        return {label: (told.val_dice, told.val_patients) for label, told in self.told.items() if told.val_dice is not None}
-
-
 class Federation:
     """One run. resumed: it goes on with an earlier one, and need not wait for every hospital. labels: gives the label that
     each node's key stands for, or None where no keys are asked for."""
 
     def __init__(self, grid, state: RunState, versions: dict[str, str], out: Path, resumed: bool, audit: AuditLog,
                  labels: Callable[[], dict[int, str] | None] = lambda: None,
-                 say: Callable[[str], None] = lambda line: tqdm.write(line)):
+                 say: Callable[[str], None] = say_on_the_terminal):
         self.state, self.out, self.resumed, self.audit, self.say = state, out, resumed, audit, say
         self.training, self.settings = state.training, state.federation
         settings = {"settings": to_json(self.training, self.settings), "run": state.progress.run}
@@ -66,7 +49,7 @@ class Federation:
                                  lambda: list(state.progress.hospitals), say)
         self.privacy = HospitalPrivacy(self.settings) if self.settings.private else None
         self.record = Record(state, out, audit, say, chooses=self.privacy is None)
-        self.variances = variance_mask(state.model)
+        self.collector = Collector(state, self.exchange, out)
         self._last: Updates | None = None  # what the last round's model was made of, until hospitals have scored it
         self._robust = False  # whether that was by the median
 
@@ -102,7 +85,7 @@ class Federation:
         """One round: enough updates, the new model, what is written. Raises NoQuorum after two tries."""
         began, tries, sent = time.monotonic(), 0, self.state.weights_as_sent
         for attempt in count(1):
-            asked = self._ask(number, attempt)
+            asked = self.collector.collect(number, attempt, self.membership.partition)
             if self._collapsed(asked.scores) and self._take_back(asked.scores):
                 asked.updates.close()
                 sent = self.state.weights_as_sent
@@ -127,63 +110,12 @@ class Federation:
         if absent := sorted({*self.exchange.missing(), *behind} - asked.failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
 
-    def _ask(self, number: int, attempt: int) -> Asked:
-        """Send the model, and take in the hospitals' answers as they come."""
-        members = self.exchange.quorum()
-        left_out = self.settings.left_out(number <= self.training.freeze_encoder_epochs)
-        about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout,
-                 "partition": self.membership.partition}
-        purpose = f"round-{number}.{attempt}"
-        asked = Asked(members, Updates(self.state.weights, self.state.is_statistic, self.out))
-        secure, own, travels = None, None, part_mask(self.state.model, left_out)
-        if self.settings.secure_aggregation:
-            secure = SecureRound(self.mailbox, self.exchange.wait, self.settings, number, purpose, int(travels.sum()))
-            own = secure.prepare(members)
-            members = [member for member in members if member.label in own]
-        sent = self.exchange.send("train", purpose, members, about, self.state.weights_as_sent, left_out, own)
-
-        def take(member: Member, answer: Answer) -> None:
-            told = parse(Trained, answer.about)
-            if told.round != number:
-                raise MedFLError(f"its update is of round {told.round}")
-            announced(told, member.facts)
-            if secure:
-                secure.take(member, told, answer.arrays)
-            else:
-                self._take(member, told, answer, asked.updates, travels)
-            asked.told[member.label] = told
-            asked.bytes[member.label] = sent[member.label], answer.bytes
-            self.exchange.holds(member)
-
-        title = f"round {number} of {self.settings.rounds}"
-        _, asked.failures = self.exchange.wait(purpose, members, title, take=take)
-        if secure:
-            mean = secure.mean(sorted(asked.told), self.state.weights, travels)
-            for label in secure.failures.keys() & asked.told.keys():
-                del asked.told[label]
-            asked.failures |= secure.failures
-            if mean is not None:
-                asked.updates.add("the mean", mean, 1)
-        return asked
-
-    def _take(self, member: Member, told: Trained, answer: Answer, updates: Updates, travels: torch.Tensor) -> None:
-        """Check an update and put it to the others. travels: which of the weights are in it, (n,) bool."""
-        precision, sent = self.settings.update_dtype, self.state.weights
-        came = from_record(answer.arrays, precision)
-        weights = came
-        if len(came) == int(travels.sum()):
-            weights = sent.clone()
-            weights[travels] = came + (0 if precision == FULL else sent[travels])
-        check_update(weights, told.examples, len(sent), member.facts.parts["train"].slices, self.variances)
-        updates.add(member.label, weights, told.examples)
-
-    def _look_through(self, number: int, asked: Asked) -> None:
+    def _look_through(self, number: int, asked: Collected) -> None:
         """Screen the updates beside each other, and say who has no part in the round."""
-        # whom the others leave in would tell of them; under privacy the clip bounds an update, and a sum has no single ones
+        # Under differential privacy an update is not compared with the others: whether it is left out would depend on them and
+        # so tell something about them, which no noise covers; the clip bounds it instead. A secure sum has no single updates.
         if not self.privacy and not self.settings.secure_aggregation:
-            for label, reason in screen(asked.updates, self.settings).items():
-                asked.failures[label] = f"{reason}; it is left out"
-                del asked.told[label]
+            self.collector.screen(asked)
         for label, reason in sorted(asked.failures.items()):
             self.audit.write("left_out", round=number, hospital=label, why=reason.removesuffix("; it is left out"))
             self.say(f"round {number} without {label}: {reason}")
@@ -247,7 +179,7 @@ class Federation:
                 break
         self.record.end(rows, weights)
 
-    def _scored(self, weights: torch.Tensor, number: int, purpose: str) -> list[dict]:
+    def _scored(self, weights: torch.Tensor, number: int, purpose: str) -> list[Row]:
         """Rows of the hospitals that scored these weights, as of round `number`."""
         members = self.membership.present
         size = self.exchange.send("evaluate", purpose, members, {}, weights, self.settings.left_out(frozen=False))

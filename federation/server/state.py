@@ -2,72 +2,24 @@
 back to the model before."""
 
 import secrets
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from appearance.features import pool_image_statistics
-from checkpoint import describe, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from common import MedFLError
-from federation.protocol.answers import Facts
 from federation.protocol.settings import FederationSettings, from_json, to_json
 from federation.protocol.weights import in_precision, pack, statistics_mask, unpack
 from federation.server.aggregation import Aggregator
-from federation.server.judging import Judge, Scores, mean_dice
-from split import PARTS
+from federation.server.description import describe_run
+from federation.server.judging import Scores
+from federation.server.progress import Progress
 from training import PLATEAU, TrainingSettings, averaging_weight
 from transunet import TransUNet
 
 BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
 SHARED = "transunet_federated_shared.pth"  # in the place of the best where hospitals keep layers: by itself it is no model
-
-
-@dataclass
-class Progress:
-    """How far a run is. hospitals: what each that ever gave an update said at joining, by label. before: the scores of the model
-    that the last round began with. collapses: rounds whose model was taken back."""
-
-    run: str = ""  # a random name, kept over restarts
-    round: int = 0
-    seconds: float = 0.0
-    judge: Judge = field(default_factory=Judge)
-    before: Scores = field(default_factory=dict)
-    collapses: int = 0
-    epsilon: float | None = None  # of a hospital's differential privacy, spent so far
-    started_from: str = ""  # in words: random weights, a checkpoint, ...
-    init_split: str | None = None  # SHA-256 of the split that this checkpoint was trained on
-    rows: list[dict] = field(default_factory=list)
-    hospitals: dict[str, Facts] = field(default_factory=dict)
-
-    @property
-    def best(self) -> float:
-        """Mean validation Dice of the best model so far; -1 before the first."""
-        dice = mean_dice(self.judge.scores)[0]
-        return -1.0 if dice is None else dice
-
-    @property
-    def best_round(self) -> int:
-        """The round after which that model was made."""
-        return self.judge.number
-
-    @property
-    def scored_patients(self) -> int:
-        """Patients behind its score."""
-        return mean_dice(self.judge.scores)[1]
-
-    def to_dict(self) -> dict:
-        """As plain values, for a file."""
-        return {**asdict(self), "hospitals": {label: facts.model_dump() for label, facts in self.hospitals.items()}}
-
-    @classmethod
-    def from_dict(cls, kept: dict) -> "Progress":
-        """Back from `to_dict`."""
-        scores = {label: tuple(score) for label, score in kept["before"].items()}
-        best = {label: tuple(score) for label, score in kept["judge"]["scores"].items()}
-        return cls(**{**kept, "before": scores, "judge": Judge(**{**kept["judge"], "scores": best}),
-                      "hospitals": {label: Facts.model_validate(facts) for label, facts in kept["hospitals"].items()}})
 
 
 class RunState:
@@ -138,41 +90,7 @@ class RunState:
 
     def metadata(self, scores: Scores, number: int) -> dict:
         """The checkpoint's description of this run's model after round `number`. scores: on validation, empty without any."""
-        done, told = self.progress, self.progress.hospitals.values()
-        mean, patients = mean_dice(scores)
-        simulated = [facts for facts in told if not facts.own_data]
-        data = {"name": " and ".join(sorted({facts.data for facts in told})),
-                "split_sha256": simulated[0].split_sha256 if simulated else None,
-                "split": {"seed": self.training.seed, "val_fraction": self.federation.val_fraction,
-                          "test_fraction": self.federation.test_fraction}}
-        for part in PARTS:
-            data[part] = {what: sum(getattr(facts.parts[part], what) for facts in told) for what in ("patients", "slices")}
-        images = None if self.federation.private else pool_image_statistics(
-            [(f.parts["train"].patients, f.images) for f in told if f.images])  # no noise protects them
-        settings = {**asdict(self.training), "encoder_weights": None, **asdict(self.federation)}
-        training = {**settings, "rounds_done": number, "seconds": round(done.seconds, 1),
-                    "device": " ".join(sorted({facts.device for facts in told})),
-                    "selected_by": "patient-weighted validation mean volume Dice" if scores else "nothing: the last model"}
-        spent, bare = {}, set()  # hospitals that gave updates with and without privacy of patients
-        for row in done.rows:
-            if row.get("patient_epsilon") is not None:
-                spent[row["site"]] = row["patient_epsilon"]
-            elif row["examples"] is not None:
-                bare.add(row["site"])
-        origin = {"kind": "federated", "hospitals": len(told), "labels": sorted(done.hospitals),
-                  "partition": self.federation.partition if simulated else "own data", "strategy": self.federation.strategy,
-                  "rounds": number, "started_from": done.started_from,
-                  "init_split_sha256": done.init_split,
-                  "norm_at_hospitals": self.federation.keep_norm_local,
-                  "privacy": {"secure_aggregation": self.federation.secure_aggregation, "epsilon": done.epsilon,
-                              "delta": self.federation.dp_delta if self.federation.private else None,
-                              "patients": {label: {"epsilon": spent[label], "delta": facts.patient_privacy.delta}
-                                           for label, facts in done.hospitals.items()
-                                           if facts.patient_privacy and label in spent.keys() - bare}}}
-        val = {"val": {"patients": patients, "volume_dice": {"mean": mean, "median": None, "ci95": None}}} if scores else {}
-        about = describe(self.model, images, training=training, origin=origin, data=data, scores=val)
-        about["versions"].update(commit=self.commit, flwr=next(iter(told)).versions["flwr"] if told else None)
-        return about
+        return describe_run(self.model, self.training, self.federation, self.progress, self.commit, scores, number)
 
     def save_best(self, weights: torch.Tensor, scores: Scores, number: int) -> None:
         """Write `transunet_federated_best.pth` from these weights, which round `number` gave. scores: by which they were chosen."""

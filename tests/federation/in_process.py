@@ -8,8 +8,7 @@ from flwr.app import Message
 from scripted import VERSIONS, make_fast
 
 from benchmarks.local_federation import Grid, LocalHospital
-from common import write_json
-from federation.hospital.app import IDENTITY
+from federation.protocol.answers import PatientPrivacy
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import payload
 from federation.server.audit import AuditLog
@@ -25,8 +24,9 @@ class RealHospital(LocalHospital):
     def __init__(self, folder, cid, data, promise=None):
         super().__init__(folder, cid, data)
         self.asked = []
-        who = json.loads((self.folder / IDENTITY).read_text(encoding="utf-8"))
-        write_json(self.folder / IDENTITY, {**who, "medfl": VERSIONS["medfl"], "promise": promise})
+        privacy = promise and PatientPrivacy(**promise)
+        self.identity = self.identity.model_copy(update={"medfl": VERSIONS["medfl"], "patient_privacy": privacy})
+        self.identity.save(self.folder)
 
     def answer(self, incoming: Message) -> Message:
         about, arrays = json.loads(incoming.content["about"]["json"]), incoming.content.get("arrays")
@@ -40,7 +40,7 @@ class RealHospital(LocalHospital):
 def federate(monkeypatch, tmp_path, phantoms, home):
     """Run a federation of real hospitals, two if none are given, in this process: its state, its hospitals, what it said."""
     make_fast(monkeypatch)
-    monkeypatch.setattr("federation.hospital.work.local_versions", lambda medfl: VERSIONS)
+    monkeypatch.setattr("federation.hospital.identity.local_versions", lambda medfl: VERSIONS)
 
     def run(rounds: int, training: dict | None = None, out: str = "out", resume: bool = False, hospitals=None, **settings):
         said, grid, folder = [], Grid(), tmp_path / out

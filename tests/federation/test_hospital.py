@@ -7,9 +7,10 @@ import torch
 from common import __version__
 from dataset import load_dataset
 from evaluation.scoring import score_patients
-from federation.hospital.identity import identity
-from federation.hospital.work import Hospital, HospitalError
+from federation.hospital.hospital import Hospital, HospitalError
+from federation.hospital.identity import Identity
 from federation.protocol.messages import Failure
+from federation.protocol.requests import Train
 from federation.protocol.settings import FederationSettings
 from split import Split, save_split
 from training import TrainingSettings
@@ -19,7 +20,8 @@ from transunet import TransUNet
 @pytest.fixture
 def hospital(phantoms, tmp_path):
     def make(cid: int | None = 0, training: dict | None = None, **federation) -> Hospital:
-        who = identity("mercy" if cid is None else f"hospital-{cid}", cid, phantoms, "cpu", __version__, tmp_path, None, "0" * 64)
+        who = Identity(label="mercy" if cid is None else f"hospital-{cid}", cid=cid, data=phantoms, device="cpu", medfl=__version__,
+                       models=tmp_path, code="0" * 64)
         return Hospital(who, TrainingSettings(image_size=32, batch_size=8, **(training or {})),
                         FederationSettings(**{"clients": 1, **federation}), tmp_path / "model.pt")
 
@@ -31,31 +33,31 @@ def work(subject: Hospital, model: TransUNet | None = None, **about):
     torch.manual_seed(0)
     model = model or TransUNet("tiny", 32)
     rate = None if subject.training.schedule == "cosine" else 1.0
-    about = {"run": "this", "round": 1, "rate": rate, "seconds": 600.0, "partition": subject.hashes["partition_sha256"], **about}
-    result, update = subject.train(model, about)
+    about = {"run": "this", "round": 1, "rate": rate, "seconds": 600.0, "partition": subject.data.partition_sha256, **about}
+    result, update = subject.train(model, Train(settings="", without=[], **about))
     return result, update, model
 
 
 def test_the_score_is_of_the_validation_patients(hospital):
     subject, model = hospital(val_fraction=0.3), TransUNet("tiny", 32)
-    wanted = np.mean([row["dice"] for row in score_patients(model, subject.dataset, subject.split.val, 0.5)])
+    wanted = np.mean([row["dice"] for row in score_patients(model, subject.data.dataset, subject.data.split.val, 0.5)])
     score = subject.score(model)
-    assert (score["val_dice"], score["val_patients"]) == (pytest.approx(wanted), 3)
+    assert (score.val_dice, score.val_patients) == (pytest.approx(wanted), 3)
 
 
 def test_examples_are_the_training_slices(hospital):
     subject = hospital()
-    slices = subject.dataset.table.set_index("patient")["slices"]
-    assert work(subject)[0]["examples"] == slices[list(subject.split.train)].sum()
+    slices = subject.data.dataset.table.set_index("patient")["slices"]
+    assert work(subject)[0].examples == slices[list(subject.data.split.train)].sum()
 
 
 def test_figures_of_one_or_two_patients_stay_here(hospital, phantoms, tmp_path):
     names = [p.name for p in load_dataset(phantoms, progress=False).patients]
     save_split(Split(0, tuple(names[:2]), tuple(names[2:4]), tuple(names[4:])), tmp_path / "mercy_split.json")
     subject = hospital(None)
-    assert work(subject)[0]["train_loss"] is None and subject.score(TransUNet("tiny", 32))["val_dice"] is None
+    assert work(subject)[0].train_loss is None and subject.score(TransUNet("tiny", 32)).val_dice is None
     facts = subject.facts()
-    assert facts["images"] is None and facts["split_sha256"] is None and facts["partition_sha256"] is None
+    assert facts.images is None and facts.split_sha256 is None and facts.partition_sha256 is None
 
 
 def test_scoring_first_does_not_change_the_training(hospital):
@@ -82,7 +84,7 @@ def test_a_frozen_encoder_thaws_after_its_rounds(hospital):
 
 
 @pytest.mark.parametrize(("about", "failure"), [({"partition": "another"}, Failure.DATA), ({"seconds": 0.0}, Failure.LATE),
-                                               ({"round": 99}, Failure.CONSENT), ({"rate": 50.0}, Failure.CONSENT)])
+                                               ({"round": 99}, Failure.CONSENT), ({"rate": 0.5}, Failure.CONSENT)])
 def test_what_a_hospital_refuses(hospital, about, failure):
     with pytest.raises(HospitalError) as caught:
         work(hospital(), **about)

@@ -23,8 +23,9 @@ class Play:
     def __init__(self, clients: int = 2, contributors: dict | None = None, keys: dict[int, str] | None = None):
         self.grid, self.said, self.keys, self.audited = Grid(), [], keys, []
         self.mailbox = Mailbox(self.grid)
-        self.membership = Membership(self.mailbox, FederationSettings(clients=clients), {"versions": VERSIONS, "hospitals": clients},
-                                     contributors or {}, self.said.append, self, lambda: self.keys)
+        about = {"versions": VERSIONS, "hospitals": clients}
+        self.membership = Membership(self.mailbox, FederationSettings(clients=clients), about, contributors or {}, self.said.append,
+                                     self, lambda: self.keys)
 
     def write(self, event: str, **about) -> None:
         """The audit log's part."""

@@ -1,16 +1,16 @@
 """One schedule for all hospitals, steps of a round, and the optimiser that outlives a round."""
 
-import zlib
-
 import pytest
 import torch
 from scripted import TINIER
 
 from batches import TrainingBatches
 from common import __version__
-from federation.hospital.identity import identity
+from federation.hospital.hospital import Hospital
+from federation.hospital.identity import Identity
 from federation.hospital.moments import Moments
-from federation.hospital.work import Hospital
+from federation.hospital.training import seed_of
+from federation.protocol.requests import Score, Train
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack, unpack
 from training import Learner, TrainingSettings, rate_scale
@@ -28,7 +28,8 @@ def small(monkeypatch):
 @pytest.fixture
 def hospital(phantoms, tmp_path):
     def make(cid: int = 0, folder: str = "models", **federation) -> Hospital:
-        who = identity(f"hospital-{cid}", cid, phantoms, "cpu", __version__, tmp_path / folder, None, "0" * 64)
+        who = Identity(label=f"hospital-{cid}", cid=cid, data=phantoms, device="cpu", medfl=__version__, models=tmp_path / folder,
+                       code="0" * 64)
         settings = {"clients": 3, "rounds": ROUNDS, "partition": "quantity", "val_fraction": 0.0, "test_fraction": 0.0,
                     **federation}
         return Hospital(who, TrainingSettings(image_size=32, warmup=0.3), FederationSettings(**settings), tmp_path / "model.pt")
@@ -42,8 +43,8 @@ def work(subject: Hospital, number: int, weights: torch.Tensor | None = None, ru
     model = TransUNet("tiny", 32)
     if weights is not None:
         model.load_state_dict(unpack(weights, model.state_dict()))
-    return subject.train(model, {"run": run, "round": number, "rate": None, "seconds": 600.0,
-                                 "partition": subject.hashes["partition_sha256"]})[1]
+    task = Train(settings="", run=run, without=[], round=number, rate=None, seconds=600.0, partition=subject.data.partition_sha256)
+    return subject.train(model, task)[1]
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def rates(monkeypatch):
             seen.append((self.optimiser.param_groups[0]["lr"] / 1e-3, len(images)))
             return super()._step(images, masks)
 
-    monkeypatch.setattr("federation.hospital.work.Learner", Watched)
+    monkeypatch.setattr("federation.hospital.hospital.Learner", Watched)
     return seen
 
 
@@ -91,7 +92,7 @@ def test_the_rate_of_more_hospitals_is_higher_up_to_a_bound(settings, wanted):
 def test_steps_of_a_round(hospital, rates, options, steps):
     subject = hospital(0, **options)
     work(subject, 1)
-    batches = len(TrainingBatches(subject.dataset, subject.split.train, 32, 5, 0))
+    batches = len(TrainingBatches(subject.data.dataset, subject.data.split.train, 32, 5, 0))
     assert len(rates) == (steps or 2 * batches)
     assert {size for _, size in rates} == {5}
 
@@ -105,7 +106,7 @@ def test_rounds_with_moments_are_one_training(hospital, phantoms):
         weights = work(subject, number, weights)
     torch.manual_seed(0)
     learner = Learner(TransUNet("tiny", 32), TrainingSettings(image_size=32, ema_decay=0.0), torch.device("cpu"))
-    batches = TrainingBatches(subject.dataset, subject.split.train, 32, 16, subject_seed(subject))
+    batches = TrainingBatches(subject.data.dataset, subject.data.split.train, 32, 16, seed_of(0, subject.identity.label))
     total = ROUNDS * len(batches)
 
     def before_step(step: int) -> bool:
@@ -120,10 +121,6 @@ def test_rounds_with_moments_are_one_training(hospital, phantoms):
     for number in range(1, ROUNDS + 1):
         other = work(forgetful, number, other)
     assert not torch.allclose(other, weights, atol=1e-4)
-
-
-def subject_seed(subject: Hospital) -> int:
-    return subject.training.seed * 1_000 + zlib.crc32(subject.identity["label"].encode()) % 1_000
 
 
 def test_a_restarted_hospital_goes_on_with_its_moments(hospital):
@@ -156,5 +153,5 @@ def test_moments_are_the_owners_only_and_go_at_the_end(hospital, tmp_path):
     work(subject, 1)
     kept = list((tmp_path / "models").iterdir())
     assert len(kept) == 1 and kept[0].stat().st_mode & 0o077 == 0
-    subject.finish(TransUNet("tiny", 32), {"run": "this", "without": []})
+    subject.finish(TransUNet("tiny", 32), Score(settings="", run="this", without=[]))
     assert not list((tmp_path / "models").iterdir())

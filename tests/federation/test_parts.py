@@ -14,7 +14,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 import federation.server.history
 from common import ROOT, MedFLError, __version__
 from federation.hospital.app import guard
-from federation.hospital.work import HospitalError, proximal_pull
+from federation.hospital.hospital import HospitalError
+from federation.hospital.identity import Identity
+from federation.hospital.training import proximal_pull
 from federation.protocol.answers import Trained, parse
 from federation.protocol.messages import Failure, message, read
 from federation.protocol.settings import FederationSettings, from_json, to_json
@@ -24,6 +26,9 @@ from federation.runtime.processes import is_loopback, parse_address
 from federation.server.state import RunState, load_run
 from training import Learner, TrainingSettings
 from transunet import TransUNet
+
+MERCY = Identity(label="mercy", cid=None, data="scans", device="cpu", medfl=__version__, models="models", code="0" * 64,
+                 session="s")
 
 
 def test_weights_travel_unchanged_and_counters_stay():
@@ -180,7 +185,7 @@ def fails_with(error: Exception):
     (RuntimeError("shape of Anna"), "bug")], ids=lambda value: type(value).__name__)
 def test_errors_travel_as_codes_and_their_text_stays(in_a_run, capsys, error, code):
     incoming = Message(message({}), 1, "train")
-    reply = guard(incoming, None, fails_with(error), {"label": "mercy", "session": "s"})
+    reply = guard(incoming, None, fails_with(error), MERCY)
     assert read(reply.content) == {"failure": code, "label": "mercy", "session": "s"} and not reply.has_error()
     assert "Anna" in capsys.readouterr().out
 

@@ -34,7 +34,7 @@ def test_a_hospital_hangs_comes_back_is_killed_and_returns(scene, phantoms):
     takes_part_again(shaky)
     shaky.kill()
     again = scene.hospital("hospital-1", "--cid", 1, "--data-dir", phantoms)
-    again.wait_for(r"(?m)^round \d+ of 40")
+    again.wait_for(r"(?m)^[-\d :]+round \d+ of 40")
     for script in (server, steady, again):  # Ctrl-C on any side
         script.process.send_signal(signal.SIGINT)
         assert script.end() == 130, script.output
@@ -43,7 +43,7 @@ def test_a_hospital_hangs_comes_back_is_killed_and_returns(scene, phantoms):
 
 def takes_part_again(hospital) -> None:
     """Wait until it tells of one more round than so far."""
-    told = r"(?m)^round \d+ of 40"
+    told = r"(?m)^[-\d :]+round \d+ of 40"
     hospital.wait_for(told, len(re.findall(told, hospital.output)) + 1)
 
 

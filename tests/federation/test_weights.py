@@ -1,6 +1,5 @@
 """What travels: parts of the weights, half precision, and what a hospital keeps for itself; real hospitals, real rounds."""
 
-import json
 from unittest import mock
 
 import pytest
@@ -11,8 +10,8 @@ from torch import nn
 
 from checkpoint import load_checkpoint
 from common import MedFLError
-from federation.hospital.app import IDENTITY
-from federation.hospital.work import Hospital
+from federation.hospital.hospital import Hospital
+from federation.protocol.requests import Score
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import ENCODER, NORM, from_record, in_precision, norm_mask, pack, part_mask, payload, to_record
 from federation.server.state import BEST, SHARED
@@ -109,12 +108,12 @@ def test_a_killed_hospital_finds_its_layers_again_and_a_new_run_does_not_take_th
     _, hospitals, _ = federate(1, keep_norm_local=True)
     kept = torch.load(tmp_path / "out" / "models" / "hospital-0_norms.pt", weights_only=True)
     assert kept["rounds"] == 1
-    who = json.loads((hospitals[0].folder / IDENTITY).read_text())
-    hospital = Hospital(who, TrainingSettings(image_size=32), FederationSettings(keep_norm_local=True), tmp_path / "model.pt")
+    hospital = Hospital(hospitals[0].identity, TrainingSettings(image_size=32), FederationSettings(keep_norm_local=True),
+                        tmp_path / "model.pt")
     for run, own in ((kept["run"], kept["last"]), ("another", torch.zeros(NORM_VALUES))):
-        model = hospital.received({"without": [], "run": run}, to_record(torch.zeros(ALL_VALUES)))
+        model = hospital.received(Score(settings="", without=[], run=run), to_record(torch.zeros(ALL_VALUES)))
         assert torch.equal(pack(model.state_dict())[norm_mask(model)], own)
-    assert hospital._own_norms(kept["run"], 1) is None  # round 1 once more begins where it began
+    assert hospital._norms(kept["run"]).before(1) is None  # round 1 once more begins where it began
     hospitals[0] = RealHospital(tmp_path / "out", 0, phantoms)
     federate(2, keep_norm_local=True, resume=True, hospitals=hospitals)
     assert torch.load(tmp_path / "out" / "models" / "hospital-0_norms.pt", weights_only=True)["rounds"] == 2

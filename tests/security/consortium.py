@@ -57,7 +57,7 @@ class Secured(Scene):
 
     def goes_on(self) -> None:
         """Wait for a round that begins and ends after this call."""
-        self.run.wait_for(r"(?m)^round \d+ of \d+: ", self.rounds + 2)
+        self.run.wait_for(r"(?m)^[-\d :]+round \d+ of \d+: ", self.rounds + 2)
 
 
 def tls(scene, ca: Path | None = None, version=ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:

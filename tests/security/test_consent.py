@@ -9,9 +9,9 @@ from flwr.app import Context, Message, RecordDict
 from running import change, copy_of_medfl, run_here
 from scripted import make_messages_outside_of_a_run
 
-from common import MedFLError, __version__, write_json
-from federation.hospital.app import IDENTITY, make_app
-from federation.hospital.identity import identity
+from common import MedFLError, __version__
+from federation.hospital.app import make_app
+from federation.hospital.identity import Identity
 from federation.protocol.messages import message, read
 from federation.protocol.settings import FederationSettings, approval, to_json, unusual
 from federation.protocol.weights import pack, to_record
@@ -27,7 +27,7 @@ CODE = "c" * 64
 def test_the_code_of_a_server_that_was_changed_does_not_run(scene: Scene, phantoms):
     evil = copy_of_medfl(scene.folder / "evil")
     mark = scene.folder / "the server's code was here"
-    change(evil / "federation" / "client_app.py", "import json\n", f"import json\nopen({str(mark)!r}, 'a').write('x')\n")
+    change(evil / "federation" / "hospital" / "app.py", "import json\n", f"import json\nopen({str(mark)!r}, 'a').write('x')\n")
     server = scene.server("--clients", 2, *SMALL, root=evil)
     server.wait_for("waiting for 2 hospitals")
     mark.unlink(missing_ok=True)
@@ -65,8 +65,8 @@ def ask(monkeypatch, tmp_path, phantoms, home):
     make_messages_outside_of_a_run(monkeypatch)
 
     def answer(settings: str, approved: list[str]) -> dict:
-        who = identity("hospital-0", 0, phantoms, "cpu", __version__, tmp_path, None, CODE, approved)
-        write_json(tmp_path / IDENTITY, who)
+        Identity(label="hospital-0", cid=0, data=phantoms, device="cpu", medfl=__version__, models=tmp_path, code=CODE,
+                 approved=approved).save(tmp_path)
         about = {"settings": settings, "without": [], "run": "r", "round": 1, "rate": 1.0, "seconds": 60.0, "partition": None}
         weights = to_record(pack(TransUNet("tiny", 32).state_dict()))
         incoming = Message(message(about, weights), 1, "train")

@@ -41,7 +41,7 @@ def scene(phantoms, tmp_path_factory):
     made = Secured(folder, phantoms)
     for number in (0, 1, 2):
         made.join(number)
-    made.run.wait_for(r"(?m)^round 1 of", 1)
+    made.run.wait_for(r"(?m)^[-\d :]+round 1 of", 1)
     yield made
     assert made.close() == []
 
@@ -228,7 +228,7 @@ def test_a_killed_hospital_comes_back_with_the_same_key(scene):
     hospital.kill()
     again = scene.join(2)
     again.wait_for("still holds a connection")
-    again.wait_for(r"(?m)^round \d+ of")
+    again.wait_for(r"(?m)^[-\d :]+round \d+ of")
     scene.goes_on()
     last = [event for event in audited(scene) if event["event"] == "round"][-1]
     assert "hospital-2" in last["hospitals"] and again.output.count("still holds a connection") == 1
@@ -240,7 +240,7 @@ def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
     scene.run.wait_for("hospital-1 is put out")
     assert hospital.end() == 2 and "does not admit this hospital's key" in hospital.output
     hospital_left = scene.rounds
-    scene.run.wait_for(r"(?m)^round \d+ of \d+: ", hospital_left + 3)  # the one under way, and two whole ones
+    scene.run.wait_for(r"(?m)^[-\d :]+round \d+ of \d+: ", hospital_left + 3)  # the one under way, and two whole ones
     events = audited(scene)
     assert verify(scene.out / "audit.jsonl")[0] >= len(events)
     gone = next(k for k, event in enumerate(events) if event["event"] == "left" and event["hospital"] == "hospital-1")

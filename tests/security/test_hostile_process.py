@@ -12,9 +12,9 @@ pytestmark = pytest.mark.slow
 def hostile_copy(folder):
     """MedFL as a hospital would change it: its updates are spoilt, and that its code is not the server's does not trouble it."""
     copy = copy_of_medfl(folder)
-    app = copy / "federation" / "client_app.py"
+    app = copy / "federation" / "hospital" / "app.py"
     change(app, "to_record(update, mine", "to_record(update * float('nan'), mine")
-    change(app, 'if code == here["code"]:', "if True:")
+    change(app, 'if code == here.code:', "if True:")
     return copy
 
 

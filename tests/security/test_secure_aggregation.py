@@ -24,10 +24,10 @@ def watched(home, phantoms, tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched")
     root, notes = copy_of_medfl(folder / "medfl"), folder / "notes"
     notes.mkdir()
-    app, rounds = root / "federation" / "client_app.py", root / "federation" / "secure_round.py"
+    app, rounds = root / "federation" / "hospital" / "app.py", root / "federation" / "server" / "secure_round.py"
     change(app, "def secure_stage(", f"""def die_in(stage: str) -> None:
     import os
-    if json.loads(Path(IDENTITY).read_text())["label"] == "hospital-3":
+    if Identity.load(Path()).label == "hospital-3":
         with open({str(notes / "stages")!r}, "a") as file:
             file.write(stage + " ")
         if {STAGES}[Path(file.name).read_text().count("keys") - 1] == stage:
@@ -36,9 +36,9 @@ def watched(home, phantoms, tmp_path_factory):
 
 def secure_stage(""")
     begin = "    with party(context) as mine:\n        "
-    change(app, f"{begin}match", f"    die_in(about['query'])\n{begin}match")
-    change(app, f"{begin}return mine.masked", f"""    label = json.loads(Path(IDENTITY).read_text())["label"]
-    np.savez(f"{notes}/update-{{about['round']}}-{{label}}", update=update.numpy(), examples=examples)
+    change(app, f"{begin}if isinstance(asked, Keys)", f"    die_in(asked.query)\n{begin}if isinstance(asked, Keys)")
+    change(app, f"{begin}return mine.masked", f"""    label = Identity.load(Path()).label
+    np.savez(f"{notes}/update-{{task.round}}-{{label}}", update=update.numpy(), examples=examples)
     die_in("update")
 {begin}return mine.masked""")
     change(rounds, "        if len(values) != len(self.total):",
@@ -46,7 +46,8 @@ def secure_stage(""")
         if len(values) != len(self.total):""")
     change(rounds, "        return weights.float()\n",
            f'        np.savez(f"{notes}/sum-{{self.number}}", before=sent, after=weights)\n        return weights.float()\n')
-    change(root / "federation" / "settings.py", "return max(self.quorum, LEAST) if", "return self.clients if")  # all begin a round
+    settings = root / "federation" / "protocol" / "settings.py"
+    change(settings, "return max(self.quorum, LEAST) if", "return self.clients if")  # all begin a round
     scene = Scene(folder)
     server = scene.server("--clients", HOSPITALS, "--rounds", len(STAGES), "--partition", "iid", "--val-fraction", 0, *SMALL,
                           "--secure-aggregation", root=root)

@@ -1,0 +1,90 @@
+"""What the server asks of hospitals, as types with bounds. What hospitals answer is in answers.py."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from federation.protocol.answers import Count, Seconds, Share, Text, Typed
+from federation.protocol.messages import End, Query
+
+Round = Annotated[int, Field(ge=1, le=1_000_000)]
+Settings = Annotated[str, Field(max_length=10_000)]  # both kinds of settings, as JSON
+Secret = Annotated[str, Field(max_length=100_000)]  # a key, or shares that are sealed
+
+
+class Join(Typed):
+    """Who are you, and what do you hold? hospitals: how many the federation has; versions: the server's."""
+
+    query: Literal[Query.JOIN]
+    settings: Settings
+    run: Text
+    versions: Annotated[dict[Text, Text], Field(max_length=16)]
+    hospitals: Count
+
+
+class Task(Typed):
+    """What comes with weights. run: its random name; without: parts of the weights that are left out."""
+
+    settings: Settings
+    run: Text
+    without: Annotated[list[Literal["encoder", "norm"]], Field(max_length=2)]
+
+
+class Score(Task):
+    """Score the last model."""
+
+
+class Train(Task):
+    """Score the model that came, train it, and send what became of it.
+
+    rate: a share of the learning rate, None where hospitals follow the cosine. seconds: the time there is. partition:
+    its SHA-256, None where all have data of their own. most: slices that a hospital counts at most, and sealed: the
+    other hospitals' sealed shares, by their nodes; both of secure aggregation, None without it.
+    """
+
+    round: Round
+    rate: Share | None
+    seconds: Seconds
+    partition: Text | None
+    most: Count | None = None
+    sealed: dict[Text, Secret] | None = None
+
+
+class Ping(Typed):
+    """Are you there?"""
+
+    query: Literal[Query.PING]
+
+
+class Keys(Typed):
+    """Secure aggregation: make new secrets for a round, and give the public keys."""
+
+    query: Literal[Query.KEYS]
+
+
+class Shares(Typed):
+    """Secure aggregation: give the other hospitals their shares of your secrets. keys: each one's public keys, by node."""
+
+    query: Literal[Query.SHARES]
+    keys: dict[Text, Annotated[list[Secret], Field(min_length=2, max_length=2)]]
+
+
+class Unmask(Typed):
+    """Secure aggregation: give the shares that uncover the sum. summed, missing: nodes whose updates are in it, and nodes
+    that gave shares and no update."""
+
+    query: Literal[Query.UNMASK]
+    summed: list[Annotated[int, Field(ge=0)]]
+    missing: list[Annotated[int, Field(ge=0)]]
+
+
+class Over(Typed):
+    """The federation is over for you. detail: what the sentence of this code says besides."""
+
+    query: Literal[Query.END]
+    code: End
+    detail: Annotated[str, Field(max_length=256)] = ""
+
+
+QUERIES: dict[Query, type[Typed]] = {
+    Query.JOIN: Join, Query.PING: Ping, Query.KEYS: Keys, Query.SHARES: Shares, Query.UNMASK: Unmask, Query.END: Over}

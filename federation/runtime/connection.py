@@ -1,0 +1,145 @@
+"""A hospital's connection to the server: Flower's SuperNode and the hospital's app, kept running until the federation is over."""
+
+import json
+import time
+from pathlib import Path
+
+from common import MedFLError
+from federation.hospital.identity import ENDED
+from federation.protocol.log import say
+from federation.runtime.flower import ask_admission
+from federation.runtime.kit import CA, HOSPITAL_KEY
+from federation.runtime.processes import Child, free_port, is_healthy
+
+LOOK = 0.5  # seconds between two looks at children and server
+PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before
+RESTARTS = 5  # of the connection in a row, without it working for QUIET seconds, before it is given up
+QUIET = 120.0
+REFUSED = "[code: 2004]"  # of Flower's SuperNode: its activation was not accepted
+LINGERS = 120.0  # seconds for which a server may hold a connection whose hospital was killed; Flower's own are about 60
+AGAIN = 5.0  # seconds between two tries meanwhile
+
+
+class ServerGone(MedFLError):
+    """The server was there, and is gone for longer than the hospital waits."""
+
+
+class Connection:
+    """Flower's SuperNode and the program that handles its messages, started and stopped together."""
+
+    def __init__(self, server: str, kit: Path | None, folder: Path):
+        port, log = str(free_port()), folder / "supernode.log"
+        log.unlink(missing_ok=True)  # what a former connection said is no sign of how this one does
+        transport = ["--insecure"] if kit is None else ["--root-certificates", str((kit / CA).resolve()),
+                                                        "--auth-supernode-private-key", str((kit / HOSPITAL_KEY).resolve())]
+        self.supernode = Child("supernode", [*transport, "--superlink", server, "--host", "127.0.0.1", "--port", port,
+                                             "--isolation", "process"], folder, log)
+        self.hospital = Child("hospital", [f"127.0.0.1:{port}"], folder)
+        self.began = time.monotonic()
+
+    @property
+    def broken(self) -> bool:
+        """Whether one of the two has ended; neither does so unasked."""
+        return self.supernode.exit_code is not None or self.hospital.exit_code is not None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server did not let this key in: it doesn't know it, or still holds a former connection."""
+        return self.supernode.exit_code is not None and REFUSED in self.supernode.last_words()
+
+    def stop(self) -> None:
+        """End both."""
+        self.hospital.stop()
+        self.supernode.stop()
+
+
+class Watch:
+    """Keeps a hospital connected until the federation is over."""
+
+    def __init__(self, server: str, host: str, port: int, kit: Path | None, folder: Path, wait: float):
+        self.server, self.host, self.port, self.kit, self.folder, self.wait = server, host, port, kit, folder, wait
+        self.connection: Connection | None = None
+        self.seen = time.monotonic()  # the server, last time
+        self.was_there, self.was_gone = False, False
+        self.restarts = 0
+        self.lingered_from: float | None = None  # since when the server refuses this key because of a former connection
+
+    def run(self) -> tuple[int, str]:
+        """Exit code and closing sentence."""
+        ended = self.folder / ENDED
+        try:
+            while not ended.exists():
+                self._look_at_server()
+                self._look_at_children()
+                time.sleep(LOOK)
+            about = json.loads(ended.read_text(encoding="utf-8"))
+            until = time.monotonic() + PARTING
+            while self._health() is not False and time.monotonic() < until:
+                time.sleep(LOOK)
+            return about["exit"], about["sentence"]
+        finally:
+            if self.connection:
+                self.connection.stop()
+
+    def _health(self) -> bool | None:
+        return is_healthy(self.host, self.port, ca=self.kit and self.kit / CA)
+
+    def _look_at_server(self) -> None:
+        """Start the connection when the server is there, and anew when it was gone: it does not know the old one."""
+        state, now = self._health(), time.monotonic()
+        if state:
+            self.seen = now
+            if self.connection is None:
+                self.connection = Connection(self.server, self.kit, self.folder)
+            elif self.was_gone:
+                self._renew("the server is back")
+            self.was_there, self.was_gone = True, False
+        elif now - self.seen > self.wait:
+            if not self.was_there:
+                raise MedFLError(f"no server at {self.server} within {self.wait:.0f} s; start it with run_server.py, "
+                                 "or wait longer with --wait")
+            raise ServerGone(f"the server at {self.server} has been gone for {self.wait:.0f} s; start this hospital again when it "
+                             "is back")
+        elif state is False and not self.was_gone:
+            self.was_gone = True
+            yet = "any more" if self.was_there else "yet"
+            say(f"no server at {self.server} {yet}; waiting up to {self.wait:.0f} s")
+
+    def _look_at_children(self) -> None:
+        if self.connection and self.connection.broken and self.kit and not self.was_gone:
+            refuse(ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY))
+            if self.connection.refused:
+                return self._wait_for_the_former()
+        if self.connection and not self.connection.broken and time.monotonic() - self.connection.began > QUIET:
+            self.restarts, self.lingered_from = 0, None  # it works
+        if self.connection and self.connection.broken and not self.was_gone:
+            self.restarts += 1
+            if self.restarts > RESTARTS:
+                raise MedFLError(f"the connection ended {self.restarts} times in a row; the last lines of Flower's SuperNode:\n"
+                                 f"{self.connection.supernode.last_words()}")
+            self._renew("the connection ended")
+
+    def _wait_for_the_former(self) -> None:
+        """Another process has this key, or had it and was killed: try again until the server lets go of it."""
+        if self.lingered_from is None:
+            self.lingered_from = time.monotonic()
+            say(f"the server still holds a connection of this hospital; trying again for up to {LINGERS:.0f} s")
+        if time.monotonic() - self.lingered_from > LINGERS:
+            raise MedFLError("another process takes part with this hospital's key; end it, or start only one")
+        time.sleep(AGAIN)
+        self.connection.stop()
+        self.connection = Connection(self.server, self.kit, self.folder)
+
+    def _renew(self, why: str) -> None:
+        say(f"{why}; connecting again")
+        self.connection.stop()
+        self.connection = Connection(self.server, self.kit, self.folder)
+
+
+def refuse(said: str) -> None:
+    """Raises MedFLError where the server said that it does not let this hospital's key in."""
+    if said == "unknown":
+        raise MedFLError("the server does not admit this hospital's key: it was never admitted, or its admission is over or "
+                         "revoked; ask the coordinator")
+    if said == "clock":
+        raise MedFLError("the server does not accept this machine's time; set the clock, it may be 5 s ahead at most")

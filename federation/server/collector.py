@@ -1,0 +1,105 @@
+"""A round's updates: asked for, checked one by one as they come, and screened beside each other."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from common import MedFLError
+from federation.protocol.answers import Trained, announced, parse
+from federation.protocol.weights import FULL, from_record, part_mask, variance_mask
+from federation.server.exchange import Exchange
+from federation.server.judging import Scores
+from federation.server.mailbox import Answer
+from federation.server.membership import Member
+from federation.server.screening import check_update, screen
+from federation.server.secure_round import SecureRound
+from federation.server.state import RunState
+from federation.server.updates import Updates
+
+
+@dataclass
+class Collected:
+    """What one try of a round brought.
+
+    told: what hospitals said of their training, by label. updates: those that may count. bytes: what went to each hospital
+    and what came back. failures: why hospitals have no part in it.
+    """
+
+    members: list[Member]
+    updates: Updates
+    told: dict[str, Trained] = field(default_factory=dict)
+    bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Scores:
+        """The hospitals' scores of the model that the round began with."""
+        return {label: (told.val_dice, told.val_patients) for label, told in self.told.items() if told.val_dice is not None}
+
+
+class Collector:
+    """Collects the updates of one round after the other into files below `out`."""
+
+    def __init__(self, state: RunState, exchange: Exchange, out: Path):
+        self.state, self.exchange, self.out = state, exchange, out
+        self.settings = state.federation
+        self.variances = variance_mask(state.model)
+
+    def collect(self, number: int, attempt: int, partition: str | None) -> Collected:
+        """Send the model, and take in the hospitals' answers as they come.
+
+        number: the round; attempt: how often it was asked for, from 1; partition: SHA-256 of the simulated hospitals' one.
+        """
+        members = self.exchange.quorum()
+        left_out = self.settings.left_out(number <= self.state.training.freeze_encoder_epochs)
+        about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout, "partition": partition}
+        purpose = f"round-{number}.{attempt}"
+        came = Collected(members, Updates(self.state.weights, self.state.is_statistic, self.out))
+        travels = part_mask(self.state.model, left_out)
+        secure, own = None, None
+        if self.settings.secure_aggregation:
+            secure = SecureRound(self.exchange.mailbox, self.exchange.wait, self.settings, number, purpose, int(travels.sum()))
+            own = secure.prepare(members)
+            members = [member for member in members if member.label in own]
+        sent = self.exchange.send("train", purpose, members, about, self.state.weights_as_sent, left_out, own)
+
+        def take(member: Member, answer: Answer) -> None:
+            told = parse(Trained, answer.about)
+            if told.round != number:
+                raise MedFLError(f"its update is of round {told.round}")
+            announced(told, member.facts)
+            if secure:
+                secure.take(member, told, answer.arrays)
+            else:
+                self._take(member, told, answer, came.updates, travels)
+            came.told[member.label] = told
+            came.bytes[member.label] = sent[member.label], answer.bytes
+            self.exchange.holds(member)
+
+        _, came.failures = self.exchange.wait(purpose, members, f"round {number} of {self.settings.rounds}", take=take)
+        if secure:
+            mean = secure.mean(sorted(came.told), self.state.weights, travels)
+            for label in secure.failures.keys() & came.told.keys():
+                del came.told[label]
+            came.failures |= secure.failures
+            if mean is not None:
+                came.updates.add("the mean", mean, 1)
+        return came
+
+    def screen(self, came: Collected) -> None:
+        """Leave out the updates that stand out among the others."""
+        for label, reason in screen(came.updates, self.settings).items():
+            came.failures[label] = f"{reason}; it is left out"
+            del came.told[label]
+
+    def _take(self, member: Member, told: Trained, answer: Answer, updates: Updates, travels: torch.Tensor) -> None:
+        """Check an update and put it to the others. travels: which of the weights are in it, (n,) bool."""
+        precision, sent = self.settings.update_dtype, self.state.weights
+        update = from_record(answer.arrays, precision)
+        weights = update
+        if len(update) == int(travels.sum()):
+            weights = sent.clone()
+            weights[travels] = update + (0 if precision == FULL else sent[travels])
+        check_update(weights, told.examples, len(sent), member.facts.parts["train"].slices, self.variances)
+        updates.add(member.label, weights, told.examples)
