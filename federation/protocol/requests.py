@@ -82,7 +82,7 @@ class Over(Typed):
     """The federation is over for you. detail: what the sentence of this code says besides."""
 
     query: Literal[Query.END]
-    code: End
+    code: Annotated[End, Field(strict=False)]  # a message carries its text
     detail: Annotated[str, Field(max_length=256)] = ""
 
 

@@ -1,15 +1,20 @@
 """A hospital's work in one message, in this process: what it scores, trains, keeps for itself and refuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
+from scripted import make_messages_outside_of_a_run
 
+from benchmarks.local_federation import LocalHospital
 from common import __version__
 from dataset import load_dataset
 from evaluation.scoring import score_patients
 from federation.hospital.hospital import Hospital, HospitalError
-from federation.hospital.identity import Identity
-from federation.protocol.messages import Failure
+from federation.hospital.identity import ENDED, Identity
+from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.requests import Train
 from federation.protocol.settings import FederationSettings
 from split import Split, save_split
@@ -89,3 +94,21 @@ def test_what_a_hospital_refuses(hospital, about, failure):
     with pytest.raises(HospitalError) as caught:
         work(hospital(), **about)
     assert caught.value.failure == failure
+
+
+@pytest.mark.parametrize("code", End)
+def test_every_end_is_understood_and_written_down(monkeypatch, tmp_path, phantoms, code):
+    make_messages_outside_of_a_run(monkeypatch)
+    node = LocalHospital(tmp_path, 0, phantoms)
+    node.answer(Message(message({"query": Query.END, "code": code, "detail": "3"}), 1, "query"))
+    ended = json.loads((node.folder / ENDED).read_text(encoding="utf-8"))
+    assert ended["exit"] == ENDS[code][0] and ended["sentence"] == ENDS[code][1].format(detail="3")
+
+
+@pytest.mark.parametrize("about", [{}, {"query": "joy"}, {"query": "end", "code": "else"}, {"query": "join", "settings": 3},
+                                   {"query": "shares", "keys": {"1": ["a"]}}, {"query": "unmask", "summed": "all", "missing": []},
+                                   {"query": "ping", "more": 1}], ids=str)
+def test_a_question_of_another_form_gets_a_code(monkeypatch, tmp_path, phantoms, capsys, about):
+    make_messages_outside_of_a_run(monkeypatch)
+    reply = LocalHospital(tmp_path, 0, phantoms).answer(Message(message(about), 1, "query"))
+    assert read(reply.content)["failure"] == Failure.PROTOCOL and "the same version" in capsys.readouterr().out
