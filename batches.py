@@ -1,4 +1,5 @@
-"""From a dataset to training batches: which slices an epoch draws, and how image and mask are varied together."""
+"""From a dataset to training batches: which slices an epoch draws, and how image and mask are varied
+together."""
 
 import math
 from collections.abc import Iterator
@@ -22,10 +23,12 @@ TUMOUR_PART = 0.5  # of a batch
 
 
 class TrainingBatches:
-    """An epoch's batches of augmented slices: images (B, 3, side, side) and masks (B, 1, side, side), float32.
+    """An epoch's batches of augmented slices: images (B, 3, side, side) and masks (B, 1, side, side),
+    float32.
 
-    Masks are shares of tumour in each network pixel, 0 to 1, so that a boundary is not rounded away. All randomness
-    comes from (seed, epoch): an epoch is the same whether or not the run was interrupted before it.
+    Masks are shares of tumour in each network pixel, 0 to 1, so that a boundary is not rounded away. All
+    randomness comes from (seed, epoch): an epoch is the same whether or not the run was interrupted before
+    it.
     """
 
     def __init__(self, dataset: Dataset, patients: tuple[str, ...], side: int, batch_size: int, seed: int):
@@ -45,9 +48,11 @@ class TrainingBatches:
         return math.ceil(len(self._slices) / self.batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The slices' numbers of each batch, (batches, batch_size) int. Half of a batch shows a tumour, where there are any.
+        """The slices' numbers of each batch, (batches, batch_size) int. Half of a batch shows a tumour, where
+        there are any.
 
-        Both kinds are drawn without replacement until all were seen, then again: no slice is left out for good.
+        Both kinds are drawn without replacement until all were seen, then again: no slice is left out for
+        good.
         """
         random = np.random.default_rng([self.seed, epoch])
         kinds = [kind for kind in (self._tumour, self._empty) if len(kind)]
@@ -63,20 +68,26 @@ class TrainingBatches:
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The epoch's batches, made as they are asked for."""
-        random = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, epoch, 1]).integers(2**62)))
+        random = torch.Generator().manual_seed(
+            int(np.random.default_rng([self.seed, epoch, 1]).integers(2**62))
+        )
         for numbers in self.order(epoch):
             images, masks = zip(*(self._slice(*self._slices[k]) for k in numbers))
             yield augment(torch.cat(images), torch.cat(masks), random)
 
     def _slice(self, patient: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         volume, truth = self.dataset.volume(patient)
-        pixels = torch.from_numpy(volume[number:number + 1].copy())  # the cache is read-only, torch wants to own
+        pixels = torch.from_numpy(
+            volume[number : number + 1].copy()
+        )  # the cache is read-only, torch wants to own
         image = network_input(pixels, *self.dataset.statistics(patient), self.side)
         mask = torch.from_numpy(truth[number] / np.float32(255))[None, None]
         return image, resize(mask, (self.side, self.side))
 
 
-def augment(images: torch.Tensor, masks: torch.Tensor, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(
+    images: torch.Tensor, masks: torch.Tensor, random: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Vary a batch: the geometry of image and mask alike, then the image's intensities. Shapes stay.
 
     images: (B, 3, h, w) float32, normalised; masks: (B, 1, h, w) float32, 0 to 1; random: a CPU generator.
@@ -98,8 +109,10 @@ def _affine(count: int, random: torch.Generator) -> torch.Tensor:
     scale = 1 + _uniform((count,), SCALE, random)
     flip = (torch.rand(count, generator=random) < 0.5).float() * 2 - 1
     shift = _uniform((count, 2), 2 * SHIFT, random)  # the grid's side is 2
-    rows = [torch.stack([flip * angle.cos() * scale, -angle.sin() * scale, shift[:, 0]], dim=1),
-            torch.stack([flip * angle.sin() * scale, angle.cos() * scale, shift[:, 1]], dim=1)]
+    rows = [
+        torch.stack([flip * angle.cos() * scale, -angle.sin() * scale, shift[:, 0]], dim=1),
+        torch.stack([flip * angle.sin() * scale, angle.cos() * scale, shift[:, 1]], dim=1),
+    ]
     return torch.stack(rows, dim=1)
 
 

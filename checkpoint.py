@@ -1,4 +1,5 @@
-"""Save, load and describe a model: weights and metadata in one file that `torch.load(weights_only=True)` reads."""
+"""Save, load and describe a model: weights and metadata in one file that `torch.load(weights_only=True)`
+reads."""
 
 import json
 import pickle
@@ -22,7 +23,8 @@ THRESHOLD = 0.5  # of the probability, unless the metadata says otherwise
 
 @dataclass
 class Checkpoint:
-    """A loaded file: the network in evaluation mode, its metadata, and what a run needs to go on (None if not stored)."""
+    """A loaded file: the network in evaluation mode, its metadata, and what a run needs to go on (None if not
+    stored)."""
 
     path: Path
     model: TransUNet
@@ -39,24 +41,37 @@ class Checkpoint:
 
 
 def describe(model: TransUNet, training_images: dict | None = None, **more: Any) -> dict:
-    """The metadata of a model: architecture, preprocessing (with what the training images look like, if known),
-    threshold, versions, time, and `more` (training, data, ...)."""
+    """The metadata of a model: architecture, preprocessing (with what the training images look like, if
+    known), threshold, versions, time, and `more` (training, data, ...)."""
     return {
         "format": FORMAT,
-        "architecture": {"name": model.name, "image_side": model.image_side, "norm": model.norm,
-                         "parameters": sum(p.numel() for p in model.parameters())},
+        "architecture": {
+            "name": model.name,
+            "image_side": model.image_side,
+            "norm": model.norm,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        },
         "preprocessing": {**preprocessing.DESCRIPTION, "training_images": training_images},
         "threshold": THRESHOLD,
-        "versions": {"medfl": __version__, "torch": torch.__version__, "timm": version("timm"), "commit": git_commit()},
+        "versions": {
+            "medfl": __version__,
+            "torch": torch.__version__,
+            "timm": version("timm"),
+            "commit": git_commit(),
+        },
         "created": utc_now(),
         **more,
     }
 
 
-def save_checkpoint(path: Path, weights: dict[str, torch.Tensor], metadata: dict, state: dict | None = None) -> None:
+def save_checkpoint(
+    path: Path, weights: dict[str, torch.Tensor], metadata: dict, state: dict | None = None
+) -> None:
     """Write weights (a state dict) and metadata (and a run's state), whole or not at all."""
-    content = {"model": {name: value.detach().cpu().contiguous() for name, value in weights.items()},
-               "metadata": json.dumps(metadata, allow_nan=False)}
+    content = {
+        "model": {name: value.detach().cpu().contiguous() for name, value in weights.items()},
+        "metadata": json.dumps(metadata, allow_nan=False),
+    }
     if state is not None:
         content["state"] = state
     with atomic_write(path) as file:
@@ -66,22 +81,36 @@ def save_checkpoint(path: Path, weights: dict[str, torch.Tensor], metadata: dict
 def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool = True) -> Checkpoint:
     """The checkpoint in `path`, its model on `device` and in evaluation mode.
 
-    Raises MedFLError, each with its own sentence: no file, a Git LFS pointer, a truncated file, a pickle that is more
-    than weights, another program's file, a newer format, other preprocessing, weights that don't fit the architecture; and,
-    unless `whole` is False, a federation's shared part, which lacks the normalisation layers that hospitals kept.
+    Raises MedFLError, each with its own sentence: no file, a Git LFS pointer, a truncated file, a pickle that
+    is more than weights, another program's file, a newer format, other preprocessing, weights that don't fit
+    the architecture; and, unless `whole` is False, a federation's shared part, which lacks the normalisation
+    layers that hospitals kept.
     """
     path = Path(path)
     content = _read(path)
-    if not (isinstance(content, dict) and isinstance(content.get("metadata"), str) and isinstance(content.get("model"), dict)):
+    if not (
+        isinstance(content, dict)
+        and isinstance(content.get("metadata"), str)
+        and isinstance(content.get("model"), dict)
+    ):
         raise MedFLError(f"{path} holds no model of MedFL; choose a file that train_centralized.py wrote")
     metadata = _metadata(content, path)
     if metadata.get("format") != FORMAT:
-        raise MedFLError(f"{path} has checkpoint format {metadata.get('format')}, and this MedFL reads {FORMAT}; update MedFL")
+        raise MedFLError(
+            f"{path} has checkpoint format {metadata.get('format')}, and this MedFL reads {FORMAT}; update "
+            f"MedFL"
+        )
     if {**metadata["preprocessing"], **preprocessing.DESCRIPTION} != metadata["preprocessing"]:
-        raise MedFLError(f"{path} was trained on other preprocessing ({metadata['preprocessing'].get('name')}); use its MedFL")
+        raise MedFLError(
+            f"{path} was trained on other preprocessing ({metadata['preprocessing'].get('name')}); use its "
+            f"MedFL"
+        )
     if whole and metadata.get("origin", {}).get("norm_at_hospitals"):
-        raise MedFLError(f"{path} is what hospitals share of a model whose normalisation layers each keeps (--keep-norm-local), "
-                         "and no model by itself; take the NAME_federated_best.pth that a hospital wrote")
+        raise MedFLError(
+            f"{path} is what hospitals share of a model whose normalisation layers each keeps "
+            f"(--keep-norm-local), "
+            "and no model by itself; take the NAME_federated_best.pth that a hospital wrote"
+        )
     plan = metadata["architecture"]
     model = TransUNet(plan["name"], plan["image_side"], plan["norm"])
     load_weights(model, content["model"], path)
@@ -90,12 +119,15 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
 
 
 def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:
-    """A checkpoint to begin a training from. Raises MedFLError where it is another network than the one that is to be trained."""
+    """A checkpoint to begin a training from. Raises MedFLError where it is another network than the one that
+    is to be trained."""
     checkpoint = load_checkpoint(path)
     model = checkpoint.model
     if (model.name, model.image_side, model.norm) != (name, image_side, norm):
-        raise MedFLError(f"{path} is {model.name} at {model.image_side} pixels with {model.norm} normalisation; "
-                         f"give --model {model.name} --image-size {model.image_side} --norm {model.norm}")
+        raise MedFLError(
+            f"{path} is {model.name} at {model.image_side} pixels with {model.norm} normalisation; "
+            f"give --model {model.name} --image-size {model.image_side} --norm {model.norm}"
+        )
     return checkpoint
 
 
@@ -107,7 +139,10 @@ def _metadata(content: dict, path: Path) -> dict:
     except (ValueError, AttributeError) as error:
         raise MedFLError(f"{path} has damaged metadata; copy it again") from error
     if missing:
-        raise MedFLError(f"{path} has no {sorted(missing)[0]} in its metadata; choose a file that train_centralized.py wrote")
+        raise MedFLError(
+            f"{path} has no {sorted(missing)[0]} in its metadata; choose a file that train_centralized.py "
+            f"wrote"
+        )
     return metadata
 
 
@@ -116,8 +151,11 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise MedFLError(f"{source} holds weights of another architecture than {model.name} at {model.image_side} pixels with "
-                         f"{model.norm} normalisation; choose a checkpoint of that model") from error
+        raise MedFLError(
+            f"{source} holds weights of another architecture than {model.name} at {model.image_side} pixels "
+            f"with "
+            f"{model.norm} normalisation; choose a checkpoint of that model"
+        ) from error
 
 
 def _read(path: Path) -> Any:
@@ -126,20 +164,32 @@ def _read(path: Path) -> Any:
         with open(path, "rb") as file:
             head = file.read(len(LFS_POINTER))
     except OSError as error:
-        raise MedFLError(f"there is no checkpoint {path} that can be read; train one with train_centralized.py") from error
+        raise MedFLError(
+            f"there is no checkpoint {path} that can be read; train one with train_centralized.py"
+        ) from error
     if head == LFS_POINTER:
-        raise MedFLError(f"{path} is a Git LFS pointer, not the weights; run `git lfs install` and `git lfs pull`")
+        raise MedFLError(
+            f"{path} is a Git LFS pointer, not the weights; run `git lfs install` and `git lfs pull`"
+        )
     if head[:2] == b"PK" and not zipfile.is_zipfile(path):
         raise MedFLError(f"{path} is truncated; copy it again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if head[:2] != b"PK" and head[:1] != b"\x80":  # a page saved instead of the file, say: no pickle at all
-            raise MedFLError(f"{path} is no checkpoint; choose a file that train_centralized.py wrote") from error
-        raise MedFLError(f"{path} holds Python objects besides weights and may be malicious: nothing of it was run; "
-                         "take a checkpoint of MedFL from a source you trust") from error
+        if (
+            head[:2] != b"PK" and head[:1] != b"\x80"
+        ):  # a page saved instead of the file, say: no pickle at all
+            raise MedFLError(
+                f"{path} is no checkpoint; choose a file that train_centralized.py wrote"
+            ) from error
+        raise MedFLError(
+            f"{path} holds Python objects besides weights and may be malicious: nothing of it was run; "
+            "take a checkpoint of MedFL from a source you trust"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise MedFLError(f"{path} is no checkpoint, or a damaged one; choose a file that train_centralized.py wrote") from error
+        raise MedFLError(
+            f"{path} is no checkpoint, or a damaged one; choose a file that train_centralized.py wrote"
+        ) from error
 
 
 def update_metadata(path: Path, **entries: Any) -> None:

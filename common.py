@@ -1,4 +1,5 @@
-"""What every part of MedFL may use: the user's error, exit codes, atomic writes, settings as options, the version."""
+"""What every part of MedFL may use: the user's error, exit codes, atomic writes, settings as options, the
+version."""
 
 import argparse
 import ast
@@ -33,7 +34,8 @@ class MedFLError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main` with the exit codes of this project: 0, 2 bad input, 130 Ctrl-C or SIGTERM, 1 a bug."""
+    """Run a script's `main` with the exit codes of this project: 0, 2 bad input, 130 Ctrl-C or SIGTERM, 1 a
+    bug."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -51,8 +53,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterator[IO]:
-    """An open file that takes the place of `path` at the end of the block, whole or not at all. Only its owner can read a
-    private one.
+    """An open file that takes the place of `path` at the end of the block, whole or not at all. Only its
+    owner can read a private one.
 
     Raises MedFLError where the folder can't be made or written, or the disk is full.
     """
@@ -71,9 +73,13 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
             beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         _replace(beside, path)
     except PermissionError as error:
-        raise MedFLError(f"{path} can't be written; close the program that has it open, or choose a folder of your own") from error
+        raise MedFLError(
+            f"{path} can't be written; close the program that has it open, or choose a folder of your own"
+        ) from error
     except OSError as error:
-        raise MedFLError(f"{path} can't be written ({error.strerror or error}); free the space or choose another place") from error
+        raise MedFLError(
+            f"{path} can't be written ({error.strerror or error}); free the space or choose another place"
+        ) from error
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)
@@ -103,13 +109,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def setting(default: Any, help: str, choices: tuple | None = None, kind: type | None = None) -> Any:
-    """A field of a settings dataclass: its default, its help text with the unit, the values it may take, and its type
-    where the default is None."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "kind": kind or type(default)})
+    """A field of a settings dataclass: its default, its help text with the unit, the values it may take, and
+    its type where the default is None."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "kind": kind or type(default)}
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type, names: list[str] | None = None) -> None:
-    """Add an option for each field of a settings dataclass (or those named), with the field's own default and help."""
+    """Add an option for each field of a settings dataclass (or those named), with the field's own default and
+    help."""
     for field in dataclasses.fields(settings):
         if names is not None and field.name not in names:
             continue
@@ -118,9 +127,14 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, names: list[st
             parser.add_argument(option, action="store_true", help=text)
             continue
         default = "none" if field.default is None else str(field.default)
-        parser.add_argument(option, type=field.metadata["kind"], default=field.default, choices=field.metadata["choices"],
-                            metavar=None if field.metadata["choices"] else field.name.split("_")[-1].upper(),
-                            help=f"{text} (default {default})".replace("%", "%%"))
+        parser.add_argument(
+            option,
+            type=field.metadata["kind"],
+            default=field.default,
+            choices=field.metadata["choices"],
+            metavar=None if field.metadata["choices"] else field.name.split("_")[-1].upper(),
+            help=f"{text} (default {default})".replace("%", "%%"),
+        )
 
 
 def settings_from(arguments: argparse.Namespace, settings: type) -> Any:
@@ -130,16 +144,23 @@ def settings_from(arguments: argparse.Namespace, settings: type) -> Any:
 
 
 def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()) -> list[str]:
-    """The Python files of this repository that running these files imports, themselves included, as sorted paths below `root`.
+    """The Python files of this repository that running these files imports, themselves included, as sorted
+    paths below `root`.
 
-    without: packages that are left out, for a program that does without them where they are missing. Imports inside of functions
-    count as well.
+    without: packages that are left out, for a program that does without them where they are missing. Imports
+    inside of functions count as well.
     """
     found, waiting = set(), [entry.removesuffix(".py").replace("/", ".") for entry in entries]
     while waiting:
         module = waiting.pop()
-        file = next((path for path in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py")
-                     if (root / path).is_file()), None)
+        file = next(
+            (
+                path
+                for path in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py")
+                if (root / path).is_file()
+            ),
+            None,
+        )
         if file is None or file in found or module.split(".")[0] in without:
             continue
         found.add(file)
@@ -166,8 +187,12 @@ def utc_now() -> str:
 def git_commit() -> str | None:
     """The commit of this working copy, or None outside one."""
     try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                              capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

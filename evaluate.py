@@ -2,10 +2,11 @@
 
     python evaluate.py --checkpoint models/transunet_centralized_best.pth --data-dir data
 
-    python evaluate.py --compare models/transunet_federated_best.pth models/local_*/transunet_local_best.pth --data-dir data
+    python evaluate.py --compare models/transunet_federated_best.pth models/local_*/transunet_local_best.pth
 
-Prints a table per site and overall. Dice is the volume Dice of each patient, tumour slices and empty slices apart. Where a
-patient's folder holds a volume.json (data/prepare_hospital.py writes it), volumes in cm³ and HD95 in mm are added. With
+Prints a table per site and overall. Dice is the volume Dice of each patient, tumour slices and empty slices
+apart. Where a patient's folder holds a volume.json (data/prepare_hospital.py writes it), volumes in cm³ and
+HD95 in mm are added. With
 --compare a row per model, a column per hospital, all on the same test patients (evaluation/comparison.py).
 """
 
@@ -28,17 +29,47 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", type=Path, help="the model, a .pth file")
-    which.add_argument("--compare", type=Path, nargs="+", metavar="CHECKPOINT", help="several models, in the order of the rows")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
-    parser.add_argument("--split", choices=("test", "val", "train", "all"), default="test", help="whom to score (default test)")
-    parser.add_argument("--split-file", type=Path, help="who is in which part (default split.json beside the checkpoint; "
-                        "of a federation's model it is made anew)")
+    which.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="several models, in the order of the rows",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="folder with kaggle_3m somewhere below (default data)",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("test", "val", "train", "all"),
+        default="test",
+        help="whom to score (default test)",
+    )
+    parser.add_argument(
+        "--split-file",
+        type=Path,
+        help="who is in which part (default split.json beside the checkpoint; "
+        "of a federation's model it is made anew)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--csv", type=Path, help="write a line per patient (with --compare: per model and hospital) to this file")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        help="write a line per patient (with --compare: per model and hospital) to this file",
+    )
     parser.add_argument("--plot", type=Path, help="with --compare: draw the table into this PNG")
-    parser.add_argument("--overlays", type=Path, help="write pictures of the best, the median and the worst patient to this folder")
-    parser.add_argument("--write-back", action="store_true", help="write the test scores into the checkpoint's metadata")
+    parser.add_argument(
+        "--overlays",
+        type=Path,
+        help="write pictures of the best, the median and the worst patient to this folder",
+    )
+    parser.add_argument(
+        "--write-back", action="store_true", help="write the test scores into the checkpoint's metadata"
+    )
     return parser.parse_args()
 
 
@@ -47,15 +78,20 @@ def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkp
     path = arguments.split_file or checkpoint.path.parent / "split.json"
     about = checkpoint.metadata.get("data", {})
     if about.get("split") and arguments.split_file is None:  # of a federation, whose server knows no patient
-        path, split = "the split of this dataset", make_split({p.name: p.site for p in dataset.patients}, **about["split"])
+        path, split = (
+            "the split of this dataset",
+            make_split({p.name: p.site for p in dataset.patients}, **about["split"]),
+        )
     else:
         split = load_split(path, {p.name for p in dataset.patients})
     trained_on = about.get("split_sha256")
     if trained_on is None and about.get("split") and arguments.split_file:
         print(f"the model is of hospitals with own data; whether {path} is one of theirs can't be checked")
     elif arguments.split in ("test", "val") and trained_on != split.sha256():
-        raise MedFLError(f"{path} is not the split that {checkpoint.path} was trained on, so its test patients may have "
-                         "been trained on; name the training's own with --split-file, or take --split all")
+        raise MedFLError(
+            f"{path} is not the split that {checkpoint.path} was trained on, so its test patients may have "
+            "been trained on; name the training's own with --split-file, or take --split all"
+        )
     if not split.part(arguments.split):
         raise MedFLError(f"{path} holds no {arguments.split} patients; choose another --split")
     return split
@@ -68,30 +104,42 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def print_table(figures: dict) -> None:
     """One line per site and one over all patients; where a spacing is known, the same in cm³ and mm."""
-    print(f"{'site':8}{'patients':>9}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'IoU':>7}{'tumour slices':>15}"
-          f"{'false on empty':>16}{'HD95 px':>9}{'missed':>8}")
+    print(
+        f"{'site':8}{'patients':>9}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'IoU':>7}{'tumour slices':>15}"
+        f"{'false on empty':>16}{'HD95 px':>9}{'missed':>8}"
+    )
     for site, row in [*figures["sites"].items(), ("all", figures)]:
         ci95 = row["volume_dice"]["ci95"]
         interval = f"{ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else "under 3 patients"
-        print(f"{site:8}{row['patients_scored']:>9}{number(row['volume_dice']['mean']):>11}"
-              f"{number(row['volume_dice']['median']):>8}{interval:>17}{number(row['volume_iou']['mean']):>7}"
-              f"{number(row['slice_dice_tumour']):>15}{number(row['empty_slice_false_positive_rate']):>16}"
-              f"{number(row['hd95_px']['mean'], 1):>9}{row['missed_patients']:>8}")
+        print(
+            f"{site:8}{row['patients_scored']:>9}{number(row['volume_dice']['mean']):>11}"
+            f"{number(row['volume_dice']['median']):>8}{interval:>17}{number(row['volume_iou']['mean']):>7}"
+            f"{number(row['slice_dice_tumour']):>15}{number(row['empty_slice_false_positive_rate']):>16}"
+            f"{number(row['hd95_px']['mean'], 1):>9}{row['missed_patients']:>8}"
+        )
     if "volume_cm3" in figures:
         print_table_in_mm(figures)
 
 
 def print_table_in_mm(figures: dict) -> None:
-    """Means in cm³ and mm over the patients whose spacing is known, one line per site that has some and one over all."""
-    print(f"\n{'site':8}{'with mm':>9}{'truth cm³':>11}{'predicted':>11}{'difference':>12}{'|difference|':>14}{'HD95 mm':>9}")
+    """Means in cm³ and mm over the patients whose spacing is known, one line per site that has some and one
+    over all."""
+    print(
+        f"\n{'site':8}{'with mm':>9}{'truth cm³':>11}{'predicted':>11}{'difference':>12}"
+        f"{'|difference|':>14}{'HD95 mm':>9}"
+    )
     for site, row in [*figures["sites"].items(), ("all", figures)]:
         if volume := row.get("volume_cm3"):
-            print(f"{site:8}{volume['patients']:>9}{volume['truth']:>11.2f}{volume['prediction']:>11.2f}"
-                  f"{volume['difference']:>+12.2f}{volume['absolute_difference']:>14.2f}{number(row['hd95_mm']['mean'], 1):>9}")
+            print(
+                f"{site:8}{volume['patients']:>9}{volume['truth']:>11.2f}{volume['prediction']:>11.2f}"
+                f"{volume['difference']:>+12.2f}{volume['absolute_difference']:>14.2f}"
+                f"{number(row['hd95_mm']['mean'], 1):>9}"
+            )
 
 
 def write_patients(figures: dict, path: Path) -> None:
-    """A line per patient: patient, site, slices, dice, iou, hd95_px, and `metrics.FIGURES_IN_MM` where a spacing is known."""
+    """A line per patient: patient, site, slices, dice, iou, hd95_px, and `metrics.FIGURES_IN_MM` where a
+    spacing is known."""
     with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, list(figures["patients"][0]))
         writer.writeheader()
@@ -110,26 +158,39 @@ def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, fold
         volume, truth = dataset.volume(row["patient"])
         prediction = to_mask(predict_volume(checkpoint.model, volume), checkpoint.threshold)
         path = folder / f"{rank}_{row['patient']}.png"
-        draw_outlines(volume, truth, prediction, f"{rank}: {row['patient']}, volume Dice {row['dice']:.3f}", path)
+        draw_outlines(
+            volume, truth, prediction, f"{rank}: {row['patient']}, volume Dice {row['dice']:.3f}", path
+        )
         print(f"wrote {path}")
 
 
 def compare_models(arguments: argparse.Namespace) -> None:
-    """Print and write the table of several models. Raises MedFLError where they were not trained on one split."""
+    """Print and write the table of several models. Raises MedFLError where they were not trained on one
+    split."""
     if arguments.split != "test" or arguments.write_back or arguments.overlays:
-        raise MedFLError("--compare scores test patients, and goes with --json, --csv and --plot; leave the other options out")
+        raise MedFLError(
+            "--compare scores test patients, and goes with --json, --csv and --plot; leave the other "
+            "options out"
+        )
     checkpoints = [load_checkpoint(path, choose_device(arguments.device)) for path in arguments.compare]
     dataset = load_dataset(arguments.data_dir)
     splits = {checkpoint.path: split_of(arguments, dataset, checkpoint) for checkpoint in checkpoints}
     first = splits[checkpoints[0].path]
     if other := [str(path) for path, split in splits.items() if split.sha256() != first.sha256()]:
-        raise MedFLError(f"{other[0]} was trained on another split than {checkpoints[0].path}, so their test patients differ; "
-                         "compare models of one dataset and --seed")
+        raise MedFLError(
+            f"{other[0]} was trained on another split than {checkpoints[0].path}, so their test patients "
+            f"differ; "
+            "compare models of one dataset and --seed"
+        )
     table = compare(checkpoints, dataset, first, lambda line: print(line, flush=True))
     print(f"{dataset.name}, {len(first.test)} test patients, volume Dice; differences are paired")
     print(as_text(table))
-    about = {"data": dataset.name, "split_sha256": first.sha256(), "created": utc_now(),
-             "checkpoints": {str(checkpoint.path): checkpoint.sha256() for checkpoint in checkpoints}}
+    about = {
+        "data": dataset.name,
+        "split_sha256": first.sha256(),
+        "created": utc_now(),
+        "checkpoints": {str(checkpoint.path): checkpoint.sha256() for checkpoint in checkpoints},
+    }
     if arguments.json:
         write_json(arguments.json, {**about, **table})
     if arguments.csv:
@@ -155,13 +216,21 @@ def main() -> None:
         patients = [p.name for p in dataset.patients]
     else:
         patients = list(split_of(arguments, dataset, checkpoint).part(arguments.split))
-    rows = score_patients(checkpoint.model, dataset, patients, checkpoint.threshold, progress=True, in_mm=True)
+    rows = score_patients(
+        checkpoint.model, dataset, patients, checkpoint.threshold, progress=True, in_mm=True
+    )
     figures = report(rows)
     print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {len(rows)} patients")
     print_table(figures)
     if arguments.json:
-        about = {"checkpoint": arguments.checkpoint.name, "checkpoint_sha256": checkpoint.sha256(), "data": dataset.name,
-                 "split": arguments.split, "threshold": checkpoint.threshold, "created": utc_now()}
+        about = {
+            "checkpoint": arguments.checkpoint.name,
+            "checkpoint_sha256": checkpoint.sha256(),
+            "data": dataset.name,
+            "split": arguments.split,
+            "threshold": checkpoint.threshold,
+            "created": utc_now(),
+        }
         write_json(arguments.json, {**about, **figures})
         print(f"wrote {arguments.json}")
     if arguments.csv:
@@ -170,9 +239,16 @@ def main() -> None:
     if arguments.overlays:
         write_overlays(figures, dataset, checkpoint, arguments.overlays)
     if arguments.write_back:
-        # a checkpoint is handed on: no site of one patient or two, and no word of how large the patients' tumours are
-        told = {site: row for site, row in figures["sites"].items() if row["patients_scored"] >= SMALLEST_GROUP}
-        test = {**without_mm(figures), "patients": len(rows), "sites": {site: without_mm(row) for site, row in told.items()}}
+        # a checkpoint is handed on: no site of one patient or two, and no word of how large the patients'
+        # tumours are
+        told = {
+            site: row for site, row in figures["sites"].items() if row["patients_scored"] >= SMALLEST_GROUP
+        }
+        test = {
+            **without_mm(figures),
+            "patients": len(rows),
+            "sites": {site: without_mm(row) for site, row in told.items()},
+        }
         update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
         print(f"wrote the test scores into {arguments.checkpoint}")
 

@@ -11,7 +11,8 @@ BLOCK = 8  # slices a forward pass; fixed, since another number can change the l
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device that "auto" (CUDA, else CPU), "cpu", "cuda" or "mps" names. Raises MedFLError where it is not there."""
+    """The device that "auto" (CUDA, else CPU), "cpu", "cuda" or "mps" names. Raises MedFLError where it is
+    not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,28 +26,34 @@ def choose_device(name: str = "auto") -> torch.device:
 def predict_volume(model: TransUNet, volume: np.ndarray) -> np.ndarray:
     """Probability of tumour in each pixel, (S, H, W) float32, of a volume (S, H, W, 3) uint8.
 
-    The statistics of the normalisation come from all slices given: give a patient whole. Runs in float32 on the model's
-    own device and leaves the model in evaluation mode.
+    The statistics of the normalisation come from all slices given: give a patient whole. Runs in float32 on
+    the model's own device and leaves the model in evaluation mode.
     """
     device = next(model.parameters()).device
-    pixels = torch.from_numpy(np.array(volume))  # a copy: a cached volume is read-only, and torch wants to own
+    pixels = torch.from_numpy(
+        np.array(volume)
+    )  # a copy: a cached volume is read-only, and torch wants to own
     mean, deviation = (value.to(device) for value in volume_statistics(pixels))
     model.eval()
     blocks = []
     with torch.inference_mode():
         for start in range(0, len(pixels), BLOCK):
-            slices = pixels[start:start + BLOCK].to(device)
+            slices = pixels[start : start + BLOCK].to(device)
             blocks.append(probability(model, slices, mean, deviation).cpu())
     return torch.cat(blocks).numpy()
 
 
-def probability(model: TransUNet, slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """Slices (B, H, W, 3) uint8 and their volume's statistics to probabilities (B, H, W) float32; torch operations alone."""
+def probability(
+    model: TransUNet, slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor
+) -> torch.Tensor:
+    """Slices (B, H, W, 3) uint8 and their volume's statistics to probabilities (B, H, W) float32; torch
+    operations alone."""
     images = network_input(slices, mean, deviation, model.image_side)  # (B, 3, side, side)
     logits = model(images.contiguous(memory_format=torch.channels_last)).float()  # (B, 1, side, side)
     return resize(logits, tuple(slices.shape[1:3])).sigmoid()[:, 0]
 
 
 def to_mask(probabilities: np.ndarray, threshold: float) -> np.ndarray:
-    """Probabilities of any shape to a mask of that shape, uint8, 255 where the probability reaches the threshold."""
+    """Probabilities of any shape to a mask of that shape, uint8, 255 where the probability reaches the
+    threshold."""
     return np.where(probabilities >= np.float32(threshold), np.uint8(255), np.uint8(0))

@@ -2,8 +2,9 @@
 
     python partition.py --partition site --clients 4 --data-dir data --plot partition.png --json partition.json
 
-Prints a table of the hospitals and how unlike they are; the JSON is {"0": {"train": [...], "val": [...], "test": [...]}, ...}.
-What is divided is the central split: a hospital trains, chooses and tests on its share of those who do so centrally.
+Prints a table of the hospitals and how unlike they are; the JSON is {"0": {"train": [...], "val": [...],
+"test": [...]}, ...}. What is divided is the central split: a hospital trains, chooses and tests on its share
+of those who do so centrally.
 """
 
 import argparse
@@ -24,42 +25,59 @@ from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
 KINDS = ("iid", "site", "dirichlet", "quantity", "tumour-size")
 MIN_TRAIN = 2  # training patients that every hospital gets
 CLASSES = 3  # of tumour burden: equal thirds of the patients by the tumour's share of the volume
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe and Ito's, of the sites
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#999999",
+)  # Okabe and Ito's, of the sites
 POWER = 1.0  # quantity: hospital k gets a share in proportion to (k + 1) ** -POWER
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Who is at which hospital: one split per hospital, its share of the central one, and a few words on each."""
+    """Who is at which hospital: one split per hospital, its share of the central one, and a few words on
+    each."""
 
     hospitals: tuple[Split, ...]
     labels: tuple[str, ...]
 
     def as_json(self) -> dict:
         """{"0": {"train": [names], "val": [...], "test": [...]}, "1": ...}."""
-        return {str(k): {part: list(split.part(part)) for part in PARTS} for k, split in enumerate(self.hospitals)}
+        return {
+            str(k): {part: list(split.part(part)) for part in PARTS} for k, split in enumerate(self.hospitals)
+        }
 
     def sha256(self) -> str:
         """SHA-256 of the JSON with sorted keys; the same on every machine."""
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
 
 
-def make_partition(table: pd.DataFrame, split: Split, kind: str, clients: int, alpha: float = 0.5, seed: int = 0) -> Partition:
+def make_partition(
+    table: pd.DataFrame, split: Split, kind: str, clients: int, alpha: float = 0.5, seed: int = 0
+) -> Partition:
     """Every patient of the split at exactly one of `clients` hospitals, the same for the same arguments.
 
-    table: `Dataset.table`. kind: "iid", shuffled and dealt out; "site", the scan's real hospital, the smallest sites merged
-    or the largest divided until the number fits; "dirichlet", patients of each class of tumour burden in shares drawn from
-    a symmetric Dirichlet distribution with concentration `alpha` (Hsu et al. 2019, arXiv:1909.06335); "quantity", sizes by
-    a power law; "tumour-size", sorted by the mean area of the tumour and cut into pieces. Whatever the kind, each hospital
-    gets at least 2 training patients. Raises MedFLError for an unknown kind or too few patients.
+    table: `Dataset.table`. kind: "iid", shuffled and dealt out; "site", the scan's real hospital, the
+    smallest sites merged or the largest divided until the number fits; "dirichlet", patients of each class of
+    tumour burden in shares drawn from a symmetric Dirichlet distribution with concentration `alpha` (Hsu et
+    al. 2019, arXiv:1909.06335); "quantity", sizes by a power law; "tumour-size", sorted by the mean area of
+    the tumour and cut into pieces. Whatever the kind, each hospital gets at least 2 training patients. Raises
+    MedFLError for an unknown kind or too few patients.
     """
     if kind not in KINDS:
         raise MedFLError(f"there is no partition {kind}; choose one of {', '.join(KINDS)}")
     if clients < 1 or not alpha > 0:
         raise MedFLError("a partition needs 1 hospital or more and an --alpha above 0; choose others")
     if len(split.train) < MIN_TRAIN * clients:
-        raise MedFLError(f"{len(split.train)} training patients are too few for {clients} hospitals of {MIN_TRAIN} or more; "
-                         "lower --clients")
+        raise MedFLError(
+            f"{len(split.train)} training patients are too few for {clients} hospitals of {MIN_TRAIN} or "
+            f"more; "
+            "lower --clients"
+        )
     table = table[table["patient"].isin(split.part("all"))].sort_values("patient", ignore_index=True)
     shuffle = np.random.default_rng([seed, clients])
     labels = [f"hospital-{k}" for k in range(clients)]
@@ -74,8 +92,13 @@ def make_partition(table: pd.DataFrame, split: Split, kind: str, clients: int, a
         shares = np.ones(clients) if kind == "iid" else np.arange(1, clients + 1.0) ** -POWER
         groups = _cut(shuffle.permutation(table["patient"].to_numpy()), shares)
     groups = _fill_up([[str(name) for name in group] for group in groups], set(split.train))
-    return Partition(tuple(Split(split.seed, *(tuple(p for p in split.part(part) if p in set(group)) for part in PARTS))
-                           for group in groups), tuple(labels))
+    return Partition(
+        tuple(
+            Split(split.seed, *(tuple(p for p in split.part(part) if p in set(group)) for part in PARTS))
+            for group in groups
+        ),
+        tuple(labels),
+    )
 
 
 def _cut(names: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
@@ -84,8 +107,11 @@ def _cut(names: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
     return np.split(names, ends[:-1])
 
 
-def _by_site(table: pd.DataFrame, clients: int, shuffle: np.random.Generator) -> tuple[list[list[str]], list[str]]:
-    """Patients by their real site; the two smallest sites are merged, or the largest is halved, until the number fits."""
+def _by_site(
+    table: pd.DataFrame, clients: int, shuffle: np.random.Generator
+) -> tuple[list[list[str]], list[str]]:
+    """Patients by their real site; the two smallest sites are merged, or the largest is halved, until the
+    number fits."""
     groups = {site: list(rows["patient"]) for site, rows in table.groupby("site")}
 
     def by_size() -> list[str]:
@@ -103,12 +129,15 @@ def _by_site(table: pd.DataFrame, clients: int, shuffle: np.random.Generator) ->
 
 
 def burden_classes(table: pd.DataFrame) -> np.ndarray:
-    """The class of tumour burden of each row, 0 (least) to 2 (most), (patients,) int: thirds by the tumour's share."""
+    """The class of tumour burden of each row, 0 (least) to 2 (most), (patients,) int: thirds by the tumour's
+    share."""
     rank = table["tumour_share"].rank(method="first").to_numpy() - 1
     return (rank * CLASSES // max(len(table), 1)).astype(int)
 
 
-def _by_burden(table: pd.DataFrame, clients: int, alpha: float, shuffle: np.random.Generator) -> list[list[str]]:
+def _by_burden(
+    table: pd.DataFrame, clients: int, alpha: float, shuffle: np.random.Generator
+) -> list[list[str]]:
     groups = [[] for _ in range(clients)]
     classes = burden_classes(table)
     for burden in range(CLASSES):
@@ -133,22 +162,29 @@ def _fill_up(groups: list[list[str]], train: set[str]) -> list[list[str]]:
 
 
 def describe_hospitals(partition: Partition, table: pd.DataFrame) -> pd.DataFrame:
-    """A row per hospital: hospital, of (sites), patients, train, val, test, slices, tumour_share (of all pixels, percent)
-    and tumour_area (mean pixels in a slice with tumour)."""
+    """A row per hospital: hospital, of (sites), patients, train, val, test, slices, tumour_share (of all
+    pixels, percent) and tumour_area (mean pixels in a slice with tumour)."""
     by_name = table.set_index("patient")
     rows = []
     for number, split in enumerate(partition.hospitals):
         mine = by_name.loc[list(split.part("all"))]
-        rows.append({"hospital": number, "of": " ".join(sorted(set(mine["site"]))), "patients": len(mine),
-                     **{part: len(split.part(part)) for part in PARTS}, "slices": int(mine["slices"].sum()),
-                     "tumour_share": 100 * mine["tumour_pixels"].sum() / mine["pixels"].sum(),
-                     "tumour_area": mine["tumour_pixels"].sum() / max(mine["tumour_slices"].sum(), 1)})
+        rows.append(
+            {
+                "hospital": number,
+                "of": " ".join(sorted(set(mine["site"]))),
+                "patients": len(mine),
+                **{part: len(split.part(part)) for part in PARTS},
+                "slices": int(mine["slices"].sum()),
+                "tumour_share": 100 * mine["tumour_pixels"].sum() / mine["pixels"].sum(),
+                "tumour_area": mine["tumour_pixels"].sum() / max(mine["tumour_slices"].sum(), 1),
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def heterogeneity(partition: Partition, table: pd.DataFrame) -> float:
-    """How unlike the hospitals are, 0 (alike) to 1: the Jensen-Shannon distance (base 2) between a hospital's shares of
-    the classes of tumour burden and everyone's, as the mean over patients."""
+    """How unlike the hospitals are, 0 (alike) to 1: the Jensen-Shannon distance (base 2) between a hospital's
+    shares of the classes of tumour burden and everyone's, as the mean over patients."""
     table = table[table["patient"].isin([p for split in partition.hospitals for p in split.part("all")])]
     classes = dict(zip(table["patient"], burden_classes(table)))
 
@@ -157,11 +193,16 @@ def heterogeneity(partition: Partition, table: pd.DataFrame) -> float:
 
     everyone = shares(tuple(classes))
     mine = [split.part("all") for split in partition.hospitals]
-    return float(np.average([jensenshannon(shares(names), everyone, base=2) for names in mine], weights=[len(n) for n in mine]))
+    return float(
+        np.average(
+            [jensenshannon(shares(names), everyone, base=2) for names in mine], weights=[len(n) for n in mine]
+        )
+    )
 
 
 def draw_partition(partition: Partition, table: pd.DataFrame, path: Path, title: str) -> None:
-    """Write a PNG: at the left each hospital's patients by site, at the right the tumour's share of each patient."""
+    """Write a PNG: at the left each hospital's patients by site, at the right the tumour's share of each
+    patient."""
     from matplotlib.figure import Figure  # the hospitals use this module too, and draw nothing
 
     by_name = table.set_index("patient")
@@ -190,26 +231,42 @@ def draw_partition(partition: Partition, table: pd.DataFrame, path: Path, title:
 
 def add_partition_options(parser: argparse.ArgumentParser) -> None:
     """Options that say how a dataset is divided."""
-    parser.add_argument("--partition", choices=KINDS, default="site", help="how the patients are divided (default site)")
+    parser.add_argument(
+        "--partition", choices=KINDS, default="site", help="how the patients are divided (default site)"
+    )
     parser.add_argument("--clients", type=int, default=2, help="number of hospitals (default 2)")
-    parser.add_argument("--alpha", type=float, default=0.5, help="of dirichlet: small makes unlike hospitals (default 0.5)")
+    parser.add_argument(
+        "--alpha", type=float, default=0.5, help="of dirichlet: small makes unlike hospitals (default 0.5)"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="folder with kaggle_3m somewhere below (default data)",
+    )
     add_partition_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of split and partition (default 0)")
     parser.add_argument("--plot", type=Path, help="draw the partition into this PNG")
     parser.add_argument("--json", type=Path, help="write the partition to this file; it names the patients")
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data_dir)
-    split = make_split({p.name: p.site for p in dataset.patients}, arguments.seed, VAL_FRACTION, TEST_FRACTION)
-    partition = make_partition(dataset.table, split, arguments.partition, arguments.clients, arguments.alpha, arguments.seed)
+    split = make_split(
+        {p.name: p.site for p in dataset.patients}, arguments.seed, VAL_FRACTION, TEST_FRACTION
+    )
+    partition = make_partition(
+        dataset.table, split, arguments.partition, arguments.clients, arguments.alpha, arguments.seed
+    )
     title = f"{dataset.name}, {arguments.partition}, {arguments.clients} hospitals"
     print(title + (": " + ", ".join(partition.labels) if arguments.partition == "site" else ""))
-    print(describe_hospitals(partition, dataset.table).to_string(index=False, formatters={
-        "tumour_share": "{:.2f} %".format, "tumour_area": "{:.0f} px".format}))
+    print(
+        describe_hospitals(partition, dataset.table).to_string(
+            index=False, formatters={"tumour_share": "{:.2f} %".format, "tumour_area": "{:.0f} px".format}
+        )
+    )
     distance = heterogeneity(partition, dataset.table)
     print(f"heterogeneity (Jensen-Shannon distance of the tumour burden, 0 alike to 1): {distance:.3f}")
     if arguments.json:

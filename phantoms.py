@@ -1,6 +1,7 @@
 """Synthetic patients in the layout of the LGG MRI download, for tests and first tries without any real scan.
 
-A phantom is painted, not measured: ellipsoids and smoothed noise. A score on phantoms says nothing about real patients.
+A phantom is painted, not measured: ellipsoids and smoothed noise. A score on phantoms says nothing about real
+patients.
 """
 
 import math
@@ -18,16 +19,19 @@ from tqdm import tqdm
 from common import MedFLError
 
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d{3}_\d{8}$")
-HEADER = ("Patient,RNASeqCluster,MethylationCluster,miRNACluster,CNCluster,RPPACluster,OncosignCluster,COCCluster,"
-          "histological_type,neoplasm_histologic_grade,tumor_tissue_site,laterality,tumor_location,gender,"
-          "age_at_initial_pathologic,race,ethnicity,death01")
+HEADER = (
+    "Patient,RNASeqCluster,MethylationCluster,miRNACluster,CNCluster,RPPACluster,OncosignCluster,COCCluster,"
+    "histological_type,neoplasm_histologic_grade,tumor_tissue_site,laterality,tumor_location,gender,"
+    "age_at_initial_pathologic,race,ethnicity,death01"
+)
 MISSING_EVERY = 7  # of the real patients 16 in 110 lack a sequence
 
 
 @dataclass(frozen=True)
 class Scanner:
-    """What a site's scanner does: patients in the real data, range of the FLAIR foreground's mean (grey values of 255),
-    brightness of pre- and post-contrast against FLAIR, exponent of the grey scale, strength of the bias field, noise."""
+    """What a site's scanner does: patients in the real data, range of the FLAIR foreground's mean (grey
+    values of 255), brightness of pre- and post-contrast against FLAIR, exponent of the grey scale, strength
+    of the bias field, noise."""
 
     patients: int
     flair: tuple[float, float]
@@ -46,14 +50,20 @@ SCANNERS = {
 }
 
 # Brightness of a tissue in pre-contrast, FLAIR and post-contrast
-FAT, BONE, FLUID, MUSCLE, AIR = (0.95, 0.85, 0.95), (0.10, 0.08, 0.11), (0.12, 0.06, 0.13), (0.36, 0.30, 0.42), (0.03,) * 3
+FAT, BONE, FLUID, MUSCLE, AIR = (
+    (0.95, 0.85, 0.95),
+    (0.10, 0.08, 0.11),
+    (0.12, 0.06, 0.13),
+    (0.36, 0.30, 0.42),
+    (0.03,) * 3,
+)
 GREY, WHITE, VESSEL, CHOROID = (0.35, 0.43, 0.37), (0.47, 0.36, 0.48), (0.25, 0.62, 0.95), (0.36, 0.62, 0.85)
 
 
 @dataclass
 class Head:
-    """A head's geometry, float32: radius (0 in the middle, 1 on the skin) and brain (0 to 1) are (S, size, size);
-    x (right) and y (back), (1, size, size), and z (up), (S, 1, 1), run over about -1 to 1."""
+    """A head's geometry, float32: radius (0 in the middle, 1 on the skin) and brain (0 to 1) are (S, size,
+    size); x (right) and y (back), (1, size, size), and z (up), (S, 1, 1), run over about -1 to 1."""
 
     x: np.ndarray
     y: np.ndarray
@@ -62,11 +72,15 @@ class Head:
     brain: np.ndarray
 
 
-def make_phantoms(out: Path, patients: int, slices: int, size: int, seed: int, progress: bool = False) -> Path:
-    """The folder `<out>/kaggle_3m`, filled with phantoms in the download's layout; phantoms of an earlier run are replaced.
+def make_phantoms(
+    out: Path, patients: int, slices: int, size: int, seed: int, progress: bool = False
+) -> Path:
+    """The folder `<out>/kaggle_3m`, filled with phantoms in the download's layout; phantoms of an earlier run
+    are replaced.
 
-    patients: 1 to 999. slices: mean per patient, which varies by 30 %. size: pixels a side. Patient k is the same
-    whatever `patients` is. Raises MedFLError for a number out of range, and where other patients lie in that folder.
+    patients: 1 to 999. slices: mean per patient, which varies by 30 %. size: pixels a side. Patient k is the
+    same whatever `patients` is. Raises MedFLError for a number out of range, and where other patients lie in
+    that folder.
     """
     _check(patients, slices, size, seed)
     root = Path(out) / "kaggle_3m"
@@ -74,8 +88,12 @@ def make_phantoms(out: Path, patients: int, slices: int, size: int, seed: int, p
         old = _phantoms_in(root)
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".phantoms-") as beside:
-            names = [_write_patient(Path(beside), index, site, slices, size, seed)
-                     for index, site in enumerate(tqdm(_sites(patients), "making phantoms", disable=None if progress else True))]
+            names = [
+                _write_patient(Path(beside), index, site, slices, size, seed)
+                for index, site in enumerate(
+                    tqdm(_sites(patients), "making phantoms", disable=None if progress else True)
+                )
+            ]
             table = [HEADER] + [name.rpartition("_")[0] + "," * HEADER.count(",") for name in names]
             (Path(beside) / "data.csv").write_bytes(("\n".join(table) + "\n").encode())
             for folder in old:
@@ -83,25 +101,42 @@ def make_phantoms(out: Path, patients: int, slices: int, size: int, seed: int, p
             for name in [*names, "data.csv"]:
                 (Path(beside) / name).replace(root / name)
     except OSError as error:
-        raise MedFLError(f"{root} can't be written ({error.strerror or error}); free the space or change --out") from error
+        raise MedFLError(
+            f"{root} can't be written ({error.strerror or error}); free the space or change --out"
+        ) from error
     return root
 
 
 def _check(patients: int, slices: int, size: int, seed: int) -> None:
-    for name, value, least, most in (("--patients", patients, 1, 999), ("--slices", slices, 4, 200),
-                                     ("--size", size, 32, 1024), ("--seed", seed, 0, 2**63)):
+    for name, value, least, most in (
+        ("--patients", patients, 1, 999),
+        ("--slices", slices, 4, 200),
+        ("--size", size, 32, 1024),
+        ("--seed", seed, 0, 2**63),
+    ):
         if not least <= value <= most:
-            raise MedFLError(f"{name} is {value}, which is out of range; choose a number from {least} to {most}")
+            raise MedFLError(
+                f"{name} is {value}, which is out of range; choose a number from {least} to {most}"
+            )
     if size % 16:
-        raise MedFLError(f"--size is {size}, and the network needs a multiple of 16; choose {size // 16 * 16 + 16}")
+        raise MedFLError(
+            f"--size is {size}, and the network needs a multiple of 16; choose {size // 16 * 16 + 16}"
+        )
 
 
 def _phantoms_in(root: Path) -> list[Path]:
     """Folders of phantoms in `root`. Raises MedFLError where it holds any other folder."""
-    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith(".")] if root.exists() else []
+    folders = (
+        [f for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+        if root.exists()
+        else []
+    )
     for folder in folders:
         if not PHANTOM.match(folder.name):
-            raise MedFLError(f"{root} holds {folder.name}, which is no phantom and would get mixed up; choose another --out")
+            raise MedFLError(
+                f"{root} holds {folder.name}, which is no phantom and would get mixed up; choose another "
+                f"--out"
+            )
     return folders
 
 
@@ -113,7 +148,9 @@ def _sites(count: int) -> list[str]:
     sites = [site for site in SCANNERS for _ in range(3)]
     everyone = sum(scanner.patients for scanner in SCANNERS.values())
     while len(sites) < count:
-        sites.append(max(SCANNERS, key=lambda s: SCANNERS[s].patients * (len(sites) + 1) / everyone - sites.count(s)))
+        sites.append(
+            max(SCANNERS, key=lambda s: SCANNERS[s].patients * (len(sites) + 1) / everyone - sites.count(s))
+        )
     return sites[:count]
 
 
@@ -122,7 +159,9 @@ def _write_patient(folder: Path, index: int, site: str, slices: int, size: int, 
     rng = np.random.default_rng([seed, index])
     name = f"TCGA_{site}_PH{index + 1:03d}_{rng.integers(1985, 2006)}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
     missing = int(rng.choice([0, 2], p=[0.375, 0.625])) if (index + seed) % MISSING_EVERY == 3 else None
-    volume, truth = _patient(rng, SCANNERS[site], max(3, round(slices * rng.uniform(0.7, 1.3))), size, missing)
+    volume, truth = _patient(
+        rng, SCANNERS[site], max(3, round(slices * rng.uniform(0.7, 1.3))), size, missing
+    )
     (folder / name).mkdir()
     for number, (pixels, mask) in enumerate(zip(volume, truth), start=1):
         Image.fromarray(pixels).save(folder / name / f"{name}_{number}.tif")
@@ -130,9 +169,11 @@ def _write_patient(folder: Path, index: int, site: str, slices: int, size: int, 
     return name
 
 
-def _patient(rng: np.random.Generator, scanner: Scanner, slices: int, size: int,
-             missing: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """A volume (S, size, size, 3) uint8 and its mask (S, size, size) uint8 0/255. missing: channel that FLAIR stands in for."""
+def _patient(
+    rng: np.random.Generator, scanner: Scanner, slices: int, size: int, missing: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A volume (S, size, size, 3) uint8 and its mask (S, size, size) uint8 0/255. missing: channel that FLAIR
+    stands in for."""
     shape = (slices, size, size)
     head = _head(rng, shape)
     tissue = np.zeros((3, *shape), np.float32)
@@ -147,7 +188,8 @@ def _patient(rng: np.random.Generator, scanner: Scanner, slices: int, size: int,
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int, int], grain: float) -> np.ndarray:
-    """Smooth noise of mean 0 and deviation 1, `shape` float32; grain is its size as a share of the field of view."""
+    """Smooth noise of mean 0 and deviation 1, `shape` float32; grain is its size as a share of the field of
+    view."""
     side = min(shape[1], max(16, round(2 / grain)))  # made on a coarse grid and interpolated, for speed
     widths = (0.6 * grain * shape[0], grain * side, grain * side)
     field = gaussian_filter(rng.standard_normal((shape[0], side, side), np.float32), widths)
@@ -163,12 +205,14 @@ def _step(distance: np.ndarray, width: float) -> np.ndarray:
 
 
 def _bump(*scaled: np.ndarray) -> np.ndarray:
-    """A Gaussian of coordinates that were divided by its widths. Axis by axis, because an axis has few values."""
+    """A Gaussian of coordinates that were divided by its widths. Axis by axis, because an axis has few
+    values."""
     return math.prod(np.exp(-s * s) for s in scaled)
 
 
 def _paint(tissue: np.ndarray, weight: np.ndarray, values: tuple[float, float, float]) -> None:
-    """Lay a tissue over the three channels (3, S, H, W), in place, as far as weight (S, H, W), 0 to 1, says."""
+    """Lay a tissue over the three channels (3, S, H, W), in place, as far as
+    weight (S, H, W), 0 to 1, says."""
     for channel, value in zip(tissue, values):
         channel += weight * (value - channel)
 
@@ -183,10 +227,14 @@ def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> Head:
     wide, long = rng.uniform(0.60, 0.74), rng.uniform(0.76, 0.88)
     vault = np.where(z > 0, np.abs(z) ** 2.6, 0.12 * z * z)
     nose = 0.16 * _bump(x / 0.12) * (y < 0) * _bump((z + 0.65) / 0.3)
-    radius = np.sqrt((x / (wide * (1 + 0.12 * y))) ** 2 + (y / long) ** 2 + vault) - nose + 0.012 * _noise(rng, shape, 0.08)
+    radius = (
+        np.sqrt((x / (wide * (1 + 0.12 * y))) ** 2 + (y / long) ** 2 + vault)
+        - nose
+        + 0.012 * _noise(rng, shape, 0.08)
+    )
     low = np.clip((-0.2 - z) / 0.5, 0, 1)  # the further down, the more the face takes of the section
     lobes = 0.3 * _bump(x / 0.12) - 0.2 * _bump((np.abs(x) - 0.3) / 0.12)
-    face = -0.95 + 1.1 * low ** 0.7 + low * lobes + 0.03 * _noise(rng, shape, 0.04)
+    face = -0.95 + 1.1 * low**0.7 + low * lobes + 0.03 * _noise(rng, shape, 0.04)
     brain = _step(0.86 - 0.28 * low - radius, 0.03) * _step(y - face, 0.06)
     return Head(x, y, z, radius.astype(np.float32), brain.astype(np.float32))
 
@@ -202,10 +250,12 @@ def _paint_skull(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> No
     _paint(tissue, face, MUSCLE)
     _paint(tissue, face * _step(texture - 0.5, 0.6) * 0.8, FAT)
     _paint(tissue, face * _step(-0.7 - texture, 0.3), AIR)
-    _paint(tissue, face * _step(0.14 - np.hypot(head.x, 1.4 * (head.y + 0.42)), 0.08), AIR)  # nose and sinuses
+    _paint(
+        tissue, face * _step(0.14 - np.hypot(head.x, 1.4 * (head.y + 0.42)), 0.08), AIR
+    )  # nose and sinuses
     apart = np.abs(head.x) - 0.27
     for reach, values in ((0.19, FAT), (0.125, FLUID)):  # eyes lie in fat
-        ball = reach - np.sqrt(apart ** 2 + (head.y + 0.54) ** 2 + (0.7 * (head.z + 0.42)) ** 2)
+        ball = reach - np.sqrt(apart**2 + (head.y + 0.54) ** 2 + (0.7 * (head.z + 0.42)) ** 2)
         _paint(tissue, _step(ball, 0.03), values)
 
 
@@ -213,28 +263,44 @@ def _paint_brain(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> No
     """Cortex folded around white matter, fissures, and the ventricles."""
     shape, x, y, z = tissue.shape[1:], head.x, head.y, head.z
     folds, side = _noise(rng, shape, 0.018), np.abs(head.x)
-    outward = head.radius + 0.28 * np.clip((-0.2 - z) / 0.5, 0, 1)  # reaches 0.86 on the brain's surface, below too
+    outward = head.radius + 0.28 * np.clip(
+        (-0.2 - z) / 0.5, 0, 1
+    )  # reaches 0.86 on the brain's surface, below too
     _paint(tissue, head.brain, GREY)
     nuclei = _bump((side - 0.2) / 0.09, (y + 0.02) / 0.14, (z - 0.02) / 0.2)
     _paint(tissue, head.brain * _step(0.68 + 0.07 * folds - outward, 0.06) * (1 - nuclei), WHITE)
     rim = _step(outward - rng.uniform(0.50, 0.60), 0.15)
     _paint(tissue, head.brain * rim * _bump(folds / 0.5) * 0.9, GREY)
-    _paint(tissue, head.brain * rim * _bump(folds / 0.16) * rng.uniform(0.5, 0.95), FLUID)  # sulci: where the noise is 0
-    leaves = np.sin(75 * np.hypot(0.7 * x, y - 0.1)) * _step(-0.42 - z, 0.1) * _step(y - 0.15, 0.1)  # of the cerebellum
+    _paint(
+        tissue, head.brain * rim * _bump(folds / 0.16) * rng.uniform(0.5, 0.95), FLUID
+    )  # sulci: where the noise is 0
+    leaves = (
+        np.sin(75 * np.hypot(0.7 * x, y - 0.1)) * _step(-0.42 - z, 0.1) * _step(y - 0.15, 0.1)
+    )  # of the cerebellum
     _paint(tissue, head.brain * np.clip(leaves, 0, 1) * 0.35, FLUID)
     fissure = _bump(x / 0.014) * _step(head.radius + np.clip(z, 0, 1) - 0.5, 0.1) * (z > -0.3)
     sylvian = _bump((side - 0.40 - 0.08 * np.sin(9 * y)) / 0.022, (y + 0.08) / 0.2, (z + 0.05) / 0.16)
     _paint(tissue, head.brain * np.maximum(fissure * 0.8, sylvian), FLUID)
     large = rng.uniform(0.7, 1.35)
-    lateral = ((side - 0.05 - 0.75 * (y - 0.04) ** 2) / (0.05 * large)) ** 2 + ((y - 0.04) / 0.34) ** 2 + ((z - 0.2) / 0.24) ** 2
+    lateral = (
+        ((side - 0.05 - 0.75 * (y - 0.04) ** 2) / (0.05 * large)) ** 2
+        + ((y - 0.04) / 0.34) ** 2
+        + ((z - 0.2) / 0.24) ** 2
+    )
     third = (x / (0.018 * large)) ** 2 + ((y - 0.02) / 0.12) ** 2 + ((z + 0.02) / 0.14) ** 2
     fourth = (x / (0.06 * large)) ** 2 + ((y - 0.3) / 0.06) ** 2 + ((z + 0.5) / 0.14) ** 2
     cistern = (x / 0.13) ** 2 + ((y - 0.12 - 0.6 * side) / 0.025) ** 2 + ((z + 0.24) / 0.1) ** 2
     caps = _bump((side - 0.14) / 0.05, (np.abs(y - 0.04) - 0.36) / 0.07, (z - 0.2) / 0.2)
-    tissue[1] += head.brain * caps * rng.uniform(0.05, 0.4)  # bright in FLAIR at the horns of many healthy people
+    tissue[1] += (
+        head.brain * caps * rng.uniform(0.05, 0.4)
+    )  # bright in FLAIR at the horns of many healthy people
     for hollow in (lateral, third, fourth, cistern):
         _paint(tissue, _step(1 - hollow, 0.5), FLUID)
-    _paint(tissue, _bump((side - 0.09) / 0.025, (y - 0.2) / 0.05, (z - 0.15) / 0.1) * rng.uniform(0.3, 1), CHOROID)
+    _paint(
+        tissue,
+        _bump((side - 0.09) / 0.025, (y - 0.2) / 0.05, (z - 0.15) / 0.1) * rng.uniform(0.3, 1),
+        CHOROID,
+    )
 
 
 def _paint_distractors(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> None:
@@ -250,14 +316,17 @@ def _paint_distractors(rng: np.random.Generator, tissue: np.ndarray, head: Head)
         base = _bump((x - right) / 0.1, (y - back) / 0.1, (z - up) / 0.1)
         tissue[1] += head.brain * base * rng.uniform(0, 0.4)
     inside = _step(0.92 - head.radius, 0.04)
-    sinus = _bump(x / 0.05, (head.radius - 0.87) / 0.05) * (y > 0) + _bump(x / 0.02, (head.radius - 0.84) / 0.03) * (y < 0)
+    sinus = _bump(x / 0.05, (head.radius - 0.87) / 0.05) * (y > 0) + _bump(
+        x / 0.02, (head.radius - 0.84) / 0.03
+    ) * (y < 0)
     _paint(tissue, inside * sinus * rng.uniform(0.4, 1), VESSEL)
     vessels = _step(np.abs(_noise(rng, shape, 0.012)) - 2.9, 0.3) * _step(head.radius - 0.3, 0.1)
     _paint(tissue, head.brain * vessels * 0.8, (0.3, 0.45, 0.9))
 
 
 def _paint_lesion(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> np.ndarray:
-    """The lesion's true extent, (S, size, size) bool: in at least one slice, never in the first and the last."""
+    """The lesion's true extent, (S, size, size) bool: in at least one slice,
+    never in the first and the last."""
     shape = tissue.shape[1:]
     middle = np.clip(np.abs(head.z[:, 0, 0] - rng.uniform(-0.2, 0.5)).argmin(), 1, shape[0] - 2)
     home = np.argwhere((head.brain[middle] > 0.9) & (head.radius[middle] < 0.7) & (tissue[0, middle] > 0.3))
@@ -266,8 +335,16 @@ def _paint_lesion(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> n
     width = float(np.clip(0.2 * np.exp(rng.normal(0, 0.35)), 0.1, 0.36))
     reach = float(np.clip(width * rng.uniform(1.0, 1.5), 0.18, 0.42))
     long = rng.uniform(0.8, 1.25)
-    distance = np.sqrt(((head.x - x0) * long / width) ** 2 + ((head.y - y0) / long / width) ** 2 + ((head.z - z0) / reach) ** 2)
-    distance = distance + 0.28 * _noise(rng, shape, 0.05) * np.clip(distance, 0, 1) + 0.06 * _noise(rng, shape, 0.015)
+    distance = np.sqrt(
+        ((head.x - x0) * long / width) ** 2
+        + ((head.y - y0) / long / width) ** 2
+        + ((head.z - z0) / reach) ** 2
+    )
+    distance = (
+        distance
+        + 0.28 * _noise(rng, shape, 0.05) * np.clip(distance, 0, 1)
+        + 0.06 * _noise(rng, shape, 0.015)
+    )
     distance[[0, -1]] = 2
     inside = (distance < 1) & (head.brain > 0.5)
     contrast = rng.uniform(0.13, 0.5) * np.clip(1 + 0.3 * _noise(rng, shape, 0.03), 0.3, 1.6)
@@ -291,5 +368,7 @@ def _scan(rng: np.random.Generator, tissue: np.ndarray, scanner: Scanner) -> np.
         mean = picture[picture > picture.mean()].mean()
         picture *= target * relative * (rng.uniform(0.9, 1.1) if channel != 1 else 1) / mean
         real, imaginary = (scanner.noise * rng.standard_normal(shape, np.float32) for _ in range(2))
-        volume[..., channel] = np.clip(np.hypot(picture + real, imaginary), 0, 255)  # a magnitude: noise is Rician
+        volume[..., channel] = np.clip(
+            np.hypot(picture + real, imaginary), 0, 255
+        )  # a magnitude: noise is Rician
     return volume

@@ -3,9 +3,9 @@
     python predict.py patient_folder slice.png --checkpoint models/transunet_centralized_best.pth --out predictions
 
 Writes <name>_mask.png (0 or 255, the slice's own size) per slice and predictions.csv (file, patient, slice,
-tumour_pixels, tumour_share). Slices of one patient's name in one folder form a volume and are normalised together, as
-in the evaluation; a file without a slice number is a volume of its own, and a lone slice is segmented less surely.
-`*_mask.*` files are passed over.
+tumour_pixels, tumour_share). Slices of one patient's name in one folder form a volume and are normalised
+together, as in the evaluation; a file without a slice number is a volume of its own, and a lone slice is
+segmented less surely. `*_mask.*` files are passed over.
 """
 
 import argparse
@@ -27,10 +27,20 @@ COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="slices, or folders of slices (also in sub-folders)")
+    parser.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        metavar="IN",
+        help="slices, or folders of slices (also in sub-folders)",
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for the masks (default predictions)")
-    parser.add_argument("--probabilities", action="store_true", help="also write <name>_probability.png, 255 is certain")
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), help="folder for the masks (default predictions)"
+    )
+    parser.add_argument(
+        "--probabilities", action="store_true", help="also write <name>_probability.png, 255 is certain"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     return parser.parse_args()
 
@@ -53,7 +63,9 @@ def find_slices(inputs: list[Path], out: Path) -> list[Path]:
         elif not is_mask(given):
             raise MedFLError(f"{given} is no TIFF, PNG or JPEG; convert it first")
     if not files:
-        raise MedFLError("there is no slice in what was named (TIFF, PNG or JPEG, masks passed over); name other files")
+        raise MedFLError(
+            "there is no slice in what was named (TIFF, PNG or JPEG, masks passed over); name other files"
+        )
     return list(dict.fromkeys(files))
 
 
@@ -78,7 +90,10 @@ def main() -> None:
     arguments = parse()
     files = find_slices(arguments.inputs, arguments.out)
     if arguments.out.resolve() in {file.parent.resolve() for file in files}:
-        raise MedFLError(f"{arguments.out} holds slices, and masks could take the place of others there; choose another --out")
+        raise MedFLError(
+            f"{arguments.out} holds slices, and masks could take the place of others there; choose another "
+            f"--out"
+        )
     names = output_names(files)
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     rows = []
@@ -88,14 +103,20 @@ def main() -> None:
             mask = to_mask(probability, checkpoint.threshold)
             write_picture(mask, arguments.out / f"{names[file]}_mask.png")
             if arguments.probabilities:
-                write_picture((probability * 255).round().astype(np.uint8), arguments.out / f"{names[file]}_probability.png")
+                write_picture(
+                    (probability * 255).round().astype(np.uint8),
+                    arguments.out / f"{names[file]}_probability.png",
+                )
             tumour = int(np.count_nonzero(mask))
             rows.append(dict(zip(COLUMNS, (file, patient, slice_number(file), tumour, tumour / mask.size))))
     with atomic_write(arguments.out / "predictions.csv", "w") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{len(rows)} slices segmented, tumour in {sum(row['tumour_pixels'] > 0 for row in rows)}; wrote {arguments.out}")
+    print(
+        f"{len(rows)} slices segmented, tumour in {sum(row['tumour_pixels'] > 0 for row in rows)}; wrote "
+        f"{arguments.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""From a file's pixels to the network's input: the one way that training, evaluation, prediction and the app take.
+"""From a file's pixels to the network's input: the one way that training, evaluation, prediction and the app
+take.
 
-    slice files -> (S, H, W, 3) uint8 in numeric order -> normalised per volume and channel -> (S, 3, side, side) float32
+    slice files -> (S, H, W, 3) uint8 in numeric order -> normalised per volume and channel -> (S, 3, side,
+    side) float32
 
-From the uint8 volume on, everything is torch operations that export to ONNX: no sorting, no numpy, no branch on data.
+From the uint8 volume on, everything is torch operations that export to ONNX: no sorting, no numpy, no branch
+on data.
 """
 
 import re
@@ -24,7 +27,8 @@ MAX_SIDE = 4096  # pixels; larger than any slice of a brain, small enough not to
 CLIP = 5.0  # deviations; beyond it lie vessels, fat and artefacts
 EPSILON = 1e-6
 
-# What a checkpoint stores, so that another version of these functions can tell that it would do something else.
+# What a checkpoint stores, so that another version of these functions can tell that it would do something
+# else.
 DESCRIPTION = {
     "name": "volume-foreground-v1",
     "channels": list(CHANNELS),
@@ -35,18 +39,28 @@ DESCRIPTION = {
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's name is that of a slice: an image suffix, not a mask, no contact sheet of prepared data, not hidden."""
-    return (path.suffix.lower() in IMAGE_SUFFIXES and not is_mask(path) and not path.name.startswith(".")
-            and not path.stem.endswith("_contact_sheet"))
+    """Whether a file's name is that of a slice: an image suffix, not a mask, no contact sheet of prepared
+    data, not hidden."""
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES
+        and not is_mask(path)
+        and not path.name.startswith(".")
+        and not path.stem.endswith("_contact_sheet")
+    )
 
 
 def is_mask(path: Path) -> bool:
     """Whether a file's name is that of a mask: `<name>_mask.<suffix>`."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.stem.lower().endswith("_mask") and not path.name.startswith(".")
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES
+        and path.stem.lower().endswith("_mask")
+        and not path.name.startswith(".")
+    )
 
 
 def slice_number(path: Path) -> int | None:
-    """The number that ends a slice's name (`TCGA_CS_4941_19960909_12.tif` is 12), or None where there is none."""
+    """The number that ends a slice's name (`TCGA_CS_4941_19960909_12.tif` is 12), or None where there is
+    none."""
     found = re.search(r"(?:^|[_\-. ])(\d{1,18})$", path.stem)
     return int(found[1]) if found else None
 
@@ -64,7 +78,8 @@ def numeric_order(paths: list[Path]) -> list[Path]:
 def group_volumes(files: list[Path]) -> list[tuple[str, list[Path]]]:
     """Each volume's name (the patient's, or the file's) and slices in numeric order.
 
-    Slices of one patient's name in one folder form a volume; a file without a slice number is a volume of its own.
+    Slices of one patient's name in one folder form a volume; a file without a slice number is a volume of its
+    own.
     """
     volumes = defaultdict(list)
     for file in files:
@@ -74,26 +89,35 @@ def group_volumes(files: list[Path]) -> list[tuple[str, list[Path]]]:
 
 
 def read_slice(path: Path, content: bytes | None = None) -> np.ndarray:
-    """A slice's pixels, (H, W, 3) uint8: pre-contrast, FLAIR, post-contrast. A grey picture fills all three channels.
+    """A slice's pixels, (H, W, 3) uint8: pre-contrast, FLAIR, post-contrast. A grey picture fills all three
+    channels.
 
-    content: the file's bytes, if they are in memory and not on disk. Raises MedFLError for a file that is unreadable,
-    truncated, animated, huge, or not 8 bits a channel.
+    content: the file's bytes, if they are in memory and not on disk. Raises MedFLError for a file that is
+    unreadable, truncated, animated, huge, or not 8 bits a channel.
     """
     picture = _open(path, content)
     if picture.mode in ("L", "1", "P", "RGBA", "LA", "RGB"):
         return np.asarray(picture.convert("RGB"))
-    raise MedFLError(f"{path} has pixels of type {picture.mode}, and a slice has 8-bit grey or RGB; convert it first")
+    raise MedFLError(
+        f"{path} has pixels of type {picture.mode}, and a slice has 8-bit grey or RGB; convert it first"
+    )
 
 
 def read_mask(path: Path, content: bytes | None = None) -> np.ndarray:
-    """A mask's pixels, (H, W) uint8, 0 or 255. Raises MedFLError for any other value and what `read_slice` refuses."""
+    """A mask's pixels, (H, W) uint8, 0 or 255. Raises MedFLError for any other value and what `read_slice`
+    refuses."""
     picture = _open(path, content)
     if picture.mode not in ("L", "1", "RGB"):
-        raise MedFLError(f"{path} has pixels of type {picture.mode}, and a mask is 8-bit grey; convert it first")
+        raise MedFLError(
+            f"{path} has pixels of type {picture.mode}, and a mask is 8-bit grey; convert it first"
+        )
     mask = np.asarray(picture.convert("L"))
     if not np.isin(mask, (0, 255)).all():
         odd = int(mask[(mask != 0) & (mask != 255)][0])
-        raise MedFLError(f"{path} has the value {odd}, and a mask holds 0 (no tumour) and 255 (tumour) only; write it again")
+        raise MedFLError(
+            f"{path} has the value {odd}, and a mask holds 0 (no tumour) and 255 (tumour) only; write it "
+            f"again"
+        )
     return mask
 
 
@@ -101,13 +125,21 @@ def _open(path: Path, content: bytes | None) -> Image.Image:
     """A single-frame picture of a sensible size, decoded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of huge sides, which are checked below, and of metadata that nobody reads
+            warnings.simplefilter(
+                "ignore"
+            )  # of huge sides, which are checked below, and of metadata that nobody reads
             picture = Image.open(path if content is None else BytesIO(content))
         width, height = picture.size
         if max(width, height) > MAX_SIDE:
-            raise MedFLError(f"{path} is {width}×{height} pixels, and a slice has at most {MAX_SIDE} a side; shrink it first")
+            raise MedFLError(
+                f"{path} is {width}×{height} pixels, and a slice has at most {MAX_SIDE} a side; shrink it "
+                f"first"
+            )
         if getattr(picture, "n_frames", 1) != 1:
-            raise MedFLError(f"{path} holds {picture.n_frames} pictures, and a slice is one; save each as a file of its own")
+            raise MedFLError(
+                f"{path} holds {picture.n_frames} pictures, and a slice is one; save each as a file of its "
+                f"own"
+            )
         if any(_stored_as(tile).startswith("RGB") and ";16" in _stored_as(tile) for tile in picture.tile):
             # Pillow would cut 16-bit colours to 8 without a word
             raise MedFLError(f"{path} has 16 bits a channel, and a slice has 8; convert it first")
@@ -115,9 +147,13 @@ def _open(path: Path, content: bytes | None) -> Image.Image:
     except FileNotFoundError as error:
         raise MedFLError(f"{path} does not exist; check the name") from error
     except Image.DecompressionBombError as error:  # told before anything is decoded
-        raise MedFLError(f"{path} is far larger than a slice, which has at most {MAX_SIDE} pixels a side; shrink it") from error
+        raise MedFLError(
+            f"{path} is far larger than a slice, which has at most {MAX_SIDE} pixels a side; shrink it"
+        ) from error
     except (OSError, SyntaxError, ValueError, TypeError) as error:  # what Pillow's decoders raise
-        raise MedFLError(f"{path} can't be read as a picture (truncated or another format); copy it again") from error
+        raise MedFLError(
+            f"{path} can't be read as a picture (truncated or another format); copy it again"
+        ) from error
     return picture
 
 
@@ -127,12 +163,15 @@ def _stored_as(tile: tuple) -> str:
 
 
 def read_volume(paths: list[Path]) -> np.ndarray:
-    """The slices in the order given as one volume, (S, H, W, 3) uint8. Raises MedFLError where sizes differ."""
+    """The slices in the order given as one volume, (S, H, W,
+    3) uint8. Raises MedFLError where sizes differ."""
     slices = [read_slice(path) for path in paths]
     for path, pixels in zip(paths, slices):
         if pixels.shape != slices[0].shape:
-            raise MedFLError(f"{path} is {_size(pixels)} and {paths[0].name} is {_size(slices[0])}, "
-                             "and the slices of a volume have one size; put them in folders of their own")
+            raise MedFLError(
+                f"{path} is {_size(pixels)} and {paths[0].name} is {_size(slices[0])}, "
+                "and the slices of a volume have one size; put them in folders of their own"
+            )
     return np.stack(slices)
 
 
@@ -143,18 +182,22 @@ def _size(pixels: np.ndarray) -> str:
 def volume_statistics(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of each channel over the volume's foreground: (3,) and (3,) float32.
 
-    volume: (S, H, W, 3) uint8, a whole patient. Foreground is what lies above the channel's mean, so that the black
-    around the head does not count. A blank channel has deviation 0. A lone slice is a volume of one slice: the same
-    rule over fewer pixels, so a slice at the top of the head comes out stretched, and its mask is less sure.
+    volume: (S, H, W, 3) uint8, a whole patient. Foreground is what lies above the channel's mean, so that the
+    black around the head does not count. A blank channel has deviation 0. A lone slice is a volume of one
+    slice: the same rule over fewer pixels, so a slice at the top of the head comes out stretched, and its
+    mask is less sure.
     """
-    means, deviations = zip(*(_moments(volume[..., channel].flatten(1).float()) for channel in range(volume.shape[-1])))
+    means, deviations = zip(
+        *(_moments(volume[..., channel].flatten(1).float()) for channel in range(volume.shape[-1]))
+    )
     return torch.stack(means), torch.stack(deviations)
 
 
 def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of one channel, (S, n) float32, over what lies above its mean. A channel at a time needs a third of the
-    memory. Sums go slice by slice: float32 counts exactly to 16 million only, and a runtime that adds one number after the
-    other, such as onnxruntime, would lose digits over a whole volume."""
+    """Mean and deviation of one channel, (S, n) float32, over what lies above its mean. A channel at a time
+    needs a third of the memory. Sums go slice by slice: float32 counts exactly to 16 million only, and a
+    runtime that adds one number after the other, such as onnxruntime, would lose digits over a whole
+    volume."""
     foreground = (values > values.mean(dim=1).mean()).float()
     count = foreground.sum(dim=1).sum().clamp(min=1.0)
     mean = (values * foreground).sum(dim=1).sum() / count
@@ -163,8 +206,11 @@ def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def apply_statistics(slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """(S, H, W, 3) uint8 slices of a volume, normalised by that volume's statistics: (S, 3, H, W) float32 in ±CLIP."""
-    planes = slices.permute(0, 3, 1, 2).contiguous().float()  # each channel in one piece: arithmetic is ten times as fast
+    """(S, H, W, 3) uint8 slices of a volume, normalised by that volume's statistics: (S, 3, H, W) float32 in
+    ±CLIP."""
+    planes = (
+        slices.permute(0, 3, 1, 2).contiguous().float()
+    )  # each channel in one piece: arithmetic is ten times as fast
     mean, deviation = mean.view(3, 1, 1), deviation.view(3, 1, 1)
     there = (deviation > 0).float()  # a blank channel is 0 everywhere, not noise over epsilon
     return ((planes - mean) / (deviation + EPSILON) * there).clamp(-CLIP, CLIP)
@@ -175,6 +221,9 @@ def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
-def network_input(slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, side: int) -> torch.Tensor:
-    """Slices (B, H, W, 3) uint8 and their volume's statistics to the network's input, (B, 3, side, side) float32."""
+def network_input(
+    slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, side: int
+) -> torch.Tensor:
+    """Slices (B, H, W, 3) uint8 and their volume's statistics to the network's input, (B, 3, side, side)
+    float32."""
     return resize(apply_statistics(slices, mean, deviation), (side, side))

@@ -1,14 +1,14 @@
 """Say who may join a federation: keys for the server and the hospitals.
 
-    python provision.py server --host fl.example.org 10.1.2.3     the coordinator: authority and server certificate, in kit/
-    python provision.py hospital --name mercy                     at the hospital: a key pair; the private key stays there
+    python provision.py server --host fl.example.org 10.1.2.3     the coordinator: authority and certificate in kit/
+    python provision.py hospital --name mercy  at the hospital: a key pair; the private key stays there
     python provision.py admit hospital.pub                        the coordinator: let that hospital in
-    python provision.py revoke mercy                              ... and out again, also while a federation runs
+    python provision.py revoke mercy  ... and out again, also while a federation runs
     python provision.py list                                      who is admitted, and what expires when
     python provision.py audit models/audit.jsonl                  whether a federation's log was changed
 
-The hospital sends its hospital.pub (it is no secret) and tells its fingerprint by another way, such as the telephone; the
-coordinator sends back kit/ca.pem, which the hospital puts into its own kit.
+The hospital sends its hospital.pub (it is no secret) and tells its fingerprint by another way, such as the
+telephone; the coordinator sends back kit/ca.pem, which the hospital puts into its own kit.
 """
 
 import argparse
@@ -22,17 +22,35 @@ from federation.server.audit import verify
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--kit", type=Path, default=Path("kit"), help="folder of keys and certificates (default kit)")
+    common.add_argument(
+        "--kit", type=Path, default=Path("kit"), help="folder of keys and certificates (default kit)"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    server = commands.add_parser("server", parents=[common], help="make the authority and the server's certificate")
-    server.add_argument("--host", nargs="+", required=True, help="names and addresses by which hospitals reach the server")
-    server.add_argument("--days", type=_days, default=365, help="days that the certificate is valid (default 365)")
-    server.add_argument("--renew", action="store_true", help="make a new server certificate by the authority that the kit holds")
-    hospital = commands.add_parser("hospital", parents=[common], help="make a hospital's key pair, at the hospital")
-    hospital.add_argument("--name", required=True, help="the hospital's label: up to 32 letters, digits, - and _")
+    server = commands.add_parser(
+        "server", parents=[common], help="make the authority and the server's certificate"
+    )
+    server.add_argument(
+        "--host", nargs="+", required=True, help="names and addresses by which hospitals reach the server"
+    )
+    server.add_argument(
+        "--days", type=_days, default=365, help="days that the certificate is valid (default 365)"
+    )
+    server.add_argument(
+        "--renew",
+        action="store_true",
+        help="make a new server certificate by the authority that the kit holds",
+    )
+    hospital = commands.add_parser(
+        "hospital", parents=[common], help="make a hospital's key pair, at the hospital"
+    )
+    hospital.add_argument(
+        "--name", required=True, help="the hospital's label: up to 32 letters, digits, - and _"
+    )
     admit = commands.add_parser("admit", parents=[common], help="admit a hospital")
     admit.add_argument("public", type=Path, metavar="KEY.pub", help="the hospital's hospital.pub")
-    admit.add_argument("--days", type=_days, default=365, help="days that the admission is valid (default 365)")
+    admit.add_argument(
+        "--days", type=_days, default=365, help="days that the admission is valid (default 365)"
+    )
     revoke = commands.add_parser("revoke", parents=[common], help="end a hospital's admission")
     revoke.add_argument("name", metavar="LABEL", help="the hospital's label")
     commands.add_parser("list", parents=[common], help="show who is admitted and what expires when")
@@ -53,16 +71,24 @@ def make_server(arguments: argparse.Namespace) -> None:
         kits.make_authority(kit)
     kits.make_server_certificate(kit, arguments.host, arguments.days, arguments.renew)
     made = kits.server_certificate(kit)
-    print(f"{certificate}: for {', '.join(kits.certificate_names(made))}; valid to {made.not_valid_after_utc:%Y-%m-%d}")
-    print(f"give {kit / kits.CA} to every hospital; keep the rest of {kit} to yourself, {kits.CA_KEY} above all")
+    print(
+        f"{certificate}: for {', '.join(kits.certificate_names(made))}; valid to "
+        f"{made.not_valid_after_utc:%Y-%m-%d}"
+    )
+    print(
+        f"give {kit / kits.CA} to every hospital; keep the rest of {kit} to yourself, {kits.CA_KEY} above all"
+    )
 
 
 def make_hospital(arguments: argparse.Namespace) -> None:
     line = kits.make_hospital_key(arguments.kit, arguments.name)
     fingerprint = kits.Admission(" ".join(line.split()[:2]), "", "").fingerprint
     print(line)
-    print(f"send {arguments.kit / kits.HOSPITAL_PUBLIC} (the line above) to the coordinator, and tell its fingerprint by another "
-          f"way: {fingerprint}")
+    print(
+        f"send {arguments.kit / kits.HOSPITAL_PUBLIC} (the line above) to the coordinator, and tell its "
+        f"fingerprint by another "
+        f"way: {fingerprint}"
+    )
     print(f"{arguments.kit / kits.HOSPITAL_KEY} stays here; put the coordinator's {kits.CA} beside it")
 
 
@@ -73,20 +99,28 @@ def admit(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise MedFLError(f"{arguments.public} can't be read; give the hospital's hospital.pub") from error
     label, admission = kits.admit(arguments.kit, line, arguments.days)
-    print(f"{label} is admitted until {admission.until[:10]}; compare its fingerprint by telephone: {admission.fingerprint}")
+    print(
+        f"{label} is admitted until {admission.until[:10]}; compare its fingerprint by telephone: "
+        f"{admission.fingerprint}"
+    )
 
 
 def revoke(arguments: argparse.Namespace) -> None:
     admission = kits.revoke(arguments.kit, arguments.name)
-    print(f"{arguments.name} is revoked since {admission.revoked}; a federation that runs takes note by its next round")
+    print(
+        f"{arguments.name} is revoked since {admission.revoked}; a federation that runs takes note by its "
+        f"next round"
+    )
 
 
 def show(arguments: argparse.Namespace) -> None:
     certificate = kits.server_certificate(arguments.kit)
     authority = kits.read_authority(arguments.kit)
     print(f"authority           valid to {authority.not_valid_after_utc:%Y-%m-%d}")
-    print(f"server certificate  valid to {certificate.not_valid_after_utc:%Y-%m-%d}, for "
-          f"{', '.join(kits.certificate_names(certificate))}")
+    print(
+        f"server certificate  valid to {certificate.not_valid_after_utc:%Y-%m-%d}, for "
+        f"{', '.join(kits.certificate_names(certificate))}"
+    )
     for label, admission in sorted(kits.read_admissions(arguments.kit).items()):
         since = f"since {admission.revoked[:10]}" if admission.revoked else f"until {admission.until[:10]}"
         print(f"{label:20}{admission.state} {since}, {admission.fingerprint}")
@@ -100,8 +134,14 @@ def check_log(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse()
-    commands = {"server": make_server, "hospital": make_hospital, "admit": admit, "revoke": revoke, "list": show,
-                "audit": check_log}
+    commands = {
+        "server": make_server,
+        "hospital": make_hospital,
+        "admit": admit,
+        "revoke": revoke,
+        "list": show,
+        "audit": check_log,
+    }
     commands[arguments.command](arguments)
 
 

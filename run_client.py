@@ -1,13 +1,13 @@
 """Run a hospital of a federation.
 
-    python run_client.py --cid 0                                  share 0 of the dataset in data/, server on this machine
+    python run_client.py --cid 0  share 0 of the dataset in data/, server on this machine
     python run_client.py --own-data scans --name mercy            everything in the folder is this hospital's
     python run_client.py --own-data scans --name mercy --check    look at the data and the connection, train nothing
-    python run_client.py --own-data scans --kit kit --server fl.example.org:8443    a server on another machine (provision.py)
+    python run_client.py --own-data scans --kit kit --server fl.example.org:8443    with keys of provision.py
 
-The scans stay here. The hospital waits for the server (--wait), takes part in its rounds and ends with it. A hospital with
-own data keeps its split in models/NAME_split.json. Exit codes: 0 done, 2 bad input or refused, 3 the server is gone or too
-few hospitals are left, 130 stopped.
+The scans stay here. The hospital waits for the server (--wait), takes part in its rounds and ends with it. A
+hospital with own data keeps its split in models/NAME_split.json. Exit codes: 0 done, 2 bad input or refused,
+3 the server is gone or too few hospitals are left, 130 stopped.
 """
 
 import argparse
@@ -38,20 +38,51 @@ HASH = re.compile("[0-9a-f]{64}")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cid", type=int, help="number of the simulated hospital, from 0: takes that share of --data-dir")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the dataset to share (default data)")
-    parser.add_argument("--own-data", type=Path, help="folder of own patients, a folder each, images and _mask files")
+    parser.add_argument(
+        "--cid", type=int, help="number of the simulated hospital, from 0: takes that share of --data-dir"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help="the dataset to share (default data)"
+    )
+    parser.add_argument(
+        "--own-data", type=Path, help="folder of own patients, a folder each, images and _mask files"
+    )
     parser.add_argument("--name", help="this hospital's label, needed with --own-data")
-    parser.add_argument("--server", default="127.0.0.1:8080", help="the server's HOST:PORT (default 127.0.0.1:8080)")
-    parser.add_argument("--kit", type=Path, help="folder of this hospital's keys, from provision.py; needed for another machine")
+    parser.add_argument(
+        "--server", default="127.0.0.1:8080", help="the server's HOST:PORT (default 127.0.0.1:8080)"
+    )
+    parser.add_argument(
+        "--kit",
+        type=Path,
+        help="folder of this hospital's keys, from provision.py; needed for another machine",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    parser.add_argument("--wait", type=float, default=300.0, help="seconds to wait for a server that is not there (default 300)")
-    parser.add_argument("--approve", nargs="*", metavar="HASH", help="train only with code and settings of these hashes, or "
-                        "of those in this file, a line each; without any: say what the server wants, and leave")
-    parser.add_argument("--dp-sgd-epsilon", type=float, help="differential privacy of this hospital's patients: what all its "
-                        "rounds together may tell of one; for a server with --norm group and --init (requirements-privacy.txt)")
-    parser.add_argument("--dp-sgd-delta", type=float, help="of --dp-sgd-epsilon: chance that the bound does not "
-                        "hold; far below 1 / patients (default 1e-5)")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=300.0,
+        help="seconds to wait for a server that is not there (default 300)",
+    )
+    parser.add_argument(
+        "--approve",
+        nargs="*",
+        metavar="HASH",
+        help="train only with code and settings of these hashes, or "
+        "of those in this file, a line each; without any: say what the server wants, and leave",
+    )
+    parser.add_argument(
+        "--dp-sgd-epsilon",
+        type=float,
+        help="differential privacy of this hospital's patients: what all its "
+        "rounds together may tell of one; for a server with --norm group and --init "
+        "(requirements-privacy.txt)",
+    )
+    parser.add_argument(
+        "--dp-sgd-delta",
+        type=float,
+        help="of --dp-sgd-epsilon: chance that the bound does not "
+        "hold; far below 1 / patients (default 1e-5)",
+    )
     parser.add_argument("--check", action="store_true", help="look at data and connection, train nothing")
     return parser.parse_args()
 
@@ -70,21 +101,28 @@ def label_of(arguments: argparse.Namespace) -> str:
         raise MedFLError(f"--cid is {arguments.cid}; hospitals are numbered from 0")
     label = arguments.name or (keys if own else f"hospital-{arguments.cid}")
     if keys not in (None, label):
-        raise MedFLError(f"the kit in {arguments.kit} is {keys}'s and this hospital is called {label}; give the kit of that name")
+        raise MedFLError(
+            f"the kit in {arguments.kit} is {keys}'s and this hospital is called {label}; give the kit of "
+            f"that name"
+        )
     if not LABEL.fullmatch(label):
         raise MedFLError(f"--name is {label}; take up to 32 letters, digits, - and _")
     return label
 
 
 def patient_privacy(arguments: argparse.Namespace, label: str) -> PatientPrivacy | None:
-    """What this hospital promises its patients. Raises MedFLError for a promise that can't be kept, or would be broken."""
+    """What this hospital promises its patients. Raises MedFLError for a promise that can't be kept, or would
+    be broken."""
     ledger = MODELS / f"{label}_privacy.json"
     if arguments.dp_sgd_epsilon is None:
         if arguments.dp_sgd_delta is not None:
             raise MedFLError("--dp-sgd-delta goes with --dp-sgd-epsilon; give both, or none")
         if ledger.exists():
-            raise MedFLError(f"{label} promised its patients privacy ({ledger}), and a round without it would break the promise; "
-                             "give --dp-sgd-epsilon, or move that file away if the promise no longer holds")
+            raise MedFLError(
+                f"{label} promised its patients privacy ({ledger}), and a round without it would break the "
+                f"promise; "
+                "give --dp-sgd-epsilon, or move that file away if the promise no longer holds"
+            )
         return None
     delta = DELTA if arguments.dp_sgd_delta is None else arguments.dp_sgd_delta
     PatientBudget(arguments.dp_sgd_epsilon, delta, ledger)  # complains of what can't be kept
@@ -92,19 +130,32 @@ def patient_privacy(arguments: argparse.Namespace, label: str) -> PatientPrivacy
 
 
 def identity(arguments: argparse.Namespace) -> Identity:
-    """Who this hospital is. Raises MedFLError for options that don't go together and data that can't be used."""
+    """Who this hospital is. Raises MedFLError for options that don't go together
+    and data that can't be used."""
     label, own = label_of(arguments), arguments.own_data is not None
     folder = arguments.own_data if own else arguments.data_dir
     dataset = load_dataset(folder, label if own else None)
     slices = int(dataset.table["slices"].sum())
-    print(f"{label}: {dataset.name} in {dataset.root}, {len(dataset.patients)} patients, {slices} slices"
-          + ("" if own else ", of which the server's partition says which are this hospital's"), flush=True)
+    print(
+        f"{label}: {dataset.name} in {dataset.root}, {len(dataset.patients)} patients, {slices} slices"
+        + ("" if own else ", of which the server's partition says which are this hospital's"),
+        flush=True,
+    )
     privacy = patient_privacy(arguments, label)
     if arguments.device not in ("auto", "cpu"):
         choose_device(arguments.device)
-    return Identity(label=label, cid=arguments.cid, data=folder, device=arguments.device, medfl=__version__, models=MODELS,
-                    code=hashlib.sha256(make_bundle()).hexdigest(), shared_cores=None if own else os.cpu_count() or 1,
-                    approved=None if arguments.approve is None else approved(arguments.approve), patient_privacy=privacy)
+    return Identity(
+        label=label,
+        cid=arguments.cid,
+        data=folder,
+        device=arguments.device,
+        medfl=__version__,
+        models=MODELS,
+        code=hashlib.sha256(make_bundle()).hexdigest(),
+        shared_cores=None if own else os.cpu_count() or 1,
+        approved=None if arguments.approve is None else approved(arguments.approve),
+        patient_privacy=privacy,
+    )
 
 
 def approved(given: list[str]) -> list[str]:
@@ -115,15 +166,21 @@ def approved(given: list[str]) -> list[str]:
         hashes += [line.split("#")[0].strip() for line in lines]
     hashes = [entry for entry in hashes if entry]
     if wrong := [entry for entry in hashes if not HASH.fullmatch(entry)]:
-        raise MedFLError(f"--approve got {wrong[0]}, which is no hash of 64 digits from 0 to f and no file; copy the one that the "
-                         "server or this hospital printed")
+        raise MedFLError(
+            f"--approve got {wrong[0]}, which is no hash of 64 digits from 0 to f and no file; copy the one "
+            f"that the "
+            "server or this hospital printed"
+        )
     return hashes
 
 
 def check(host: str, port: int, server: str, kit: Path | None) -> None:
     """Say whether the server can be reached. Raises MedFLError if not."""
     if not is_healthy(host, port, timeout=10, ca=kit and kit / CA):
-        raise MedFLError(f"the data are fine, but no server answers at {server}; start it with run_server.py, or check the address")
+        raise MedFLError(
+            f"the data are fine, but no server answers at {server}; start it with run_server.py, or check "
+            f"the address"
+        )
     if kit:
         refuse(ask_admission(server, kit / CA, kit / HOSPITAL_KEY))
     print(f"the server at {server} answers{' and admits this key' if kit else ''}; nothing was trained")
@@ -133,15 +190,20 @@ def main() -> None:
     arguments = parse()
     host, port = parse_address(arguments.server)
     if not is_loopback(host) and arguments.kit is None:
-        raise MedFLError(f"{host} is another machine, and what scans taught a model does not travel unencrypted; make this "
-                         "hospital's keys with `python provision.py hospital --name LABEL`, and give them with --kit")
+        raise MedFLError(
+            f"{host} is another machine, and what scans taught a model does not travel unencrypted; make "
+            f"this "
+            "hospital's keys with `python provision.py hospital --name LABEL`, and give them with --kit"
+        )
     who = identity(arguments)
     if arguments.check:
         return check(host, port, arguments.server, arguments.kit)
     folder = Path(tempfile.mkdtemp(prefix="medfl-hospital-"))
     try:
         who.save(folder)
-        code, sentence = Watch(join_address(host, port), host, port, arguments.kit, folder, arguments.wait).run()
+        code, sentence = Watch(
+            join_address(host, port), host, port, arguments.kit, folder, arguments.wait
+        ).run()
     except ServerGone as error:
         code, sentence = EXIT_NO_QUORUM, str(error)
     finally:

@@ -1,6 +1,6 @@
 """Millimetres of a patient: what the `volume.json` beside the slices says of them.
 
-    {"version": 1, "spacing_mm": [between slices, row, column], "slice_positions_mm": [one per slice], ...}
+{"version": 1, "spacing_mm": [between slices, row, column], "slice_positions_mm": [one per slice], ...}
 """
 
 import json
@@ -16,8 +16,9 @@ VERSION = 1
 def read_spacing(path: Path, slices: int, content: bytes | None = None) -> tuple[float, float, float]:
     """Millimetres between a patient's slices, rows and columns.
 
-    slices: how many the patient has; content: the file's bytes, if they are in memory and not on disk. Raises MedFLError for a
-    file that can't be read, another version, sizes that are none, and the `volume.json` of other slices.
+    slices: how many the patient has; content: the file's bytes, if they are in memory and not on disk. Raises
+    MedFLError for a file that can't be read, another version, sizes that are none, and the `volume.json` of
+    other slices.
     """
     again = "make it anew with data/prepare_hospital.py, or take it away to do without millimetres"
     try:
@@ -26,10 +27,15 @@ def read_spacing(path: Path, slices: int, content: bytes | None = None) -> tuple
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MedFLError(f"{path} is no {NAME} of a prepared patient; {again}") from error
     if version != VERSION:
-        raise MedFLError(f"{path} is of version {version}, and this MedFL reads {VERSION}; use the MedFL that wrote it, or {again}")
+        raise MedFLError(
+            f"{path} is of version {version}, and this MedFL reads {VERSION}; use the MedFL that wrote it, "
+            f"or {again}"
+        )
     spacing, positions = told.get("spacing_mm"), told.get("slice_positions_mm")
     if not (isinstance(spacing, list) and len(spacing) == 3 and all(_is_length(value) for value in spacing)):
-        raise MedFLError(f"{path} holds no three sizes above 0 as spacing_mm (between slices, row, column); {again}")
+        raise MedFLError(
+            f"{path} holds no three sizes above 0 as spacing_mm (between slices, row, column); {again}"
+        )
     if not isinstance(positions, list) or len(positions) != slices:
         count = len(positions) if isinstance(positions, list) else 0
         raise MedFLError(f"{path} tells of {count} slices, and the patient has {slices}; {again}")
@@ -37,4 +43,6 @@ def read_spacing(path: Path, slices: int, content: bytes | None = None) -> tuple
 
 
 def _is_length(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )

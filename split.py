@@ -32,15 +32,20 @@ class Split:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def make_split(sites: dict[str, str], seed: int, val_fraction: float = VAL_FRACTION, test_fraction: float = TEST_FRACTION) -> Split:
+def make_split(
+    sites: dict[str, str], seed: int, val_fraction: float = VAL_FRACTION, test_fraction: float = TEST_FRACTION
+) -> Split:
     """The split of these patients (name to site), the same for the same patients, seed and fractions.
 
-    Validation and test get their shares of all patients, rounded; each site gives its part of them by the largest
-    remainders. Sites of fewer than 3 patients train whole. Raises MedFLError for fractions out of range, or if nobody
-    is left to train.
+    Validation and test get their shares of all patients, rounded; each site gives its part of them by the
+    largest remainders. Sites of fewer than 3 patients train whole. Raises MedFLError for fractions out of
+    range, or if nobody is left to train.
     """
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
-        raise MedFLError("the validation and test fractions lie from 0 to below 1 and leave somebody to train; choose others")
+        raise MedFLError(
+            "the validation and test fractions lie from 0 to below 1 and leave somebody to train; choose "
+            "others"
+        )
     shuffle = np.random.default_rng(seed)
     groups = {site: [p for p in sorted(sites) if sites[p] == site] for site in sorted(set(sites.values()))}
     groups = {site: list(shuffle.permutation(names)) for site, names in groups.items()}
@@ -50,16 +55,20 @@ def make_split(sites: dict[str, str], seed: int, val_fraction: float = VAL_FRACT
     val = _shares(room, round(val_fraction * len(sites)))
     parts = {part: [] for part in PARTS}
     for site, names in groups.items():
-        parts["test"] += names[:test[site]]
-        parts["val"] += names[test[site]:test[site] + val[site]]
-        parts["train"] += names[test[site] + val[site]:]
+        parts["test"] += names[: test[site]]
+        parts["val"] += names[test[site] : test[site] + val[site]]
+        parts["train"] += names[test[site] + val[site] :]
     if not parts["train"]:
-        raise MedFLError(f"the split leaves none of {len(sites)} patients to train; lower --val-fraction or --test-fraction")
+        raise MedFLError(
+            f"the split leaves none of {len(sites)} patients to train; lower --val-fraction or "
+            f"--test-fraction"
+        )
     return Split(seed, **{part: tuple(sorted(str(n) for n in names)) for part, names in parts.items()})
 
 
 def _shares(room: dict[str, int], total: int) -> dict[str, int]:
-    """`total` places given to the sites in proportion to their patients, by the largest remainders; one stays to train."""
+    """`total` places given to the sites in proportion to their patients, by the largest remainders; one stays
+    to train."""
     everyone = sum(room.values())
     if not everyone:
         return dict.fromkeys(room, 0)
@@ -77,33 +86,49 @@ def save_split(split: Split, path: Path) -> None:
 
 
 def load_split(path: Path, patients: set[str]) -> Split:
-    """The split in `path`. Raises MedFLError for another format, unknown patients, or a patient in two parts."""
+    """The split in `path`. Raises MedFLError for another format, unknown patients,
+    or a patient in two parts."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         split = Split(int(content["seed"]), *(tuple(map(str, content[part])) for part in PARTS))
     except FileNotFoundError as error:
-        raise MedFLError(f"there is no split file {path}; name the one that the training wrote with --split-file") from error
+        raise MedFLError(
+            f"there is no split file {path}; name the one that the training wrote with --split-file"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MedFLError(f"{path} is no split file of MedFL; name the split.json that the training wrote") from error
+        raise MedFLError(
+            f"{path} is no split file of MedFL; name the split.json that the training wrote"
+        ) from error
     if content.get("version") != 1:
-        raise MedFLError(f"{path} is a split of version {content.get('version')}, and this MedFL reads 1; use its own MedFL")
+        raise MedFLError(
+            f"{path} is a split of version {content.get('version')}, and this MedFL reads 1; use its own "
+            f"MedFL"
+        )
     named = split.part("all")
     if len(set(named)) != len(named):
         twice = next(name for name in named if named.count(name) > 1)
-        raise MedFLError(f"{path} names {twice} in two parts, and a patient is in one; correct it or delete the file")
+        raise MedFLError(
+            f"{path} names {twice} in two parts, and a patient is in one; correct it or delete the file"
+        )
     unknown = sorted(set(named) - patients)
     if unknown:
-        raise MedFLError(f"{path} names {unknown[0]} (and {len(unknown) - 1} more) that the dataset does not hold; "
-                         "choose the --data-dir it was made for, or delete the file")
+        raise MedFLError(
+            f"{path} names {unknown[0]} (and {len(unknown) - 1} more) that the dataset does not hold; "
+            "choose the --data-dir it was made for, or delete the file"
+        )
     return split
 
 
-def split_for(path: Path, sites: dict[str, str], seed: int, val_fraction: float, test_fraction: float) -> Split:
+def split_for(
+    path: Path, sites: dict[str, str], seed: int, val_fraction: float, test_fraction: float
+) -> Split:
     """The split that is in `path` if it names exactly these patients, else a new one, written there."""
     if Path(path).exists():
         split = load_split(path, set(sites))
         if set(split.part("all")) != set(sites):
-            raise MedFLError(f"{path} leaves out patients of this dataset; delete it, or choose another --out")
+            raise MedFLError(
+                f"{path} leaves out patients of this dataset; delete it, or choose another --out"
+            )
         return split
     split = make_split(sites, seed, val_fraction, test_fraction)
     save_split(split, path)

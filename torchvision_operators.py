@@ -1,8 +1,9 @@
 """Lets timm be imported beside a torchvision that was built for another torch. Import this before timm.
 
 A CPU-only torch beside the package index's torchvision (built for CUDA) fails at `import timm` with "operator
-torchvision::nms does not exist": torchvision can't load its compiled operators and then describes them all the same.
-timm never calls them, so a declaration without code is enough. Where torchvision imports by itself nothing is touched.
+torchvision::nms does not exist": torchvision can't load its compiled operators and then describes them all
+the same. timm never calls them, so a declaration without code is enough. Where torchvision imports by itself
+nothing is touched.
 """
 
 import sys
@@ -30,6 +31,7 @@ def declare_where_missing() -> bool:
     for declaration in DECLARATIONS:
         _library.define(declaration)
     import torchvision  # noqa: F401, F811
+
     return True
 
 

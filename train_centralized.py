@@ -4,13 +4,13 @@
     python train_centralized.py --data-dir data --minutes 28
     python train_centralized.py --resume
     python train_centralized.py --cid 0 --clients 4 --partition site --out models/local_0    one hospital by itself
-    python train_centralized.py --cid 0 --clients 4 --init models/transunet_federated_best.pth --steps 50 --out models/tuned_0
+    python train_centralized.py --cid 0 --clients 4 --init models/transunet_federated_best.pth --steps 50
 
-Writes into --out (default models/): transunet_centralized_best.pth, the weights that did best on the validation
-patients; transunet_centralized_last.pth, what --resume needs; split.json; centralized_curves.png (with --cid "local" in
-all three names); and centralized_history.csv, a line per epoch: epoch, step, seconds (training and scoring so far), learning_rate,
-train_loss, train_dice (soft, of batches), val_dice and val_dice_median (mean and median volume Dice, empty if nothing
-is held out).
+Writes into --out (default models/): transunet_centralized_best.pth, the weights that did best on the
+validation patients; transunet_centralized_last.pth, what --resume needs; split.json; centralized_curves.png
+(with --cid "local" in all three names); and centralized_history.csv, a line per epoch: epoch, step, seconds
+(training and scoring so far), learning_rate, train_loss, train_dice (soft, of batches), val_dice and
+val_dice_median (mean and median volume Dice, empty if nothing is held out).
 """
 
 import argparse
@@ -36,22 +36,53 @@ from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_sp
 from training import PLATEAU, EpochResult, Learner, TrainingSettings, rate_scale
 from transunet import TransUNet
 
-HISTORY = ("epoch", "step", "seconds", "learning_rate", "train_loss", "train_dice", "val_dice", "val_dice_median")
+HISTORY = (
+    "epoch",
+    "step",
+    "seconds",
+    "learning_rate",
+    "train_loss",
+    "train_dice",
+    "val_dice",
+    "val_dice_median",
+)
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with kaggle_3m somewhere below (default data)")
-    parser.add_argument("--out", type=Path, default=Path("models"), help="folder for what is written (default models)")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="folder with kaggle_3m somewhere below (default data)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("models"), help="folder for what is written (default models)"
+    )
     parser.add_argument("--split-file", type=Path, help="take this split instead of the one in --out")
-    parser.add_argument("--val-fraction", type=float, default=VAL_FRACTION,
-                        help=f"share of the patients to choose by (default {VAL_FRACTION})")
-    parser.add_argument("--test-fraction", type=float, default=TEST_FRACTION,
-                        help=f"share of the patients kept for the test (default {TEST_FRACTION})")
-    parser.add_argument("--cid", type=int, help="train hospital K of a federation by itself, on its share of the dataset")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=VAL_FRACTION,
+        help=f"share of the patients to choose by (default {VAL_FRACTION})",
+    )
+    parser.add_argument(
+        "--test-fraction",
+        type=float,
+        default=TEST_FRACTION,
+        help=f"share of the patients kept for the test (default {TEST_FRACTION})",
+    )
+    parser.add_argument(
+        "--cid", type=int, help="train hospital K of a federation by itself, on its share of the dataset"
+    )
     add_partition_options(parser)
     parser.add_argument("--init", type=Path, help="start from this checkpoint instead of random weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    parser.add_argument("--resume", action="store_true", help="go on after the last complete epoch in --out, with its settings")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on after the last complete epoch in --out, with its settings",
+    )
     add_settings(parser, TrainingSettings)
     return parser.parse_args()
 
@@ -62,7 +93,9 @@ class Progress:
 
     epoch: int = 0
     seconds: float = 0.0
-    ending_seconds: float = 0.0  # of the last epoch's scoring and saving, so that --minutes can leave room for the next
+    ending_seconds: float = (
+        0.0  # of the last epoch's scoring and saving, so that --minutes can leave room for the next
+    )
     best: float = -1.0
     best_epoch: int = 0
     rows: list[dict] = field(default_factory=list)
@@ -71,23 +104,42 @@ class Progress:
 class CentralTraining:
     """A run on one machine, from its first epoch to its last.
 
-    split: who trains and chooses here; whole: the split of which that is a share, if the model is one hospital's own. origin:
-    the checkpoint's entry of that name. start: a checkpoint of the same network to start from.
+    split: who trains and chooses here; whole: the split of which that is a share, if the model is one
+    hospital's own. origin: the checkpoint's entry of that name. start: a checkpoint of the same network to
+    start from.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, settings: TrainingSettings, device: torch.device, out: Path,
-                 resume: bool = False, whole: Split | None = None, origin: dict | None = None, start: Checkpoint | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        settings: TrainingSettings,
+        device: torch.device,
+        out: Path,
+        resume: bool = False,
+        whole: Split | None = None,
+        origin: dict | None = None,
+        start: Checkpoint | None = None,
+    ):
         if settings.schedule == "plateau" and not split.val:
-            raise MedFLError("a plateau is seen on validation patients, and there are none; take --schedule cosine")
+            raise MedFLError(
+                "a plateau is seen on validation patients, and there are none; take --schedule cosine"
+            )
         torch.manual_seed(settings.seed)
         self.dataset, self.split, self.settings, self.out = dataset, split, settings, out
         self.whole, self.origin = whole or split, origin or {"kind": "centralised"}
         self.name = "centralized" if whole is None else "local"
         source = (False, None) if resume else (settings.pretrained, settings.encoder_weights)
-        model = start.model if start else TransUNet(settings.model, settings.image_size, settings.norm, *source)
+        model = (
+            start.model if start else TransUNet(settings.model, settings.image_size, settings.norm, *source)
+        )
         self.learner = Learner(model, settings, device)
-        self.batches = TrainingBatches(dataset, split.train, settings.image_size, settings.batch_size, settings.seed)
-        self.plateau = ReduceLROnPlateau(self.learner.optimiser, **PLATEAU) if settings.schedule == "plateau" else None
+        self.batches = TrainingBatches(
+            dataset, split.train, settings.image_size, settings.batch_size, settings.seed
+        )
+        self.plateau = (
+            ReduceLROnPlateau(self.learner.optimiser, **PLATEAU) if settings.schedule == "plateau" else None
+        )
         self.progress = Progress()
         self.best, self.last = (out / f"transunet_{self.name}_{which}.pth" for which in ("best", "last"))
         self.saved_epoch = 0
@@ -98,12 +150,16 @@ class CentralTraining:
         self.began = time.monotonic() - self.progress.seconds
 
     def _resume(self) -> None:
-        """Take up the state that the last complete epoch left. Raises MedFLError where there is none, or another split."""
+        """Take up the state that the last complete epoch left. Raises MedFLError where there is none, or
+        another split."""
         state = load_checkpoint(self.last).state
         if state is None:
             raise MedFLError(f"{self.last} holds a model but no run to go on with; start without --resume")
         if state["split"] != self.split.sha256():
-            raise MedFLError(f"{self.last} was trained on another split; name its own with --split-file, or start without --resume")
+            raise MedFLError(
+                f"{self.last} was trained on another split; name its own with --split-file, or start "
+                f"without --resume"
+            )
         self.learner.load_state_dict(state["learner"])
         if self.plateau:
             self.plateau.load_state_dict(state["plateau"])
@@ -113,7 +169,9 @@ class CentralTraining:
     def run(self) -> None:
         """Epochs until the settings' end, then the summary's files are complete."""
         while not self._finished():
-            self.learner.model.set_encoder_trainable(self.progress.epoch >= self.settings.freeze_encoder_epochs)
+            self.learner.model.set_encoder_trainable(
+                self.progress.epoch >= self.settings.freeze_encoder_epochs
+            )
             result = self._train()
             if not result.steps:
                 break
@@ -127,12 +185,17 @@ class CentralTraining:
     def _finished(self) -> bool:
         done, settings = self.progress, self.settings
         if settings.patience and self.split.val and done.epoch - done.best_epoch >= settings.patience:
-            print(f"no better validation Dice for {settings.patience} epochs; stopped after epoch {done.epoch}")
+            print(
+                f"no better validation Dice for {settings.patience} epochs; stopped after epoch {done.epoch}"
+            )
             return True
-        return self._share_done() >= 1 if settings.minutes or settings.steps else done.epoch >= settings.epochs
+        return (
+            self._share_done() >= 1 if settings.minutes or settings.steps else done.epoch >= settings.epochs
+        )
 
     def _share_done(self) -> float:
-        """Share of the run that is over, 0 to 1: of its steps, or of its minutes less what the last epoch's end will take."""
+        """Share of the run that is over, 0 to 1: of its steps, or of its minutes less what the last epoch's
+        end will take."""
         if not self.settings.minutes:
             return self.learner.step_count / (self.settings.steps or self.settings.epochs * len(self.batches))
         room = max(60 * self.settings.minutes - 1.5 * self.progress.ending_seconds, 1.0)
@@ -150,15 +213,29 @@ class CentralTraining:
         epoch = self.progress.epoch + 1
         torch.manual_seed(100_003 * self.settings.seed + epoch)  # for layers that draw numbers
         of = f" of {self.settings.epochs}" if not (self.settings.minutes or self.settings.steps) else ""
-        with tqdm(total=len(self.batches), desc=f"epoch {epoch}{of}", unit="step", leave=False, disable=None) as bar:
+        with tqdm(
+            total=len(self.batches), desc=f"epoch {epoch}{of}", unit="step", leave=False, disable=None
+        ) as bar:
             return self.learner.train_epoch(self.batches.epoch(epoch), before_step, bar)
 
     def _record(self, result: EpochResult, val: dict | None) -> None:
         """Write what the epoch gave: best and last checkpoint, history, curves, a line on the terminal."""
         done, learner = self.progress, self.learner
-        row = dict(zip(HISTORY, (done.epoch, learner.step_count, round(done.seconds, 1),
-                                 learner.optimiser.param_groups[0]["lr"], result.loss, result.dice,
-                                 val["mean"] if val else None, val["median"] if val else None)))
+        row = dict(
+            zip(
+                HISTORY,
+                (
+                    done.epoch,
+                    learner.step_count,
+                    round(done.seconds, 1),
+                    learner.optimiser.param_groups[0]["lr"],
+                    result.loss,
+                    result.dice,
+                    val["mean"] if val else None,
+                    val["median"] if val else None,
+                ),
+            )
+        )
         done.rows.append(row)
         metadata = self._describe(val)
         better = val is None or val["mean"] > done.best
@@ -167,19 +244,34 @@ class CentralTraining:
             save_checkpoint(self.best, learner.weights_model.state_dict(), metadata)
         if self.plateau and val:
             self.plateau.step(val["mean"])
-        state = {"learner": learner.state_dict(), "plateau": self.plateau.state_dict() if self.plateau else None,
-                 "progress": asdict(done), "split": self.split.sha256()}
+        state = {
+            "learner": learner.state_dict(),
+            "plateau": self.plateau.state_dict() if self.plateau else None,
+            "progress": asdict(done),
+            "split": self.split.sha256(),
+        }
         save_checkpoint(self.last, learner.weights_model.state_dict(), metadata, state)
         self.saved_epoch = done.epoch
         try:
             write_history(done.rows, self.out / f"{self.name}_history.csv")
-            what = "Centralised training" if self.name == "centralized" else f"Training of {self.origin['hospital']} alone"
+            what = (
+                "Centralised training"
+                if self.name == "centralized"
+                else f"Training of {self.origin['hospital']} alone"
+            )
             draw_curves(done.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}")
         except MedFLError as error:  # a viewer may hold the file; both are written anew after the next epoch
             print(f"not this time: {error}")
-        scored = f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}" if val else "no validation patients"
-        print(f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice {result.dice:.3f}  {scored}",
-              flush=True)
+        scored = (
+            f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}"
+            if val
+            else "no validation patients"
+        )
+        print(
+            f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice "
+            f"{result.dice:.3f}  {scored}",
+            flush=True,
+        )
 
     def _describe(self, val: dict | None) -> dict:
         data = {"name": self.dataset.name, "split_sha256": self.whole.sha256()}
@@ -188,14 +280,25 @@ class CentralTraining:
             patients = list(self.split.part(part))
             data[part] = {"patients": len(patients), "slices": int(slices[patients].sum())}
         scores = {"val": {"patients": len(self.split.val), "volume_dice": val}} if val else {}
-        training = {**asdict(self.settings), "epochs_done": self.progress.epoch, "steps_done": self.learner.step_count,
-                    "seconds": round(self.progress.seconds, 1), "device": self.learner.device.type,
-                    "precision_used": str(self.learner.precision).removeprefix("torch."),
-                    "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model"}
+        training = {
+            **asdict(self.settings),
+            "epochs_done": self.progress.epoch,
+            "steps_done": self.learner.step_count,
+            "seconds": round(self.progress.seconds, 1),
+            "device": self.learner.device.type,
+            "precision_used": str(self.learner.precision).removeprefix("torch."),
+            "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model",
+        }
         training["encoder_weights"] = training["encoder_weights"] and Path(training["encoder_weights"]).name
         images = self.dataset.image_statistics(self.split.train)
-        return describe(self.learner.weights_model, images, training=training, origin=self.origin, data=data,
-                        scores=scores)
+        return describe(
+            self.learner.weights_model,
+            images,
+            training=training,
+            origin=self.origin,
+            data=data,
+            scores=scores,
+        )
 
 
 def write_history(rows: list[dict], path: Path) -> None:
@@ -217,23 +320,37 @@ def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int
         return split
     split = split_for(path, sites, seed, *fractions)
     if split.seed != seed:
-        raise MedFLError(f"{path} was drawn with --seed {split.seed}; choose another --out for this seed, delete the file, or name "
-                         "it with --split-file to keep its patients")
+        raise MedFLError(
+            f"{path} was drawn with --seed {split.seed}; choose another --out for this seed, delete the "
+            f"file, or name "
+            "it with --split-file to keep its patients"
+        )
     asked, there = make_split(sites, seed, *fractions), [len(split.part(p)) for p in PARTS]
     if there != [len(asked.part(p)) for p in PARTS]:
-        raise MedFLError(f"{path} holds {' / '.join(map(str, there))} patients for training, validation and test, and the "
-                         "fractions ask for others; choose another --out, or delete the file")
+        raise MedFLError(
+            f"{path} holds {' / '.join(map(str, there))} patients for training, validation and test, and the "
+            "fractions ask for others; choose another --out, or delete the file"
+        )
     return split
 
 
 def share_of(arguments: argparse.Namespace, dataset: Dataset, split: Split, seed: int) -> tuple[Split, dict]:
-    """One hospital's share of the split, and what the checkpoint says of it. Raises MedFLError for a number that none has."""
+    """One hospital's share of the split, and what the checkpoint says of it. Raises MedFLError for a number
+    that none has."""
     kind, clients, alpha = arguments.partition, arguments.clients, arguments.alpha
     if not 0 <= arguments.cid < clients:
-        raise MedFLError(f"--cid is {arguments.cid}, and {clients} hospitals are numbered from 0; choose another, or more "
-                         "--clients")
+        raise MedFLError(
+            f"--cid is {arguments.cid}, and {clients} hospitals are numbered from 0; choose another, or more "
+            "--clients"
+        )
     partition = make_partition(dataset.table, split, kind, clients, alpha, seed)
-    origin = {"kind": "local", "hospital": f"hospital-{arguments.cid}", "partition": kind, "clients": clients, "alpha": alpha}
+    origin = {
+        "kind": "local",
+        "hospital": f"hospital-{arguments.cid}",
+        "partition": kind,
+        "clients": clients,
+        "alpha": alpha,
+    }
     return partition.hospitals[arguments.cid], origin
 
 
@@ -271,22 +388,46 @@ def main() -> None:
         before = start.metadata.get("origin", {})
         origin["started_from"] = before.get("strategy") or before.get("kind") or arguments.init.name
         if start.metadata.get("data", {}).get("split_sha256") not in (None, split.sha256()):
-            print(f"mind: {arguments.init} was trained on another split, and may have seen patients that are kept for the test "
-                  "here")
-    print(f"{dataset.name} in {dataset.root}: {len(share.train)} patients to train on, {len(share.val)} to choose by, "
-          f"{len(share.test)} kept for the test")
-    training = CentralTraining(dataset, share, settings, device, arguments.out, arguments.resume,
-                               None if arguments.cid is None else split, origin, start)
+            print(
+                f"mind: {arguments.init} was trained on another split, and may have seen patients that are "
+                f"kept for the test "
+                "here"
+            )
+    print(
+        f"{dataset.name} in {dataset.root}: {len(share.train)} patients to train on, {len(share.val)} to "
+        f"choose by, "
+        f"{len(share.test)} kept for the test"
+    )
+    training = CentralTraining(
+        dataset,
+        share,
+        settings,
+        device,
+        arguments.out,
+        arguments.resume,
+        None if arguments.cid is None else split,
+        origin,
+        start,
+    )
     precision = str(training.learner.precision).removeprefix("torch.")
-    print(f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, {len(training.batches)} steps an epoch")
+    print(
+        f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, "
+        f"{len(training.batches)} steps an epoch"
+    )
     try:
         training.run()
     except KeyboardInterrupt:
         done = training.saved_epoch
-        print(f"\nstopped in epoch {done + 1}; " + (f"--resume goes on after epoch {done}" if done else "nothing to resume yet"))
+        print(
+            f"\nstopped in epoch {done + 1}; "
+            + (f"--resume goes on after epoch {done}" if done else "nothing to resume yet")
+        )
         raise
     done = training.progress
-    print(f"{training.best}: epoch {done.best_epoch}" + (f", validation Dice {done.best:.3f}" if share.val else ""))
+    print(
+        f"{training.best}: epoch {done.best_epoch}"
+        + (f", validation Dice {done.best:.3f}" if share.val else "")
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ from common import MedFLError, setting
 from transunet import ARCHITECTURES, TransUNet
 
 FINAL_RATE = 0.01  # of the learning rate, at the end of the cosine
-PLATEAU = {"mode": "max", "factor": 0.5, "patience": 3}  # of torch's ReduceLROnPlateau, on the validation Dice
+PLATEAU = {
+    "mode": "max",
+    "factor": 0.5,
+    "patience": 3,
+}  # of torch's ReduceLROnPlateau, on the validation Dice
 
 
 @dataclass(frozen=True)
@@ -30,29 +34,44 @@ class TrainingSettings:
     image_size: int = setting(128, "side of the network's input in pixels, a multiple of 16")
     norm: str = setting("batch", "normalisation of the convolutions", ("batch", "group"))
     pretrained: bool = setting(False, "start the encoder from timm's ImageNet weights")
-    encoder_weights: str | None = setting(None, "file of encoder weights in timm's names, instead of the network", kind=str)
+    encoder_weights: str | None = setting(
+        None, "file of encoder weights in timm's names, instead of the network", kind=str
+    )
     epochs: int = setting(30, "passes over the training slices")
-    minutes: float | None = setting(None, "train this many minutes of wall clock, schedule fitted, instead of --epochs", kind=float)
+    minutes: float | None = setting(
+        None, "train this many minutes of wall clock, schedule fitted, instead of --epochs", kind=float
+    )
     steps: int | None = setting(None, "train this many steps, schedule fitted, instead of --epochs", kind=int)
     batch_size: int = setting(16, "slices a step")
     lr: float = setting(1e-3, "learning rate of decoder and pyramid")
-    encoder_lr_factor: float = setting(1.0, "learning rate of the encoder, as a factor of --lr (0.1 suits pretrained weights)")
+    encoder_lr_factor: float = setting(
+        1.0, "learning rate of the encoder, as a factor of --lr (0.1 suits pretrained weights)"
+    )
     weight_decay: float = setting(0.05, "AdamW's weight decay")
-    schedule: str = setting("cosine", "warm-up and cosine, or halving on a plateau of the validation Dice", ("cosine", "plateau"))
+    schedule: str = setting(
+        "cosine", "warm-up and cosine, or halving on a plateau of the validation Dice", ("cosine", "plateau")
+    )
     warmup: float = setting(0.05, "share of the run in which the learning rate rises to --lr, 0 to 0.5")
     freeze_encoder_epochs: int = setting(0, "first epochs in which the encoder keeps its weights")
     clip: float = setting(1.0, "largest norm of a step's gradient")
-    ema_decay: float = setting(0.999, "weight of the past in the averaged weights, ramped up; 0 turns averaging off")
+    ema_decay: float = setting(
+        0.999, "weight of the past in the averaged weights, ramped up; 0 turns averaging off"
+    )
     patience: int = setting(0, "stop after this many epochs without a better validation Dice; 0 never stops")
-    precision: str = setting("auto", "auto takes bfloat16 where the chip is faster in it", ("auto", "float32", "bfloat16"))
+    precision: str = setting(
+        "auto", "auto takes bfloat16 where the chip is faster in it", ("auto", "float32", "bfloat16")
+    )
     seed: int = setting(0, "of weights, order and augmentation")
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "lr", "clip", "encoder_lr_factor") + tuple(
-            name for name in ("minutes", "steps") if getattr(self, name) is not None)
+            name for name in ("minutes", "steps") if getattr(self, name) is not None
+        )
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
-                raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0")
+                raise MedFLError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0"
+                )
         for name in ("weight_decay", "freeze_encoder_epochs", "patience", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 0 or more")
@@ -65,21 +84,26 @@ class TrainingSettings:
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products. "auto": bfloat16 on a GPU or a CPU with matrix units for it (AMX), else float32.
+    """The dtype of the matrix products. "auto": bfloat16 on a GPU or a CPU with matrix units for it (AMX),
+    else float32.
 
-    torch is asked what the processor reports. Measured for `tiny` at 128 pixels: with AVX512-BF16 but no AMX, bfloat16
-    trains at 0.6 times the speed of float32; with neither, a matrix product takes 170 times as long.
+    torch is asked what the processor reports. Measured for `tiny` at 128 pixels: with AVX512-BF16 but no AMX,
+    bfloat16 trains at 0.6 times the speed of float32; with neither, a matrix product takes 170 times as long.
     """
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+    return (
+        torch.bfloat16
+        if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+        else torch.float32
+    )
 
 
 def rate_scale(progress: float, warmup: float) -> float:
-    """Share of the learning rate when a share `progress` of the run is over, 0 to 1: a cosine from 1 to FINAL_RATE, times a
-    linear rise from FINAL_RATE to 1 over the first `warmup` of the run.
+    """Share of the learning rate when a share `progress` of the run is over, 0 to 1: a cosine from 1 to
+    FINAL_RATE, times a linear rise from FINAL_RATE to 1 over the first `warmup` of the run.
 
     It depends on nothing but how far the run is, so in a federation it is the same at every hospital.
     """
@@ -90,25 +114,34 @@ def rate_scale(progress: float, warmup: float) -> float:
 
 
 def parameter_groups(model: TransUNet, settings: TrainingSettings) -> list[dict]:
-    """AdamW's groups, each with its learning rate: decoder and pyramid, then encoder, each in those that decay and those
-    that don't. As timm has it, biases, normalisation layers, position embeddings and the class token don't decay."""
+    """AdamW's groups, each with its learning rate: decoder and pyramid, then encoder, each in those that
+    decay and those that don't. As timm has it, biases, normalisation layers, position embeddings and the
+    class token don't decay."""
     encoder = {id(weight) for weight in model.encoder.parameters()}
     still = {f"encoder.{name}" for name in model.encoder.no_weight_decay()}
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=still)
-    return [{"params": [weight for weight in group["params"] if (id(weight) in encoder) == inside],
-             "weight_decay": group["weight_decay"], "lr": settings.lr * (settings.encoder_lr_factor if inside else 1.0)}
-            for inside in (False, True) for group in groups]
+    return [
+        {
+            "params": [weight for weight in group["params"] if (id(weight) in encoder) == inside],
+            "weight_decay": group["weight_decay"],
+            "lr": settings.lr * (settings.encoder_lr_factor if inside else 1.0),
+        }
+        for inside in (False, True)
+        for group in groups
+    ]
 
 
 def averaging_weight(decay: float, count: float) -> float:
-    """Weight of the past in averaged weights after `count` updates: ramped up to `decay`, so that the first are forgotten."""
+    """Weight of the past in averaged weights after `count` updates: ramped up to `decay`, so that the first
+    are forgotten."""
     return min(decay, (1 + count) / (10 + count))
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Loss (binary cross-entropy + 1 - soft Dice) and soft Dice, scalars, of logits and masks (B, 1, h, w).
 
-    The soft Dice pools over the batch (Milletari et al. 2016, arXiv:1606.04797): an empty slice has none of its own.
+    The soft Dice pools over the batch (Milletari et al. 2016, arXiv:1606.04797): an empty slice has none of
+    its own.
     """
     share = logits.sigmoid()
     dice = (2 * (share * masks).sum() + 1) / (share.sum() + masks.sum() + 1)
@@ -125,13 +158,18 @@ class EpochResult:
 
 
 class Learner:
-    """A model in training: weights, averaged weights, optimiser, and the step. The federation's hospitals use it as well."""
+    """A model in training: weights, averaged weights, optimiser, and the step. The federation's hospitals use
+    it as well."""
 
     def __init__(self, model: TransUNet, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.precision = choose_precision(settings.precision, device)
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.average = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True) if settings.ema_decay else None
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
+            if settings.ema_decay
+            else None
+        )
         groups = parameter_groups(model, settings)
         self.rates = [group["lr"] for group in groups]
         self.optimiser = torch.optim.AdamW(groups, fused=True)
@@ -157,9 +195,14 @@ class Learner:
         for group, rate in zip(self.optimiser.param_groups, self.rates):
             group["lr"] = rate * scale
 
-    def train_epoch(self, batches: Iterable[tuple[Tensor, Tensor]], before_step: Callable[[int], bool] = lambda _: True,
-                    progress: tqdm | None = None) -> EpochResult:
-        """One pass over batches of (images, masks). `before_step` gets the number of the step and may end the pass.
+    def train_epoch(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        before_step: Callable[[int], bool] = lambda _: True,
+        progress: tqdm | None = None,
+    ) -> EpochResult:
+        """One pass over batches of (images, masks). `before_step` gets the number of the step and may end the
+        pass.
 
         Raises MedFLError on a loss that is not finite.
         """
@@ -173,7 +216,9 @@ class Learner:
             loss_sum, dice_sum, steps = loss_sum + loss, dice_sum + dice, steps + 1
             if progress is not None:
                 progress.update()
-                progress.set_postfix(loss=f"{loss_sum / steps:.3f}", dice=f"{dice_sum / steps:.3f}", refresh=False)
+                progress.set_postfix(
+                    loss=f"{loss_sum / steps:.3f}", dice=f"{dice_sum / steps:.3f}", refresh=False
+                )
         return EpochResult(loss_sum / max(steps, 1), dice_sum / max(steps, 1), steps)
 
     def loss_of(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,8 +235,10 @@ class Learner:
         """Give every weight its gradient; loss and soft Dice of the batch."""
         loss, dice = self.loss_of(images, masks)
         if not math.isfinite(loss.item()):
-            raise MedFLError(f"the loss is {loss.item()} at step {self.step_count + 1}, and weights made by it "
-                             f"would be worthless; lower --lr (now {self.settings.lr}) and start again")
+            raise MedFLError(
+                f"the loss is {loss.item()} at step {self.step_count + 1}, and weights made by it "
+                f"would be worthless; lower --lr (now {self.settings.lr}) and start again"
+            )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         return loss.item(), dice.item()
@@ -208,8 +255,13 @@ class Learner:
 
     def state_dict(self) -> dict:
         """All that `load_state_dict` needs to go on bit for bit."""
-        return {"model": self.model.state_dict(), "average": self.average.state_dict() if self.average else None,
-                "optimiser": self.optimiser.state_dict(), "step_count": self.step_count, "precision": str(self.precision)}
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "optimiser": self.optimiser.state_dict(),
+            "step_count": self.step_count,
+            "precision": str(self.precision),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -218,7 +270,10 @@ class Learner:
         try:
             self.optimiser.load_state_dict(state["optimiser"])
         except ValueError as error:
-            raise MedFLError("the run was begun by an earlier MedFL, whose optimiser had other groups of weights, and can't go on "
-                             "bit for bit; start a new run, with --init to begin with its weights") from error
+            raise MedFLError(
+                "the run was begun by an earlier MedFL, whose optimiser had other groups of weights, and "
+                "can't go on "
+                "bit for bit; start a new run, with --init to begin with its weights"
+            ) from error
         self.step_count = state["step_count"]
         self.precision = getattr(torch, state["precision"].removeprefix("torch."))

@@ -1,6 +1,7 @@
-"""The network: a TransUNet (Chen et al. 2021, arXiv:2102.04306), a ViT encoder and a CNN decoder with skip connections.
+"""The network: a TransUNet (Chen et al. 2021, arXiv:2102.04306), a ViT encoder and a CNN decoder with skip
+connections.
 
-    image (B, 3, h, w) -> skips at 1/2, 1/4, 1/8 and ViT tokens at 1/16 -> decoder -> logits (B, 1, h, w)
+image (B, 3, h, w) -> skips at 1/2, 1/4, 1/8 and ViT tokens at 1/16 -> decoder -> logits (B, 1, h, w)
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ PATCH = 16  # the encoder's; an image side is a multiple of it
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a named model is made of. pyramid: widths of the convolution pyramid at 1/2, 1/4, 1/8, 1/16, or None where
-    the encoder's own ResNet gives the skips; decoder: widths at 1/8, 1/4, 1/2."""
+    """What a named model is made of. pyramid: widths of the convolution pyramid at 1/2, 1/4, 1/8, 1/16, or
+    None where the encoder's own ResNet gives the skips; decoder: widths at 1/8, 1/4, 1/2."""
 
     encoder: str
     pyramid: tuple[int, int, int, int] | None
@@ -48,7 +49,9 @@ def normalisation(kind: str, channels: int) -> nn.Module:
 
 def convolution(inputs: int, outputs: int, norm: str, stride: int = 1) -> nn.Sequential:
     """3×3 convolution, normalisation, ReLU."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), normalisation(norm, outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), normalisation(norm, outputs), nn.ReLU()
+    )
 
 
 class Pyramid(nn.Module):
@@ -58,7 +61,9 @@ class Pyramid(nn.Module):
         super().__init__()
         inputs = (3, *widths[:-1])
         self.stages = nn.ModuleList(
-            nn.Sequential(convolution(i, o, norm, stride=2), convolution(o, o, norm)) for i, o in zip(inputs, widths))
+            nn.Sequential(convolution(i, o, norm, stride=2), convolution(o, o, norm))
+            for i, o in zip(inputs, widths)
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
@@ -73,7 +78,9 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, inputs: int, skip: int, outputs: int, norm: str):
         super().__init__()
-        self.convolutions = nn.Sequential(convolution(inputs + skip, outputs, norm), convolution(outputs, outputs, norm))
+        self.convolutions = nn.Sequential(
+            convolution(inputs + skip, outputs, norm), convolution(outputs, outputs, norm)
+        )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)  # (B, inputs, 2h, 2w)
@@ -83,18 +90,28 @@ class DecoderBlock(nn.Module):
 class TransUNet(nn.Module):
     """A named model for square images of one side.
 
-    name: "tiny" (ViT-Ti/16), "small" (ViT-S/16), "base" (R50 + ViT-B/16, the paper's); image_side: pixels, a multiple
-    of 16; norm: "batch" or "group", of pyramid and decoder; pretrained: load timm's ImageNet weights into the encoder;
-    encoder_weights: take them from this file instead. Raises MedFLError for an unknown name, side or weights file.
+    name: "tiny" (ViT-Ti/16), "small" (ViT-S/16), "base" (R50 + ViT-B/16, the paper's); image_side: pixels, a
+    multiple of 16; norm: "batch" or "group", of pyramid and decoder; pretrained: load timm's ImageNet weights
+    into the encoder; encoder_weights: take them from this file instead. Raises MedFLError for an unknown
+    name, side or weights file.
     """
 
-    def __init__(self, name: str = "tiny", image_side: int = 128, norm: str = "batch",
-                 pretrained: bool = False, encoder_weights: Path | None = None):
+    def __init__(
+        self,
+        name: str = "tiny",
+        image_side: int = 128,
+        norm: str = "batch",
+        pretrained: bool = False,
+        encoder_weights: Path | None = None,
+    ):
         super().__init__()
         if name not in ARCHITECTURES:
             raise MedFLError(f"there is no model {name}; choose one of {', '.join(ARCHITECTURES)}")
         if image_side < PATCH or image_side % PATCH:
-            raise MedFLError(f"an image side of {image_side} can't be cut into patches of {PATCH}; choose a multiple of {PATCH}")
+            raise MedFLError(
+                f"an image side of {image_side} can't be cut into patches of {PATCH}; choose a multiple of "
+                f"{PATCH}"
+            )
         if norm not in ("batch", "group"):
             raise MedFLError(f"there is no normalisation {norm}; choose batch or group")
         plan = ARCHITECTURES[name]
@@ -104,7 +121,8 @@ class TransUNet(nn.Module):
         *skips, deepest = plan.pyramid or RESNET_SKIPS
         inputs = (self.encoder.embed_dim + deepest, *plan.decoder[:-1])
         self.decoder = nn.ModuleList(
-            DecoderBlock(i, s, o, norm) for i, s, o in zip(inputs, reversed(skips), plan.decoder))
+            DecoderBlock(i, s, o, norm) for i, s, o in zip(inputs, reversed(skips), plan.decoder)
+        )
         self.head = nn.Conv2d(plan.decoder[-1], UPSCALE**2, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -118,16 +136,18 @@ class TransUNet(nn.Module):
         x = torch.cat([self._as_map(tokens, deepest), deepest], dim=1)  # (B, d + c, side/16, side/16)
         for block, skip in zip(self.decoder, reversed(skips)):
             x = block(x, skip)  # side/8, side/4, side/2
-        # Each place gives its own 2×2 logits (Shi et al. 2016, arXiv:1609.05158): finer than stretching one, at no cost
+        # Each place gives its own 2×2 logits (Shi et al. 2016, arXiv:1609.05158): finer than stretching one,
+        # at no cost
         return F.pixel_shuffle(self.head(x), UPSCALE)  # (B, 4, side/2, side/2) to (B, 1, side, side)
 
     def _as_map(self, tokens: Tensor, like: Tensor) -> Tensor:
         """Tokens (B, 1 + n, d) as a map (B, d, h, w), the class token left out."""
-        patches = tokens[:, self.encoder.num_prefix_tokens:]  # (B, n, d)
+        patches = tokens[:, self.encoder.num_prefix_tokens :]  # (B, n, d)
         return patches.transpose(1, 2).reshape(len(patches), -1, *like.shape[-2:])
 
     def _hybrid(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The R50's features at 1/2, 1/4, 1/8, 1/16 and the tokens (B, 1 + n, d) that the ViT makes of the last."""
+        """The R50's features at 1/2, 1/4, 1/8, 1/16 and the tokens (B, 1 + n, d) that the ViT makes of the
+        last."""
         resnet, vit = self.encoder.patch_embed.backbone, self.encoder
         x = resnet.stem[:-1](images)  # (B, 64, side/2, side/2), before the stem's pooling
         features = [x]
@@ -147,25 +167,37 @@ class TransUNet(nn.Module):
 def _encoder(name: str, side: int, pretrained: bool, weights: Path | None) -> nn.Module:
     """timm's ViT without its classifier, from random weights, timm's own or a local file."""
     try:
-        encoder = timm.create_model(name, pretrained=pretrained and weights is None, img_size=side, num_classes=0)
+        encoder = timm.create_model(
+            name, pretrained=pretrained and weights is None, img_size=side, num_classes=0
+        )
     except Exception as error:
         if not pretrained:  # then nothing was loaded, and the fault is ours
             raise
-        raise MedFLError(f"the pretrained weights of {name} can't be loaded ({type(error).__name__}); connect to the network, "
-                         "or give a file of them with --encoder-weights") from error
+        raise MedFLError(
+            f"the pretrained weights of {name} can't be loaded ({type(error).__name__}); connect to the "
+            f"network, "
+            "or give a file of them with --encoder-weights"
+        ) from error
     if weights is not None:
         _load_encoder(encoder, Path(weights))
     return encoder
 
 
 def _load_encoder(encoder: nn.Module, path: Path) -> None:
-    """Load weights in timm's names (.safetensors or .pth); position embeddings are resampled to the encoder's side."""
+    """Load weights in timm's names (.safetensors or .pth); position embeddings are resampled to the encoder's
+    side."""
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
         state = checkpoint_filter_fn(state, encoder)
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         encoder.load_state_dict(state)
     except FileNotFoundError as error:
         raise MedFLError(f"there is no weights file {path}; check --encoder-weights") from error
     except Exception as error:  # pickle, safetensors and timm each raise their own kinds for a foreign file
-        raise MedFLError(f"{path} does not hold this encoder's weights; take the file of the same timm model") from error
+        raise MedFLError(
+            f"{path} does not hold this encoder's weights; take the file of the same timm model"
+        ) from error

@@ -1,4 +1,5 @@
-"""Does a picture look like those that a model was trained on? Which differences are told, and from which size on.
+"""Does a picture look like those that a model was trained on? Which differences are told, and from which size
+on.
 
 A network answers every picture with a mask, a photograph as well.
 """
@@ -16,7 +17,8 @@ ASPECT = 1.3  # longer to shorter side
 
 
 def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
-    """Why a volume (S, H, W, 3) uint8 may be none that the model can judge: a sentence for each reason, none if it looks fine.
+    """Why a volume (S, H, W, 3) uint8 may be none that the model can judge: a sentence for each reason, none
+    if it looks fine.
 
     training_images: `image_statistics` of the model's training images, or None if the model doesn't tell.
     """
@@ -25,31 +27,57 @@ def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
     if not SIDES[0] <= min(rows, columns) <= max(rows, columns) <= SIDES[1]:
         found.append(f"The slices are {columns}×{rows} pixels; the model was made for about 256×256.")
     if max(rows, columns) > ASPECT * min(rows, columns):
-        found.append(f"The slices are {columns}×{rows} pixels, and the model knows square ones: the shape is distorted for it.")
+        found.append(
+            f"The slices are {columns}×{rows} pixels, and the model knows square ones: the shape is "
+            f"distorted for it."
+        )
     flat = [name for channel, name in enumerate(CHANNELS) if np.ptp(volume[..., channel]) == 0]
     if flat:
         return [*found, f"Nothing is to be seen in {_listed(flat)}: every pixel has the same value."]
-    same = [name for channel, name in enumerate(CHANNELS)
-            if channel != FLAIR and np.array_equal(volume[..., channel], volume[..., FLAIR])]
+    same = [
+        name
+        for channel, name in enumerate(CHANNELS)
+        if channel != FLAIR and np.array_equal(volume[..., channel], volume[..., FLAIR])
+    ]
     if same:
-        found.append(f"{_listed([*same, 'FLAIR'])} are identical. The model expects three sequences; with copies in the "
-                     "place of missing ones it is less reliable.")
+        found.append(
+            f"{_listed([*same, 'FLAIR'])} are identical. The model expects three sequences; with copies in "
+            f"the "
+            "place of missing ones it is less reliable."
+        )
     pixels = torch.from_numpy(np.array(volume))
     measured = describe_volume(pixels)
     if measured["appearance"][APPEARANCE.index("frame")] > 1:
-        return [*found, "The frame is brighter than the middle. If the intensities are inverted, invert them back."]
+        return [
+            *found,
+            "The frame is brighter than the middle. If the intensities are inverted, invert them back.",
+        ]
     if not training_images or not MEASURES.keys() <= training_images.keys():
-        return [*found, "The model does not say what its training images look like, so this picture is not compared with them."]
+        return [
+            *found,
+            "The model does not say what its training images look like, so this picture is not compared "
+            "with them.",
+        ]
     limit = LIMIT if slices > 1 else LIMIT_ALONE
     unlike = _far(measured, training_images, "appearance", limit)
     if unlike:
         features = _listed([APPEARANCE[k] for k in unlike])
-        found.append(f"This does not look like the brain scans that the model was trained on ({features}). Its mask means nothing "
-                     "unless it is one.")
-    odd = {k for name in ("foreground_mean", "foreground_deviation") for k in _far(measured, training_images, name, limit)}
+        found.append(
+            f"This does not look like the brain scans that the model was trained on ({features}). Its mask "
+            f"means nothing "
+            "unless it is one."
+        )
+    odd = {
+        k
+        for name in ("foreground_mean", "foreground_deviation")
+        for k in _far(measured, training_images, name, limit)
+    }
     if odd:
-        found.append(f"Brightness or contrast of {_listed([CHANNELS[k] for k in sorted(odd)])} lies outside of the training "
-                     "images' range.")
+        found.append(
+            f"Brightness or contrast of {_listed([CHANNELS[k] for k in sorted(odd)])} lies outside of the "
+            f"training "
+            "images' range."
+        )
     return found
 
 

@@ -1,10 +1,11 @@
-"""How often data/prepare_hospital.py would doubt that two series lie over each other: real pairs as they are, and moved.
+"""How often data/prepare_hospital.py would doubt that two series lie over each other: real pairs as they are,
+and moved.
 
     python benchmarks/alignment_check.py --data-dir data
 
-The dataset's pre- and post-contrast channels lie on FLAIR. Each pair is looked at as it is and with the channel moved sideways;
-a channel that FLAIR stands in for is left out. The slices don't say how large a pixel is: 0.94 mm is taken (240 mm in 256
-pixels), and 5 mm between slices. Needs requirements-dicom.txt.
+The dataset's pre- and post-contrast channels lie on FLAIR. Each pair is looked at as it is and with the
+channel moved sideways; a channel that FLAIR stands in for is left out. The slices don't say how large a pixel
+is: 0.94 mm is taken (240 mm in 256 pixels), and 5 mm between slices. Needs requirements-dicom.txt.
 """
 
 import argparse
@@ -41,10 +42,15 @@ def main() -> None:
                 continue
             moving = image_of(volume[..., channel])
             for move in MOVES:
-                found[move].append(agreement(resample(moving, fixed, sitk.TranslationTransform(3, (move, 0.0, 0.0))), fixed))
+                found[move].append(
+                    agreement(resample(moving, fixed, sitk.TranslationTransform(3, (move, 0.0, 0.0))), fixed)
+                )
     for move, values in found.items():
         doubted = sum(value < POOR for value in values)
-        print(f"moved by {move:g} mm: {doubted} of {len(values)} pairs doubted, agreement {np.median(values):.2f} in the median")
+        print(
+            f"moved by {move:g} mm: {doubted} of {len(values)} pairs doubted, agreement "
+            f"{np.median(values):.2f} in the median"
+        )
 
 
 if __name__ == "__main__":

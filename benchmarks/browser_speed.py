@@ -1,10 +1,12 @@
-"""What a reader waits for in the page that runs in the browser, and what it needs in memory: a real Chromium on this machine.
+"""What a reader waits for in the page that runs in the browser, and what it needs in memory: a real Chromium
+on this machine.
 
     python benchmarks/browser_speed.py --checkpoint models/demo/transunet_centralized_best.pth
 
-Times run from choosing files until the picture stands in the page: one slice, and 40 slices of 256×256, with threads and (the
-page served without the headers that isolate it) on one thread; then from a slider's move until the next frame. Memory is the
-largest that the page's process ever held, after 200 slices. Sizes are those of the staged folder.
+Times run from choosing files until the picture stands in the page: one slice, and 40 slices of 256×256, with
+threads and (the page served without the headers that isolate it) on one thread; then from a slider's move
+until the next frame. Memory is the largest that the page's process ever held, after 200 slices. Sizes are
+those of the staged folder.
 """
 
 import argparse
@@ -77,8 +79,12 @@ def main() -> None:
         for half, words in ((True, "half precision"), (False, "single precision")):
             files, difference = stage_browser(checkpoint, half, folder / "staged")
             size = sum(path.stat().st_size for path in files) / 1e6
-            print(f"{words:18}{size:6.1f} MB in all; {difference.probability:.1e} largest difference of a probability, "
-                  f"{difference.pixels} of {difference.of:,} mask pixels", flush=True)
+            print(
+                f"{words:18}{size:6.1f} MB in all; {difference.probability:.1e} largest difference of a "
+                f"probability, "
+                f"{difference.pixels} of {difference.of:,} mask pixels",
+                flush=True,
+            )
         make_phantoms(folder / "phantoms", patients=3, slices=SLICES + 8, size=256, seed=1)
         patient = max(load_dataset(folder / "phantoms").patients, key=lambda p: len(p.images))
         files = list(patient.images[:SLICES])
@@ -89,8 +95,9 @@ def main() -> None:
         for way in ("threads", "one thread"):
             running = server(folder / "staged", 0, isolated=way == "threads")
             threading.Thread(target=running.serve_forever, daemon=True).start()
-            browser = playwright.chromium.launch_persistent_context(folder / f"profile-{way[0]}", executable_path=chromium,
-                                                                    args=["--no-sandbox"])
+            browser = playwright.chromium.launch_persistent_context(
+                folder / f"profile-{way[0]}", executable_path=chromium, args=["--no-sandbox"]
+            )
             page = browser.new_page()
             page.set_default_timeout(300_000)
             page.goto(f"http://127.0.0.1:{running.server_port}")
@@ -102,16 +109,26 @@ def main() -> None:
                     if len(chosen) == 1:
                         page.get_by_role("button", name="Close this case").click()
                 for slider, values in (("slice", NUMBERS), ("threshold", THRESHOLDS)):
-                    times.setdefault(f"{slider} slider", []).extend(ms / 1000 for ms in page.evaluate(MOVE, [slider, values]))
+                    times.setdefault(f"{slider} slider", []).extend(
+                        ms / 1000 for ms in page.evaluate(MOVE, [slider, values])
+                    )
                 page.get_by_role("button", name="Close this case").click()
             if way == "one thread":
                 times[f"{MANY} slices, {way}"] = [open_files(page, many)]
-                times[f"threshold slider, {MANY} slices"] = [ms / 1000 for ms in page.evaluate(MOVE, ["threshold", THRESHOLDS])]
-                print(f"memory            {peak():6.0f} MiB at most in the page's process, {MANY} slices", flush=True)
+                times[f"threshold slider, {MANY} slices"] = [
+                    ms / 1000 for ms in page.evaluate(MOVE, ["threshold", THRESHOLDS])
+                ]
+                print(
+                    f"memory            {peak():6.0f} MiB at most in the page's process, {MANY} slices",
+                    flush=True,
+                )
             browser.close()
             running.shutdown()
     for what, seconds in times.items():
-        print(f"{what:34}{statistics.median(seconds):7.3f} s median, {max(seconds):.3f} s longest of {len(seconds)}")
+        print(
+            f"{what:34}{statistics.median(seconds):7.3f} s median, {max(seconds):.3f} s longest of "
+            f"{len(seconds)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Does the federated path lose anything? One hospital that holds everything, against the same training without messages.
+"""Does the federated path lose anything? One hospital that holds everything, against the same training
+without messages.
 
     python benchmarks/federated_against_central.py [--data-dir data/phantoms] [--rounds 20] [--image-size 128]
 
-Three trainings of as many epochs, from the same weights and scored on the same test patients: a federation of real
-processes with one hospital and one local epoch a round; the centralised loop with the hospital's order of slices; and
-train_centralized.py, which has an order of its own. The first two should agree.
+Three trainings of as many epochs, from the same weights and scored on the same test patients: a federation of
+real processes with one hospital and one local epoch a round; the centralised loop with the hospital's order
+of slices; and train_centralized.py, which has an order of its own. The first two should agree.
 """
 
 import argparse
@@ -34,10 +35,33 @@ LAST = "transunet_{}_last.pth"
 def run_federation(data_dir: Path, out: Path, options: list[str]) -> TransUNet:
     """The last model of one hospital and its server."""
     address = f"127.0.0.1:{free_port()}"
-    hospital = subprocess.Popen([sys.executable, str(ROOT / "run_client.py"), "--cid", "0", "--data-dir", str(data_dir),
-                                 "--server", address], stdout=subprocess.DEVNULL)
-    subprocess.run([sys.executable, str(ROOT / "run_server.py"), "--clients", "1", "--address", address, "--out", str(out),
-                    *options], check=True)
+    hospital = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "run_client.py"),
+            "--cid",
+            "0",
+            "--data-dir",
+            str(data_dir),
+            "--server",
+            address,
+        ],
+        stdout=subprocess.DEVNULL,
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "run_server.py"),
+            "--clients",
+            "1",
+            "--address",
+            address,
+            "--out",
+            str(out),
+            *options,
+        ],
+        check=True,
+    )
     hospital.wait()
     return load_checkpoint(out / LAST.format("federated")).model
 
@@ -61,9 +85,13 @@ def loop_of_a_hospital(dataset: Dataset, split: Split, settings: TrainingSetting
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="rounds, or epochs (default 20)")
-    parser.add_argument("--image-size", type=int, default=128, help="side of the network's input in pixels (default 128)")
+    parser.add_argument(
+        "--image-size", type=int, default=128, help="side of the network's input in pixels (default 128)"
+    )
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data_dir)
     split = make_split({p.name: p.site for p in dataset.patients}, 0)
@@ -71,14 +99,32 @@ def main() -> None:
     options = ["--image-size", str(settings.image_size), "--ema-decay", "0"]
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as folder:
         out, rounds = Path(folder), ["--rounds", str(arguments.rounds)]
-        models = {"federation of one hospital": run_federation(arguments.data_dir, out, [*rounds, *options]),
-                  "loop with the hospital's order": loop_of_a_hospital(dataset, split, settings)}
-        subprocess.run([sys.executable, str(ROOT / "train_centralized.py"), "--data-dir", str(arguments.data_dir), "--out", folder,
-                        "--epochs", str(arguments.rounds), *options], check=True, stdout=subprocess.DEVNULL)
+        models = {
+            "federation of one hospital": run_federation(arguments.data_dir, out, [*rounds, *options]),
+            "loop with the hospital's order": loop_of_a_hospital(dataset, split, settings),
+        }
+        subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "train_centralized.py"),
+                "--data-dir",
+                str(arguments.data_dir),
+                "--out",
+                folder,
+                "--epochs",
+                str(arguments.rounds),
+                *options,
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         models["train_centralized.py"] = load_checkpoint(out / LAST.format("centralized")).model
     rows = {name: score_patients(model, dataset, split.test, THRESHOLD) for name, model in models.items()}
     first = next(iter(rows))
-    print(f"{dataset.name}, {arguments.rounds} epochs, {len(split.test)} test patients: mean volume Dice, difference to the first")
+    print(
+        f"{dataset.name}, {arguments.rounds} epochs, {len(split.test)} test patients: mean volume Dice, "
+        f"difference to the first"
+    )
     for name in models:
         difference = paired_difference(rows[first], rows[name])
         print(f"  {name:30}{summarise(rows[name])['volume_dice']['mean']:.4f}  {difference['mean']:+.4f}")

@@ -1,13 +1,15 @@
-"""What makes a federation learn as well as one central model? Variants of its recipe after the same passes over the same patients.
+"""What makes a federation learn as well as one central model? Variants of its recipe after the same passes
+over the same patients.
 
     python benchmarks/federated_recipe.py --data-dir data --rounds 30 --seeds 1 --out models/recipe
-    python benchmarks/federated_recipe.py --data-dir data --rounds 60 --seeds 1 2 3 --variants default --out models/recipe_60
+    python benchmarks/federated_recipe.py --data-dir data --rounds 60 --seeds 1 2 3 --variants default --out models/60
 
-Half of the patients train, at four hospitals by site, and half are the test; nobody is held out to choose by, so each run ends with
-its last averaged model. A variant is a name and options of run_server.py; the central model is train_centralized.py's after as many
-epochs as there are rounds, and a hospital alone is the same with its own patients. Federations run in one process, with the
-product's round loop and hospitals. A run that was finished is not made again. Writes a JSON for each run into --out, and prints
-mean and median volume Dice over the test patients, the share of the central model's, and the paired difference to it.
+Half of the patients train, at four hospitals by site, and half are the test; nobody is held out to choose by,
+so each run ends with its last averaged model. A variant is a name and options of run_server.py; the central
+model is train_centralized.py's after as many epochs as there are rounds, and a hospital alone is the same
+with its own patients. Federations run in one process, with the product's round loop and hospitals. A run that
+was finished is not made again. Writes a JSON for each run into --out, and prints mean and median volume Dice
+over the test patients, the share of the central model's, and the paired difference to it.
 """
 
 import argparse
@@ -55,12 +57,26 @@ OF_TRAINING = ("batch_size", "norm")
 
 def federated(dataset: Dataset, options: dict, rounds: int, seed: int, side: int, folder: Path) -> TransUNet:
     """The model that a federation of four hospitals by site ends with."""
-    training = TrainingSettings(image_size=side, seed=seed, **{name: options[name] for name in OF_TRAINING if name in options})
-    settings = FederationSettings(clients=4, rounds=rounds, val_fraction=0.0, test_fraction=TEST, round_timeout=1e6,
-                                  **{name: value for name, value in options.items() if name not in OF_TRAINING})
+    training = TrainingSettings(
+        image_size=side, seed=seed, **{name: options[name] for name in OF_TRAINING if name in options}
+    )
+    settings = FederationSettings(
+        clients=4,
+        rounds=rounds,
+        val_fraction=0.0,
+        test_fraction=TEST,
+        round_timeout=1e6,
+        **{name: value for name, value in options.items() if name not in OF_TRAINING},
+    )
     hospitals = [LocalHospital(folder, cid, dataset.root) for cid in range(4)]
     with contextlib.redirect_stdout(io.StringIO()):  # what hospitals say
-        state, _ = run(hospitals, training, settings, folder, say=lambda line: print(line.splitlines()[0], file=sys.stderr))
+        state, _ = run(
+            hospitals,
+            training,
+            settings,
+            folder,
+            say=lambda line: print(line.splitlines()[0], file=sys.stderr),
+        )
     state.model.load_state_dict(unpack(state.final_weights, state.model.state_dict()))
     return state.model
 
@@ -69,20 +85,52 @@ def central(dataset: Dataset, options: dict, rounds: int, seed: int, side: int, 
     """The model of one training in one place: all patients', or those of the hospital options["cid"]."""
     script = Path(__file__).parent.parent / "train_centralized.py"
     own = ["--partition", "site", "--clients", "4", "--cid", str(options["cid"])] if options else []
-    subprocess.run([sys.executable, str(script), "--data-dir", str(dataset.root), "--out", str(folder), "--epochs", str(rounds),
-                    "--seed", str(seed), "--image-size", str(side), "--val-fraction", "0", "--test-fraction", str(TEST),
-                    *own], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            sys.executable,
+            str(script),
+            "--data-dir",
+            str(dataset.root),
+            "--out",
+            str(folder),
+            "--epochs",
+            str(rounds),
+            "--seed",
+            str(seed),
+            "--image-size",
+            str(side),
+            "--val-fraction",
+            "0",
+            "--test-fraction",
+            str(TEST),
+            *own,
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return load_checkpoint(folder / f"transunet_{'local' if own else 'centralized'}_best.pth").model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="a dataset (default data)")
-    parser.add_argument("--out", type=Path, default=Path("models/recipe"), help="folder for results (default models/recipe)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("models/recipe"), help="folder for results (default models/recipe)"
+    )
     parser.add_argument("--rounds", type=int, default=30, help="rounds of one epoch, and epochs (default 30)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of split, weights and order (default 1)")
-    parser.add_argument("--image-size", type=int, default=64, help="side of the network's input in pixels (default 64)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which, beside the central model")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1], help="of split, weights and order (default 1)"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=64, help="side of the network's input in pixels (default 64)"
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        help="which, beside the central model",
+    )
     parser.add_argument("--threads", type=int, help="of torch (default its own)")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -99,14 +147,26 @@ def main() -> None:
                 model = make(dataset, VARIANTS[name], arguments.rounds, seed, arguments.image_size, folder)
                 split = make_split({p.name: p.site for p in dataset.patients}, seed, 0.0, TEST)
                 rows = score_patients(model, dataset, split.test, THRESHOLD)
-                write_json(scores, {"seconds": round(time.monotonic() - began, 1), "options": VARIANTS[name], "rows": rows})
+                write_json(
+                    scores,
+                    {"seconds": round(time.monotonic() - began, 1), "options": VARIANTS[name], "rows": rows},
+                )
             # a patient who is in the test of several seeds counts for each
-            found.setdefault(name, []).extend({**row, "patient": f"{row['patient']} {seed}"} for row in
-                                              json.loads(scores.read_text(encoding="utf-8"))["rows"])
-        dice, whole = summarise(found[name])["volume_dice"], summarise(found["central"])["volume_dice"]["mean"]
+            found.setdefault(name, []).extend(
+                {**row, "patient": f"{row['patient']} {seed}"}
+                for row in json.loads(scores.read_text(encoding="utf-8"))["rows"]
+            )
+        dice, whole = (
+            summarise(found[name])["volume_dice"],
+            summarise(found["central"])["volume_dice"]["mean"],
+        )
         against = paired_difference(found["central"], found[name])
-        print(f"{name:34} mean {dice['mean']:.3f}  median {dice['median']:.3f}  {dice['mean'] / whole:.3f} of central  paired "
-              f"{against['mean']:+.3f} ({against['ci95'][0]:+.3f} to {against['ci95'][1]:+.3f})", flush=True)
+        print(
+            f"{name:34} mean {dice['mean']:.3f}  median {dice['median']:.3f}  {dice['mean'] / whole:.3f} of "
+            f"central  paired "
+            f"{against['mean']:+.3f} ({against['ci95'][0]:+.3f} to {against['ci95'][1]:+.3f})",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/federated_rounds.py [--data-dir data/phantoms] [--rounds 20] [--clients 2] [--image-size 128]
 
-Runs a server and its hospitals as real processes on this machine. The overhead of a round is its time less the longest
-hospital's own work. Memory is the resident memory of all processes of the server together, after each round (Linux only).
+Runs a server and its hospitals as real processes on this machine. The overhead of a round is its time less
+the longest hospital's own work. Memory is the resident memory of all processes of the server together, after
+each round (Linux only).
 """
 
 import argparse
@@ -30,25 +31,56 @@ def resident(process: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="rounds (default 20)")
     parser.add_argument("--clients", type=int, default=2, help="hospitals (default 2)")
-    parser.add_argument("--image-size", type=int, default=128, help="side of the network's input in pixels (default 128)")
+    parser.add_argument(
+        "--image-size", type=int, default=128, help="side of the network's input in pixels (default 128)"
+    )
     arguments = parser.parse_args()
     address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as out:
-        client = [sys.executable, str(ROOT / "run_client.py"), "--data-dir", str(arguments.data_dir), "--server", address]
-        hospitals = [subprocess.Popen([*client, "--cid", str(k)], stdout=subprocess.DEVNULL) for k in range(arguments.clients)]
-        options = {"clients": arguments.clients, "address": address, "out": out, "rounds": arguments.rounds,
-                   "image-size": arguments.image_size}
-        server = subprocess.Popen([sys.executable, "-u", str(ROOT / "run_server.py"),
-                                   *(f"--{name}={value}" for name, value in options.items())], stdout=subprocess.PIPE, text=True)
+        client = [
+            sys.executable,
+            str(ROOT / "run_client.py"),
+            "--data-dir",
+            str(arguments.data_dir),
+            "--server",
+            address,
+        ]
+        hospitals = [
+            subprocess.Popen([*client, "--cid", str(k)], stdout=subprocess.DEVNULL)
+            for k in range(arguments.clients)
+        ]
+        options = {
+            "clients": arguments.clients,
+            "address": address,
+            "out": out,
+            "rounds": arguments.rounds,
+            "image-size": arguments.image_size,
+        }
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                "-u",
+                str(ROOT / "run_server.py"),
+                *(f"--{name}={value}" for name, value in options.items()),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         overheads, memory = [], []
         for line in server.stdout:
             if found := ROUND.match(line):
                 overheads.append(float(found[2]) - float(found[3]))
                 memory.append(resident(server.pid))
-                print(f"round {found[1]}: {found[2]} s, overhead {overheads[-1]:.1f} s, server {memory[-1]:.2f} GiB", flush=True)
+                print(
+                    f"round {found[1]}: {found[2]} s, overhead {overheads[-1]:.1f} s, server "
+                    f"{memory[-1]:.2f} GiB",
+                    flush=True,
+                )
         if server.wait():
             sys.exit(server.returncode)
         for hospital in hospitals:
@@ -58,8 +90,10 @@ def main() -> None:
     print(f"overhead of a round: median {statistics.median(overheads):.1f} s, longest {max(overheads):.1f} s")
     print(f"bytes a hospital and round: {rows[0]['bytes_sent']} out, {rows[0]['bytes_received']} in")
     third = max(1, len(memory) // 3)
-    print(f"server's memory, median: first third {statistics.median(memory[:third]):.2f} GiB, "
-          f"last third {statistics.median(memory[-third:]):.2f} GiB")
+    print(
+        f"server's memory, median: first third {statistics.median(memory[:third]):.2f} GiB, "
+        f"last third {statistics.median(memory[-third:]):.2f} GiB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Is joining worth it? Hospitals alone, federated variants, fine-tuned copies and one central model, on the same test patients.
+"""Is joining worth it? Hospitals alone, federated variants, fine-tuned copies and one central model, on the
+same test patients.
 
     python benchmarks/federated_study.py demo --data-dir data/phantoms --out models/study       the end of `make demo`
-    python benchmarks/federated_study.py sites --data-dir data --out models/study_sites         real sites, two seeds
-    python benchmarks/federated_study.py strategies --out models/study_strategies               all strategies, three partitions
-    python benchmarks/federated_study.py half --out models/study_half                           half-precision updates
-    python benchmarks/federated_study.py privacy-8 --simulate --init MODEL --out models/study_privacy_8    privacy: 2, 8, 32
+    python benchmarks/federated_study.py sites --data-dir data --out models/study_sites  real sites, two seeds
+    python benchmarks/federated_study.py strategies --out models/study_strategies    all strategies, three partitions
+    python benchmarks/federated_study.py half --out models/study_half  half-precision updates
+    python benchmarks/federated_study.py privacy-8 --simulate --init MODEL --out models/privacy_8    privacy: 2, 8, 32
 
-Every arrangement makes the same number of passes over the training slices that it sees: all hospitals together as many as the
-central model, and a hospital alone as many over its own. Fine-tuning comes on top. A study that was interrupted goes on with the
-first training that is not finished. Writes into --out: study.csv, a line per partition, seed, model and hospital (`COLUMNS`); for
-each partition a table as JSON and PNG, over all seeds; and each training's folder with its log. Federations run as real
-processes, or with --simulate in Flower's simulation engine, whose weights are the same.
+Every arrangement makes the same number of passes over the training slices that it sees: all hospitals
+together as many as the central model, and a hospital alone as many over its own. Fine-tuning comes on top. A
+study that was interrupted goes on with the first training that is not finished. Writes into --out: study.csv,
+a line per partition, seed, model and hospital (`COLUMNS`); for each partition a table as JSON and PNG, over
+all seeds; and each training's folder with its log. Federations run as real processes, or with --simulate in
+Flower's simulation engine, whose weights are the same.
 """
 
 import argparse
@@ -35,14 +37,18 @@ from partition import make_partition
 from split import make_split
 
 COLUMNS = ("partition", "seed", *OF_A_TABLE)
-FEDERATED, LOCAL, CENTRAL = "transunet_federated_best.pth", "transunet_local_best.pth", "transunet_centralized_best.pth"
+FEDERATED, LOCAL, CENTRAL = (
+    "transunet_federated_best.pth",
+    "transunet_local_best.pth",
+    "transunet_centralized_best.pth",
+)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained. variants: names of federations and what is asked of run_server.py besides; the first is fine-tuned.
-    tune_passes: passes over a hospital's slices in fine-tuning; alone: whether hospitals alone and a central model are
-    trained as well. A batch holds 16 slices, as the trainings' default."""
+    """What is trained. variants: names of federations and what is asked of run_server.py besides; the first
+    is fine-tuned. tune_passes: passes over a hospital's slices in fine-tuning; alone: whether hospitals alone
+    and a central model are trained as well. A batch holds 16 slices, as the trainings' default."""
 
     variants: dict[str, list[str]]
     partitions: tuple[str, ...] = ("site",)
@@ -58,18 +64,41 @@ class Study:
 FEDAVG = {"fedavg": []}
 FEDPROX = {"fedprox": ["--strategy", "fedprox"]}
 PLAIN = ["--norm", "group"]
-PRIVATE = {"plain": PLAIN} | {f"epsilon_{epsilon}": [*PLAIN, "--dp-clip", "2", "--dp-epsilon", epsilon]
-                              for epsilon in ("1e5", "1e4", "1e3", "100", "8")}
+PRIVATE = {"plain": PLAIN} | {
+    f"epsilon_{epsilon}": [*PLAIN, "--dp-clip", "2", "--dp-epsilon", epsilon]
+    for epsilon in ("1e5", "1e4", "1e3", "100", "8")
+}
 STUDIES = {
     "demo": Study(FEDAVG, clients=3, rounds=8, image_size=64),
     "sites": Study(FEDAVG | FEDPROX, seeds=(0, 1)),
-    "strategies": Study(FEDAVG | FEDPROX | {name: ["--strategy", name] for name in (
-        "fedavgm", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")} | {"own-norm": ["--keep-norm-local"]},
-                        ("site", "dirichlet", "iid"), clients=5, rounds=10, image_size=64),
-    "half": Study(FEDAVG | {name: ["--update-dtype", name] for name in ("float16", "bfloat16")}, seeds=(0, 1, 2), clients=2,
-                  rounds=5, local_epochs=6, image_size=64, alone=False),
-    **{f"privacy-{clients}": Study(PRIVATE, ("iid",), clients=clients, rounds=5, local_epochs=2, image_size=64,
-                                   alone=False) for clients in (2, 8, 32)},
+    "strategies": Study(
+        FEDAVG
+        | FEDPROX
+        | {
+            name: ["--strategy", name]
+            for name in ("fedavgm", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")
+        }
+        | {"own-norm": ["--keep-norm-local"]},
+        ("site", "dirichlet", "iid"),
+        clients=5,
+        rounds=10,
+        image_size=64,
+    ),
+    "half": Study(
+        FEDAVG | {name: ["--update-dtype", name] for name in ("float16", "bfloat16")},
+        seeds=(0, 1, 2),
+        clients=2,
+        rounds=5,
+        local_epochs=6,
+        image_size=64,
+        alone=False,
+    ),
+    **{
+        f"privacy-{clients}": Study(
+            PRIVATE, ("iid",), clients=clients, rounds=5, local_epochs=2, image_size=64, alone=False
+        )
+        for clients in (2, 8, 32)
+    },
 }
 
 
@@ -77,10 +106,19 @@ def run_logged(commands: list[list[str]], folder: Path, log: Path) -> None:
     """Run scripts of the repository side by side in a folder; raises MedFLError where one fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as output:
-        running = [subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=folder, stdout=output,
-                                    stderr=subprocess.STDOUT) for command in commands]
+        running = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / command[0]), *command[1:]],
+                cwd=folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for command in commands
+        ]
         try:
-            while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
+            while any(process.poll() is None for process in running) and not any(
+                process.poll() for process in running
+            ):
                 time.sleep(0.2)
         finally:
             for process in running:
@@ -101,8 +139,11 @@ def finished(folder: Path, what: str, commands: list[list[str]]) -> None:
     print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path, simulated: bool, init: Path | None) -> list[Path]:
-    """The checkpoints of one partition and seed, in the order of the table's rows. init: what federations start from."""
+def trained(
+    study: Study, dataset: Dataset, partition: str, seed: int, out: Path, simulated: bool, init: Path | None
+) -> list[Path]:
+    """The checkpoints of one partition and seed, in the order of the table's rows. init: what federations
+    start from."""
     data = str(dataset.root.resolve())
     common = ["--data-dir", data, "--seed", str(seed), "--image-size", str(study.image_size)]
     divided = ["--partition", partition, "--clients", str(study.clients)]
@@ -112,29 +153,57 @@ def trained(study: Study, dataset: Dataset, partition: str, seed: int, out: Path
     where, found, times = f"{partition}, seed {seed}", [], study.rounds * study.local_epochs
 
     def central(name: str, what: str, steps: int, *options: str) -> Path:
-        finished(out / name, f"{where}, {what}, {steps} steps",
-                 [["train_centralized.py", *common, "--out", ".", "--steps", str(steps), *options]])
+        finished(
+            out / name,
+            f"{where}, {what}, {steps} steps",
+            [["train_centralized.py", *common, "--out", ".", "--steps", str(steps), *options]],
+        )
         return out / name / (LOCAL if "--cid" in options else CENTRAL)
 
     for variant, options in study.variants.items():
         address = f"127.0.0.1:{free_port()}"
-        server = ["run_server.py", *common[2:], *divided, "--rounds", str(study.rounds), "--local-epochs",
-                  str(study.local_epochs), "--out", ".", *options, *(["--init", str(init.resolve())] if init else [])]
+        server = [
+            "run_server.py",
+            *common[2:],
+            *divided,
+            "--rounds",
+            str(study.rounds),
+            "--local-epochs",
+            str(study.local_epochs),
+            "--out",
+            ".",
+            *options,
+            *(["--init", str(init.resolve())] if init else []),
+        ]
         if simulated:
             commands = [[*server, "--simulate", str(study.clients), "--data-dir", data]]
         else:
             client = ["run_client.py", "--data-dir", data, "--server", address, "--cid"]
             commands = [[*server, "--address", address], *([*client, str(k)] for k in range(study.clients))]
         folder = out / variant
-        finished(folder, f"{where}, {variant}, {times * sum(passes)} steps of all hospitals together", commands)
+        finished(
+            folder, f"{where}, {variant}, {times * sum(passes)} steps of all hospitals together", commands
+        )
         own = sorted(folder.rglob("hospital-*_federated_best.pth"))
         found += own or [folder / FEDERATED]
     if not study.alone:
         return found
     first = out / next(iter(study.variants)) / FEDERATED
     for k, steps in enumerate(passes):
-        found.append(central(f"tuned_{k}", f"fine-tuned at hospital-{k}", steps * study.tune_passes, *divided, "--cid", str(k),
-                             "--init", str(first.resolve()), "--lr", "1e-4"))
+        found.append(
+            central(
+                f"tuned_{k}",
+                f"fine-tuned at hospital-{k}",
+                steps * study.tune_passes,
+                *divided,
+                "--cid",
+                str(k),
+                "--init",
+                str(first.resolve()),
+                "--lr",
+                "1e-4",
+            )
+        )
     for k, steps in enumerate(passes):
         found.append(central(f"alone_{k}", f"hospital-{k} alone", steps * times, *divided, "--cid", str(k)))
     return [*found, central("central", "centralised", times * sum(passes))]
@@ -148,7 +217,9 @@ def pooled(tables: list[dict]) -> dict:
         for table in tables:
             for figures in table["rows"][place]["patients"]:
                 of.setdefault(figures["patient"], []).append(figures["dice"])
-        mean = [{"patient": patient, "dice": float(np.mean(values))} for patient, values in sorted(of.items())]
+        mean = [
+            {"patient": patient, "dice": float(np.mean(values))} for patient, values in sorted(of.items())
+        ]
         rows.append(Row(row["name"], mean))
     return table_of(rows, {ALL: tuple(figures["patient"] for figures in rows[0].patients)})
 
@@ -156,25 +227,55 @@ def pooled(tables: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES, help="which study")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
-    parser.add_argument("--out", type=Path, default=Path("models/study"), help="folder for what is written (default models/study)")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("models/study"),
+        help="folder for what is written (default models/study)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the study's own")
-    parser.add_argument("--simulate", action="store_true", help="run federations in Flower's simulation engine")
-    parser.add_argument("--init", type=Path, help="a model that federations start from, instead of random weights")
+    parser.add_argument(
+        "--simulate", action="store_true", help="run federations in Flower's simulation engine"
+    )
+    parser.add_argument(
+        "--init", type=Path, help="a model that federations start from, instead of random weights"
+    )
     arguments = parser.parse_args()
     study, out = STUDIES[arguments.study], arguments.out
     seeds = tuple(arguments.seeds or study.seeds)
     dataset = load_dataset(arguments.data_dir)
-    about = json.loads(json.dumps({"data": dataset.name, "patients": len(dataset.patients), **asdict(study), "seeds": seeds,
-                                   "init": arguments.init and arguments.init.name}))
-    if (out / "study.json").exists() and json.loads((out / "study.json").read_text(encoding="utf-8")) != about:
+    about = json.loads(
+        json.dumps(
+            {
+                "data": dataset.name,
+                "patients": len(dataset.patients),
+                **asdict(study),
+                "seeds": seeds,
+                "init": arguments.init and arguments.init.name,
+            }
+        )
+    )
+    if (out / "study.json").exists() and json.loads(
+        (out / "study.json").read_text(encoding="utf-8")
+    ) != about:
         raise MedFLError(f"{out} holds another study; choose another --out, or delete it")
     write_json(out / "study.json", about)
     lines = []
     for partition in study.partitions:
         tables = []
         for seed in seeds:
-            paths = trained(study, dataset, partition, seed, out / f"{partition}_{seed}", arguments.simulate, arguments.init)
+            paths = trained(
+                study,
+                dataset,
+                partition,
+                seed,
+                out / f"{partition}_{seed}",
+                arguments.simulate,
+                arguments.init,
+            )
             split = make_split({p.name: p.site for p in dataset.patients}, seed)
             tables.append(compare([load_checkpoint(path) for path in paths], dataset, split))
             lines += [[partition, seed, *line] for line in lines_of(tables[-1])]
@@ -182,7 +283,10 @@ def main() -> None:
                 csv.writer(file).writerows([COLUMNS, *lines])
         table = tables[0] if len(tables) == 1 else pooled(tables)
         title = f"{dataset.name}, {partition}, {study.clients} hospitals, {len(tables)} seed{'s' * (len(tables) > 1)}"
-        print(f"{title}, {table['columns'][ALL]} test patients; differences are paired\n{as_text(table)}", flush=True)
+        print(
+            f"{title}, {table['columns'][ALL]} test patients; differences are paired\n{as_text(table)}",
+            flush=True,
+        )
         write_json(out / f"{partition}.json", table)
         draw_table(table, out / f"{partition}.png", title)
     print(f"wrote {out}/study.csv, and a table as JSON and PNG for each partition")

@@ -1,7 +1,8 @@
-"""Federations in one process, without Flower's: the product's own round loop and hospitals, one after the other.
+"""Federations in one process, without Flower's: the product's own round loop and hospitals, one after the
+other.
 
-The weights are those of run_server.py and run_client.py; there is no network, and nothing waits. For studies of many federations,
-and for hostile hospitals, whose answers can be changed on their way.
+The weights are those of run_server.py and run_client.py; there is no network, and nothing waits. For studies
+of many federations, and for hostile hospitals, whose answers can be changed on their way.
 """
 
 import itertools
@@ -52,12 +53,22 @@ class Grid:
 
 
 class LocalHospital:
-    """A node that answers with a hospital's own app, in this process. change: makes another answer of each."""
+    """A node that answers with a hospital's own app, in this process.
+    change: makes another answer of each."""
 
-    def __init__(self, folder: Path, cid: int, data: Path, change: Callable[[Message, Message], Message] | None = None):
+    def __init__(
+        self, folder: Path, cid: int, data: Path, change: Callable[[Message, Message], Message] | None = None
+    ):
         self.folder, self.change = folder / f"hospital-{cid}", change
-        self.identity = Identity(label=f"hospital-{cid}", cid=cid, data=data, device="cpu", medfl=__version__,
-                                 models=folder / "models", code="0" * 64)
+        self.identity = Identity(
+            label=f"hospital-{cid}",
+            cid=cid,
+            data=data,
+            device="cpu",
+            medfl=__version__,
+            models=folder / "models",
+            code="0" * 64,
+        )
         self.identity.save(self.folder)
         self.app, self.context = make_app(lambda context: self.folder), Context(1, 1, {}, RecordDict(), {})
 
@@ -66,19 +77,37 @@ class LocalHospital:
         return self.change(incoming, reply) if self.change else reply
 
 
-def run(hospitals: list[LocalHospital], training: TrainingSettings, settings: FederationSettings, out: Path,
-        start: torch.Tensor | None = None, say: Callable[[str], None] = print) -> tuple[RunState, list[dict]]:
-    """Run a federation of these hospitals: its state, and the audit log's entries. start: weights to begin with, (n,) float32."""
-    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = 1  # Flower makes messages only inside of a run
-    federation.server.membership.LOOK, federation.server.exchange.TICK = -1.0, 0.0  # there is nothing to wait for
+def run(
+    hospitals: list[LocalHospital],
+    training: TrainingSettings,
+    settings: FederationSettings,
+    out: Path,
+    start: torch.Tensor | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[RunState, list[dict]]:
+    """Run a federation of these hospitals: its state, and the audit log's entries. start: weights to begin
+    with, (n,) float32."""
+    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = (
+        1  # Flower makes messages only inside of a run
+    )
+    federation.server.membership.LOOK, federation.server.exchange.TICK = (
+        -1.0,
+        0.0,
+    )  # there is nothing to wait for
     torch.manual_seed(training.seed)
-    state = RunState(TransUNet(training.model, training.image_size, training.norm), training, settings, out, None)
+    state = RunState(
+        TransUNet(training.model, training.image_size, training.norm), training, settings, out, None
+    )
     state.progress.started_from = "random weights"
     if start is not None:
         state.weights, state.progress.started_from = start, "checkpoint"
     grid = Grid()
     grid.nodes = dict(enumerate(hospitals, 1))
-    code = Federation(grid, state, local_versions(__version__), out, False, AuditLog(out / "audit.jsonl"), say=say).run()
+    code = Federation(
+        grid, state, local_versions(__version__), out, False, AuditLog(out / "audit.jsonl"), say=say
+    ).run()
     if code:
         raise RuntimeError(f"the federation ended with {code}")
-    return state, [json.loads(line) for line in (out / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
+    return state, [
+        json.loads(line) for line in (out / "audit.jsonl").read_text(encoding="utf-8").splitlines()
+    ]

@@ -6,8 +6,9 @@
     python benchmarks/patient_privacy.py --data-dir data/many --init models/others/transunet_centralized_best.pth
     python benchmarks/patient_privacy.py --data-dir data/many --all-weights --rounds 60
 
-The hospitals' own code in this process, without Flower; FedAvg over --hospitals that share the patients at random; scored on
-patients that nobody trained on. The epsilon of 1e9 is the same training with next to no noise.
+The hospitals' own code in this process, without Flower; FedAvg over --hospitals that share the patients at
+random; scored on patients that nobody trained on. The epsilon of 1e9 is the same training with next to no
+noise.
 """
 
 import argparse
@@ -36,9 +37,15 @@ from transunet import TransUNet
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data/many"), help="a dataset (default data/many)")
-    parser.add_argument("--init", type=Path, help="a model to begin with, trained on others with --norm group")
-    parser.add_argument("--all-weights", action="store_true", help="train all weights and not the last layers alone")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/many"), help="a dataset (default data/many)"
+    )
+    parser.add_argument(
+        "--init", type=Path, help="a model to begin with, trained on others with --norm group"
+    )
+    parser.add_argument(
+        "--all-weights", action="store_true", help="train all weights and not the last layers alone"
+    )
     parser.add_argument("--hospitals", type=int, default=2, help="hospitals (default 2)")
     parser.add_argument("--rounds", type=int, default=12, help="rounds (default 12)")
     parser.add_argument("--epsilons", type=float, nargs="+", default=[1e9, 100, 8, 1], help="bounds to try")
@@ -51,24 +58,52 @@ def parse() -> argparse.Namespace:
 def start(arguments: argparse.Namespace) -> TransUNet:
     """The model that a federation begins with."""
     torch.manual_seed(arguments.seed)
-    return load_start(arguments.init, "tiny", 64, "group").model if arguments.init else TransUNet("tiny", 64, "group")
+    return (
+        load_start(arguments.init, "tiny", 64, "group").model
+        if arguments.init
+        else TransUNet("tiny", 64, "group")
+    )
 
 
 def federate(arguments: argparse.Namespace, epsilon: float, folder: Path) -> tuple[TransUNet, list[Hospital]]:
     """The last model of a federation, and its hospitals."""
-    settings = FederationSettings(clients=arguments.hospitals, rounds=arguments.rounds, partition="iid", val_fraction=0.0)
+    settings = FederationSettings(
+        clients=arguments.hospitals, rounds=arguments.rounds, partition="iid", val_fraction=0.0
+    )
     training = TrainingSettings(image_size=64, norm="group", lr=arguments.lr, seed=arguments.seed)
-    people = [Identity(label=f"hospital-{cid}", cid=cid, data=arguments.data_dir, device="cpu", medfl=__version__, models=folder,
-                       code="", patient_privacy=PatientPrivacy(epsilon=epsilon, delta=arguments.delta))
-              for cid in range(arguments.hospitals)]
+    people = [
+        Identity(
+            label=f"hospital-{cid}",
+            cid=cid,
+            data=arguments.data_dir,
+            device="cpu",
+            medfl=__version__,
+            models=folder,
+            code="",
+            patient_privacy=PatientPrivacy(epsilon=epsilon, delta=arguments.delta),
+        )
+        for cid in range(arguments.hospitals)
+    ]
     hospitals = [Hospital(who, training, settings, folder / "model.pt") for who in people]
     model = start(arguments)
-    for number in tqdm(range(1, arguments.rounds + 1), desc=f"epsilon {epsilon:g}", unit="round", leave=False, disable=None):
+    for number in tqdm(
+        range(1, arguments.rounds + 1), desc=f"epsilon {epsilon:g}", unit="round", leave=False, disable=None
+    ):
         sent, total, examples = pack(model.state_dict()), 0.0, 0
         for hospital in hospitals:
             model.load_state_dict(unpack(sent, model.state_dict()))
-            work, weights = hospital.train(model, Train(settings="", run="trial", without=[], round=number, rate=None, seconds=1e8,
-                                                        partition=hospital.data.partition_sha256))
+            work, weights = hospital.train(
+                model,
+                Train(
+                    settings="",
+                    run="trial",
+                    without=[],
+                    round=number,
+                    rate=None,
+                    seconds=1e8,
+                    partition=hospital.data.partition_sha256,
+                ),
+            )
             total, examples = total + work.examples * weights.double(), examples + work.examples
         model.load_state_dict(unpack((total / examples).float(), model.state_dict()))
     return model, hospitals
@@ -85,16 +120,24 @@ def main() -> None:
         return float(np.mean([row["dice"] for row in score_patients(model, dataset, test, THRESHOLD)]))
 
     model = start(arguments)
-    values = sum(p.numel() for name, p in model.named_parameters() if name.startswith(patient_privacy.TRAINED))
-    print(f"{dataset.name}: {len(test)} patients to score on; {values:,} weights are trained, in {arguments.rounds} rounds of "
-          f"{patient_privacy.STEPS} steps; delta {arguments.delta:g}; before it Dice {dice(model):.3f}")
+    values = sum(
+        p.numel() for name, p in model.named_parameters() if name.startswith(patient_privacy.TRAINED)
+    )
+    print(
+        f"{dataset.name}: {len(test)} patients to score on; {values:,} weights are trained, in "
+        f"{arguments.rounds} rounds of "
+        f"{patient_privacy.STEPS} steps; delta {arguments.delta:g}; before it Dice {dice(model):.3f}"
+    )
     for epsilon in arguments.epsilons:
         with tempfile.TemporaryDirectory(prefix="medfl-trial-") as folder:
             model, hospitals = federate(arguments, epsilon, Path(folder))
         counts = ", ".join(str(len(hospital.data.split.train)) for hospital in hospitals)
         budget = hospitals[0].budget
-        print(f"epsilon {epsilon:g} at hospitals of {counts} patients: {budget.spent:.3g} spent, noise "
-              f"{budget.done[0].multiplier:.3g} clips; Dice {dice(model):.3f}", flush=True)
+        print(
+            f"epsilon {epsilon:g} at hospitals of {counts} patients: {budget.spent:.3g} spent, noise "
+            f"{budget.done[0].multiplier:.3g} clips; Dice {dice(model):.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""How hard a cohort is: a threshold on FLAIR and an untrained model beside a trained one, on the same test patients.
+"""How hard a cohort is: a threshold on FLAIR and an untrained model beside a trained one, on the same test
+patients.
 
-    python benchmarks/phantom_difficulty.py --checkpoint models/demo/transunet_centralized_best.pth --data-dir data/phantoms
+    python benchmarks/phantom_difficulty.py --checkpoint models/demo/transunet_centralized_best.pth [--data-dir DIR]
 
-The threshold is the best of 30 on normalised FLAIR, chosen on the test patients themselves: flattered, and still worse.
+The threshold is the best of 30 on normalised FLAIR, chosen on the test patients themselves: flattered, and
+still worse.
 """
 
 import argparse
@@ -36,8 +38,12 @@ def best_threshold(dataset: Dataset, patients: tuple[str, ...]) -> tuple[float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a trained model, its split.json beside it")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="the dataset (default data/phantoms)")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a trained model, its split.json beside it"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/phantoms"), help="the dataset (default data/phantoms)"
+    )
     arguments = parser.parse_args()
     dataset, trained = load_dataset(arguments.data_dir), load_checkpoint(arguments.checkpoint)
     patients = load_split(arguments.checkpoint.parent / "split.json", {p.name for p in dataset.patients}).test

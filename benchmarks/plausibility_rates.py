@@ -1,10 +1,12 @@
-"""How often the app doubts real patients without reason, and how often it believes pictures that are no brain.
+"""How often the app doubts real patients without reason, and how often it believes pictures that are no
+brain.
 
     python benchmarks/plausibility_rates.py [--data-dir data]
 
-Patients are drawn 50 times into 70 % whose statistics a model would carry and 30 % that are looked at, as whole volumes and as
-lone slices. The others: photographs and microscopy that ship with scikit-learn and scikit-image, other anatomy and other
-modalities of pydicom's test files, and noise. Counted is the sentence that says that it does not look like the training scans.
+Patients are drawn 50 times into 70 % whose statistics a model would carry and 30 % that are looked at, as
+whole volumes and as lone slices. The others: photographs and microscopy that ship with scikit-learn and
+scikit-image, other anatomy and other modalities of pydicom's test files, and noise. Counted is the sentence
+that says that it does not look like the training scans.
 """
 
 import argparse
@@ -25,13 +27,27 @@ from dataset import load_dataset
 DRAWS = 50
 EVERY = 4  # of the slices that are looked at alone
 PICTURES = (".png", ".jpg")
-ANATOMY = ("CT_small.dcm", "MR_small.dcm", "693_J2KI.dcm", "JPEG2000.dcm", "examples_overlay.dcm", "examples_palette.dcm",
-           "J2K_pixelrep_mismatch.dcm", "liver_1frame.dcm", "examples_rgb_color.dcm", "examples_jpeg2k.dcm")
+ANATOMY = (
+    "CT_small.dcm",
+    "MR_small.dcm",
+    "693_J2KI.dcm",
+    "JPEG2000.dcm",
+    "examples_overlay.dcm",
+    "examples_palette.dcm",
+    "J2K_pixelrep_mismatch.dcm",
+    "liver_1frame.dcm",
+    "examples_rgb_color.dcm",
+    "examples_jpeg2k.dcm",
+)
 
 
 def strange(volume: np.ndarray, statistics: dict) -> bool:
     """Whether the page would say that this is unlike the training scans: in words, blank, or inverted."""
-    return any(word in doubt for doubt in doubts(volume, statistics) for word in ("look like the", "same value", "inverted"))
+    return any(
+        word in doubt
+        for doubt in doubts(volume, statistics)
+        for word in ("look like the", "same value", "inverted")
+    )
 
 
 def other_pictures() -> dict[str, np.ndarray]:
@@ -41,7 +57,9 @@ def other_pictures() -> dict[str, np.ndarray]:
         if path.suffix in PICTURES:
             found[path.name] = np.asarray(Image.open(path).convert("RGB"))
     for name in ANATOMY:
-        values = pydicom.dcmread(pydicom.data.get_testdata_file(name, download=False)).pixel_array.astype(np.float64)
+        values = pydicom.dcmread(pydicom.data.get_testdata_file(name, download=False)).pixel_array.astype(
+            np.float64
+        )
         low, high = np.percentile(values, [0.5, 99.5])
         pixels = ((values - low) / max(high - low, 1e-9) * 255).clip(0, 255).astype(np.uint8)
         found[name] = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
@@ -63,14 +81,20 @@ def main() -> None:
         for name in order[cut:]:
             volume = dataset.volume(name)[0]
             volumes.append(strange(volume, statistics))
-            slices += [strange(volume[k:k + 1], statistics) for k in range(0, len(volume), EVERY)]
+            slices += [strange(volume[k : k + 1], statistics) for k in range(0, len(volume), EVERY)]
         for name, picture in others.items():
             missed[name] += not strange(picture, statistics)
-    print(f"{dataset.name}, {len(names)} patients, {DRAWS} draws: doubted without reason {100 * np.mean(volumes):.1f} % of the "
-          f"volumes, {100 * np.mean(slices):.1f} % of the slices alone")
+    print(
+        f"{dataset.name}, {len(names)} patients, {DRAWS} draws: doubted without reason "
+        f"{100 * np.mean(volumes):.1f} % of the "
+        f"volumes, {100 * np.mean(slices):.1f} % of the slices alone"
+    )
     believed = {name: count for name, count in missed.items() if count}
-    print(f"{len(others)} other pictures: believed in {100 * sum(missed.values()) / (DRAWS * len(others)):.1f} % of the cases"
-          + "".join(f"\n  {name}: in {count} of {DRAWS} draws" for name, count in believed.items()))
+    print(
+        f"{len(others)} other pictures: believed in "
+        f"{100 * sum(missed.values()) / (DRAWS * len(others)):.1f} % of the cases"
+        + "".join(f"\n  {name}: in {count} of {DRAWS} draws" for name, count in believed.items())
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What one hostile hospital does to the model, attack by attack, behind the server's defences and without them.
+"""What one hostile hospital does to the model, attack by attack, behind the server's defences and without
+them.
 
-    python benchmarks/poisoned_hospital.py --data-dir data/forty --init models/start/transunet_centralized_best.pth --rounds 4
+    python benchmarks/poisoned_hospital.py --data-dir data/forty --init models/transunet_centralized_best.pth
     python benchmarks/poisoned_hospital.py --data-dir data --partition site --clients 4 --attacks none
 
-Hospitals of one process, with the product's own round loop and training. First all are honest, for --warm-up rounds; from the
-model that they have then, each attack goes on for --rounds rounds, in every one of them, and the result is compared with that of
-honest hospitals over the same rounds. The attackers know the rules and all honest updates of the round. The score is the mean
-volume Dice over the test patients, whom nobody trains on, of the model that the run ends with.
+Hospitals of one process, with the product's own round loop and training. First all are honest, for --warm-up
+rounds; from the model that they have then, each attack goes on for --rounds rounds, in every one of them, and
+the result is compared with that of honest hospitals over the same rounds. The attackers know the rules and
+all honest updates of the round. The score is the mean volume Dice over the test patients, whom nobody trains
+on, of the model that the run ends with.
 """
 
 import argparse
@@ -36,12 +38,18 @@ from split import make_split
 from training import TrainingSettings
 from transunet import TransUNet
 
-UNDEFENDED = {"max_update_norm_ratio": 1e9, "cut_update_norm_ratio": 1e9, "min_update_cosine": -1.0, "max_weight_ratio": 1e9}
+UNDEFENDED = {
+    "max_update_norm_ratio": 1e9,
+    "cut_update_norm_ratio": 1e9,
+    "min_update_cosine": -1.0,
+    "max_weight_ratio": 1e9,
+}
 
 
 @dataclass
 class Round:
-    """What an attacker knows in a round: the model that was sent, its own honest change, and those of all others, (n,) float32."""
+    """What an attacker knows in a round: the model that was sent, its own honest change, and those of all
+    others, (n,) float32."""
 
     own: torch.Tensor
     others: list[torch.Tensor]
@@ -87,13 +95,15 @@ def above_the_cosine(now: Round) -> torch.Tensor:
 
 
 def a_little(now: Round) -> torch.Tensor:
-    """A little is enough (Baruch et al. 2019, arXiv:1902.06156): the others' mean less a deviation, value by value."""
+    """A little is enough (Baruch et al. 2019, arXiv:1902.06156): the others' mean less a deviation, value by
+    value."""
     others = torch.stack(now.others)
     return torch.where(now.is_statistic, now.own, others.mean(dim=0) - others.std(dim=0))
 
 
 def replaced(now: Round) -> torch.Tensor:
-    """Model replacement (Bagdasaryan et al. 2020, arXiv:1807.00459): so long that the mean of all becomes the opposite."""
+    """Model replacement (Bagdasaryan et al. 2020, arXiv:1807.00459): so long that the mean of all becomes the
+    opposite."""
     return now.allowed(-(len(now.others) + 1) * 2 * now.mean)
 
 
@@ -133,8 +143,8 @@ def back_door(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @dataclass(frozen=True)
 class Attack:
-    """change: what becomes of the update; slices: what the hostile hospital trains on; claims: how many times its slices it
-    counts."""
+    """change: what becomes of the update; slices: what the hostile hospital trains on; claims: how many times
+    its slices it counts."""
 
     name: str
     change: Callable[[Round], torch.Tensor] | None = None
@@ -185,7 +195,9 @@ class Hostile:
         told["examples"] *= self.attack.claims
         weights = from_record(reply.content["arrays"])
         if self.attack.change:
-            now = Round(weights - self.sent, list(self.others.values()), self.is_statistic, self.variances, self.sent)
+            now = Round(
+                weights - self.sent, list(self.others.values()), self.is_statistic, self.variances, self.sent
+            )
             weights = self.sent + self.attack.change(now)
         return Message(message(told, to_record(weights)), reply_to=incoming)
 
@@ -195,7 +207,9 @@ def spoiled_copy(dataset: Dataset, how: Callable, out: Path) -> Path:
     for patient in dataset.patients:
         (out / patient.name).mkdir(parents=True)
         for number, (image, mask) in enumerate(zip(*dataset.volume(patient.name)), 1):
-            for name, pixels in zip((f"{patient.name}_{number}.png", f"{patient.name}_{number}_mask.png"), how(image, mask)):
+            for name, pixels in zip(
+                (f"{patient.name}_{number}.png", f"{patient.name}_{number}_mask.png"), how(image, mask)
+            ):
                 Image.fromarray(pixels).save(out / patient.name / name)
     return out
 
@@ -203,32 +217,71 @@ def spoiled_copy(dataset: Dataset, how: Callable, out: Path) -> Path:
 class Bench:
     """The federations of this benchmark, and their scores."""
 
-    def __init__(self, dataset: Dataset, training: TrainingSettings, settings: FederationSettings, folder: Path):
+    def __init__(
+        self, dataset: Dataset, training: TrainingSettings, settings: FederationSettings, folder: Path
+    ):
         self.dataset, self.training, self.settings, self.folder = dataset, training, settings, folder
-        self.split = make_split({p.name: p.site for p in dataset.patients}, training.seed, settings.val_fraction,
-                                settings.test_fraction)
+        self.split = make_split(
+            {p.name: p.site for p in dataset.patients},
+            training.seed,
+            settings.val_fraction,
+            settings.test_fraction,
+        )
         self.model = TransUNet(training.model, training.image_size, training.norm)
 
     def score(self, weights: torch.Tensor) -> float:
         """Mean volume Dice over the test patients."""
         self.model.load_state_dict(unpack(weights, self.model.state_dict()))
-        return float(np.mean([row["dice"] for row in score_patients(self.model, self.dataset, self.split.test, THRESHOLD)]))
+        return float(
+            np.mean(
+                [row["dice"] for row in score_patients(self.model, self.dataset, self.split.test, THRESHOLD)]
+            )
+        )
 
-    def federate(self, name: str, attack: Attack | None, rounds: int, start: torch.Tensor | None,
-                 bounds: dict | None = None) -> tuple[torch.Tensor, list[float], list[dict]]:
-        """Weights at the end, the hospitals' mean validation Dice after each round, and what the audit log says of the attack."""
+    def federate(
+        self,
+        name: str,
+        attack: Attack | None,
+        rounds: int,
+        start: torch.Tensor | None,
+        bounds: dict | None = None,
+    ) -> tuple[torch.Tensor, list[float], list[dict]]:
+        """Weights at the end, the hospitals' mean validation Dice after each round, and what the audit log
+        says of the attack."""
         out = self.folder / name.replace(" ", "-")
         hostile = Hostile(attack, self.model) if attack else None
-        data = spoiled_copy(self.dataset, attack.slices, out / "data") if attack and attack.slices else self.dataset.root
+        data = (
+            spoiled_copy(self.dataset, attack.slices, out / "data")
+            if attack and attack.slices
+            else self.dataset.root
+        )
         last = self.settings.clients - 1
-        hospitals = [LocalHospital(out, cid, data if cid == last else self.dataset.root, hostile and (
-            hostile.spoil if cid == last else hostile.watch(str(cid)))) for cid in range(last + 1)]
+        hospitals = [
+            LocalHospital(
+                out,
+                cid,
+                data if cid == last else self.dataset.root,
+                hostile and (hostile.spoil if cid == last else hostile.watch(str(cid))),
+            )
+            for cid in range(last + 1)
+        ]
         settings = replace(self.settings, rounds=rounds, **(bounds or {}))
         lines = []
         state, events = run(hospitals, self.training, settings, out, start, lines.append)
-        rows = [row for row in state.progress.rows if row["val_dice"] is not None and row["site"] != f"hospital-{last}"]
-        curve = [float(np.mean([row["val_dice"] for row in rows if row["round"] == number])) for number in range(2, rounds + 2)]
-        return state.final_weights, curve, [event for event in events if event["event"] in ("left_out", "collapse")]
+        rows = [
+            row
+            for row in state.progress.rows
+            if row["val_dice"] is not None and row["site"] != f"hospital-{last}"
+        ]
+        curve = [
+            float(np.mean([row["val_dice"] for row in rows if row["round"] == number]))
+            for number in range(2, rounds + 2)
+        ]
+        return (
+            state.final_weights,
+            curve,
+            [event for event in events if event["event"] in ("left_out", "collapse")],
+        )
 
 
 def draw(curves: dict[str, list[float]], data: str, path: Path) -> None:
@@ -236,7 +289,11 @@ def draw(curves: dict[str, list[float]], data: str, path: Path) -> None:
     figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     for number, (name, values) in enumerate(curves.items()):
-        style = {"color": "black", "linewidth": 2.5} if name == "all honest" else {"linestyle": ("-", "--", ":", "-.")[number % 4]}
+        style = (
+            {"color": "black", "linewidth": 2.5}
+            if name == "all honest"
+            else {"linestyle": ("-", "--", ":", "-.")[number % 4]}
+        )
         axes.plot(range(1, len(values) + 1), values, label=name, **style)
     axes.set(xlabel="round of the attack", ylabel=f"mean validation Dice ({data})", ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -247,36 +304,63 @@ def draw(curves: dict[str, list[float]], data: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
-    parser.add_argument("--warm-up", type=int, default=12, help="honest rounds before the attack (default 12)")
-    parser.add_argument("--init", type=Path, help="begin the attacks from this checkpoint, instead of honest rounds")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)"
+    )
+    parser.add_argument(
+        "--warm-up", type=int, default=12, help="honest rounds before the attack (default 12)"
+    )
+    parser.add_argument(
+        "--init", type=Path, help="begin the attacks from this checkpoint, instead of honest rounds"
+    )
     parser.add_argument("--rounds", type=int, default=8, help="rounds of the attack (default 8)")
-    parser.add_argument("--image-size", type=int, default=64, help="side of the network's input in pixels (default 64)")
-    parser.add_argument("--norm", default="batch", choices=("batch", "group"), help="normalisation (default batch)")
-    parser.add_argument("--partition", default="iid", choices=KINDS, help="how the dataset is divided (default iid)")
+    parser.add_argument(
+        "--image-size", type=int, default=64, help="side of the network's input in pixels (default 64)"
+    )
+    parser.add_argument(
+        "--norm", default="batch", choices=("batch", "group"), help="normalisation (default batch)"
+    )
+    parser.add_argument(
+        "--partition", default="iid", choices=KINDS, help="how the dataset is divided (default iid)"
+    )
     parser.add_argument("--clients", type=int, default=5, help="hospitals (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default 0)")
-    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=[*ATTACKS, "none"], help="which (default all)")
-    parser.add_argument("--undefended", action="store_true", help="also without screening, cut and weights' bound")
+    parser.add_argument(
+        "--attacks", nargs="+", default=list(ATTACKS), choices=[*ATTACKS, "none"], help="which (default all)"
+    )
+    parser.add_argument(
+        "--undefended", action="store_true", help="also without screening, cut and weights' bound"
+    )
     parser.add_argument("--plot", type=Path, help="draw the Dice over the rounds into this PNG")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     dataset = load_dataset(arguments.data_dir)
-    training = TrainingSettings(image_size=arguments.image_size, seed=arguments.seed, norm=arguments.norm, precision="float32")
-    settings = FederationSettings(clients=arguments.clients, partition=arguments.partition, round_timeout=3_600.0,
-                                  val_fraction=0.25)
+    training = TrainingSettings(
+        image_size=arguments.image_size, seed=arguments.seed, norm=arguments.norm, precision="float32"
+    )
+    settings = FederationSettings(
+        clients=arguments.clients, partition=arguments.partition, round_timeout=3_600.0, val_fraction=0.25
+    )
     curves, figures = {}, {}
     with tempfile.TemporaryDirectory(prefix="medfl-poison-") as folder:
         bench = Bench(dataset, training, settings, Path(folder))
         if arguments.init:
-            start = pack(load_start(arguments.init, training.model, training.image_size, training.norm).model.state_dict())
+            start = pack(
+                load_start(
+                    arguments.init, training.model, training.image_size, training.norm
+                ).model.state_dict()
+            )
             print(f"start, {arguments.init.name}: Dice {bench.score(start):.3f}", flush=True)
         else:
             start, _, unlike = bench.federate("start", None, arguments.warm_up, None)
-            print(f"start, after {arguments.warm_up} honest rounds: Dice {bench.score(start):.3f}; left out or taken back: "
-                  f"{unlike}", flush=True)
+            print(
+                f"start, after {arguments.warm_up} honest rounds: Dice {bench.score(start):.3f}; left out "
+                f"or taken back: "
+                f"{unlike}",
+                flush=True,
+            )
         attacks = [ATTACKS[name] for name in arguments.attacks if name != "none"]
         cases = [("all honest", None, None), *((attack.name, attack, None) for attack in attacks)]
         if arguments.undefended:
@@ -285,10 +369,16 @@ def main() -> None:
             weights, curves[name], events = bench.federate(name, attack, arguments.rounds, start, bounds)
             honest = figures["all honest"]["dice"] if figures else None
             dice = bench.score(weights) if bool(torch.isfinite(weights).all()) else 0.0
-            figures[name] = {"dice": dice, "of honest": dice / honest if honest else 1.0,
-                             "left out": sum(event["event"] == "left_out" for event in events),
-                             "collapses": sum(event["event"] == "collapse" for event in events)}
-            print(f"{name:55} {json.dumps({key: round(value, 3) for key, value in figures[name].items()})}", flush=True)
+            figures[name] = {
+                "dice": dice,
+                "of honest": dice / honest if honest else 1.0,
+                "left out": sum(event["event"] == "left_out" for event in events),
+                "collapses": sum(event["event"] == "collapse" for event in events),
+            }
+            print(
+                f"{name:55} {json.dumps({key: round(value, 3) for key, value in figures[name].items()})}",
+                flush=True,
+            )
     if arguments.plot:
         draw(curves, dataset.name, arguments.plot)
     if arguments.json:

@@ -1,9 +1,10 @@
-"""How long data/prepare_hospital.py takes for a study, and what memory it needs, with one patient and with several.
+"""How long data/prepare_hospital.py takes for a study, and what memory it needs, with one patient and with
+several.
 
     python benchmarks/prepare_speed.py [--patients 4]
 
-A study is three DICOM series of 512×512×40 of a phantom that moved between them, and a mask as DICOM SEG. Memory is the largest
-resident set of the script's process. Linux and macOS.
+A study is three DICOM series of 512×512×40 of a phantom that moved between them, and a mask as DICOM SEG.
+Memory is the largest resident set of the script's process. Linux and macOS.
 """
 
 import argparse
@@ -35,12 +36,21 @@ def write_study(folder: Path, number: int) -> None:
         paths = write_series(folder / name, seen, who, study=f"1.2.{number}", SeriesDescription=name)
         if name == "AX FLAIR":
             (series,), _ = find_series(paths)
-            write_segmentation(sitk.GetArrayFromImage(scan(truth, SIDE, SLICES, nearest=True)), series, folder / "seg")
+            write_segmentation(
+                sitk.GetArrayFromImage(scan(truth, SIDE, SLICES, nearest=True)), series, folder / "seg"
+            )
 
 
 def measure(archive: Path, out: Path) -> tuple[float, float]:
     """Seconds, and MiB at most, of a preparation. Raises MedFLError where it fails."""
-    command = [sys.executable, str(ROOT / "data" / "prepare_hospital.py"), "--dicom", str(archive), "--out", str(out)]
+    command = [
+        sys.executable,
+        str(ROOT / "data" / "prepare_hospital.py"),
+        "--dicom",
+        str(archive),
+        "--out",
+        str(out),
+    ]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
@@ -59,7 +69,11 @@ def main() -> None:
             for number in range(count):
                 write_study(archive / str(number), number)
             seconds, memory = measure(archive, Path(folder) / f"out{count}")
-            print(f"{count} patient(s): {seconds:.1f} s, {seconds / count:.1f} s a study, at most {memory:.0f} MiB", flush=True)
+            print(
+                f"{count} patient(s): {seconds:.1f} s, {seconds / count:.1f} s a study, at most "
+                f"{memory:.0f} MiB",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

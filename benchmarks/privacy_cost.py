@@ -1,9 +1,10 @@
-"""What differential privacy adds to a round at the server: seconds for clipping and noise, and their share of a round.
+"""What differential privacy adds to a round at the server: seconds for clipping and noise, and their share of
+a round.
 
     python benchmarks/privacy_cost.py [--clients 3] [--round-seconds 13]
 
-The updates are random, of the size of `tiny`'s; how long a round is without privacy, benchmarks/federated_rounds.py and
-benchmarks/security_cost.py measure.
+The updates are random, of the size of `tiny`'s; how long a round is without privacy,
+benchmarks/federated_rounds.py and benchmarks/security_cost.py measure.
 """
 
 import argparse
@@ -27,9 +28,13 @@ TIMES = 9
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=3, help="hospitals (default 3)")
-    parser.add_argument("--round-seconds", type=float, default=13.0, help="a round without privacy, in seconds (default 13)")
+    parser.add_argument(
+        "--round-seconds", type=float, default=13.0, help="a round without privacy, in seconds (default 13)"
+    )
     arguments = parser.parse_args()
-    privacy = HospitalPrivacy(FederationSettings(clients=arguments.clients, dp_clip=1.0, dp_noise_multiplier=1.0))
+    privacy = HospitalPrivacy(
+        FederationSettings(clients=arguments.clients, dp_clip=1.0, dp_noise_multiplier=1.0)
+    )
     sent = pack(TransUNet("tiny", 128, "group").state_dict())
     everything, seconds = torch.ones(len(sent), dtype=torch.bool), []
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as folder:
@@ -41,8 +46,10 @@ def main() -> None:
             privacy.private_mean(updates.sent, updates.blocks, everything)
             seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds)
-    print(f"{arguments.clients} updates of {len(sent):,} weights: {median:.2f} s (median of {TIMES}), "
-          f"{median / arguments.round_seconds:.1%} of a round of {arguments.round_seconds:g} s")
+    print(
+        f"{arguments.clients} updates of {len(sent):,} weights: {median:.2f} s (median of {TIMES}), "
+        f"{median / arguments.round_seconds:.1%} of a round of {arguments.round_seconds:g} s"
+    )
 
 
 if __name__ == "__main__":

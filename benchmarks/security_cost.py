@@ -3,8 +3,8 @@
     python benchmarks/security_cost.py gateway --data-dir data/phantoms [--rounds 5] [--repeats 2]
     python benchmarks/security_cost.py secure-aggregation
 
-A server and two hospitals (three with secure aggregation, which needs as many) as real processes on this machine, `tiny` at 128
-pixels. gateway: the secured ones have a kit each, and stand behind nginx.
+A server and two hospitals (three with secure aggregation, which needs as many) as real processes on this
+machine, `tiny` at 128 pixels. gateway: the secured ones have a kit each, and stand behind nginx.
 """
 
 import argparse
@@ -17,7 +17,14 @@ import tempfile
 from pathlib import Path
 
 from common import ROOT, MedFLError, run_script
-from federation.runtime.kit import CA, HOSPITAL_PUBLIC, admit, make_authority, make_hospital_key, make_server_certificate
+from federation.runtime.kit import (
+    CA,
+    HOSPITAL_PUBLIC,
+    admit,
+    make_authority,
+    make_hospital_key,
+    make_server_certificate,
+)
 from federation.runtime.processes import free_port
 
 HOSPITALS = {"gateway": 2, "secure-aggregation": 3}
@@ -35,19 +42,34 @@ def make_kits(folder: Path, hospitals: int) -> None:
         shutil.copyfile(folder / "server" / CA, kit / CA)
 
 
-def rounds(defence: str | None, count: int, folder: Path, data_dir: Path, number: int) -> list[tuple[float, float]]:
-    """Seconds of each of `number` rounds of `count` hospitals, and those besides the longest hospital's work."""
+def rounds(
+    defence: str | None, count: int, folder: Path, data_dir: Path, number: int
+) -> list[tuple[float, float]]:
+    """Seconds of each of `number` rounds of `count` hospitals, and
+    those besides the longest hospital's work."""
     address = f"127.0.0.1:{free_port()}"
 
     def keys(name: str) -> list[str]:
         return ["--kit", str(folder / name)] if defence == "gateway" else []
 
     client = [sys.executable, str(ROOT / "run_client.py"), "--data-dir", str(data_dir), "--server", address]
-    hospitals = [subprocess.Popen([*client, "--cid", str(k), *keys(f"hospital-{k}")], stdout=subprocess.DEVNULL)
-                 for k in range(count)]
-    server = [sys.executable, str(ROOT / "run_server.py"), "--address", address, "--out", str(folder / "out"), *keys("server")]
+    hospitals = [
+        subprocess.Popen([*client, "--cid", str(k), *keys(f"hospital-{k}")], stdout=subprocess.DEVNULL)
+        for k in range(count)
+    ]
+    server = [
+        sys.executable,
+        str(ROOT / "run_server.py"),
+        "--address",
+        address,
+        "--out",
+        str(folder / "out"),
+        *keys("server"),
+    ]
     server += ["--secure-aggregation"] if defence == "secure-aggregation" else []
-    done = subprocess.run([*server, "--clients", str(count), "--rounds", str(number)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*server, "--clients", str(count), "--rounds", str(number)], capture_output=True, text=True
+    )
     for hospital in hospitals:
         hospital.wait()
     if done.returncode:
@@ -58,9 +80,13 @@ def rounds(defence: str | None, count: int, folder: Path, data_dir: Path, number
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("defence", choices=HOSPITALS, help="which")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each federation (default 5)")
-    parser.add_argument("--repeats", type=int, default=2, help="federations of each kind, in turn (default 2)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="federations of each kind, in turn (default 2)"
+    )
     arguments = parser.parse_args()
     count = HOSPITALS[arguments.defence]
     measured: dict[str, list[tuple[float, float]]] = {"plain": [], "secured": []}
@@ -68,14 +94,26 @@ def main() -> None:
         make_kits(Path(name), count)
         for _ in range(arguments.repeats):
             for kind, found in measured.items():
-                found += rounds(arguments.defence if kind == "secured" else None, count, Path(name), arguments.data_dir,
-                                arguments.rounds)
-                print(f"{kind}: {', '.join(f'{seconds:.1f}' for seconds, _ in found[-arguments.rounds:])} s a round", flush=True)
+                found += rounds(
+                    arguments.defence if kind == "secured" else None,
+                    count,
+                    Path(name),
+                    arguments.data_dir,
+                    arguments.rounds,
+                )
+                print(
+                    f"{kind}: {', '.join(f'{seconds:.1f}' for seconds, _ in found[-arguments.rounds :])} s "
+                    f"a round",
+                    flush=True,
+                )
     medians = {}
     for kind, found in measured.items():
         medians[kind] = [statistics.median(values) for values in zip(*found)]
-        print(f"{kind:8} median round {medians[kind][0]:.1f} s, besides the hospitals' work {medians[kind][1]:.1f} s, "
-              f"{len(found)} rounds")
+        print(
+            f"{kind:8} median round {medians[kind][0]:.1f} s, besides the hospitals' work "
+            f"{medians[kind][1]:.1f} s, "
+            f"{len(found)} rounds"
+        )
     more = medians["secured"][0] - medians["plain"][0]
     print(f"{arguments.defence}: {more:+.1f} s, {100 * more / medians['plain'][0]:+.1f} % of a round")
 

@@ -1,10 +1,12 @@
-"""How the server's memory and time depend on the number of hospitals: one round's answers taken in, screened and summed.
+"""How the server's memory and time depend on the number of hospitals: one round's answers taken in, screened
+and summed.
 
     python benchmarks/server_memory.py [--hospitals 4 64] [--model tiny] [--strategies fedavg krum]
 
-For each strategy and number of hospitals a process of its own takes in random updates of the model's size one after the other, as
-they come from Flower, screens them, and makes the new model. Memory is the highest resident memory of that process above what it
-holds with the model alone (Linux only); seconds are those of screening and summing.
+For each strategy and number of hospitals a process of its own takes in random updates of the model's size one
+after the other, as they come from Flower, screens them, and makes the new model. Memory is the highest
+resident memory of that process above what it holds with the model alone (Linux only); seconds are those of
+screening and summing.
 """
 
 import argparse
@@ -35,15 +37,23 @@ def one_round(strategy: str, hospitals: int, name: str) -> None:
     """Take in, screen and sum the updates of a round, and print what it took."""
     model = TransUNet(name, 128)
     sent, is_statistic, variances = pack(model.state_dict()), statistics_mask(model), variance_mask(model)
-    settings = FederationSettings(clients=hospitals, strategy=strategy, malicious=1 if hospitals > 4 else 0,
-                                  trim=0.2 if hospitals > 4 else 0.25)
+    settings = FederationSettings(
+        clients=hospitals,
+        strategy=strategy,
+        malicious=1 if hospitals > 4 else 0,
+        trim=0.2 if hospitals > 4 else 0.25,
+    )
     aggregator, shared = Aggregator(settings, is_statistic), torch.randn(len(sent)) * 0.01
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-", dir=Path.cwd()) as folder:
         Path("/proc/self/clear_refs").write_text("5")  # the mark
         base = resident("VmRSS")
         updates = Updates(sent, is_statistic, Path(folder))
         for number in range(hospitals):
-            change = torch.randn(len(sent), generator=torch.Generator().manual_seed(number)).mul_(0.01).add_(shared)
+            change = (
+                torch.randn(len(sent), generator=torch.Generator().manual_seed(number))
+                .mul_(0.01)
+                .add_(shared)
+            )
             change[variances] = change[variances].abs()
             weights = from_record(to_record(change.add_(sent)))
             del change
@@ -56,25 +66,48 @@ def one_round(strategy: str, hospitals: int, name: str) -> None:
         aggregator(1, updates)
         seconds = time.perf_counter() - began
         updates.close()
-    print(f"{strategy:14}{hospitals:>5} hospitals: {resident('VmHWM') - base:6.0f} MiB above {base:.0f}, screening "
-          f"{screened:.1f} s, with the sum {seconds:.1f} s")
+    print(
+        f"{strategy:14}{hospitals:>5} hospitals: {resident('VmHWM') - base:6.0f} MiB above {base:.0f}, "
+        f"screening "
+        f"{screened:.1f} s, with the sum {seconds:.1f} s"
+    )
     if left_out:
         print(f"left out: {left_out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hospitals", type=int, nargs="+", default=[4, 64], help="how many (default 4 and 64)")
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="which (default all)")
-    parser.add_argument("--model", choices=ARCHITECTURES, default="tiny", help="whose size updates have (default tiny)")
-    parser.add_argument("--one", action="store_true", help="do it in this process, for one strategy and number")
+    parser.add_argument(
+        "--hospitals", type=int, nargs="+", default=[4, 64], help="how many (default 4 and 64)"
+    )
+    parser.add_argument(
+        "--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="which (default all)"
+    )
+    parser.add_argument(
+        "--model", choices=ARCHITECTURES, default="tiny", help="whose size updates have (default tiny)"
+    )
+    parser.add_argument(
+        "--one", action="store_true", help="do it in this process, for one strategy and number"
+    )
     arguments = parser.parse_args()
     if arguments.one:
         return one_round(arguments.strategies[0], arguments.hospitals[0], arguments.model)
     for strategy in arguments.strategies:
         for hospitals in arguments.hospitals:
-            subprocess.run([sys.executable, __file__, "--one", "--strategies", strategy, "--hospitals", str(hospitals),
-                            "--model", arguments.model], check=True)
+            subprocess.run(
+                [
+                    sys.executable,
+                    __file__,
+                    "--one",
+                    "--strategies",
+                    strategy,
+                    "--hospitals",
+                    str(hospitals),
+                    "--model",
+                    arguments.model,
+                ],
+                check=True,
+            )
 
 
 if __name__ == "__main__":

@@ -21,9 +21,21 @@ def served(root: Path, checkpoint: Path | None, log: Path) -> Iterator[tuple[str
     environment = {**os.environ, "PYTHONPATH": str(root)}  # as the Space's Dockerfile has it
     environment |= {"MEDFL_CHECKPOINT": str(checkpoint)} if checkpoint else {}
     with open(log, "wb") as output:
-        process = subprocess.Popen([sys.executable, "-m", "streamlit", "run", str(root / "deployment" / "app" / "app.py"),
-                                    "--server.port", str(port)], cwd=root, env=environment, stdout=output,
-                                   stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "streamlit",
+                "run",
+                str(root / "deployment" / "app" / "app.py"),
+                "--server.port",
+                str(port),
+            ],
+            cwd=root,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     try:
         until = time.monotonic() + DEADLINE
         while True:

@@ -1,10 +1,11 @@
-"""Measure a training here: images a second against a U-Net, its memory, and the input pipeline's share of a step.
+"""Measure a training here: images a second against a U-Net, its memory, and the input pipeline's share of a
+step.
 
     python benchmarks/throughput.py [--data-dir data/phantoms] [--side 256] [--batch-size 16] [--steps 5]
 
-The U-Net is segmentation_models_pytorch's with a ResNet-34, random weights, plain float32; ours is `tiny` with its
-defaults. Both do the same step in turn, so that a noisy machine hits both, and medians are compared. Measured here are
-only forward, backward and the optimiser's step; augmentation is timed apart.
+The U-Net is segmentation_models_pytorch's with a ResNet-34, random weights, plain float32; ours is `tiny`
+with its defaults. Both do the same step in turn, so that a noisy machine hits both, and medians are compared.
+Measured here are only forward, backward and the optimiser's step; augmentation is timed apart.
 """
 
 import argparse
@@ -45,7 +46,9 @@ def unet_step(images: torch.Tensor, masks: torch.Tensor):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)"
+    )
     parser.add_argument("--side", type=int, default=256, help="pixels (default 256)")
     parser.add_argument("--batch-size", type=int, default=16, help="slices (default 16)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default 5)")
@@ -68,8 +71,10 @@ def main() -> None:
     pairs = [(seconds(lambda: learner.train_epoch([batch])), seconds(step)) for _ in range(arguments.steps)]
     ours, theirs = (arguments.batch_size / statistics.median(times) for times in zip(*pairs))
     share = statistics.median(inputs) / (statistics.median(inputs) + statistics.median(alone))
-    print(f"tiny at {arguments.side} pixels, batch {arguments.batch_size}, {str(learner.precision)[6:]}, "
-          f"{torch.get_num_threads()} threads")
+    print(
+        f"tiny at {arguments.side} pixels, batch {arguments.batch_size}, {str(learner.precision)[6:]}, "
+        f"{torch.get_num_threads()} threads"
+    )
     print(f"  {ours:.1f} images/s against {theirs:.1f} of the U-Net: {ours / theirs:.2f} times")
     print(f"  input pipeline {100 * share:.1f} % of a step after the first pass")
     print(f"  memory of the process before the U-Net was made: {memory:.2f} GiB (its peak)")

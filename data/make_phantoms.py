@@ -1,4 +1,5 @@
-"""Makes synthetic patients in the layout of the LGG MRI download, for tests and first tries without any real scan.
+"""Makes synthetic patients in the layout of the LGG MRI download, for tests and first tries without any real
+scan.
 
     python data/make_phantoms.py --patients 24 --out data/phantoms
 
@@ -13,11 +14,21 @@ from phantoms import make_phantoms
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make synthetic patients in the layout of the LGG MRI download.")
-    parser.add_argument("--out", type=Path, default=Path("data/phantoms"), help="folder for kaggle_3m (default data/phantoms)")
-    for option, default, text in (("--patients", 24, "how many"), ("--slices", 24, "slices per patient, on average"),
-                                  ("--size", 256, "pixels a side"), ("--seed", 0, "of all random numbers")):
-        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    parser = argparse.ArgumentParser(
+        description="Make synthetic patients in the layout of the LGG MRI download."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/phantoms"), help="folder for kaggle_3m (default data/phantoms)"
+    )
+    for option, default, text in (
+        ("--patients", 24, "how many"),
+        ("--slices", 24, "slices per patient, on average"),
+        ("--size", 256, "pixels a side"),
+        ("--seed", 0, "of all random numbers"),
+    ):
+        parser.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{text} (default {default})"
+        )
     arguments = parser.parse_args()
     root = make_phantoms(**vars(arguments), progress=True)
     print(f"{arguments.patients} phantoms in {root}")

@@ -2,9 +2,10 @@
 
     python deployment/export_onnx.py --checkpoint models/demo/transunet_centralized_best.pth --out models/transunet.onnx
 
-Inputs: `volume` uint8 (S, H, W, 3), all slices of a patient; `first` and `count` int64, the slices to segment. Output:
-`probability` float32 (count, H, W). The statistics of the normalisation come from the whole volume, so block by block gives
-the same as all at once. The file is kept only if onnxruntime computes with it what inference.py computes.
+Inputs: `volume` uint8 (S, H, W, 3), all slices of a patient; `first` and `count` int64, the slices to
+segment. Output: `probability` float32 (count, H, W). The statistics of the normalisation come from the whole
+volume, so block by block gives the same as all at once. The file is kept only if onnxruntime computes with it
+what inference.py computes.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
     parser.add_argument("--out", type=Path, required=True, help="the .onnx file to write")
-    parser.add_argument("--half", action="store_true", help="store the weights in half precision: half the size")
+    parser.add_argument(
+        "--half", action="store_true", help="store the weights in half precision: half the size"
+    )
     return parser.parse_args()
 
 
@@ -65,7 +68,8 @@ class WholeWay(nn.Module):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a graph is from inference.py: the largest difference of a probability, mask pixels that differ, pixels in all."""
+    """How far a graph is from inference.py: the largest difference of a probability, mask pixels that differ,
+    pixels in all."""
 
     probability: float
     pixels: int
@@ -73,9 +77,13 @@ class Difference:
 
 
 def export(checkpoint: Checkpoint, half: bool = False) -> tuple[bytes, Difference]:
-    """The file's content and how far it is from inference.py. Raises MedFLError where it is too far, or onnx is missing."""
+    """The file's content and how far it is from inference.py. Raises MedFLError where it is too far, or onnx
+    is missing."""
     if onnx is None:
-        raise MedFLError("onnx, onnxscript and onnxruntime are needed; install them with `pip install -r requirements-export.txt`")
+        raise MedFLError(
+            "onnx, onnxscript and onnxruntime are needed; install them with `pip install -r "
+            "requirements-export.txt`"
+        )
     graph = build_graph(checkpoint.model)
     if half:
         halve(graph.graph)
@@ -86,8 +94,11 @@ def export(checkpoint: Checkpoint, half: bool = False) -> tuple[bytes, Differenc
     bound = BOUND_HALF if half else BOUND
     if not difference.probability < bound:
         remedy = "export without --half" if half else "please report it with the checkpoint's card"
-        raise MedFLError(f"the graph's probabilities differ from the model's by up to {difference.probability:.1e}, more than "
-                         f"{bound:g}, so nothing was written; {remedy}")
+        raise MedFLError(
+            f"the graph's probabilities differ from the model's by up to {difference.probability:.1e}, more "
+            f"than "
+            f"{bound:g}, so nothing was written; {remedy}"
+        )
     return content, difference
 
 
@@ -97,14 +108,23 @@ def build_graph(model: TransUNet) -> "onnx.ModelProto":
     anything = torch.export.Dim.DYNAMIC
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own use of its older parts
-        program = torch.onnx.export(WholeWay(model).eval(), example, dynamo=True, verbose=False,
-                                    input_names=["volume", "chosen"], output_names=["probability"],
-                                    dynamic_shapes=({0: anything, 1: anything, 2: anything}, {0: anything}))
+        program = torch.onnx.export(
+            WholeWay(model).eval(),
+            example,
+            dynamo=True,
+            verbose=False,
+            input_names=["volume", "chosen"],
+            output_names=["probability"],
+            dynamic_shapes=({0: anything, 1: anything, 2: anything}, {0: anything}),
+        )
     model_proto = program.model_proto  # a new one each time it is asked for
     graph = model_proto.graph
-    # torch can't trace a slice whose bounds are values; so `chosen` is traced, and made here of first and count
+    # torch can't trace a slice whose bounds are values; so `chosen` is traced, and made here of first and
+    # count
     graph.input.remove(next(given for given in graph.input if given.name == "chosen"))
-    graph.input.extend(helper.make_tensor_value_info(name, TensorProto.INT64, []) for name in ("first", "count"))
+    graph.input.extend(
+        helper.make_tensor_value_info(name, TensorProto.INT64, []) for name in ("first", "count")
+    )
     graph.initializer.append(numpy_helper.from_array(np.array(1), "one"))
     graph.node.insert(0, helper.make_node("Add", ["first", "count"], ["end"]))
     graph.node.insert(1, helper.make_node("Range", ["first", "end", "one"], ["chosen"]))
@@ -115,7 +135,8 @@ def build_graph(model: TransUNet) -> "onnx.ModelProto":
 
 
 def halve(graph: "onnx.GraphProto") -> None:
-    """Store the large weights in half precision. They are computed with in single precision: a cast stands behind each."""
+    """Store the large weights in half precision. They are computed with in single precision: a cast stands
+    behind each."""
     for weight in list(graph.initializer):
         values = numpy_helper.to_array(weight)
         if values.dtype != np.float32 or values.size < LARGE:
@@ -126,28 +147,49 @@ def halve(graph: "onnx.GraphProto") -> None:
 
 
 def properties(checkpoint: Checkpoint) -> dict[str, str]:
-    """What travels in the file besides the graph: the checkpoint's metadata, its card, and the constants of appearance/."""
-    texts = {"metadata": checkpoint.metadata, "card": card_rows(checkpoint, checkpoint.sha256()), "plausibility": rules()}
-    return {"medfl_format": FORMAT} | {name: json.dumps(value, allow_nan=False) for name, value in texts.items()}
+    """What travels in the file besides the graph: the checkpoint's metadata, its card, and the constants of
+    appearance/."""
+    texts = {
+        "metadata": checkpoint.metadata,
+        "card": card_rows(checkpoint, checkpoint.sha256()),
+        "plausibility": rules(),
+    }
+    return {"medfl_format": FORMAT} | {
+        name: json.dumps(value, allow_nan=False) for name, value in texts.items()
+    }
 
 
 def rules() -> dict:
     """The constants of appearance/, by which the page in the browser doubts a scan."""
-    return {"channels": CHANNELS, "flair": features.FLAIR, "frame": features.FRAME, "appearance": features.APPEARANCE,
-            "limit": doubts.LIMIT, "limit_alone": doubts.LIMIT_ALONE, "sides": doubts.SIDES,
-            "aspect": doubts.ASPECT}
+    return {
+        "channels": CHANNELS,
+        "flair": features.FLAIR,
+        "frame": features.FRAME,
+        "appearance": features.APPEARANCE,
+        "limit": doubts.LIMIT,
+        "limit_alone": doubts.LIMIT_ALONE,
+        "sides": doubts.SIDES,
+        "aspect": doubts.ASPECT,
+    }
 
 
 def compare(checkpoint: Checkpoint, content: bytes) -> Difference:
-    """Run the file in onnxruntime beside inference.py, on phantoms of several sizes and numbers of slices, whole and in blocks."""
+    """Run the file in onnxruntime beside inference.py, on phantoms of several sizes and numbers of slices,
+    whole and in blocks."""
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     largest, pixels, of = 0.0, 0, 0
     for volume in _volumes():
         expected = predict_volume(checkpoint.model, volume)
         for block in {len(volume), min(BLOCK, len(volume)), 1}:
             parts = [(first, min(block, len(volume) - first)) for first in range(0, len(volume), block)]
-            found = np.concatenate([session.run(None, {"volume": volume, "first": np.array(first), "count": np.array(count)})[0]
-                                    for first, count in parts])
+            found = np.concatenate(
+                [
+                    session.run(None, {"volume": volume, "first": np.array(first), "count": np.array(count)})[
+                        0
+                    ]
+                    for first, count in parts
+                ]
+            )
             largest = max(largest, float(np.abs(found - expected).max()))
             masks = [to_mask(values, checkpoint.threshold) for values in (found, expected)]
             pixels, of = pixels + int(np.count_nonzero(masks[0] != masks[1])), of + found.size
@@ -157,18 +199,26 @@ def compare(checkpoint: Checkpoint, content: bytes) -> Difference:
 def _volumes() -> list[np.ndarray]:
     """Phantoms of `SIZES`, (S, H, W, 3) uint8."""
     with tempfile.TemporaryDirectory() as folder:
-        root = make_phantoms(Path(folder), patients=1, slices=2 * max(slices for slices, *_ in SIZES), size=256, seed=SEED)
+        root = make_phantoms(
+            Path(folder), patients=1, slices=2 * max(slices for slices, *_ in SIZES), size=256, seed=SEED
+        )
         patient = next(path for path in root.iterdir() if path.is_dir())
-        volume = read_volume([path for path in sorted(patient.glob("*.tif")) if not path.stem.endswith("_mask")])
+        volume = read_volume(
+            [path for path in sorted(patient.glob("*.tif")) if not path.stem.endswith("_mask")]
+        )
     middle = len(volume) // 2
-    return [np.ascontiguousarray(volume[max(middle - slices // 2, 0):][:slices, :rows, :columns])
-            for slices, rows, columns in SIZES]
+    return [
+        np.ascontiguousarray(volume[max(middle - slices // 2, 0) :][:slices, :rows, :columns])
+        for slices, rows, columns in SIZES
+    ]
 
 
 def told(difference: Difference) -> str:
     """The difference in words."""
-    return (f"largest difference of a probability from inference.py {difference.probability:.1e}, "
-            f"{difference.pixels} of {difference.of:,} mask pixels differ")
+    return (
+        f"largest difference of a probability from inference.py {difference.probability:.1e}, "
+        f"{difference.pixels} of {difference.of:,} mask pixels differ"
+    )
 
 
 def main() -> None:

@@ -4,10 +4,10 @@
     python deployment/push_to_space.py --repo NAME/medfl --checkpoint models/transunet_federated_best.pth
     python deployment/push_to_space.py --repo NAME/medfl --checkpoint models/transunet_federated_best.pth --static
 
-The first two publish the Streamlit page as a Docker Space, the third the page that runs in the reader's browser as a static
-Space, which is free. Stages a folder (models/space or models/browser) from an allow-list, shows what it holds, and with a token
-of yours (`hf auth login`, or HF_TOKEN) creates or updates the Space and waits until it runs. --dry-run stops before anything
-is sent.
+The first two publish the Streamlit page as a Docker Space, the third the page that runs in the reader's
+browser as a static Space, which is free. Stages a folder (models/space or models/browser) from an allow-list,
+shows what it holds, and with a token of yours (`hf auth login`, or HF_TOKEN) creates or updates the Space and
+waits until it runs. --dry-run stops before anything is sent.
 """
 
 import argparse
@@ -29,7 +29,8 @@ LOOK = 5.0  # seconds between two looks at it
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two Spaces. folder: what is sent; title: in the front matter of its README; own_machine: how to do without it."""
+    """One of the two Spaces. folder: what is sent; title: in the front matter of its README; own_machine: how
+    to do without it."""
 
     sdk: str
     folder: Path
@@ -37,46 +38,72 @@ class Kind:
     own_machine: str
 
 
-DOCKER = Kind("docker", SPACE, "MedFL",
-              f"docker build -t medfl {SPACE.relative_to(ROOT)} && docker run --rm -p 127.0.0.1:8501:8501 medfl")
+DOCKER = Kind(
+    "docker",
+    SPACE,
+    "MedFL",
+    f"docker build -t medfl {SPACE.relative_to(ROOT)} && docker run --rm -p 127.0.0.1:8501:8501 medfl",
+)
 STATIC = Kind("static", BROWSER, "MedFL in the browser", "make browser-demo")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repo", required=True, help="the Space's name, NAME or OWNER/NAME")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the model that the page shows, a .pth file")
-    parser.add_argument("--static", action="store_true", help="publish the page that runs in the browser, as a static Space")
-    parser.add_argument("--half", action="store_true", help="with --static: store the weights in half precision, half the size")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="the model that the page shows, a .pth file"
+    )
+    parser.add_argument(
+        "--static", action="store_true", help="publish the page that runs in the browser, as a static Space"
+    )
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="with --static: store the weights in half precision, half the size",
+    )
     parser.add_argument("--dry-run", action="store_true", help="stage the folder and show it, send nothing")
     return parser.parse_args()
 
 
 def publish(repo: str, kind: Kind) -> str:
-    """Create or update the Space from the staged folder and wait until it runs; its address. Raises MedFLError."""
+    """Create or update the Space from the staged folder and wait until it runs; its address. Raises
+    MedFLError."""
     api = HfApi()
     try:
         owner = api.whoami()["name"]
         repo = repo if "/" in repo else f"{owner}/{repo}"
         _create(api, repo, kind)
-        api.upload_folder(repo_id=repo, repo_type="space", folder_path=kind.folder, delete_patterns="*",
-                          commit_message="MedFL's page")
+        api.upload_folder(
+            repo_id=repo,
+            repo_type="space",
+            folder_path=kind.folder,
+            delete_patterns="*",
+            commit_message="MedFL's page",
+        )
         _wait(api, repo)
     except LocalTokenNotFoundError as error:
-        raise MedFLError("there is no Hugging Face token; make one that may write and give it with `hf auth login` or "
-                         f"HF_TOKEN, or run the page yourself: {kind.own_machine}") from error
+        raise MedFLError(
+            "there is no Hugging Face token; make one that may write and give it with `hf auth login` or "
+            f"HF_TOKEN, or run the page yourself: {kind.own_machine}"
+        ) from error
     except HFValidationError as error:
-        raise MedFLError(f"{repo} is no name for a Space; choose letters, digits, - and _, as in NAME/medfl") from error
+        raise MedFLError(
+            f"{repo} is no name for a Space; choose letters, digits, - and _, as in NAME/medfl"
+        ) from error
     except HfHubHTTPError as error:
         raise MedFLError(_reason(error, repo, kind)) from error
     except HTTPError as error:
-        raise MedFLError(f"Hugging Face can't be reached ({type(error).__name__}); check the network, or run the page yourself: "
-                         f"{kind.own_machine}") from error
+        raise MedFLError(
+            f"Hugging Face can't be reached ({type(error).__name__}); check the network, or run the page "
+            f"yourself: "
+            f"{kind.own_machine}"
+        ) from error
     return f"https://huggingface.co/spaces/{repo}"
 
 
 def _create(api: HfApi, repo: str, kind: Kind) -> None:
-    """Make the Space, unless it is there and holds this app. Raises MedFLError where it holds something else."""
+    """Make the Space, unless it is there and holds this app. Raises
+    MedFLError where it holds something else."""
     if not api.repo_exists(repo, repo_type="space"):
         api.create_repo(repo, repo_type="space", space_sdk=kind.sdk)
         return
@@ -99,18 +126,29 @@ def _wait(api: HfApi, repo: str) -> None:
         if state.endswith("_ERROR") or state in ("PAUSED", "STOPPED", "DELETING"):
             raise MedFLError(f"the Space is {state}; see its log at https://huggingface.co/spaces/{repo}")
         time.sleep(LOOK)
-    raise MedFLError(f"the Space does not run after {PATIENCE / 60:.0f} minutes; see its log at https://huggingface.co/spaces/{repo}")
+    raise MedFLError(
+        f"the Space does not run after {PATIENCE / 60:.0f} minutes; see its log at "
+        f"https://huggingface.co/spaces/{repo}"
+    )
 
 
 def _reason(error: HfHubHTTPError, repo: str, kind: Kind) -> str:
     """What a refusal means and what to do."""
     code = error.response.status_code
     if code == 401:
-        return "the Hugging Face token is wrong or has expired; make a new one that may write, and give it with `hf auth login`"
+        return (
+            "the Hugging Face token is wrong or has expired; make a new one that may write, and give it with "
+            "`hf auth login`"
+        )
     if code == 402:
-        why = (" (free accounts can't); publish the page that runs in the browser with --static, take a paid plan"
-               if kind is DOCKER else "; look at its plan")
-        return f"this account may not create {kind.sdk.capitalize()} Spaces{why}, or run the page yourself: {kind.own_machine}"
+        why = (
+            " (free accounts can't); publish the page that runs in the browser with --static, take a paid "
+            "plan"
+            if kind is DOCKER
+            else "; look at its plan"
+        )
+        spaces = f"{kind.sdk.capitalize()} Spaces"
+        return f"this account may not create {spaces}{why}, or run the page yourself: {kind.own_machine}"
     if code == 403:
         return f"the token may not write to {repo}; make one that may, or choose another --repo"
     if code == 409:
@@ -134,7 +172,10 @@ def main() -> None:
     size = sum(path.stat().st_size for path in files) / 1e6
     print(f"{size:8.2f} MB in {len(files)} files, staged in {kind.folder.relative_to(ROOT).as_posix()}")
     if not of_phantoms(checkpoint):
-        print("mind: the weights carry the licence of the scans that they were trained on, and so does the Space")
+        print(
+            "mind: the weights carry the licence of the scans that they were trained on, and so does the "
+            "Space"
+        )
     if arguments.dry_run:
         print(f"nothing was sent; to run it here: {kind.own_machine}")
         return

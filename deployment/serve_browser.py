@@ -1,7 +1,9 @@
 """Serve the page that runs in the browser on this computer, with the headers that its Space gets.
 
-    python deployment/serve_browser.py                                                # the newest model in models/
+    python deployment/serve_browser.py
     python deployment/serve_browser.py --checkpoint models/demo/transunet_centralized_best.pth --port 8600
+
+Without --checkpoint it is the newest model in models/.
 """
 
 import argparse
@@ -18,8 +20,12 @@ from deployment.staging import BROWSER, stage_browser
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, help="the model, a .pth file (default: the newest *_best.pth in models/)")
-    parser.add_argument("--half", action="store_true", help="store the weights in half precision: half the size")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="the model, a .pth file (default: the newest *_best.pth in models/)"
+    )
+    parser.add_argument(
+        "--half", action="store_true", help="store the weights in half precision: half the size"
+    )
     parser.add_argument("--port", type=int, default=8600, help="where to listen on 127.0.0.1 (default 8600)")
     return parser.parse_args()
 
@@ -35,8 +41,15 @@ def headers(readme: Path) -> dict[str, str]:
 class Page(SimpleHTTPRequestHandler):
     """Files of one folder, each answer with the Space's headers."""
 
-    extensions_map = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".wasm": "application/wasm",
-                      ".svg": "image/svg+xml", ".md": "text/markdown", "": "application/octet-stream"}
+    extensions_map = {
+        ".html": "text/html",
+        ".css": "text/css",
+        ".js": "text/javascript",
+        ".wasm": "application/wasm",
+        ".svg": "image/svg+xml",
+        ".md": "text/markdown",
+        "": "application/octet-stream",
+    }
 
     def __init__(self, *given, more: dict[str, str], **named):
         self.more = more
@@ -53,9 +66,11 @@ class Page(SimpleHTTPRequestHandler):
 
 
 def server(folder: Path, port: int, isolated: bool = True) -> ThreadingHTTPServer:
-    """A server of a staged folder on 127.0.0.1, not running yet; isolated: with the Space's headers. Raises MedFLError where the
-    port is taken."""
-    page = functools.partial(Page, directory=str(folder), more=headers(folder / "README.md") if isolated else {})
+    """A server of a staged folder on 127.0.0.1, not running yet; isolated: with the Space's headers. Raises
+    MedFLError where the port is taken."""
+    page = functools.partial(
+        Page, directory=str(folder), more=headers(folder / "README.md") if isolated else {}
+    )
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), page)
     except (OSError, OverflowError) as error:

@@ -1,4 +1,5 @@
-"""The folders that are published: the page with its server (Docker Space), and the page that runs in the browser (static Space).
+"""The folders that are published: the page with its server (Docker Space), and the page that runs in the
+browser (static Space).
 
 Each is filled with what its page needs by name, so that nothing else can slip in.
 """
@@ -29,8 +30,11 @@ LIBRARIES = {
     "tiff": {"lib/*.js": "tiff", "lib/tags/*.js": "tiff/tags"},
 }
 # .js where the package says .mjs: some servers send that as something that browsers don't run
-ONNXRUNTIME = {"ort.js": "ort.wasm.min.mjs", "ort-wasm.js": "ort-wasm-simd-threaded.mjs",
-               "ort-wasm.wasm": "ort-wasm-simd-threaded.wasm"}
+ONNXRUNTIME = {
+    "ort.js": "ort.wasm.min.mjs",
+    "ort-wasm.js": "ort-wasm-simd-threaded.mjs",
+    "ort-wasm.wasm": "ort-wasm-simd-threaded.wasm",
+}
 
 
 def stage_space(checkpoint: Checkpoint, folder: Path = SPACE) -> list[Path]:
@@ -39,38 +43,57 @@ def stage_space(checkpoint: Checkpoint, folder: Path = SPACE) -> list[Path]:
     sources = {name: ROOT / name for name in (*code, *SPACE_OTHERS)}
     sources |= {name: ROOT / "deployment" / "space" / name for name in SPACE_TOP}
     sources |= {f"{SAMPLES}/{path.name}": path for path in sorted((ROOT / SAMPLES).glob("*.zip"))}
-    name = checkpoint.path.name if checkpoint.path.name.endswith("_best.pth") else f"{checkpoint.path.stem}_best.pth"
+    name = (
+        checkpoint.path.name
+        if checkpoint.path.name.endswith("_best.pth")
+        else f"{checkpoint.path.stem}_best.pth"
+    )
     sources[f"models/{name}"] = checkpoint.path
     return _fill(folder, sources, checkpoint)
 
 
-def stage_browser(checkpoint: Checkpoint, half: bool = False, folder: Path = BROWSER) -> tuple[list[Path], Difference]:
-    """Put the page that runs in the browser, its libraries and the exported model into `folder`; the files' paths, and how far
-    the exported model is from inference.py. Raises MedFLError where the libraries were not installed."""
+def stage_browser(
+    checkpoint: Checkpoint, half: bool = False, folder: Path = BROWSER
+) -> tuple[list[Path], Difference]:
+    """Put the page that runs in the browser, its libraries and the exported model into `folder`; the files'
+    paths, and how far the exported model is from inference.py. Raises MedFLError where the libraries were not
+    installed."""
     content, difference = export(checkpoint, half)
     page = ROOT / "deployment" / "browser"
-    sources = {name: page / name for name in BROWSER_FILES} | {path.name: path for path in sorted(page.glob("*.js"))}
+    sources = {name: page / name for name in BROWSER_FILES} | {
+        path.name: path for path in sorted(page.glob("*.js"))
+    }
     sources |= {f"samples/{path.name}": path for path in sorted((ROOT / SAMPLES).glob("*.zip"))}
     sources["LICENSE"] = ROOT / "LICENSE"
     libraries = page / "node_modules"
     try:
         for library, patterns in LIBRARIES.items():
             for pattern, inside in patterns.items():
-                sources |= {f"libs/{inside}/{path.name}": path for path in sorted((libraries / library).glob(pattern))}
+                sources |= {
+                    f"libs/{inside}/{path.name}": path for path in sorted((libraries / library).glob(pattern))
+                }
             sources[f"libs/{library}/LICENSE"] = libraries / library / "LICENSE"
         runtime = libraries / "onnxruntime-web"
-        sources |= {f"libs/onnxruntime/{name}": runtime / "dist" / source for name, source in ONNXRUNTIME.items()}
-        sources["libs/onnxruntime/README.md"] = runtime / "README.md"  # names its licence; the package holds no text of it
+        sources |= {
+            f"libs/onnxruntime/{name}": runtime / "dist" / source for name, source in ONNXRUNTIME.items()
+        }
+        sources["libs/onnxruntime/README.md"] = (
+            runtime / "README.md"
+        )  # names its licence; the package holds no text of it
         _fill(folder, sources, checkpoint)
     except FileNotFoundError as error:
-        raise MedFLError("the page's libraries are missing; install them with `npm ci` in deployment/browser (Node.js 20 or "
-                         "newer)") from error
+        raise MedFLError(
+            "the page's libraries are missing; install them with `npm ci` in deployment/browser (Node.js 20 "
+            "or "
+            "newer)"
+        ) from error
     (folder / "model.onnx").write_bytes(content)
     return _files(folder), difference
 
 
 def _fill(folder: Path, sources: dict[str, Path], checkpoint: Checkpoint) -> list[Path]:
-    """Copy each source to its name in an empty `folder`, write the model card, and name the licence that the weights carry."""
+    """Copy each source to its name in an empty `folder`, write the model card, and name the licence that the
+    weights carry."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, source in sources.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -95,11 +118,25 @@ def of_phantoms(checkpoint: Checkpoint) -> bool:
 def model_card(checkpoint: Checkpoint) -> str:
     """The model's card as Markdown: use and limits, then what the metadata says."""
     rows = card_rows(checkpoint, checkpoint.sha256())
-    return "\n".join([
-        "# Model card", "", f"**{NOTICE}**", "",
-        "**Use:** to look at what a small TransUNet finds on slices of brain MRI (pre-contrast, FLAIR, post-contrast), in "
-        "research and teaching. **Not for:** patients' care, other organs, other sequences, or scanners unlike those of the "
-        "training scans. Small or faint tumours are missed, and bright spots that are no tumour are outlined.", "",
-        "**Figures:** the Dice is the volume Dice of each patient, averaged over patients; the interval is a bootstrap over them.",
-        "",
-        "| | |", "| --- | --- |", *[f"| {subject} | {text} |" for subject, text in rows], ""])
+    return "\n".join(
+        [
+            "# Model card",
+            "",
+            f"**{NOTICE}**",
+            "",
+            "**Use:** to look at what a small TransUNet finds on slices of brain MRI (pre-contrast, FLAIR, "
+            "post-contrast), in "
+            "research and teaching. **Not for:** patients' care, other organs, other sequences, or scanners "
+            "unlike those of the "
+            "training scans. Small or faint tumours are missed, and bright spots that are no tumour are "
+            "outlined.",
+            "",
+            "**Figures:** the Dice is the volume Dice of each patient, averaged over patients; the interval "
+            "is a bootstrap over them.",
+            "",
+            "| | |",
+            "| --- | --- |",
+            *[f"| {subject} | {text} |" for subject, text in rows],
+            "",
+        ]
+    )

@@ -1,7 +1,9 @@
-"""Several models on the same test patients: a table of rows (models) and columns (each hospital's test patients, and all).
+"""Several models on the same test patients: a table of rows (models) and columns (each hospital's test
+patients, and all).
 
-A row is a model, or a set of models of which each is one hospital's own and is scored on that hospital's patients alone: its
-own training, a fine-tuned copy of the federation's model, or a model whose normalisation layers stayed there.
+A row is a model, or a set of models of which each is one hospital's own and is scored on that hospital's
+patients alone: its own training, a fine-tuned copy of the federation's model, or a model whose normalisation
+layers stayed there.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,17 @@ from split import Split
 ALL = "all"
 FULL = "float32"  # precision of a federation's messages, unless another is named
 ALONE = "alone"  # models that a hospital trained by itself; shown one by one as well
-COLUMNS = ("model", "hospital", "patients", "dice_mean", "dice_low", "dice_high", "difference", "difference_low", "difference_high")
+COLUMNS = (
+    "model",
+    "hospital",
+    "patients",
+    "dice_mean",
+    "dice_low",
+    "dice_high",
+    "difference",
+    "difference_low",
+    "difference_high",
+)
 
 
 @dataclass
@@ -40,15 +52,20 @@ def kind_of(checkpoint: Checkpoint) -> str:
     if origin.get("kind") == "federated":
         precision = checkpoint.metadata["training"].get("update_dtype", FULL)  # files of before have none
         epsilon = origin.get("privacy", {}).get("epsilon")
-        return (origin["strategy"] + (f", {precision}" if precision != FULL else "") + (f", ε = {epsilon:.3g}" if epsilon else "")
-                + (", own normalisation" if origin.get("hospital") else ""))
+        return (
+            origin["strategy"]
+            + (f", {precision}" if precision != FULL else "")
+            + (f", ε = {epsilon:.3g}" if epsilon else "")
+            + (", own normalisation" if origin.get("hospital") else "")
+        )
     if origin.get("started_from"):
         return "fine-tuned from " + origin["started_from"]
     return ALONE if origin.get("kind") == "local" else "centralised"
 
 
 def hospitals_of(checkpoints: list[Checkpoint], dataset: Dataset, split: Split) -> dict[str, tuple[str, ...]]:
-    """The test patients of each hospital, by label, of the partition that the models tell of; of none, if they tell of none.
+    """The test patients of each hospital, by label, of the partition that the models tell of; of none, if
+    they tell of none.
 
     Raises MedFLError where they tell of different ones.
     """
@@ -58,54 +75,84 @@ def hospitals_of(checkpoints: list[Checkpoint], dataset: Dataset, split: Split) 
         if about.get("partition") not in (None, "own data"):
             told.setdefault((about["partition"], about["clients"], about["alpha"]), checkpoint.path)
     if len(told) > 1:
-        raise MedFLError(f"{' and '.join(map(str, told.values()))} are of differently divided datasets; compare models of one "
-                         "partition")
+        raise MedFLError(
+            f"{' and '.join(map(str, told.values()))} are of differently divided datasets; compare models "
+            f"of one "
+            "partition"
+        )
     if not told:
         return {}
-    (kind, clients, alpha), = told
+    ((kind, clients, alpha),) = told
     partition = make_partition(dataset.table, split, kind, clients, alpha, split.seed)
     return {f"hospital-{k}": share.test for k, share in enumerate(partition.hospitals)}
 
 
-def make_rows(checkpoints: list[Checkpoint], hospitals: dict[str, tuple[str, ...]], patients: list[str],
-              score: Callable[[Checkpoint, list[str]], list[dict]]) -> list[Row]:
-    """A row per model, in order, and one for each complete set of hospitals' own models, in the place of its last member.
+def make_rows(
+    checkpoints: list[Checkpoint],
+    hospitals: dict[str, tuple[str, ...]],
+    patients: list[str],
+    score: Callable[[Checkpoint, list[str]], list[dict]],
+) -> list[Row]:
+    """A row per model, in order, and one for each complete set of hospitals' own models, in the place of its
+    last member.
 
-    score: gives a model's figures of these patients. Members of a set are rows of their own only if each trained alone.
+    score: gives a model's figures of these patients. Members of a set are rows of their own only if each
+    trained alone.
     """
     sets = {}
     for checkpoint in checkpoints:
         if hospital := checkpoint.metadata.get("origin", {}).get("hospital"):
             kind = sets.setdefault(kind_of(checkpoint), {})
             if hospital in kind:
-                raise MedFLError(f"{kind[hospital].path} and {checkpoint.path} are both {hospital} {kind_of(checkpoint)}, and the "
-                                 "table could not tell them apart; compare one of them")
+                raise MedFLError(
+                    f"{kind[hospital].path} and {checkpoint.path} are both {hospital} "
+                    f"{kind_of(checkpoint)}, and the "
+                    "table could not tell them apart; compare one of them"
+                )
             kind[hospital] = checkpoint
-    complete = {kind: members for kind, members in sets.items() if hospitals and members.keys() == hospitals.keys()}
+    complete = {
+        kind: members for kind, members in sets.items() if hospitals and members.keys() == hospitals.keys()
+    }
     rows = []
     for checkpoint in checkpoints:
         kind, hospital = kind_of(checkpoint), checkpoint.metadata.get("origin", {}).get("hospital")
         if kind not in complete or kind == ALONE:
             rows.append(Row(f"{hospital} {kind}" if hospital else kind, score(checkpoint, patients)))
         if kind in complete and checkpoint is list(complete[kind].values())[-1]:
-            figures = [row for label, member in complete[kind].items() if hospitals[label]
-                       for row in score(member, list(hospitals[label]))]
+            figures = [
+                row
+                for label, member in complete[kind].items()
+                if hospitals[label]
+                for row in score(member, list(hospitals[label]))
+            ]
             rows.append(Row(f"each hospital {kind}", figures))
     names = [row.name for row in rows]
     for row in rows:
         if names.count(row.name) > 1:
-            raise MedFLError(f"two of the models are both {row.name}, and the table could not tell them apart; compare one of them")
+            raise MedFLError(
+                f"two of the models are both {row.name}, and the table could not tell them apart; compare "
+                f"one of them"
+            )
     return rows
 
 
-def compare(checkpoints: list[Checkpoint], dataset: Dataset, split: Split, say: Callable[[str], None] = lambda line: None) -> dict:
-    """The comparison on the split's test patients: `columns` (label to number of patients), and `rows`: name, `scores` by column
-    (mean, ci95, patients; None without patients), `difference` to the first row (`metrics.paired_difference`), `patients`.
+def compare(
+    checkpoints: list[Checkpoint],
+    dataset: Dataset,
+    split: Split,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """The comparison on the split's test patients: `columns` (label to number of patients), and `rows`: name,
+    `scores` by column (mean, ci95, patients; None without patients), `difference` to the first row
+    (`metrics.paired_difference`), `patients`.
 
-    say: is told what is scored. Raises MedFLError where models can't be compared, or nobody is kept for the test.
+    say: is told what is scored. Raises MedFLError where models can't be compared, or nobody is kept for the
+    test.
     """
     if not split.test:
-        raise MedFLError("the split keeps nobody for the test; compare models that were trained with a --test-fraction")
+        raise MedFLError(
+            "the split keeps nobody for the test; compare models that were trained with a --test-fraction"
+        )
     hospitals, known = hospitals_of(checkpoints, dataset, split), {}
 
     def score(checkpoint: Checkpoint, patients: list[str]) -> list[dict]:
@@ -130,7 +177,11 @@ def table_of(rows: list[Row], columns: dict[str, tuple[str, ...]]) -> dict:
             dice = [figures["dice"] for figures in row.patients if figures["patient"] in patients]
             scores[label] = None
             if dice:
-                scores[label] = {"mean": float(np.mean(dice)), "ci95": bootstrap_interval(dice), "patients": len(dice)}
+                scores[label] = {
+                    "mean": float(np.mean(dice)),
+                    "ci95": bootstrap_interval(dice),
+                    "patients": len(dice),
+                }
         difference = paired_difference(first, row.patients)
         told.append({"name": row.name, "scores": scores, "difference": difference, "patients": row.patients})
     return {"columns": {label: len(patients) for label, patients in columns.items()}, "rows": told}
@@ -142,45 +193,84 @@ def as_text(table: dict) -> str:
     head = "".join(f"{label + f' ({count})':>15}" for label, count in table["columns"].items())
     lines = [f"{'mean volume Dice':{width}}{head}{'95 % interval':>18}{'to the first row':>28}"]
     for place, row in enumerate(table["rows"]):
-        cells = "".join(f"{'–' if score is None else format(score['mean'], '.3f'):>15}" for score in row["scores"].values())
+        cells = "".join(
+            f"{'–' if score is None else format(score['mean'], '.3f'):>15}"
+            for score in row["scores"].values()
+        )
         interval, difference = row["scores"][ALL]["ci95"], row["difference"]
         between = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "under 3 patients"
-        beside = f" ({difference['ci95'][0]:+.3f} to {difference['ci95'][1]:+.3f})" if difference["ci95"] else ""
-        lines.append(f"{row['name']:{width}}{cells}{between:>18}"
-                     + (f"{difference['mean']:+.3f}{beside}".rjust(28) if place else f"{'':28}").rstrip())
+        beside = (
+            f" ({difference['ci95'][0]:+.3f} to {difference['ci95'][1]:+.3f})" if difference["ci95"] else ""
+        )
+        lines.append(
+            f"{row['name']:{width}}{cells}{between:>18}"
+            + (f"{difference['mean']:+.3f}{beside}".rjust(28) if place else f"{'':28}").rstrip()
+        )
     return "\n".join(lines)
 
 
 def lines_of(table: dict) -> list[list]:
-    """The table as lines of `COLUMNS`, one per row and column; the difference stands in the lines of all patients."""
+    """The table as lines of `COLUMNS`, one per row and column; the difference stands in the lines of all
+    patients."""
     lines = []
     for row in table["rows"]:
         for label, score in row["scores"].items():
             if score:
                 difference = row["difference"] if label == ALL else {"mean": None, "ci95": None}
-                lines.append([row["name"], label, score["patients"], score["mean"], *(score["ci95"] or (None, None)),
-                              difference["mean"], *(difference["ci95"] or (None, None))])
+                lines.append(
+                    [
+                        row["name"],
+                        label,
+                        score["patients"],
+                        score["mean"],
+                        *(score["ci95"] or (None, None)),
+                        difference["mean"],
+                        *(difference["ci95"] or (None, None)),
+                    ]
+                )
     return lines
 
 
 def draw_table(table: dict, path: Path, title: str) -> None:
-    """Write a PNG: for each row the mean over all test patients with its interval, and the hospitals' means as small marks."""
+    """Write a PNG: for each row the mean over all test patients with its interval, and the hospitals' means
+    as small marks."""
     rows = table["rows"]
     figure = Figure(figsize=(8, 1.6 + 0.42 * len(rows)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         mean, interval = row["scores"][ALL]["mean"], row["scores"][ALL]["ci95"]
         if interval:
-            axes.plot(interval, [place, place], color=BLUE, linewidth=2.2, label="95 % interval" if not place else None)
-        axes.plot([mean], [place], "o", color=BLUE, markersize=7, label="mean over all test patients" if not place else None)
+            axes.plot(
+                interval,
+                [place, place],
+                color=BLUE,
+                linewidth=2.2,
+                label="95 % interval" if not place else None,
+            )
+        axes.plot(
+            [mean],
+            [place],
+            "o",
+            color=BLUE,
+            markersize=7,
+            label="mean over all test patients" if not place else None,
+        )
         others = [score["mean"] for label, score in row["scores"].items() if label != ALL and score]
-        axes.plot(others, [place + 0.22] * len(others), "|", color=ORANGE, markersize=9,
-                  label="mean of each hospital's" if not place and others else None)
+        axes.plot(
+            others,
+            [place + 0.22] * len(others),
+            "|",
+            color=ORANGE,
+            markersize=9,
+            label="mean of each hospital's" if not place and others else None,
+        )
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set(xlim=(0, 1), xlabel="mean volume Dice", ylim=(len(rows) - 0.4, -0.6))
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.16 - 0.5 / len(rows)), ncols=3)
+    axes.legend(
+        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.16 - 0.5 / len(rows)), ncols=3
+    )
     figure.suptitle(title)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -10,17 +10,31 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe
 
 
 def draw_curves(rows: list[dict], path: Path, title: str) -> None:
-    """Write a PNG of the history's rows: training loss at the left, training and validation Dice at the right."""
+    """Write a PNG of the history's rows: training loss at the left, training and validation Dice at the
+    right."""
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     loss, dice = figure.subplots(1, 2)
     loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=".")
     loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy + (1 − soft Dice)")
-    dice.plot(epochs, [row["train_dice"] for row in rows], color=BLUE, marker=".", label="training: soft Dice of batches")
+    dice.plot(
+        epochs,
+        [row["train_dice"] for row in rows],
+        color=BLUE,
+        marker=".",
+        label="training: soft Dice of batches",
+    )
     scored = [row for row in rows if row["val_dice"] is not None]
     if scored:
-        dice.plot([row["epoch"] for row in scored], [row["val_dice"] for row in scored], color=ORANGE, marker="s",
-                  markersize=4, linestyle="--", label="validation: mean volume Dice")
+        dice.plot(
+            [row["epoch"] for row in scored],
+            [row["val_dice"] for row in scored],
+            color=ORANGE,
+            marker="s",
+            markersize=4,
+            linestyle="--",
+            label="validation: mean volume Dice",
+        )
     dice.set(title="Dice", xlabel="epoch", ylim=(0, 1))
     dice.legend(loc="lower right", frameon=False)
     save_curves(figure, path, title)

@@ -8,20 +8,28 @@ from matplotlib.lines import Line2D
 
 from common import atomic_write
 
-BLUE, ORANGE = "#56B4E9", "#E69F00"  # told apart by colour-blind readers (Okabe and Ito), bright enough for dark scans
+BLUE, ORANGE = (
+    "#56B4E9",
+    "#E69F00",
+)  # told apart by colour-blind readers (Okabe and Ito), bright enough for dark scans
 COLUMNS = 4
 MAX_SLICES = 8
 
 
-def draw_outlines(volume: np.ndarray, truth: np.ndarray, prediction: np.ndarray, title: str, path: Path) -> None:
-    """Write a PNG of up to 8 slices with the truth dashed in blue and the prediction solid in orange, on FLAIR.
+def draw_outlines(
+    volume: np.ndarray, truth: np.ndarray, prediction: np.ndarray, title: str, path: Path
+) -> None:
+    """Write a PNG of up to 8 slices with the truth dashed in blue and the prediction solid in orange, on
+    FLAIR.
 
-    volume: (S, H, W, 3) uint8; truth, prediction: (S, H, W), non-zero is tumour. The slices are spread evenly over those
-    in which either mask has pixels.
+    volume: (S, H, W, 3) uint8; truth, prediction: (S, H, W), non-zero is tumour. The slices are spread evenly
+    over those in which either mask has pixels.
     """
     marked = np.flatnonzero((truth > 0).any(axis=(1, 2)) | (prediction > 0).any(axis=(1, 2)))
     marked = marked if len(marked) else np.arange(len(volume))
-    shown = marked[np.unique(np.linspace(0, len(marked) - 1, min(MAX_SLICES, len(marked))).round().astype(int))]
+    shown = marked[
+        np.unique(np.linspace(0, len(marked) - 1, min(MAX_SLICES, len(marked))).round().astype(int))
+    ]
     rows = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(3 * COLUMNS, 3.2 * rows + 0.8), dpi=100, layout="constrained", facecolor="white")
     for axes, number in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, shown):
@@ -32,9 +40,15 @@ def draw_outlines(volume: np.ndarray, truth: np.ndarray, prediction: np.ndarray,
     for axes in figure.axes:
         axes.set_axis_off()
     figure.suptitle(title)
-    figure.legend(handles=[Line2D([], [], color=BLUE, linestyle="dashed", label="truth"),
-                           Line2D([], [], color=ORANGE, label="prediction")],
-                  loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(
+        handles=[
+            Line2D([], [], color=BLUE, linestyle="dashed", label="truth"),
+            Line2D([], [], color=ORANGE, label="prediction"),
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 

@@ -1,4 +1,5 @@
-"""A run over an archive's studies: each prepared once, put where it belongs, and remembered, so that a broken-off run goes on."""
+"""A run over an archive's studies: each prepared once, put where it belongs, and remembered, so that a
+broken-off run goes on."""
 
 import hashlib
 import json
@@ -23,13 +24,17 @@ VERSION = 1  # of what is made; another one makes every study anew
 MADE, REPORT = "prepared.json", "report.csv"  # in the private folder
 PAGE, SHEETS = "index.html", "contact_sheets"  # in the output, and the folders of studies that don't train
 TRAINING, MORE, UNMASKED = "", "more_studies", "without_masks"
-PARTS = {TRAINING: "for training", MORE: "another study of a patient who trains already, so kept apart",
-         UNMASKED: "kept apart from training"}
+PARTS = {
+    TRAINING: "for training",
+    MORE: "another study of a patient who trains already, so kept apart",
+    UNMASKED: "kept apart from training",
+}
 
 
 @dataclass
 class Made:
-    """What a study became. fingerprint: of its files and the rules. part: the folder in the output. failures: by a series' uid."""
+    """What a study became. fingerprint: of its files and the rules. part: the folder in the output. failures:
+    by a series' uid."""
 
     fingerprint: str
     part: str
@@ -40,7 +45,8 @@ class Made:
 
 
 class Preparation:
-    """A run that puts studies into `out`. tell: takes a sentence about a study. Raises MedFLError for a damaged memory."""
+    """A run that puts studies into `out`. tell: takes a sentence about a study. Raises MedFLError for a
+    damaged memory."""
 
     def __init__(self, out: Path, pseudonyms: Pseudonyms, rules: Rules, tell: Callable[[str], None]):
         self.out, self.pseudonyms, self.rules, self.tell = out, pseudonyms, rules, tell
@@ -49,10 +55,12 @@ class Preparation:
         self._left_out: dict[str, str] = {}  # by the FLAIR's uid
 
     def run(self, studies: list[Study]) -> None:
-        """Prepare every study that has a FLAIR, one after the other; what is there already, from the same files, stays.
+        """Prepare every study that has a FLAIR, one after the other; what is there already, from the same
+        files, stays.
 
-        The first study of a patient that has a mask trains. The others are kept apart, for a split is by folder, and a patient
-        in two of them could be on both of its sides. Raises MedFLError where nothing can be written.
+        The first study of a patient that has a mask trains. The others are kept apart, for a split is by
+        folder, and a patient in two of them could be on both of its sides. Raises MedFLError where nothing
+        can be written.
         """
         for killed in self.out.glob(".preparing-*"):
             shutil.rmtree(killed, ignore_errors=True)
@@ -70,8 +78,14 @@ class Preparation:
         """Whether a study of this patient trains that came with a former export."""
         names = {self.pseudonyms.name(study.patient_id, study.uid) for study in of_patient}
         person = min(names).split("_")[0]
-        return any(name.startswith(f"{person}_") and name not in names and made.mask and made.part == TRAINING
-                   and self._is_whole(name) for name, made in self._made.items())
+        return any(
+            name.startswith(f"{person}_")
+            and name not in names
+            and made.mask
+            and made.part == TRAINING
+            and self._is_whole(name)
+            for name, made in self._made.items()
+        )
 
     def of(self, studies: list[Study]) -> list[Made]:
         """What these studies became, without those that could not be prepared."""
@@ -81,24 +95,45 @@ class Preparation:
         """Write the page over all prepared studies, and the report on every series."""
         there = self._there(studies)
         if there:
-            write_page([{"name": name, "sheet": f"{SHEETS}/{name}{SUFFIX}", "slices": made.slices, "mask": made.mask,
-                         "part": PARTS[made.part], "notes": made.notes} for name, _ in there for made in [self._made[name]]],
-                       self.out / PAGE)
-        failures = {uid: why for made in self.of(studies) for uid, why in made.failures.items()} | self._left_out
+            write_page(
+                [
+                    {
+                        "name": name,
+                        "sheet": f"{SHEETS}/{name}{SUFFIX}",
+                        "slices": made.slices,
+                        "mask": made.mask,
+                        "part": PARTS[made.part],
+                        "notes": made.notes,
+                    }
+                    for name, _ in there
+                    for made in [self._made[name]]
+                ],
+                self.out / PAGE,
+            )
+        failures = {
+            uid: why for made in self.of(studies) for uid, why in made.failures.items()
+        } | self._left_out
         names = {(study.patient_id, study.uid): name for name, study in there}
         named = [(names.get((study.patient_id, study.uid), ""), study) for study in studies]
         write_report(named, refused, failures, self.pseudonyms.folder / REPORT)
 
     def _read(self) -> dict[str, Made]:
         try:
-            return {name: Made(**made) for name, made in json.loads(self._file.read_text(encoding="utf-8")).items()}
+            return {
+                name: Made(**made)
+                for name, made in json.loads(self._file.read_text(encoding="utf-8")).items()
+            }
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise MedFLError(f"{self._file} can't be read; delete it, and every study is prepared anew") from error
+            raise MedFLError(
+                f"{self._file} can't be read; delete it, and every study is prepared anew"
+            ) from error
 
     def _there(self, studies: list[Study]) -> list[tuple[str, Study]]:
-        names = [(self.pseudonyms.name(study.patient_id, study.uid), study) for study in studies if study.channels]
+        names = [
+            (self.pseudonyms.name(study.patient_id, study.uid), study) for study in studies if study.channels
+        ]
         return [(n, s) for n, s in names if self._is_whole(n) and s.channels[FLAIR].uid not in self._left_out]
 
     def _is_whole(self, name: str) -> bool:
@@ -106,7 +141,8 @@ class Preparation:
         return made is not None and (self.out / made.part / name / "volume.json").exists()
 
     def _ready(self, study: Study) -> str | None:
-        """The name of a study that is prepared now, or None where it can't be: that is told, and the rest goes on."""
+        """The name of a study that is prepared now, or None where it can't be: that is told, and the rest
+        goes on."""
         name = self.pseudonyms.name(study.patient_id, study.uid)
         fingerprint = _fingerprint(study, self.rules)
         if self._is_whole(name) and self._made[name].fingerprint == fingerprint:
@@ -120,8 +156,17 @@ class Preparation:
         part = UNMASKED if prepared.mask is None else TRAINING
         self.pseudonyms.save()
         self._put(prepared, part, name)
-        self._remember(name, Made(fingerprint, part, len(prepared.volume), prepared.mask is not None, list(prepared.notes),
-                                  prepared.failures))
+        self._remember(
+            name,
+            Made(
+                fingerprint,
+                part,
+                len(prepared.volume),
+                prepared.mask is not None,
+                list(prepared.notes),
+                prepared.failures,
+            ),
+        )
         for sentence in [*prepared.notes, *prepared.failures.values()]:
             self.tell(f"{name}: {sentence}")
         return name
@@ -140,7 +185,9 @@ class Preparation:
             _move(beside / "sheet.png", self.out / SHEETS / f"{name}{SUFFIX}")
             _move(beside / name, self.out / part / name)
         except OSError as error:
-            raise MedFLError(f"{self.out} can't be written ({error.strerror or error}); free the space or change --out") from error
+            raise MedFLError(
+                f"{self.out} can't be written ({error.strerror or error}); free the space or change --out"
+            ) from error
         finally:
             if beside is not None:
                 shutil.rmtree(beside, ignore_errors=True)

@@ -1,8 +1,10 @@
-"""Volumes onto the dataset's grid: axial slices of 256×256, turned as the Kaggle slices are, channels laid over each other.
+"""Volumes onto the dataset's grid: axial slices of 256×256, turned as the Kaggle slices are, channels laid
+over each other.
 
-How those slices are turned was read off 40 patients: the nose is up, slices are numbered from the neck to the crown, and the
-patient's left is on the picture's right: all 18 whose record says left have their tumour there, all 21 of the other code on
-the other side. Those are the directions of DICOM's own axes (left, back, up), so nothing but a sorting of axes is needed.
+How those slices are turned was read off 40 patients: the nose is up, slices are numbered from the neck to the
+crown, and the patient's left is on the picture's right: all 18 whose record says left have their tumour
+there, all 21 of the other code on the other side. Those are the directions of DICOM's own axes (left, back,
+up), so nothing but a sorting of axes is needed.
 """
 
 import numpy as np
@@ -13,7 +15,11 @@ from common import MedFLError
 SIDE = 256  # pixels, of the dataset's slices
 AS_ACQUIRED = 20.0  # degrees; slices tilted less, as technicians do along the skull's base, stay as they are
 DISTANCE = 3.0  # mm between slices where they have to be made anew; the dataset's lie between about 1.5 and 6
-LOW, HIGH, BRIGHT = 0.5, 99.9, 170  # percentiles that become 0 and 170: the dataset's 99.9th is 162 to 176 in the median
+LOW, HIGH, BRIGHT = (
+    0.5,
+    99.9,
+    170,
+)  # percentiles that become 0 and 170: the dataset's 99.9th is 162 to 176 in the median
 
 OFF_GRID = 0.1  # voxels by which a mask's grid may lie beside that of its series; writers round
 FACTORS = (8, 4, 2)  # pixels binned in the plane, coarse to fine, for the registration
@@ -25,24 +31,34 @@ POOR = 0.75  # agreement of edges; README.md tells how often real pairs lie belo
 
 
 def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
-    """A volume as axial slices of SIDE×SIDE square pixels, float32, and a sentence where it was acquired otherwise.
+    """A volume as axial slices of SIDE×SIDE square pixels, float32, and a sentence where it was acquired
+    otherwise.
 
-    The field of view is kept: its longer side fills the picture, and the shorter gets a black margin. Slices of axial
-    acquisitions that are tilted by up to 20 degrees stay where they are; others are made anew, at least 3 mm apart.
+    The field of view is kept: its longer side fills the picture, and the shorter gets a black margin. Slices
+    of axial acquisitions that are tilted by up to 20 degrees stay where they are; others are made anew, at
+    least 3 mm apart.
     """
     oriented = sitk.DICOMOrient(image, "LPS")
     turn = np.array(oriented.GetDirection()).reshape(3, 3)
     tilt = float(np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1))))
-    across = int(np.abs(np.array(image.GetDirection()).reshape(3, 3)[:, 2]).argmax())  # the axis that the slices follow
+    across = int(
+        np.abs(np.array(image.GetDirection()).reshape(3, 3)[:, 2]).argmax()
+    )  # the axis that the slices follow
     if across == 2 and tilt <= AS_ACQUIRED:
         told = None if tilt < 1 else f"acquired {tilt:.0f} degrees off the scanner's axes, and left so"
         return resample(oriented, _square_grid(oriented)), told
     name = ("sagittal", "coronal", "axial")[across]
-    told = f"acquired {name}" + (f", {tilt:.0f} degrees off the scanner's axes" if tilt >= 1 else "") + ", and resampled to axial"
+    told = (
+        f"acquired {name}"
+        + (f", {tilt:.0f} degrees off the scanner's axes" if tilt >= 1 else "")
+        + ", and resampled to axial"
+    )
     return resample(oriented, _axial_grid(oriented)), told
 
 
-def _grid(size: tuple[int, ...], spacing: np.ndarray, origin: np.ndarray, direction: np.ndarray) -> sitk.Image:
+def _grid(
+    size: tuple[int, ...], spacing: np.ndarray, origin: np.ndarray, direction: np.ndarray
+) -> sitk.Image:
     """An empty image that stands for a grid."""
     grid = sitk.Image([int(n) for n in size], sitk.sitkUInt8)
     grid.SetSpacing([float(v) for v in spacing])
@@ -56,7 +72,9 @@ def _square_grid(image: sitk.Image) -> sitk.Image:
     size, spacing = np.array(image.GetSize()), np.array(image.GetSpacing())
     pixel = (size * spacing)[:2].max() / SIDE
     direction = np.array(image.GetDirection()).reshape(3, 3)
-    middle = np.array(image.TransformContinuousIndexToPhysicalPoint([(size[0] - 1) / 2, (size[1] - 1) / 2, 0.0]))
+    middle = np.array(
+        image.TransformContinuousIndexToPhysicalPoint([(size[0] - 1) / 2, (size[1] - 1) / 2, 0.0])
+    )
     origin = middle - direction @ (np.array([SIDE - 1, SIDE - 1, 0]) / 2 * pixel)
     return _grid((SIDE, SIDE, size[2]), np.array([pixel, pixel, spacing[2]]), origin, direction)
 
@@ -64,8 +82,12 @@ def _square_grid(image: sitk.Image) -> sitk.Image:
 def _axial_grid(image: sitk.Image) -> sitk.Image:
     """SIDE×SIDE square pixels in slices along the patient's axis, over everything that an image shows."""
     size, spacing = np.array(image.GetSize()), np.array(image.GetSpacing())
-    corners = np.array([image.TransformContinuousIndexToPhysicalPoint((np.array(corner) * size - 0.5).tolist())
-                        for corner in np.ndindex(2, 2, 2)])
+    corners = np.array(
+        [
+            image.TransformContinuousIndexToPhysicalPoint((np.array(corner) * size - 0.5).tolist())
+            for corner in np.ndindex(2, 2, 2)
+        ]
+    )
     lowest, highest = corners.min(axis=0), corners.max(axis=0)
     pixel = (highest - lowest)[:2].max() / SIDE
     distance = max(DISTANCE, spacing[2])
@@ -76,25 +98,37 @@ def _axial_grid(image: sitk.Image) -> sitk.Image:
 
 
 def resample(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform | None = None) -> sitk.Image:
-    """An image on a grid, float32, linear, its own minimum where it shows nothing; transform: as `register` gives it.
+    """An image on a grid, float32, linear, its own minimum where it shows nothing; transform: as `register`
+    gives it.
 
     Pixels that one of the grid takes in whole are averaged, not skipped.
     """
     image = sitk.DICOMOrient(image, "LPS")
-    factors = [max(1, int(coarse / fine + 1e-6)) for coarse, fine in zip(grid.GetSpacing(), image.GetSpacing())]
+    factors = [
+        max(1, int(coarse / fine + 1e-6)) for coarse, fine in zip(grid.GetSpacing(), image.GetSpacing())
+    ]
     lowest = float(sitk.GetArrayViewFromImage(image).min())
     if max(factors) > 1:
         image = sitk.BinShrink(image, factors)
-    return sitk.Resample(image, grid, transform or sitk.Transform(), sitk.sitkLinear, lowest, sitk.sitkFloat32)
+    return sitk.Resample(
+        image, grid, transform or sitk.Transform(), sitk.sitkLinear, lowest, sitk.sitkFloat32
+    )
 
 
 def on_grid(image: sitk.Image, reference: sitk.Image) -> bool:
-    """Whether the corners of an image lie on voxels of the reference, to a tenth of one: a mask may have fewer slices."""
+    """Whether the corners of an image lie on voxels of the reference, to a tenth of one: a mask may have
+    fewer slices."""
     for corner in np.ndindex(2, 2, 2):
-        place = image.TransformIndexToPhysicalPoint([int(c) * (n - 1) for c, n in zip(corner, image.GetSize())])
+        place = image.TransformIndexToPhysicalPoint(
+            [int(c) * (n - 1) for c, n in zip(corner, image.GetSize())]
+        )
         index = np.array(reference.TransformPhysicalPointToContinuousIndex(place))
         nearest = index.round()
-        if np.abs(index - nearest).max() > OFF_GRID or (nearest < 0).any() or (nearest >= reference.GetSize()).any():
+        if (
+            np.abs(index - nearest).max() > OFF_GRID
+            or (nearest < 0).any()
+            or (nearest >= reference.GetSize()).any()
+        ):
             return False
     return True
 
@@ -106,30 +140,42 @@ def resample_mask(mask: sitk.Image, fixed: sitk.Image, transform: sitk.Transform
 
 
 def register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Transform:
-    """The rigid transform from points of `fixed` to points of `moving` with the most mutual information (Mattes et al. 2003).
+    """The rigid transform from points of `fixed` to points of `moving` with the most mutual information
+    (Mattes et al. 2003).
 
-    same_frame: whether both have the scanner's coordinates in common; otherwise the search starts with their centres of
-    mass laid over each other. Coarse to fine, with a fixed seed and one thread: the same on every run. Where edges agree no
-    better than at the scanner's own coordinates, those are kept. Raises MedFLError for volumes that share no place.
+    same_frame: whether both have the scanner's coordinates in common; otherwise the search starts with their
+    centres of mass laid over each other. Coarse to fine, with a fixed seed and one thread: the same on every
+    run. Where edges agree no better than at the scanner's own coordinates, those are kept. Raises MedFLError
+    for volumes that share no place.
     """
     transform = sitk.Euler3DTransform()
     try:
         if same_frame:
-            transform.SetCenter(fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()]))
+            transform.SetCenter(
+                fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
+            )
         else:
-            transform = sitk.Euler3DTransform(sitk.CenteredTransformInitializer(
-                fixed, moving, transform, sitk.CenteredTransformInitializerFilter.MOMENTS))
+            transform = sitk.Euler3DTransform(
+                sitk.CenteredTransformInitializer(
+                    fixed, moving, transform, sitk.CenteredTransformInitializerFilter.MOMENTS
+                )
+            )
         for factor, longest in zip(FACTORS, LONGEST):
             _improve(transform, moving, fixed, factor, longest)
     except RuntimeError as error:  # ITK's: no sample of one lies in the other, or one is blank
         raise MedFLError("it can't be laid over FLAIR: they show different places, or nothing") from error
-    if same_frame and agreement(resample(moving, fixed), fixed) >= agreement(resample(moving, fixed, transform), fixed):
+    if same_frame and agreement(resample(moving, fixed), fixed) >= agreement(
+        resample(moving, fixed, transform), fixed
+    ):
         return sitk.Euler3DTransform()
     return transform
 
 
-def _improve(transform: sitk.Transform, moving: sitk.Image, fixed: sitk.Image, factor: int, longest: float) -> None:
-    """Change a transform, in place, for more mutual information of both images binned to `factor` pixels of `fixed`."""
+def _improve(
+    transform: sitk.Transform, moving: sitk.Image, fixed: sitk.Image, factor: int, longest: float
+) -> None:
+    """Change a transform, in place, for more mutual information of both images binned to `factor` pixels of
+    `fixed`."""
     target, source = (_binned(image, factor * fixed.GetSpacing()[0]) for image in (fixed, moving))
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)
@@ -145,12 +191,19 @@ def _improve(transform: sitk.Transform, moving: sitk.Image, fixed: sitk.Image, f
 
 
 def agreement(moved: sitk.Image, fixed: sitk.Image) -> float:
-    """How well the edges of two volumes on one grid lie over each other: the correlation of the roots of their gradients' size.
+    """How well the edges of two volumes on one grid lie over each other: the correlation of the roots of
+    their gradients' size.
 
     1 is best. It holds for sequences of different contrast, where brightness itself says little.
     """
-    edges = [np.sqrt(sitk.GetArrayFromImage(sitk.GradientMagnitudeRecursiveGaussian(sitk.BinShrink(image, [2, 2, 1]), EDGE)))
-             for image in (moved, fixed)]
+    edges = [
+        np.sqrt(
+            sitk.GetArrayFromImage(
+                sitk.GradientMagnitudeRecursiveGaussian(sitk.BinShrink(image, [2, 2, 1]), EDGE)
+            )
+        )
+        for image in (moved, fixed)
+    ]
     shown = sitk.GetArrayFromImage(sitk.BinShrink(moved, [2, 2, 1])) > sitk.GetArrayViewFromImage(moved).min()
     if not shown.any() or min(edge[shown].std() for edge in edges) == 0:
         return 0.0
@@ -158,7 +211,8 @@ def agreement(moved: sitk.Image, fixed: sitk.Image) -> float:
 
 
 def to_uint8(volume: np.ndarray) -> np.ndarray:
-    """A volume's values, (S, H, W) float32, as brightness, uint8: percentile LOW of the volume is 0, HIGH is BRIGHT, linear.
+    """A volume's values, (S, H, W) float32, as brightness, uint8: percentile LOW of the volume is 0, HIGH is
+    BRIGHT, linear.
 
     What lies above goes on to 255 and is cut there. A blank volume is 0.
     """

@@ -1,4 +1,5 @@
-"""What a DICOM file's header says: whether it is a picture, where its slices lie, and what is wrong with it by itself."""
+"""What a DICOM file's header says: whether it is a picture, where its slices lie, and what is wrong with it
+by itself."""
 
 import math
 import warnings
@@ -12,15 +13,46 @@ from pydicom.uid import UID, ImplicitVRLittleEndian
 from common import MedFLError
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
-OTHER_MODALITY = "it is of modality"  # how that problem begins: a segmentation has it, and is of use all the same
+OTHER_MODALITY = (
+    "it is of modality"  # how that problem begins: a segmentation has it, and is of use all the same
+)
 NOT_PICTURES = {"RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC", "RWV", "FID"}
 TAGS = [  # what is read of a header
-    "StudyDate", "StudyTime", "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID",
-    "Modality", "SeriesDescription", "ProtocolName", "SequenceName", "SeriesNumber", "ImageType", "ContrastBolusAgent",
-    "RepetitionTime", "EchoTime", "InversionTime", "Rows", "Columns", "PixelSpacing", "ImageOrientationPatient",
-    "ImagePositionPatient", "SliceThickness", "SpacingBetweenSlices", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames",
-    "FrameOfReferenceUID", "BurnedInAnnotation", "ConversionType", "MagneticFieldStrength", "Manufacturer",
-    "ManufacturerModelName", "ReferencedSeriesSequence", "SharedFunctionalGroupsSequence",
+    "StudyDate",
+    "StudyTime",
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "SeriesInstanceUID",
+    "StudyInstanceUID",
+    "PatientID",
+    "Modality",
+    "SeriesDescription",
+    "ProtocolName",
+    "SequenceName",
+    "SeriesNumber",
+    "ImageType",
+    "ContrastBolusAgent",
+    "RepetitionTime",
+    "EchoTime",
+    "InversionTime",
+    "Rows",
+    "Columns",
+    "PixelSpacing",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "SliceThickness",
+    "SpacingBetweenSlices",
+    "SamplesPerPixel",
+    "BitsAllocated",
+    "NumberOfFrames",
+    "FrameOfReferenceUID",
+    "BurnedInAnnotation",
+    "ConversionType",
+    "MagneticFieldStrength",
+    "Manufacturer",
+    "ManufacturerModelName",
+    "ReferencedSeriesSequence",
+    "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 ]
 
@@ -38,7 +70,8 @@ class Slice(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What is kept of a file: its own uid and its series', the fields of a Series that it tells, its faults, its slices."""
+    """What is kept of a file: its own uid and its series', the fields of a Series that it tells, its faults,
+    its slices."""
 
     instance: str
     series: str
@@ -55,15 +88,24 @@ def read_header(path: Path) -> Header:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
             _refuse_what_is_no_picture(header)
             uid = str(header.get("SeriesInstanceUID") or path)
-            return Header(str(header.get("SOPInstanceUID") or path), uid, _describe(header, uid),
-                          _problems_of_file(path, header, path.stat().st_size - file.tell()), _slices_of(path, header))
+            return Header(
+                str(header.get("SOPInstanceUID") or path),
+                uid,
+                _describe(header, uid),
+                _problems_of_file(path, header, path.stat().st_size - file.tell()),
+                _slices_of(path, header),
+            )
     except MedFLError:
         raise
     except InvalidDicomError as error:
         raise MedFLError("no DICOM file; leave it out of the export") from error
     except OSError as error:
-        raise MedFLError(f"can't be read ({error.strerror or error}); check its permissions and copy it again") from error
-    except Exception as error:  # pydicom converts values when they are asked for, and raises many kinds for damaged ones
+        raise MedFLError(
+            f"can't be read ({error.strerror or error}); check its permissions and copy it again"
+        ) from error
+    except (
+        Exception
+    ) as error:  # pydicom converts values when they are asked for, and raises many kinds for damaged ones
         raise MedFLError("damaged or cut off within its header; export it again") from error
 
 
@@ -102,15 +144,31 @@ def _describe(header: pydicom.Dataset, uid: str) -> dict:
         return str(header.get(name) or "").strip()
 
     return dict(
-        uid=uid, study_uid=text("StudyInstanceUID"), patient_id=text("PatientID"), modality=text("Modality"),
-        description=text("SeriesDescription"), number=None if number is None else int(number), protocol=text("ProtocolName"),
-        sequence=text("SequenceName"), image_type=kind, contrast_agent=text("ContrastBolusAgent"),
-        repetition_time=_number(header.get("RepetitionTime")), echo_time=_number(header.get("EchoTime")),
-        inversion_time=_number(header.get("InversionTime")), field_strength=_number(header.get("MagneticFieldStrength")),
-        manufacturer=text("Manufacturer"), model=text("ManufacturerModelName"), frame_of_reference=text("FrameOfReferenceUID"),
-        burnt_in=text("BurnedInAnnotation").upper() == "YES" or "SECONDARY" in kind[1:2] or bool(text("ConversionType")),
+        uid=uid,
+        study_uid=text("StudyInstanceUID"),
+        patient_id=text("PatientID"),
+        modality=text("Modality"),
+        description=text("SeriesDescription"),
+        number=None if number is None else int(number),
+        protocol=text("ProtocolName"),
+        sequence=text("SequenceName"),
+        image_type=kind,
+        contrast_agent=text("ContrastBolusAgent"),
+        repetition_time=_number(header.get("RepetitionTime")),
+        echo_time=_number(header.get("EchoTime")),
+        inversion_time=_number(header.get("InversionTime")),
+        field_strength=_number(header.get("MagneticFieldStrength")),
+        manufacturer=text("Manufacturer"),
+        model=text("ManufacturerModelName"),
+        frame_of_reference=text("FrameOfReferenceUID"),
+        burnt_in=text("BurnedInAnnotation").upper() == "YES"
+        or "SECONDARY" in kind[1:2]
+        or bool(text("ConversionType")),
         when=text("StudyDate") + text("StudyTime"),
-        references=tuple(str(r.get("SeriesInstanceUID", "")) for r in header.get("ReferencedSeriesSequence") or ()))
+        references=tuple(
+            str(r.get("SeriesInstanceUID", "")) for r in header.get("ReferencedSeriesSequence") or ()
+        ),
+    )
 
 
 def _problems_of_file(path: Path, header: pydicom.Dataset, left: int) -> list[str]:
@@ -124,8 +182,16 @@ def _problems_of_file(path: Path, header: pydicom.Dataset, left: int) -> list[st
     if (header.get("SamplesPerPixel") or 1) != 1:
         problems.append("it is in colour, a screen capture or a map, not a scan")
     syntax = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
-    pixels = header.Rows * header.Columns * (header.get("NumberOfFrames") or 1) * (header.get("SamplesPerPixel") or 1)
-    if not (syntax.is_compressed or syntax.is_deflated) and left < pixels * (header.get("BitsAllocated") or 16) // 8:
+    pixels = (
+        header.Rows
+        * header.Columns
+        * (header.get("NumberOfFrames") or 1)
+        * (header.get("SamplesPerPixel") or 1)
+    )
+    if (
+        not (syntax.is_compressed or syntax.is_deflated)
+        and left < pixels * (header.get("BitsAllocated") or 16) // 8
+    ):
         problems.append(f"{path.name} is truncated; export it again")
     return problems
 
@@ -133,12 +199,26 @@ def _problems_of_file(path: Path, header: pydicom.Dataset, left: int) -> list[st
 def _slices_of(path: Path, header: pydicom.Dataset) -> list[Slice]:
     """The slices of a file: one, or one for each frame, whose geometry stands in functional groups."""
     frames, matrix = int(header.get("NumberOfFrames") or 1), (int(header.Rows), int(header.Columns))
-    shared, groups = header.get("SharedFunctionalGroupsSequence"), header.get("PerFrameFunctionalGroupsSequence")
+    shared, groups = (
+        header.get("SharedFunctionalGroupsSequence"),
+        header.get("PerFrameFunctionalGroupsSequence"),
+    )
     if frames == 1 and not groups:
-        thickness = _number(header.get("SpacingBetweenSlices")) or _number(header.get("SliceThickness")) or 0.0
+        thickness = (
+            _number(header.get("SpacingBetweenSlices")) or _number(header.get("SliceThickness")) or 0.0
+        )
         position, orientation = header.get("ImagePositionPatient"), header.get("ImageOrientationPatient")
-        return [Slice(path, None, _numbers(position, 3), _numbers(orientation, 6), matrix,
-                      _numbers(header.get("PixelSpacing"), 2), thickness)]
+        return [
+            Slice(
+                path,
+                None,
+                _numbers(position, 3),
+                _numbers(orientation, 6),
+                matrix,
+                _numbers(header.get("PixelSpacing"), 2),
+                thickness,
+            )
+        ]
 
     def look_up(group: pydicom.Dataset | None, macro: str, name: str) -> object:
         for where in (group, shared[0] if shared else None):
@@ -149,9 +229,20 @@ def _slices_of(path: Path, header: pydicom.Dataset) -> list[Slice]:
     found = []
     for frame in range(frames):
         group = groups[frame] if groups and frame < len(groups) else None
-        thickness = (_number(look_up(group, "PixelMeasuresSequence", "SpacingBetweenSlices"))
-                     or _number(look_up(group, "PixelMeasuresSequence", "SliceThickness")) or 0.0)
-        found.append(Slice(path, frame, _numbers(look_up(group, "PlanePositionSequence", "ImagePositionPatient"), 3),
-                           _numbers(look_up(group, "PlaneOrientationSequence", "ImageOrientationPatient"), 6), matrix,
-                           _numbers(look_up(group, "PixelMeasuresSequence", "PixelSpacing"), 2), thickness))
+        thickness = (
+            _number(look_up(group, "PixelMeasuresSequence", "SpacingBetweenSlices"))
+            or _number(look_up(group, "PixelMeasuresSequence", "SliceThickness"))
+            or 0.0
+        )
+        found.append(
+            Slice(
+                path,
+                frame,
+                _numbers(look_up(group, "PlanePositionSequence", "ImagePositionPatient"), 3),
+                _numbers(look_up(group, "PlaneOrientationSequence", "ImageOrientationPatient"), 6),
+                matrix,
+                _numbers(look_up(group, "PixelMeasuresSequence", "PixelSpacing"), 2),
+                thickness,
+            )
+        )
     return found

@@ -1,4 +1,5 @@
-"""What a person looks through before training: a contact sheet per study, a page over all, and the report on every series."""
+"""What a person looks through before training: a contact sheet per study, a page over all, and the report on
+every series."""
 
 import csv
 from collections.abc import Iterable
@@ -15,16 +16,35 @@ from radiology.studies import Study
 TILE, ACROSS = 128, 10  # pixels of a slice's side, and slices in a row
 OUTLINE = (255, 150, 0)
 SUFFIX = "_contact_sheet.png"  # preprocessing.is_image passes over these
-COLUMNS = ("pseudonym", "patient_id", "study", "number", "description", "modality", "slices", "rows", "columns",
-           "between_mm", "row_mm", "column_mm", "used_as", "why")
-STYLE = ("body{font:16px/1.5 sans-serif;max-width:1340px;margin:auto;padding:1em}img{max-width:100%;background:#000}"
-         "article{border-top:1px solid #999;padding:1em 0}li{color:#a30}")
+COLUMNS = (
+    "pseudonym",
+    "patient_id",
+    "study",
+    "number",
+    "description",
+    "modality",
+    "slices",
+    "rows",
+    "columns",
+    "between_mm",
+    "row_mm",
+    "column_mm",
+    "used_as",
+    "why",
+)
+STYLE = (
+    "body{font:16px/1.5 "
+    "sans-serif;max-width:1340px;margin:auto;padding:1em}img{max-width:100%;background:#000}"
+    "article{border-top:1px solid #999;padding:1em 0}li{color:#a30}"
+)
 
 
 def contact_sheet(volume: np.ndarray, mask: np.ndarray | None) -> Image.Image:
-    """Ten slices from neck to crown: pre-contrast, FLAIR, post-contrast, and all three as colours with the mask's outline.
+    """Ten slices from neck to crown: pre-contrast, FLAIR, post-contrast, and all three as colours with the
+    mask's outline.
 
-    volume: (S, H, W, 3) uint8. mask: (S, H, W) uint8, or None. Edges that don't lie over each other show as coloured fringes.
+    volume: (S, H, W, 3) uint8. mask: (S, H, W) uint8, or None. Edges that don't lie over each other show as
+    coloured fringes.
     """
     chosen = np.unique(np.linspace(0, len(volume) - 1, ACROSS).round().astype(int))
     if mask is not None and mask.any() and not mask[chosen].any():  # the tumour has to be seen
@@ -41,32 +61,52 @@ def contact_sheet(volume: np.ndarray, mask: np.ndarray | None) -> Image.Image:
 
 
 def _outlined(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """A slice (H, W, 3) with the border of a mask (H, W) two pixels wide, so that it outlives the shrinking."""
+    """A slice (H, W, 3) with the border of a mask (H, W) two
+    pixels wide, so that it outlives the shrinking."""
     if mask is None:
         return pixels
     around = np.pad(mask, 2)
-    inner = np.all([around[2 + dy:around.shape[0] - 2 + dy, 2 + dx:around.shape[1] - 2 + dx]
-                    for dy, dx in ((-2, 0), (2, 0), (0, -2), (0, 2))], axis=0)
+    inner = np.all(
+        [
+            around[2 + dy : around.shape[0] - 2 + dy, 2 + dx : around.shape[1] - 2 + dx]
+            for dy, dx in ((-2, 0), (2, 0), (0, -2), (0, 2))
+        ],
+        axis=0,
+    )
     return np.where((mask & ~inner)[..., None], np.uint8(OUTLINE), pixels)
 
 
 def write_page(entries: list[dict], path: Path) -> None:
-    """The page over all studies. entries: name, sheet (path beside the page), slices, mask (bool), part, notes."""
-    articles = [f'<article><h2 id="{escape(e["name"])}">{escape(e["name"])}</h2><p>{e["slices"]} slices, '
-                f'{"with a mask" if e["mask"] else "no mask"}, {escape(e["part"])}</p>'
-                + (f'<ul>{"".join(f"<li>{escape(note)}</li>" for note in e["notes"])}</ul>' if e["notes"] else "")
-                + f'<img loading="lazy" alt="contact sheet" src="{escape(e["sheet"])}"></article>' for e in entries]
+    """The page over all studies. entries: name, sheet (path beside the page), slices, mask (bool), part,
+    notes."""
+    articles = [
+        f'<article><h2 id="{escape(e["name"])}">{escape(e["name"])}</h2><p>{e["slices"]} slices, '
+        f"{'with a mask' if e['mask'] else 'no mask'}, {escape(e['part'])}</p>"
+        + (f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in e['notes'])}</ul>" if e["notes"] else "")
+        + f'<img loading="lazy" alt="contact sheet" src="{escape(e["sheet"])}"></article>'
+        for e in entries
+    ]
     doubtful = [f'<a href="#{escape(e["name"])}">{escape(e["name"])}</a>' for e in entries if e["notes"]]
     with atomic_write(path, "w") as file:
-        file.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Prepared studies</title><style>{STYLE}</style>'
-                   f"<h1>{len(entries)} prepared studies</h1><p>Rows from above: pre-contrast, FLAIR, post-contrast, and all three "
-                   "as colours with the mask's outline; slices from neck to crown, the patient's left on the right. Look for text "
-                   "in the pictures, coloured fringes (sequences that don't lie over each other), a wrong sequence, a mask in "
-                   f"the wrong place.</p><p>To look at closely: {', '.join(doubtful) or 'none'}.</p>{''.join(articles)}</html>\n")
+        file.write(
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Prepared '
+            f"studies</title><style>{STYLE}</style>"
+            f"<h1>{len(entries)} prepared studies</h1><p>Rows from above: pre-contrast, FLAIR, "
+            f"post-contrast, and all three "
+            "as colours with the mask's outline; slices from neck to crown, the patient's left on the "
+            "right. Look for text "
+            "in the pictures, coloured fringes (sequences that don't lie over each other), a wrong "
+            "sequence, a mask in "
+            f"the wrong place.</p><p>To look at closely: "
+            f"{', '.join(doubtful) or 'none'}.</p>{''.join(articles)}</html>\n"
+        )
 
 
-def write_report(studies: Iterable[tuple[str, Study]], refused: list[Refused], failures: dict[str, str], path: Path) -> None:
-    """The report, for its owner's eyes: a line per series with what it was used as and why, and one per file that is none.
+def write_report(
+    studies: Iterable[tuple[str, Study]], refused: list[Refused], failures: dict[str, str], path: Path
+) -> None:
+    """The report, for its owner's eyes: a line per series with what it was used as and why, and one per file
+    that is none.
 
     studies: with their pseudonyms. failures: why a series that was chosen could not be used, by its uid.
     """
@@ -77,7 +117,21 @@ def write_report(studies: Iterable[tuple[str, Study]], refused: list[Refused], f
             for series, used_as, why in ((line.series, line.used_as, line.why) for line in study.lines):
                 if series.uid in failures:
                     used_as, why = "", failures[series.uid]
-                writer.writerow([name, study.patient_id, study.uid, series.number, series.description, series.modality,
-                                 series.slices, series.rows, series.columns, *(f"{v:.4g}" for v in series.spacing), used_as, why])
+                writer.writerow(
+                    [
+                        name,
+                        study.patient_id,
+                        study.uid,
+                        series.number,
+                        series.description,
+                        series.modality,
+                        series.slices,
+                        series.rows,
+                        series.columns,
+                        *(f"{v:.4g}" for v in series.spacing),
+                        used_as,
+                        why,
+                    ]
+                )
         for one in refused:
             writer.writerow(["", "", "", "", str(one.path), *[""] * 8, one.why])

@@ -1,4 +1,5 @@
-"""One study's series to a volume in the dataset's layout: channels laid over FLAIR, 8 bits, mask, and what is told of it."""
+"""One study's series to a volume in the dataset's layout: channels laid over FLAIR, 8 bits, mask, and what is
+told of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,20 @@ from radiology.series import Series, load_series
 from radiology.studies import Study
 
 LOST = 0.1  # of a mask's volume, from where on it is told
-TEXT_SHARE, TEXT_PIXELS, TEXT_LEVEL = 0.5, 20, 0.2  # of slices with one value at a place; such places; of the 99.9th percentile
+TEXT_SHARE, TEXT_PIXELS, TEXT_LEVEL = (
+    0.5,
+    20,
+    0.2,
+)  # of slices with one value at a place; such places; of the 99.9th percentile
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A study in the dataset's layout.
 
-    volume: (S, 256, 256, 3) uint8. mask: (S, 256, 256) uint8 0 or 255, or None. about: what volume.json holds. notes: what
-    a person should know, in sentences without a word of the source. failures: why a series could not be used after all, by
-    its uid; these may name files.
+    volume: (S, 256, 256, 3) uint8. mask: (S, 256, 256) uint8 0 or 255, or None. about: what volume.json
+    holds. notes: what a person should know, in sentences without a word of the source. failures: why a series
+    could not be used after all, by its uid; these may name files.
     """
 
     volume: np.ndarray
@@ -36,7 +41,8 @@ class Prepared:
 
 
 def prepare(study: Study, rules: Rules) -> Prepared:
-    """A study's series, read, aligned and in 8 bits. Raises MedFLError where its FLAIR can't be read or is blank."""
+    """A study's series, read, aligned and in 8 bits. Raises MedFLError where its FLAIR can't be read or is
+    blank."""
     flair = _load(study.channels[FLAIR])
     fixed, told = to_axial(flair)
     notes = ([f"FLAIR was {told}"] if told else []) + _text_notes(FLAIR, study.channels[FLAIR], flair)
@@ -57,7 +63,9 @@ def prepare(study: Study, rules: Rules) -> Prepared:
                 failures[series.uid] = str(error)
             else:
                 grids[channel], transforms[channel] = _grid_of(image), transform
-                notes += _text_notes(channel, series, image) + _alignment_notes(channel, agreement(moved, fixed))
+                notes += _text_notes(channel, series, image) + _alignment_notes(
+                    channel, agreement(moved, fixed)
+                )
         if channel not in planes:
             planes[channel] = planes[FLAIR]
             notes.append(f"{channel} is missing or can't be used, and FLAIR stands in")
@@ -84,8 +92,11 @@ def _grid_of(image: sitk.Image) -> sitk.Image:
 
 
 def _same_frame(one: Series, other: Series) -> bool:
-    """Whether two series were measured in one set of coordinates. NIfTI does not tell; those of a study are taken to be."""
-    return one.frame_of_reference == other.frame_of_reference and (bool(one.frame_of_reference) or one.modality == "NIfTI")
+    """Whether two series were measured in one set of coordinates. NIfTI does not tell; those of a study are
+    taken to be."""
+    return one.frame_of_reference == other.frame_of_reference and (
+        bool(one.frame_of_reference) or one.modality == "NIfTI"
+    )
 
 
 def _not_blank(plane: np.ndarray) -> np.ndarray:
@@ -97,11 +108,15 @@ def _not_blank(plane: np.ndarray) -> np.ndarray:
 def _alignment_notes(channel: str, found: float) -> list[str]:
     if found >= POOR:
         return []
-    return [f"{channel} may lie poorly on FLAIR (agreement of edges {found:.2f}, usually above {POOR}): look at its contact sheet"]
+    return [
+        f"{channel} may lie poorly on FLAIR (agreement of edges {found:.2f}, usually above {POOR}): look at "
+        f"its contact sheet"
+    ]
 
 
 def _text_notes(channel: str, series: Series, image: sitk.Image) -> list[str]:
-    """A warning where a series says so, is a secondary capture, or has the same bright pixels in the corners of many slices."""
+    """A warning where a series says so, is a secondary capture, or has the same bright pixels in the corners
+    of many slices."""
     volume = sitk.GetArrayViewFromImage(image)
     rows, columns = (np.linspace(-1, 1, n) for n in volume.shape[1:])
     corners = volume[:, np.hypot(rows[:, None], columns[None, :]) > 1]
@@ -110,11 +125,17 @@ def _text_notes(channel: str, series: Series, image: sitk.Image) -> list[str]:
     fixed = ((corners == usual).mean(axis=0) >= TEXT_SHARE) & (usual > level)
     if not series.burnt_in and fixed.sum() < TEXT_PIXELS:
         return []
-    return [f"{channel} may carry burnt-in text, which can name the patient: look at its contact sheet before anything leaves"]
+    return [
+        f"{channel} may carry burnt-in text, which can name the patient: look at its contact sheet before "
+        f"anything leaves"
+    ]
 
 
-def _read_mask(study: Study, rules: Rules, grids: dict, transforms: dict, fixed: sitk.Image, notes: list[str]) -> np.ndarray:
-    """The study's mask on the grid of `fixed`, (S, H, W) uint8 0 or 255. Raises MedFLError for one that can't be used."""
+def _read_mask(
+    study: Study, rules: Rules, grids: dict, transforms: dict, fixed: sitk.Image, notes: list[str]
+) -> np.ndarray:
+    """The study's mask on the grid of `fixed`, (S, H, W) uint8 0 or 255. Raises MedFLError for one that can't
+    be used."""
     if study.mask.modality == "NIfTI":
         channels = [FLAIR, *(c for c in grids if c != FLAIR)]
         labels, place = read_labels(study.mask, rules.labels, [grids[c] for c in channels])
@@ -132,7 +153,9 @@ def _read_mask(study: Study, rules: Rules, grids: dict, transforms: dict, fixed:
     if not after:
         raise MedFLError("it marks nothing that lies where FLAIR lies")
     if abs(after - before) > LOST * before:
-        notes.append(f"the mask's volume went from {before / 1000:.1f} to {after / 1000:.1f} cm³ on FLAIR's slices")
+        notes.append(
+            f"the mask's volume went from {before / 1000:.1f} to {after / 1000:.1f} cm³ on FLAIR's slices"
+        )
     return mask
 
 
@@ -141,9 +164,14 @@ def _about(flair: Series, fixed: sitk.Image) -> dict:
     column, row, between = fixed.GetSpacing()
     normal = np.array(fixed.GetDirection()).reshape(3, 3)[:, 2]
     positions = float(np.dot(fixed.GetOrigin(), normal)) + between * np.arange(fixed.GetSize()[2])
-    return {"version": 1, "spacing_mm": [round(v, 4) for v in (between, row, column)],
-            "slice_positions_mm": positions.round(3).tolist(), "field_strength_t": flair.field_strength,
-            "manufacturer": flair.manufacturer or None, "model": flair.model or None}
+    return {
+        "version": 1,
+        "spacing_mm": [round(v, 4) for v in (between, row, column)],
+        "slice_positions_mm": positions.round(3).tolist(),
+        "field_strength_t": flair.field_strength,
+        "manufacturer": flair.manufacturer or None,
+        "model": flair.model or None,
+    }
 
 
 def write_study(prepared: Prepared, folder: Path, name: str) -> None:
@@ -154,5 +182,7 @@ def write_study(prepared: Prepared, folder: Path, name: str) -> None:
             if prepared.mask is not None:
                 Image.fromarray(prepared.mask[index]).save(folder / f"{name}_{index + 1}_mask.tif")
     except OSError as error:
-        raise MedFLError(f"{folder} can't be written ({error.strerror or error}); free the space or change --out") from error
+        raise MedFLError(
+            f"{folder} can't be written ({error.strerror or error}); free the space or change --out"
+        ) from error
     write_json(folder / "volume.json", prepared.about)

@@ -1,7 +1,8 @@
-"""Names that lead to nobody without the key: a keyed hash of the patient's number, and the table that leads back.
+"""Names that lead to nobody without the key: a keyed hash of the patient's number, and the table that leads
+back.
 
-Key and table lie in a private folder beside the archive, for its owner's eyes alone (mode 0600; on Windows the folder's own
-permissions decide), and never in what is made from the archive.
+Key and table lie in a private folder beside the archive, for its owner's eyes alone (mode 0600; on Windows
+the folder's own permissions decide), and never in what is made from the archive.
 """
 
 import csv
@@ -19,27 +20,36 @@ COLUMNS = ("pseudonym", "patient_id", "study")
 
 
 def check_folders(source: Path, out: Path, private: Path) -> None:
-    """Raises MedFLError where the output or the private folder lies in the source, or one of the two in the other."""
+    """Raises MedFLError where the output or the private folder lies in the source, or one of the two in the
+    other."""
     source, out, private = (Path(p).resolve() for p in (source, out, private))
     for option, folder in (("--out", out), ("--private", private)):
         if folder.is_relative_to(source):
-            raise MedFLError(f"{option} is {folder}, inside of the archive {source}, which is only read; choose a folder outside")
+            raise MedFLError(
+                f"{option} is {folder}, inside of the archive {source}, which is only read; choose a folder "
+                f"outside"
+            )
     if source.is_relative_to(out):
         raise MedFLError(f"--out is {out}, and the archive {source} lies in it; choose a folder of its own")
     if private.is_relative_to(out) or out.is_relative_to(private):
-        raise MedFLError(f"the key and the table of names would lie in {private}, together with the output {out}, which is handed "
-                         "on; keep them apart with --private")
+        raise MedFLError(
+            f"the key and the table of names would lie in {private}, together with the output {out}, which "
+            f"is handed "
+            "on; keep them apart with --private"
+        )
 
 
 class Pseudonyms:
-    """Pseudonyms by the key in a private folder, which is made at first use. `save` writes the table that leads back."""
+    """Pseudonyms by the key in a private folder, which is made at first use. `save` writes the table that
+    leads back."""
 
     def __init__(self, private: Path):
         self.folder = Path(private)
         self._key, self._table = _key_in(self.folder), _table_in(self.folder)
 
     def name(self, patient_id: str, study: str) -> str:
-        """The name of a patient's study, the same for the same key: letters and digits, the patient's part first.
+        """The name of a patient's study, the same for the same key: letters and digits, the patient's part
+        first.
 
         Raises MedFLError where two studies would get one name, which is next to impossible.
         """
@@ -47,20 +57,25 @@ class Pseudonyms:
         name = f"p{patient}_s{self._digest('study', patient_id, study)[:8]}"
         known = self._table.setdefault(name, (patient_id, study))
         if known != (patient_id, study):
-            raise MedFLError(f"two studies would be called {name}; take another key: move {self.folder / KEY} away")
+            raise MedFLError(
+                f"two studies would be called {name}; take another key: move {self.folder / KEY} away"
+            )
         return name
 
     def save(self) -> None:
         """Write the table: pseudonym, patient's number, study; those of former runs stay."""
         with atomic_write(self.folder / TABLE, "w", private=True) as file:
-            csv.writer(file).writerows([COLUMNS, *((name, *who) for name, who in sorted(self._table.items()))])
+            csv.writer(file).writerows(
+                [COLUMNS, *((name, *who) for name, who in sorted(self._table.items()))]
+            )
 
     def _digest(self, *parts: str) -> str:
         return hmac.new(self._key, "\0".join(parts).encode(), hashlib.sha256).hexdigest()
 
 
 def _key_in(folder: Path) -> bytes:
-    """The folder's key, 32 bytes, made where there is none. Raises MedFLError for a damaged one, or one that others can read."""
+    """The folder's key, 32 bytes, made where there is none. Raises MedFLError for a damaged one, or one that
+    others can read."""
     path = folder / KEY
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -68,12 +83,18 @@ def _key_in(folder: Path) -> bytes:
             with atomic_write(path, "w", private=True) as file:
                 file.write(secrets.token_hex(32) + "\n")
         if os.name != "nt" and stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise MedFLError(f"{path} can be read by others, and it leads from pseudonyms to patients; chmod 600 {path}")
+            raise MedFLError(
+                f"{path} can be read by others, and it leads from pseudonyms to patients; chmod 600 {path}"
+            )
         key = bytes.fromhex(path.read_text(encoding="ascii").strip())
     except OSError as error:
-        raise MedFLError(f"{path} can't be made or read ({error.strerror or error}); name another folder with --private") from error
+        raise MedFLError(
+            f"{path} can't be made or read ({error.strerror or error}); name another folder with --private"
+        ) from error
     except ValueError as error:
-        raise MedFLError(f"{path} is no key of MedFL; name the folder with the key by --private, or move this file away") from error
+        raise MedFLError(
+            f"{path} is no key of MedFL; name the folder with the key by --private, or move this file away"
+        ) from error
     if len(key) != 32:
         raise MedFLError(f"{path} is cut off; bring back the whole key, or every patient gets a new name")
     return key
@@ -87,4 +108,6 @@ def _table_in(folder: Path) -> dict[str, tuple[str, str]]:
     except FileNotFoundError:
         return {}
     except (OSError, KeyError, ValueError) as error:
-        raise MedFLError(f"{folder / TABLE} can't be read; bring back the whole table, or move it away") from error
+        raise MedFLError(
+            f"{folder / TABLE} can't be read; bring back the whole table, or move it away"
+        ) from error

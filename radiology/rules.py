@@ -1,4 +1,5 @@
-"""Which series is which channel: rules in a text file (series_rules.toml), applied to what a series says of itself."""
+"""Which series is which channel: rules in a text file (series_rules.toml), applied to what a series says of
+itself."""
 
 import re
 import tomllib
@@ -31,7 +32,9 @@ class Rule:
     def fits_times(self, series: Series) -> bool:
         """Whether every time that the rule names is known and lies in its range."""
         values = {name: getattr(series, name) for name in self.times}
-        return bool(values) and all(v is not None and self.times[n][0] <= v <= self.times[n][1] for n, v in values.items())
+        return bool(values) and all(
+            v is not None and self.times[n][0] <= v <= self.times[n][1] for n, v in values.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,25 @@ def load_rules(path: Path = DEFAULT) -> Rules:
         labels = content["mask"].pop("labels")
         sections = {name: _rule(content.pop(name)) for name in SECTIONS}
     except OSError as error:
-        raise MedFLError(f"the rules {path} can't be read ({error.strerror or error}); check the name") from error
+        raise MedFLError(
+            f"the rules {path} can't be read ({error.strerror or error}); check the name"
+        ) from error
     except KeyError as error:
-        raise MedFLError(f"the rules {path} lack {error.args[0]}; begin with a copy of {DEFAULT.name}") from error
+        raise MedFLError(
+            f"the rules {path} lack {error.args[0]}; begin with a copy of {DEFAULT.name}"
+        ) from error
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise MedFLError(f"the rules {path} can't be understood ({error}); begin with a copy of {DEFAULT.name}") from error
+        raise MedFLError(
+            f"the rules {path} can't be understood ({error}); begin with a copy of {DEFAULT.name}"
+        ) from error
     if content:
-        raise MedFLError(f"the rules {path} have a section {next(iter(content))} that nobody reads; take it away")
+        raise MedFLError(
+            f"the rules {path} have a section {next(iter(content))} that nobody reads; take it away"
+        )
     if not (isinstance(labels, list) and labels and all(isinstance(v, int) and v > 0 for v in labels)):
-        raise MedFLError(f"the rules {path} need labels as a list of whole numbers above 0, such as [1]; correct them")
+        raise MedFLError(
+            f"the rules {path} need labels as a list of whole numbers above 0, such as [1]; correct them"
+        )
     return Rules(sections, tuple(labels), text)
 
 
@@ -68,7 +81,9 @@ def _rule(section: dict) -> Rule:
     unknown = section.keys() - {"any", "none", *TIMES}
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]} is no rule")
-    patterns = {key: tuple(re.compile(p, re.IGNORECASE) for p in section.get(key, ())) for key in ("any", "none")}
+    patterns = {
+        key: tuple(re.compile(p, re.IGNORECASE) for p in section.get(key, ())) for key in ("any", "none")
+    }
     times = {name: (float(section[name][0]), float(section[name][1])) for name in TIMES if name in section}
     return Rule(**patterns, times=times)
 

@@ -1,4 +1,5 @@
-"""Masks as DICOM SEG: written over their source series, so that a viewer lays them over it, and read back onto its grid."""
+"""Masks as DICOM SEG: written over their source series, so that a viewer lays them over it, and read back
+onto its grid."""
 
 import warnings
 from pathlib import Path
@@ -15,56 +16,92 @@ from common import MedFLError, __version__, atomic_write
 from radiology.geometry import on_grid
 from radiology.series import Series
 
-EXPECTED = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
-            "ReferringPhysicianName", "PositionReferenceIndicator")
+EXPECTED = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "PositionReferenceIndicator",
+)
 MANUFACTURER = "MedFL"
 SERIES_NUMBER = 9001  # far from the scanner's own
 
 
 def write_segmentation(mask: np.ndarray, series: Series, path: Path) -> None:
-    """Write a mask as `make_segmentation` makes it. Raises MedFLError for what that refuses, and where it can't be written."""
+    """Write a mask as `make_segmentation` makes it. Raises MedFLError for what that refuses, and where it
+    can't be written."""
     segmentation = make_segmentation(mask, series)
     with atomic_write(path) as file:
         segmentation.save_as(file)
 
 
 def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segmentation:
-    """A mask as a binary DICOM SEG of one segment, "tumour", that refers to its source series; nothing touches the disk.
+    """A mask as a binary DICOM SEG of one segment, "tumour", that refers to its source series; nothing
+    touches the disk.
 
-    mask: (S, H, W) bool or uint8, not 0 is tumour; the series' slices in its own order. The file carries the patient's name
-    and number from the source, as a viewer needs them. Raises MedFLError for a mask of another shape, for an empty one, and
-    for a series that lacks what a SEG has to say, such as a frame of reference.
+    mask: (S, H, W) bool or uint8, not 0 is tumour; the series' slices in its own order. The file carries the
+    patient's name and number from the source, as a viewer needs them. Raises MedFLError for a mask of another
+    shape, for an empty one, and for a series that lacks what a SEG has to say, such as a frame of reference.
     """
     mask = np.asarray(mask) != 0
     shape = (series.slices, series.rows, series.columns)
     if mask.shape != shape:
-        raise MedFLError(f"the mask is {_size(mask.shape)} and the series “{series.description}” {_size(shape)}; "
-                         "give the mask on the series' own slices")
+        raise MedFLError(
+            f"the mask is {_size(mask.shape)} and the series “{series.description}” {_size(shape)}; "
+            "give the mask on the series' own slices"
+        )
     if not mask.any():
-        raise MedFLError("the mask is empty, and a DICOM SEG without a pixel can't be shown; there is nothing to write")
+        raise MedFLError(
+            "the mask is empty, and a DICOM SEG without a pixel can't be shown; there is nothing to write"
+        )
     sources = [_source(file, series.spacing[0]) for file in series.files]
     if series.frames:  # highdicom takes frames in the file's order
         mask = mask[np.argsort(series.frames)]
     tumour = SegmentDescription(
-        segment_number=1, segment_label="tumour", segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-        segmented_property_type=codes.SCT.Neoplasm, algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
+        segment_number=1,
+        segment_label="tumour",
+        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+        segmented_property_type=codes.SCT.Neoplasm,
+        algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name="MedFL", version=__version__, family=codes.DCM.ArtificialIntelligence))
+            name="MedFL", version=__version__, family=codes.DCM.ArtificialIntelligence
+        ),
+    )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of source tags that deviate from the standard, which are the scanner's
+            warnings.simplefilter(
+                "ignore"
+            )  # of source tags that deviate from the standard, which are the scanner's
             return highdicom.seg.Segmentation(
-                source_images=sources, pixel_array=mask, segmentation_type=SegmentationTypeValues.BINARY,
-                segment_descriptions=[tumour], series_instance_uid=generate_uid(), series_number=SERIES_NUMBER,
-                sop_instance_uid=generate_uid(), instance_number=1, manufacturer=MANUFACTURER, manufacturer_model_name=MANUFACTURER,
-                software_versions=__version__, device_serial_number="0", series_description="MedFL tumour, research use only")
+                source_images=sources,
+                pixel_array=mask,
+                segmentation_type=SegmentationTypeValues.BINARY,
+                segment_descriptions=[tumour],
+                series_instance_uid=generate_uid(),
+                series_number=SERIES_NUMBER,
+                sop_instance_uid=generate_uid(),
+                instance_number=1,
+                manufacturer=MANUFACTURER,
+                manufacturer_model_name=MANUFACTURER,
+                software_versions=__version__,
+                device_serial_number="0",
+                series_description="MedFL tumour, research use only",
+            )
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a tag that is missing
-        raise MedFLError(f"the series “{series.description}” lacks what a DICOM SEG needs ({error}); export it without "
-                         "taking tags away") from error
+        raise MedFLError(
+            f"the series “{series.description}” lacks what a DICOM SEG needs ({error}); export it without "
+            "taking tags away"
+        ) from error
 
 
 def _source(path: Path, thickness: float) -> pydicom.Dataset:
-    """A source file's header, where what anonymisers take away and a SEG has to have is put back, empty if it may be."""
+    """A source file's header, where what anonymisers take away and a SEG has to have is put back, empty if it
+    may be."""
     header = pydicom.dcmread(path, stop_before_pixels=True)
     for name in EXPECTED:
         if name not in header:
@@ -77,8 +114,8 @@ def _source(path: Path, thickness: float) -> pydicom.Dataset:
 def read_segmentation(path: Path, reference: sitk.Image) -> sitk.Image:
     """The tumour of a DICOM SEG on the grid of its source series, uint8 0 or 1.
 
-    reference: the source series, as `load_series` gives it. Raises MedFLError for a file that is no binary SEG of one
-    segment, for one that lies on another grid, and for an empty one.
+    reference: the source series, as `load_series` gives it. Raises MedFLError for a file that is no binary
+    SEG of one segment, for one that lies on another grid, and for an empty one.
     """
     try:
         with warnings.catch_warnings():
@@ -89,16 +126,23 @@ def read_segmentation(path: Path, reference: sitk.Image) -> sitk.Image:
             one = binary and len(names) == 1
             volume = stored.get_volume(combine_segments=True, allow_missing_positions=True) if one else None
     except Exception as error:  # highdicom and pydicom raise many kinds for a damaged or unusual file
-        raise MedFLError(f"{path} can't be read as a DICOM SEG whose frames lie in parallel; export it again") from error
+        raise MedFLError(
+            f"{path} can't be read as a DICOM SEG whose frames lie in parallel; export it again"
+        ) from error
     if not binary:
         raise MedFLError(f"{path} holds shares of tumour, not a mask; export it as a binary segmentation")
     if len(names) > 1:
-        raise MedFLError(f"{path} holds {len(names)} segments ({', '.join(names)}), and one means tumour; export that one alone")
+        raise MedFLError(
+            f"{path} holds {len(names)} segments ({', '.join(names)}), and one means tumour; export that "
+            f"one alone"
+        )
     labels = _image(volume)
     if not sitk.GetArrayViewFromImage(labels).any():
         raise MedFLError(f"{path} is empty: no pixel is marked as tumour")
     if labels.GetSize()[:2] != reference.GetSize()[:2] or not on_grid(labels, reference):
-        raise MedFLError(f"{path} lies on another grid than its series; draw or export the mask on the series itself")
+        raise MedFLError(
+            f"{path} lies on another grid than its series; draw or export the mask on the series itself"
+        )
     return sitk.Resample(labels, reference, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
 
 

@@ -1,6 +1,8 @@
-"""From DICOM files to series: which files belong together, in what order, what is wrong with them, and their pixels.
+"""From DICOM files to series: which files belong together, in what order, what is wrong with them, and their
+pixels.
 
-Headers are read first and pixels only when asked for, a slice at a time, so an archive of any size can be looked through.
+Headers are read first and pixels only when asked for, a slice at a time, so an archive of any size can be
+looked through.
 """
 
 import warnings
@@ -29,10 +31,11 @@ TURNED = 1e-3  # in direction cosines, which are written with six digits or so
 class Series:
     """One series of an archive.
 
-    files: along the normal of the slices, one per slice, or the one file of a multi-frame series, whose slices are then
-    `frames` of it, in order. spacing: mm between slices, rows and columns. positions: mm along the normal, one per slice.
-    problems: why it can't be used, a sentence each; empty where it can. references: the series that a segmentation is of.
-    when: the study's date and time as DICOM writes them, to put studies in order.
+    files: along the normal of the slices, one per slice, or the one file of a multi-frame series, whose
+    slices are then `frames` of it, in order. spacing: mm between slices, rows and columns. positions: mm
+    along the normal, one per slice. problems: why it can't be used, a sentence each; empty where it can.
+    references: the series that a segmentation is of. when: the study's date and time as DICOM writes them, to
+    put studies in order.
     """
 
     uid: str
@@ -72,7 +75,8 @@ class Series:
 
     @property
     def normal(self) -> np.ndarray:
-        """The direction in which the slices follow each other, (3,), in the patient's coordinates (left, back, up)."""
+        """The direction in which the slices follow each other, (3,), in the patient's coordinates (left,
+        back, up)."""
         return np.cross(self.orientation[:3], self.orientation[3:])
 
 
@@ -104,7 +108,9 @@ def find_series(paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:
         notes[header.series] += header.problems
         slices[header.series] += header.slices
     found = [_assemble(head, slices[uid], notes[uid]) for uid, head in heads.items()]
-    return sorted(found, key=lambda s: (s.patient_id, s.study_uid, s.number is None, s.number or 0, s.uid)), refused
+    return sorted(
+        found, key=lambda s: (s.patient_id, s.study_uid, s.number is None, s.number or 0, s.uid)
+    ), refused
 
 
 def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
@@ -126,7 +132,10 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
     if problem:
         problems.append(problem)
     if len(slices) * rows * columns > MAX_VOXELS:
-        problems.append(f"it has {len(slices)} slices of {columns}×{rows}, more than is read at once; export it in smaller series")
+        problems.append(
+            f"it has {len(slices)} slices of {columns}×{rows}, more than is read at once; export it in "
+            f"smaller series"
+        )
     if geometry is None:
         return Series(**head, files=files, rows=rows, columns=columns, problems=tuple(problems))
     order = geometry.pop("order")
@@ -134,15 +143,22 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
         files, frames = tuple(slices[i].path for i in order), ()
     else:
         frames = tuple(slices[i].frame for i in order)
-    return Series(**head, **geometry, files=files, frames=frames, rows=rows, columns=columns, problems=tuple(problems))
+    return Series(
+        **head, **geometry, files=files, frames=frames, rows=rows, columns=columns, problems=tuple(problems)
+    )
 
 
 def _geometry(slices: list[Slice]) -> tuple[dict | None, str | None]:
-    """Order, spacing, origin, orientation and positions of slices that say where they lie; and what is wrong with them."""
+    """Order, spacing, origin, orientation and positions of slices that say where they lie; and what is wrong
+    with them."""
     first = slices[0]
     across, down = np.array(first.orientation[:3]), np.array(first.orientation[3:])
-    if abs(across @ down) > 10 * TURNED or abs(across @ across - 1) > 10 * TURNED or abs(down @ down - 1) > 10 * TURNED \
-            or min(first.pixel_spacing) <= 0:
+    if (
+        abs(across @ down) > 10 * TURNED
+        or abs(across @ across - 1) > 10 * TURNED
+        or abs(down @ down - 1) > 10 * TURNED
+        or min(first.pixel_spacing) <= 0
+    ):
         return None, "its directions are not at right angles, or its pixels have no size; export it again"
     if any(np.abs(np.subtract(s.orientation, first.orientation)).max() > TURNED for s in slices):
         return None, "its slices are turned against each other, as in a localizer of several planes"
@@ -153,17 +169,30 @@ def _geometry(slices: list[Slice]) -> tuple[dict | None, str | None]:
     order = np.argsort(places @ normal, kind="stable")
     along = (places @ normal)[order]
     steps = np.diff(along)
-    between = round(float((along[-1] - along[0]) / max(1, len(steps))), 4) if len(steps) and steps.min() > SAME_PLACE else 0.0
+    between = (
+        round(float((along[-1] - along[0]) / max(1, len(steps))), 4)
+        if len(steps) and steps.min() > SAME_PLACE
+        else 0.0
+    )
     problem = _spacing_problem(steps)
-    between = between or float(np.median(steps[steps > SAME_PLACE])) if (steps > SAME_PLACE).any() else first.thickness
+    between = (
+        between or float(np.median(steps[steps > SAME_PLACE]))
+        if (steps > SAME_PLACE).any()
+        else first.thickness
+    )
     if between <= 0:
         problem = problem or "it is a single slice that does not say how thick it is"
         between = 1.0
     sideways = places[order] - places[order[0]] - np.outer(along - along[0], normal)
     if not problem and np.abs(sideways).max() > min(first.pixel_spacing):
         problem = "its slices do not lie straight above each other (a tilted gantry, or several stacks)"
-    return {"order": order.tolist(), "spacing": (between, *first.pixel_spacing), "origin": tuple(places[order[0]].tolist()),
-            "orientation": first.orientation, "positions": tuple(along.tolist())}, problem
+    return {
+        "order": order.tolist(),
+        "spacing": (between, *first.pixel_spacing),
+        "origin": tuple(places[order[0]].tolist()),
+        "orientation": first.orientation,
+        "positions": tuple(along.tolist()),
+    }, problem
 
 
 def _spacing_problem(steps: np.ndarray) -> str | None:
@@ -171,8 +200,11 @@ def _spacing_problem(steps: np.ndarray) -> str | None:
     if not len(steps):
         return None
     if (steps <= SAME_PLACE).any():
-        return (f"{int((steps <= SAME_PLACE).sum())} of its slices lie where another lies (several echoes or times, or sent "
-                "twice); export them as series of their own")
+        return (
+            f"{int((steps <= SAME_PLACE).sum())} of its slices lie where another lies (several echoes or "
+            f"times, or sent "
+            "twice); export them as series of their own"
+        )
     usual = float(np.median(steps))
     gaps = steps / usual
     if (np.abs(gaps - 1) <= UNEVEN).all():
@@ -180,15 +212,18 @@ def _spacing_problem(steps: np.ndarray) -> str | None:
     whole = np.abs(gaps - gaps.round()) <= UNEVEN * gaps.round().clip(1)
     if whole.all():
         missing = int(gaps.round().sum()) - len(gaps)
-        return f"{missing} of its slices are missing (a gap of {steps.max():.1f} mm where {usual:.1f} is usual)"
+        return (
+            f"{missing} of its slices are missing (a gap of {steps.max():.1f} mm where {usual:.1f} is usual)"
+        )
     return f"its slices lie unevenly, {steps.min():.2f} to {steps.max():.2f} mm apart"
 
 
 def load_series(series: Series) -> sitk.Image:
-    """The pixels of a series with its place in the patient, float32 (size: columns, rows, slices; mm; left, back, up).
+    """The pixels of a series with its place in the patient, float32 (size: columns, rows, slices; mm; left,
+    back, up).
 
-    Rescale slope and intercept are applied, MONOCHROME1 is turned so that bright is bright. Raises MedFLError for a series
-    with problems, for a file that can't be decoded, and where a decoder is not installed.
+    Rescale slope and intercept are applied, MONOCHROME1 is turned so that bright is bright. Raises MedFLError
+    for a series with problems, for a file that can't be decoded, and where a decoder is not installed.
     """
     if series.problems:
         raise MedFLError(f"the series “{series.description}” can't be used: {'; '.join(series.problems)}")
@@ -201,7 +236,9 @@ def load_series(series: Series) -> sitk.Image:
     between, row, column = series.spacing
     image.SetSpacing((column, row, between))
     image.SetOrigin(series.origin)
-    image.SetDirection(np.stack([series.orientation[:3], series.orientation[3:], series.normal], axis=1).ravel().tolist())
+    image.SetDirection(
+        np.stack([series.orientation[:3], series.orientation[3:], series.normal], axis=1).ravel().tolist()
+    )
     return image
 
 
@@ -213,11 +250,15 @@ def _decode(path: Path, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
             content = whole if whole is not None else pydicom.dcmread(path)
             syntax = content.file_meta.TransferSyntaxUID
             if syntax.is_compressed and not _can_decode(syntax):
-                raise MedFLError(f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
-                                 "`pip install -r requirements-dicom.txt`, or export without compression")
+                raise MedFLError(
+                    f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
+                    "`pip install -r requirements-dicom.txt`, or export without compression"
+                )
             stored = pixel_array(content, index=frame)
             if content.PhotometricInterpretation == "MONOCHROME1":
-                stored = (-1 if content.PixelRepresentation else 2**content.BitsStored - 1) - stored.astype(np.int64)
+                stored = (-1 if content.PixelRepresentation else 2**content.BitsStored - 1) - stored.astype(
+                    np.int64
+                )
             return _rescaled(content, stored, frame).astype(np.float32)
     except MedFLError:
         raise
@@ -233,8 +274,13 @@ def _can_decode(syntax: UID) -> bool:
 
 
 def _rescaled(content: pydicom.Dataset, stored: np.ndarray, frame: int) -> np.ndarray:
-    """Stored values to the values they stand for: the transformation lies in the file, or in functional groups of frames."""
+    """Stored values to the values they stand for: the transformation lies in the file, or in functional
+    groups of frames."""
     for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-        if index < len(content.get(groups) or ()) and content[groups].value[index].get("PixelValueTransformationSequence"):
-            return apply_modality_lut(stored, content[groups].value[index].PixelValueTransformationSequence[0])
+        if index < len(content.get(groups) or ()) and content[groups].value[index].get(
+            "PixelValueTransformationSequence"
+        ):
+            return apply_modality_lut(
+                stored, content[groups].value[index].PixelValueTransformationSequence[0]
+            )
     return apply_modality_lut(stored, content)

@@ -1,4 +1,5 @@
-"""From series to studies: which series becomes which channel, which mask belongs to it, and why the others do not."""
+"""From series to studies: which series becomes which channel, which mask belongs to it, and why the others do
+not."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,8 +25,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Study:
-    """A patient's study. channels: by name; empty where there is no FLAIR. mask: and the channel whose series it is of (None of
-    a NIfTI file, whose grid tells). lines: one for each of its series."""
+    """A patient's study. channels: by name; empty where there is no FLAIR. mask: and the channel whose series
+    it is of (None of a NIfTI file, whose grid tells). lines: one for each of its series."""
 
     patient_id: str
     uid: str
@@ -41,7 +42,10 @@ def plan_studies(found: list[Series], rules: Rules) -> list[Study]:
     groups = defaultdict(list)
     for series in found:
         groups[series.patient_id, series.study_uid].append(series)
-    return sorted((_plan(*key, group, rules) for key, group in groups.items()), key=lambda s: (s.patient_id, s.when, s.uid))
+    return sorted(
+        (_plan(*key, group, rules) for key, group in groups.items()),
+        key=lambda s: (s.patient_id, s.when, s.uid),
+    )
 
 
 def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study:
@@ -80,30 +84,39 @@ def _label(series: Series) -> str:
 
 def _preferences(outlined: set[str]) -> list[tuple[str, Callable[[Series], float]]]:
     """What speaks for one of several series that claim a channel, most important first."""
-    return [("a segmentation is of it", lambda s: s.uid in outlined),
-            ("it is axial", lambda s: bool(s.orientation) and int(np.abs(s.normal).argmax()) == 2),
-            ("it is original, not derived", lambda s: "DERIVED" not in s.image_type),
-            ("it has more slices", lambda s: s.slices),
-            ("it came last", lambda s: s.number or 0)]
+    return [
+        ("a segmentation is of it", lambda s: s.uid in outlined),
+        ("it is axial", lambda s: bool(s.orientation) and int(np.abs(s.normal).argmax()) == 2),
+        ("it is original, not derived", lambda s: "DERIVED" not in s.image_type),
+        ("it has more slices", lambda s: s.slices),
+        ("it came last", lambda s: s.number or 0),
+    ]
 
 
-def _choose(channel: str, candidates: list[tuple[Series, str]], outlined: set[str], lines: dict[str, Line]) -> Series:
+def _choose(
+    channel: str, candidates: list[tuple[Series, str]], outlined: set[str], lines: dict[str, Line]
+) -> Series:
     """The series that becomes a channel. Why it does, and the others do not, goes into `lines`."""
     preferences = _preferences(outlined)
     ranked = sorted(candidates, key=lambda c: [value(c[0]) for _, value in preferences], reverse=True)
     (best, why), others = ranked[0], ranked[1:]
     reasons = []
     for other, _ in others:
-        reason = next((text for text, value in preferences if value(best) != value(other)), "nothing tells them apart")
-        lines[other.uid] = Line(other, "", f"claims to be {channel} as well; {_label(best)} was taken, because {reason}")
+        reason = next(
+            (text for text, value in preferences if value(best) != value(other)), "nothing tells them apart"
+        )
+        lines[other.uid] = Line(
+            other, "", f"claims to be {channel} as well; {_label(best)} was taken, because {reason}"
+        )
         reasons.append(reason)
     told = f"; {len(ranked)} series claim to be {channel}, taken because {reasons[0]}" if reasons else ""
     lines[best.uid] = Line(best, channel, why + told)
     return best
 
 
-def _choose_mask(candidates: list[tuple[Series, str]], channels: dict[str, Series],
-                 lines: dict[str, Line]) -> tuple[Series | None, str | None]:
+def _choose_mask(
+    candidates: list[tuple[Series, str]], channels: dict[str, Series], lines: dict[str, Line]
+) -> tuple[Series | None, str | None]:
     """The study's mask and the channel that it is of. Why goes into `lines`."""
     chosen = {series.uid: name for name, series in channels.items()}
     fitting = defaultdict(list)
@@ -120,8 +133,12 @@ def _choose_mask(candidates: list[tuple[Series, str]], channels: dict[str, Serie
             (mask,) = fitting.pop(channel)
             lines[mask.uid] = Line(mask, MASK, "a segmentation")
             for other in (s for group in fitting.values() for s in group):
-                lines[other.uid] = Line(other, "", f"a segmentation of another channel; that of {channel} was taken")
+                lines[other.uid] = Line(
+                    other, "", f"a segmentation of another channel; that of {channel} was taken"
+                )
             return mask, None if mask.modality == "NIfTI" else channel
         for series in fitting.pop(channel):
-            lines[series.uid] = Line(series, "", f"{len(candidates)} segmentations claim to be the mask; leave one in the export")
+            lines[series.uid] = Line(
+                series, "", f"{len(candidates)} segmentations claim to be the mask; leave one in the export"
+            )
     return None, None

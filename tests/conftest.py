@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from running import run_script
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and its children would too
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores Ctrl-C, and its children would too
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads beyond the cores slow all down
 
 
@@ -40,8 +42,19 @@ def phantoms(home, tmp_path_factory) -> Path:
 def trained(phantoms, tmp_path_factory) -> Path:
     """The folder that two epochs of training on the phantoms wrote."""
     out = tmp_path_factory.mktemp("trained")
-    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", out, "--image-size", 32, "--epochs", 2,
-                      "--batch-size", 8)
+    done = run_script(
+        "train_centralized.py",
+        "--data-dir",
+        phantoms,
+        "--out",
+        out,
+        "--image-size",
+        32,
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+    )
     assert done.returncode == 0, done.stderr
     return out
 

@@ -12,8 +12,11 @@ from radiology.segmentation import write_segmentation
 from radiology.series import find_series
 
 
-def image_of(volume: np.ndarray, spacing: tuple[float, float, float], origin=(0.0, 0.0, 0.0), direction=None) -> sitk.Image:
-    """(S, H, W) as an image; spacing in mm between slices, rows, columns; direction: columns are the axes x, y, z."""
+def image_of(
+    volume: np.ndarray, spacing: tuple[float, float, float], origin=(0.0, 0.0, 0.0), direction=None
+) -> sitk.Image:
+    """(S, H, W) as an image; spacing in mm between slices, rows, columns; direction: columns are the axes x,
+    y, z."""
     image = sitk.GetImageFromArray(volume.astype(np.float32))
     image.SetSpacing(spacing[::-1])
     image.SetOrigin(origin)
@@ -22,9 +25,19 @@ def image_of(volume: np.ndarray, spacing: tuple[float, float, float], origin=(0.
     return image
 
 
-def write_series(folder: Path, image: sitk.Image, patient: dict | None = None, study: str = "1.2.3", frame: str = "1.2.3.9",
-                 slope: float = 1.0, intercept: float = 0.0, signed: bool = False, **tags) -> list[Path]:
-    """Write an image as a classic MR series, a file per slice; `tags` by keyword go into every file. Returns the files."""
+def write_series(
+    folder: Path,
+    image: sitk.Image,
+    patient: dict | None = None,
+    study: str = "1.2.3",
+    frame: str = "1.2.3.9",
+    slope: float = 1.0,
+    intercept: float = 0.0,
+    signed: bool = False,
+    **tags,
+) -> list[Path]:
+    """Write an image as a classic MR series, a file per slice; `tags` by keyword go into every file. Returns
+    the files."""
     volume = np.rint((sitk.GetArrayFromImage(image) - intercept) / slope)
     matrix = np.array(image.GetDirection()).reshape(3, 3)
     columns, rows, between = image.GetSpacing()
@@ -38,10 +51,26 @@ def write_series(folder: Path, image: sitk.Image, patient: dict | None = None, s
         file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = generate_uid()
         file.StudyInstanceUID, file.SeriesInstanceUID, file.FrameOfReferenceUID = study, uid, frame
         file.Modality, file.ImageType, file.InstanceNumber = "MR", ["ORIGINAL", "PRIMARY", "M"], index + 1
-        for name in ("StudyDate", "StudyTime", "AccessionNumber", "PatientBirthDate", "PatientSex", "StudyID", "SeriesNumber",
-                     "Laterality", "PositionReferenceIndicator", "PatientName", "PatientID", "ReferringPhysicianName"):
+        for name in (
+            "StudyDate",
+            "StudyTime",
+            "AccessionNumber",
+            "PatientBirthDate",
+            "PatientSex",
+            "StudyID",
+            "SeriesNumber",
+            "Laterality",
+            "PositionReferenceIndicator",
+            "PatientName",
+            "PatientID",
+            "ReferringPhysicianName",
+        ):
             setattr(file, name, None)
-        file.Manufacturer, file.ManufacturerModelName, file.MagneticFieldStrength = "Phantom Works", "Painter 3", 1.5
+        file.Manufacturer, file.ManufacturerModelName, file.MagneticFieldStrength = (
+            "Phantom Works",
+            "Painter 3",
+            1.5,
+        )
         file.Rows, file.Columns = pixels.shape
         file.PixelSpacing, file.SliceThickness, file.SpacingBetweenSlices = [rows, columns], between, between
         file.ImageOrientationPatient = matrix[:, :2].T.ravel().round(9).tolist()
@@ -71,7 +100,9 @@ def phantom(seed: int = 0, slices: int = 16, size: int = 256) -> tuple[list[sitk
     return [image_of(volume[..., c], spacing, origin) for c in range(3)], image_of(truth > 0, spacing, origin)
 
 
-def turn(image: sitk.Image, degrees: tuple[float, float, float], shift: tuple[float, float, float]) -> sitk.Euler3DTransform:
+def turn(
+    image: sitk.Image, degrees: tuple[float, float, float], shift: tuple[float, float, float]
+) -> sitk.Euler3DTransform:
     """A rigid movement about an image's middle."""
     transform = sitk.Euler3DTransform()
     transform.SetCenter(image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()]))
@@ -80,9 +111,17 @@ def turn(image: sitk.Image, degrees: tuple[float, float, float], shift: tuple[fl
     return transform
 
 
-def scan(image: sitk.Image, side: int, slices: int, direction=None, moved: sitk.Transform | None = None, spread: float = 1.0,
-         nearest: bool = False) -> sitk.Image:
-    """An image as a scanner with another grid sees it: side × side pixels, the same middle; the head moved by a transform."""
+def scan(
+    image: sitk.Image,
+    side: int,
+    slices: int,
+    direction=None,
+    moved: sitk.Transform | None = None,
+    spread: float = 1.0,
+    nearest: bool = False,
+) -> sitk.Image:
+    """An image as a scanner with another grid sees it: side × side pixels, the same middle; the head moved by
+    a transform."""
     size, spacing = np.array(image.GetSize()), np.array(image.GetSpacing())
     matrix = np.eye(3) if direction is None else np.asarray(direction, float)
     reach = np.abs(np.linalg.inv(matrix)) @ (size * spacing) * spread
@@ -98,12 +137,21 @@ def scan(image: sitk.Image, side: int, slices: int, direction=None, moved: sitk.
     return sitk.Resample(image, grid, moved or sitk.Transform(), how, 0.0, sitk.sitkFloat32)
 
 
-def small_study(folder: Path, seed: int, patient: str, study: str, date: str, mask: bool = True, channels=(0, 1, 2)) -> None:
+def small_study(
+    folder: Path, seed: int, patient: str, study: str, date: str, mask: bool = True, channels=(0, 1, 2)
+) -> None:
     """A phantom of 64 pixels and 8 slices, all series on one grid."""
     images, truth = phantom(seed, slices=8, size=64)
     for channel in channels:
-        paths = write_series(folder / f"series{channel}", images[channel], {"PatientID": patient}, study=study, StudyDate=date,
-                             SeriesDescription=("AX T1", "AX FLAIR", "AX T1 GD")[channel], SeriesNumber=channel + 1)
+        paths = write_series(
+            folder / f"series{channel}",
+            images[channel],
+            {"PatientID": patient},
+            study=study,
+            StudyDate=date,
+            SeriesDescription=("AX T1", "AX FLAIR", "AX T1 GD")[channel],
+            SeriesNumber=channel + 1,
+        )
         if mask and channel == 1:
             (series,), _ = find_series(paths)
             write_segmentation(sitk.GetArrayFromImage(truth), series, folder / "seg")

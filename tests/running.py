@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 def copy_of_medfl(folder: Path) -> Path:
     """The scripts and what they import in another folder, for a test to change."""
-    packages = [path for name in ("appearance", "evaluation", "federation") for path in (ROOT / name).rglob("*.py")]
+    packages = [
+        path for name in ("appearance", "evaluation", "federation") for path in (ROOT / name).rglob("*.py")
+    ]
     for path in [ROOT / "LICENSE", *ROOT.glob("*.py"), *packages]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -34,18 +36,28 @@ def change(path: Path, before: str, after: str) -> None:
 
 def run_script(script: str, *options: object, cwd: Path = ROOT, **kept) -> subprocess.CompletedProcess:
     """Run a script of the repository as a user does; what it printed is kept."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, options)], cwd=cwd, capture_output=True,
-                          text=True, timeout=300, **kept)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, options)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kept,
+    )
 
 
 def run_here(script: str, *options: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """The same in this process, which has torch loaded already: a start takes four seconds, and most tests look at what a script
-    says and writes. Each script is started for real somewhere."""
+    """The same in this process, which has torch loaded already: a start takes four seconds, and most tests
+    look at what a script says and writes. Each script is started for real somewhere."""
     main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
     command, output, errors, code = [str(ROOT / script), *map(str, options)], io.StringIO(), io.StringIO(), 0
     handler = signal.getsignal(signal.SIGTERM)
-    with mock.patch.object(sys, "argv", command), contextlib.chdir(cwd), contextlib.redirect_stdout(output), \
-            contextlib.redirect_stderr(errors):
+    with (
+        mock.patch.object(sys, "argv", command),
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
         try:
             common.run_script(main)
         except SystemExit as end:

@@ -11,7 +11,12 @@ from dataset import load_dataset
 from preprocessing import network_input
 
 SIDE = 16
-TUMOURS = {"anna": (3, 4), "bert": (), "carl": (0, 1, 2, 3, 4, 5), "dora": (5,)}  # slices with a tumour, of 6 or 10
+TUMOURS = {
+    "anna": (3, 4),
+    "bert": (),
+    "carl": (0, 1, 2, 3, 4, 5),
+    "dora": (5,),
+}  # slices with a tumour, of 6 or 10
 SLICES = {"anna": 10, "bert": 10, "carl": 6, "dora": 10}
 
 
@@ -77,7 +82,10 @@ def test_every_slice_is_drawn_within_a_few_epochs(scans, batch_size):
 
 
 def test_no_slice_is_drawn_again_before_all_of_its_kind_were(scans):
-    order, tumour = batches_of(scans).order(0), tumour_slices(scans)  # 18 places for 9 tumour slices, 18 for 27 others
+    order, tumour = (
+        batches_of(scans).order(0),
+        tumour_slices(scans),
+    )  # 18 places for 9 tumour slices, 18 for 27 others
     times = np.bincount(order.ravel(), minlength=36)
     assert set(times[tumour]) == {2} and set(times[~tumour]) == {0, 1}
 
@@ -143,12 +151,14 @@ def test_image_and_mask_stay_aligned():
     varied, moved = augment(images, masks, torch.Generator().manual_seed(0))
     assert varied.shape == images.shape and moved.shape == masks.shape
     for channel in range(3):
-        picture = varied[:, channel:channel + 1]
+        picture = varied[:, channel : channel + 1]
         middle = (picture.amax(dim=(2, 3), keepdim=True) + picture.amin(dim=(2, 3), keepdim=True)) / 2
         drawn, truth = picture > middle, moved > 0.5
         overlap = (drawn & truth).sum(dim=(1, 2, 3)) / (drawn | truth).sum(dim=(1, 2, 3))
         assert overlap.min() > 0.9
-    stayed = ((moved > 0.5) & (masks > 0.5)).sum(dim=(1, 2, 3)) / ((moved > 0.5) | (masks > 0.5)).sum(dim=(1, 2, 3))
+    stayed = ((moved > 0.5) & (masks > 0.5)).sum(dim=(1, 2, 3)) / ((moved > 0.5) | (masks > 0.5)).sum(
+        dim=(1, 2, 3)
+    )
     assert stayed.median() < 0.8  # else nothing would have been shown
 
 
@@ -182,8 +192,12 @@ def only_missing(monkeypatch):
 
 
 def test_a_missing_sequence_shows_flair_and_flair_never_misses(only_missing):
-    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-batches.CLIP, batches.CLIP)
-    varied = batches._vary_intensity(images.clone(), torch.Generator().manual_seed(0))  # it writes into what it gets
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(
+        -batches.CLIP, batches.CLIP
+    )
+    varied = batches._vary_intensity(
+        images.clone(), torch.Generator().manual_seed(0)
+    )  # it writes into what it gets
     flair = images[:, 1]
     torch.testing.assert_close(varied[:, 1], flair, atol=1e-5, rtol=0)
     missing = torch.stack([(varied[:, c] - flair).abs().amax(dim=(1, 2)) < 1e-5 for c in (0, 2)], dim=1)

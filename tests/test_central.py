@@ -23,15 +23,20 @@ def central(phantoms, tmp_path):
 
     def make(resume: bool = False, **settings) -> CentralTraining:
         small = {"image_size": 32, "batch_size": 8, "epochs": 1, "ema_decay": 0.5}
-        return CentralTraining(dataset, split, TrainingSettings(**{**small, **settings}), torch.device("cpu"), tmp_path, resume)
+        return CentralTraining(
+            dataset, split, TrainingSettings(**{**small, **settings}), torch.device("cpu"), tmp_path, resume
+        )
 
     return make
 
 
 def test_what_is_kept_is_what_was_scored_on_the_validation_patients(central, monkeypatch):
     subject, seen = central(), []
-    monkeypatch.setattr(train_centralized, "score_patients",
-                        lambda model, _, patients, threshold: seen.append((model, patients, threshold)) or [])
+    monkeypatch.setattr(
+        train_centralized,
+        "score_patients",
+        lambda model, _, patients, threshold: seen.append((model, patients, threshold)) or [],
+    )
     subject.run()
     averaged, raw = subject.learner.weights_model.state_dict(), subject.learner.model.state_dict()
     assert seen == [(subject.learner.weights_model, subject.data.split.val, 0.5)]
@@ -70,7 +75,9 @@ def test_a_frozen_encoder_thaws_after_its_epochs(central, epochs, frozen):
     subject = central(epochs=epochs, freeze_encoder_epochs=1)
     before = [p.clone() for p in subject.learner.model.encoder.parameters()]
     subject.run()
-    assert all(torch.equal(p, b) for p, b in zip(subject.learner.model.encoder.parameters(), before)) == frozen
+    assert (
+        all(torch.equal(p, b) for p, b in zip(subject.learner.model.encoder.parameters(), before)) == frozen
+    )
 
 
 def test_patience_counts_epochs(central):
@@ -97,9 +104,12 @@ def test_the_minutes_are_those_of_the_clock_and_go_on_after_a_resume(central):
 def test_a_named_split_is_put_beside_the_checkpoint(central, tmp_path):
     subject = central()
     save_split(subject.split, tmp_path / "other.json")
-    arguments = argparse.Namespace(out=tmp_path, split_file=tmp_path / "other.json", resume=False, val_fraction=0.1,
-                                   test_fraction=0.2)
-    assert choose_split(arguments, {p.name: p.site for p in subject.data.dataset.patients}, 0) == subject.split
+    arguments = argparse.Namespace(
+        out=tmp_path, split_file=tmp_path / "other.json", resume=False, val_fraction=0.1, test_fraction=0.2
+    )
+    assert (
+        choose_split(arguments, {p.name: p.site for p in subject.data.dataset.patients}, 0) == subject.split
+    )
     assert (tmp_path / "split.json").read_bytes() == (tmp_path / "other.json").read_bytes()
 
 

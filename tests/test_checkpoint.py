@@ -28,8 +28,12 @@ def test_round_trip_is_bit_equal(saved):
     with torch.no_grad():
         assert torch.equal(loaded.model(image), model.to(memory_format=torch.channels_last)(image))
     assert not loaded.model.training
-    assert loaded.metadata["architecture"] == {"name": "tiny", "image_side": 32, "norm": "batch",
-                                               "parameters": sum(p.numel() for p in model.parameters())}
+    assert loaded.metadata["architecture"] == {
+        "name": "tiny",
+        "image_side": 32,
+        "norm": "batch",
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     assert loaded.threshold == 0.5 and loaded.state is None
 
 
@@ -38,7 +42,10 @@ def test_update_metadata_leaves_the_weights(saved, tmp_path):
     path.write_bytes(saved[0].read_bytes())
     update_metadata(path, scores={"test": {"patients": 3}})
     before, after = load_checkpoint(saved[0]), load_checkpoint(path)
-    assert after.metadata["scores"] == {"test": {"patients": 3}} and after.metadata["created"] == before.metadata["created"]
+    assert (
+        after.metadata["scores"] == {"test": {"patients": 3}}
+        and after.metadata["created"] == before.metadata["created"]
+    )
     for name, value in before.model.state_dict().items():
         assert torch.equal(value, after.model.state_dict()[name])
 
@@ -62,7 +69,7 @@ def test_git_lfs_pointer(tmp_path):
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
 def test_truncated(saved, tmp_path, share):
     content = saved[0].read_bytes()
-    (tmp_path / "t.pth").write_bytes(content[:int(len(content) * share)])
+    (tmp_path / "t.pth").write_bytes(content[: int(len(content) * share)])
     assert "truncated" in refused(tmp_path / "t.pth")
 
 
@@ -80,7 +87,9 @@ class Malicious:
         return os.mkdir, (str(self.target),)
 
 
-@pytest.mark.parametrize("write", [lambda o, p: p.write_bytes(pickle.dumps(o)), torch.save], ids=["pickle", "torch"])
+@pytest.mark.parametrize(
+    "write", [lambda o, p: p.write_bytes(pickle.dumps(o)), torch.save], ids=["pickle", "torch"]
+)
 def test_malicious_pickle_is_not_run(tmp_path, write):
     write({"model": Malicious(tmp_path / "owned"), "metadata": "{}"}, tmp_path / "evil.pth")
     assert "malicious" in refused(tmp_path / "evil.pth")
@@ -100,7 +109,9 @@ def changed(saved, path, **entries):
 
 def test_newer_format_and_other_preprocessing(saved, tmp_path):
     assert "format 2" in changed(saved, tmp_path / "f.pth", format=2)
-    assert "other preprocessing (whitened)" in changed(saved, tmp_path / "p.pth", preprocessing={"name": "whitened"})
+    assert "other preprocessing (whitened)" in changed(
+        saved, tmp_path / "p.pth", preprocessing={"name": "whitened"}
+    )
 
 
 def test_another_architecture(saved, tmp_path):

@@ -107,8 +107,13 @@ def test_an_option_of_the_wrong_kind_is_refused(given, capsys):
 
 def test_help_says_every_option_its_unit_and_default():
     text = " ".join(parser_of().format_help().split())
-    for part in ("--batch-size SIZE slices a step (default 16)", "10 % of it at the end (default 0.001)",
-                 "{batch,group} normalisation layer (default batch)", "in minutes (default none)", "--resume"):
+    for part in (
+        "--batch-size SIZE slices a step (default 16)",
+        "10 % of it at the end (default 0.001)",
+        "{batch,group} normalisation layer (default batch)",
+        "in minutes (default none)",
+        "--resume",
+    ):
         assert part in text
 
 
@@ -122,10 +127,18 @@ def test_only_the_named_settings_become_options():
 def script(tmp_path, body):
     """A script whose `main` has this body, started as a process of its own."""
     file = tmp_path / "script.py"
-    file.write_text(f"import time\nfrom common import MedFLError, run_script\n\ndef main():\n    {body}\n\nrun_script(main)\n")
+    file.write_text(
+        f"import time\nfrom common import MedFLError, run_script\n\ndef main():\n    "
+        f"{body}\n\nrun_script(main)\n"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(common.__file__).parent)}
-    return subprocess.Popen([sys.executable, str(file)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, str(file)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_a_script_that_ends_well_ends_with_0(tmp_path):
@@ -136,7 +149,10 @@ def test_a_script_that_ends_well_ends_with_0(tmp_path):
 def test_a_users_mistake_is_one_sentence_and_2(tmp_path):
     process = script(tmp_path, "raise MedFLError('the folder is empty; fill it')")
     _, errors = process.communicate(timeout=60)
-    assert errors == "script.py: the folder is empty; fill it\n" and process.returncode == common.EXIT_BAD_INPUT == 2
+    assert (
+        errors == "script.py: the folder is empty; fill it\n"
+        and process.returncode == common.EXIT_BAD_INPUT == 2
+    )
 
 
 def test_a_bug_is_a_traceback_and_1(tmp_path):
@@ -148,11 +164,14 @@ def test_a_bug_is_a_traceback_and_1(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without a signal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_script_ends_with_130_and_runs_its_finally(tmp_path, number):
-    process = script(tmp_path, """try:
+    process = script(
+        tmp_path,
+        """try:
         print("started", flush=True)
         time.sleep(60)
     finally:
-        print("saved")""")
+        print("saved")""",
+    )
     assert process.stdout.readline() == "started\n"
     process.send_signal(number)
     output, errors = process.communicate(timeout=30)

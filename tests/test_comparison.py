@@ -21,7 +21,9 @@ PATIENTS = ["a", "b", "c"]
 
 def model(name: str, **origin) -> SimpleNamespace:
     """A checkpoint that is not scored by running it."""
-    return SimpleNamespace(path=Path(name), metadata={"origin": origin, "training": {"update_dtype": "float32"}})
+    return SimpleNamespace(
+        path=Path(name), metadata={"origin": origin, "training": {"update_dtype": "float32"}}
+    )
 
 
 def own(kind: str, k: int, **more) -> SimpleNamespace:
@@ -31,24 +33,44 @@ def own(kind: str, k: int, **more) -> SimpleNamespace:
 def score(checkpoint: SimpleNamespace, patients: list[str]) -> list[dict]:
     """Every model has a Dice of its own, told by the number at its name's end."""
     place = int(checkpoint.path.name[-1]) if checkpoint.path.name[-1].isdigit() else 5
-    return [{"patient": patient, "dice": 0.1 * place + 0.01 * PATIENTS.index(patient)} for patient in patients]
+    return [
+        {"patient": patient, "dice": 0.1 * place + 0.01 * PATIENTS.index(patient)} for patient in patients
+    ]
 
 
 def test_rows_are_models_and_complete_sets():
-    models = [model("f", kind="federated", strategy="fedavg"), *(own("local", k) for k in range(3)),
-              *(own("local", k, started_from="fedavg") for k in range(3)), model("c", kind="centralised")]
+    models = [
+        model("f", kind="federated", strategy="fedavg"),
+        *(own("local", k) for k in range(3)),
+        *(own("local", k, started_from="fedavg") for k in range(3)),
+        model("c", kind="centralised"),
+    ]
     rows = make_rows(models, HOSPITALS, PATIENTS, score)
-    assert [row.name for row in rows] == ["fedavg", "hospital-0 alone", "hospital-1 alone", "hospital-2 alone",
-                                          "each hospital alone", "each hospital fine-tuned from fedavg", "centralised"]
+    assert [row.name for row in rows] == [
+        "fedavg",
+        "hospital-0 alone",
+        "hospital-1 alone",
+        "hospital-2 alone",
+        "each hospital alone",
+        "each hospital fine-tuned from fedavg",
+        "centralised",
+    ]
     each = {figures["patient"]: figures["dice"] for figures in rows[4].patients}
-    assert each == {"a": pytest.approx(0.0), "b": pytest.approx(0.01), "c": pytest.approx(0.12)}  # each by its own hospital's model
+    assert each == {
+        "a": pytest.approx(0.0),
+        "b": pytest.approx(0.01),
+        "c": pytest.approx(0.12),
+    }  # each by its own hospital's model
     assert len(rows[1].patients) == 3
 
 
 def test_an_incomplete_set_is_shown_one_by_one():
     models = [own("federated", 0, strategy="fedavg"), own("federated", 1, strategy="fedavg")]
     rows = make_rows(models, HOSPITALS, PATIENTS, score)
-    assert [row.name for row in rows] == ["hospital-0 fedavg, own normalisation", "hospital-1 fedavg, own normalisation"]
+    assert [row.name for row in rows] == [
+        "hospital-0 fedavg, own normalisation",
+        "hospital-1 fedavg, own normalisation",
+    ]
 
 
 def test_two_of_one_name_are_refused():
@@ -57,7 +79,11 @@ def test_two_of_one_name_are_refused():
 
 
 def test_no_model_is_dropped_without_a_word():
-    twice = [own("local", 0, started_from="fedavg"), own("local", 1, started_from="fedavg"), own("local", 0, started_from="fedavg")]
+    twice = [
+        own("local", 0, started_from="fedavg"),
+        own("local", 1, started_from="fedavg"),
+        own("local", 0, started_from="fedavg"),
+    ]
     with pytest.raises(MedFLError, match="both hospital-0 fine-tuned from fedavg"):
         make_rows(twice, HOSPITALS, PATIENTS, score)
 
@@ -83,28 +109,39 @@ def test_columns_intervals_and_differences():
     assert "hospital-1 (1)" in text and "+0.200 (+0.200 to +0.200)" in text and "–" in text
     lines = lines_of(table)
     assert len(lines) == 6 and all(len(line) == len(COLUMNS) for line in lines)
-    assert lines[0][6] is None and lines[-1][6] == pytest.approx(0.2)  # the difference stands with all patients
+    assert lines[0][6] is None and lines[-1][6] == pytest.approx(
+        0.2
+    )  # the difference stands with all patients
 
 
 def test_seeds_are_pooled_by_patient():
     """A patient who is tested under two seeds counts once, with the mean."""
+
     def table(dice: dict[str, float]) -> dict:
         rows = [make_rows([model("m", kind="centralised")], {}, [], lambda *_: [])[0]]
         rows[0].patients = [{"patient": p, "dice": value} for p, value in dice.items()]
         return table_of(rows, {ALL: tuple(dice)})
 
     joined = pooled([table({"a": 0.2, "b": 0.4}), table({"b": 0.8, "c": 0.9})])["rows"][0]
-    assert {row["patient"]: row["dice"] for row in joined["patients"]} == {"a": 0.2, "b": pytest.approx(0.6), "c": 0.9}
+    assert {row["patient"]: row["dice"] for row in joined["patients"]} == {
+        "a": 0.2,
+        "b": pytest.approx(0.6),
+        "c": 0.9,
+    }
     assert joined["scores"][ALL]["mean"] == pytest.approx((0.2 + 0.6 + 0.9) / 3)
 
 
 @pytest.fixture(scope="module")
 def trained(home, phantoms, tmp_path_factory):
-    """Two hospitals alone, one of them started from the other's model, and a central model, a few steps each."""
+    """Two hospitals alone, one of them started from the other's model, and
+    a central model, a few steps each."""
     out = tmp_path_factory.mktemp("compared")
     common = ("--data-dir", phantoms, "--image-size", 32, "--batch-size", 8, "--steps", 5)
     shares = [("alone_0", "--cid", 0), ("alone_1", "--cid", 1), ("central",)]
-    for name, *options in [*shares, ("tuned_0", "--cid", 0, "--init", out / "central" / "transunet_centralized_best.pth")]:
+    for name, *options in [
+        *shares,
+        ("tuned_0", "--cid", 0, "--init", out / "central" / "transunet_centralized_best.pth"),
+    ]:
         done = run_here("train_centralized.py", *common, "--out", out / name, *options)
         assert done.returncode == 0, done.stderr
     return out
@@ -116,10 +153,15 @@ def checkpoint(trained: Path, name: str) -> Path:
 
 def test_a_hospital_alone_trains_on_its_share_of_the_central_split(trained, phantoms):
     dataset = load_dataset(phantoms, progress=False)
-    about = [load_checkpoint(checkpoint(trained, name)).metadata for name in ("alone_0", "alone_1", "central")]
+    about = [
+        load_checkpoint(checkpoint(trained, name)).metadata for name in ("alone_0", "alone_1", "central")
+    ]
     assert [a["origin"]["kind"] for a in about] == ["local", "local", "centralised"]
     assert len({a["data"]["split_sha256"] for a in about}) == 1
-    assert about[0]["data"]["train"]["patients"] + about[1]["data"]["train"]["patients"] == about[2]["data"]["train"]["patients"]
+    assert (
+        about[0]["data"]["train"]["patients"] + about[1]["data"]["train"]["patients"]
+        == about[2]["data"]["train"]["patients"]
+    )
     assert all(a["training"]["steps"] == 5 for a in about)
     split = load_split(trained / "alone_0" / "split.json", {p.name for p in dataset.patients})
     shares = hospitals_of([load_checkpoint(checkpoint(trained, "alone_0"))], dataset, split)
@@ -128,11 +170,18 @@ def test_a_hospital_alone_trains_on_its_share_of_the_central_split(trained, phan
 
 def test_a_start_from_a_checkpoint_is_one(trained):
     tuned = load_checkpoint(checkpoint(trained, "tuned_0"))
-    assert tuned.metadata["origin"]["started_from"] == "centralised" and kind_of(tuned) == "fine-tuned from centralised"
-    start, alone = (load_checkpoint(checkpoint(trained, name)).model.state_dict() for name in ("central", "alone_0"))
+    assert (
+        tuned.metadata["origin"]["started_from"] == "centralised"
+        and kind_of(tuned) == "fine-tuned from centralised"
+    )
+    start, alone = (
+        load_checkpoint(checkpoint(trained, name)).model.state_dict() for name in ("central", "alone_0")
+    )
 
     def distance(one: dict, other: dict) -> float:
-        return sum(float((one[name] - other[name]).square().sum()) for name in one if one[name].is_floating_point())
+        return sum(
+            float((one[name] - other[name]).square().sum()) for name in one if one[name].is_floating_point()
+        )
 
     assert distance(tuned.model.state_dict(), start) < distance(tuned.model.state_dict(), alone)
 
@@ -140,14 +189,32 @@ def test_a_start_from_a_checkpoint_is_one(trained):
 def test_evaluate_compares(trained, phantoms, tmp_path):
     paths = [checkpoint(trained, name) for name in ("central", "alone_0", "alone_1", "tuned_0")]
     files = {kind: tmp_path / f"table.{kind}" for kind in ("json", "csv", "png")}
-    done = run_here("evaluate.py", "--compare", *paths, "--data-dir", phantoms, "--json", files["json"], "--csv", files["csv"],
-                      "--plot", files["png"])
+    done = run_here(
+        "evaluate.py",
+        "--compare",
+        *paths,
+        "--data-dir",
+        phantoms,
+        "--json",
+        files["json"],
+        "--csv",
+        files["csv"],
+        "--plot",
+        files["png"],
+    )
     assert done.returncode == 0, done.stderr
     table = json.loads(files["json"].read_text())
-    assert [row["name"] for row in table["rows"]] == ["centralised", "hospital-0 alone", "hospital-1 alone", "each hospital alone",
-                                                      "hospital-0 fine-tuned from centralised"]
+    assert [row["name"] for row in table["rows"]] == [
+        "centralised",
+        "hospital-0 alone",
+        "hospital-1 alone",
+        "each hospital alone",
+        "hospital-0 fine-tuned from centralised",
+    ]
     assert set(table["columns"]) == {"hospital-0", "hospital-1", "all"} and len(table["checkpoints"]) == 4
-    alone = run_here("evaluate.py", "--checkpoint", paths[1], "--data-dir", phantoms, "--json", tmp_path / "alone.json")
+    alone = run_here(
+        "evaluate.py", "--checkpoint", paths[1], "--data-dir", phantoms, "--json", tmp_path / "alone.json"
+    )
     assert alone.returncode == 0, alone.stderr
     figures = json.loads((tmp_path / "alone.json").read_text())
     assert table["rows"][1]["scores"]["all"]["mean"] == figures["volume_dice"]["mean"]  # one way to score
@@ -163,22 +230,41 @@ def test_models_that_can_not_be_compared_are_refused(trained, phantoms, tmp_path
     for name in (alone.name, "split.json"):
         (other.parent / name).write_bytes((alone.parent / name).read_bytes())
     update_metadata(other, origin={**load_checkpoint(other).metadata["origin"], "partition": "iid"})
-    for options, sentence in ((("--compare", alone, other), "differently divided"),
-                              (("--compare", central, "--overlays", tmp_path), "leave the other options out"),
-                              (("--checkpoint", central, "--plot", tmp_path / "x.png"), "--plot draws the table")):
+    for options, sentence in (
+        (("--compare", alone, other), "differently divided"),
+        (("--compare", central, "--overlays", tmp_path), "leave the other options out"),
+        (("--checkpoint", central, "--plot", tmp_path / "x.png"), "--plot draws the table"),
+    ):
         done = run_here("evaluate.py", *options, "--data-dir", phantoms)
         assert done.returncode == 2 and sentence in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize(("options", "sentence"), [
-    (("--cid", 2), "numbered from 0"), (("--steps", 0), "--steps is 0"), (("--steps", 1, "--minutes", 1), "give one of them"),
-    (("--init", "nothing.pth"), "nothing.pth")])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--cid", 2), "numbered from 0"),
+        (("--steps", 0), "--steps is 0"),
+        (("--steps", 1, "--minutes", 1), "give one of them"),
+        (("--init", "nothing.pth"), "nothing.pth"),
+    ],
+)
 def test_bad_options_of_the_training(phantoms, home, tmp_path, options, sentence):
-    done = run_here("train_centralized.py", "--data-dir", phantoms, "--image-size", 32, "--out", tmp_path, *options)
+    done = run_here(
+        "train_centralized.py", "--data-dir", phantoms, "--image-size", 32, "--out", tmp_path, *options
+    )
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
 
 
 def test_a_start_of_another_network_is_refused(trained, phantoms, home, tmp_path):
-    done = run_here("train_centralized.py", "--data-dir", phantoms, "--image-size", 48, "--out", tmp_path, "--init",
-                      checkpoint(trained, "central"))
+    done = run_here(
+        "train_centralized.py",
+        "--data-dir",
+        phantoms,
+        "--image-size",
+        48,
+        "--out",
+        tmp_path,
+        "--init",
+        checkpoint(trained, "central"),
+    )
     assert done.returncode == 2 and "give --model tiny --image-size 32" in done.stderr

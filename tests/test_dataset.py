@@ -35,11 +35,14 @@ def save(path, pixels):
 
 
 def patient_pixels(name, slices, side=16):
-    """Noise and a rectangle that grows with the slice's number, none in the first: (S, H, W, 3) and (S, H, W) uint8."""
-    images = np.random.default_rng(sum(name.encode())).integers(0, 256, (slices, side, side, 3), dtype=np.uint8)
+    """Noise and a rectangle that grows with the slice's number, none in the first: (S, H, W, 3) and (S, H, W)
+    uint8."""
+    images = np.random.default_rng(sum(name.encode())).integers(
+        0, 256, (slices, side, side, 3), dtype=np.uint8
+    )
     masks = np.zeros((slices, side, side), np.uint8)
     for i in range(slices):
-        masks[i, 2:5, 1:1 + i] = 255
+        masks[i, 2:5, 1 : 1 + i] = 255
     return images, masks
 
 
@@ -61,10 +64,18 @@ def caches():
     return sorted(folder for folder in cache_folder().iterdir() if folder.is_dir())
 
 
-@pytest.mark.parametrize("layout", [
-    "", "kaggle_3m", "data/kaggle_3m", "lgg-mri-segmentation/kaggle_3m", "archive/lgg-mri-segmentation/kaggle_3m",
-    "data/lgg-mri-segmentation", "data/archive/lgg-mri-segmentation/kaggle_3m",
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "",
+        "kaggle_3m",
+        "data/kaggle_3m",
+        "lgg-mri-segmentation/kaggle_3m",
+        "archive/lgg-mri-segmentation/kaggle_3m",
+        "data/lgg-mri-segmentation",
+        "data/archive/lgg-mri-segmentation/kaggle_3m",
+    ],
+)
 def test_every_layout_is_found(tmp_path, layout):
     root = write_patients(tmp_path / "scans" / layout)
     (tmp_path / "scans" / ".hidden").mkdir()
@@ -73,19 +84,26 @@ def test_every_layout_is_found(tmp_path, layout):
     assert load(root).root == root and found.name == "LGG MRI segmentation"
 
 
-@pytest.mark.parametrize("layout, nearest", [
-    (("data/kaggle_3m", "data/lgg-mri-segmentation/kaggle_3m"), "data/kaggle_3m"),
-    (("b/kaggle_3m", "a/kaggle_3m"), "a/kaggle_3m"),
-])
+@pytest.mark.parametrize(
+    "layout, nearest",
+    [
+        (("data/kaggle_3m", "data/lgg-mri-segmentation/kaggle_3m"), "data/kaggle_3m"),
+        (("b/kaggle_3m", "a/kaggle_3m"), "a/kaggle_3m"),
+    ],
+)
 def test_the_doubled_download_counts_once(tmp_path, layout, nearest):
     for folder in layout:
         write_patients(tmp_path / "scans" / folder)
     found = load(tmp_path / "scans")
-    assert found.root == tmp_path / "scans" / nearest and len(found.patients) == len(NAMES) == len(found.table)
+    assert found.root == tmp_path / "scans" / nearest and len(found.patients) == len(NAMES) == len(
+        found.table
+    )
 
 
 def test_phantoms_give_way_to_real_scans_and_are_called_phantoms_alone(tmp_path):
-    phantoms = write_patients(tmp_path / "scans" / "phantoms", ["TCGA_CS_PH001_20000101", "TCGA_DU_PH002_20000101"])
+    phantoms = write_patients(
+        tmp_path / "scans" / "phantoms", ["TCGA_CS_PH001_20000101", "TCGA_DU_PH002_20000101"]
+    )
     assert load(tmp_path / "scans").name == "phantoms"
     real = write_patients(tmp_path / "scans" / "deeper" / "kaggle_3m")
     assert find_dataset(tmp_path / "scans") == real and find_dataset(phantoms) == phantoms
@@ -115,7 +133,11 @@ def test_what_prepared_data_hold_besides_is_passed_over(tmp_path):
         save(root / place / "anna_contact_sheet.png", np.zeros((8, 80, 3), np.uint8))
     (root / "index.html").write_text("")
     found = load(tmp_path)
-    assert found.root == root and [p.name for p in found.patients] == ["anna"] and len(found.patients[0].images) == 3
+    assert (
+        found.root == root
+        and [p.name for p in found.patients] == ["anna"]
+        and len(found.patients[0].images) == 3
+    )
 
 
 def test_own_data_takes_the_label_given(tmp_path):
@@ -134,16 +156,22 @@ def cut(root, name):
     path.write_bytes(path.read_bytes()[:300])
 
 
-@pytest.mark.parametrize("spoil, sentence", [
-    (lambda root, name: shutil.rmtree(root), "there is no folder"),
-    (lambda root, name: [shutil.rmtree(root / n) for n in NAMES], "no patients in"),
-    (lambda root, name: (root / name / f"{name}_2_mask.tif").unlink(), "_2.tif has no mask"),
-    (lambda root, name: (root / name / f"{name}_2.tif").unlink(), "_2_mask.tif has no slice"),
-    (of_another_size(""), "_2.tif is 20×16 pixels"),
-    (of_another_size("_mask"), "_2_mask.tif is 20×16 pixels"),
-    (cut, "_3.tif can't be read"),
-    (lambda root, name: save(root / name / f"{name}_1_mask.tif", np.full((16, 16), 7, np.uint8)), "has the value 7"),
-])
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda root, name: shutil.rmtree(root), "there is no folder"),
+        (lambda root, name: [shutil.rmtree(root / n) for n in NAMES], "no patients in"),
+        (lambda root, name: (root / name / f"{name}_2_mask.tif").unlink(), "_2.tif has no mask"),
+        (lambda root, name: (root / name / f"{name}_2.tif").unlink(), "_2_mask.tif has no slice"),
+        (of_another_size(""), "_2.tif is 20×16 pixels"),
+        (of_another_size("_mask"), "_2_mask.tif is 20×16 pixels"),
+        (cut, "_3.tif can't be read"),
+        (
+            lambda root, name: save(root / name / f"{name}_1_mask.tif", np.full((16, 16), 7, np.uint8)),
+            "has the value 7",
+        ),
+    ],
+)
 def test_wrong_data_is_one_sentence_and_leaves_no_cache(tmp_path, spoil, sentence):
     root = write_patients(tmp_path / "scans")
     spoil(root, NAMES[1])
@@ -154,7 +182,15 @@ def test_wrong_data_is_one_sentence_and_leaves_no_cache(tmp_path, spoil, sentenc
 
 def test_the_table_counts_what_is_in_the_files(tmp_path):
     found = load(write_patients(tmp_path / "scans", slices=4))
-    assert list(found.table) == ["patient", "site", "slices", "pixels", "tumour_slices", "tumour_pixels", "tumour_share"]
+    assert list(found.table) == [
+        "patient",
+        "site",
+        "slices",
+        "pixels",
+        "tumour_slices",
+        "tumour_pixels",
+        "tumour_share",
+    ]
     for name, row in zip(sorted(NAMES), found.table.itertuples(index=False)):
         assert row[:6] == (name, name[5:7], 4, 4 * 16 * 16, 3, 3 * (1 + 2 + 3))
         assert row.tumour_share == pytest.approx(18 / (4 * 16 * 16))
@@ -168,9 +204,15 @@ def test_volumes_and_statistics_are_those_of_the_files_in_numeric_order(tmp_path
         assert [m.name for m in patient.masks] == [f"{p.stem}_mask.tif" for p in patient.images]
         images, masks = patient_pixels(patient.name, 12)
         volume, truth = found.volume(patient.name)
-        assert volume.dtype == truth.dtype == np.uint8 and not volume.flags.writeable and not truth.flags.writeable
+        assert (
+            volume.dtype == truth.dtype == np.uint8
+            and not volume.flags.writeable
+            and not truth.flags.writeable
+        )
         assert np.array_equal(volume, images) and np.array_equal(truth, masks)
-        for ours, expected in zip(found.statistics(patient.name), volume_statistics(torch.from_numpy(images))):
+        for ours, expected in zip(
+            found.statistics(patient.name), volume_statistics(torch.from_numpy(images))
+        ):
             assert ours.dtype == torch.float32 and torch.equal(ours, expected)
 
 
@@ -250,7 +292,11 @@ def test_caches_of_what_was_there_before_go_when_nobody_uses_them(tmp_path):
     save(root / NAMES[0] / f"{NAMES[0]}_1.tif", np.full((16, 16, 3), 9, np.uint8))
     load(root)
     kept = set(first) & set(caches())
-    assert len(caches()) == 2 and len(kept) == 1 and (next(iter(kept)) / "root.txt").read_text() == str(other.resolve())
+    assert (
+        len(caches()) == 2
+        and len(kept) == 1
+        and (next(iter(kept)) / "root.txt").read_text() == str(other.resolve())
+    )
 
 
 def test_notes_about_files_that_are_damaged_are_made_again(tmp_path, monkeypatch):
@@ -281,9 +327,20 @@ def test_two_processes_that_build_at_once_both_succeed(tmp_path):
     root = write_patients(tmp_path / "scans")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", BUILD, str(root)]
-    processes = [subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE) for _ in range(2)]
-    assert [process.stdout.readline() for process in processes] == ["built\n"] * 2  # both, before either renames
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    assert [process.stdout.readline() for process in processes] == [
+        "built\n"
+    ] * 2  # both, before either renames
     ends = [process.communicate("go\n", timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     found = load(root)

@@ -1,4 +1,5 @@
-"""The download against a local server that speaks as Kaggle does, through the real kagglehub: whole, broken off, refused."""
+"""The download against a local server that speaks as Kaggle does, through the real kagglehub: whole, broken
+off, refused."""
 
 import http.server
 import json
@@ -22,7 +23,8 @@ FETCHED = "/api/v1/datasets.DatasetApiService/DownloadDataset"
 
 
 class Kaggle(http.server.BaseHTTPRequestHandler):
-    """Stands where a proxy stands, and answers as Kaggle: which version there is, the way to the archive, the archive."""
+    """Stands where a proxy stands, and answers as Kaggle: which version there is, the way to the archive, the
+    archive."""
 
     archive = b""
     code = 200  # of the answer to the download
@@ -51,11 +53,15 @@ class Kaggle(http.server.BaseHTTPRequestHandler):
 
     def answer(self, code: int, content: bytes, kind: str = "application/json") -> None:
         self.send_response(code)
-        for name, value in (("Content-Type", kind), ("Accept-Ranges", "bytes"), ("Content-Length", str(len(content)))):
+        for name, value in (
+            ("Content-Type", kind),
+            ("Accept-Ranges", "bytes"),
+            ("Content-Length", str(len(content))),
+        ):
             self.send_header(name, value)
         self.end_headers()
         whole = self.breaks_at is None or kind == "application/json"
-        self.wfile.write(content if whole else content[:self.breaks_at])
+        self.wfile.write(content if whole else content[: self.breaks_at])
 
     def log_message(self, *_) -> None:
         pass
@@ -79,11 +85,18 @@ def kaggle(archive, tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Kaggle)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     Kaggle.archive, Kaggle.code, Kaggle.breaks_at, Kaggle.asked = archive, 200, None, []
-    for name in [name for name in os.environ if name.upper().startswith("KAGGLE") or name.lower().endswith("_proxy")]:
+    for name in [
+        name for name in os.environ if name.upper().startswith("KAGGLE") or name.lower().endswith("_proxy")
+    ]:
         monkeypatch.delenv(name)
-    for name, value in (("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}"), ("KAGGLE_API_ENVIRONMENT", "LOCALHOST"),
-                        ("HTTPS_PROXY", f"http://127.0.0.1:{server.server_port}"), ("KAGGLEHUB_CACHE", str(tmp_path / "cache")),
-                        ("KAGGLE_CONFIG_DIR", str(tmp_path / "account")), ("HOME", str(tmp_path / "home"))):
+    for name, value in (
+        ("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}"),
+        ("KAGGLE_API_ENVIRONMENT", "LOCALHOST"),
+        ("HTTPS_PROXY", f"http://127.0.0.1:{server.server_port}"),
+        ("KAGGLEHUB_CACHE", str(tmp_path / "cache")),
+        ("KAGGLE_CONFIG_DIR", str(tmp_path / "account")),
+        ("HOME", str(tmp_path / "home")),
+    ):
         monkeypatch.setenv(name, value)
         monkeypatch.setenv(name.lower() if name.endswith("PROXY") else name, value)
     yield Kaggle
@@ -107,17 +120,29 @@ def refused(out: Path, numbers: tuple[int, int]) -> str:
 
 
 def same_files(one: Path, other: Path) -> bool:
-    contents = [{file.relative_to(top): file.read_bytes() for file in top.rglob("*.tif")} for top in (one, other)]
+    contents = [
+        {file.relative_to(top): file.read_bytes() for file in top.rglob("*.tif")} for top in (one, other)
+    ]
     return bool(contents[0]) and contents[0] == contents[1]
 
 
 def test_the_set_is_fetched_once_and_nothing_but_its_name_is_sent(kaggle, phantoms, numbers, tmp_path):
     out = tmp_path / "data"
     folder, fetched = download(out, *numbers)
-    assert fetched and folder == out / "kaggle_3m" == find_dataset(out) and same_files(folder, phantoms / "kaggle_3m")
-    assert (folder / "data.csv").exists() and {path.name for path in out.iterdir()} == {"kaggle_3m"}  # one copy
+    assert (
+        fetched
+        and folder == out / "kaggle_3m" == find_dataset(out)
+        and same_files(folder, phantoms / "kaggle_3m")
+    )
+    assert (folder / "data.csv").exists() and {path.name for path in out.iterdir()} == {
+        "kaggle_3m"
+    }  # one copy
     named = {"ownerSlug": "mateuszbuda", "datasetSlug": "lgg-mri-segmentation"}
-    assert [address for address, *_ in kaggle.asked] == [LISTED, FETCHED, "http://storage.example/archive.zip"]
+    assert [address for address, *_ in kaggle.asked] == [
+        LISTED,
+        FETCHED,
+        "http://storage.example/archive.zip",
+    ]
     assert [sent for _, _, sent, _ in kaggle.asked] == [named, {**named, "datasetVersionNumber": 2}, {}]
     assert not any(authorization for *_, authorization in kaggle.asked)
     kaggle.asked.clear()
@@ -159,7 +184,9 @@ def test_what_is_not_of_the_download_is_never_overwritten(kaggle, phantoms, numb
 
 
 def test_a_set_that_lacks_a_patient_a_slice_or_a_mask_is_told(kaggle, numbers, tmp_path):
-    with pytest.raises(MedFLError, match=f"{numbers[0]} patients and {numbers[1]} slices, and the set has 110 and 3929"):
+    with pytest.raises(
+        MedFLError, match=f"{numbers[0]} patients and {numbers[1]} slices, and the set has 110 and 3929"
+    ):
         download(tmp_path / "data")
     assert not (tmp_path / "data").exists()
     folder, _ = download(tmp_path / "data", *numbers)
@@ -168,8 +195,10 @@ def test_a_set_that_lacks_a_patient_a_slice_or_a_mask_is_told(kaggle, numbers, t
         check(folder, *numbers)
 
 
-@pytest.mark.parametrize(("code", "sentence"), [(401, "wants an account"), (403, "accepted its terms"), (404, "code 404"),
-                                                (500, "code 500")])
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [(401, "wants an account"), (403, "accepted its terms"), (404, "code 404"), (500, "code 500")],
+)
 def test_each_refusal_gets_a_sentence(kaggle, numbers, tmp_path, code, sentence):
     kaggle.code = code
     assert sentence in refused(tmp_path / "data", numbers)
@@ -217,12 +246,18 @@ def test_an_account_is_used_where_there_is_one(kaggle, numbers, tmp_path, monkey
 
 def test_without_kagglehub_the_sentence_says_what_to_install(kaggle, tmp_path):
     (tmp_path / "kagglehub.py").write_text("raise ImportError('as if it were not installed')\n")
-    done = run_script("data/download.py", "--out", tmp_path / "data", env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 2 and "requirements-download.txt" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = run_script(
+        "data/download.py", "--out", tmp_path / "data", env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert (
+        done.returncode == 2 and "requirements-download.txt" in done.stderr and done.stderr.count("\n") == 1
+    ), done.stderr
 
 
 def test_copying_leaves_the_source_as_it_was(phantoms, tmp_path):
     shutil.copytree(phantoms / "kaggle_3m", tmp_path / "source")
     copy_set(tmp_path / "source", tmp_path / "target")
     copy_set(tmp_path / "source", tmp_path / "target")
-    assert same_files(tmp_path / "source", phantoms / "kaggle_3m") and same_files(tmp_path / "target", tmp_path / "source")
+    assert same_files(tmp_path / "source", phantoms / "kaggle_3m") and same_files(
+        tmp_path / "target", tmp_path / "source"
+    )

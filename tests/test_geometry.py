@@ -1,4 +1,5 @@
-"""radiology/geometry.py: every way of scanning ends on the dataset's grid, and channels lie over each other."""
+"""radiology/geometry.py: every way of scanning ends on the dataset's grid,
+and channels lie over each other."""
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from dicom_phantoms import image_of, phantom, scan, turn
 from common import MedFLError
 from radiology.geometry import POOR, SIDE, agreement, register, resample, resample_mask, to_axial, to_uint8
 
-PLACES = [(x, y, z) for x in (-60, 60) for y in (-70, 70) for z in (-30, 40)]  # mm, about the corners of a brain
+PLACES = [
+    (x, y, z) for x in (-60, 60) for y in (-70, 70) for z in (-30, 40)
+]  # mm, about the corners of a brain
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,11 @@ def marked(size=(12, 40, 32), spacing=(5.0, 2.0, 3.0)) -> sitk.Image:
 def test_slices_lie_as_the_datasets_do_whatever_the_order_on_disk(axes):
     fixed, told = to_axial(sitk.DICOMOrient(marked(), axes))
     volume = sitk.GetArrayFromImage(fixed)
-    assert told is None and volume.shape == (12, SIDE, SIDE) and fixed.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    assert (
+        told is None
+        and volume.shape == (12, SIDE, SIDE)
+        and fixed.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    )
     inside = volume[:, 8:-8, 8:-8]  # all but the black margin
     middle = volume[6, SIDE // 2]
     assert (np.diff(inside[:, SIDE // 2 - 8, SIDE // 2]) > 0).all(), "slices go from the neck to the crown"
@@ -42,7 +49,9 @@ def test_pixels_become_square_and_the_aspect_is_kept():
     assert fixed.GetSpacing() == pytest.approx((120 / SIDE, 120 / SIDE, 4.0))
     shown = sitk.GetArrayFromImage(fixed)[2] > sitk.GetArrayViewFromImage(fixed).min()
     rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
-    assert np.ptp(rows) + 1 == pytest.approx(SIDE, abs=4) and np.ptp(columns) + 1 == pytest.approx(SIDE / 2, abs=4)
+    assert np.ptp(rows) + 1 == pytest.approx(SIDE, abs=4) and np.ptp(columns) + 1 == pytest.approx(
+        SIDE / 2, abs=4
+    )
     assert columns.mean() == pytest.approx((SIDE - 1) / 2, abs=1)
 
 
@@ -52,19 +61,37 @@ def test_finer_pixels_are_averaged_not_skipped():
     assert np.allclose(sitk.GetArrayFromImage(to_axial(image_of(fine, (5, 0.25, 0.25)))[0]), 1.0)
 
 
-@pytest.mark.parametrize("name, direction", [
-    ("sagittal", [[0, 0, 1], [1, 0, 0], [0, -1, 0]]), ("coronal", [[1, 0, 0], [0, 0, 1], [0, -1, 0]])])
+@pytest.mark.parametrize(
+    "name, direction",
+    [("sagittal", [[0, 0, 1], [1, 0, 0], [0, -1, 0]]), ("coronal", [[1, 0, 0], [0, 0, 1], [0, -1, 0]])],
+)
 def test_other_planes_are_resampled_to_axial(head, name, direction):
     flair = head[1]
     fixed, told = to_axial(scan(flair, 200, 160, direction, spread=1.2))
-    assert told == f"acquired {name}, and resampled to axial" and fixed.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    assert told == f"acquired {name}, and resampled to axial" and fixed.GetDirection() == (
+        1,
+        0,
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+        1,
+    )
     assert fixed.GetSpacing()[2] == 3.0
     wanted = resample(flair, fixed)
     assert np.corrcoef(*(sitk.GetArrayViewFromImage(i)[5:-5].ravel() for i in (fixed, wanted)))[0, 1] > 0.97
 
 
-@pytest.mark.parametrize("degrees, told", [(0, None), (12, "12 degrees off the scanner's axes, and left so"),
-                                           (30, "acquired axial, 30 degrees off the scanner's axes, and resampled to axial")])
+@pytest.mark.parametrize(
+    "degrees, told",
+    [
+        (0, None),
+        (12, "12 degrees off the scanner's axes, and left so"),
+        (30, "acquired axial, 30 degrees off the scanner's axes, and resampled to axial"),
+    ],
+)
 def test_a_tilt_is_told_and_a_large_one_is_taken_out(head, degrees, told):
     tilt = np.array(turn(head[1], (degrees, 0, 0), (0, 0, 0)).GetMatrix()).reshape(3, 3)
     image = scan(head[1], 128, 24, tilt)
@@ -80,7 +107,9 @@ def test_a_moved_head_is_laid_back(head, channel):
     movement = turn(fixed, (4, -3, 6), (5, -4, 6))
     moving = scan(head[channel], 200, 24, moved=movement)  # the scanner sees at p what lies at movement(p)
     found = register(moving, fixed, same_frame=True)
-    errors = [np.linalg.norm(np.subtract(movement.TransformPoint(found.TransformPoint(p)), p)) for p in PLACES]
+    errors = [
+        np.linalg.norm(np.subtract(movement.TransformPoint(found.TransformPoint(p)), p)) for p in PLACES
+    ]
     assert max(errors) < 3.0, errors  # mm; the slices are 6 mm apart
     assert agreement(resample(moving, fixed, found), fixed) > agreement(resample(moving, fixed), fixed)
     if channel == 0:
@@ -92,7 +121,9 @@ def test_coordinates_of_another_visit_start_at_the_centres_of_mass(head):
     far = scan(pre, 200, 24)
     far.SetOrigin(np.add(far.GetOrigin(), (300, -200, 500)).tolist())
     found = register(far, flair, same_frame=False)
-    errors = [np.linalg.norm(np.subtract(found.TransformPoint(p), np.add(p, (300, -200, 500)))) for p in PLACES]
+    errors = [
+        np.linalg.norm(np.subtract(found.TransformPoint(p), np.add(p, (300, -200, 500)))) for p in PLACES
+    ]
     assert max(errors) < 3.0, errors
 
 
@@ -126,7 +157,9 @@ def test_masks_go_through_the_same_transform(head):
 def test_brightness_follows_the_documented_percentiles():
     values = np.linspace(-500, 1500, 20001).astype(np.float32).reshape(1, 20001, 1)
     found = to_uint8(values)
-    assert found[0, 100, 0] == 0 and found[0, 19980, 0] == 170 and found.max() == 170 and found.dtype == np.uint8
+    assert (
+        found[0, 100, 0] == 0 and found[0, 19980, 0] == 170 and found.max() == 170 and found.dtype == np.uint8
+    )
     assert found[0, 10040, 0] == pytest.approx(85, abs=1)
     spike = np.append(values.ravel(), [1e6]).astype(np.float32)
     assert to_uint8(spike)[-1] == 255 and to_uint8(spike)[19980] == pytest.approx(170, abs=1)

@@ -22,8 +22,10 @@ def blobs(seed, slices=3, side=24):
     centres, radii = rng.integers(2, side - 2, (slices, 2)), rng.integers(4, 8, (2, slices))
     shifted = centres + rng.integers(-3, 4, (slices, 2))
     y, x = np.mgrid[:side, :side]
-    discs = [[(y - cy) ** 2 + (x - cx) ** 2 <= r**2 for (cy, cx), r in zip(*of_mask)]
-             for of_mask in ((centres, radii[0]), (shifted, radii[1]))]
+    discs = [
+        [(y - cy) ** 2 + (x - cx) ** 2 <= r**2 for (cy, cx), r in zip(*of_mask)]
+        for of_mask in ((centres, radii[0]), (shifted, radii[1]))
+    ]
     return np.array(discs, dtype=np.uint8) * 255
 
 
@@ -43,8 +45,12 @@ def boundary_by_loop(mask):
     def inside(y, x):
         return 0 <= y < height and 0 <= x < width and mask[y, x] != 0
 
-    return [(y, x) for y in range(height) for x in range(width) if inside(y, x)
-            and not all(inside(*n) for n in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)))]
+    return [
+        (y, x)
+        for y in range(height)
+        for x in range(width)
+        if inside(y, x) and not all(inside(*n) for n in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)))
+    ]
 
 
 def row(patient="p", site="CS", prediction=(1, 0), truth=(1, 0)):
@@ -57,6 +63,7 @@ def rows_with_dice(values, prefix="p"):
 
 
 # Counts, Dice and IoU
+
 
 def test_counts_by_hand():
     prediction = np.array([[255, 255, 0], [0, 1, 0]], dtype=np.uint8)
@@ -104,6 +111,7 @@ def test_a_single_slice_is_no_volume():
 
 # HD95
 
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("masks", [random_masks, blobs, lambda seed: random_masks(seed, share=0.01)])
 def test_hd95_agrees_with_brute_force(masks, seed):
@@ -122,7 +130,7 @@ def test_hd95_by_hand():
 def test_hd95_pools_the_distances_of_both_directions_and_all_slices():
     prediction, truth = np.zeros((2, 2, 3, 40))
     prediction[0, 1, :19] = truth[0, 1, :19] = 1  # 38 distances of 0
-    prediction[1, 1, 0] = truth[1, 1, 10] = 1     # 2 distances of 10
+    prediction[1, 1, 0] = truth[1, 1, 10] = 1  # 2 distances of 10
     assert metrics.hd95(prediction, truth) == pytest.approx(np.percentile([0] * 38 + [10] * 2, 95))
     assert metrics.hd95(prediction, truth) == pytest.approx(0.5)
 
@@ -151,10 +159,14 @@ def test_hd95_does_not_depend_on_where_the_tumour_lies():
 
 # One patient
 
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_symmetry(seed):
     prediction, truth = blobs(seed)
-    one, other = metrics.score_patient("p", "CS", prediction, truth), metrics.score_patient("p", "CS", truth, prediction)
+    one, other = (
+        metrics.score_patient("p", "CS", prediction, truth),
+        metrics.score_patient("p", "CS", truth, prediction),
+    )
     for figure in ("dice", "iou", "hd95_px", "tp"):
         assert one[figure] == other[figure]
     assert (one["fp"], one["fn"]) == (other["fn"], other["fp"])
@@ -174,9 +186,20 @@ def test_a_patient_by_hand():
     prediction = np.array([[[1, 1, 1, 0]], [[0, 0, 0, 0]], [[0, 0, 0, 1]], [[0, 0, 0, 0]]])
     scored = metrics.score_patient("TCGA_CS_1", "CS", prediction, truth)
     assert scored == {
-        "patient": "TCGA_CS_1", "site": "CS", "slices": 4, "dice": pytest.approx(4 / 7), "iou": pytest.approx(2 / 5),
-        "hd95_px": pytest.approx(0.8), "tp": 2, "fp": 2, "fn": 1, "slice_dice_sum": pytest.approx(0.8),
-        "tumour_slices": 2, "empty_slices": 2, "empty_slices_with_prediction": 1}
+        "patient": "TCGA_CS_1",
+        "site": "CS",
+        "slices": 4,
+        "dice": pytest.approx(4 / 7),
+        "iou": pytest.approx(2 / 5),
+        "hd95_px": pytest.approx(0.8),
+        "tp": 2,
+        "fp": 2,
+        "fn": 1,
+        "slice_dice_sum": pytest.approx(0.8),
+        "tumour_slices": 2,
+        "empty_slices": 2,
+        "empty_slices_with_prediction": 1,
+    }
     assert all(type(value) in (str, int, float) for value in scored.values())
 
 
@@ -186,6 +209,7 @@ def test_patients_without_tumour():
 
 
 # The interval
+
 
 def test_no_interval_below_three_values():
     assert metrics.bootstrap_interval([]) is None
@@ -204,7 +228,9 @@ def test_interval_is_reproducible_and_contains_the_mean():
 def test_interval_is_about_that_of_the_normal_distribution():
     values = np.random.default_rng(0).normal(size=200)
     half_width = 1.96 * values.std() / np.sqrt(200)
-    assert metrics.bootstrap_interval(values) == pytest.approx([values.mean() - half_width, values.mean() + half_width], abs=0.02)
+    assert metrics.bootstrap_interval(values) == pytest.approx(
+        [values.mean() - half_width, values.mean() + half_width], abs=0.02
+    )
 
 
 def test_interval_of_equal_values_is_a_point():
@@ -213,10 +239,15 @@ def test_interval_of_equal_values_is_a_point():
 
 # Over patients
 
+
 def test_summary_by_hand():
-    rows = [row("a", prediction=(1, 0), truth=(1, 0)), row("b", prediction=(1, 1), truth=(1, 0)),
-            row("c", prediction=(0, 0), truth=(1, 1)), row("d", prediction=(0, 1), truth=(0, 0)),
-            row("e", prediction=(0, 0), truth=(0, 0))]
+    rows = [
+        row("a", prediction=(1, 0), truth=(1, 0)),
+        row("b", prediction=(1, 1), truth=(1, 0)),
+        row("c", prediction=(0, 0), truth=(1, 1)),
+        row("d", prediction=(0, 1), truth=(0, 0)),
+        row("e", prediction=(0, 0), truth=(0, 0)),
+    ]
     summary = metrics.summarise(rows)
     assert summary["volume_dice"]["mean"] == pytest.approx((1 + 2 / 3 + 0 + 0 + 1) / 5)
     assert summary["volume_dice"]["median"] == pytest.approx(2 / 3)
@@ -225,13 +256,21 @@ def test_summary_by_hand():
     assert summary["pooled_dice"] == pytest.approx(2 * 2 / (2 * 2 + 2 + 2))
     assert summary["slice_dice_tumour"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert summary["empty_slice_false_positive_rate"] == 0.5
-    assert summary["hd95_px"] == {"mean": pytest.approx(np.mean([0, 0.9])), "median": pytest.approx(0.45), "undefined": 3}
+    assert summary["hd95_px"] == {
+        "mean": pytest.approx(np.mean([0, 0.9])),
+        "median": pytest.approx(0.45),
+        "undefined": 3,
+    }
     assert summary["missed_patients"] == 1
     assert summary["patients_scored"] == 5
 
 
 def test_missed_patients_have_a_tumour_and_no_prediction_at_all():
-    missed, elsewhere, healthy = row(prediction=(0, 0)), row(prediction=(0, 1)), row(prediction=(0, 0), truth=(0, 0))
+    missed, elsewhere, healthy = (
+        row(prediction=(0, 0)),
+        row(prediction=(0, 1)),
+        row(prediction=(0, 0), truth=(0, 0)),
+    )
     assert [metrics.summarise([r])["missed_patients"] for r in (missed, elsewhere, healthy)] == [1, 0, 0]
 
 
@@ -267,7 +306,10 @@ def test_no_patients_are_refused():
 
 
 def test_report_by_site_and_patient():
-    rows = [metrics.score_patient(f"p{i}", site, *blobs(i)) for i, site in enumerate(["HT", "CS", "HT", "DU", "HT"])]
+    rows = [
+        metrics.score_patient(f"p{i}", site, *blobs(i))
+        for i, site in enumerate(["HT", "CS", "HT", "DU", "HT"])
+    ]
     result = metrics.report(rows)
     assert list(result["sites"]) == ["CS", "DU", "HT"]
     assert result["sites"]["HT"] == metrics.summarise([rows[0], rows[2], rows[4]])
@@ -278,6 +320,7 @@ def test_report_by_site_and_patient():
 
 
 # Two models
+
 
 def test_paired_difference_is_second_minus_first_by_patient():
     first, second = rows_with_dice([0.5, 0.6, 0.7, 0.2]), rows_with_dice([0.6, 0.7, 0.9, 0.2])
@@ -290,10 +333,16 @@ def test_paired_difference_is_second_minus_first_by_patient():
 
 
 def test_paired_difference_of_few_patients_has_no_interval():
-    assert metrics.paired_difference(rows_with_dice([0.5]), rows_with_dice([0.75])) == {"mean": 0.25, "ci95": None, "patients": 1}
+    assert metrics.paired_difference(rows_with_dice([0.5]), rows_with_dice([0.75])) == {
+        "mean": 0.25,
+        "ci95": None,
+        "patients": 1,
+    }
 
 
-@pytest.mark.parametrize("second", [rows_with_dice([0.5]), rows_with_dice([0.5, 0.5], "q"), rows_with_dice([0.5, 0.5]) * 2, []])
+@pytest.mark.parametrize(
+    "second", [rows_with_dice([0.5]), rows_with_dice([0.5, 0.5], "q"), rows_with_dice([0.5, 0.5]) * 2, []]
+)
 def test_paired_difference_refuses_other_patients(second):
     for one, other in ((rows_with_dice([0.5, 0.5]), second), (second, rows_with_dice([0.5, 0.5]))):
         with pytest.raises(MedFLError, match="same patients"):

@@ -1,4 +1,5 @@
-"""data/make_phantoms.py: the download's layout, the same bytes for the same seed, and a task that a threshold can't do."""
+"""data/make_phantoms.py: the download's layout, the same bytes for the same seed, and a task that a threshold
+can't do."""
 
 import re
 import subprocess
@@ -48,7 +49,8 @@ def test_layout_is_the_downloads(cohort: Path) -> None:
         count = len(list(folder.iterdir())) // 2
         assert 0.7 * SLICES <= count <= 1.3 * SLICES
         assert {f.name for f in folder.iterdir()} == {
-            f"{folder.name}_{n}{end}" for n in range(1, count + 1) for end in (".tif", "_mask.tif")}
+            f"{folder.name}_{n}{end}" for n in range(1, count + 1) for end in (".tif", "_mask.tif")
+        }
 
 
 def test_pixels_are_the_downloads(cohort: Path) -> None:
@@ -87,17 +89,22 @@ def test_smallest_numbers_still_hold_a_tumour(tmp_path: Path, seed: int) -> None
 def test_lesion_stands_out_in_flair_more_than_before_contrast(cohort: Path) -> None:
     for folder in folders(cohort):
         volume, truth = read(folder)
-        normalised = apply_statistics(torch.from_numpy(volume), *volume_statistics(torch.from_numpy(volume))).numpy()
+        normalised = apply_statistics(
+            torch.from_numpy(volume), *volume_statistics(torch.from_numpy(volume))
+        ).numpy()
         before, flair = (normalised[:, channel][truth].mean() for channel in (0, 1))
         assert flair > before or np.array_equal(volume[..., 0], volume[..., 1])
 
 
 def test_same_seed_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
-    first, again, other = (contents(make_phantoms(tmp_path / name, 2, 4, 32, seed))
-                           for name, seed in (("first", 3), ("again", 3), ("other", 4)))
+    first, again, other = (
+        contents(make_phantoms(tmp_path / name, 2, 4, 32, seed))
+        for name, seed in (("first", 3), ("again", 3), ("other", 4))
+    )
     assert first == again
     assert not {v for k, v in first.items() if not k.endswith("_mask.tif")} & {
-        v for k, v in other.items() if k.endswith(".tif")}
+        v for k, v in other.items() if k.endswith(".tif")
+    }
 
 
 def test_patient_does_not_depend_on_their_number(cohort: Path, tmp_path: Path) -> None:
@@ -139,16 +146,29 @@ def test_no_threshold_on_flair_finds_the_lesions(cohort: Path) -> None:
     thresholds, scores = np.arange(-0.5, 4, 0.1), []
     for folder in folders(cohort):
         volume, truth = read(folder)
-        flair = apply_statistics(torch.from_numpy(volume), *volume_statistics(torch.from_numpy(volume)))[:, 1].numpy()
-        scores.append([2 * (truth & (flair > t)).sum() / (truth.sum() + (flair > t).sum()) for t in thresholds])
+        flair = apply_statistics(torch.from_numpy(volume), *volume_statistics(torch.from_numpy(volume)))[
+            :, 1
+        ].numpy()
+        scores.append(
+            [2 * (truth & (flair > t)).sum() / (truth.sum() + (flair > t).sum()) for t in thresholds]
+        )
     assert 0.05 < np.mean(scores, axis=0).max() < 0.45
 
 
-@pytest.mark.parametrize(("wrong", "words"), [
-    ({"patients": 0}, "--patients is 0"), ({"patients": 1000}, "--patients is 1000"), ({"slices": 3}, "--slices is 3"),
-    ({"size": 16}, "--size is 16"), ({"size": 72}, "multiple of 16; choose 80"), ({"seed": -1}, "--seed is -1"),
-])
-def test_wrong_numbers_are_refused_before_anything_is_written(tmp_path: Path, wrong: dict, words: str) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"patients": 0}, "--patients is 0"),
+        ({"patients": 1000}, "--patients is 1000"),
+        ({"slices": 3}, "--slices is 3"),
+        ({"size": 16}, "--size is 16"),
+        ({"size": 72}, "multiple of 16; choose 80"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_wrong_numbers_are_refused_before_anything_is_written(
+    tmp_path: Path, wrong: dict, words: str
+) -> None:
     with pytest.raises(MedFLError, match=words):
         make_phantoms(tmp_path / "new", **{"patients": 1, "slices": 4, "size": 32, "seed": 0, **wrong})
     assert not (tmp_path / "new").exists()
@@ -175,8 +195,19 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_script_runs_from_any_folder_and_ends_with_2_on_bad_input(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "data" / "make_phantoms.py"), "--out", "here", "--slices", "4", "--size", "32",
-               "--patients"]
-    good, bad = (subprocess.run([*command, n], cwd=tmp_path, capture_output=True, text=True) for n in ("1", "0"))
+    command = [
+        sys.executable,
+        str(ROOT / "data" / "make_phantoms.py"),
+        "--out",
+        "here",
+        "--slices",
+        "4",
+        "--size",
+        "32",
+        "--patients",
+    ]
+    good, bad = (
+        subprocess.run([*command, n], cwd=tmp_path, capture_output=True, text=True) for n in ("1", "0")
+    )
     assert good.returncode == 0 and len(folders(tmp_path / "here" / "kaggle_3m")) == 1
     assert bad.returncode == 2 and bad.stderr.startswith("make_phantoms.py: --patients is 0")

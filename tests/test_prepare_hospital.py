@@ -24,32 +24,62 @@ from radiology.geometry import to_uint8
 from radiology.segmentation import write_segmentation
 from radiology.series import find_series
 
-# What an archive writes into its files, and nothing of it may be found again. Maker and model are known to travel.
-SECRETS = {"PatientName": "Zzyzxova^Ludmila", "PatientID": "QX-48151623", "PatientBirthDate": "19431117", "PatientSex": "F",
-           "PatientAge": "076Y", "PatientAddress": "Wunderbaumweg 77", "OtherPatientIDs": "ALT-90210",
-           "AccessionNumber": "ACC5550123", "InstitutionName": "St. Quibble Infirmary",
-           "ReferringPhysicianName": "Nightjar^Otto", "StationName": "MRQUUX7",
-           "StudyDate": "20190317", "StudyTime": "074912.5", "SeriesDate": "20190318", "AcquisitionDate": "20190319",
-           "ContentDate": "20190320", "StudyID": "STU7788", "DeviceSerialNumber": "SN0042424", "OperatorsName": "Gruenspan^Ada",
-           "StudyDescription": "NEURO QUUX PROTOCOL", "PatientComments": "called twice on the telephone"}
+# What an archive writes into its files, and nothing of it may be found again. Maker and model are known to
+# travel.
+SECRETS = {
+    "PatientName": "Zzyzxova^Ludmila",
+    "PatientID": "QX-48151623",
+    "PatientBirthDate": "19431117",
+    "PatientSex": "F",
+    "PatientAge": "076Y",
+    "PatientAddress": "Wunderbaumweg 77",
+    "OtherPatientIDs": "ALT-90210",
+    "AccessionNumber": "ACC5550123",
+    "InstitutionName": "St. Quibble Infirmary",
+    "ReferringPhysicianName": "Nightjar^Otto",
+    "StationName": "MRQUUX7",
+    "StudyDate": "20190317",
+    "StudyTime": "074912.5",
+    "SeriesDate": "20190318",
+    "AcquisitionDate": "20190319",
+    "ContentDate": "20190320",
+    "StudyID": "STU7788",
+    "DeviceSerialNumber": "SN0042424",
+    "OperatorsName": "Gruenspan^Ada",
+    "StudyDescription": "NEURO QUUX PROTOCOL",
+    "PatientComments": "called twice on the telephone",
+}
 
 PREPARED = ("Manufacturer", "ManufacturerModelName")  # the texts that volume.json may hold
 TEXTS = ("AE", "AS", "CS", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT")
-STANDARD = {"MONOCHROME2", "ORIGINAL", "PRIMARY", "DERIVED", "LOCALIZER", "tumour", "MedFL", "BINARY"}  # words that name nobody
+STANDARD = {
+    "MONOCHROME2",
+    "ORIGINAL",
+    "PRIMARY",
+    "DERIVED",
+    "LOCALIZER",
+    "tumour",
+    "MedFL",
+    "BINARY",
+}  # words that name nobody
 
 
 def tree(folder: Path) -> dict[str, str]:
     """Every file below a folder, by its path, with its content's hash and time."""
-    return {str(p.relative_to(folder)): f"{hashlib.sha256(p.read_bytes()).hexdigest()} {p.stat().st_mtime_ns}"
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): f"{hashlib.sha256(p.read_bytes()).hexdigest()} {p.stat().st_mtime_ns}"
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def scene(home, tmp_path_factory):
     """An export of four patients, what a run made of it, and what the run printed.
 
-    QX-48151623: three series with different matrices, offsets and tilts, the head moved between them, a mask as DICOM SEG on
-    FLAIR, and all that must be left out. TWO: two studies with masks. NOMASK: no mask, no T1 with contrast. NOFLAIR: T1 only.
+    QX-48151623: three series with different matrices, offsets and tilts, the head moved between them, a mask
+    as DICOM SEG on FLAIR, and all that must be left out. TWO: two studies with masks. NOMASK: no mask, no T1
+    with contrast. NOFLAIR: T1 only.
     """
     root = tmp_path_factory.mktemp("hospital")
     archive = root / "export"
@@ -57,18 +87,54 @@ def scene(home, tmp_path_factory):
     study, who = "1.2.826.4711", SECRETS
     tilt = np.array(turn(flair, (6, 0, 4), (0, 0, 0)).GetMatrix()).reshape(3, 3)
     flair_seen = scan(flair, 320, 16, tilt)
-    paths = write_series(archive / "1" / "a", flair_seen, who, study, SeriesDescription="AX FLAIR quux", SeriesNumber=4, slope=0.1)
+    paths = write_series(
+        archive / "1" / "a",
+        flair_seen,
+        who,
+        study,
+        SeriesDescription="AX FLAIR quux",
+        SeriesNumber=4,
+        slope=0.1,
+    )
     mask = sitk.GetArrayFromImage(scan(truth, 320, 16, tilt, nearest=True)) > 0
     (series,), _ = find_series(paths)
     write_segmentation(mask, series, archive / "1" / "seg")
-    write_series(archive / "1" / "b", scan(pre, 256, 24, moved=turn(pre, (3, -2, 5), (4, -3, 5))), who, study, signed=True,
-                 SeriesDescription="AX T1 SE quux", SeriesNumber=3)
+    write_series(
+        archive / "1" / "b",
+        scan(pre, 256, 24, moved=turn(pre, (3, -2, 5), (4, -3, 5))),
+        who,
+        study,
+        signed=True,
+        SeriesDescription="AX T1 SE quux",
+        SeriesNumber=3,
+    )
     sagittal = [[0, 0, 1], [1, 0, 0], [0, -1, 0]]
-    write_series(archive / "1" / "c", scan(post, 192, 128, sagittal, moved=turn(post, (-2, 2, -4), (-3, 4, 2)), spread=1.1), who,
-                 study, SeriesDescription="SAG T1 quux +C", SeriesNumber=7)
-    write_series(archive / "1" / "d", scan(flair, 32, 3), who, study, SeriesDescription="LOC quux", SeriesNumber=1,
-                 ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    write_series(archive / "1" / "e", scan(flair, 32, 8), who, study, SeriesDescription="CT quux", SeriesNumber=8, Modality="CT")
+    write_series(
+        archive / "1" / "c",
+        scan(post, 192, 128, sagittal, moved=turn(post, (-2, 2, -4), (-3, 4, 2)), spread=1.1),
+        who,
+        study,
+        SeriesDescription="SAG T1 quux +C",
+        SeriesNumber=7,
+    )
+    write_series(
+        archive / "1" / "d",
+        scan(flair, 32, 3),
+        who,
+        study,
+        SeriesDescription="LOC quux",
+        SeriesNumber=1,
+        ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
+    )
+    write_series(
+        archive / "1" / "e",
+        scan(flair, 32, 8),
+        who,
+        study,
+        SeriesDescription="CT quux",
+        SeriesNumber=8,
+        Modality="CT",
+    )
     (archive / "1" / "letter.txt").write_text("Dear Dr. Nightjar")
     small_study(archive / "2" / "late", 1, "TWO", "1.2.22", "20210101", channels=(1,))
     small_study(archive / "2" / "early", 2, "TWO", "1.2.21", "20200101", channels=(1,))
@@ -82,35 +148,57 @@ def scene(home, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert tree(archive) == before, "the source was written to"
     wanted = [sitk.Resample(image, flair_seen) for image in (pre, flair, post)]
-    return dict(root=root, archive=archive, out=out, dry=dry, after_dry=after_dry, done=done, wanted=wanted, mask=mask,
-                names={row["patient_id"] + row["study"]: row["pseudonym"] for row in report(archive)})
+    return dict(
+        root=root,
+        archive=archive,
+        out=out,
+        dry=dry,
+        after_dry=after_dry,
+        done=done,
+        wanted=wanted,
+        mask=mask,
+        names={row["patient_id"] + row["study"]: row["pseudonym"] for row in report(archive)},
+    )
 
 
 def test_a_dry_run_shows_the_choice_and_writes_nothing(scene):
     assert scene["dry"].returncode == 0 and scene["after_dry"] == {"export"}
     said = scene["dry"].stdout
-    assert "4 of 5 studies would be prepared, 3 with a mask; 1 files belong to none; nothing was written" in said
-    for part in ("patient QX-48151623, study 20190317: is prepared", "patient NOFLAIR, study 20200101: is left out",
-                 "the study has no FLAIR", "it is a localizer", "it is of modality CT, not MR", "letter.txt: no DICOM file"):
+    assert (
+        "4 of 5 studies would be prepared, 3 with a mask; 1 files belong to none; nothing was written" in said
+    )
+    for part in (
+        "patient QX-48151623, study 20190317: is prepared",
+        "patient NOFLAIR, study 20200101: is left out",
+        "the study has no FLAIR",
+        "it is a localizer",
+        "it is of modality CT, not MR",
+        "letter.txt: no DICOM file",
+    ):
         assert part in said, said
     line = next(line for line in said.splitlines() if "SAG T1 quux +C" in line)
     assert "post-contrast" in line and "128 × 192×192" in line
 
 
 def test_prepared_slices_are_the_phantoms_own(scene):
-    """Within the head the median difference is at most 8 of 255 grey values for moved channels, 3 for FLAIR."""
+    """Within the head the median difference is at most 8 of 255 grey
+    values for moved channels, 3 for FLAIR."""
     volume, mask = pixels(scene["out"] / scene["names"]["QX-481516231.2.826.4711"])
     assert volume.shape == (16, 256, 256, 3) and volume.dtype == np.uint8
     for channel, bound in ((0, 8), (1, 3), (2, 8)):
         wanted = sitk.GetArrayFromImage(scene["wanted"][channel])
         grid = image_of(wanted, (1, 1, 1))
         grid.SetSpacing((1, 1, 1))
-        coarse = sitk.GetArrayFromImage(sitk.Resample(grid, scan(grid, 256, 16), sitk.Transform(), sitk.sitkLinear))
+        coarse = sitk.GetArrayFromImage(
+            sitk.Resample(grid, scan(grid, 256, 16), sitk.Transform(), sitk.sitkLinear)
+        )
         wanted = to_uint8(coarse).astype(int)
         head = wanted[2:-2] > 30
         difference = np.abs(volume[2:-2, ..., channel].astype(int) - wanted[2:-2])[head]
         assert np.median(difference) <= bound, (channel, np.median(difference))
-        assert np.corrcoef(volume[2:-2, ..., channel][head], wanted[2:-2][head])[0, 1] > (0.99 if channel == 1 else 0.8)
+        assert np.corrcoef(volume[2:-2, ..., channel][head], wanted[2:-2][head])[0, 1] > (
+            0.99 if channel == 1 else 0.8
+        )
 
 
 def test_the_mask_survives_the_chain(scene):
@@ -123,7 +211,8 @@ def test_the_mask_survives_the_chain(scene):
 
 
 def test_no_identifying_value_is_found_in_the_output(scene):
-    """Every text of 5 letters or more of every tag of every file, in contents and names, but maker and model."""
+    """Every text of 5 letters or more of every tag of every file, in
+    contents and names, but maker and model."""
     values = set()
     for path in (p for p in scene["archive"].rglob("*") if p.is_file() and p.suffix != ".txt"):
         for element in pydicom.dcmread(path, stop_before_pixels=True).iterall():
@@ -131,7 +220,15 @@ def test_no_identifying_value_is_found_in_the_output(scene):
                 for value in element.value if element.VM > 1 else [element.value]:
                     values |= {str(value), *str(value).split("^")}
     values = {v for v in values if len(v) >= 5} - STANDARD
-    assert {"Zzyzxova", "QX-48151623", "20190317", "074912.5", "AX FLAIR quux", "1.2.826.4711", "SN0042424"} <= values
+    assert {
+        "Zzyzxova",
+        "QX-48151623",
+        "20190317",
+        "074912.5",
+        "AX FLAIR quux",
+        "1.2.826.4711",
+        "SN0042424",
+    } <= values
     files = [p for p in scene["out"].rglob("*") if p.is_file()]
     texts = {p: p.read_bytes() + str(p.relative_to(scene["out"])).encode() for p in files}
     assert len(files) > 50
@@ -142,7 +239,14 @@ def test_no_identifying_value_is_found_in_the_output(scene):
 
 def test_volume_json_holds_geometry_and_scanner_alone(scene):
     about = json.loads((scene["out"] / scene["names"]["QX-481516231.2.826.4711"] / "volume.json").read_text())
-    assert about.keys() == {"version", "spacing_mm", "slice_positions_mm", "field_strength_t", "manufacturer", "model"}
+    assert about.keys() == {
+        "version",
+        "spacing_mm",
+        "slice_positions_mm",
+        "field_strength_t",
+        "manufacturer",
+        "model",
+    }
     assert about["version"] == 1 and about["field_strength_t"] == 1.5
     assert (about["manufacturer"], about["model"]) == ("Phantom Works", "Painter 3")
     between, row, column = about["spacing_mm"]
@@ -152,18 +256,26 @@ def test_volume_json_holds_geometry_and_scanner_alone(scene):
 
 def test_every_series_and_every_other_file_is_in_the_report(scene):
     rows = report(scene["archive"])
-    series = {pydicom.dcmread(p, stop_before_pixels=True).SeriesInstanceUID for p in scene["archive"].rglob("*")
-              if p.is_file() and p.suffix != ".txt"}
+    series = {
+        pydicom.dcmread(p, stop_before_pixels=True).SeriesInstanceUID
+        for p in scene["archive"].rglob("*")
+        if p.is_file() and p.suffix != ".txt"
+    }
     assert len(rows) == len(series) + 1 and all(row["why"] for row in rows)
     used = {row["description"]: row["used_as"] for row in rows if row["patient_id"] == "QX-48151623"}
     assert used["AX FLAIR quux"] == "FLAIR" and used["SAG T1 quux +C"] == "post-contrast"
     assert used["LOC quux"] == used["CT quux"] == ""
-    assert ["no DICOM file" in row["why"] for row in rows if row["description"].endswith("letter.txt")] == [True]
+    assert ["no DICOM file" in row["why"] for row in rows if row["description"].endswith("letter.txt")] == [
+        True
+    ]
 
 
 def test_notes_are_said_and_stand_on_the_page(scene):
     page = (scene["out"] / "index.html").read_text(encoding="utf-8")
-    for sentence in ("post-contrast is missing or can&#x27;t be used, and FLAIR stands in", "was acquired 7 degrees off"):
+    for sentence in (
+        "post-contrast is missing or can&#x27;t be used, and FLAIR stands in",
+        "was acquired 7 degrees off",
+    ):
         assert sentence in page
     assert "http" not in page and page.count("<article>") == 4
     assert "drawn by a network of MedFL" in scene["done"].stderr
@@ -175,7 +287,9 @@ def test_notes_are_said_and_stand_on_the_page(scene):
 def test_training_reads_one_study_per_patient_with_masks(scene):
     dataset = load_dataset(scene["out"], "mercy", progress=False)
     names = scene["names"]
-    assert [p.name for p in dataset.patients] == sorted([names["QX-481516231.2.826.4711"], names["TWO1.2.21"]])
+    assert [p.name for p in dataset.patients] == sorted(
+        [names["QX-481516231.2.826.4711"], names["TWO1.2.21"]]
+    )
     assert dataset.root == scene["out"] and dataset.name == "own data"
     assert all(sum(dataset.tumour_pixels(patient.name)) for patient in dataset.patients)
     assert (scene["out"] / "more_studies" / names["TWO1.2.22"] / "volume.json").exists()
@@ -199,7 +313,11 @@ def test_a_broken_off_run_goes_on(scene):
     (scene["out"] / ".preparing-killed" / "half.tif").write_bytes(b"half")
     before = tree(scene["out"])
     done = run_script(SCRIPT, "--dicom", scene["archive"], "--out", scene["out"])
-    assert done.returncode == 0 and (lost / "volume.json").exists() and not (scene["out"] / ".preparing-killed").exists()
+    assert (
+        done.returncode == 0
+        and (lost / "volume.json").exists()
+        and not (scene["out"] / ".preparing-killed").exists()
+    )
     for path, mark in tree(scene["out"]).items():
         if scene["names"]["TWO1.2.22"] not in path and path != "index.html":
             assert before[path] == mark, path
@@ -211,12 +329,22 @@ def test_a_later_export_of_a_patient_who_trains_is_kept_apart(home, tmp_path):
         small_study(tmp_path / str(number), number, "A", f"1.2.{number}", date, channels=(1,))
         done = run_script(SCRIPT, "--dicom", tmp_path / str(number), "--out", out, "--private", private)
         assert done.returncode == 0, done.stderr
-    assert len(load_dataset(out, progress=False).patients) == 1 and len(list((out / "more_studies").iterdir())) == 1
+    assert (
+        len(load_dataset(out, progress=False).patients) == 1
+        and len(list((out / "more_studies").iterdir())) == 1
+    )
 
 
 def test_a_full_disk_is_told_and_a_second_run_goes_on(home, tmp_path, monkeypatch):
     for number in range(2):
-        small_study(tmp_path / "export" / str(number), number, f"P{number}", f"1.2.{number}", "20200101", channels=(1,))
+        small_study(
+            tmp_path / "export" / str(number),
+            number,
+            f"P{number}",
+            f"1.2.{number}",
+            "20200101",
+            channels=(1,),
+        )
     save, pictures = Image.Image.save, []
 
     def full(image, path, *options, **named):
@@ -229,18 +357,30 @@ def test_a_full_disk_is_told_and_a_second_run_goes_on(home, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", full)
         done = run_here(*command)
-    assert done.returncode == 2 and "No space left on device); free the space or change --out" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2 and "No space left on device); free the space or change --out" in done.stderr
+    ), done.stderr
     (whole,) = (tmp_path / "out").rglob("volume.json")  # the first study, and nothing of the second
-    assert len(list(whole.parent.glob("*_mask.tif"))) == 8 == len(list((tmp_path / "out").rglob("*_mask.tif")))
-    assert run_here(*command).returncode == 0 and len(load_dataset(tmp_path / "out", progress=False).patients) == 2
+    assert (
+        len(list(whole.parent.glob("*_mask.tif"))) == 8 == len(list((tmp_path / "out").rglob("*_mask.tif")))
+    )
+    assert (
+        run_here(*command).returncode == 0
+        and len(load_dataset(tmp_path / "out", progress=False).patients) == 2
+    )
 
 
-@pytest.mark.parametrize("options, sentence", [
-    (("--dicom", "gone", "--out", "out"), "there is no folder gone"), (("--dicom", "empty", "--out", "out"), "empty holds no file"),
-    (("--dicom", "full", "--out", "full/out"), "inside of the archive"), (("--dicom", "full", "--out", "out"), "none of 0 studies"),
-    (("--dicom", "full", "--out", "out", "--private", "out/key"), "keep them apart"),
-    (("--dicom", "full", "--out", "out", "--rules", "gone"), "the rules gone can't be read"),
-])
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (("--dicom", "gone", "--out", "out"), "there is no folder gone"),
+        (("--dicom", "empty", "--out", "out"), "empty holds no file"),
+        (("--dicom", "full", "--out", "full/out"), "inside of the archive"),
+        (("--dicom", "full", "--out", "out"), "none of 0 studies"),
+        (("--dicom", "full", "--out", "out", "--private", "out/key"), "keep them apart"),
+        (("--dicom", "full", "--out", "out", "--rules", "gone"), "the rules gone can't be read"),
+    ],
+)
 def test_wrong_options_end_with_a_sentence_and_2(tmp_path, options, sentence):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
@@ -250,22 +390,35 @@ def test_wrong_options_end_with_a_sentence_and_2(tmp_path, options, sentence):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("without, sentence", [
-    (("torch", "flwr", "timm"), "none of 0 studies could be prepared"),
-    (("SimpleITK",), "this needs SimpleITK, which is not installed; `pip install -r requirements-dicom.txt`"),
-])
+@pytest.mark.parametrize(
+    "without, sentence",
+    [
+        (("torch", "flwr", "timm"), "none of 0 studies could be prepared"),
+        (
+            ("SimpleITK",),
+            "this needs SimpleITK, which is not installed; `pip install -r requirements-dicom.txt`",
+        ),
+    ],
+)
 def test_it_needs_its_own_requirements_and_nothing_of_the_training(tmp_path, without, sentence):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "a.txt").write_text("x")
-    start = (f"import sys, runpy; sys.modules.update(dict.fromkeys({without!r})); "
-             "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", start, str(ROOT / SCRIPT), "--dicom", "export", "--out", "out"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    start = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({without!r})); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", start, str(ROOT / SCRIPT), "--dicom", "export", "--out", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
 
 
 def test_what_a_study_may_carry_is_warned_of(home, tmp_path):
-    """Burnt-in text in the corner, a sequence of something else, a damaged file in one study's T1 and in another's FLAIR."""
+    """Burnt-in text in the corner, a sequence of something else, a damaged file in one study's T1 and in
+    another's FLAIR."""
     small_study(tmp_path / "export", 1, "A", "1.2.1", "20200101")
     for path in (tmp_path / "export" / "series1").iterdir():
         file = pydicom.dcmread(path)
@@ -275,9 +428,15 @@ def test_what_a_study_may_carry_is_warned_of(home, tmp_path):
         file.save_as(path)
     (images, _) = phantom(9, slices=8, size=64)
     shutil.rmtree(tmp_path / "export" / "series2")
-    write_series(tmp_path / "export" / "series2", image_of(np.random.default_rng(0).integers(0, 200, (8, 64, 64)), (6, 3.6, 3.6),
-                                                           images[0].GetOrigin()), {"PatientID": "A"}, study="1.2.1",
-                 SeriesDescription="AX T1 GD")
+    write_series(
+        tmp_path / "export" / "series2",
+        image_of(
+            np.random.default_rng(0).integers(0, 200, (8, 64, 64)), (6, 3.6, 3.6), images[0].GetOrigin()
+        ),
+        {"PatientID": "A"},
+        study="1.2.1",
+        SeriesDescription="AX T1 GD",
+    )
     small_study(tmp_path / "export" / "b", 2, "B", "1.2.2", "20200101", channels=(1,))
     for folder in ("series0", "b/series1"):
         path = sorted((tmp_path / "export" / folder).iterdir())[3]
@@ -289,8 +448,12 @@ def test_what_a_study_may_carry_is_warned_of(home, tmp_path):
     assert done.returncode == 0, done.stderr
     said = done.stderr
     assert "FLAIR may carry burnt-in text" in said and "post-contrast may lie poorly on FLAIR" in said
-    assert "IM0003 can't be decoded" in said and "pre-contrast is missing or can't be used, and FLAIR stands in" in said
+    assert (
+        "IM0003 can't be decoded" in said
+        and "pre-contrast is missing or can't be used, and FLAIR stands in" in said
+    )
     assert "pre-contrast may carry" not in said
     assert "is left out: " in said and "1 of 2 studies" in done.stdout
-    assert {row["used_as"]: row["why"] for row in report(tmp_path / "export") if row["patient_id"] == "B"}[""].endswith(
-        "export/b/series1/IM0003 can't be decoded (truncated or damaged); export it again")
+    assert {row["used_as"]: row["why"] for row in report(tmp_path / "export") if row["patient_id"] == "B"}[
+        ""
+    ].endswith("export/b/series1/IM0003 can't be decoded (truncated or damaged); export it again")

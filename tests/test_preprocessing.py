@@ -38,7 +38,8 @@ def save(path, values=None, **options):
 
 
 def brain(seed=0, slices=5, side=32):
-    """A volume with a black surround and a noisy bright square, (S, side, side, 3) uint8, no value beyond CLIP."""
+    """A volume with a black surround and a noisy bright square, (S, side, side, 3) uint8, no value beyond
+    CLIP."""
     volume = np.zeros((slices, side, side, 3), np.uint8)
     inside = volume[:, 6:-6, 8:-4]
     inside[:] = np.random.default_rng(seed).integers(60, 110, inside.shape)
@@ -49,14 +50,17 @@ def normalised(volume):
     return apply_statistics(volume, *volume_statistics(volume))
 
 
-@pytest.mark.parametrize("name, number, volume", [
-    ("TCGA_CS_4941_19960909_12.tif", 12, "TCGA_CS_4941_19960909"),
-    ("scan-007.png", 7, "scan"),
-    ("scan 3.tif", 3, "scan"),
-    ("brain.tif", None, "brain"),
-    ("t1.tif", None, "t1"),
-    ("5.png", 5, "folder"),
-])
+@pytest.mark.parametrize(
+    "name, number, volume",
+    [
+        ("TCGA_CS_4941_19960909_12.tif", 12, "TCGA_CS_4941_19960909"),
+        ("scan-007.png", 7, "scan"),
+        ("scan 3.tif", 3, "scan"),
+        ("brain.tif", None, "brain"),
+        ("t1.tif", None, "t1"),
+        ("5.png", 5, "folder"),
+    ],
+)
 def test_slice_number_and_volume_name(name, number, volume):
     path = Path("folder") / name
     assert slice_number(path) == number and volume_name(path) == volume
@@ -69,14 +73,24 @@ def test_unpadded_numbers_are_ordered_as_numbers_and_the_nameless_come_last():
 
 
 def test_which_names_are_slices_and_which_masks():
-    for name, image, mask in [("a_1.tif", True, False), ("a_1_mask.tif", False, True), ("A_1_MASK.TIFF", False, True),
-                              ("a.JPG", True, False), ("._a_1.tif", False, False), ("data.csv", False, False)]:
+    for name, image, mask in [
+        ("a_1.tif", True, False),
+        ("a_1_mask.tif", False, True),
+        ("A_1_MASK.TIFF", False, True),
+        ("a.JPG", True, False),
+        ("._a_1.tif", False, False),
+        ("data.csv", False, False),
+    ]:
         assert (is_image(Path(name)), is_mask(Path(name))) == (image, mask), name
 
 
 def test_compressed_and_plain_files_read_equal(tmp_path):
-    for name, options in [("plain.tif", {}), ("deflate.tif", {"compression": "tiff_deflate"}),
-                          ("lzw.tif", {"compression": "tiff_lzw"}), ("picture.png", {})]:
+    for name, options in [
+        ("plain.tif", {}),
+        ("deflate.tif", {"compression": "tiff_deflate"}),
+        ("lzw.tif", {"compression": "tiff_lzw"}),
+        ("picture.png", {}),
+    ]:
         read = read_slice(save(tmp_path / name, **options))
         assert read.dtype == np.uint8 and np.array_equal(read, pixels()), name
 
@@ -120,7 +134,7 @@ def text(path):
 def without_a_width(path):
     data = bytearray(save(path).read_bytes())
     first_tag = int.from_bytes(data[4:8], "little") + 2
-    assert data[first_tag:first_tag + 2] == b"\x00\x01"  # 256, ImageWidth
+    assert data[first_tag : first_tag + 2] == b"\x00\x01"  # 256, ImageWidth
     data[first_tag] = 255
     path.write_bytes(data)
 
@@ -128,8 +142,8 @@ def without_a_width(path):
 def second_frame_without_a_size(path):
     data = bytearray(save(path).read_bytes())
     start = int.from_bytes(data[4:8], "little")
-    end = start + 2 + 12 * int.from_bytes(data[start:start + 2], "little")
-    data[end:end + 4] = len(data).to_bytes(4, "little")  # where the next frame's tags begin
+    end = start + 2 + 12 * int.from_bytes(data[start : start + 2], "little")
+    data[end : end + 4] = len(data).to_bytes(4, "little")  # where the next frame's tags begin
     path.write_bytes(data + bytes(6))
 
 
@@ -163,13 +177,25 @@ def too_high(path):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, before it gives up
 @pytest.mark.parametrize("read", [read_slice, read_mask])
-@pytest.mark.parametrize("spoil, sentence", [
-    (missing, "does not exist"), (empty, "can't be read"), (truncated, "can't be read"), (truncated_deflate, "can't be read"),
-    (text, "can't be read"), (without_a_width, "can't be read"),
-    (second_frame_without_a_size, "can't be read"), (folder, "can't be read"),
-    (sixteen_bit, "pixels of type I;16"), (floating, "pixels of type F"), (cmyk, "pixels of type CMYK"),
-    (two_frames, "holds 2 pictures"), (too_wide, "4097×1 pixels"), (too_high, "1×4097 pixels"),
-])
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (missing, "does not exist"),
+        (empty, "can't be read"),
+        (truncated, "can't be read"),
+        (truncated_deflate, "can't be read"),
+        (text, "can't be read"),
+        (without_a_width, "can't be read"),
+        (second_frame_without_a_size, "can't be read"),
+        (folder, "can't be read"),
+        (sixteen_bit, "pixels of type I;16"),
+        (floating, "pixels of type F"),
+        (cmyk, "pixels of type CMYK"),
+        (two_frames, "holds 2 pictures"),
+        (too_wide, "4097×1 pixels"),
+        (too_high, "1×4097 pixels"),
+    ],
+)
 def test_a_bad_file_is_named_in_one_sentence(tmp_path, read, spoil, sentence):
     path = tmp_path / "bad_1.tif"
     spoil(path)
@@ -179,7 +205,11 @@ def test_a_bad_file_is_named_in_one_sentence(tmp_path, read, spoil, sentence):
 
 
 def test_the_largest_side_is_still_read(tmp_path):
-    assert read_slice(save(tmp_path / "wide.png", np.zeros((1, MAX_SIDE), np.uint8))).shape == (1, MAX_SIDE, 3)
+    assert read_slice(save(tmp_path / "wide.png", np.zeros((1, MAX_SIDE), np.uint8))).shape == (
+        1,
+        MAX_SIDE,
+        3,
+    )
 
 
 @pytest.mark.parametrize("value", [7, 1, 254])
@@ -279,7 +309,9 @@ class Preprocessing(torch.nn.Module):
 
 
 def test_the_way_of_the_pixels_exports_with_any_number_of_slices():
-    graph = torch.export.export(Preprocessing(), (brain(slices=3),), dynamic_shapes=({0: torch.export.Dim("slices")},)).module()
+    graph = torch.export.export(
+        Preprocessing(), (brain(slices=3),), dynamic_shapes=({0: torch.export.Dim("slices")},)
+    ).module()
     for slices in (3, 8):
         volume = brain(seed=slices, slices=slices)
         assert torch.equal(graph(volume), Preprocessing()(volume))
@@ -287,11 +319,18 @@ def test_the_way_of_the_pixels_exports_with_any_number_of_slices():
 
 def test_16_bit_colours_are_not_cut_to_8(tmp_path):
     """A PNG of one pixel, 16 bits in each of three channels, written by hand: Pillow can't."""
+
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     path = tmp_path / "deep.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
-                     + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(7)))
+        + chunk(b"IEND", b"")
+    )
     with pytest.raises(MedFLError, match="16 bits a channel"):
         read_slice(path)

@@ -1,4 +1,5 @@
-"""radiology/pseudonyms.py: names that are the same for the same key, and a key that stays where it belongs."""
+"""radiology/pseudonyms.py: names that are the same for the same key, and a
+key that stays where it belongs."""
 
 import csv
 import os
@@ -17,7 +18,9 @@ def test_names_are_stable_by_key_and_lead_nowhere(tmp_path):
     person, study = name.split("_")
     assert first.name("4711", "1.2.4").split("_")[0] == person and first.name("4711", "1.2.4") != name
     assert first.name("4712", "1.2.3").split("_")[0] != person
-    assert first.name("", "1.2.3").split("_")[0] != first.name("", "1.2.4").split("_")[0]  # without a number, who knows
+    assert (
+        first.name("", "1.2.3").split("_")[0] != first.name("", "1.2.4").split("_")[0]
+    )  # without a number, who knows
     assert len(person) == 13 and len(study) == 9 and "4711" not in name
 
 
@@ -29,7 +32,10 @@ def test_the_table_leads_back_and_keeps_former_runs(tmp_path):
     with open(tmp_path / TABLE, encoding="utf-8", newline="") as file:
         rows = {row["patient_id"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {"4711", "4712"}
-    assert rows["4711"]["pseudonym"] == Pseudonyms(tmp_path).name("4711", "1.2.3") and rows["4711"]["study"] == "1.2.3"
+    assert (
+        rows["4711"]["pseudonym"] == Pseudonyms(tmp_path).name("4711", "1.2.3")
+        and rows["4711"]["study"] == "1.2.3"
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
@@ -37,14 +43,20 @@ def test_key_and_table_are_for_their_owner_alone(tmp_path):
     pseudonyms = Pseudonyms(tmp_path / "private")
     pseudonyms.name("4711", "1.2.3")
     pseudonyms.save()
-    for path, mode in ((tmp_path / "private", 0o700), (tmp_path / "private" / KEY, 0o600), (tmp_path / "private" / TABLE, 0o600)):
+    for path, mode in (
+        (tmp_path / "private", 0o700),
+        (tmp_path / "private" / KEY, 0o600),
+        (tmp_path / "private" / TABLE, 0o600),
+    ):
         assert stat.S_IMODE(path.stat().st_mode) == mode, path
     (tmp_path / "private" / KEY).chmod(0o644)
     with pytest.raises(MedFLError, match="can be read by others"):
         Pseudonyms(tmp_path / "private")
 
 
-@pytest.mark.parametrize("text, sentence", [("no key", "no key of MedFL"), ("ab" * 20, "is cut off"), ("", "is cut off")])
+@pytest.mark.parametrize(
+    "text, sentence", [("no key", "no key of MedFL"), ("ab" * 20, "is cut off"), ("", "is cut off")]
+)
 def test_a_damaged_key_is_told(tmp_path, text, sentence):
     Pseudonyms(tmp_path)
     (tmp_path / KEY).write_text(text)
@@ -52,12 +64,19 @@ def test_a_damaged_key_is_told(tmp_path, text, sentence):
         Pseudonyms(tmp_path)
 
 
-@pytest.mark.parametrize("source, out, private, sentence", [
-    ("a", "a/out", "p", "--out is .* inside of the archive"), ("a", "a", "p", "inside of the archive"),
-    ("a", "out", "a/p", "--private is .* inside of the archive"), ("out/a", "out", "p", "the archive .* lies in it"),
-    ("a", "out", "out/p", "keep them apart"), ("a", "p/out", "p", "keep them apart"), ("a", "out", "out", "keep them apart"),
-    ("a", "out", "x/../out/p", "keep them apart"),
-])
+@pytest.mark.parametrize(
+    "source, out, private, sentence",
+    [
+        ("a", "a/out", "p", "--out is .* inside of the archive"),
+        ("a", "a", "p", "inside of the archive"),
+        ("a", "out", "a/p", "--private is .* inside of the archive"),
+        ("out/a", "out", "p", "the archive .* lies in it"),
+        ("a", "out", "out/p", "keep them apart"),
+        ("a", "p/out", "p", "keep them apart"),
+        ("a", "out", "out", "keep them apart"),
+        ("a", "out", "x/../out/p", "keep them apart"),
+    ],
+)
 def test_folders_that_would_mix_what_must_stay_apart_are_refused(tmp_path, source, out, private, sentence):
     with pytest.raises(MedFLError, match=sentence):
         check_folders(tmp_path / source, tmp_path / out, tmp_path / private)

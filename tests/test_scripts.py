@@ -33,7 +33,10 @@ def expect_sentence(done: subprocess.CompletedProcess, text: str) -> None:
     """The script ended with 2 and one sentence on the error stream, no traceback."""
     assert done.returncode == 2, done.stderr
     assert text in done.stderr and "Traceback" not in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith(("train_", "evaluate", "predict"))]) == 1
+    assert (
+        len([line for line in done.stderr.splitlines() if line.startswith(("train_", "evaluate", "predict"))])
+        == 1
+    )
 
 
 def test_training_writes_what_it_says(trained):
@@ -41,11 +44,15 @@ def test_training_writes_what_it_says(trained):
     assert written == {BEST, LAST, "split.json", "centralized_history.csv", "centralized_curves.png"}
     assert Image.open(trained / "centralized_curves.png").size[0] > 500
     rows = history(trained)
-    assert [row["epoch"] for row in rows] == ["1", "2"] and all(0 <= float(row["val_dice"]) <= 1 for row in rows)
+    assert [row["epoch"] for row in rows] == ["1", "2"] and all(
+        0 <= float(row["val_dice"]) <= 1 for row in rows
+    )
     metadata = load_checkpoint(trained / BEST).metadata
     assert metadata["data"]["name"] == "phantoms" and metadata["origin"] == {"kind": "centralised"}
     assert [metadata["data"][part]["patients"] for part in ("train", "val", "test")] == [7, 1, 2]
-    assert metadata["training"]["epochs_done"] <= 2 and metadata["training"]["selected_by"].startswith("validation")
+    assert metadata["training"]["epochs_done"] <= 2 and metadata["training"]["selected_by"].startswith(
+        "validation"
+    )
 
 
 def test_a_checkpoint_names_no_patient(trained, phantoms):
@@ -56,21 +63,38 @@ def test_a_checkpoint_names_no_patient(trained, phantoms):
 
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
 def test_resume_after_a_kill_equals_an_unbroken_run(phantoms, tmp_path, schedule):
-    options = ("--data-dir", phantoms, *SHORT, "--epochs", 4, "--schedule", schedule, "--freeze-encoder-epochs", 1)
+    options = (
+        "--data-dir",
+        phantoms,
+        *SHORT,
+        "--epochs",
+        4,
+        "--schedule",
+        schedule,
+        "--freeze-encoder-epochs",
+        1,
+    )
     assert run_script("train_centralized.py", *options, "--out", tmp_path / "whole").returncode == 0
     broken = tmp_path / "broken"
-    process = subprocess.Popen([sys.executable, ROOT / "train_centralized.py", *map(str, options), "--out", broken],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_centralized.py", *map(str, options), "--out", broken],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while not (broken / LAST).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (broken / LAST).exists() and len(history(broken) if (broken / "centralized_history.csv").exists() else []) < 4
+    assert (broken / LAST).exists() and len(
+        history(broken) if (broken / "centralized_history.csv").exists() else []
+    ) < 4
     done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", broken, "--resume")
     assert done.returncode == 0, done.stderr
     for name in (BEST, LAST):
-        one, other = (load_checkpoint(tmp_path / run / name).model.state_dict() for run in ("whole", "broken"))
+        one, other = (
+            load_checkpoint(tmp_path / run / name).model.state_dict() for run in ("whole", "broken")
+        )
         assert all(torch.equal(one[key], other[key]) for key in one), name
     for one, other in zip(history(tmp_path / "whole"), history(broken), strict=True):
         assert {**one, "seconds": ""} == {**other, "seconds": ""}
@@ -92,15 +116,43 @@ def test_resume_refuses_another_split_and_keeps_its_own(phantoms, trained, tmp_p
 def test_a_new_run_leaves_nothing_to_resume_of_the_old(phantoms, trained, tmp_path):
     for name in (BEST, LAST, "split.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
-    done = run_here("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--lr", 1e30, "--epochs", 3,
-                      "--clip", 1e30)
+    done = run_here(
+        "train_centralized.py",
+        "--data-dir",
+        phantoms,
+        "--out",
+        tmp_path,
+        *SHORT,
+        "--lr",
+        1e30,
+        "--epochs",
+        3,
+        "--clip",
+        1e30,
+    )
     expect_sentence(done, "lower --lr")
-    assert not (tmp_path / LAST).exists() or load_checkpoint(tmp_path / LAST).metadata["training"]["lr"] == 1e30
+    assert (
+        not (tmp_path / LAST).exists() or load_checkpoint(tmp_path / LAST).metadata["training"]["lr"] == 1e30
+    )
 
 
 def test_ctrl_c_ends_with_130_and_can_be_resumed(phantoms, tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "train_centralized.py", "--data-dir", phantoms, "--out", tmp_path,
-                                *map(str, SHORT), "--epochs", "50"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "train_centralized.py",
+            "--data-dir",
+            phantoms,
+            "--out",
+            tmp_path,
+            *map(str, SHORT),
+            "--epochs",
+            "50",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     for line in process.stdout:
         if re.match(r"epoch +1 ", line):
             process.send_signal(signal.SIGINT)
@@ -111,47 +163,101 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(phantoms, tmp_path):
 
 
 def test_minutes_end_in_time(phantoms, tmp_path):
-    done = run_script("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--minutes", 0.1)
+    done = run_script(
+        "train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--minutes", 0.1
+    )
     assert done.returncode == 0, done.stderr
     last = history(tmp_path)[-1]
-    assert float(last["learning_rate"]) < 0.1 * 1e-3  # the cosine came to its end, whatever the machine's speed
+    assert (
+        float(last["learning_rate"]) < 0.1 * 1e-3
+    )  # the cosine came to its end, whatever the machine's speed
 
 
 def test_everybody_trains_when_nobody_is_held_out(phantoms, tmp_path):
-    done = run_here("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--epochs", 1,
-                      "--val-fraction", 0, "--test-fraction", 0)
+    done = run_here(
+        "train_centralized.py",
+        "--data-dir",
+        phantoms,
+        "--out",
+        tmp_path,
+        *SHORT,
+        "--epochs",
+        1,
+        "--val-fraction",
+        0,
+        "--test-fraction",
+        0,
+    )
     assert done.returncode == 0 and "no validation patients" in done.stdout
     metadata = load_checkpoint(tmp_path / BEST).metadata
     assert metadata["training"]["selected_by"].startswith("nothing") and metadata["scores"] == {}
 
 
 def test_early_stop(phantoms, tmp_path):
-    done = run_here("train_centralized.py", "--data-dir", phantoms, "--out", tmp_path, *SHORT, "--epochs", 20,
-                      "--patience", 1, "--lr", 1e-9)
+    done = run_here(
+        "train_centralized.py",
+        "--data-dir",
+        phantoms,
+        "--out",
+        tmp_path,
+        *SHORT,
+        "--epochs",
+        20,
+        "--patience",
+        1,
+        "--lr",
+        1e-9,
+    )
     assert done.returncode == 0 and "stopped after epoch" in done.stdout and len(history(tmp_path)) < 20
 
 
 def test_training_says_what_is_wrong(phantoms, trained, tmp_path):
-    expect_sentence(run_here("train_centralized.py", "--data-dir", tmp_path / "none", "--out", tmp_path), "make_phantoms.py")
+    expect_sentence(
+        run_here("train_centralized.py", "--data-dir", tmp_path / "none", "--out", tmp_path),
+        "make_phantoms.py",
+    )
     train = ("train_centralized.py", "--data-dir", phantoms, "--out")
     expect_sentence(run_here(*train, tmp_path / "a", "--image-size", 100), "multiple of 16")
     expect_sentence(run_here(*train, tmp_path / "b", "--resume"), "start without --resume")
     expect_sentence(run_here(*train, trained, "--test-fraction", 0), "another --out")
     expect_sentence(run_here(*train, trained, "--seed", 1), "drawn with --seed 0")
-    (tmp_path / "split.json").write_text(json.dumps({"version": 1, "seed": 0, "train": ["nobody"], "val": [], "test": []}))
+    (tmp_path / "split.json").write_text(
+        json.dumps({"version": 1, "seed": 0, "train": ["nobody"], "val": [], "test": []})
+    )
     expect_sentence(run_here(*train, tmp_path / "c", "--split-file", tmp_path / "split.json"), "names nobody")
 
 
 def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
-    done = run_script("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", phantoms, "--json", tmp_path / "s.json",
-                      "--csv", tmp_path / "s.csv", "--overlays", tmp_path / "o")
+    done = run_script(
+        "evaluate.py",
+        "--checkpoint",
+        trained / BEST,
+        "--data-dir",
+        phantoms,
+        "--json",
+        tmp_path / "s.json",
+        "--csv",
+        tmp_path / "s.csv",
+        "--overlays",
+        tmp_path / "o",
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "s.json").read_text())
     assert figures["volume_dice"].keys() == {"mean", "median", "ci95"}
     assert figures["hd95_px"].keys() == {"mean", "median", "undefined"}
-    assert {"pooled_dice", "slice_dice_tumour", "empty_slice_false_positive_rate", "missed_patients", "sites"} <= figures.keys()
-    assert all(p.keys() == {"patient", "site", "slices", "dice", "iou", "hd95_px"} for p in figures["patients"])
-    assert {p["patient"] for p in figures["patients"]} == set(json.loads((trained / "split.json").read_text())["test"])
+    assert {
+        "pooled_dice",
+        "slice_dice_tumour",
+        "empty_slice_false_positive_rate",
+        "missed_patients",
+        "sites",
+    } <= figures.keys()
+    assert all(
+        p.keys() == {"patient", "site", "slices", "dice", "iou", "hd95_px"} for p in figures["patients"]
+    )
+    assert {p["patient"] for p in figures["patients"]} == set(
+        json.loads((trained / "split.json").read_text())["test"]
+    )
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 3
     assert sorted(p.name.split("_")[0] for p in (tmp_path / "o").iterdir()) == ["best", "median", "worst"]
 
@@ -159,7 +265,12 @@ def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
 def test_evaluate_writes_back_no_figure_of_one_patient(phantoms, trained, tmp_path):
     for name in (BEST, "split.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
-    assert run_here("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--write-back").returncode == 0
+    assert (
+        run_here(
+            "evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--write-back"
+        ).returncode
+        == 0
+    )
     scores = load_checkpoint(tmp_path / BEST).metadata["scores"]
     assert scores["test"]["patients"] == 2 and scores["test"]["sites"] == {} and "val" in scores
 
@@ -179,7 +290,9 @@ def test_evaluate_says_what_is_wrong(phantoms, trained, tmp_path):
 def test_predictions_are_bit_equal_with_what_is_scored(phantoms, trained, tmp_path):
     dataset = load_dataset(phantoms, progress=False)
     folder = dataset.patients[0].images[0].parent
-    done = run_script("predict.py", folder, "--checkpoint", trained / BEST, "--out", tmp_path, "--probabilities")
+    done = run_script(
+        "predict.py", folder, "--checkpoint", trained / BEST, "--out", tmp_path, "--probabilities"
+    )
     assert done.returncode == 0, done.stderr
     checkpoint = load_checkpoint(trained / BEST)
     probabilities = predict_volume(checkpoint.model, dataset.volume(folder.name)[0])
@@ -192,7 +305,11 @@ def test_predictions_are_bit_equal_with_what_is_scored(phantoms, trained, tmp_pa
         assert np.array_equal(mask, wanted[number])
         shown = np.asarray(Image.open(tmp_path / f"{image.stem}_probability.png"))
         assert np.abs(shown / 255 - probabilities[number]).max() <= 0.5 / 255 + 1e-6
-        assert (row["patient"], row["slice"], int(row["tumour_pixels"])) == (folder.name, str(number + 1), np.count_nonzero(mask))
+        assert (row["patient"], row["slice"], int(row["tumour_pixels"])) == (
+            folder.name,
+            str(number + 1),
+            np.count_nonzero(mask),
+        )
 
 
 def test_predict_takes_any_picture_and_says_what_is_wrong(trained, tmp_path):
@@ -207,7 +324,9 @@ def test_predict_takes_any_picture_and_says_what_is_wrong(trained, tmp_path):
         assert done.returncode == 0 and "4 slices segmented" in done.stdout, done.stderr
     assert Image.open(given / "out" / "scan_mask.png").size == (56, 40)
     assert run_here("predict.py", given, "--checkpoint", trained / BEST, "--out", tmp_path).returncode == 0
-    expect_sentence(run_here("predict.py", given, "--checkpoint", trained / BEST, "--out", given), "another --out")
+    expect_sentence(
+        run_here("predict.py", given, "--checkpoint", trained / BEST, "--out", given), "another --out"
+    )
     expect_sentence(run_here("predict.py", tmp_path / "missing", *options), "there is no")
     (given / "text.tif").write_text("hello")
     expect_sentence(run_here("predict.py", given / "text.tif", *options), "can't be read as a picture")
@@ -221,8 +340,19 @@ def test_the_checkpoints_threshold_and_the_part_asked_for_decide(phantoms, train
     update_metadata(tmp_path / BEST, threshold=0.0)
     dataset = load_dataset(phantoms, progress=False)
     split = json.loads((trained / "split.json").read_text())
-    done = run_here("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--split", "train", "--json",
-                      tmp_path / "s.json", "--overlays", tmp_path / "o")
+    done = run_here(
+        "evaluate.py",
+        "--checkpoint",
+        tmp_path / BEST,
+        "--data-dir",
+        phantoms,
+        "--split",
+        "train",
+        "--json",
+        tmp_path / "s.json",
+        "--overlays",
+        tmp_path / "o",
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "s.json").read_text())["patients"]
     assert sorted(row["patient"] for row in rows) == split["train"]
@@ -236,19 +366,35 @@ def test_the_checkpoints_threshold_and_the_part_asked_for_decide(phantoms, train
     for folder in ("a", "b"):
         (given / folder).mkdir(parents=True)
         Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(given / folder / "scan.png")
-    done = run_here("predict.py", given, given / "a", "--checkpoint", tmp_path / BEST, "--out", tmp_path / "p")
+    done = run_here(
+        "predict.py", given, given / "a", "--checkpoint", tmp_path / BEST, "--out", tmp_path / "p"
+    )
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "p").glob("*.png")} == {"a_scan_png_mask.png", "b_scan_png_mask.png"}
     with open(tmp_path / "p" / "predictions.csv", encoding="utf-8") as file:
-        assert [(row["tumour_pixels"], row["tumour_share"]) for row in csv.DictReader(file)] == [("1536", "1.0")] * 2
+        assert [(row["tumour_pixels"], row["tumour_share"]) for row in csv.DictReader(file)] == [
+            ("1536", "1.0")
+        ] * 2
 
 
 def test_validation_patients_of_another_split_are_not_scored(phantoms, trained, tmp_path):
     split = json.loads((trained / "split.json").read_text())
     split["val"], split["train"] = split["train"][:1], split["val"] + split["train"][1:]
     (tmp_path / "other.json").write_text(json.dumps(split))
-    expect_sentence(run_here("evaluate.py", "--checkpoint", trained / BEST, "--data-dir", phantoms, "--split", "val",
-                               "--split-file", tmp_path / "other.json"), "not the split")
+    expect_sentence(
+        run_here(
+            "evaluate.py",
+            "--checkpoint",
+            trained / BEST,
+            "--data-dir",
+            phantoms,
+            "--split",
+            "val",
+            "--split-file",
+            tmp_path / "other.json",
+        ),
+        "not the split",
+    )
 
 
 def test_a_federations_split_is_made_anew_with_its_fractions(phantoms, trained, tmp_path):
@@ -257,7 +403,9 @@ def test_a_federations_split_is_made_anew_with_its_fractions(phantoms, trained, 
     split = make_split({p.name: p.site for p in dataset.patients}, **asked)
     (tmp_path / BEST).write_bytes((trained / BEST).read_bytes())
     update_metadata(tmp_path / BEST, data={"split": asked, "split_sha256": split.sha256()})
-    done = run_here("evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--csv", tmp_path / "s.csv")
+    done = run_here(
+        "evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--csv", tmp_path / "s.csv"
+    )
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "s.csv", encoding="utf-8") as file:
         assert sorted(row["patient"] for row in csv.DictReader(file)) == sorted(split.test)

@@ -1,4 +1,5 @@
-"""radiology/segmentation.py: a mask there and back as DICOM SEG, what a viewer needs of it, and what is refused."""
+"""radiology/segmentation.py: a mask there and back as DICOM SEG, what a viewer needs of it, and what is
+refused."""
 
 import numpy as np
 import pydicom
@@ -12,7 +13,9 @@ from radiology.segmentation import read_segmentation, write_segmentation
 from radiology.series import find_series, load_series
 
 SHAPE = (7, 20, 24)
-OBLIQUE = np.array(turn(image_of(np.zeros((2, 2, 2)), (5, 1, 1)), (20, -10, 35), (0, 0, 0)).GetMatrix()).reshape(3, 3)
+OBLIQUE = np.array(
+    turn(image_of(np.zeros((2, 2, 2)), (5, 1, 1)), (20, -10, 35), (0, 0, 0)).GetMatrix()
+).reshape(3, 3)
 
 
 def mask() -> np.ndarray:
@@ -27,7 +30,12 @@ def mask() -> np.ndarray:
 def source(tmp_path):
     """An oblique series and its pixels."""
     image = image_of(np.arange(np.prod(SHAPE)).reshape(SHAPE), (5, 1.25, 0.75), (-30, 12, 7), OBLIQUE)
-    paths = write_series(tmp_path / "source", image, {"PatientName": "Schmidt^Eva", "PatientID": "4711"}, SeriesDescription="FLAIR")
+    paths = write_series(
+        tmp_path / "source",
+        image,
+        {"PatientName": "Schmidt^Eva", "PatientID": "4711"},
+        SeriesDescription="FLAIR",
+    )
     (series,), _ = find_series(paths)
     return series, load_series(series)
 
@@ -53,14 +61,26 @@ def test_a_viewer_can_lay_it_over_the_source(source, tmp_path):
     for name in ("StudyInstanceUID", "FrameOfReferenceUID", "PatientID", "PatientName", "Rows", "Columns"):
         assert file[name].value == first[name].value, name
     assert file.SOPClassUID.name == "Segmentation Storage" and file.SegmentationType == "BINARY"
-    assert file.SeriesInstanceUID != series.uid and file.ReferencedSeriesSequence[0].SeriesInstanceUID == series.uid
+    assert (
+        file.SeriesInstanceUID != series.uid
+        and file.ReferencedSeriesSequence[0].SeriesInstanceUID == series.uid
+    )
     (segment,) = file.SegmentSequence
-    assert segment.SegmentLabel == "tumour" and segment.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Neoplasm"
-    frames = {tuple(g.PlanePositionSequence[0].ImagePositionPatient) for g in file.PerFrameFunctionalGroupsSequence}
+    assert (
+        segment.SegmentLabel == "tumour"
+        and segment.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Neoplasm"
+    )
+    frames = {
+        tuple(g.PlanePositionSequence[0].ImagePositionPatient) for g in file.PerFrameFunctionalGroupsSequence
+    }
     sources = [pydicom.dcmread(path) for path in series.files]
-    assert frames == {tuple(sources[k].ImagePositionPatient) for k in (1, 2, 3, 5)}  # each on the plane of its slice
-    named = {g.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
-             for g in file.PerFrameFunctionalGroupsSequence}
+    assert frames == {
+        tuple(sources[k].ImagePositionPatient) for k in (1, 2, 3, 5)
+    }  # each on the plane of its slice
+    named = {
+        g.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        for g in file.PerFrameFunctionalGroupsSequence
+    }
     assert named == {sources[k].SOPInstanceUID for k in (1, 2, 3, 5)}
 
 
@@ -72,8 +92,10 @@ def test_an_enhanced_source_works_as_well(tmp_path):
     assert np.array_equal(labels(read_segmentation(tmp_path / "seg.dcm", load_series(series))), mask() > 0)
 
 
-@pytest.mark.parametrize("wrong, sentence", [
-    (mask() * 0, "the mask is empty"), (mask()[1:], "is 6×20×24 and the series “FLAIR” 7×20×24")])
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [(mask() * 0, "the mask is empty"), (mask()[1:], "is 6×20×24 and the series “FLAIR” 7×20×24")],
+)
 def test_masks_that_can_not_be_written(source, tmp_path, wrong, sentence):
     with pytest.raises(MedFLError, match=sentence):
         write_segmentation(wrong, source[0], tmp_path / "seg.dcm")
@@ -86,8 +108,15 @@ def shifted(image):
     return moved
 
 
-@pytest.mark.parametrize("reference", [shifted, lambda image: image[:, :, 2:], lambda image: image[:-1],
-                                       lambda image: sitk.DICOMOrient(image, "PIR")])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        shifted,
+        lambda image: image[:, :, 2:],
+        lambda image: image[:-1],
+        lambda image: sitk.DICOMOrient(image, "PIR"),
+    ],
+)
 def test_a_mask_of_another_geometry_is_refused(source, tmp_path, reference):
     write_segmentation(mask(), source[0], tmp_path / "seg.dcm")
     with pytest.raises(MedFLError, match="another grid than its series"):
@@ -111,17 +140,25 @@ def with_another_segment(file):
 
 
 def fractional(file):
-    file.SegmentationType, file.SegmentationFractionalType, file.MaximumFractionalValue = "FRACTIONAL", "PROBABILITY", 255
+    file.SegmentationType, file.SegmentationFractionalType, file.MaximumFractionalValue = (
+        "FRACTIONAL",
+        "PROBABILITY",
+        255,
+    )
     file.BitsAllocated = file.BitsStored = 8
     file.HighBit = 7
     file.PixelData = bytes(file.Rows * file.Columns * file.NumberOfFrames)
 
 
-@pytest.mark.parametrize("what, sentence", [
-    (blank, "is empty: no pixel is marked"), (with_another_segment, r"holds 2 segments \(tumour, oedema\)"),
-    (fractional, "holds shares of tumour, not a mask"),
-    (lambda file: file.__delattr__("SegmentSequence"), "can't be read as a DICOM SEG"),
-])
+@pytest.mark.parametrize(
+    "what, sentence",
+    [
+        (blank, "is empty: no pixel is marked"),
+        (with_another_segment, r"holds 2 segments \(tumour, oedema\)"),
+        (fractional, "holds shares of tumour, not a mask"),
+        (lambda file: file.__delattr__("SegmentSequence"), "can't be read as a DICOM SEG"),
+    ],
+)
 def test_segmentations_that_are_no_mask_of_a_tumour(source, tmp_path, what, sentence):
     write_segmentation(mask(), source[0], tmp_path / "seg.dcm")
     change(tmp_path / "seg.dcm", what)
@@ -144,9 +181,25 @@ def without(series, *names):
 
 
 def test_an_anonymised_source_is_enough(source, tmp_path):
-    bare = without(source[0], "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
-                   "AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator", "SeriesDescription", "SliceThickness",
-                   "Manufacturer", "InstanceNumber", "Laterality", "SeriesNumber")
+    bare = without(
+        source[0],
+        "PatientID",
+        "PatientName",
+        "PatientBirthDate",
+        "PatientSex",
+        "StudyDate",
+        "StudyTime",
+        "StudyID",
+        "AccessionNumber",
+        "ReferringPhysicianName",
+        "PositionReferenceIndicator",
+        "SeriesDescription",
+        "SliceThickness",
+        "Manufacturer",
+        "InstanceNumber",
+        "Laterality",
+        "SeriesNumber",
+    )
     write_segmentation(mask(), bare, tmp_path / "seg.dcm")
     assert np.array_equal(labels(read_segmentation(tmp_path / "seg.dcm", source[1])), mask() > 0)
     with pytest.raises(MedFLError, match="lacks what a DICOM SEG needs .*Frame Of Reference"):

@@ -1,4 +1,5 @@
-"""radiology/series.py: files sorted into series, everything wrong with them told, and pixels as the scanner meant them."""
+"""radiology/series.py: files sorted into series, everything wrong with them told, and pixels as the scanner
+meant them."""
 
 import subprocess
 import sys
@@ -10,14 +11,23 @@ import pytest
 import SimpleITK as sitk
 from dicom_phantoms import image_of, turn, write_series
 from pydicom.dataset import Dataset
-from pydicom.uid import MPEG2MPML, EnhancedMRImageStorage, JPEG2000Lossless, JPEGLosslessSV1, RLELossless, generate_uid
+from pydicom.uid import (
+    MPEG2MPML,
+    EnhancedMRImageStorage,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    RLELossless,
+    generate_uid,
+)
 from running import ROOT
 
 from common import MedFLError
 from radiology.series import find_series, load_series
 
 SPACING = (5.0, 1.25, 0.75)
-OBLIQUE = np.array(turn(image_of(np.zeros((2, 2, 2)), SPACING), (20, -10, 35), (0, 0, 0)).GetMatrix()).reshape(3, 3)
+OBLIQUE = np.array(
+    turn(image_of(np.zeros((2, 2, 2)), SPACING), (20, -10, 35), (0, 0, 0)).GetMatrix()
+).reshape(3, 3)
 
 
 def values(slices: int = 6, low: int = 0, size: tuple[int, int] = (20, 24)) -> np.ndarray:
@@ -43,25 +53,38 @@ def only(paths):
     return series
 
 
-@pytest.mark.parametrize("signed, slope, intercept", [(False, 1, 0), (True, 1, 0), (True, 0.5, -20), (False, 2, 1000)])
+@pytest.mark.parametrize(
+    "signed, slope, intercept", [(False, 1, 0), (True, 1, 0), (True, 0.5, -20), (False, 2, 1000)]
+)
 def test_a_series_comes_back_as_it_was(tmp_path, signed, slope, intercept):
     volume = values(low=-3000 if signed else 0) * slope + intercept
     image = image_of(volume, SPACING, (-30, 12, 7), OBLIQUE)
-    paths = write_series(tmp_path, image, signed=signed, slope=slope, intercept=intercept, SeriesDescription="AX FLAIR")
+    paths = write_series(
+        tmp_path, image, signed=signed, slope=slope, intercept=intercept, SeriesDescription="AX FLAIR"
+    )
     series = only(np.random.default_rng(0).permutation(paths))
-    assert series.files == tuple(paths) and series.problems == () and series.slices == 6 and series.description == "AX FLAIR"
+    assert (
+        series.files == tuple(paths)
+        and series.problems == ()
+        and series.slices == 6
+        and series.description == "AX FLAIR"
+    )
     assert series.spacing == pytest.approx(SPACING) and (series.rows, series.columns) == (20, 24)
     assert np.diff(series.positions) == pytest.approx([5.0] * 5, abs=1e-4)
     found = load_series(series)
     assert np.array_equal(sitk.GetArrayFromImage(found), volume) and found.GetPixelID() == sitk.sitkFloat32
-    assert found.GetOrigin() == pytest.approx((-30, 12, 7)) and found.GetSpacing() == pytest.approx(SPACING[::-1])
+    assert found.GetOrigin() == pytest.approx((-30, 12, 7)) and found.GetSpacing() == pytest.approx(
+        SPACING[::-1]
+    )
     assert found.GetDirection() == pytest.approx(OBLIQUE.ravel(), abs=1e-6)
 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_an_inverted_series_is_turned_so_that_bright_is_bright(tmp_path, signed):
     stored = values(low=-3000 if signed else 0)
-    paths = write_series(tmp_path, image_of(stored, SPACING), signed=signed, PhotometricInterpretation="MONOCHROME1")
+    paths = write_series(
+        tmp_path, image_of(stored, SPACING), signed=signed, PhotometricInterpretation="MONOCHROME1"
+    )
     found = sitk.GetArrayFromImage(load_series(only(paths)))
     assert np.array_equal(found, (-1 if signed else 65535) - stored)
 
@@ -112,12 +135,17 @@ def test_a_missing_decoder_is_named(tmp_path):
     file = pydicom.dcmread(path)
     file.compress(JPEG2000Lossless, generate_instance_uid=False)
     file.save_as(path)
-    code = ("import sys; sys.modules.update(pylibjpeg=None, PIL=None, gdcm=None); sys.path.insert(0, sys.argv[1])\n"
-            "from pathlib import Path; from radiology.series import find_series, load_series\n"
-            "load_series(find_series([Path(sys.argv[2])])[0][0])")
+    code = (
+        "import sys; sys.modules.update(pylibjpeg=None, PIL=None, gdcm=None); sys.path.insert(0, "
+        "sys.argv[1])\n"
+        "from pathlib import Path; from radiology.series import find_series, load_series\n"
+        "load_series(find_series([Path(sys.argv[2])])[0][0])"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)], capture_output=True, text=True)
-    assert "is compressed (JPEG 2000 Image Compression (Lossless Only)), and nothing here can decode it; " \
+    assert (
+        "is compressed (JPEG 2000 Image Compression (Lossless Only)), and nothing here can decode it; "
         "`pip install -r requirements-dicom.txt`" in done.stderr.splitlines()[-1]
+    )
     file.file_meta.TransferSyntaxUID = MPEG2MPML
     file.save_as(path)
     with pytest.raises(MedFLError, match="nothing here can decode it"):
@@ -125,11 +153,18 @@ def test_a_missing_decoder_is_named(tmp_path):
 
 
 def write_enhanced(path: Path, image: sitk.Image, frames: list[int], slope: float = 1.0) -> None:
-    """An enhanced multi-frame MR: the image's slices in the order of `frames`, geometry in functional groups."""
+    """An enhanced multi-frame MR: the image's slices in the order
+    of `frames`, geometry in functional groups."""
     (first,) = write_series(path.parent, image[:, :, :1])
     file = pydicom.dcmread(first)
     first.unlink()
-    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"):
+    for name in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "SliceThickness",
+        "SpacingBetweenSlices",
+    ):
         delattr(file, name)
     matrix, (columns, rows, between) = np.array(image.GetDirection()).reshape(3, 3), image.GetSpacing()
     shared = Dataset()
@@ -142,9 +177,14 @@ def write_enhanced(path: Path, image: sitk.Image, frames: list[int], slope: floa
         group = Dataset()
         group.PlanePositionSequence, group.PixelValueTransformationSequence = [Dataset()], [Dataset()]
         group.PlanePositionSequence[0].ImagePositionPatient = [
-            round(v, 5) for v in image.TransformIndexToPhysicalPoint((0, 0, index))]
+            round(v, 5) for v in image.TransformIndexToPhysicalPoint((0, 0, index))
+        ]
         transformation = group.PixelValueTransformationSequence[0]
-        transformation.RescaleSlope, transformation.RescaleIntercept, transformation.RescaleType = slope * (index + 1), 0, "US"
+        transformation.RescaleSlope, transformation.RescaleIntercept, transformation.RescaleType = (
+            slope * (index + 1),
+            0,
+            "US",
+        )
         group.FrameContentSequence = [Dataset()]
         group.FrameContentSequence[0].DimensionIndexValues = [index + 1]
         file.PerFrameFunctionalGroupsSequence.append(group)
@@ -156,12 +196,16 @@ def write_enhanced(path: Path, image: sitk.Image, frames: list[int], slope: floa
 
 def test_an_enhanced_multi_frame_series_is_read_frame_by_frame(tmp_path):
     volume = values(5)
-    write_enhanced(tmp_path / "enhanced", image_of(volume, SPACING, (3, 4, 5), OBLIQUE), [3, 0, 4, 1, 2], slope=0.25)
+    write_enhanced(
+        tmp_path / "enhanced", image_of(volume, SPACING, (3, 4, 5), OBLIQUE), [3, 0, 4, 1, 2], slope=0.25
+    )
     series = only([tmp_path / "enhanced"])
     assert series.problems == () and series.frames == (1, 3, 4, 0, 2) and series.slices == 5
     found = load_series(series)
     assert np.array_equal(sitk.GetArrayFromImage(found), volume * 0.25 * np.arange(1, 6)[:, None, None])
-    assert found.GetOrigin() == pytest.approx((3, 4, 5)) and found.GetSpacing() == pytest.approx(SPACING[::-1])
+    assert found.GetOrigin() == pytest.approx((3, 4, 5)) and found.GetSpacing() == pytest.approx(
+        SPACING[::-1]
+    )
 
 
 def test_enhanced_frames_of_two_times_are_told(tmp_path):
@@ -181,23 +225,55 @@ def of_another_size(paths):
     change(paths[3], Rows=10, PixelData=bytes(10 * 24 * 2))
 
 
-@pytest.mark.parametrize("spoil, sentence", [
-    (lambda paths: [change(p, Modality="CT") for p in paths], "it is of modality CT, not MR"),
-    (lambda paths: [change(p, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]) for p in paths], "it is a localizer"),
-    (turned, "turned against each other, as in a localizer"),
-    (lambda paths: [change(p, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0,
-                           PixelData=bytes(20 * 24 * 6)) for p in paths], "it is in colour"),
-    (lambda paths: paths.pop(2), "1 of its slices are missing (a gap of 10.0 mm where 5.0 is usual)"),
-    (lambda paths: change(paths[2], ImagePositionPatient=[0, 0, 5]), "1 of its slices lie where another lies"),
-    (lambda paths: change(paths[2], ImagePositionPatient=[0, 0, 12]), "lie unevenly, 3.00 to 7.00 mm apart"),
-    (lambda paths: change(paths[2], ImagePositionPatient=[3, 0, 10]), "do not lie straight above each other"),
-    (of_another_size, "different sizes, 24×20 and 24×10"),
-    (lambda paths: change(paths[2], PixelSpacing=[1, 1]), "pixels of different sizes"),
-    (cut, "IM0001 is truncated"),
-    (lambda paths: [change(p, ImagePositionPatient=None) for p in paths], "does not say where its slices lie"),
-    (lambda paths: [change(p, ImageOrientationPatient=[1, 0, 0, 1, 0, 0]) for p in paths], "not at right angles"),
-    (lambda paths: [change(p, PixelSpacing=[0, 0]) for p in paths], "pixels have no size"),
-])
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda paths: [change(p, Modality="CT") for p in paths], "it is of modality CT, not MR"),
+        (
+            lambda paths: [change(p, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]) for p in paths],
+            "it is a localizer",
+        ),
+        (turned, "turned against each other, as in a localizer"),
+        (
+            lambda paths: [
+                change(
+                    p,
+                    SamplesPerPixel=3,
+                    PhotometricInterpretation="RGB",
+                    PlanarConfiguration=0,
+                    PixelData=bytes(20 * 24 * 6),
+                )
+                for p in paths
+            ],
+            "it is in colour",
+        ),
+        (lambda paths: paths.pop(2), "1 of its slices are missing (a gap of 10.0 mm where 5.0 is usual)"),
+        (
+            lambda paths: change(paths[2], ImagePositionPatient=[0, 0, 5]),
+            "1 of its slices lie where another lies",
+        ),
+        (
+            lambda paths: change(paths[2], ImagePositionPatient=[0, 0, 12]),
+            "lie unevenly, 3.00 to 7.00 mm apart",
+        ),
+        (
+            lambda paths: change(paths[2], ImagePositionPatient=[3, 0, 10]),
+            "do not lie straight above each other",
+        ),
+        (of_another_size, "different sizes, 24×20 and 24×10"),
+        (lambda paths: change(paths[2], PixelSpacing=[1, 1]), "pixels of different sizes"),
+        (cut, "IM0001 is truncated"),
+        (
+            lambda paths: [change(p, ImagePositionPatient=None) for p in paths],
+            "does not say where its slices lie",
+        ),
+        (
+            lambda paths: [change(p, ImageOrientationPatient=[1, 0, 0, 1, 0, 0]) for p in paths],
+            "not at right angles",
+        ),
+        (lambda paths: [change(p, PixelSpacing=[0, 0]) for p in paths], "pixels have no size"),
+    ],
+)
 def test_what_is_wrong_with_a_series_is_told(tmp_path, spoil, sentence):
     paths = write_series(tmp_path, image_of(values(), SPACING))
     spoil(paths)
@@ -225,7 +301,11 @@ def test_files_that_belong_to_no_series_are_named_with_the_reason(tmp_path):
     assert len(found) == 1 and found[0].problems == ()
     why = {r.path.name: r.why for r in refused}
     assert why.keys() == {"twice", "text", "header", "empty", "gone"}
-    assert "the same image as IM0000" in why["twice"] and "no DICOM" in why["text"] and "no DICOM" in why["empty"]
+    assert (
+        "the same image as IM0000" in why["twice"]
+        and "no DICOM" in why["text"]
+        and "no DICOM" in why["empty"]
+    )
     assert "cut off" in why["header"] and "can't be read" in why["gone"]
 
 
@@ -250,7 +330,9 @@ def test_pydicoms_own_files_go_through():
     """Real files of many makers, kinds and faults: each is in a series or refused, nothing else is raised."""
     files = sorted(p for p in (Path(pydicom.__file__).parent / "data").rglob("*") if p.is_file())
     found, refused = find_series(files)
-    assert len(files) > 150 and sorted([p for s in found for p in s.files] + [r.path for r in refused]) == files
+    assert (
+        len(files) > 150 and sorted([p for s in found for p in s.files] + [r.path for r in refused]) == files
+    )
     assert all(s.problems or s.modality == "MR" for s in found) and all(r.why for r in refused)
     fine = [series for series in found if not series.problems]
     sizes = {series.files[0].name: load_series(series).GetSize() for series in fine}
@@ -260,21 +342,30 @@ def test_pydicoms_own_files_go_through():
 def test_copies_of_pydicoms_mr_in_other_syntaxes_have_its_pixels(tmp_path):
     folder = Path(pydicom.__file__).parent / "data" / "test_files"
     wanted = pydicom.dcmread(folder / "MR_small.dcm").pixel_array
-    for name in ("MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm", "MR_small_jp2klossless.dcm",
-                 "MR_small_jpeg_ls_lossless.dcm", "MR_small_padded.dcm"):
+    for name in (
+        "MR_small_RLE.dcm",
+        "MR_small_bigendian.dcm",
+        "MR_small_implicit.dcm",
+        "MR_small_jp2klossless.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+        "MR_small_padded.dcm",
+    ):
         assert np.array_equal(sitk.GetArrayFromImage(load_series(only([folder / name])))[0], wanted), name
     assert "MR_truncated.dcm is truncated" in only([folder / "MR_truncated.dcm"]).problems[0]
 
 
 def test_uids_do_not_depend_on_the_order_of_files(tmp_path):
-    first = write_series(tmp_path / "a", image_of(values(3), SPACING), SeriesNumber=9, SeriesInstanceUID=generate_uid())
+    first = write_series(
+        tmp_path / "a", image_of(values(3), SPACING), SeriesNumber=9, SeriesInstanceUID=generate_uid()
+    )
     second = write_series(tmp_path / "b", image_of(values(4), SPACING), SeriesNumber=2)
     assert [s.number for s in find_series([*first, *second])[0]] == [2, 9]
     assert find_series([*first, *second])[0] == find_series([*second[::-1], *first[::-1]])[0]
 
 
 def test_damaged_headers_never_end_a_run(tmp_path):
-    """Single bytes of headers changed at random: the file is refused or told, read, or refused when its pixels are read."""
+    """Single bytes of headers changed at random: the file is refused or told, read, or refused when its
+    pixels are read."""
     paths = write_series(tmp_path, image_of(values(3), SPACING), SeriesDescription="AX FLAIR", slope=0.5)
     write_enhanced(tmp_path / "enhanced", image_of(values(3), SPACING), [0, 1, 2])
     random, outcomes = np.random.default_rng(0), set()

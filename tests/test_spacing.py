@@ -1,4 +1,5 @@
-"""What volume.json adds: read and refused, HD95 in mm against brute force, volumes by hand, and evaluate.py with and without."""
+"""What volume.json adds: read and refused, HD95 in mm against brute force, volumes by hand, and evaluate.py
+with and without."""
 
 import csv
 import json
@@ -17,23 +18,43 @@ from evaluation.scoring import score_patients
 from spacing import read_spacing
 
 BEST = "transunet_centralized_best.pth"
-GOOD = {"version": 1, "spacing_mm": [5.0, 0.5, 0.75], "slice_positions_mm": [0.0, 5.0], "manufacturer": "somebody"}
+GOOD = {
+    "version": 1,
+    "spacing_mm": [5.0, 0.5, 0.75],
+    "slice_positions_mm": [0.0, 5.0],
+    "manufacturer": "somebody",
+}
 
 
 def test_the_spacing_is_read_from_disk_or_memory(tmp_path):
     path = tmp_path / "volume.json"
     path.write_text(json.dumps(GOOD))
-    assert read_spacing(path, 2) == (5.0, 0.5, 0.75) == read_spacing(Path("volume.json"), 2, json.dumps(GOOD).encode())
+    assert (
+        read_spacing(path, 2)
+        == (5.0, 0.5, 0.75)
+        == read_spacing(Path("volume.json"), 2, json.dumps(GOOD).encode())
+    )
 
 
-@pytest.mark.parametrize(("content", "sentence"), [
-    (b"", "no volume.json of a prepared patient"), (b"[1]", "no volume.json"), (b"{}", "no volume.json"),
-    (b"\xff\xfe", "no volume.json"),
-    ({"version": 2}, "of version 2"), ({"spacing_mm": None}, "no three sizes"), ({"spacing_mm": [1.0, 1.0]}, "no three sizes"),
-    ({"spacing_mm": [5.0, 0.0, 1.0]}, "no three sizes"), ({"spacing_mm": [5.0, "1", 1.0]}, "no three sizes"),
-    ({"spacing_mm": [5.0, float("nan"), 1.0]}, "no three sizes"), ({"spacing_mm": [True, 1.0, 1.0]}, "no three sizes"),
-    ({"slice_positions_mm": [0.0]}, "tells of 1 slices, and the patient has 2"),
-    ({"slice_positions_mm": None}, "tells of 0 slices")], ids=str)
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "no volume.json of a prepared patient"),
+        (b"[1]", "no volume.json"),
+        (b"{}", "no volume.json"),
+        (b"\xff\xfe", "no volume.json"),
+        ({"version": 2}, "of version 2"),
+        ({"spacing_mm": None}, "no three sizes"),
+        ({"spacing_mm": [1.0, 1.0]}, "no three sizes"),
+        ({"spacing_mm": [5.0, 0.0, 1.0]}, "no three sizes"),
+        ({"spacing_mm": [5.0, "1", 1.0]}, "no three sizes"),
+        ({"spacing_mm": [5.0, float("nan"), 1.0]}, "no three sizes"),
+        ({"spacing_mm": [True, 1.0, 1.0]}, "no three sizes"),
+        ({"slice_positions_mm": [0.0]}, "tells of 1 slices, and the patient has 2"),
+        ({"slice_positions_mm": None}, "tells of 0 slices"),
+    ],
+    ids=str,
+)
 def test_a_broken_one_is_one_sentence(tmp_path, content, sentence):
     path = tmp_path / "volume.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps({**GOOD, **content}).encode())
@@ -63,7 +84,9 @@ def test_hd95_in_mm_is_that_of_brute_force(seed):
     prediction, truth = np.random.default_rng(seed).random((2, 3, 9, 11)) < 0.2
     scored = metrics.score_in_mm(prediction, truth, (5.0, 0.5, 2.0))
     assert scored["hd95_mm"] == pytest.approx(brute_force_in_mm(prediction, truth, 0.5, 2.0))
-    assert metrics.score_in_mm(prediction, truth, (9.0, 1.0, 1.0))["hd95_mm"] == metrics.hd95(prediction, truth)
+    assert metrics.score_in_mm(prediction, truth, (9.0, 1.0, 1.0))["hd95_mm"] == metrics.hd95(
+        prediction, truth
+    )
 
 
 def test_volumes_by_hand_and_their_means():
@@ -71,11 +94,18 @@ def test_volumes_by_hand_and_their_means():
     truth[0, :5, :4], prediction[:, 0, :5] = 255, 1
     scored = metrics.score_in_mm(prediction, truth, (5.0, 2.0, 1.0))
     assert [scored[name] for name in metrics.FIGURES_IN_MM[1:]] == pytest.approx([0.2, 0.1, -0.1])
-    rows = [{**metrics.score_patient(name, "CS", prediction, truth), **more} for name, more in
-            (("a", scored), ("b", metrics.score_in_mm(truth, prediction, (5.0, 2.0, 1.0))), ("c", {}))]
+    rows = [
+        {**metrics.score_patient(name, "CS", prediction, truth), **more}
+        for name, more in (
+            ("a", scored),
+            ("b", metrics.score_in_mm(truth, prediction, (5.0, 2.0, 1.0))),
+            ("c", {}),
+        )
+    ]
     figures = metrics.report(rows)
-    assert figures["volume_cm3"] == pytest.approx({"truth": 0.15, "prediction": 0.15, "difference": 0.0,
-                                                   "absolute_difference": 0.1, "patients": 2})
+    assert figures["volume_cm3"] == pytest.approx(
+        {"truth": 0.15, "prediction": 0.15, "difference": 0.0, "absolute_difference": 0.1, "patients": 2}
+    )
     assert figures["hd95_mm"]["undefined"] == 0 and figures["patients"][2]["hd95_mm"] is None
     assert metrics.score_in_mm(0 * truth, truth, (5.0, 2.0, 1.0))["hd95_mm"] is None
 
@@ -93,7 +123,9 @@ def measured(phantoms, trained, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_evaluate_adds_mm_where_they_are_known_and_changes_nothing_else(phantoms, trained, measured, tmp_path):
+def test_evaluate_adds_mm_where_they_are_known_and_changes_nothing_else(
+    phantoms, trained, measured, tmp_path
+):
     folder, one = measured
     told = {}
     for name, data in (("without", phantoms), ("with", folder)):
@@ -101,11 +133,26 @@ def test_evaluate_adds_mm_where_they_are_known_and_changes_nothing_else(phantoms
         copied.mkdir()
         for file in (BEST, "split.json"):
             shutil.copyfile(trained / file, copied / file)
-        done = run_here("evaluate.py", "--checkpoint", copied / BEST, "--data-dir", data, "--json", copied / "s.json", "--csv",
-                          copied / "s.csv", "--write-back")
+        done = run_here(
+            "evaluate.py",
+            "--checkpoint",
+            copied / BEST,
+            "--data-dir",
+            data,
+            "--json",
+            copied / "s.json",
+            "--csv",
+            copied / "s.csv",
+            "--write-back",
+        )
         assert done.returncode == 0, done.stderr
         with open(copied / "s.csv", encoding="utf-8", newline="") as file:
-            told[name] = done.stdout, json.loads((copied / "s.json").read_text()), list(csv.DictReader(file)), copied
+            told[name] = (
+                done.stdout,
+                json.loads((copied / "s.json").read_text()),
+                list(csv.DictReader(file)),
+                copied,
+            )
     (plain, figures, lines, where), (text, more, rows, other) = told["without"], told["with"]
     table = plain.splitlines()[1:5]
     assert text.splitlines()[1:5] == table and "mm" not in "".join(table) and "cm³" not in plain
@@ -117,8 +164,9 @@ def test_evaluate_adds_mm_where_they_are_known_and_changes_nothing_else(phantoms
     known, unknown = sorted(rows, key=lambda row: row["patient"] != one)
     truth = load_dataset(folder, progress=False).volume(one)[1] > 0
     assert float(known["volume_truth_cm3"]) == pytest.approx(truth.sum() * 5 * 0.5 * 0.75 / 1000)
-    assert float(known["volume_difference_cm3"]) == pytest.approx(float(known["volume_prediction_cm3"])
-                                                                 - float(known["volume_truth_cm3"]))
+    assert float(known["volume_difference_cm3"]) == pytest.approx(
+        float(known["volume_prediction_cm3"]) - float(known["volume_truth_cm3"])
+    )
     assert [unknown[name] for name in metrics.FIGURES_IN_MM] == [""] * 4
     assert f"{float(known['volume_truth_cm3']):.2f}" in text.splitlines()[-4] and "HD95 mm" in text
     scores = [load_checkpoint(folder / BEST).metadata["scores"]["test"] for folder in (where, other)]

@@ -1,4 +1,5 @@
-"""split.py: a patient is in one part, every site keeps somebody to train, and a file says the same everywhere."""
+"""split.py: a patient is in one part, every site keeps somebody to train, and a file says the same
+everywhere."""
 
 import json
 
@@ -26,15 +27,29 @@ def at_site(names, sites, site):
 
 
 FORTY = cohort(COUNTS)
-RECORDED_TEST = ("TCGA_CS_0003", "TCGA_DU_0002", "TCGA_DU_0003", "TCGA_DU_0014",
-                 "TCGA_FG_0004", "TCGA_HT_0002", "TCGA_HT_0003", "TCGA_HT_0010")
+RECORDED_TEST = (
+    "TCGA_CS_0003",
+    "TCGA_DU_0002",
+    "TCGA_DU_0003",
+    "TCGA_DU_0014",
+    "TCGA_FG_0004",
+    "TCGA_HT_0002",
+    "TCGA_HT_0003",
+    "TCGA_HT_0010",
+)
 RECORDED_SHA256 = "6e07804e04971791d8e6459d8ee7d456de26da363142b40860b00bd81c47beb7"
 
 
 def test_forty_patients_are_28_4_and_8():
     split = make_split(FORTY, 0)
     assert (len(split.train), len(split.val), len(split.test)) == (28, 4, 8)
-    assert {site: at_site(split.test, FORTY, site) for site in COUNTS} == {"CS": 1, "DU": 3, "EZ": 0, "FG": 1, "HT": 3}
+    assert {site: at_site(split.test, FORTY, site) for site in COUNTS} == {
+        "CS": 1,
+        "DU": 3,
+        "EZ": 0,
+        "FG": 1,
+        "HT": 3,
+    }
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -94,7 +109,9 @@ def test_the_split_is_the_same_as_when_it_was_first_made():
     assert make_split(FORTY, 0).sha256() == RECORDED_SHA256
 
 
-@pytest.mark.parametrize("val, test", [(-0.1, 0.2), (0.1, -0.2), (1, 0), (0, 1), (0.5, 0.5), (0.1, float("nan"))])
+@pytest.mark.parametrize(
+    "val, test", [(-0.1, 0.2), (0.1, -0.2), (1, 0), (0, 1), (0.5, 0.5), (0.1, float("nan"))]
+)
 def test_impossible_fractions_are_refused(val, test):
     with pytest.raises(MedFLError, match="fractions"):
         make_split(FORTY, 0, val, test)
@@ -116,23 +133,30 @@ def test_a_saved_split_comes_back_the_same(tmp_path):
 
 def test_the_sha256_tells_parts_apart():
     first = Split(0, ("a", "b"), ("c",), ())
-    others = [Split(1, ("a", "b"), ("c",), ()), Split(0, ("a",), ("b", "c"), ()), Split(0, ("a", "b"), (), ("c",))]
+    others = [
+        Split(1, ("a", "b"), ("c",), ()),
+        Split(0, ("a",), ("b", "c"), ()),
+        Split(0, ("a", "b"), (), ("c",)),
+    ]
     assert len({split.sha256() for split in (first, *others)}) == 4
 
 
 GOOD = {"version": 1, "seed": 0, "train": ["a", "b"], "val": ["c"], "test": ["d"]}
 
 
-@pytest.mark.parametrize("content, sentence", [
-    ("not JSON {", "no split file of MedFL"),
-    ("[1, 2]", "no split file of MedFL"),
-    ({**GOOD, "train": None}, "no split file of MedFL"),
-    ({key: value for key, value in GOOD.items() if key != "test"}, "no split file of MedFL"),
-    ({**GOOD, "version": 2}, "version 2"),
-    ({**GOOD, "val": ["c", "d"]}, "names d in two parts"),
-    ({**GOOD, "train": ["a", "b", "b"]}, "names b in two parts"),
-    ({**GOOD, "test": ["d", "x", "y"]}, r"names x \(and 1 more\) that the dataset does not hold"),
-])
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("not JSON {", "no split file of MedFL"),
+        ("[1, 2]", "no split file of MedFL"),
+        ({**GOOD, "train": None}, "no split file of MedFL"),
+        ({key: value for key, value in GOOD.items() if key != "test"}, "no split file of MedFL"),
+        ({**GOOD, "version": 2}, "version 2"),
+        ({**GOOD, "val": ["c", "d"]}, "names d in two parts"),
+        ({**GOOD, "train": ["a", "b", "b"]}, "names b in two parts"),
+        ({**GOOD, "test": ["d", "x", "y"]}, r"names x \(and 1 more\) that the dataset does not hold"),
+    ],
+)
 def test_a_wrong_file_is_refused(tmp_path, content, sentence):
     path = tmp_path / "split.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))

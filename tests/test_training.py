@@ -39,7 +39,9 @@ def test_loss_of_hand_counted_logits():
 def test_an_empty_slice_adds_nothing_to_the_dice_of_a_batch():
     logits, masks = torch.full((1, 1, 8, 8), 30.0), torch.ones(1, 1, 8, 8)
     alone = segmentation_loss(logits, masks)[1]
-    both = segmentation_loss(torch.cat([logits, torch.full_like(logits, -60)]), torch.cat([masks, torch.zeros_like(masks)]))[1]
+    both = segmentation_loss(
+        torch.cat([logits, torch.full_like(logits, -60)]), torch.cat([masks, torch.zeros_like(masks)])
+    )[1]
     assert both.item() == pytest.approx(alone.item())
 
 
@@ -53,7 +55,9 @@ def test_overfits_two_batches(norm):
 
 def test_rate_warms_up_over_a_share_of_the_run_and_falls_to_a_hundredth():
     assert rate_scale(0.0, 0.1) == pytest.approx(0.01) and rate_scale(0.0, 0.0) == 1
-    assert rate_scale(0.1, 0.1) == rate_scale(0.1, 0.0) and rate_scale(0.05, 0.1) == pytest.approx(0.505 * rate_scale(0.05, 0.0))
+    assert rate_scale(0.1, 0.1) == rate_scale(0.1, 0.0) and rate_scale(0.05, 0.1) == pytest.approx(
+        0.505 * rate_scale(0.05, 0.0)
+    )
     assert rate_scale(0.5, 0.1) == pytest.approx(0.505)
     assert rate_scale(1.0, 0.1) == pytest.approx(0.01) == rate_scale(1.7, 0.1)
 
@@ -67,19 +71,33 @@ def test_a_warm_up_longer_than_half_of_the_run_is_refused():
 def test_encoder_and_decoder_have_their_own_rates():
     subject = learner(lr=0.01, encoder_lr_factor=0.1)
     subject.set_rate(0.5)
-    rates = {id(weight): group["lr"] for group in subject.optimiser.param_groups for weight in group["params"]}
+    rates = {
+        id(weight): group["lr"] for group in subject.optimiser.param_groups for weight in group["params"]
+    }
     named = dict(subject.model.named_parameters())
     assert rates.keys() == {id(weight) for weight in named.values()}
-    assert all(rates[id(weight)] == pytest.approx(0.0005 if name.startswith("encoder.") else 0.005)
-               for name, weight in named.items())
+    assert all(
+        rates[id(weight)] == pytest.approx(0.0005 if name.startswith("encoder.") else 0.005)
+        for name, weight in named.items()
+    )
 
 
 @pytest.mark.parametrize("decay", [0.05, 0.0])
 def test_biases_norms_and_position_embeddings_do_not_decay(decay):
     subject = learner(weight_decay=decay)
-    decays = {id(weight): group["weight_decay"] for group in subject.optimiser.param_groups for weight in group["params"]}
+    decays = {
+        id(weight): group["weight_decay"]
+        for group in subject.optimiser.param_groups
+        for weight in group["params"]
+    }
     still = {name for name, weight in subject.model.named_parameters() if not decays[id(weight)]}
-    assert {"encoder.pos_embed", "encoder.cls_token", "encoder.norm.weight", "head.bias", "pyramid.stages.0.0.1.weight"} <= still
+    assert {
+        "encoder.pos_embed",
+        "encoder.cls_token",
+        "encoder.norm.weight",
+        "head.bias",
+        "pyramid.stages.0.0.1.weight",
+    } <= still
     assert ("head.weight" in still) == (decay == 0) == ("encoder.blocks.0.attn.qkv.weight" in still)
 
 
@@ -164,9 +182,20 @@ def test_bfloat16_trains():
     assert result.dice > 0.7 and subject.model.head.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("settings", [{"minutes": 0.0}, {"epochs": 0}, {"batch_size": 0}, {"seed": -1}, {"lr": float("nan")},
-                                      {"clip": 0.0}, {"encoder_lr_factor": 0.0},
-                                      {"ema_decay": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"minutes": 0.0},
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"seed": -1},
+        {"lr": float("nan")},
+        {"clip": 0.0},
+        {"encoder_lr_factor": 0.0},
+        {"ema_decay": 1.0},
+    ],
+    ids=str,
+)
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(MedFLError, match="--" + next(iter(settings)).replace("_", "-")):
         TrainingSettings(**settings)
@@ -177,7 +206,9 @@ def test_an_epochs_result_is_the_mean_over_its_steps():
     alone = [one.train_epoch([batch(k)]) for k in (0, 1)]
     both = learner().train_epoch([batch(0), batch(1)])
     assert both.steps == 2
-    assert both.loss == pytest.approx(sum(r.loss for r in alone) / 2) and both.dice == pytest.approx(sum(r.dice for r in alone) / 2)
+    assert both.loss == pytest.approx(sum(r.loss for r in alone) / 2) and both.dice == pytest.approx(
+        sum(r.dice for r in alone) / 2
+    )
 
 
 def test_before_step_may_end_the_pass():
@@ -187,7 +218,6 @@ def test_before_step_may_end_the_pass():
 
 def test_weight_decay_is_the_settings():
     assert {g["weight_decay"] for g in learner(weight_decay=0.3).optimiser.param_groups} == {0.3, 0.0}
-
 
 
 def test_the_state_holds_steps_and_precision():

@@ -1,4 +1,5 @@
-"""The network: shapes, sides, gradients, weights from a file, and timm beside a torchvision of another build."""
+"""The network: shapes, sides, gradients, weights from a file, and timm
+beside a torchvision of another build."""
 
 import subprocess
 import sys
@@ -44,7 +45,9 @@ def test_gradients_reach_every_parameter(name):
     torch.manual_seed(0)
     model = TransUNet(name, 32)
     for parameter in model.encoder.parameters():
-        if not parameter.any():  # timm starts residual branches at 0, which holds their gradients back for one step
+        if (
+            not parameter.any()
+        ):  # timm starts residual branches at 0, which holds their gradients back for one step
             torch.nn.init.normal_(parameter, std=0.5)
     model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -102,8 +105,11 @@ def test_wrong_encoder_weights_are_told(tmp_path):
 
 def test_pretrained_without_network_names_both_remedies(tmp_path, monkeypatch):
     """Offline by the hub's own switch, with an empty cache: the same on a machine with a network."""
-    code = ("from common import MedFLError\nfrom transunet import TransUNet\n"
-            "try:\n    TransUNet('tiny', 32, pretrained=True)\nexcept MedFLError as error:\n    print('SENTENCE', error)")
+    code = (
+        "from common import MedFLError\nfrom transunet import TransUNet\n"
+        "try:\n    TransUNet('tiny', 32, pretrained=True)\nexcept MedFLError as error:\n    "
+        "print('SENTENCE', error)"
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -114,8 +120,12 @@ def test_pretrained_without_network_names_both_remedies(tmp_path, monkeypatch):
 def test_timm_imports_and_a_matching_torchvision_is_left_alone():
     """Operators are declared exactly where a plain `import torchvision` fails."""
     plain = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
-    ours = subprocess.run([sys.executable, "-c", "import transunet, torchvision_operators as t; print(t.DECLARED)"],
-                          cwd=ROOT, capture_output=True, text=True)
+    ours = subprocess.run(
+        [sys.executable, "-c", "import transunet, torchvision_operators as t; print(t.DECLARED)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert ours.returncode == 0, ours.stderr
     assert ours.stdout.strip() == str(plain.returncode != 0)
 

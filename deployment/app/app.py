@@ -2,7 +2,8 @@
 
     streamlit run deployment/app/app.py
 
-What is uploaded stays in the memory of this process while its page is open; it is not written to disk and not sent on.
+What is uploaded stays in the memory of this process while its page is open; it is not written to disk and not
+sent on.
 """
 
 import contextlib
@@ -46,7 +47,8 @@ STYLE = """
 def load_model(path: Path, changed: float) -> tuple[Checkpoint, str]:
     """The checkpoint and its SHA-256. changed: the file's time, so that a new file is loaded anew."""
     checkpoint = load_checkpoint(path, choose_device())
-    # Streamlit collects garbage after each run of the page. What the libraries hold is none; looking through it took 0.2 s a run
+    # Streamlit collects garbage after each run of the page. What the libraries hold is none; looking through
+    # it took 0.2 s a run
     gc.collect()
     gc.freeze()
     _of_glibc("mallopt", ARENA_MAX, 2)
@@ -54,14 +56,17 @@ def load_model(path: Path, changed: float) -> tuple[Checkpoint, str]:
 
 
 def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
-    """The model that the sidebar names, and its card. Ends the page with a sentence where there is none that can be used."""
+    """The model that the sidebar names, and its card. Ends the page with a sentence where there is none that
+    can be used."""
     try:
         paths = find_checkpoints(MODELS)
     except MedFLError as error:
         stop(error)
     with st.sidebar:
         st.subheader("Model")
-        names = {path: path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}" for path in paths}
+        names = {
+            path: path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}" for path in paths
+        }
         path = st.selectbox("Checkpoint", paths, format_func=names.get, help="The newest comes first.")
     try:
         checkpoint, sha256 = load_model(path, path.stat().st_mtime)
@@ -69,7 +74,11 @@ def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
         stop(error)
     card = card_rows(checkpoint, sha256, next(checkpoint.model.parameters()).device.type)
     with st.sidebar:
-        st.html('<dl class="card">' + "".join(f"<dt>{subject}</dt><dd>{_escaped(text)}</dd>" for subject, text in card) + "</dl>")
+        st.html(
+            '<dl class="card">'
+            + "".join(f"<dt>{subject}</dt><dd>{_escaped(text)}</dd>" for subject, text in card)
+            + "</dl>"
+        )
     return checkpoint, card
 
 
@@ -84,9 +93,9 @@ def stop(error: Exception) -> None:
 
 
 def give_memory_back() -> None:
-    """Return freed memory to the system, a moment later: it takes a tenth of a second or two, which a reader need not wait for.
-    Streamlit runs the page in ever new threads, and glibc keeps what each of them freed: without this a session of 50 volumes
-    grew by 600 MiB."""
+    """Return freed memory to the system, a moment later: it takes a tenth of a second or two, which a reader
+    need not wait for. Streamlit runs the page in ever new threads, and glibc keeps what each of them freed:
+    without this a session of 50 volumes grew by 600 MiB."""
     later = threading.Timer(1.0, _of_glibc, ("malloc_trim", 0))
     later.daemon = True
     later.start()
@@ -111,8 +120,17 @@ def open_case(files: list[tuple[str, bytes]]) -> None:
 
 def close_case() -> None:
     """Forget the case and everything that was made of it."""
-    for name in ("case", "prediction", "predicted_by", "doubts", "refusal", "truth_refusal", "slice", "pixel_size",
-                 "slice_distance"):
+    for name in (
+        "case",
+        "prediction",
+        "predicted_by",
+        "doubts",
+        "refusal",
+        "truth_refusal",
+        "slice",
+        "pixel_size",
+        "slice_distance",
+    ):
         st.session_state.pop(name, None)
     give_memory_back()
 
@@ -120,10 +138,15 @@ def close_case() -> None:
 def choose_case() -> None:
     """The start of a visit: sample cases and uploads."""
     number = st.session_state.get("uploads", 0)
-    takes_dicom = importlib.util.find_spec("radiology") is not None  # a Space goes without, so that no name is sent there
-    st.markdown("Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
-                f"{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines what it takes for lower-grade "
-                "glioma. Nothing is stored, and nothing leaves the computer that runs this page.")
+    takes_dicom = (
+        importlib.util.find_spec("radiology") is not None
+    )  # a Space goes without, so that no name is sent there
+    st.markdown(
+        "Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
+        f"{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines what it takes "
+        f"for lower-grade "
+        "glioma. Nothing is stored, and nothing leaves the computer that runs this page."
+    )
     if refusal := st.session_state.get("refusal"):
         st.error(refusal)
     samples = sorted(SAMPLES.glob("*.zip"))
@@ -131,18 +154,28 @@ def choose_case() -> None:
         st.caption("Try a sample. These are phantoms: painted, not measured.")
         with st.container(horizontal=True):
             for path in samples:
-                if st.button(path.stem.replace("_", " ").capitalize(), key=path.stem, icon=":material/neurology:"):
+                if st.button(
+                    path.stem.replace("_", " ").capitalize(), key=path.stem, icon=":material/neurology:"
+                ):
                     open_case([(path.name, path.read_bytes())])
                     st.rerun()
     # archives name DICOM files as they like, mostly without an ending
     kinds, also = (None, "DICOM, a ZIP of either") if takes_dicom else (KINDS, "a ZIP of them")
-    files = st.file_uploader(f"Slices of one patient (TIFF, PNG, JPEG), {also}, or a NIfTI file", kinds,
-                             accept_multiple_files=True, key=f"files-{number}",
-                             help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them, "
-                                  "and a volume.json.")
-    folder = st.file_uploader("Or a patient's folder", accept_multiple_files="directory", key=f"folder-{number}")
+    files = st.file_uploader(
+        f"Slices of one patient (TIFF, PNG, JPEG), {also}, or a NIfTI file",
+        kinds,
+        accept_multiple_files=True,
+        key=f"files-{number}",
+        help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them, "
+        "and a volume.json.",
+    )
+    folder = st.file_uploader(
+        "Or a patient's folder", accept_multiple_files="directory", key=f"folder-{number}"
+    )
     if chosen := files or folder:
-        with st.spinner("reading the files"):  # DICOM series are laid over each other, which takes some seconds
+        with st.spinner(
+            "reading the files"
+        ):  # DICOM series are laid over each other, which takes some seconds
             open_case(take_uploads(chosen))
         st.rerun()
 

@@ -12,20 +12,32 @@ from deployment.app.case import short
 
 MAX_FILES = 1_000  # in one upload, masks and all
 MAX_UNPACKED = 256 * 2**20  # bytes that an archive may unpack to
-# what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another kind
-DAMAGED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError, IndexError, zlib.error,
-           lzma.LZMAError)
+# what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another
+# kind
+DAMAGED = (
+    zipfile.BadZipFile,
+    RuntimeError,
+    NotImplementedError,
+    OSError,
+    EOFError,
+    ValueError,
+    IndexError,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 def check_number(files: int) -> None:
     """Raises MedFLError for more files than a case has."""
     if files > MAX_FILES:
-        raise MedFLError(f"{files} files are more than the {MAX_FILES} of one case; upload one patient at a time")
+        raise MedFLError(
+            f"{files} files are more than the {MAX_FILES} of one case; upload one patient at a time"
+        )
 
 
 def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
-    """Names and contents of a ZIP's files, folders and hidden files left out. Raises MedFLError for a damaged archive, names
-    that point out of it, and more than may be unpacked."""
+    """Names and contents of a ZIP's files, folders and hidden files left out. Raises MedFLError for a damaged
+    archive, names that point out of it, and more than may be unpacked."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -33,9 +45,13 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
             for entry in entries:
                 path = PurePosixPath(entry.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or any(":" in part for part in path.parts[:1]):
-                    raise MedFLError(f"{short(name)} holds a name that points out of the archive; pack the slices anew")
+                    raise MedFLError(
+                        f"{short(name)} holds a name that points out of the archive; pack the slices anew"
+                    )
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
-                raise MedFLError(f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time")
+                raise MedFLError(
+                    f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time"
+                )
             files, room = [], MAX_UNPACKED
             for entry in entries:
                 path = PurePosixPath(entry.filename.replace("\\", "/"))
@@ -45,10 +61,15 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
                     piece = file.read(room + 1)  # a header can lie about the size
                 room -= len(piece)
                 if room < 0:
-                    raise MedFLError(f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time")
+                    raise MedFLError(
+                        f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a "
+                        f"time"
+                    )
                 files.append((str(path), piece))
     except DAMAGED as error:
-        raise MedFLError(f"{short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it anew") from error
+        raise MedFLError(
+            f"{short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it anew"
+        ) from error
     if not files:
         raise MedFLError(f"{short(name)} holds no files; pack the slices into it")
     return files

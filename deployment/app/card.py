@@ -11,35 +11,56 @@ NOTICE = "Research use only, not a medical device. No output may guide a diagnos
 
 
 def find_checkpoints(models: Path) -> list[Path]:
-    """The models to choose from, newest first: MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in `models` and the
-    folders in it. Raises MedFLError where there is none."""
+    """The models to choose from, newest first: MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in
+    `models` and the folders in it. Raises MedFLError where there is none."""
     named = os.environ.get("MEDFL_CHECKPOINT")
     if named and not Path(named).is_file():
-        raise MedFLError(f"MEDFL_CHECKPOINT names {named}, and there is no such file; correct it, or unset it")
-    found = sorted([*models.glob("*_best.pth"), *models.glob("*/*_best.pth")], key=lambda path: path.stat().st_mtime, reverse=True)
+        raise MedFLError(
+            f"MEDFL_CHECKPOINT names {named}, and there is no such file; correct it, or unset it"
+        )
+    found = sorted(
+        [*models.glob("*_best.pth"), *models.glob("*/*_best.pth")],
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
     every = list(dict.fromkeys(([Path(named)] if named else []) + found))
     if not every:
-        raise MedFLError(f"there is no model in {models}; train one with `make demo` or train_centralized.py, or set "
-                         "MEDFL_CHECKPOINT to a .pth file")
+        raise MedFLError(
+            f"there is no model in {models}; train one with `make demo` or train_centralized.py, or set "
+            "MEDFL_CHECKPOINT to a .pth file"
+        )
     return every
 
 
 def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) -> list[tuple[str, str]]:
-    """What the model card says, as (subject, text), from the checkpoint's metadata; what it doesn't tell is left out.
+    """What the model card says, as (subject, text), from the checkpoint's metadata; what it doesn't tell is
+    left out.
 
     device: where the model runs, if it runs already.
     """
     about = checkpoint.metadata
     architecture, origin, training = about["architecture"], about.get("origin", {}), about.get("training", {})
-    rows = [("Trained", _origin(origin)), ("Data", _data(about.get("data", {}))),
-            ("Test", score_text(about.get("scores", {}).get("test"), "not scored yet: run evaluate.py --write-back")),
-            ("Validation", score_text(about.get("scores", {}).get("val"), "no validation patients")),
-            ("Selected by", training.get("selected_by")),
-            ("Network", f"TransUNet {architecture['name']}, {architecture['parameters'] / 1e6:.1f} million parameters, input "
-                        f"{architecture['image_side']}×{architecture['image_side']} pixels"),
-            ("Threshold", f"{checkpoint.threshold:g}"), ("Device", device),
-            ("File", f"{checkpoint.path.name}, {checkpoint.path.stat().st_size / 1e6:.1f} MB"), ("Made", about.get("created")),
-            ("SHA-256", sha256)]
+    rows = [
+        ("Trained", _origin(origin)),
+        ("Data", _data(about.get("data", {}))),
+        (
+            "Test",
+            score_text(about.get("scores", {}).get("test"), "not scored yet: run evaluate.py --write-back"),
+        ),
+        ("Validation", score_text(about.get("scores", {}).get("val"), "no validation patients")),
+        ("Selected by", training.get("selected_by")),
+        (
+            "Network",
+            f"TransUNet {architecture['name']}, {architecture['parameters'] / 1e6:.1f} million parameters, "
+            f"input "
+            f"{architecture['image_side']}×{architecture['image_side']} pixels",
+        ),
+        ("Threshold", f"{checkpoint.threshold:g}"),
+        ("Device", device),
+        ("File", f"{checkpoint.path.name}, {checkpoint.path.stat().st_size / 1e6:.1f} MB"),
+        ("Made", about.get("created")),
+        ("SHA-256", sha256),
+    ]
     return [(subject, text) for subject, text in rows if text]
 
 
@@ -47,30 +68,50 @@ def _origin(origin: dict) -> str:
     """How the model came about."""
     kind = origin.get("kind")
     if kind == "federated" and origin.get("hospital"):
-        return (f"federated, {origin['rounds']} rounds, {origin['strategy']}, data held by {origin['partition']}; "
-                f"{origin['hospital']}'s own model, with the normalisation layers that stayed there")
+        return (
+            f"federated, {origin['rounds']} rounds, {origin['strategy']}, data held by "
+            f"{origin['partition']}; "
+            f"{origin['hospital']}'s own model, with the normalisation layers that stayed there"
+        )
     if kind == "federated":
         privacy = origin.get("privacy", {})
-        kept = "secure aggregation" if privacy.get("secure_aggregation") else "the server saw each hospital's weights"
+        kept = (
+            "secure aggregation"
+            if privacy.get("secure_aggregation")
+            else "the server saw each hospital's weights"
+        )
         epsilon = privacy.get("epsilon")
         bounds = [f"ε = {epsilon:g} at δ = {privacy['delta']:g}"] if epsilon else []
-        bounds += [f"ε = {spent['epsilon']:.3g} at δ = {spent['delta']:g} for the patients of {label}"
-                   for label, spent in sorted(privacy.get("patients", {}).items())]
+        bounds += [
+            f"ε = {spent['epsilon']:.3g} at δ = {spent['delta']:g} for the patients of {label}"
+            for label, spent in sorted(privacy.get("patients", {}).items())
+        ]
         noise, labels = ", ".join(bounds) or "no differential privacy", origin["labels"]
-        names = ", ".join(labels[:LABELS]) + (f" and {len(labels) - LABELS} more" if len(labels) > LABELS else "")
-        return (f"federated, {origin['hospitals']} hospitals ({names}), {origin['rounds']} rounds, "
-                f"{origin['strategy']}, data held by {origin['partition']}; {kept}, {noise}")
-    place = {"centralised": "in one place", "local": f"at {origin.get('hospital')} alone"}.get(kind, "not told")
+        names = ", ".join(labels[:LABELS]) + (
+            f" and {len(labels) - LABELS} more" if len(labels) > LABELS else ""
+        )
+        return (
+            f"federated, {origin['hospitals']} hospitals ({names}), {origin['rounds']} rounds, "
+            f"{origin['strategy']}, data held by {origin['partition']}; {kept}, {noise}"
+        )
+    place = {"centralised": "in one place", "local": f"at {origin.get('hospital')} alone"}.get(
+        kind, "not told"
+    )
     return place + (f", from a model of {origin['started_from']}" if origin.get("started_from") else "")
 
 
 def _data(data: dict) -> str | None:
     if not data:
         return None
-    counts = ", ".join(f"{data[part]['patients']} {word}" for part, word in
-                       (("train", "to train on"), ("val", "to choose by"), ("test", "kept for the test")) if data.get(part))
+    counts = ", ".join(
+        f"{data[part]['patients']} {word}"
+        for part, word in (("train", "to train on"), ("val", "to choose by"), ("test", "kept for the test"))
+        if data.get(part)
+    )
     phantoms = data.get("name") == "phantoms"
-    warning = ". Phantoms are painted, not measured: the model knows nothing of real scans" if phantoms else ""
+    warning = (
+        ". Phantoms are painted, not measured: the model knows nothing of real scans" if phantoms else ""
+    )
     return f"{data.get('name')}: {counts} patients{warning}"
 
 
@@ -82,4 +123,6 @@ def score_text(score: dict | None, absent: str) -> str:
     interval = f" (95 % interval {dice['ci95'][0]:.3f} to {dice['ci95'][1]:.3f})" if dice.get("ci95") else ""
     median = f", median {dice['median']:.3f}" if dice.get("median") is not None else ""
     patients = score.get("patients")
-    return f"mean volume Dice {dice['mean']:.3f}{interval}{median}" + (f", {patients} patients" if patients else "")
+    return f"mean volume Dice {dice['mean']:.3f}{interval}{median}" + (
+        f", {patients} patients" if patients else ""
+    )

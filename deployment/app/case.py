@@ -11,21 +11,26 @@ if TYPE_CHECKING:  # both are optional
 
     from deployment.app.source import Source
 
-MAX_PIXELS = 12 * 2**20  # of a case: 192 slices of 256×256; more would need more than 1.5 GiB at the normalisation
+MAX_PIXELS = (
+    12 * 2**20
+)  # of a case: 192 slices of 256×256; more would need more than 1.5 GiB at the normalisation
 MIN_SIDE = 16  # pixels
-LONE_SLICE = ("A lone slice is normalised by itself and not with its patient's other slices: its mask is less reliable. Open a "
-              "patient's slices together.")
+LONE_SLICE = (
+    "A lone slice is normalised by itself and not with its patient's other slices: its mask is less "
+    "reliable. Open a "
+    "patient's slices together."
+)
 
 
 @dataclass
 class Case:
     """What is looked at together.
 
-    name: the patient's, or the file's; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each slice the number
-    of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H, W) uint8 0/255 or None;
-    spacing: mm between rows, columns and slices, or None; measured: whether the files tell it; notes: what a reader should know
-    about how it was read; nifti, dicom: the image or the series (dicom.Source) that it came from, if it did, to write a mask in
-    the same space.
+    name: the patient's, or the file's; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each
+    slice the number of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H,
+    W) uint8 0/255 or None; spacing: mm between rows, columns and slices, or None; measured: whether the files
+    tell it; notes: what a reader should know about how it was read; nifti, dicom: the image or the series
+    (dicom.Source) that it came from, if it did, to write a mask in the same space.
     """
 
     name: str

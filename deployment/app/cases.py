@@ -1,4 +1,5 @@
-"""From what a user uploads to a case: slices in order, their truth if it came along, and the space between pixels.
+"""From what a user uploads to a case: slices in order, their truth if it came along, and the space between
+pixels.
 
 Everything stays in memory; nothing is written to disk.
 """
@@ -12,7 +13,15 @@ from common import MedFLError
 from deployment.app.archives import check_number, unpack_zip
 from deployment.app.case import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
-from preprocessing import IMAGE_SUFFIXES, group_volumes, is_image, is_mask, read_mask, read_slice, slice_number
+from preprocessing import (
+    IMAGE_SUFFIXES,
+    group_volumes,
+    is_image,
+    is_mask,
+    read_mask,
+    read_slice,
+    slice_number,
+)
 from spacing import NAME, read_spacing
 
 NIFTI = (".nii", ".nii.gz")
@@ -21,7 +30,8 @@ KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "json"]  # tha
 
 
 def read_case(files: list[tuple[str, bytes]]) -> Case:
-    """The case that (name, content) of uploaded files make: slices, DICOM, one ZIP of either, or a NIfTI file.
+    """The case that (name, content) of uploaded files make: slices, DICOM, one ZIP of either, or a NIfTI
+    file.
 
     Raises MedFLError, in one sentence, for everything else.
     """
@@ -44,15 +54,22 @@ def _is_dicom(name: str, content: bytes) -> bool:
 
 
 def _dicom() -> ModuleType:
-    """The module that reads DICOM, which is optional. Raises MedFLError where what it needs is not installed, or not here."""
+    """The module that reads DICOM, which is optional. Raises MedFLError where what it needs is not installed,
+    or not here."""
     try:
         from deployment.app import dicom
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("radiology"):  # left out of a Space
-            raise MedFLError("DICOM files carry the patient's name, so this published page takes none; run the page on a machine "
-                             "of your own, or upload slices or NIfTI") from error
-        raise MedFLError(f"DICOM files need {error.name}; install it (`pip install -r requirements-dicom.txt`), or upload slices "
-                         "or NIfTI") from error
+            raise MedFLError(
+                "DICOM files carry the patient's name, so this published page takes none; run the page on a "
+                "machine "
+                "of your own, or upload slices or NIfTI"
+            ) from error
+        raise MedFLError(
+            f"DICOM files need {error.name}; install it (`pip install -r requirements-dicom.txt`), or "
+            f"upload slices "
+            "or NIfTI"
+        ) from error
     return dicom
 
 
@@ -61,21 +78,32 @@ def _read_slices(files: dict[str, bytes]) -> Case:
     paths = {PurePosixPath(name): content for name, content in files.items()}
     images = [path for path in paths if is_image(path)]
     if not images:
-        raise MedFLError("there is no slice in the upload (TIFF, PNG or JPEG, not a _mask file); choose other files")
-    masks = {path.parent / path.stem[:-len("_mask")]: path for path in paths if is_mask(path)}
+        raise MedFLError(
+            "there is no slice in the upload (TIFF, PNG or JPEG, not a _mask file); choose other files"
+        )
+    masks = {path.parent / path.stem[: -len("_mask")]: path for path in paths if is_mask(path)}
     volumes = group_volumes(images)
     numbered = {name for name, slices in volumes if slice_number(slices[0]) is not None}
     if len([v for v in volumes if slice_number(v[1][0]) is not None]) > 1:
-        raise MedFLError(f"these are slices of {len(numbered)} patients ({', '.join(sorted(numbered)[:3])}); open one at a time")
+        raise MedFLError(
+            f"these are slices of {len(numbered)} patients ({', '.join(sorted(numbered)[:3])}); open one at "
+            f"a time"
+        )
     if numbered and len(volumes) > 1:
         odd = next(slices[0] for _, slices in volumes if slice_number(slices[0]) is None)
-        raise MedFLError(f"{short(odd.name)} has no slice number at its end and others have; open it by itself")
+        raise MedFLError(
+            f"{short(odd.name)} has no slice number at its end and others have; open it by itself"
+        )
     order = [path for _, slices in volumes for path in slices]
     pixels = [read_slice(path, paths[path]) for path in order]
     _check_sizes(order, pixels)
     known = [masks.get(path.with_suffix("")) for path in order]
-    case = Case(name=next(iter(numbered), order[0].stem), slices=[path.name for path in order], volume=np.stack(pixels),
-                groups=np.zeros(len(order), int) if numbered else np.arange(len(order)))
+    case = Case(
+        name=next(iter(numbered), order[0].stem),
+        slices=[path.name for path in order],
+        volume=np.stack(pixels),
+        groups=np.zeros(len(order), int) if numbered else np.arange(len(order)),
+    )
     if any(known):
         case.truth = _read_masks(order, [mask and (mask, paths[mask]) for mask in known], case.volume.shape)
     if not case.is_volume:
@@ -84,7 +112,9 @@ def _read_slices(files: dict[str, bytes]) -> Case:
         case.notes.append(f"{spare} masks belong to no slice of the upload and were passed over.")
     told = [path for path in paths if path.name == NAME]
     if len(told) > 1:
-        raise MedFLError(f"{len(told)} files are called {NAME}, and a patient has one; open one patient at a time")
+        raise MedFLError(
+            f"{len(told)} files are called {NAME}, and a patient has one; open one patient at a time"
+        )
     if told:
         between, rows, columns = read_spacing(told[0], len(order), paths[told[0]])
         case.spacing, case.measured = (rows, columns, between), True
@@ -96,33 +126,47 @@ def _read_slices(files: dict[str, bytes]) -> Case:
 def _check_sizes(order: list[PurePosixPath], pixels: list[np.ndarray]) -> None:
     rows, columns, _ = pixels[0].shape
     if min(rows, columns) < MIN_SIDE:
-        raise MedFLError(f"{short(order[0].name)} is {columns}×{rows} pixels, too small for a slice; choose another file")
+        raise MedFLError(
+            f"{short(order[0].name)} is {columns}×{rows} pixels, too small for a slice; choose another file"
+        )
     for path, one in zip(order, pixels):
         if one.shape != pixels[0].shape:
-            raise MedFLError(f"{short(path.name)} is {one.shape[1]}×{one.shape[0]} pixels and {short(order[0].name)} is "
-                             f"{columns}×{rows}; open slices of one size together")
+            raise MedFLError(
+                f"{short(path.name)} is {one.shape[1]}×{one.shape[0]} pixels and {short(order[0].name)} is "
+                f"{columns}×{rows}; open slices of one size together"
+            )
     if len(pixels) * rows * columns > MAX_PIXELS:
-        raise MedFLError(f"{len(pixels)} slices of {columns}×{rows} pixels are more than this page can hold; open fewer slices")
+        raise MedFLError(
+            f"{len(pixels)} slices of {columns}×{rows} pixels are more than this page can hold; open fewer "
+            f"slices"
+        )
 
 
 def _read_masks(order: list[PurePosixPath], masks: list[tuple | None], shape: tuple) -> np.ndarray:
-    """The truth of each slice, (S, H, W) uint8. Raises MedFLError where one is missing or has another size."""
+    """The truth of each slice, (S, H, W) uint8. Raises MedFLError where
+    one is missing or has another size."""
     truth = []
     for path, mask in zip(order, masks):
         if mask is None:
-            raise MedFLError(f"{short(path.name)} has no mask and other slices have; add {short(path.stem)}_mask, or leave all "
-                             "masks out")
+            raise MedFLError(
+                f"{short(path.name)} has no mask and other slices have; add {short(path.stem)}_mask, or "
+                f"leave all "
+                "masks out"
+            )
         pixels = read_mask(*mask)
         if pixels.shape != shape[1:3]:
-            raise MedFLError(f"{short(mask[0].name)} is {pixels.shape[1]}×{pixels.shape[0]} pixels and its slice is "
-                             f"{shape[2]}×{shape[1]}; choose masks of the slices' size")
+            raise MedFLError(
+                f"{short(mask[0].name)} is {pixels.shape[1]}×{pixels.shape[0]} pixels and its slice is "
+                f"{shape[2]}×{shape[1]}; choose masks of the slices' size"
+            )
         truth.append(pixels)
     return np.stack(truth)
 
 
 def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
-    """The truth, (S, H, W) uint8, that uploaded masks give for a case that is open. A mask belongs to the slice of its name
-    without `_mask`; for a lone slice any one mask does. Raises MedFLError where they don't fit."""
+    """The truth, (S, H, W) uint8, that uploaded masks give for a case that is open. A mask belongs to the
+    slice of its name without `_mask`; for a lone slice any one mask does. Raises MedFLError where they don't
+    fit."""
     files = [(PurePosixPath(name.replace("\\", "/")), content) for name, content in files]
     if case.dicom is not None and len(files) == 1 and files[0][0].suffix.lower() not in IMAGE_SUFFIXES:
         return _dicom().read_dicom_mask(case, str(files[0][0]), files[0][1])
@@ -133,5 +177,7 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
         return _read_masks(order, files, case.volume.shape)
     masks = {path.stem.lower().removesuffix("_mask"): (path, content) for path, content in files}
     if not any(path.stem.lower() in masks for path in order):
-        raise MedFLError("no mask has the name of a slice with _mask at its end; rename the masks, or choose others")
+        raise MedFLError(
+            "no mask has the name of a slice with _mask at its end; rename the masks, or choose others"
+        )
     return _read_masks(order, [masks.get(path.stem.lower()) for path in order], case.volume.shape)

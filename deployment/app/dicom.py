@@ -1,6 +1,7 @@
 """DICOM series in and masks out, through radiology/, which is optional here (requirements-dicom.txt).
 
-Of a file's tags a case keeps what its mask as DICOM SEG needs, until it is closed; the page shows none but the geometry.
+Of a file's tags a case keeps what its mask as DICOM SEG needs, until it is closed; the page shows none but
+the geometry.
 """
 
 import importlib.util
@@ -22,7 +23,12 @@ from radiology.series import Refused, Series, find_series, load_series
 from radiology.studies import plan_studies
 
 LONGEST = 2.0  # sides of a pixel, longer to shorter, that a page can show and a network can judge
-ACQUIRED = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal"}  # by the direction in which the slices follow
+ACQUIRED = {
+    "L": "sagittal",
+    "R": "sagittal",
+    "A": "coronal",
+    "P": "coronal",
+}  # by the direction in which the slices follow
 
 
 class Upload(io.BytesIO):
@@ -43,10 +49,12 @@ class Upload(io.BytesIO):
 
 
 def read_dicom(files: list[tuple[str, bytes]]) -> Case:
-    """The case of the DICOM files of one study: FLAIR, and pre- and post-contrast laid over it where they are there.
+    """The case of the DICOM files of one study: FLAIR, and pre- and post-contrast laid over it where they are
+    there.
 
-    One series alone is taken for FLAIR. Slices are axial, from feet to head, as the series has them or cut across it; a DICOM
-    SEG of the FLAIR series becomes the truth. Raises MedFLError where no series can be used.
+    One series alone is taken for FLAIR. Slices are axial, from feet to head, as the series has them or cut
+    across it; a DICOM SEG of the FLAIR series becomes the truth. Raises MedFLError where no series can be
+    used.
     """
     found, refused = find_series([Upload(name, content) for name, content in files])
     masks = [series for series in found if series.modality == "SEG"]
@@ -68,27 +76,44 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
             except MedFLError as error:
                 notes.append(f"The series for {channel} was passed over: {error}.")
     if missing := [channel for channel in (PRE, POST) if channel not in planes]:
-        notes.append(f"FLAIR stands in for {' and '.join(missing)}, as in the training set where one was missing.")
+        notes.append(
+            f"FLAIR stands in for {' and '.join(missing)}, as in the training set where one was missing."
+        )
     volume = np.stack([to_uint8(planes.get(channel, planes[FLAIR])) for channel in CHANNELS], axis=-1)
     _check_size(*volume.shape[:3])
     columns, rows, between = oriented.GetSpacing()
-    case = Case(name="DICOM series", slices=[f"slice_{k + 1}" for k in range(len(volume))], volume=volume,
-                groups=np.zeros(len(volume), int), spacing=(rows, columns, between), measured=True, dicom=source,
-                notes=notes + _notes_on(flair, image, oriented))
+    case = Case(
+        name="DICOM series",
+        slices=[f"slice_{k + 1}" for k in range(len(volume))],
+        volume=volume,
+        groups=np.zeros(len(volume), int),
+        spacing=(rows, columns, between),
+        measured=True,
+        dicom=source,
+        notes=notes + _notes_on(flair, image, oriented),
+    )
     own = [series for series in masks if flair.uid in series.references]
     if len(own) == 1:
         case.truth = read_dicom_mask(case, own[0].files[0].name, own[0].files[0].getvalue())
     if passed := len(masks) - (case.truth is not None):
-        case.notes.append(f"{passed} DICOM SEG were passed over: one alone that is of the FLAIR series becomes the truth.")
+        case.notes.append(
+            f"{passed} DICOM SEG were passed over: one alone that is of the FLAIR series becomes the truth."
+        )
     return case
 
 
-def _choose(scans: list[Series], masks: list[Series], refused: list[Refused]) -> tuple[dict[str, Series], list[str]]:
-    """The series of each channel, FLAIR among them, and what is to be told of the others. Of several that claim to be FLAIR one
-    with a mask goes first. Raises MedFLError where none can be used, or none can be told to be FLAIR."""
+def _choose(
+    scans: list[Series], masks: list[Series], refused: list[Refused]
+) -> tuple[dict[str, Series], list[str]]:
+    """The series of each channel, FLAIR among them, and what is to be told of the others. Of several that
+    claim to be FLAIR one with a mask goes first. Raises MedFLError where none can be used, or none can be
+    told to be FLAIR."""
     usable = [series for series in scans if not series.problems]
     if not usable:
-        raise MedFLError(f"the upload holds no series that can be used ({_reasons(scans, refused)}); export the FLAIR series anew")
+        raise MedFLError(
+            f"the upload holds no series that can be used ({_reasons(scans, refused)}); export the FLAIR "
+            f"series anew"
+        )
     if len({(series.patient_id, series.study_uid) for series in usable}) > 1:
         raise MedFLError("the upload holds series of several studies; open one at a time")
     rules, notes = load_rules(), []
@@ -96,18 +121,30 @@ def _choose(scans: list[Series], masks: list[Series], refused: list[Refused]) ->
     if len(usable) == 1 and not broken:
         channels = {FLAIR: usable[0]}
         if role_of(usable[0], rules)[0] != FLAIR:
-            notes.append("The series does not say of itself that it is FLAIR, and was taken for it because there is no other.")
+            notes.append(
+                "The series does not say of itself that it is FLAIR, and was taken for it because there is "
+                "no other."
+            )
     else:
         study = next(s for s in plan_studies(usable + masks, rules) if s.uid == usable[0].study_uid)
         channels = study.channels
         if not channels:
             why = f"; one that does can't be used ({_reasons(broken, [])})" if broken else ""
-            raise MedFLError(f"none of the upload's {len(usable)} series that can be used says of itself that it is FLAIR{why}; "
-                             "upload the FLAIR series alone")
-        notes += [f"{line.used_as} was chosen {line.why}." for line in study.lines if line.used_as and "claim" in line.why]
+            raise MedFLError(
+                f"none of the upload's {len(usable)} series that can be used says of itself that it is "
+                f"FLAIR{why}; "
+                "upload the FLAIR series alone"
+            )
+        notes += [
+            f"{line.used_as} was chosen {line.why}."
+            for line in study.lines
+            if line.used_as and "claim" in line.why
+        ]
     spare = [series for series in scans if series not in channels.values()]
     if spare:
-        notes.append(f"{len(spare)} series were passed over: {_reasons(spare, []) or 'no channel needs them'}.")
+        notes.append(
+            f"{len(spare)} series were passed over: {_reasons(spare, []) or 'no channel needs them'}."
+        )
     if refused:
         notes.append(f"{len(refused)} files were passed over: {_reasons([], refused[:1])}.")
     return channels, notes
@@ -115,20 +152,28 @@ def _choose(scans: list[Series], masks: list[Series], refused: list[Refused]) ->
 
 def _reasons(series: list[Series], refused: list[Refused]) -> str:
     """Why series and files can't be used, each reason once."""
-    told = [problem for one in series for problem in one.problems] + [f"{file.path}: {file.why}" for file in refused]
+    told = [problem for one in series for problem in one.problems] + [
+        f"{file.path}: {file.why}" for file in refused
+    ]
     return "; ".join(list(dict.fromkeys(told))[:3])
 
 
 def _check_size(slices: int, rows: int, columns: int) -> None:
     if min(rows, columns) < MIN_SIDE or slices * rows * columns > MAX_PIXELS:
-        raise MedFLError(f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; prepare it with "
-                         "data/prepare_hospital.py and open the slices")
+        raise MedFLError(
+            f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; "
+            f"prepare it with "
+            "data/prepare_hospital.py and open the slices"
+        )
 
 
 def _check_pixels(across: float, down: float) -> None:
     if max(across, down) > LONGEST * min(across, down):
-        raise MedFLError(f"cut axially, the series has pixels of {across:.1f} × {down:.1f} mm; open an axial series or a 3-D one, "
-                         "or prepare this one with data/prepare_hospital.py and open the slices")
+        raise MedFLError(
+            f"cut axially, the series has pixels of {across:.1f} × {down:.1f} mm; open an axial series or a "
+            f"3-D one, "
+            "or prepare this one with data/prepare_hospital.py and open the slices"
+        )
 
 
 def _load(series: Series) -> sitk.Image:
@@ -143,13 +188,17 @@ def _rewind(series: Series) -> None:
 
 
 def _laid_over(series: Series, flair: Series, fixed: sitk.Image, notes: list[str]) -> sitk.Image:
-    """Another series of the study, registered to FLAIR and on its grid. Adds to `notes` where it does not fit."""
+    """Another series of the study, registered to FLAIR and on its grid. Adds to `notes` where it does not
+    fit."""
     moving = _load(series)
     same = bool(flair.frame_of_reference) and series.frame_of_reference == flair.frame_of_reference
     moved = resample(moving, fixed, register(moving, fixed, same))
     if agreement(moved, fixed) < POOR:
-        notes.append("A series lies poorly over FLAIR, even after it was registered: look at the channels before you trust the "
-                     "mask.")
+        notes.append(
+            "A series lies poorly over FLAIR, even after it was registered: look at the channels before you "
+            "trust the "
+            "mask."
+        )
     return moved
 
 
@@ -164,14 +213,23 @@ def _margins(oriented: sitk.Image) -> tuple[int, int, int, int]:
 
 def _notes_on(series: Series, image: sitk.Image, oriented: sitk.Image) -> list[str]:
     """What a reader should know of the series that the slices are of."""
-    notes = ["The mask as DICOM SEG carries the patient's name and number from the series, as a viewer needs them; the page shows "
-             "neither, and no other download holds them."]
+    notes = [
+        "The mask as DICOM SEG carries the patient's name and number from the series, as a viewer needs "
+        "them; the page shows "
+        "neither, and no other download holds them."
+    ]
     if not series.frame_of_reference:
-        notes = ["The series names no frame of reference, which a DICOM SEG must refer to: there is no mask in this form."]
+        notes = [
+            "The series names no frame of reference, which a DICOM SEG must refer to: there is no mask in "
+            "this form."
+        ]
     follows = _orientation(image)[2]
     if follows in ACQUIRED:
         across, down = oriented.GetSpacing()[:2]
-        notes.append(f"The series was acquired {ACQUIRED[follows]}; its axial slices have pixels of {across:.1f} × {down:.1f} mm.")
+        notes.append(
+            f"The series was acquired {ACQUIRED[follows]}; its axial slices have pixels of {across:.1f} × "
+            f"{down:.1f} mm."
+        )
     if series.slices == 1:
         notes.append(LONE_SLICE)
     return notes
@@ -189,14 +247,15 @@ def _onto_page(oriented: sitk.Image, source: Source) -> np.ndarray:
 
 
 def read_dicom_mask(case: Case, name: str, content: bytes) -> np.ndarray:
-    """A mask of the case's shape from a DICOM SEG of its series, (S, H, W) uint8. Raises MedFLError for any other."""
+    """A mask of the case's shape from a DICOM SEG of its series, (S, H, W) uint8. Raises MedFLError for any
+    other."""
     labels = sitk.DICOMOrient(read_segmentation(Upload(name, content), case.dicom.grid), "LPS")
     return _onto_page(labels, case.dicom) * np.uint8(255)
 
 
 def on_series(case: Case, mask: np.ndarray) -> np.ndarray:
-    """A mask (S, H, W) uint8 of the case on the source series' own slices, rows and columns, in its order, 1 where there is
-    tumour."""
+    """A mask (S, H, W) uint8 of the case on the source series' own slices, rows and columns, in its order, 1
+    where there is tumour."""
     oriented = sitk.GetImageFromArray((case.dicom.within(mask) > 0).astype(np.uint8))
     oriented.CopyInformation(sitk.DICOMOrient(case.dicom.grid, "LPS"))
     return sitk.GetArrayFromImage(sitk.DICOMOrient(oriented, _orientation(case.dicom.grid)))
@@ -221,8 +280,9 @@ def write_series_nifti(case: Case, mask: np.ndarray) -> bytes:
 
 
 def as_prepared(volume: np.ndarray) -> np.ndarray:
-    """Slices (S, H, W, 3) uint8 as square ones of about the side that prepared slices have: what a scan looks like is measured
-    there. Scanners often write 512×512 pixels that are smooth because they were interpolated."""
+    """Slices (S, H, W, 3) uint8 as square ones of about the side that prepared slices have: what a scan looks
+    like is measured there. Scanners often write 512×512 pixels that are smooth because they were
+    interpolated."""
     side = max(volume.shape[1:3])
     rows, columns = (np.arange(side) * length // side for length in volume.shape[1:3])
     times = max(1, side // SIDE)

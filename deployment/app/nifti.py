@@ -13,14 +13,18 @@ BRIGHTEST = 99.9  # percentile of the voxels above 0 that becomes 255
 
 
 def read_nifti(files: list[tuple[str, bytes]]) -> Case:
-    """The case of one NIfTI file, its axial slices from feet to head, and of its `_mask` or `_seg` file if that came along.
+    """The case of one NIfTI file, its axial slices from feet to head, and of its `_mask` or `_seg` file if
+    that came along.
 
-    One volume fills all three channels; three volumes are pre-contrast, FLAIR and post-contrast. Raises MedFLError.
+    One volume fills all three channels; three volumes are pre-contrast, FLAIR and post-contrast. Raises
+    MedFLError.
     """
     scans = [(name, content) for name, content in files if not _is_truth(name)]
     truths = [file for file in files if _is_truth(file[0])]
     if len(scans) != 1 or len(truths) > 1:
-        raise MedFLError("a NIfTI case is one scan and at most one mask (named ..._mask or ..._seg); upload these alone")
+        raise MedFLError(
+            "a NIfTI case is one scan and at most one mask (named ..._mask or ..._seg); upload these alone"
+        )
     name = scans[0][0].rsplit("/", 1)[-1]
     stored, image = _load(*scans[0])
     values = np.asarray(image.dataobj)
@@ -28,22 +32,36 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
         values = np.stack([values[channel] for channel in values.dtype.names[:3]], axis=-1)
     values = values.reshape(*values.shape[:3], -1)
     if values.shape[3] not in (1, 3):
-        raise MedFLError(f"{name} holds {values.shape[3]} volumes, and a case has one, or three (pre-contrast, FLAIR and "
-                         "post-contrast); choose another file")
+        raise MedFLError(
+            f"{name} holds {values.shape[3]} volumes, and a case has one, or three (pre-contrast, FLAIR and "
+            "post-contrast); choose another file"
+        )
     if not np.isfinite(values).all():
         raise MedFLError(f"{name} holds values that are not finite; write it again without them")
-    volume = to_axial(np.concatenate([to_bytes(values[..., channel])[..., None] for channel in range(values.shape[3])], axis=3))
+    volume = to_axial(
+        np.concatenate(
+            [to_bytes(values[..., channel])[..., None] for channel in range(values.shape[3])], axis=3
+        )
+    )
     volume = np.ascontiguousarray(np.broadcast_to(volume, (*volume.shape[:3], 3)))
     if min(volume.shape[1:3]) < MIN_SIDE or volume[..., 0].size > MAX_PIXELS:
         raise MedFLError(f"{name} has {_size(volume)}, which this page can't hold; crop or resample it first")
     columns, rows, between = (float(size) for size in image.header.get_zooms()[:3])
-    stem = name[:name.lower().index(".nii")]
-    case = Case(name=stem, slices=[f"{stem}_{k + 1}" for k in range(len(volume))], volume=volume,
-                groups=np.zeros(len(volume), int), spacing=(rows, columns, between), measured=True,
-                nifti=stored)
+    stem = name[: name.lower().index(".nii")]
+    case = Case(
+        name=stem,
+        slices=[f"{stem}_{k + 1}" for k in range(len(volume))],
+        volume=volume,
+        groups=np.zeros(len(volume), int),
+        spacing=(rows, columns, between),
+        measured=True,
+        nifti=stored,
+    )
     if values.dtype != np.uint8:
-        case.notes.append("The intensities of each sequence were scaled to 0–255: 0 and below become 0, and the "
-                          f"{BRIGHTEST} % percentile of the rest becomes 255.")
+        case.notes.append(
+            "The intensities of each sequence were scaled to 0–255: 0 and below become 0, and the "
+            f"{BRIGHTEST} % percentile of the rest becomes 255."
+        )
     if truths:
         case.truth = read_nifti_mask(case, *truths[0])
     return case
@@ -54,11 +72,14 @@ def _is_truth(name: str) -> bool:
 
 
 def _load(name: str, content: bytes):
-    """The image in a NIfTI file's bytes: as it is stored, and turned so that its axes are right, front and up."""
+    """The image in a NIfTI file's bytes: as it is stored, and turned so that its axes are right, front and
+    up."""
     try:
         import nibabel
     except ImportError as error:
-        raise MedFLError("NIfTI files need nibabel; install it (`pip install nibabel`), or upload slices as TIFF or PNG") from error
+        raise MedFLError(
+            "NIfTI files need nibabel; install it (`pip install nibabel`), or upload slices as TIFF or PNG"
+        ) from error
     name = str(name).rsplit("/", 1)[-1]
     if name.lower().endswith(".gz"):
         content = unpack_gzip(name, content)
@@ -69,7 +90,9 @@ def _load(name: str, content: bytes):
     except Exception as error:  # nibabel raises many kinds for a damaged file
         raise MedFLError(f"{name} can't be read as NIfTI; copy it again") from error
     if len(stored.shape) < 3:
-        raise MedFLError(f"{name} has {len(stored.shape)} dimensions, and a scan has three; choose another file")
+        raise MedFLError(
+            f"{name} has {len(stored.shape)} dimensions, and a scan has three; choose another file"
+        )
     return stored, turned
 
 
@@ -84,7 +107,8 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def to_axial(values: np.ndarray) -> np.ndarray:
-    """(X, Y, Z, ...) from left to right, back to front, feet to head, as slices (Z, Y, X, ...) with the front at the top."""
+    """(X, Y, Z, ...) from left to right, back to front, feet to head, as slices (Z, Y, X, ...) with the front
+    at the top."""
     return np.ascontiguousarray(np.moveaxis(values, (0, 1, 2), (2, 1, 0))[:, ::-1])
 
 
@@ -97,10 +121,17 @@ def read_nifti_mask(case: Case, name: str, content: bytes) -> np.ndarray:
     """A mask of the case's shape from a NIfTI file, (S, H, W) uint8: every value above 0 is tumour."""
     values = np.asarray(_load(name, content)[1].dataobj)
     if values.dtype.names:
-        raise MedFLError(f"{str(name).rsplit('/', 1)[-1]} holds colours, and a mask holds numbers; choose the mask of this scan")
-    mask = to_axial(values[..., 0] if values.shape[3:] == (1,) else values)  # one volume may be told as a fourth dimension
+        raise MedFLError(
+            f"{str(name).rsplit('/', 1)[-1]} holds colours, and a mask holds numbers; choose the mask of "
+            f"this scan"
+        )
+    mask = to_axial(
+        values[..., 0] if values.shape[3:] == (1,) else values
+    )  # one volume may be told as a fourth dimension
     if mask.shape != case.volume.shape[:3]:
-        raise MedFLError(f"the mask has {_size(mask)} and the scan {_size(case.volume)}; choose the mask of this scan")
+        raise MedFLError(
+            f"the mask has {_size(mask)} and the scan {_size(case.volume)}; choose the mask of this scan"
+        )
     return np.where(mask > 0, np.uint8(255), np.uint8(0))
 
 
@@ -109,7 +140,8 @@ def _size(slices: np.ndarray) -> str:
 
 
 def write_nifti(case: Case, mask: np.ndarray) -> bytes:
-    """A mask (S, H, W) uint8 0/255 as .nii.gz, voxel for voxel on the scan that was uploaded, 1 where there is tumour."""
+    """A mask (S, H, W) uint8 0/255 as .nii.gz, voxel for voxel on the scan that was uploaded, 1 where there
+    is tumour."""
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
     canonical = [[0, 1], [1, 1], [2, 1]]

@@ -1,6 +1,8 @@
-"""What a reader sees of a slice: channels, window, mask as fill or outline, probability, comparison with the truth.
+"""What a reader sees of a slice: channels, window, mask as fill or outline, probability, comparison with the
+truth.
 
-Pure functions of numpy arrays. Colours are told apart by colour-blind readers (Okabe and Ito), and lines differ in style.
+Pure functions of numpy arrays. Colours are told apart by colour-blind readers (Okabe and Ito), and lines
+differ in style.
 """
 
 import io
@@ -12,8 +14,12 @@ from scipy.ndimage import binary_erosion
 
 from preprocessing import CHANNELS
 
-VIEWS = {"pre": CHANNELS.index("pre-contrast"), "FLAIR": CHANNELS.index("FLAIR"), "post": CHANNELS.index("post-contrast"),
-         "composite": None}
+VIEWS = {
+    "pre": CHANNELS.index("pre-contrast"),
+    "FLAIR": CHANNELS.index("FLAIR"),
+    "post": CHANNELS.index("post-contrast"),
+    "composite": None,
+}
 ORANGE, BLUE, YELLOW = (230, 159, 0), (86, 180, 233), (240, 228, 66)  # prediction, truth, agreement
 SHOWN = 640  # pixels that the shorter side of a picture has at least
 DASH = 8  # pixels of the shown picture
@@ -21,22 +27,35 @@ LINE = 2
 
 
 def enlargement(shape: tuple[int, int]) -> int:
-    """By how much a slice (H, W) is enlarged, a whole number, so that lines are fine and pixels stay square."""
+    """By how much a slice (H, W) is enlarged, a whole number, so that
+    lines are fine and pixels stay square."""
     return max(1, -(-SHOWN // min(shape)))
 
 
 def windowed(pixels: np.ndarray, level: float, width: float) -> np.ndarray:
     """uint8 pixels of any shape, so that level - width / 2 becomes 0 and level + width / 2 becomes 255."""
-    return ((pixels.astype(np.float32) - level) * (255 / max(width, 1)) + 127.5).clip(0, 255).round().astype(np.uint8)
+    return (
+        ((pixels.astype(np.float32) - level) * (255 / max(width, 1)) + 127.5)
+        .clip(0, 255)
+        .round()
+        .astype(np.uint8)
+    )
 
 
-def base_picture(slice_pixels: np.ndarray, view: str, level: float = 127.5, width: float = 255.0) -> np.ndarray:
-    """A slice (H, W, 3) uint8 in one of `VIEWS`, enlarged, (h, w, 3) uint8. The composite is the three as red, green, blue."""
+def base_picture(
+    slice_pixels: np.ndarray, view: str, level: float = 127.5, width: float = 255.0
+) -> np.ndarray:
+    """A slice (H, W, 3) uint8 in one of `VIEWS`, enlarged, (h, w, 3) uint8. The composite is the three as
+    red, green, blue."""
     channel = VIEWS[view]
-    chosen = slice_pixels if channel is None else np.repeat(slice_pixels[..., channel:channel + 1], 3, axis=2)
+    chosen = (
+        slice_pixels if channel is None else np.repeat(slice_pixels[..., channel : channel + 1], 3, axis=2)
+    )
     times = enlargement(chosen.shape[:2])
     picture = Image.fromarray(windowed(chosen, level, width))
-    return np.asarray(picture.resize((picture.width * times, picture.height * times), Image.Resampling.BICUBIC))
+    return np.asarray(
+        picture.resize((picture.width * times, picture.height * times), Image.Resampling.BICUBIC)
+    )
 
 
 def enlarged(mask: np.ndarray) -> np.ndarray:
@@ -52,9 +71,15 @@ def fill(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], op
     return out.round().astype(np.uint8)
 
 
-def outline(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], dashed: bool = False,
-            opacity: float = 1.0) -> np.ndarray:
-    """A picture (h, w, 3) with the edge of a mask (H, W) drawn just inside of it, solid or dashed; opacity 0 to 1."""
+def outline(
+    picture: np.ndarray,
+    mask: np.ndarray,
+    colour: tuple[int, int, int],
+    dashed: bool = False,
+    opacity: float = 1.0,
+) -> np.ndarray:
+    """A picture (h, w, 3) with the edge of a mask (H, W) drawn just inside of it, solid or dashed; opacity 0
+    to 1."""
     inside, out = enlarged(mask), picture.astype(np.float32)
     line = inside & ~binary_erosion(inside, iterations=LINE, border_value=1)
     if dashed:
@@ -65,14 +90,18 @@ def outline(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int],
 
 
 def probability_picture(probability: np.ndarray) -> np.ndarray:
-    """Probabilities (H, W) 0 to 1, enlarged, in the colours of cividis: dark blue 0, yellow 1. (h, w, 3) uint8."""
+    """Probabilities (H, W) 0 to 1, enlarged, in the colours of cividis: dark blue 0, yellow 1. (h, w, 3)
+    uint8."""
     times = enlargement(probability.shape)
-    coloured = colormaps["cividis"](np.repeat(np.repeat(probability, times, axis=0), times, axis=1), bytes=True)
+    coloured = colormaps["cividis"](
+        np.repeat(np.repeat(probability, times, axis=0), times, axis=1), bytes=True
+    )
     return np.ascontiguousarray(coloured[..., :3])
 
 
 def comparison(picture: np.ndarray, prediction: np.ndarray, truth: np.ndarray, opacity: float) -> np.ndarray:
-    """Agreement filled in yellow, false tumour in orange with a solid edge, missed tumour in blue with a dashed edge.
+    """Agreement filled in yellow, false tumour in orange with a solid edge, missed tumour in blue with a
+    dashed edge.
 
     picture: (h, w, 3); prediction, truth: (H, W), above 0 is tumour.
     """
@@ -84,7 +113,8 @@ def comparison(picture: np.ndarray, prediction: np.ndarray, truth: np.ndarray, o
 
 
 def icon() -> Image.Image:
-    """The page's icon: an orange outline on dark grey. Streamlit would fetch a named one from another server."""
+    """The page's icon: an orange outline on dark grey. Streamlit would fetch
+    a named one from another server."""
     rows, columns = np.indices((32, 32)) - 15.5
     inside = (np.hypot(rows, columns) < 12).astype(np.uint8)
     pixels = np.full((32, 32, 3), 60, np.uint8)

@@ -1,4 +1,5 @@
-"""The figures beside the picture: areas, diameters, how sure the model is, agreement with a truth, and what is downloaded."""
+"""The figures beside the picture: areas, diameters, how sure the model is, agreement with a truth, and what
+is downloaded."""
 
 import csv
 import io
@@ -18,20 +19,23 @@ from evaluation import metrics
 from inference import predict_volume, to_mask
 from transunet import TransUNet
 
-SPREAD_FLOOR = 0.05  # probability below which a pixel is background in both readings and says nothing of the doubt
+SPREAD_FLOOR = (
+    0.05  # probability below which a pixel is background in both readings and says nothing of the doubt
+)
 
 
 @dataclass
 class Prediction:
-    """What the model said of a case. probability: (S, H, W) float32; spread: (S,) float32 or None while it was not asked for."""
+    """What the model said of a case. probability: (S, H, W) float32; spread: (S,) float32 or None while it
+    was not asked for."""
 
     probability: np.ndarray
     spread: np.ndarray | None = None
 
 
 def predict_case(model: TransUNet, case: Case) -> Prediction:
-    """One pass of the model over the case; slices are normalised with those of their group, as predict.py does it. In the black
-    margins of a DICOM series, which are no scan, there is no tumour."""
+    """One pass of the model over the case; slices are normalised with those of their group, as predict.py
+    does it. In the black margins of a DICOM series, which are no scan, there is no tumour."""
     probability = _probability(model, case.volume, case.groups)
     if case.dicom is not None:
         inside, probability = probability, np.zeros_like(probability)
@@ -44,8 +48,9 @@ def _probability(model: TransUNet, volume: np.ndarray, groups: np.ndarray) -> np
 
 
 def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.ndarray:
-    """For each slice, (S,) float32: how far the probability changes on average when the slice is shown mirrored, over the
-    pixels where either reading is above 0.05; 0 where there is none. It needs a second pass."""
+    """For each slice, (S,) float32: how far the probability changes on average when the slice is shown
+    mirrored, over the pixels where either reading is above 0.05; 0 where there is none. It needs a second
+    pass."""
     mirrored = _probability(model, np.ascontiguousarray(case.volume[:, :, ::-1]), case.groups)[:, :, ::-1]
     spread = np.zeros(len(probability), np.float32)
     for number, (one, other) in enumerate(zip(probability, mirrored)):
@@ -56,10 +61,14 @@ def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.nda
 
 
 def largest_diameter(mask: np.ndarray, spacing: tuple[float, float] = (1.0, 1.0)) -> float:
-    """The longest straight line between two pixels' centres of one connected part of a mask (H, W), in pixels, or in mm with
-    the spacing of rows and columns; 0 for an empty mask or single pixels. Pixels that touch at a corner are connected."""
+    """The longest straight line between two pixels' centres of one connected part of a mask (H, W), in
+    pixels, or in mm with the spacing of rows and columns; 0 for an empty mask or single pixels. Pixels that
+    touch at a corner are connected."""
     parts, count = label(mask > 0, structure=np.ones((3, 3)))
-    return max((_diameter(np.argwhere(parts == part) * np.array(spacing)) for part in range(1, count + 1)), default=0.0)
+    return max(
+        (_diameter(np.argwhere(parts == part) * np.array(spacing)) for part in range(1, count + 1)),
+        default=0.0,
+    )
 
 
 def _diameter(points: np.ndarray) -> float:
@@ -74,17 +83,23 @@ def _diameter(points: np.ndarray) -> float:
 
 
 def slice_rows(case: Case, prediction: Prediction, threshold: float) -> list[dict]:
-    """The read-out of each slice, in the order of the case: slice, file, tumour_pixels, share_of_slice, largest_diameter_px,
-    mean_probability (inside of the mask, None where it is empty), flip_spread (None while not asked for), and with a
-    spacing tumour_mm2 and largest_diameter_mm, with a truth dice and iou (None where both are empty)."""
+    """The read-out of each slice, in the order of the case: slice, file, tumour_pixels, share_of_slice,
+    largest_diameter_px, mean_probability (inside of the mask, None where it is empty), flip_spread (None
+    while not asked for), and with a spacing tumour_mm2 and largest_diameter_mm, with a truth dice and iou
+    (None where both are empty)."""
     rows = []
     for number, probability in enumerate(prediction.probability):
         mask = to_mask(probability, threshold)
         count = int(np.count_nonzero(mask))
-        row = {"slice": number + 1, "file": case.slices[number], "tumour_pixels": count, "share_of_slice": count / mask.size,
-               "largest_diameter_px": largest_diameter(mask),
-               "mean_probability": float(probability[mask > 0].mean()) if count else None,
-               "flip_spread": None if prediction.spread is None else float(prediction.spread[number])}
+        row = {
+            "slice": number + 1,
+            "file": case.slices[number],
+            "tumour_pixels": count,
+            "share_of_slice": count / mask.size,
+            "largest_diameter_px": largest_diameter(mask),
+            "mean_probability": float(probability[mask > 0].mean()) if count else None,
+            "flip_spread": None if prediction.spread is None else float(prediction.spread[number]),
+        }
         if case.spacing:
             row["tumour_mm2"] = count * case.spacing[0] * case.spacing[1]
             row["largest_diameter_mm"] = largest_diameter(mask, case.spacing[:2])
@@ -95,20 +110,26 @@ def slice_rows(case: Case, prediction: Prediction, threshold: float) -> list[dic
 
 
 def agreement(prediction: np.ndarray, truth: np.ndarray) -> tuple[float | None, float | None]:
-    """Dice and IoU of two masks of one shape, by the rules in evaluation/metrics.py; None where both are empty."""
+    """Dice and IoU of two masks of one shape, by the rules in evaluation/metrics.py; None where both are
+    empty."""
     overlap = metrics.counts(prediction, truth)
     return (metrics.dice(*overlap), metrics.iou(*overlap)) if any(overlap) else (None, None)
 
 
 def summary(case: Case, rows: list[dict], mask: np.ndarray) -> dict:
-    """The case's figures. mask: (S, H, W) uint8. foreground_share is the tumour's share of the pixels brighter than the mean of
-    FLAIR, roughly the head; volume_cm3 and diameters in mm need a spacing; dice and iou a truth, and slices of one patient."""
+    """The case's figures. mask: (S, H, W) uint8. foreground_share is the tumour's share of the pixels
+    brighter than the mean of FLAIR, roughly the head; volume_cm3 and diameters in mm need a spacing; dice and
+    iou a truth, and slices of one patient."""
     pixels = sum(row["tumour_pixels"] for row in rows)
     flair = case.volume[..., FLAIR]
     foreground = int(np.count_nonzero(flair > flair.mean()))
-    figures = {"tumour_pixels": pixels, "foreground_share": pixels / max(foreground, 1),
-               "slices_with_tumour": sum(row["tumour_pixels"] > 0 for row in rows), "slices": len(rows),
-               "largest_diameter_px": max(row["largest_diameter_px"] for row in rows)}
+    figures = {
+        "tumour_pixels": pixels,
+        "foreground_share": pixels / max(foreground, 1),
+        "slices_with_tumour": sum(row["tumour_pixels"] > 0 for row in rows),
+        "slices": len(rows),
+        "largest_diameter_px": max(row["largest_diameter_px"] for row in rows),
+    }
     if case.spacing:
         figures["volume_cm3"] = pixels * float(np.prod(case.spacing)) / 1_000
         figures["largest_diameter_mm"] = max(row["largest_diameter_mm"] for row in rows)

@@ -14,12 +14,19 @@ DPI = 150
 LETTERS = 75  # of the title, before it is cut
 
 
-def draw_report(title: str, pictures: list[tuple[str, np.ndarray]], rows: list[dict], figures: list[tuple[str, str]],
-                card: list[tuple[str, str]], doubts: list[str]) -> bytes:
-    """The report as PNG. pictures: two of (caption, (h, w, 3) uint8); rows: `readout.slice_rows`; figures, card: (name, text)."""
+def draw_report(
+    title: str,
+    pictures: list[tuple[str, np.ndarray]],
+    rows: list[dict],
+    figures: list[tuple[str, str]],
+    card: list[tuple[str, str]],
+    doubts: list[str],
+) -> bytes:
+    """The report as PNG. pictures: two of (caption, (h, w, 3) uint8); rows: `readout.slice_rows`; figures,
+    card: (name, text)."""
     page = Figure(figsize=PAGE, dpi=DPI, facecolor="white")
     page.text(0.07, 0.955, "MedFL: tumour segmentation", fontsize=17, weight="bold")
-    title = title if len(title) <= LETTERS else f"{title[:LETTERS - 20]}…{title[-18:]}"
+    title = title if len(title) <= LETTERS else f"{title[: LETTERS - 20]}…{title[-18:]}"
     page.text(0.07, 0.935, title, fontsize=10, color="#444444")
     page.text(0.07, 0.912, NOTICE, fontsize=10, weight="bold", color="#8A1C00")
     for place, (caption, pixels) in enumerate(pictures):
@@ -31,7 +38,9 @@ def draw_report(title: str, pictures: list[tuple[str, np.ndarray]], rows: list[d
     if len(rows) > 1:
         top = 0.37
         chart = page.add_axes((0.12, 0.425, 0.81, 0.09))
-        chart.bar([row["slice"] for row in rows], [row["tumour_pixels"] for row in rows], color=ORANGE, width=0.8)
+        chart.bar(
+            [row["slice"] for row in rows], [row["tumour_pixels"] for row in rows], color=ORANGE, width=0.8
+        )
         chart.xaxis.get_major_locator().set_params(integer=True)
         chart.set_xlabel("slice", fontsize=8)
         chart.set_ylabel("tumour pixels", fontsize=8)
@@ -47,7 +56,9 @@ def draw_report(title: str, pictures: list[tuple[str, np.ndarray]], rows: list[d
     return file.getvalue()
 
 
-def _table(page: Figure, left: float, top: float, title: str, rows: list[tuple[str, str]], indent: float, width: int) -> None:
+def _table(
+    page: Figure, left: float, top: float, title: str, rows: list[tuple[str, str]], indent: float, width: int
+) -> None:
     """Subjects, and after `indent` their texts wrapped to `width` letters, from `top` downwards."""
     page.text(left, top, title, fontsize=11, weight="bold")
     height = top - 0.02

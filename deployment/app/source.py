@@ -12,8 +12,8 @@ from radiology.series import Series
 class Source:
     """The series that a case's slices were made of, and how to get back onto its grid.
 
-    series: FLAIR, its files in memory; grid: an empty image on it; margins: black rows above and black columns on the left
-    that made the slices square, and the rows and columns in between.
+    series: FLAIR, its files in memory; grid: an empty image on it; margins: black rows above and black
+    columns on the left that made the slices square, and the rows and columns in between.
     """
 
     series: Series
@@ -23,4 +23,4 @@ class Source:
     def within(self, slices: np.ndarray) -> np.ndarray:
         """A view of slices (S, H, W) without the margins."""
         above, left, below, right = self.margins
-        return slices[:, above:slices.shape[1] - below, left:slices.shape[2] - right]
+        return slices[:, above : slices.shape[1] - below, left : slices.shape[2] - right]

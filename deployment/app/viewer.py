@@ -1,4 +1,5 @@
-"""The open case: picture, controls, figures and downloads. Runs by itself when a control moves, without the model."""
+"""The open case: picture, controls, figures and downloads. Runs by itself when a control moves, without the
+model."""
 
 import altair as alt
 import numpy as np
@@ -11,22 +12,43 @@ from common import MedFLError
 from deployment.app.case import Case
 from deployment.app.cases import add_truth
 from deployment.app.nifti import write_nifti
-from deployment.app.pictures import BLUE, ORANGE, VIEWS, base_picture, comparison, fill, outline, png, probability_picture
-from deployment.app.readout import Prediction, csv_text, flip_spread, mask_name, slice_rows, summary, zip_masks
+from deployment.app.pictures import (
+    BLUE,
+    ORANGE,
+    VIEWS,
+    base_picture,
+    comparison,
+    fill,
+    outline,
+    png,
+    probability_picture,
+)
+from deployment.app.readout import (
+    Prediction,
+    csv_text,
+    flip_spread,
+    mask_name,
+    slice_rows,
+    summary,
+    zip_masks,
+)
 from deployment.app.report import draw_report
 from inference import to_mask
 from transunet import TransUNet
 
 OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "truth"
-LEGENDS = {OUTLINE: "Solid orange line: what the model takes for tumour.", FILL: "Orange: what the model takes for tumour.",
-           PROBABILITY: "Dark blue is probability 0, yellow is 1.",
-           COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone."}
+LEGENDS = {
+    OUTLINE: "Solid orange line: what the model takes for tumour.",
+    FILL: "Orange: what the model takes for tumour.",
+    PROBABILITY: "Dark blue is probability 0, yellow is 1.",
+    COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone.",
+}
 MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "dcm"]
 
 
 def take_uploads(uploads: list) -> list[tuple[str, bytes]]:
-    """(name, content) of Streamlit's uploaded files. Streamlit would keep their bytes until the session ends, upload after
-    upload; so they are taken out of its store (a call that is not public API)."""
+    """(name, content) of Streamlit's uploaded files. Streamlit would keep their bytes until the session ends,
+    upload after upload; so they are taken out of its store (a call that is not public API)."""
     files = [(upload.name, upload.getvalue()) for upload in uploads]
     if run := get_script_run_ctx():
         for upload in uploads:
@@ -66,18 +88,46 @@ def controls(case: Case, default_threshold: float) -> dict:
     state = st.session_state
     overlays = [OUTLINE, FILL, PROBABILITY] + ([COMPARISON] if case.truth is not None else [])
     view = st.segmented_control("Channel", list(VIEWS), default="FLAIR", required=True, wrap=True, key="view")
-    overlay = st.segmented_control("Overlay", overlays, default=OUTLINE, required=True, wrap=True, key="overlay")
-    st.button("Show the overlay" if state.get("hidden") else "Hide the overlay", shortcut="o", key="toggle",
-              on_click=lambda: state.update(hidden=not state.get("hidden")))
-    opacity = st.slider("Opacity", 0.0, 1.0, 0.5, 0.05, key="opacity", disabled=overlay not in (FILL, COMPARISON),
-                        help="Of the overlays fill and truth.")
-    threshold = st.slider("Threshold of the probability", 0.05, 0.95, default_threshold, 0.05, key="threshold",
-                          help="A pixel counts as tumour from this probability on. The model is not run again.")
+    overlay = st.segmented_control(
+        "Overlay", overlays, default=OUTLINE, required=True, wrap=True, key="overlay"
+    )
+    st.button(
+        "Show the overlay" if state.get("hidden") else "Hide the overlay",
+        shortcut="o",
+        key="toggle",
+        on_click=lambda: state.update(hidden=not state.get("hidden")),
+    )
+    opacity = st.slider(
+        "Opacity",
+        0.0,
+        1.0,
+        0.5,
+        0.05,
+        key="opacity",
+        disabled=overlay not in (FILL, COMPARISON),
+        help="Of the overlays fill and truth.",
+    )
+    threshold = st.slider(
+        "Threshold of the probability",
+        0.05,
+        0.95,
+        default_threshold,
+        0.05,
+        key="threshold",
+        help="A pixel counts as tumour from this probability on. The model is not run again.",
+    )
     with st.expander("Window and level"):
         level = st.slider("Level", 0, 255, 128, key="level")
         width = st.slider("Window width", 1, 510, 255, key="width")
-    return {"view": view or "FLAIR", "overlay": overlay if overlay in overlays else OUTLINE, "hidden": bool(state.get("hidden")),
-            "opacity": opacity, "threshold": threshold, "level": level, "width": width}
+    return {
+        "view": view or "FLAIR",
+        "overlay": overlay if overlay in overlays else OUTLINE,
+        "hidden": bool(state.get("hidden")),
+        "opacity": opacity,
+        "threshold": threshold,
+        "level": level,
+        "width": width,
+    }
 
 
 def choose_slice(rows: list[dict], count: int) -> int:
@@ -92,15 +142,28 @@ def choose_slice(rows: list[dict], count: int) -> int:
             state.slice = int(picked[0]["slice"])
 
     number = st.slider("Slice", 1, count, key="slice")
-    table = pd.DataFrame({"slice": [row["slice"] for row in rows], "tumour pixels": [row["tumour_pixels"] for row in rows]})
-    bars = alt.Chart(table).mark_bar(cursor="pointer").encode(
-        x=alt.X("slice:O", axis=alt.Axis(labelAngle=0, labelOverlap=True), title=None),
-        y=alt.Y("tumour pixels:Q", title="tumour px"),
-        color=alt.condition(alt.datum.slice == number, alt.value(_css(ORANGE)), alt.value(_css(BLUE))),
-        tooltip=["slice", "tumour pixels"],
-    ).add_params(alt.selection_point(name="picked", fields=["slice"])).properties(height=170)
-    st.altair_chart(bars, key="areas", on_select=jump, selection_mode="picked",
-                    alt=f"Tumour area in each of {count} slices, slice {number} marked; the slider above does the same")
+    table = pd.DataFrame(
+        {"slice": [row["slice"] for row in rows], "tumour pixels": [row["tumour_pixels"] for row in rows]}
+    )
+    bars = (
+        alt.Chart(table)
+        .mark_bar(cursor="pointer")
+        .encode(
+            x=alt.X("slice:O", axis=alt.Axis(labelAngle=0, labelOverlap=True), title=None),
+            y=alt.Y("tumour pixels:Q", title="tumour px"),
+            color=alt.condition(alt.datum.slice == number, alt.value(_css(ORANGE)), alt.value(_css(BLUE))),
+            tooltip=["slice", "tumour pixels"],
+        )
+        .add_params(alt.selection_point(name="picked", fields=["slice"]))
+        .properties(height=170)
+    )
+    st.altair_chart(
+        bars,
+        key="areas",
+        on_select=jump,
+        selection_mode="picked",
+        alt=f"Tumour area in each of {count} slices, slice {number} marked; the slider above does the same",
+    )
     return number
 
 
@@ -126,23 +189,33 @@ def show_picture(case: Case, prediction: Prediction, masks: np.ndarray, number: 
     """The picture of a slice, and under it what is to be seen."""
     found = int(np.count_nonzero(masks[number - 1]))
     said = f"{found:,} pixels marked as tumour" if found else "no tumour found"
-    st.image(draw(case, prediction, masks, number - 1, look), width="stretch",
-             alt=f"{case.name}, slice {number} of {len(case.slices)}, {look['view']}: {said}")
+    st.image(
+        draw(case, prediction, masks, number - 1, look),
+        width="stretch",
+        alt=f"{case.name}, slice {number} of {len(case.slices)}, {look['view']}: {said}",
+    )
     legend = "Overlay hidden (press o)." if look["hidden"] else LEGENDS[look["overlay"]]
     st.caption(f"Slice {number} of {len(case.slices)} ({case.slices[number - 1]}): {said}. {legend}")
 
 
 def figure_texts(case: Case, figures: dict) -> list[tuple[str, str]]:
     """The case's figures in words."""
-    texts = [("Tumour", f"{figures['tumour_pixels']:,} pixels"),
-             ("Slices with tumour", f"{figures['slices_with_tumour']} of {figures['slices']}"),
-             ("Share of the head", f"{100 * figures['foreground_share']:.1f} %"),
-             ("Largest diameter", f"{figures['largest_diameter_px']:.1f} pixels")]
+    texts = [
+        ("Tumour", f"{figures['tumour_pixels']:,} pixels"),
+        ("Slices with tumour", f"{figures['slices_with_tumour']} of {figures['slices']}"),
+        ("Share of the head", f"{100 * figures['foreground_share']:.1f} %"),
+        ("Largest diameter", f"{figures['largest_diameter_px']:.1f} pixels"),
+    ]
     if case.spacing:
-        texts += [("Volume", f"{figures['volume_cm3']:.1f} cm³"),
-                  ("Largest diameter in mm", f"{figures['largest_diameter_mm']:.1f} mm")]
+        texts += [
+            ("Volume", f"{figures['volume_cm3']:.1f} cm³"),
+            ("Largest diameter in mm", f"{figures['largest_diameter_mm']:.1f} mm"),
+        ]
     if figures.get("dice") is not None:
-        texts += [("Dice with the truth", f"{figures['dice']:.3f}"), ("IoU with the truth", f"{figures['iou']:.3f}")]
+        texts += [
+            ("Dice with the truth", f"{figures['dice']:.3f}"),
+            ("IoU with the truth", f"{figures['iou']:.3f}"),
+        ]
     return texts
 
 
@@ -157,11 +230,15 @@ def show_figures(case: Case, row: dict, figures: dict) -> None:
         said.append(f"change of the probability when mirrored {row['flip_spread']:.2f}")
     if row.get("dice") is not None:
         said.append(f"Dice {row['dice']:.3f}, IoU {row['iou']:.3f}")
-    st.caption(f"Slice {row['slice']}: {'; '.join(said)}. The probability is the network's own, not a measured chance of its "
-               "being right.")
+    st.caption(
+        f"Slice {row['slice']}: {'; '.join(said)}. The probability is the network's own, not a measured "
+        f"chance of its "
+        "being right."
+    )
 
 
-# Streamlit keeps a widget's callback longer than the widget. So these are no closures: they would keep a closed case alive.
+# Streamlit keeps a widget's callback longer than the widget. So these are no closures: they would keep a
+# closed case alive.
 
 
 def take_spacing() -> None:
@@ -195,36 +272,75 @@ def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
     if not case.measured:
         with st.expander("Pixel size in mm"):
             st.caption("Volumes in cm³ and diameters in mm are shown where both are known.")
-            st.number_input("Side of a pixel (mm)", 0.0, 10.0, step=0.05, key="pixel_size", on_change=take_spacing)
-            st.number_input("Distance of slices (mm)", 0.0, 20.0, step=0.5, key="slice_distance", on_change=take_spacing)
+            st.number_input(
+                "Side of a pixel (mm)", 0.0, 10.0, step=0.05, key="pixel_size", on_change=take_spacing
+            )
+            st.number_input(
+                "Distance of slices (mm)", 0.0, 20.0, step=0.5, key="slice_distance", on_change=take_spacing
+            )
     with st.expander("Compare with a truth", expanded=bool(state.get("truth_refusal"))):
-        st.file_uploader("Masks (NAME_mask.png, 0 and 255) of this case's slices", MASK_KINDS, accept_multiple_files=True,
-                         key=f"truth-{state.get('truths', 0)}", on_change=take_truth)
+        st.file_uploader(
+            "Masks (NAME_mask.png, 0 and 255) of this case's slices",
+            MASK_KINDS,
+            accept_multiple_files=True,
+            key=f"truth-{state.get('truths', 0)}",
+            on_change=take_truth,
+        )
         if state.get("truth_refusal"):
             st.error(state.truth_refusal)
     if prediction.spread is None:
-        st.button("Read the mirrored slices as well", key="mirror", on_click=read_mirrored, args=(checkpoint.model,),
-                  help="A second pass over all slices. Where the two readings differ, the model is not sure.")
+        st.button(
+            "Read the mirrored slices as well",
+            key="mirror",
+            on_click=read_mirrored,
+            args=(checkpoint.model,),
+            help="A second pass over all slices. Where the two readings differ, the model is not sure.",
+        )
 
 
-def downloads(case: Case, probability: np.ndarray, masks: np.ndarray, rows: list[dict], figures: list[tuple[str, str]],
-              number: int, card: list[tuple[str, str]], doubts: list[str]) -> None:
-    """What the reader can take along; each is made when it is asked for, in a thread that can't see the session."""
+def downloads(
+    case: Case,
+    probability: np.ndarray,
+    masks: np.ndarray,
+    rows: list[dict],
+    figures: list[tuple[str, str]],
+    number: int,
+    card: list[tuple[str, str]],
+    doubts: list[str],
+) -> None:
+    """What the reader can take along; each is made when it is asked for, in a thread that can't see the
+    session."""
 
     def report() -> bytes:
         index = int(np.argmax([row["tumour_pixels"] for row in rows]))
         slices = "one slice" if len(rows) == 1 else f"{len(rows)} slices"
         picture = outline(base_picture(case.volume[index], "FLAIR"), masks[index], ORANGE)
-        pictures = [(f"slice {index + 1}, FLAIR, mask outlined", picture),
-                    ("probability, 0 dark blue to 1 yellow", probability_picture(probability[index]))]
+        pictures = [
+            (f"slice {index + 1}, FLAIR, mask outlined", picture),
+            ("probability, 0 dark blue to 1 yellow", probability_picture(probability[index])),
+        ]
         return draw_report(f"{case.name}, {slices}", pictures, rows, figures, card, doubts)
 
-    offers = [("Mask of this slice", lambda: png(masks[number - 1]), mask_name(case.slices[number - 1]), "image/png"),
-              ("All masks (ZIP)", lambda: zip_masks(case, masks, rows), f"{case.name}_masks.zip", "application/zip"),
-              ("Figures (CSV)", lambda: csv_text(rows), f"{case.name}.csv", "text/csv"),
-              ("Report (PNG)", report, f"{case.name}_report.png", "image/png")]
+    offers = [
+        (
+            "Mask of this slice",
+            lambda: png(masks[number - 1]),
+            mask_name(case.slices[number - 1]),
+            "image/png",
+        ),
+        (
+            "All masks (ZIP)",
+            lambda: zip_masks(case, masks, rows),
+            f"{case.name}_masks.zip",
+            "application/zip",
+        ),
+        ("Figures (CSV)", lambda: csv_text(rows), f"{case.name}.csv", "text/csv"),
+        ("Report (PNG)", report, f"{case.name}_report.png", "image/png"),
+    ]
     if case.nifti is not None:
-        offers.append(("Mask (NIfTI)", lambda: write_nifti(case, masks), f"{case.name}_mask.nii.gz", "application/gzip"))
+        offers.append(
+            ("Mask (NIfTI)", lambda: write_nifti(case, masks), f"{case.name}_mask.nii.gz", "application/gzip")
+        )
     if case.dicom is not None:
         offers += dicom_offers(case, masks)
     st.subheader("Download")
@@ -234,12 +350,31 @@ def downloads(case: Case, probability: np.ndarray, masks: np.ndarray, rows: list
 
 
 def dicom_offers(case: Case, masks: np.ndarray) -> list[tuple]:
-    """What a case of DICOM gives besides: the mask over its source series, unless it is empty, and as NIfTI."""
-    from deployment.app.dicom import has_nifti, write_segmentation, write_series_nifti  # radiology/ is optional
+    """What a case of DICOM gives besides: the mask over its source series,
+    unless it is empty, and as NIfTI."""
+    from deployment.app.dicom import (
+        has_nifti,
+        write_segmentation,
+        write_series_nifti,
+    )  # radiology/ is optional
 
     offers = []
     if masks.any() and case.dicom.series.frame_of_reference:  # an empty DICOM SEG can't be shown
-        offers.append(("Mask (DICOM SEG)", lambda: write_segmentation(case, masks), "medfl_mask.dcm", "application/dicom"))
+        offers.append(
+            (
+                "Mask (DICOM SEG)",
+                lambda: write_segmentation(case, masks),
+                "medfl_mask.dcm",
+                "application/dicom",
+            )
+        )
     if has_nifti():
-        offers.append(("Mask (NIfTI)", lambda: write_series_nifti(case, masks), f"{case.name}_mask.nii.gz", "application/gzip"))
+        offers.append(
+            (
+                "Mask (NIfTI)",
+                lambda: write_series_nifti(case, masks),
+                f"{case.name}_mask.nii.gz",
+                "application/gzip",
+            )
+        )
     return offers

@@ -1,4 +1,5 @@
-"""The hospital's side of a federation: Flower's ClientApp. It runs in the folder that run_client.py made for it."""
+"""The hospital's side of a federation: Flower's ClientApp. It runs in the folder that run_client.py made for
+it."""
 
 import json
 import traceback
@@ -24,19 +25,22 @@ from federation.protocol.settings import approval, from_json, unusual
 from federation.protocol.weights import array_record, to_record
 
 MEMORY = "model.pt"
-SECRETS = "secure"  # the record in Flower's memory of this hospital, where secrets of a round are kept between its messages
+# the record in Flower's memory of this hospital, where secrets of a round are kept between its messages
+SECRETS = "secure"
 
 Handle = Callable[[Message, Context], Message]
 Before = Callable[[Message, Context, Handle], Message]
 
 
-def make_app(folder_of: Callable[[Context], Path] = lambda context: Path(),
-             before: Before = lambda incoming, context, handle: handle(incoming, context)) -> ClientApp:
+def make_app(
+    folder_of: Callable[[Context], Path] = lambda context: Path(),
+    before: Before = lambda incoming, context, handle: handle(incoming, context),
+) -> ClientApp:
     """The app.
 
     Args:
-        folder_of: gives a hospital's folder, where it finds who it is; run_client.py starts it in that folder.
-        before: gets each message first, with the function that handles it.
+        folder_of: gives a hospital's folder, where it finds who it is; run_client.py starts it in that
+        folder. before: gets each message first, with the function that handles it.
     """
 
     def hospital(settings: str, context: Context) -> Hospital:
@@ -61,7 +65,9 @@ def make_app(folder_of: Callable[[Context], Path] = lambda context: Path(),
             answer = secure_stage(asked, incoming.metadata.dst_node_id, context)
         elif isinstance(asked, Over):
             code, sentence = ENDS[asked.code]
-            write_json(folder_of(context) / ENDED, {"exit": code, "sentence": sentence.format(detail=asked.detail)})
+            write_json(
+                folder_of(context) / ENDED, {"exit": code, "sentence": sentence.format(detail=asked.detail)}
+            )
         return Message(message(answer), reply_to=incoming)
 
     @app.train()
@@ -94,29 +100,37 @@ def request(kind: type[Kind], about: dict) -> Kind:
     try:
         return parse(kind, about, "the server's message")
     except MedFLError as error:
-        raise HospitalError(Failure.PROTOCOL, f"{error}; nothing was done: use the same version of MedFL on both sides") from error
+        raise HospitalError(
+            Failure.PROTOCOL, f"{error}; nothing was done: use the same version of MedFL on both sides"
+        ) from error
 
 
 def query_of(about: dict) -> Typed:
     """What a query asks for. Raises HospitalError where it can't be understood."""
     kind = QUERIES.get(about.get("query", ""))
     if kind is None:
-        raise HospitalError(Failure.PROTOCOL, "the server asked something that this MedFL does not know; use the same version "
-                            "on both sides")
+        raise HospitalError(
+            Failure.PROTOCOL,
+            "the server asked something that this MedFL does not know; use the same version on both sides",
+        )
     return request(kind, about)
 
 
 def check_consent(settings: str, identity: Identity) -> None:
-    """Raises HospitalError where this hospital has not approved its code with these settings, as messages carry them."""
+    """Raises HospitalError where this hospital has not approved its code with these settings, as messages
+    carry them."""
     wanted = approval(identity.code, settings)
     if identity.approved is not None and wanted not in identity.approved:
-        raise HospitalError(Failure.CONSENT, f"code and settings {wanted} are not approved (settings: {unusual(settings)}); "
-                            f"if you agree to them, start again with --approve {wanted}")
+        raise HospitalError(
+            Failure.CONSENT,
+            f"code and settings {wanted} are not approved (settings: {unusual(settings)}); "
+            f"if you agree to them, start again with --approve {wanted}",
+        )
 
 
 def app_for(code: str) -> ClientApp:
-    """The app for messages of a server whose bundle has this SHA-256: this one, or, if it is not the bundle that the MedFL
-    here makes, one that does nothing and says so."""
+    """The app for messages of a server whose bundle has this SHA-256: this one, or, if it is not the bundle
+    that the MedFL here makes, one that does nothing and says so."""
     here = Identity.load(Path())
     if code == here.code:
         return app
@@ -127,9 +141,12 @@ def app_for(code: str) -> ClientApp:
             return handle(incoming, context)
         versions = about.get("versions")
         theirs = str(versions.get("medfl"))[:32] if isinstance(versions, dict) else "of an unknown version"
-        raise HospitalError(Failure.CODE, f"the server's code is MedFL {theirs} ({code[:12]}...) and the one installed here is "
-                            f"MedFL {here.medfl} ({here.code[:12]}...); nothing of it was run; install the server's version, "
-                            "after a look at what changed")
+        raise HospitalError(
+            Failure.CODE,
+            f"the server's code is MedFL {theirs} ({code[:12]}...) and the one installed here is "
+            f"MedFL {here.medfl} ({here.code[:12]}...); nothing of it was run; install the server's version, "
+            "after a look at what changed",
+        )
 
     return make_app(before=refuse)
 
@@ -143,10 +160,16 @@ def guard(incoming: Message, context: Context, handle: Handle, identity: Identit
     except MedFLError as error:
         failure, text = Failure.TRAINING, str(error)
     except (MemoryError, OSError) as error:
-        failure, text = Failure.RESOURCES, f"out of memory or disk ({error}); free some, the server asks again"
+        failure, text = (
+            Failure.RESOURCES,
+            f"out of memory or disk ({error}); free some, the server asks again",
+        )
     except RuntimeError as error:  # torch's name for many things
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            failure, text = Failure.RESOURCES, f"out of memory ({error}); a smaller --batch-size at the server needs less"
+            failure, text = (
+                Failure.RESOURCES,
+                f"out of memory ({error}); a smaller --batch-size at the server needs less",
+            )
         else:
             failure, text = Failure.BUG, traceback.format_exc()
     except Exception:
@@ -162,18 +185,28 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
         return identity.introduction()  # there is no such share; the server says so
     ours, theirs = identity.introduction().versions["torch"], asked.versions.get("torch")
     if ours != theirs:
-        say(f"this hospital runs torch {ours} and the server {theirs}; that is allowed, and figures may differ a little")
+        say(
+            f"this hospital runs torch {ours} and the server {theirs}; that is allowed, and figures may "
+            f"differ a little"
+        )
     mine = hospital()
     say(f"code and settings: {approval(identity.code, asked.settings)} (settings: {unusual(asked.settings)})")
     facts = mine.facts()
     parts = facts.parts
-    say(f"joined as {identity.label}: {facts.data}, patients: {parts['train'].patients} train, {parts['val'].patients} "
-        f"validate, {parts['test'].patients} kept for the test; waiting for the first round")
+    say(
+        f"joined as {identity.label}: {facts.data}, patients: {parts['train'].patients} train, "
+        f"{parts['val'].patients} "
+        f"validate, {parts['test'].patients} kept for the test; waiting for the first round"
+    )
     if mine.budget:
         noise = mine.planned_noise(asked.run)
         noise_said = "" if noise is None else f"noise of {noise:.3g} clips; "
-        say(f"promised to the patients: epsilon {mine.budget.epsilon:g} at delta {mine.budget.delta:g}, of which "
-            f"{mine.budget.spent:.3g} is spent; {noise_said}only the last layers are trained, and the server gets no scores")
+        say(
+            f"promised to the patients: epsilon {mine.budget.epsilon:g} at delta {mine.budget.delta:g}, of "
+            f"which "
+            f"{mine.budget.spent:.3g} is spent; {noise_said}only the last layers are trained, and the "
+            f"server gets no scores"
+        )
     return facts
 
 
@@ -186,17 +219,31 @@ def one_round(task: Train, hospital: Hospital, arrays: ArrayRecord) -> tuple[Tra
     loss = f"loss {work.train_loss:.3f} " if work.train_loss is not None else ""
     spent = ""
     if hospital.budget:
-        spent = f"; epsilon {work.patient_epsilon:.3g} of the {hospital.budget.epsilon:g} promised to the patients is spent"
-    say(f"round {task.round} of {hospital.federation.rounds}: {scored}trained, {loss}over {work.examples} slices "
-        f"in {work.seconds:.0f} s{spent}")
-    told = {**asdict(hospital.told(score)), **asdict(work), "seconds": work.seconds + score.seconds, "round": task.round}
+        whole = hospital.budget.epsilon
+        spent = f"; epsilon {work.patient_epsilon:.3g} of the {whole:g} promised to the patients is spent"
+    say(
+        f"round {task.round} of {hospital.federation.rounds}: {scored}trained, {loss}over {work.examples} "
+        f"slices "
+        f"in {work.seconds:.0f} s{spent}"
+    )
+    told = {
+        **asdict(hospital.told(score)),
+        **asdict(work),
+        "seconds": work.seconds + score.seconds,
+        "round": task.round,
+    }
     return Trained(**told), update
 
 
 @contextmanager
 def party(context: Context) -> Iterator[Party]:
-    """This hospital's part in the secure aggregation; what becomes of it is kept. Steps that it refuses become HospitalErrors."""
-    mine = Party(**json.loads(str(context.state.config_records[SECRETS]["json"]))) if SECRETS in context.state else Party()
+    """This hospital's part in the secure aggregation; what becomes of it is kept. Steps that it refuses
+    become HospitalErrors."""
+    mine = (
+        Party(**json.loads(str(context.state.config_records[SECRETS]["json"])))
+        if SECRETS in context.state
+        else Party()
+    )
     try:
         yield mine
     except MedFLError as error:
@@ -216,9 +263,12 @@ def secure_stage(asked: Keys | Shares | Unmask, node: int, context: Context) -> 
 
 
 def masked(task: Train, update: torch.Tensor, examples: int, limit: float, context: Context) -> np.ndarray:
-    """The weighted update under its masks, (n,) uint32. Raises HospitalError where the message does not say what is needed."""
+    """The weighted update under its masks, (n,) uint32. Raises HospitalError where the message does not say
+    what is needed."""
     if task.sealed is None or not task.most:
-        raise HospitalError(Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares")
+        raise HospitalError(
+            Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares"
+        )
     with party(context) as mine:
         return mine.masked(task.sealed, update, min(1.0, examples / task.most), limit, [task.run, task.round])
 

@@ -11,8 +11,9 @@ from split import PARTS, make_split, split_for
 class HospitalData:
     """A hospital's scans and their split. Raises MedFLError for data that can't be used.
 
-    Attributes: dataset; split: of this hospital's patients; split_sha256, partition_sha256: of the whole dataset where
-    it is divided, None with own data, because a hash of own patients' names would say something of them.
+    Attributes: dataset; split: of this hospital's patients; split_sha256, partition_sha256: of the whole
+    dataset where it is divided, None with own data, because a hash of own patients' names would say something
+    of them.
     """
 
     dataset: Dataset
@@ -20,22 +21,30 @@ class HospitalData:
     partition_sha256: str | None = None
 
     def __init__(self, identity: Identity, settings: FederationSettings, seed: int):
-        self.dataset = load_dataset(identity.data, identity.label if identity.own_data else None, progress=False)
+        self.dataset = load_dataset(
+            identity.data, identity.label if identity.own_data else None, progress=False
+        )
         sites = {p.name: p.site for p in self.dataset.patients}
         fractions = (settings.val_fraction, settings.test_fraction)
         if identity.cid is None:
             self.split = split_for(identity.file("split.json"), sites, seed, *fractions)
             return
         split = make_split(sites, seed, *fractions)
-        partition = make_partition(self.dataset.table, split, settings.partition, settings.clients, settings.alpha, seed)
+        partition = make_partition(
+            self.dataset.table, split, settings.partition, settings.clients, settings.alpha, seed
+        )
         self.split = partition.hospitals[identity.cid]
         self.split_sha256, self.partition_sha256 = split.sha256(), partition.sha256()
 
     def parts(self) -> dict[str, Part]:
         """How many patients and slices each part of the split has."""
         slices = self.dataset.table.set_index("patient")["slices"]
-        return {part: Part(patients=len(self.split.part(part)), slices=int(slices[list(self.split.part(part))].sum()))
-                for part in PARTS}
+        return {
+            part: Part(
+                patients=len(self.split.part(part)), slices=int(slices[list(self.split.part(part))].sum())
+            )
+            for part in PARTS
+        }
 
     def images(self) -> Images | None:
         """What the training images look like on average; None of too few patients."""

@@ -1,4 +1,5 @@
-"""What a hospital does with a message: say who it is, score the model that came, train it, give back the update."""
+"""What a hospital does with a message: say who it is, score the model that came, train it, give back the
+update."""
 
 import time
 from dataclasses import asdict, dataclass, replace
@@ -68,7 +69,9 @@ class Hospital:
         HospitalError: bad data, or settings with which the promise to the patients can't be kept.
     """
 
-    def __init__(self, identity: Identity, training: TrainingSettings, federation: FederationSettings, memory: Path):
+    def __init__(
+        self, identity: Identity, training: TrainingSettings, federation: FederationSettings, memory: Path
+    ):
         self.began = time.monotonic()
         self.identity, self.training, self.federation, self.memory = identity, training, federation, memory
         if identity.shared_cores:  # more threads than cores slow all down
@@ -90,16 +93,22 @@ class Hospital:
         except MedFLError as error:
             raise HospitalError(Failure.PRIVACY, str(error)) from error
         if self.training.norm == "batch":
-            raise HospitalError(Failure.PRIVACY, "with BatchNorm a patient changes what the others' scans teach, and no "
-                                "privacy of patients can be promised; the server has to start with --norm group")
+            raise HospitalError(
+                Failure.PRIVACY,
+                "with BatchNorm a patient changes what the others' scans teach, and no "
+                "privacy of patients can be promised; the server has to start with --norm group",
+            )
         if budget.delta * len(self.data.split.train) >= 1:
-            raise HospitalError(Failure.PRIVACY, f"--dp-sgd-delta {budget.delta:g} would allow to tell all of one of the "
-                                f"{len(self.data.split.train)} patients; choose one far below 1 / patients")
+            raise HospitalError(
+                Failure.PRIVACY,
+                f"--dp-sgd-delta {budget.delta:g} would allow to tell all of one of the "
+                f"{len(self.data.split.train)} patients; choose one far below 1 / patients",
+            )
         return budget
 
     def planned_noise(self, run: str) -> float | None:
-        """The noise, in clips, with which all rounds of a run stay within the patients' budget; None without one, and
-        where the run has begun."""
+        """The noise, in clips, with which all rounds of a run stay within the patients' budget; None without
+        one, and where the run has begun."""
         if self.budget is None or self.budget.has_begun(run):
             return None
         try:
@@ -109,15 +118,23 @@ class Hospital:
             raise HospitalError(Failure.PRIVACY, str(error)) from error
 
     def facts(self) -> Facts:
-        """What the server learns at joining: label, versions, counts, hashes, and what the images look like on average."""
-        return Facts(**self.identity.introduction().model_dump(), own_data=self.identity.own_data,
-                     data=self.data.dataset.name, parts=self.data.parts(),
-                     images=None if self.budget else self.data.images(), device=self.device.type,
-                     split_sha256=self.data.split_sha256, partition_sha256=self.data.partition_sha256,
-                     patient_privacy=self.identity.patient_privacy)
+        """What the server learns at joining: label, versions, counts, hashes, and what the images look like
+        on average."""
+        return Facts(
+            **self.identity.introduction().model_dump(),
+            own_data=self.identity.own_data,
+            data=self.data.dataset.name,
+            parts=self.data.parts(),
+            images=None if self.budget else self.data.images(),
+            device=self.device.type,
+            split_sha256=self.data.split_sha256,
+            partition_sha256=self.data.partition_sha256,
+            patient_privacy=self.identity.patient_privacy,
+        )
 
     def received(self, task: Task, arrays: ArrayRecord) -> TransUNet:
-        """The network with the weights that came; parts that the message is without are those that are here."""
+        """The network with the weights that came; parts that the message is
+        without are those that are here."""
         model = TransUNet(self.training.model, self.training.image_size, self.training.norm)
         weights = from_record(arrays, self.federation.update_dtype)
         if task.without:
@@ -128,14 +145,16 @@ class Hospital:
             if own := self._norms(task.run).before(number):
                 weights[norm_mask(model)] = own.last
         model.load_state_dict(unpack(weights, model.state_dict()))
-        if self.federation.keep_norm_local or self.training.freeze_encoder_epochs:  # the next may bring only a part
+        if (
+            self.federation.keep_norm_local or self.training.freeze_encoder_epochs
+        ):  # the next may bring only a part
             with atomic_write(self.memory, private=True) as file:
                 torch.save(weights, file)
         return model.to(self.device, memory_format=torch.channels_last)
 
     def score(self, model: TransUNet) -> Scored:
-        """The model's mean volume Dice over the validation patients. Own data of fewer than 3 give none: a mean of one or
-        two is a figure of a patient."""
+        """The model's mean volume Dice over the validation patients. Own data of fewer than 3 give none: a
+        mean of one or two is a figure of a patient."""
         began, patients = time.monotonic(), self.data.split.val
         if not patients or (self.identity.own_data and len(patients) < SMALLEST_GROUP):
             return Scored()
@@ -147,8 +166,8 @@ class Hospital:
         return Scored(seconds=score.seconds) if self.budget else score
 
     def finish(self, model: TransUNet, task: Task) -> Scored:
-        """Score the federation's last model. Where normalisation layers stayed here, it is one of this hospital's own,
-        with its layers averaged over the rounds, and it is written down."""
+        """Score the federation's last model. Where normalisation layers stayed here, it is one of this
+        hospital's own, with its layers averaged over the rounds, and it is written down."""
         self._moments(task.run).forget()
         own = self._norms(task.run).before(None) if self.federation.keep_norm_local else None
         if own is None:
@@ -168,7 +187,8 @@ class Hospital:
             aggregation, what changed.
 
         Raises:
-            HospitalError: the message asks for what the settings don't provide for, the data changed, the time is over,
+            HospitalError: the message asks for what the settings don't provide for, the data changed, the
+            time is over,
                 the patients' budget is spent, or the weights are not finite.
         """
         began, settings = time.monotonic(), self.federation
@@ -178,34 +198,64 @@ class Hospital:
         frozen, before = task.round <= self.training.freeze_encoder_epochs, pack(model.state_dict())
         model.set_encoder_trainable(not frozen)
         warmup = 0.0 if self.budget else self.training.warmup  # few steps, of a model that is trained already
-        loss = train_round(learner, batches, task.round, settings.rounds, settings.steps_a_round(len(batches)), seed,
-                           rate_in_a_round(warmup, task.rate), lambda: self._check_time(task))
+        loss = train_round(
+            learner,
+            batches,
+            task.round,
+            settings.rounds,
+            settings.steps_a_round(len(batches)),
+            seed,
+            rate_in_a_round(warmup, task.rate),
+            lambda: self._check_time(task),
+        )
         after = pack(model.state_dict())
         update = self._update(model, before, after, frozen)
         if settings.moments == "keep":
             self._moments(task.run).keep(task.round, learner.optimiser.state_dict())
         if settings.keep_norm_local:
             self._norms(task.run).keep(task.round, after[norm_mask(model)], self.training.ema_decay)
-        few = self.identity.own_data and len(self.data.split.train) < SMALLEST_GROUP  # a loss of one or two patients
-        return Worked(batches.slices, None if few or self.budget else loss, self.budget.spent if self.budget else None,
-                      time.monotonic() - began), update
+        few = (
+            self.identity.own_data and len(self.data.split.train) < SMALLEST_GROUP
+        )  # a loss of one or two patients
+        return Worked(
+            batches.slices,
+            None if few or self.budget else loss,
+            self.budget.spent if self.budget else None,
+            time.monotonic() - began,
+        ), update
 
     def _refuse_what_was_not_agreed(self, task: Train) -> None:
         if not self.identity.own_data and self.data.partition_sha256 != task.partition:
-            raise HospitalError(Failure.DATA, "the dataset changed since this hospital joined, and its patients may have "
-                                "changed parts; put back what it was, or start the federation again from the beginning")
-        usual = task.rate is None if self.training.schedule == "cosine" else task.rate is not None and task.rate > 0
+            raise HospitalError(
+                Failure.DATA,
+                "the dataset changed since this hospital joined, and its patients may have "
+                "changed parts; put back what it was, or start the federation again from the beginning",
+            )
+        usual = (
+            task.rate is None
+            if self.training.schedule == "cosine"
+            else task.rate is not None and task.rate > 0
+        )
         if not usual or task.round > self.federation.rounds:
-            raise HospitalError(Failure.CONSENT, f"the server asked for round {task.round} of {self.federation.rounds} at "
-                                f"{task.rate} times the learning rate, which the settings do not provide for; nothing was "
-                                "trained")
+            raise HospitalError(
+                Failure.CONSENT,
+                f"the server asked for round {task.round} of {self.federation.rounds} at "
+                f"{task.rate} times the learning rate, which the settings do not provide for; nothing was "
+                "trained",
+            )
 
-    def _learner(self, model: TransUNet, task: Train, seed: int) -> tuple[Learner, TrainingBatches | PatientBatches]:
+    def _learner(
+        self, model: TransUNet, task: Train, seed: int
+    ) -> tuple[Learner, TrainingBatches | PatientBatches]:
         """What trains the model in this round, and on what."""
         settings, patients, side = self.federation, self.data.split.train, self.training.image_size
         # the server averages over rounds, and what it calls a batch is of all hospitals together
-        mine = replace(self.training, ema_decay=0.0, batch_size=settings.batch_of_one(self.training.batch_size),
-                       lr=self.training.lr * (1 if self.budget else settings.rate_factor))
+        mine = replace(
+            self.training,
+            ema_decay=0.0,
+            batch_size=settings.batch_of_one(self.training.batch_size),
+            lr=self.training.lr * (1 if self.budget else settings.rate_factor),
+        )
         learner: Learner
         batches: TrainingBatches | PatientBatches
         if self.budget:
@@ -232,17 +282,25 @@ class Hospital:
 
     def _check_time(self, task: Train) -> None:
         if time.monotonic() - self.began > task.seconds:
-            raise HospitalError(Failure.LATE, f"round {task.round} took longer than the server's {task.seconds:.0f} s; it "
-                                "goes on without this hospital's update (the server's --round-timeout sets the time)")
+            raise HospitalError(
+                Failure.LATE,
+                f"round {task.round} took longer than the server's {task.seconds:.0f} s; it "
+                "goes on without this hospital's update (the server's --round-timeout sets the time)",
+            )
 
-    def _update(self, model: TransUNet, before: torch.Tensor, after: torch.Tensor, frozen: bool) -> torch.Tensor:
+    def _update(
+        self, model: TransUNet, before: torch.Tensor, after: torch.Tensor, frozen: bool
+    ) -> torch.Tensor:
         """What the server gets of the weights before and after a round, each (n,) float32."""
         precision = self.federation.update_dtype
         whole = precision == FULL and not self.federation.secure_aggregation
         update = (after if whole else after - before)[part_mask(model, self.federation.left_out(frozen))]
         if not bool(torch.isfinite(in_precision(update, precision)).all()):
-            raise HospitalError(Failure.TRAINING, "the trained weights are not finite and were not sent; the learning rate "
-                                "(the server's --lr) may be too high")
+            raise HospitalError(
+                Failure.TRAINING,
+                "the trained weights are not finite and were not sent; the learning rate "
+                "(the server's --lr) may be too high",
+            )
         return update
 
     def _moments(self, run: str) -> Moments:
@@ -254,16 +312,37 @@ class Hospital:
     def _write_model(self, model: TransUNet, score: Scored, rounds: int) -> None:
         """Write this hospital's own model of the federation."""
         settings, own_data = self.federation, self.identity.own_data
-        origin = {"kind": "federated", "hospital": self.identity.label, "rounds": rounds, "strategy": settings.strategy,
-                  "partition": "own data" if own_data else settings.partition}
-        data: dict = {"name": self.data.dataset.name, "split_sha256": self.data.split_sha256 or self.data.split.sha256()}
+        origin = {
+            "kind": "federated",
+            "hospital": self.identity.label,
+            "rounds": rounds,
+            "strategy": settings.strategy,
+            "partition": "own data" if own_data else settings.partition,
+        }
+        data: dict = {
+            "name": self.data.dataset.name,
+            "split_sha256": self.data.split_sha256 or self.data.split.sha256(),
+        }
         if not own_data:
-            data["split"] = {"seed": self.training.seed, "val_fraction": settings.val_fraction,
-                             "test_fraction": settings.test_fraction}
+            data["split"] = {
+                "seed": self.training.seed,
+                "val_fraction": settings.val_fraction,
+                "test_fraction": settings.test_fraction,
+            }
         mean = {"mean": score.val_dice, "median": None, "ci95": None}
-        training = {**asdict(self.training), **asdict(settings), "rounds_done": rounds,
-                    "selected_by": "nothing: the last model"}
+        training = {
+            **asdict(self.training),
+            **asdict(settings),
+            "rounds_done": rounds,
+            "selected_by": "nothing: the last model",
+        }
         scores = {"val": {"patients": score.val_patients, "volume_dice": mean}} if score.val_patients else {}
-        about = describe(model, None if self.budget else self.data.images(), training=training, origin=origin, data=data,
-                         scores=scores)
+        about = describe(
+            model,
+            None if self.budget else self.data.images(),
+            training=training,
+            origin=origin,
+            data=data,
+            scores=scores,
+        )
         save_checkpoint(self.identity.file("federated_best.pth"), model.state_dict(), about)

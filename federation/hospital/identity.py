@@ -19,11 +19,12 @@ OwnFile = Literal["split.json", "norms.pt", "federated_best.pth", "privacy.json"
 class Identity(BaseModel):
     """Who a hospital is.
 
-    label: its name in the federation. session: a random number of this start. cid: its share of a divided dataset,
-    None with data of its own. data: the folder of its scans. medfl: the version installed here. models: the folder of
-    its own files. shared_cores: those that it shares with the other simulated hospitals, None with a machine of its
-    own. code: SHA-256 of the bundle that the MedFL installed here makes. approved: hashes of code and settings that it
-    consents to, None for any settings of this code. patient_privacy: what it promises its patients, None without.
+    label: its name in the federation. session: a random number of this start. cid: its share of a divided
+    dataset, None with data of its own. data: the folder of its scans. medfl: the version installed here.
+    models: the folder of its own files. shared_cores: those that it shares with the other simulated
+    hospitals, None with a machine of its own. code: SHA-256 of the bundle that the MedFL installed here
+    makes. approved: hashes of code and settings that it consents to, None for any settings of this code.
+    patient_privacy: what it promises its patients, None without.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +52,9 @@ class Identity(BaseModel):
 
     def introduction(self) -> Introduction:
         """What the server learns before the data are looked at."""
-        return Introduction(label=self.label, session=self.session, cid=self.cid, versions=local_versions(self.medfl))
+        return Introduction(
+            label=self.label, session=self.session, cid=self.cid, versions=local_versions(self.medfl)
+        )
 
     def save(self, folder: Path) -> None:
         """Write it into the folder in which the app runs."""

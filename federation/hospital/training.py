@@ -17,8 +17,16 @@ def seed_of(seed: int, label: str) -> int:
     return seed * 1_000 + zlib.crc32(label.encode()) % 1_000
 
 
-def train_round(learner: Learner, batches: TrainingBatches | PatientBatches, number: int, rounds: int, steps: int, seed: int,
-                share: Callable[[float], float], in_time: Callable[[], None]) -> float:
+def train_round(
+    learner: Learner,
+    batches: TrainingBatches | PatientBatches,
+    number: int,
+    rounds: int,
+    steps: int,
+    seed: int,
+    share: Callable[[float], float],
+    in_time: Callable[[], None],
+) -> float:
     """Train a round's steps.
 
     Args:
@@ -49,17 +57,18 @@ def train_round(learner: Learner, batches: TrainingBatches | PatientBatches, num
 
 
 def rate_in_a_round(warmup: float, asked: float | None) -> Callable[[float], float]:
-    """The share of the learning rate by how far the federation is: what the server asked for, or else the cosine, which
-    is the same at all hospitals."""
+    """The share of the learning rate by how far the federation is: what the server asked for, or else the
+    cosine, which is the same at all hospitals."""
     return lambda progress: rate_scale(progress, warmup) if asked is None else asked
 
 
 def proximal_pull(optimiser: torch.optim.Optimizer, mu: float) -> Callable[[], None]:
-    """FedProx (Li et al. 2020, arXiv:1812.06127): a function that, after a step, draws each weight w back to w0, what it
-    is now, by rate x mu x (w - w0).
+    """FedProx (Li et al. 2020, arXiv:1812.06127): a function that, after a step, draws each weight w back to
+    w0, what it is now, by rate x mu x (w - w0).
 
-    The pull is decoupled from the gradient as weight decay is in AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): in
-    the gradient it would be clipped, and Adam would divide it by its own size, so that mu meant nothing.
+    The pull is decoupled from the gradient as weight decay is in AdamW (Loshchilov and Hutter 2019,
+    arXiv:1711.05101): in the gradient it would be clipped, and Adam would divide it by its own size, so that
+    mu meant nothing.
     """
     start = [[weight.detach().clone() for weight in group["params"]] for group in optimiser.param_groups]
 

@@ -32,8 +32,10 @@ class PatientBudget:
     def __init__(self, epsilon: float, delta: float, ledger: Path):
         self.epsilon, self.delta, self.ledger = epsilon, delta, ledger
         if not (0 < epsilon < math.inf and 0 < delta < 1):
-            raise MedFLError(f"--dp-sgd-epsilon is {epsilon:g} and --dp-sgd-delta {delta:g}; choose an epsilon above 0 "
-                             "and a delta between 0 and 1, far below 1 / patients")
+            raise MedFLError(
+                f"--dp-sgd-epsilon is {epsilon:g} and --dp-sgd-delta {delta:g}; choose an epsilon above 0 "
+                "and a delta between 0 and 1, far below 1 / patients"
+            )
         check_accountant()
         self.rounds = self._read()
 
@@ -43,8 +45,10 @@ class PatientBudget:
             if not isinstance(rounds, list) or not all(_is_entry(entry) for entry in rounds):
                 raise ValueError
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise MedFLError(f"{self.ledger} can't be read, and it says how much of the patients' privacy is spent; "
-                             "put it back from a backup") from error
+            raise MedFLError(
+                f"{self.ledger} can't be read, and it says how much of the patients' privacy is spent; "
+                "put it back from a backup"
+            ) from error
         return rounds
 
     @property
@@ -65,19 +69,23 @@ class PatientBudget:
         return any(entry["run"] == run for entry in self.rounds)
 
     def multiplier(self, run: str, steps: int, chance: float) -> float:
-        """The noise, in clips, with which so many more steps of a run stay within the budget. Raises MedFLError where
-        nothing is left."""
+        """The noise, in clips, with which so many more steps of a run stay within the budget. Raises
+        MedFLError where nothing is left."""
         before = [entry["multiplier"] for entry in self.rounds if entry["run"] == run]
         already = self.spent
         loudest = Noisy(LOUDER * before[0] if before else LOUDEST, steps, chance)
         # a run that has begun may have planned less than NEXT_TO_NOTHING for its last rounds
         begins = before or already <= self.epsilon * (1 - NEXT_TO_NOTHING)
         if not begins or spent((*self.done, loudest), self.delta) > self.epsilon:
-            raise MedFLError(f"too little is left of the patients' privacy: epsilon {already:.3g} of {self.epsilon:g} "
-                             f"is spent, in {len(self.rounds)} rounds ({self.ledger}); take no part, or promise less "
-                             "with a larger --dp-sgd-epsilon")
+            raise MedFLError(
+                f"too little is left of the patients' privacy: epsilon {already:.3g} of {self.epsilon:g} "
+                f"is spent, in {len(self.rounds)} rounds ({self.ledger}); take no part, or promise less "
+                "with a larger --dp-sgd-epsilon"
+            )
         least = multiplier_for(self.epsilon, steps, self.delta, chance, self.done)
-        return max(LEAST, math.ceil(least * 1_000) / 1_000)  # upwards; so that rounds of a run share a few values
+        return max(
+            LEAST, math.ceil(least * 1_000) / 1_000
+        )  # upwards; so that rounds of a run share a few values
 
     def reserve(self, run: str, number: int, steps: int, left: int, chance: float) -> float:
         """Write down a round's steps before they are done, because whatever comes of them may tell something.
@@ -101,11 +109,18 @@ class PatientBudget:
                 self.rounds.append({"run": run, "round": number, **asdict(noise)})
                 write_json(self.ledger, self.rounds)
         except OSError as error:
-            raise MedFLError(f"{self.ledger} can't be written ({error.strerror or error}), and without it no round may "
-                             "begin; free the space or mend its folder") from error
+            raise MedFLError(
+                f"{self.ledger} can't be written ({error.strerror or error}), and without it no round may "
+                "begin; free the space or mend its folder"
+            ) from error
         return noise.multiplier
 
 
 def _is_entry(entry: dict) -> bool:
-    return (LEAST <= entry["multiplier"] < math.inf and type(entry["times"]) is int and entry["times"] > 0
-            and 0 < entry["chance"] <= 1 and isinstance(entry["run"], str))
+    return (
+        LEAST <= entry["multiplier"] < math.inf
+        and type(entry["times"]) is int
+        and entry["times"] > 0
+        and 0 < entry["chance"] <= 1
+        and isinstance(entry["run"], str)
+    )

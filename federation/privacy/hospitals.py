@@ -1,12 +1,14 @@
-"""Differential privacy of hospitals: what the model may tell of any one of them is bounded, whatever that one sent.
+"""Differential privacy of hospitals: what the model may tell of any one of them is bounded, whatever that one
+sent.
 
-The Gaussian mechanism (Dwork and Roth 2014, appendix A; for federated training McMahan et al. 2018, arXiv:1710.06963): each
-hospital's change is cut to the length --dp-clip, the changes are added up, noise of the deviation multiplier x clip is added
-to each value, and the sum is divided by the number of hospitals that there should be. Hospitals count alike, because a weight
-by slices would tell of them, and one that is missing counts as no change. Two runs are neighbours if one has a hospital more.
+The Gaussian mechanism (Dwork and Roth 2014, appendix A; for federated training McMahan et al. 2018,
+arXiv:1710.06963): each hospital's change is cut to the length --dp-clip, the changes are added up, noise of
+the deviation multiplier x clip is added to each value, and the sum is divided by the number of hospitals that
+there should be. Hospitals count alike, because a weight by slices would tell of them, and one that is missing
+counts as no change. Two runs are neighbours if one has a hospital more.
 
-Flower's own wrapper (DifferentialPrivacyServerSideFixedClipping) is not used: its noise is right for equal weights alone while
-its strategies weight by examples, and a change of nothing ends it.
+Flower's own wrapper (DifferentialPrivacyServerSideFixedClipping) is not used: its noise is right for equal
+weights alone while its strategies weight by examples, and a change of nothing ends it.
 """
 
 import math
@@ -19,7 +21,8 @@ import torch
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
 from federation.protocol.settings import FederationSettings
 
-# a function that gives blocks: columns of the weights, and the hospitals' changes of these, (hospitals, columns) float64
+# a function that gives blocks: columns of the weights, and the hospitals' changes of these, (hospitals,
+# columns) float64
 Changes = Callable[[], Iterator[tuple[slice, np.ndarray]]]
 
 
@@ -34,7 +37,9 @@ class HospitalPrivacy:
     def __init__(self, settings: FederationSettings):
         check_accountant()
         self.settings = settings
-        self.multiplier = settings.dp_noise_multiplier or multiplier_for(settings.dp_epsilon, settings.rounds, settings.dp_delta)
+        self.multiplier = settings.dp_noise_multiplier or multiplier_for(
+            settings.dp_epsilon, settings.rounds, settings.dp_delta
+        )
 
     def spent(self, rounds: int) -> float:
         """Epsilon after so many rounds."""
@@ -42,15 +47,20 @@ class HospitalPrivacy:
 
     def exhausted(self, rounds: int) -> bool:
         """Whether one round more would spend more than --dp-epsilon."""
-        return self.settings.dp_epsilon is not None and self.spent(rounds + 1) > self.settings.dp_epsilon * (1 + 1e-6)
+        return self.settings.dp_epsilon is not None and self.spent(rounds + 1) > self.settings.dp_epsilon * (
+            1 + 1e-6
+        )
 
     def private_mean(self, sent: torch.Tensor, changes: Changes, travels: torch.Tensor) -> torch.Tensor:
         """The weights, (n,) float32, with the hospitals' clipped, noised mean change.
 
-        sent: the weights that the round began with, (n,) float32; changes: the hospitals' changes of them, block by block, as
-        often as it is called; travels: which weights were trained, (n,) bool. The others stay as they were.
+        sent: the weights that the round began with, (n,) float32; changes: the hospitals' changes of them,
+        block by block, as often as it is called; travels: which weights were trained, (n,) bool. The others
+        stay as they were.
         """
-        total = torch.from_numpy(secret_random().standard_normal(len(sent))).mul_(self.multiplier * self.settings.dp_clip)
+        total = torch.from_numpy(secret_random().standard_normal(len(sent))).mul_(
+            self.multiplier * self.settings.dp_clip
+        )
         squares: np.ndarray | float = 0.0
         for columns, block in changes():
             squares = squares + np.square(block[:, travels[columns].numpy()]).sum(axis=1)
@@ -60,11 +70,16 @@ class HospitalPrivacy:
         return total.mul_(travels).div_(self.settings.clients).add_(sent).float()
 
     def warning(self, values: int) -> str | None:
-        """What to say where the noise on so many trained values is longer than any update can be; None where it is not."""
+        """What to say where the noise on so many trained values is longer than any update can be; None where
+        it is not."""
         ratio = self.multiplier * math.sqrt(values) / self.settings.clients
         if ratio <= 1:
             return None
         needed = math.ceil(ratio * self.settings.clients)
-        return (f"mind: with {self.settings.clients} hospitals a round's noise is about {ratio:.0f} times as long as the longest "
-                f"mean update, and may drown it; this model needs about {needed:,} hospitals for as much update as noise, or a "
-                "larger epsilon, or fewer trained weights (--freeze-encoder-epochs)")
+        return (
+            f"mind: with {self.settings.clients} hospitals a round's noise is about {ratio:.0f} times as "
+            f"long as the longest "
+            f"mean update, and may drown it; this model needs about {needed:,} hospitals for as much update "
+            f"as noise, or a "
+            "larger epsilon, or fewer trained weights (--freeze-encoder-epochs)"
+        )

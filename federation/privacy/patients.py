@@ -1,11 +1,13 @@
 """Differential privacy of a hospital's patients: what its updates may tell of any one of them is bounded.
 
-DP-SGD (Abadi et al. 2016, arXiv:1607.00133) whose unit is the patient, and not the slice: in each step every training patient
-takes part with the chance CHANCE; the gradient over SLICES of its slices is cut to the length CLIP; Gaussian noise is added to
-the sum over patients, which is divided by how many were to be expected. Two datasets are neighbours if one has a patient more.
+DP-SGD (Abadi et al. 2016, arXiv:1607.00133) whose unit is the patient, and not the slice: in each step every
+training patient takes part with the chance CHANCE; the gradient over SLICES of its slices is cut to the
+length CLIP; Gaussian noise is added to the sum over patients, which is divided by how many were to be
+expected. Two datasets are neighbours if one has a patient more.
 
-Only TRAINED is trained: noise grows with the number of weights, and over all of them less is learnt (SECURITY.md). So a
-federation begins with a model (run_server.py --init). With BatchNorm a patient would change the gradients of the others.
+Only TRAINED is trained: noise grows with the number of weights, and over all of them less is learnt
+(SECURITY.md). So a federation begins with a model (run_server.py --init). With BatchNorm a patient would
+change the gradients of the others.
 """
 
 import math
@@ -28,8 +30,9 @@ TRAINED = ("head.", "decoder.2.")  # the last layers
 
 
 class PatientBatches:
-    """As TrainingBatches, but a batch is one of DP-SGD: for each patient that takes part, images (SLICES, 3, side, side) and
-    masks (SLICES, 1, side, side). Who takes part is nobody's to know, so it does not come from the seed."""
+    """As TrainingBatches, but a batch is one of DP-SGD: for each patient that takes part, images (SLICES, 3,
+    side, side) and masks (SLICES, 1, side, side). Who takes part is nobody's to know, so it does not come
+    from the seed."""
 
     def __init__(self, dataset: Dataset, patients: tuple[str, ...], side: int, seed: int):
         self.patients = [TrainingBatches(dataset, (patient,), side, SLICES, seed) for patient in patients]
@@ -47,28 +50,43 @@ class PatientBatches:
         """The epoch's batches, made as they are asked for."""
         random = secret_random()
         for step in range(len(self)):
-            drawn = [next(one.epoch(epoch * len(self) + step)) for one in self.patients if random.random() < CHANCE]
+            drawn = [
+                next(one.epoch(epoch * len(self) + step)) for one in self.patients if random.random() < CHANCE
+            ]
             yield [images for images, _ in drawn], [masks for _, masks in drawn]
 
 
 class PrivateLearner(Learner):
-    """A Learner of TRAINED alone, whose gradients are those of DP-SGD. multiplier: the noise in clips; patients: how many there
-    are to train on. Weights and rates are as its settings say."""
+    """A Learner of TRAINED alone, whose gradients are those of DP-SGD. multiplier: the noise in clips;
+    patients: how many there are to train on. Weights and rates are as its settings say."""
 
-    def __init__(self, model: TransUNet, settings: TrainingSettings, device: torch.device, multiplier: float, patients: int):
+    def __init__(
+        self,
+        model: TransUNet,
+        settings: TrainingSettings,
+        device: torch.device,
+        multiplier: float,
+        patients: int,
+    ):
         super().__init__(model, settings, device)
         self.deviation, self.expected = multiplier * CLIP, CHANCE * patients
         self.trained = [weight for name, weight in model.named_parameters() if name.startswith(TRAINED)]
         self.random = secret_random()
 
     def set_gradients(self, images: list[Tensor], masks: list[Tensor]) -> tuple[float, float]:
-        """Give TRAINED their gradients and the others none; loss and soft Dice, mean over the patients (0 without any)."""
-        total = [torch.from_numpy(self.random.standard_normal(tuple(weight.shape))).mul_(self.deviation) for weight in self.trained]
+        """Give TRAINED their gradients and the others none; loss and soft Dice, mean over the patients (0
+        without any)."""
+        total = [
+            torch.from_numpy(self.random.standard_normal(tuple(weight.shape))).mul_(self.deviation)
+            for weight in self.trained
+        ]
         losses, dices = [], []
         for loss, dice in map(self.loss_of, images, masks):
             gradients = [gradient.double().cpu() for gradient in torch.autograd.grad(loss, self.trained)]
             length = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
-            if math.isfinite(length):  # a patient without a usable gradient gives none: an error here would tell of it
+            if math.isfinite(
+                length
+            ):  # a patient without a usable gradient gives none: an error here would tell of it
                 for one, gradient in zip(total, gradients):
                     one.add_(gradient, alpha=CLIP / max(length, CLIP))
                 losses.append(loss.item())

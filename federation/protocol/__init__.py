@@ -1,1 +1,2 @@
-"""What server and hospital agree on: messages, settings, weights on their way, the arithmetic of secure aggregation."""
+"""What server and hospital agree on: messages, settings, weights on their way, the arithmetic of secure
+aggregation."""

@@ -1,7 +1,8 @@
-"""What hospitals answer, as types with bounds: whatever is not of this form is the fault of who sent it, and is not used.
+"""What hospitals answer, as types with bounds: whatever is not of this form is the fault of who sent it, and
+is not used.
 
-A Dice lies from 0 to 1, counts are not negative, texts are short, and no entry is unknown. Bounds that depend on a hospital
-(no more patients than it announced) are looked at by who knows the announcement.
+A Dice lies from 0 to 1, counts are not negative, texts are short, and no entry is unknown. Bounds that depend
+on a hospital (no more patients than it announced) are looked at by who knows the announcement.
 """
 
 import re
@@ -29,8 +30,8 @@ class Typed(BaseModel):
 
 
 class Introduction(Typed):
-    """Who a hospital is, before its data are looked at. session: a random number of its start; cid: its share of a divided
-    dataset, None with data of its own."""
+    """Who a hospital is, before its data are looked at. session: a random number of its start; cid: its share
+    of a divided dataset, None with data of its own."""
 
     label: Text
     session: Text
@@ -53,19 +54,24 @@ class PatientPrivacy(Typed):
 
 
 def _of_a_measure(values: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
-    """Mean and deviation over patients of everything that `appearance.features.MEASURES` names, and nothing else."""
+    """Mean and deviation over patients of everything that `appearance.features.MEASURES` names, and nothing
+    else."""
     if values.keys() != MEASURES.keys() or any(
-            one.keys() != {"mean", "deviation"} or any(len(numbers) != MEASURES[name] for numbers in one.values())
-            for name, one in values.items()):
+        one.keys() != {"mean", "deviation"} or any(len(numbers) != MEASURES[name] for numbers in one.values())
+        for name, one in values.items()
+    ):
         raise ValueError("other measures")
     return values
 
 
-Images = Annotated[dict[str, dict[str, list[Annotated[float, Field(ge=-1e6, le=1e6)]]]], AfterValidator(_of_a_measure)]
+Images = Annotated[
+    dict[str, dict[str, list[Annotated[float, Field(ge=-1e6, le=1e6)]]]], AfterValidator(_of_a_measure)
+]
 
 
 class Facts(Introduction):
-    """What a hospital says of itself at joining. images: what its training images look like on average, of enough patients."""
+    """What a hospital says of itself at joining. images: what its training images look like on average, of
+    enough patients."""
 
     own_data: bool
     data: Text
@@ -100,7 +106,8 @@ class Result(Typed):
 
 
 class Trained(Result):
-    """What a hospital tells of a round's training, beside the update. examples: the training slices behind it."""
+    """What a hospital tells of a round's training, beside the update. examples: the training slices behind
+    it."""
 
     round: Count
     examples: Count
@@ -112,13 +119,16 @@ Kind = TypeVar("Kind", bound=Typed)
 
 
 def parse(kind: type[Kind], about: object, what: str = "its answer") -> Kind:
-    """A message's text as its type. Raises MedFLError, which begins with `what` and names the entry that is wrong, where it is
-    anything else."""
+    """A message's text as its type. Raises MedFLError, which begins with `what` and names the entry that is
+    wrong, where it is anything else."""
     try:
         return kind.model_validate(about)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        name, value = ".".join(str(part)[:32] for part in first["loc"][:4]) or "combination of entries", first["input"]
+        name, value = (
+            ".".join(str(part)[:32] for part in first["loc"][:4]) or "combination of entries",
+            first["input"],
+        )
         if isinstance(value, int | float) and not isinstance(value, bool):
             said = f"{value:.6g}" if abs(value) < 1e300 else "a number beyond all bounds"
             raise MedFLError(f"{what} says {name} {said}") from error

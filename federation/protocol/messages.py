@@ -1,9 +1,9 @@
 """What server and hospitals say to each other.
 
-Every message of the server carries `about`, one JSON text; train and evaluate messages carry `arrays` as well. A
-hospital's answer carries `about` (its types are in answers.py), and after training `arrays` (weights.py). Nothing else is
-sent: no name of a patient or a file, no path, no figure of one patient or slice, and no text of an error (a code stands for
-it).
+Every message of the server carries `about`, one JSON text; train and evaluate messages carry `arrays` as
+well. A hospital's answer carries `about` (its types are in answers.py), and after training `arrays`
+(weights.py). Nothing else is sent: no name of a patient or a file, no path, no figure of one patient or
+slice, and no text of an error (a code stands for it).
 """
 
 import json
@@ -46,11 +46,13 @@ FAILURES = {
     Failure.TRAINING: "its training failed; its own terminal says why",
     Failure.RESOURCES: "it ran out of memory or disk",
     Failure.LATE: "it was not done within the round's time",
-    Failure.CODE: "it runs its own MedFL alone, and the server's code is another; install the same version on both sides",
+    Failure.CODE: "it runs its own MedFL alone, and the server's code is another; install the same version "
+    "on both sides",
     Failure.CONSENT: "it has not approved these settings; its own terminal says which they are",
     Failure.PRIVACY: "what it promises its patients does not allow that; its own terminal says why",
-    Failure.PROTOCOL: "its update does not fit into the secure aggregation, or a step of that was not what it should be; its own "
-                      "terminal says why",
+    Failure.PROTOCOL: "its update does not fit into the secure aggregation, or a step of that was not what "
+    "it should be; its own "
+    "terminal says why",
     Failure.BUG: "a fault of the program; its own terminal says which",
 }
 
@@ -71,11 +73,20 @@ class End(StrEnum):
 
 ENDS = {  # exit code and the sentence at the hospital
     End.DONE: (0, "the federation is over"),
-    End.QUORUM: (3, "the federation ended, because too few hospitals were left; the server goes on with --resume"),
-    End.VERSION: (2, "refused: this hospital runs another version than the server ({detail}); install the server's"),
+    End.QUORUM: (
+        3,
+        "the federation ended, because too few hospitals were left; the server goes on with --resume",
+    ),
+    End.VERSION: (
+        2,
+        "refused: this hospital runs another version than the server ({detail}); install the server's",
+    ),
     End.TAKEN: (2, "refused: another hospital has this label; choose another --cid or --name"),
     End.NUMBER: (2, "refused: the server has {detail} hospitals, numbered from 0; choose a smaller --cid"),
-    End.SPLIT: (2, "refused: the other hospitals divide another dataset; use the same patients in --data-dir everywhere"),
+    End.SPLIT: (
+        2,
+        "refused: the other hospitals divide another dataset; use the same patients in --data-dir everywhere",
+    ),
     End.UNFIT: (2, "this hospital can't take part; the lines above say why"),
     End.IDENTITY: (2, "refused: this key is {detail}'s; give that name, or a kit of your own with --kit"),
     End.FULL: (2, "refused: all places of this federation are taken; start the server with more --clients"),
@@ -93,12 +104,21 @@ def read(content: RecordDict) -> dict:
     try:
         about = json.loads(content["about"]["json"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise MedFLError("a message came without its text; use the same version of MedFL on both sides") from error
+        raise MedFLError(
+            "a message came without its text; use the same version of MedFL on both sides"
+        ) from error
     if not isinstance(about, dict):
-        raise MedFLError("a message came with another text than expected; use the same version of MedFL on both sides")
+        raise MedFLError(
+            "a message came with another text than expected; use the same version of MedFL on both sides"
+        )
     return about
 
 
 def local_versions(medfl: str) -> dict[str, str]:
     """Versions of what a hospital's figures depend on."""
-    return {"medfl": medfl, "flwr": version("flwr"), "torch": version("torch").split("+")[0], "timm": version("timm")}
+    return {
+        "medfl": medfl,
+        "flwr": version("flwr"),
+        "torch": version("torch").split("+")[0],
+        "timm": version("timm"),
+    }

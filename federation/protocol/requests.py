@@ -37,9 +37,10 @@ class Score(Task):
 class Train(Task):
     """Score the model that came, train it, and send what became of it.
 
-    rate: a share of the learning rate, None where hospitals follow the cosine. seconds: the time there is. partition:
-    its SHA-256, None where all have data of their own. most: slices that a hospital counts at most, and sealed: the
-    other hospitals' sealed shares, by their nodes; both of secure aggregation, None without it.
+    rate: a share of the learning rate, None where hospitals follow the cosine. seconds: the time there is.
+    partition: its SHA-256, None where all have data of their own. most: slices that a hospital counts at
+    most, and sealed: the other hospitals' sealed shares, by their nodes; both of secure aggregation, None
+    without it.
     """
 
     round: Round
@@ -63,15 +64,16 @@ class Keys(Typed):
 
 
 class Shares(Typed):
-    """Secure aggregation: give the other hospitals their shares of your secrets. keys: each one's public keys, by node."""
+    """Secure aggregation: give the other hospitals their shares of your secrets. keys: each one's public
+    keys, by node."""
 
     query: Literal[Query.SHARES]
     keys: dict[Text, Annotated[list[Secret], Field(min_length=2, max_length=2)]]
 
 
 class Unmask(Typed):
-    """Secure aggregation: give the shares that uncover the sum. summed, missing: nodes whose updates are in it, and nodes
-    that gave shares and no update."""
+    """Secure aggregation: give the shares that uncover the sum. summed, missing: nodes whose updates are in
+    it, and nodes that gave shares and no update."""
 
     query: Literal[Query.UNMASK]
     summed: list[Annotated[int, Field(ge=0)]]
@@ -87,4 +89,10 @@ class Over(Typed):
 
 
 QUERIES: dict[Query, type[Typed]] = {
-    Query.JOIN: Join, Query.PING: Ping, Query.KEYS: Keys, Query.SHARES: Shares, Query.UNMASK: Unmask, Query.END: Over}
+    Query.JOIN: Join,
+    Query.PING: Ping,
+    Query.KEYS: Keys,
+    Query.SHARES: Shares,
+    Query.UNMASK: Unmask,
+    Query.END: Over,
+}

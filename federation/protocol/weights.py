@@ -1,8 +1,9 @@
-"""How weights travel: as one vector of a state dict's floating-point tensors, whole or in part, in full or half precision.
+"""How weights travel: as one vector of a state dict's floating-point tensors, whole or in part, in full or
+half precision.
 
-A vector has a value for every such tensor; masks say which of them are of the encoder, of normalisation layers, or
-statistics. In half precision a hospital sends what it changed and not what it has: a change is small, and keeps more of its
-digits that way.
+A vector has a value for every such tensor; masks say which of them are of the encoder, of normalisation
+layers, or statistics. In half precision a hospital sends what it changed and not what it has: a change is
+small, and keeps more of its digits that way.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,18 +17,28 @@ from common import MedFLError
 
 WEIGHTS = "weights"  # the one array of a message
 ENCODER, NORM = "encoder", "norm"  # parts that a message can leave out
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)  # FedBN's layers (Li et al. 2021, arXiv:2102.07623) and their kin
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+)  # FedBN's layers (Li et al. 2021, arXiv:2102.07623) and their kin
 FULL = "float32"
-ON_THE_WAY = {FULL: np.float32, "float16": np.float16, "bfloat16": np.int16}  # numpy has no bfloat16: its bits travel
+ON_THE_WAY = {
+    FULL: np.float32,
+    "float16": np.float16,
+    "bfloat16": np.int16,
+}  # numpy has no bfloat16: its bits travel
 
 
 def pack(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A state dict's floating-point tensors one after the other, (n,) float32. Counters (BatchNorm's) stay at home.
+    """A state dict's floating-point tensors one after the other, (n,) float32. Counters (BatchNorm's) stay at
+    home.
 
-    They travel as one vector, because Flower sends every tensor in requests of its own: with `tiny`'s 200 a round's exchange
-    between two hospitals took 30 s and more, as one vector it takes 6 s.
+    They travel as one vector, because Flower sends every tensor in requests of its own: with `tiny`'s 200 a
+    round's exchange between two hospitals took 30 s and more, as one vector it takes 6 s.
     """
-    return torch.cat([value.detach().float().cpu().flatten() for value in weights.values() if value.is_floating_point()])
+    return torch.cat(
+        [value.detach().float().cpu().flatten() for value in weights.values() if value.is_floating_point()]
+    )
 
 
 def unpack(vector: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -38,15 +49,24 @@ def unpack(vector: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, 
     floating = {name: value for name, value in like.items() if value.is_floating_point()}
     sizes = [value.numel() for value in floating.values()]
     if vector.numel() != sum(sizes):
-        raise MedFLError("the weights that came are of another architecture; use the same version of MedFL everywhere")
-    pieces = (piece.reshape(value.shape).clone() for piece, value in zip(vector.split(sizes), floating.values()))
+        raise MedFLError(
+            "the weights that came are of another architecture; use the same version of MedFL everywhere"
+        )
+    pieces = (
+        piece.reshape(value.shape).clone() for piece, value in zip(vector.split(sizes), floating.values())
+    )
     return {**like, **dict(zip(floating, pieces))}
 
 
 def _mask(model: nn.Module, names: Collection[str]) -> torch.Tensor:
     """Which values of the model's vector are of these tensors, (n,) bool."""
-    return torch.cat([torch.full((value.numel(),), name in names) for name, value in model.state_dict().items()
-                      if value.is_floating_point()])
+    return torch.cat(
+        [
+            torch.full((value.numel(),), name in names)
+            for name, value in model.state_dict().items()
+            if value.is_floating_point()
+        ]
+    )
 
 
 def statistics_mask(model: nn.Module) -> torch.Tensor:
@@ -61,14 +81,15 @@ def variance_mask(model: nn.Module) -> torch.Tensor:
 
 
 def norm_mask(model: nn.Module) -> torch.Tensor:
-    """Which values of the model's vector are of normalisation layers, found by their type, (n,) bool. LayerNorm, which keeps
-    nothing of the data, is none of them."""
+    """Which values of the model's vector are of normalisation layers, found by their type, (n,) bool.
+    LayerNorm, which keeps nothing of the data, is none of them."""
     layers = {name for name, module in model.named_modules() if isinstance(module, NORMS)}
     return _mask(model, {name for name in model.state_dict() if name.rpartition(".")[0] in layers})
 
 
 def part_mask(model: nn.Module, without: Collection[str]) -> torch.Tensor:
-    """Which values of the model's vector travel if these parts are left out (`ENCODER`, `NORM`), (n,) bool."""
+    """Which values of the model's vector travel if these parts are
+    left out (`ENCODER`, `NORM`), (n,) bool."""
     kept = torch.ones(len(pack(model.state_dict())), dtype=torch.bool)
     if ENCODER in without:
         kept &= ~_mask(model, {name for name in model.state_dict() if name.startswith("encoder.")})
@@ -78,7 +99,8 @@ def part_mask(model: nn.Module, without: Collection[str]) -> torch.Tensor:
 
 
 def in_precision(vector: torch.Tensor, precision: str) -> torch.Tensor:
-    """The vector, float32, as it is after travelling in this precision ("float32", "float16" or "bfloat16")."""
+    """The vector, float32, as it is after travelling in this
+    precision ("float32", "float16" or "bfloat16")."""
     return vector.to(getattr(torch, precision)).float()
 
 
@@ -94,7 +116,8 @@ def array_record(values: np.ndarray) -> ArrayRecord:
 
 
 def values_of(arrays: ArrayRecord | None, kind: type) -> np.ndarray:
-    """The vector of this type that a message carries, (n,). Raises MedFLError where it carries anything else."""
+    """The vector of this type that a message carries, (n,). Raises
+    MedFLError where it carries anything else."""
     if not isinstance(arrays, ArrayRecord) or list(arrays) != [WEIGHTS]:
         raise MedFLError("its message has no weights")
     try:
@@ -114,4 +137,6 @@ def from_record(arrays: ArrayRecord | None, precision: str = FULL) -> torch.Tens
 
 def payload(arrays: ArrayRecord | None) -> int:
     """Bytes of the numbers that travel."""
-    return sum(int(np.prod(a.shape, dtype=np.int64)) * np.dtype(a.dtype).itemsize for a in (arrays or {}).values())
+    return sum(
+        int(np.prod(a.shape, dtype=np.int64)) * np.dtype(a.dtype).itemsize for a in (arrays or {}).values()
+    )

@@ -1,4 +1,5 @@
-"""A hospital's connection to the server: Flower's SuperNode and the hospital's app, kept running until the federation is over."""
+"""A hospital's connection to the server: Flower's SuperNode and the hospital's app, kept running until the
+federation is over."""
 
 import json
 import time
@@ -16,7 +17,8 @@ PARTING = 5.0  # seconds in which the last answer reaches the server, unless it 
 RESTARTS = 5  # of the connection in a row, without it working for QUIET seconds, before it is given up
 QUIET = 120.0
 REFUSED = "[code: 2004]"  # of Flower's SuperNode: its activation was not accepted
-LINGERS = 120.0  # seconds for which a server may hold a connection whose hospital was killed; Flower's own are about 60
+# seconds for which a server may hold a connection whose hospital was killed; Flower's own are about 60
+LINGERS = 120.0
 AGAIN = 5.0  # seconds between two tries meanwhile
 
 
@@ -30,10 +32,32 @@ class Connection:
     def __init__(self, server: str, kit: Path | None, folder: Path):
         port, log = str(free_port()), folder / "supernode.log"
         log.unlink(missing_ok=True)  # what a former connection said is no sign of how this one does
-        transport = ["--insecure"] if kit is None else ["--root-certificates", str((kit / CA).resolve()),
-                                                        "--auth-supernode-private-key", str((kit / HOSPITAL_KEY).resolve())]
-        self.supernode = Child("supernode", [*transport, "--superlink", server, "--host", "127.0.0.1", "--port", port,
-                                             "--isolation", "process"], folder, log)
+        transport = (
+            ["--insecure"]
+            if kit is None
+            else [
+                "--root-certificates",
+                str((kit / CA).resolve()),
+                "--auth-supernode-private-key",
+                str((kit / HOSPITAL_KEY).resolve()),
+            ]
+        )
+        self.supernode = Child(
+            "supernode",
+            [
+                *transport,
+                "--superlink",
+                server,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                port,
+                "--isolation",
+                "process",
+            ],
+            folder,
+            log,
+        )
         self.hospital = Child("hospital", [f"127.0.0.1:{port}"], folder)
         self.began = time.monotonic()
 
@@ -44,7 +68,8 @@ class Connection:
 
     @property
     def refused(self) -> bool:
-        """Whether the server did not let this key in: it doesn't know it, or still holds a former connection."""
+        """Whether the server did not let this key in: it doesn't know
+        it, or still holds a former connection."""
         return self.supernode.exit_code is not None and REFUSED in self.supernode.last_words()
 
     def stop(self) -> None:
@@ -57,12 +82,21 @@ class Watch:
     """Keeps a hospital connected until the federation is over."""
 
     def __init__(self, server: str, host: str, port: int, kit: Path | None, folder: Path, wait: float):
-        self.server, self.host, self.port, self.kit, self.folder, self.wait = server, host, port, kit, folder, wait
+        self.server, self.host, self.port, self.kit, self.folder, self.wait = (
+            server,
+            host,
+            port,
+            kit,
+            folder,
+            wait,
+        )
         self.connection: Connection | None = None
         self.seen = time.monotonic()  # the server, last time
         self.was_there, self.was_gone = False, False
         self.restarts = 0
-        self.lingered_from: float | None = None  # since when the server refuses this key because of a former connection
+        self.lingered_from: float | None = (
+            None  # since when the server refuses this key because of a former connection
+        )
 
     def run(self) -> tuple[int, str]:
         """Exit code and closing sentence."""
@@ -85,7 +119,8 @@ class Watch:
         return is_healthy(self.host, self.port, ca=self.kit and self.kit / CA)
 
     def _look_at_server(self) -> None:
-        """Start the connection when the server is there, and anew when it was gone: it does not know the old one."""
+        """Start the connection when the server is there, and anew when it was gone: it does not know the old
+        one."""
         state, now = self._health(), time.monotonic()
         if state:
             self.seen = now
@@ -96,10 +131,15 @@ class Watch:
             self.was_there, self.was_gone = True, False
         elif now - self.seen > self.wait:
             if not self.was_there:
-                raise MedFLError(f"no server at {self.server} within {self.wait:.0f} s; start it with run_server.py, "
-                                 "or wait longer with --wait")
-            raise ServerGone(f"the server at {self.server} has been gone for {self.wait:.0f} s; start this hospital again when it "
-                             "is back")
+                raise MedFLError(
+                    f"no server at {self.server} within {self.wait:.0f} s; start it with run_server.py, "
+                    "or wait longer with --wait"
+                )
+            raise ServerGone(
+                f"the server at {self.server} has been gone for {self.wait:.0f} s; start this hospital "
+                f"again when it "
+                "is back"
+            )
         elif state is False and not self.was_gone:
             self.was_gone = True
             yet = "any more" if self.was_there else "yet"
@@ -110,20 +150,31 @@ class Watch:
             refuse(ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY))
             if self.connection.refused:
                 return self._wait_for_the_former()
-        if self.connection and not self.connection.broken and time.monotonic() - self.connection.began > QUIET:
+        if (
+            self.connection
+            and not self.connection.broken
+            and time.monotonic() - self.connection.began > QUIET
+        ):
             self.restarts, self.lingered_from = 0, None  # it works
         if self.connection and self.connection.broken and not self.was_gone:
             self.restarts += 1
             if self.restarts > RESTARTS:
-                raise MedFLError(f"the connection ended {self.restarts} times in a row; the last lines of Flower's SuperNode:\n"
-                                 f"{self.connection.supernode.last_words()}")
+                raise MedFLError(
+                    f"the connection ended {self.restarts} times in a row; the last lines of Flower's "
+                    f"SuperNode:\n"
+                    f"{self.connection.supernode.last_words()}"
+                )
             self._renew("the connection ended")
 
     def _wait_for_the_former(self) -> None:
-        """Another process has this key, or had it and was killed: try again until the server lets go of it."""
+        """Another process has this key, or had it and was killed: try again
+        until the server lets go of it."""
         if self.lingered_from is None:
             self.lingered_from = time.monotonic()
-            say(f"the server still holds a connection of this hospital; trying again for up to {LINGERS:.0f} s")
+            say(
+                f"the server still holds a connection of this hospital; trying again for up to "
+                f"{LINGERS:.0f} s"
+            )
         if time.monotonic() - self.lingered_from > LINGERS:
             raise MedFLError("another process takes part with this hospital's key; end it, or start only one")
         time.sleep(AGAIN)
@@ -139,7 +190,12 @@ class Watch:
 def refuse(said: str) -> None:
     """Raises MedFLError where the server said that it does not let this hospital's key in."""
     if said == "unknown":
-        raise MedFLError("the server does not admit this hospital's key: it was never admitted, or its admission is over or "
-                         "revoked; ask the coordinator")
+        raise MedFLError(
+            "the server does not admit this hospital's key: it was never admitted, or its admission is over "
+            "or "
+            "revoked; ask the coordinator"
+        )
     if said == "clock":
-        raise MedFLError("the server does not accept this machine's time; set the clock, it may be 5 s ahead at most")
+        raise MedFLError(
+            "the server does not accept this machine's time; set the clock, it may be 5 s ahead at most"
+        )

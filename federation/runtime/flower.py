@@ -1,15 +1,18 @@
-"""All that MedFL touches of Flower besides its public API, in one place: these names may change with Flower's version.
+"""All that MedFL touches of Flower besides its public API, in one place: these names may change with Flower's
+version.
 
 Run as a module it is one of Flower's programs, tied to the process that started it:
 
-    python -m federation.runtime.flower PARENT superlink|supernode OPTIONS      Flower's own two
-    python -m federation.runtime.flower PARENT gateway NGINX OPTIONS            nginx in front of the SuperLink
-    python -m federation.runtime.flower PARENT serverapp ADDRESS [CA]           the server's part of one run; a token on stdin
-    python -m federation.runtime.flower PARENT hospital ADDRESS                 runs the hospital's part of each message
-    python -m federation.runtime.flower PARENT clientapp ADDRESS                one message; a token on stdin (where fork is unsafe)
+    python -m federation.runtime.flower PARENT superlink|supernode OPTIONS   Flower's own two
+    python -m federation.runtime.flower PARENT gateway NGINX OPTIONS         nginx in front of the SuperLink
+    python -m federation.runtime.flower PARENT serverapp ADDRESS [CA]        the server's part of one run
+    python -m federation.runtime.flower PARENT hospital ADDRESS              the hospital's part of each message
+    python -m federation.runtime.flower PARENT clientapp ADDRESS             one message, where a fork is unsafe
 
-The ServerApp runs the code that run_server.py put into its bundle. A hospital never unpacks a bundle: it runs the MedFL that is
-installed there, and looks whether the server's is the same.
+serverapp and clientapp read a token from standard input.
+
+The ServerApp runs the code that run_server.py put into its bundle. A hospital never unpacks a bundle: it runs
+the MedFL that is installed there, and looks whether the server's is the same.
 """
 
 import contextlib
@@ -83,11 +86,12 @@ class Control:
 
 
 def ask_admission(address: str, ca: Path, key: Path) -> str:
-    """What the SuperLink at `address` makes of a hospital's key (its OpenSSH file): "admitted", "unknown", "clock" (this machine's
-    is wrong), or "" where it gives no answer.
+    """What the SuperLink at `address` makes of a hospital's key (its OpenSSH file): "admitted", "unknown",
+    "clock" (this machine's is wrong), or "" where it gives no answer.
 
-    Its refusal of a hospital does not tell an unknown key from one whose former connection it still holds. Asked to let it in
-    with a heartbeat that can't be, it refuses as well, and for another reason if it knows the key.
+    Its refusal of a hospital does not tell an unknown key from one whose former connection it still holds.
+    Asked to let it in with a heartbeat that can't be, it refuses as well, and for another reason if it knows
+    the key.
     """
     import httpx
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -99,10 +103,15 @@ def ask_admission(address: str, ca: Path, key: Path) -> str:
 
     private = load_ssh_private_key(Path(key).read_bytes(), None)
     public = private.public_key()
-    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(private, public)]
+    interceptors = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(private, public),
+    ]
     asked = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0)
     try:
-        with FleetHttpClient.from_server_address(address, **_transport(ca), interceptors=interceptors) as client:
+        with FleetHttpClient.from_server_address(
+            address, **_transport(ca), interceptors=interceptors
+        ) as client:
             client.ActivateNode(asked)
     except httpx.HTTPStatusError as error:
         return {400: "admitted", 412: "unknown", 401: "clock"}.get(error.response.status_code, "")
@@ -126,8 +135,11 @@ class TaskSource:
 
         self.kind = kind
         self._client = RuntimeHttpClient.from_server_address(
-            server_address=address, **_transport(ca), retry_invoker=make_simple_http_retry_invoker(),
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec")])
+            server_address=address,
+            **_transport(ca),
+            retry_invoker=make_simple_http_retry_invoker(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec")],
+        )
 
     def next_token(self) -> str | None:
         """The token of a task that is now ours, or None."""
@@ -138,8 +150,8 @@ class TaskSource:
 
 
 def tie_to_parent(parent: int, how: signal.Signals | None = None) -> None:
-    """End with the process `parent`, also when it is killed. Linux sees to it, by the signal `how` (SIGKILL); elsewhere a
-    thread watches."""
+    """End with the process `parent`, also when it is killed. Linux sees to it, by the signal `how` (SIGKILL);
+    elsewhere a thread watches."""
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, how or signal.SIGKILL)
@@ -150,7 +162,9 @@ def tie_to_parent(parent: int, how: signal.Signals | None = None) -> None:
     def watch() -> None:
         if os.name == "nt":
             synchronize, forever = 0x00100000, 0xFFFFFFFF
-            ctypes.windll.kernel32.WaitForSingleObject(ctypes.windll.kernel32.OpenProcess(synchronize, False, parent), forever)
+            ctypes.windll.kernel32.WaitForSingleObject(
+                ctypes.windll.kernel32.OpenProcess(synchronize, False, parent), forever
+            )
         else:
             while os.getppid() == parent:
                 time.sleep(0.5)
@@ -175,7 +189,8 @@ def run_supernode(options: list[str]) -> None:
 
 
 def run_gateway(parent: int, command: list[str]) -> None:
-    """Become nginx. Its death signal is one that it passes on to its workers; it survives the change of program."""
+    """Become nginx. Its death signal is one that it passes on to its workers; it survives the change of
+    program."""
     if sys.platform == "linux":
         tie_to_parent(parent, signal.SIGTERM)
         os.execv(command[0], command)
@@ -186,15 +201,23 @@ def run_gateway(parent: int, command: list[str]) -> None:
 def run_server_app(address: str, ca: str | None = None) -> None:
     from queue import Queue
 
-    module = importlib.import_module("flwr.superlink.runtime.run_serverapp")  # a function of the package has its name
+    module = importlib.import_module(
+        "flwr.superlink.runtime.run_serverapp"
+    )  # a function of the package has its name
     module.install_from_fab = _quietly(module.install_from_fab)
     transport = _transport(ca)
-    module.run_serverapp(address, Queue(), sys.stdin.readline().strip(), insecure=transport["insecure"],
-                         certificates=transport["root_certificates"])
+    module.run_serverapp(
+        address,
+        Queue(),
+        sys.stdin.readline().strip(),
+        insecure=transport["insecure"],
+        certificates=transport["root_certificates"],
+    )
 
 
 def run_client_app(address: str, token: str) -> None:
-    """Handle one message by the app that is installed here. The bundle that came along is looked at and not run.
+    """Handle one message by the app that is installed here. The bundle that came along is looked at and not
+    run.
 
     What Flower itself would say of an exception is replaced: its text can hold a file's name.
     """
@@ -235,7 +258,9 @@ def serve_hospital(address: str) -> None:
         else:
             command = [*PROGRAM, str(os.getpid()), "clientapp", address]
             code = subprocess.run(command, input=token + "\n", text=True, check=False).returncode
-        if code:  # without an answer, maybe, and then the SuperNode would wait for it for ever: run_client.py renews both
+        # without an answer, maybe, and then the SuperNode would wait for it for ever: run_client.py renews
+        # both
+        if code:
             why = "killed, perhaps because memory ran out" if code < 0 else f"exit code {code}"
             sys.exit(f"the program that works on a message ended before its time ({why})")
 
@@ -245,7 +270,9 @@ def _in_fork(address: str, token: str) -> int:
     parent = os.getpid()
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # one message at a time, as the SuperNode hands them out
+        return os.waitstatus_to_exitcode(
+            os.waitpid(child, 0)[1]
+        )  # one message at a time, as the SuperNode hands them out
     code = 1
     try:
         tie_to_parent(parent)

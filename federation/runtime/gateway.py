@@ -1,4 +1,5 @@
-"""The gateway: an nginx in front of Flower's SuperLink that lets hospitals' calls through and nothing else."""
+"""The gateway: an nginx in front of Flower's SuperLink that lets
+hospitals' calls through and nothing else."""
 
 import shutil
 import string
@@ -19,36 +20,61 @@ def find_nginx() -> str:
     """The path of nginx. Raises MedFLError where there is none."""
     found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/bin")
     if found is None:
-        raise MedFLError("nginx is missing, and hospitals on other machines reach the server through it; install it (such as "
-                         "`apt-get install nginx-light`), or run your own with --own-gateway and deployment/gateway")
+        raise MedFLError(
+            "nginx is missing, and hospitals on other machines reach the server through it; install it "
+            "(such as "
+            "`apt-get install nginx-light`), or run your own with --own-gateway and deployment/gateway"
+        )
     return found
 
 
-def write_configuration(host: str, port: int, superlink_port: int, kit: Path, folder: Path, access_log: Path) -> Path:
+def write_configuration(
+    host: str, port: int, superlink_port: int, kit: Path, folder: Path, access_log: Path
+) -> Path:
     """The gateway's configuration for this address and kit, in `folder`."""
-    values = {"folder": folder, "log": folder / "nginx.log", "access_log": access_log, "superlink_port": superlink_port,
-              "listen": join_address(host, port), "kit": kit.resolve()}
+    values = {
+        "folder": folder,
+        "log": folder / "nginx.log",
+        "access_log": access_log,
+        "superlink_port": superlink_port,
+        "listen": join_address(host, port),
+        "kit": kit.resolve(),
+    }
     if odd := [str(value) for value in values.values() if set(str(value)) & set(" ;{}\"'$\\\n")]:
-        raise MedFLError(f"nginx can't take the path {odd[0]}; choose --kit and --out without blanks and quotes")
+        raise MedFLError(
+            f"nginx can't take the path {odd[0]}; choose --kit and --out without blanks and quotes"
+        )
     path = folder / "nginx.conf"
-    path.write_text(string.Template(TEMPLATE.read_text(encoding="utf-8")).safe_substitute(values), encoding="utf-8")
+    path.write_text(
+        string.Template(TEMPLATE.read_text(encoding="utf-8")).safe_substitute(values), encoding="utf-8"
+    )
     return path
 
 
-def start_gateway(host: str, port: int, superlink_port: int, kit: Path, folder: Path, access_log: Path) -> Child:
-    """nginx on HOST:PORT before the SuperLink, answering. Raises MedFLError where it is missing, ends or stays silent."""
+def start_gateway(
+    host: str, port: int, superlink_port: int, kit: Path, folder: Path, access_log: Path
+) -> Child:
+    """nginx on HOST:PORT before the SuperLink, answering. Raises MedFLError where it is missing, ends or
+    stays silent."""
     nginx, log = find_nginx(), folder / "nginx.log"
     access_log.parent.mkdir(parents=True, exist_ok=True)
     configuration = write_configuration(host, port, superlink_port, kit, folder, access_log)
-    tried = subprocess.run([nginx, "-t", "-q", "-p", str(folder), "-e", str(log), "-c", str(configuration)], capture_output=True,
-                           text=True)
+    tried = subprocess.run(
+        [nginx, "-t", "-q", "-p", str(folder), "-e", str(log), "-c", str(configuration)],
+        capture_output=True,
+        text=True,
+    )
     if tried.returncode:
         raise MedFLError(f"nginx refuses its configuration; it says: {tried.stderr.strip().splitlines()[0]}")
-    child = Child("gateway", [nginx, "-p", str(folder), "-e", str(log), "-c", str(configuration)], folder, log)
+    child = Child(
+        "gateway", [nginx, "-p", str(folder), "-e", str(log), "-c", str(configuration)], folder, log
+    )
     until = time.monotonic() + START_TIME
     while not is_healthy(ANY.get(host, host), port, ca=kit / CA):
         if child.exit_code is not None or time.monotonic() > until:
             child.stop()
-            raise MedFLError(f"nginx did not start at {join_address(host, port)}; its last lines:\n{child.last_words()}")
+            raise MedFLError(
+                f"nginx did not start at {join_address(host, port)}; its last lines:\n{child.last_words()}"
+            )
         time.sleep(0.1)
     return child

@@ -1,8 +1,9 @@
 """Keys and certificates: who the server is, and which hospitals it admits.
 
-A server's kit is a folder with `ca.pem` (the certificate authority, which every hospital gets), `ca.key`, `server.pem`,
-`server.key` and `hospitals.json` (who is admitted, with which public key, until when). A hospital's kit is a folder with
-`hospital.key`, which never leaves it, `hospital.pub`, and the server's `ca.pem`. Private files can be read by their owner alone.
+A server's kit is a folder with `ca.pem` (the certificate authority, which every hospital gets), `ca.key`,
+`server.pem`, `server.key` and `hospitals.json` (who is admitted, with which public key, until when). A
+hospital's kit is a folder with `hospital.key`, which never leaves it, `hospital.pub`, and the server's
+`ca.pem`. Private files can be read by their owner alone.
 """
 
 import base64
@@ -32,7 +33,8 @@ HOSPITAL_KEY, HOSPITAL_PUBLIC = "hospital.key", "hospital.pub"
 
 @dataclass
 class Admission:
-    """A hospital that may join. public_key: OpenSSH's line without the comment; times: UTC, ISO 8601; revoked: when, or None."""
+    """A hospital that may join. public_key: OpenSSH's line without the comment; times: UTC, ISO 8601;
+    revoked: when, or None."""
 
     public_key: str
     admitted: str
@@ -64,12 +66,15 @@ def _now() -> datetime:
 
 
 def write_new(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file that was not there; nobody else can read a private one. Raises MedFLError where there is one already."""
+    """Write a file that was not there; nobody else can read a private one. Raises MedFLError where there is
+    one already."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
     except FileExistsError as error:
-        raise MedFLError(f"{path} is there already and is not overwritten; choose another --kit, or move it away") from error
+        raise MedFLError(
+            f"{path} is there already and is not overwritten; choose another --kit, or move it away"
+        ) from error
     except OSError as error:
         raise MedFLError(f"{path} can't be written ({error.strerror}); choose another --kit") from error
     with os.fdopen(handle, "wb") as file:
@@ -82,34 +87,46 @@ def write_new(path: Path, content: bytes, private: bool = False) -> None:
 def make_authority(kit: Path) -> None:
     """Make the certificate authority: `ca.pem` and `ca.key`."""
     key = ec.generate_private_key(CURVE())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"MedFL consortium {_now():%Y-%m-%d} {os.urandom(3).hex()}")])
-    certificate = (_builder(name, name, key.public_key(), AUTHORITY_DAYS)
-                   .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-                   .add_extension(_usage(signs_certificates=True), critical=True)
-                   .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-                   .sign(key, hashes.SHA384()))
+    name = x509.Name(
+        [x509.NameAttribute(NameOID.COMMON_NAME, f"MedFL consortium {_now():%Y-%m-%d} {os.urandom(3).hex()}")]
+    )
+    certificate = (
+        _builder(name, name, key.public_key(), AUTHORITY_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA384())
+    )
     write_new(kit / CA_KEY, _private_pem(key), private=True)
     write_new(kit / CA, certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def make_server_certificate(kit: Path, hosts: list[str], days: int, renew: bool = False) -> None:
-    """Make `server.pem` for these names and addresses (and this machine's own), signed by the kit's authority, and its key.
-    Those that are there already are kept as former-server.* with `renew`, else MedFLError is raised."""
+    """Make `server.pem` for these names and addresses (and this machine's own), signed by the kit's
+    authority, and its key. Those that are there already are kept as former-server.* with `renew`, else
+    MedFLError is raised."""
     authority = _read_certificate(kit / CA)
     signer = _read_private(kit / CA_KEY)
     key = ec.generate_private_key(CURVE())
     names = [_general_name(host) for host in dict.fromkeys([*hosts, *LOCAL_NAMES])]
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
-    certificate = (_builder(subject, authority.subject, key.public_key(), days)
-                   .add_extension(x509.SubjectAlternativeName(names), critical=False)
-                   .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-                   .add_extension(_usage(signs_certificates=False), critical=True)
-                   .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-                   .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-                   .sign(signer, hashes.SHA384()))
+    certificate = (
+        _builder(subject, authority.subject, key.public_key(), days)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
+        .sign(signer, hashes.SHA384())
+    )
     for path in (kit / SERVER, kit / SERVER_KEY):
         if path.exists() and not renew:
-            raise MedFLError(f"{path} is there already; --renew makes a new one by the same authority, or choose another --kit")
+            raise MedFLError(
+                f"{path} is there already; --renew makes a new one by the same authority, or choose another "
+                f"--kit"
+            )
         if path.exists():
             path.replace(path.with_name(f"former-{path.name}"))
     write_new(kit / SERVER_KEY, _private_pem(key), private=True)
@@ -121,40 +138,67 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    if not host or len(host) > 253 or not all(part and part.replace("-", "").isalnum() for part in host.split(".")):
-        raise MedFLError(f"{host} is no name and no address of a machine; give the one by which hospitals reach the server")
+    if (
+        not host
+        or len(host) > 253
+        or not all(part and part.replace("-", "").isalnum() for part in host.split("."))
+    ):
+        raise MedFLError(
+            f"{host} is no name and no address of a machine; give the one by which hospitals reach the server"
+        )
     return x509.DNSName(host)
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, public, days: int) -> x509.CertificateBuilder:
     begin = _now()
-    return (x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(public)
-            .serial_number(x509.random_serial_number()).not_valid_before(begin - timedelta(minutes=5))
-            .not_valid_after(begin + timedelta(days=days)))
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin - timedelta(minutes=5))
+        .not_valid_after(begin + timedelta(days=days))
+    )
 
 
 def _usage(signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(digital_signature=not signs_certificates, content_commitment=False, key_encipherment=False,
-                         data_encipherment=False, key_agreement=False, key_cert_sign=signs_certificates,
-                         crl_sign=signs_certificates, encipher_only=False, decipher_only=False)
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def server_certificate(kit: Path) -> x509.Certificate:
-    """The server's certificate, checked: it and its authority are valid now and belong together, and so does its key. Raises
-    MedFLError for what is missing, broken, expired or mismatched."""
+    """The server's certificate, checked: it and its authority are valid now and belong together, and so does
+    its key. Raises MedFLError for what is missing, broken, expired or mismatched."""
     authority, certificate = _read_certificate(kit / CA), _read_certificate(kit / SERVER)
     for path, one in ((kit / CA, authority), (kit / SERVER, certificate)):
         if not one.not_valid_before_utc <= datetime.now(UTC) < one.not_valid_after_utc:
-            raise MedFLError(f"{path} is valid from {one.not_valid_before_utc:%Y-%m-%d} to {one.not_valid_after_utc:%Y-%m-%d}; "
-                             "check this machine's clock, or make a new one with `provision.py server --renew`")
+            raise MedFLError(
+                f"{path} is valid from {one.not_valid_before_utc:%Y-%m-%d} to "
+                f"{one.not_valid_after_utc:%Y-%m-%d}; "
+                "check this machine's clock, or make a new one with `provision.py server --renew`"
+            )
     try:
         certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, ValueError, TypeError) as error:
-        raise MedFLError(f"{kit / SERVER} was not made by the authority in {kit / CA}; take both from one kit") from error
+        raise MedFLError(
+            f"{kit / SERVER} was not made by the authority in {kit / CA}; take both from one kit"
+        ) from error
     if _read_private(kit / SERVER_KEY).public_key() != certificate.public_key():
         raise MedFLError(f"{kit / SERVER_KEY} is not the key of {kit / SERVER}; take both from one kit")
     return certificate
@@ -182,26 +226,35 @@ def read_admissions(kit: Path) -> dict[str, Admission]:
         for admission in admissions.values():
             _ = admission.pem, admission.state
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
-        raise MedFLError(f"{path} is damaged; put back a copy of it, or admit the hospitals anew in a new kit") from error
+        raise MedFLError(
+            f"{path} is damaged; put back a copy of it, or admit the hospitals anew in a new kit"
+        ) from error
     return admissions
 
 
 def write_admissions(kit: Path, admissions: dict[str, Admission]) -> None:
     """Write the list, whole or not at all."""
-    content = {"version": 1, "hospitals": {label: asdict(admission) for label, admission in sorted(admissions.items())}}
+    content = {
+        "version": 1,
+        "hospitals": {label: asdict(admission) for label, admission in sorted(admissions.items())},
+    }
     with atomic_write(kit / HOSPITALS, "w", private=True) as file:
         json.dump(content, file, indent=2)
         file.write("\n")
 
 
 def admit(kit: Path, line: str, days: int) -> tuple[str, Admission]:
-    """Admit the hospital whose `hospital.pub` holds this line; its label and admission. Raises MedFLError for a line that is
-    no key of `provision.py hospital`, a label or a key that another has, and a key that was revoked."""
+    """Admit the hospital whose `hospital.pub` holds this line; its label and admission. Raises MedFLError for
+    a line that is no key of `provision.py hospital`, a label or a key that another has, and a key that was
+    revoked."""
     label, public = parse_public(line)
     admissions = read_admissions(kit)
     for other, admission in admissions.items():
         if admission.public_key == public and admission.revoked:
-            raise MedFLError("this key was revoked and can't be admitted again; let the hospital make a new one in a new kit")
+            raise MedFLError(
+                "this key was revoked and can't be admitted again; let the hospital make a new one in a new "
+                "kit"
+            )
         if admission.public_key == public and other != label:
             raise MedFLError(f"this key is admitted as {other}; each hospital needs a key of its own")
     former = admissions.get(label)
@@ -231,12 +284,23 @@ def make_hospital_key(kit: Path, label: str) -> str:
     if not LABEL.fullmatch(label):
         raise MedFLError(f"--name is {label}; take up to 32 letters, digits, - and _")
     key = ec.generate_private_key(CURVE())
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+    public = (
+        key.public_key()
+        .public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        .decode()
+    )
     line = f"{public} {label}"
     if (kit / HOSPITAL_PUBLIC).exists():
-        raise MedFLError(f"{kit / HOSPITAL_PUBLIC} is there already and is not overwritten; choose another --kit")
-    write_new(kit / HOSPITAL_KEY, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
-                                                    serialization.NoEncryption()), private=True)
+        raise MedFLError(
+            f"{kit / HOSPITAL_PUBLIC} is there already and is not overwritten; choose another --kit"
+        )
+    write_new(
+        kit / HOSPITAL_KEY,
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        ),
+        private=True,
+    )
     write_new(kit / HOSPITAL_PUBLIC, line.encode() + b"\n")
     return line
 
@@ -248,24 +312,38 @@ def parse_public(line: str) -> tuple[str, str]:
         key = serialization.load_ssh_public_key(" ".join(parts[:2]).encode())
         fits = len(parts) == 3 and isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, CURVE)
     except Exception as error:  # cryptography raises many kinds for a foreign file
-        raise MedFLError("this is no hospital's public key; take the hospital.pub that `provision.py hospital` wrote") from error
+        raise MedFLError(
+            "this is no hospital's public key; take the hospital.pub that `provision.py hospital` wrote"
+        ) from error
     if not fits or not LABEL.fullmatch(parts[2]):
-        raise MedFLError("this key is of another kind, or has no label; take the hospital.pub that `provision.py hospital` wrote")
+        raise MedFLError(
+            "this key is of another kind, or has no label; take the hospital.pub that `provision.py "
+            "hospital` wrote"
+        )
     return parts[2], " ".join(parts[:2])
 
 
 def hospital_label(kit: Path) -> str:
-    """The label of a hospital's kit, checked: keys and the server's `ca.pem` are there and fit. Raises MedFLError."""
+    """The label of a hospital's kit, checked: keys and the server's `ca.pem` are there and fit. Raises
+    MedFLError."""
     make = "make it with `provision.py hospital`"
-    for name, remedy in ((HOSPITAL_KEY, make), (HOSPITAL_PUBLIC, make), (CA, "ask the coordinator for it and put it there")):
+    for name, remedy in (
+        (HOSPITAL_KEY, make),
+        (HOSPITAL_PUBLIC, make),
+        (CA, "ask the coordinator for it and put it there"),
+    ):
         if not (kit / name).is_file():
             raise MedFLError(f"there is no {kit / name}; {remedy}")
     label, public = parse_public((kit / HOSPITAL_PUBLIC).read_text(encoding="utf-8", errors="replace"))
     own = _read_private(kit / HOSPITAL_KEY).public_key()
     if own != serialization.load_ssh_public_key(public.encode()):
-        raise MedFLError(f"{kit / HOSPITAL_KEY} and {kit / HOSPITAL_PUBLIC} don't belong together; make a new kit")
+        raise MedFLError(
+            f"{kit / HOSPITAL_KEY} and {kit / HOSPITAL_PUBLIC} don't belong together; make a new kit"
+        )
     if os.name == "posix" and (kit / HOSPITAL_KEY).stat().st_mode & 0o077:
-        raise MedFLError(f"others can read {kit / HOSPITAL_KEY}; run chmod 600 on it, and make a new key if somebody did")
+        raise MedFLError(
+            f"others can read {kit / HOSPITAL_KEY}; run chmod 600 on it, and make a new key if somebody did"
+        )
     _read_certificate(kit / CA)
     return label
 
@@ -274,7 +352,9 @@ def _read_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
-        raise MedFLError(f"there is no {path} that can be read; make a kit with provision.py, or correct --kit") from error
+        raise MedFLError(
+            f"there is no {path} that can be read; make a kit with provision.py, or correct --kit"
+        ) from error
     except ValueError as error:
         raise MedFLError(f"{path} is no certificate; take it from the server's kit again") from error
 
@@ -282,9 +362,15 @@ def _read_certificate(path: Path) -> x509.Certificate:
 def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         content = path.read_bytes()
-        load = serialization.load_ssh_private_key if b"OPENSSH" in content else serialization.load_pem_private_key
+        load = (
+            serialization.load_ssh_private_key
+            if b"OPENSSH" in content
+            else serialization.load_pem_private_key
+        )
         return load(content, password=None)
     except OSError as error:
-        raise MedFLError(f"there is no {path} that can be read; make a kit with provision.py, or correct --kit") from error
+        raise MedFLError(
+            f"there is no {path} that can be read; make a kit with provision.py, or correct --kit"
+        ) from error
     except (ValueError, TypeError) as error:
         raise MedFLError(f"{path} is no private key; take it from the kit that it was made in") from error

@@ -1,4 +1,5 @@
-"""The care of child processes: started so that they end with us, watched, stopped; and the ports that they listen on."""
+"""The care of child processes: started so that they end with us, watched, stopped; and the ports that they
+listen on."""
 
 import contextlib
 import http.client
@@ -19,33 +20,61 @@ LAST_LINES = 15  # of a child's log, shown when it ended unasked
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Our environment for Flower's programs: this MedFL, a folder of their own, no contact with Flower's makers, and no proxy
-    between processes of this machine."""
+    """Our environment for Flower's programs: this MedFL, a folder of their own, no contact with Flower's
+    makers, and no proxy between processes of this machine."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **no_proxy(), "PYTHONPATH": path, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_LOG_LEVEL": "WARNING", "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        **no_proxy(),
+        "PYTHONPATH": path,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_LOG_LEVEL": "WARNING",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def no_proxy() -> dict[str, str]:
-    """Environment variables that keep a proxy, usual in hospitals, out of what this machine says to itself."""
+    """Environment variables that keep a proxy, usual in hospitals, out of
+    what this machine says to itself."""
     local = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"]))
     return {"NO_PROXY": local, "no_proxy": local}
 
 
 class Child:
-    """One of the programs in flower.py, in its own process group, so that Ctrl-C reaches us alone and we stop it.
+    """One of the programs in flower.py, in its own process group, so that Ctrl-C reaches us alone and we stop
+    it.
 
     folder: where it runs and keeps its files. log: what it prints goes there; None leaves it on our terminal.
     secret: a line that it gets on its standard input, where no list of processes shows it.
     """
 
-    def __init__(self, program: str, options: list[str], folder: Path, log: Path | None = None, secret: str | None = None):
+    def __init__(
+        self,
+        program: str,
+        options: list[str],
+        folder: Path,
+        log: Path | None = None,
+        secret: str | None = None,
+    ):
         self.program, self.log = program, log
         command = [*PROGRAM, str(os.getpid()), program, *options]
-        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+        group = (
+            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+            if os.name == "nt"
+            else {"start_new_session": True}
+        )
         output = open(log, "ab") if log else None  # noqa: SIM115  the child keeps it
-        self.process = subprocess.Popen(command, cwd=folder, env=environment(folder / "flower"), stdout=output, stderr=output,
-                                        stdin=subprocess.PIPE if secret else subprocess.DEVNULL, **group)
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment(folder / "flower"),
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.PIPE if secret else subprocess.DEVNULL,
+            **group,
+        )
         if output:
             output.close()
         if secret:
@@ -59,8 +88,8 @@ class Child:
         return self.process.poll()
 
     def stop(self) -> None:
-        """End it, by force if it does not end by itself, and what it may have left in its group (nginx' workers, if nginx was
-        killed)."""
+        """End it, by force if it does not end by itself, and what it may have left in its group (nginx'
+        workers, if nginx was killed)."""
         if self.exit_code is None:
             self.process.terminate()
             try:
@@ -108,8 +137,9 @@ def is_loopback(host: str) -> bool:
 
 
 def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = None) -> bool | None:
-    """Whether Flower answers there: True, False if the connection is refused or cut, None if no answer came in time: it may
-    be busy. ca: the authority that must have made the server's certificate, where it speaks TLS.
+    """Whether Flower answers there: True, False if the connection is refused or cut, None if no answer came
+    in time: it may be busy. ca: the authority that must have made the server's certificate, where it speaks
+    TLS.
 
     Raises MedFLError where another server answers, or one whose certificate is not for that name, or expired.
     """
@@ -126,12 +156,18 @@ def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = Non
         return None  # a gateway whose server is not there yet, or anymore
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
-            raise MedFLError(f"the server at {join_address(host, port)} is not the one of this kit "
-                             f"({error.reason.verify_message}); nothing was sent to it: check --server, --kit and this machine's "
-                             "clock, and ask the coordinator for the right ca.pem") from error
+            raise MedFLError(
+                f"the server at {join_address(host, port)} is not the one of this kit "
+                f"({error.reason.verify_message}); nothing was sent to it: check --server, --kit and this "
+                f"machine's "
+                "clock, and ask the coordinator for the right ca.pem"
+            ) from error
         if isinstance(error.reason, ssl.SSLError):
-            raise MedFLError(f"what answers at {join_address(host, port)} does not speak TLS 1.3 ({error.reason.reason}); check "
-                             "--server, or ask the coordinator") from error
+            raise MedFLError(
+                f"what answers at {join_address(host, port)} does not speak TLS 1.3 "
+                f"({error.reason.reason}); check "
+                "--server, or ask the coordinator"
+            ) from error
         return False if isinstance(error.reason, ConnectionError) else None
     except (OSError, http.client.HTTPException) as error:
         return False if isinstance(error, ConnectionError) else None

@@ -1,4 +1,5 @@
-"""Who may pass Flower's door: the kit's list of admissions, carried over to the SuperLink while a federation runs."""
+"""Who may pass Flower's door: the kit's list of admissions, carried over to the SuperLink while a federation
+runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,8 @@ NODES = "nodes.json"  # {node id: label}, for the server's app
 
 
 class Registrar:
-    """Registers who is admitted and puts out who is not any more. say: prints a line. Raises MedFLError where the list is
-    damaged at the start."""
+    """Registers who is admitted and puts out who is not any more. say: prints a line. Raises MedFLError where
+    the list is damaged at the start."""
 
     def __init__(self, control: Control, kit: Path, folder: Path, say: Callable[[str], None]):
         self.control, self.kit, self.nodes_file, self.say = control, kit, folder / NODES, say
@@ -39,9 +40,14 @@ class Registrar:
                 self.control.unregister(node)
                 del self._open[label]
                 changed = True
-                self.say(f"{label} is put out: its key is revoked or its admission over ({self.kit / HOSPITALS})")
+                self.say(
+                    f"{label} is put out: its key is revoked or its admission over ({self.kit / HOSPITALS})"
+                )
         for label in sorted(admitted.keys() - self._open.keys()):
-            self._open[label] = (admitted[label].public_key, self.control.register(admitted[label].pem, label))
+            self._open[label] = (
+                admitted[label].public_key,
+                self.control.register(admitted[label].pem, label),
+            )
             changed = True
         if changed:
             write_json(self.nodes_file, {str(node): label for label, (_, node) in self._open.items()})

@@ -1,7 +1,7 @@
 """Many hospitals on one machine: the same two apps in Flower's simulation engine, on Ray.
 
-A few workers, one for each share of the cores, take the hospitals' messages in turn, so memory is bounded by the workers
-and not by the hospitals. Ray is optional: requirements-simulation.txt.
+A few workers, one for each share of the cores, take the hospitals' messages in turn, so memory is bounded by
+the workers and not by the hospitals. Ray is optional: requirements-simulation.txt.
 """
 
 import contextlib
@@ -31,12 +31,15 @@ STORE = 300 * 2**20  # bytes of Ray's shared memory besides the weights on their
 def check_ray() -> None:
     """Raises MedFLError where the simulation engine is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise MedFLError("--simulate needs Ray, which is not installed; run `pip install -r requirements.txt -r "
-                         "requirements-simulation.txt`, or start the hospitals with run_client.py")
+        raise MedFLError(
+            "--simulate needs Ray, which is not installed; run `pip install -r requirements.txt -r "
+            "requirements-simulation.txt`, or start the hospitals with run_client.py"
+        )
 
 
 class StoppableGrid:
-    """Flower's grid until `stopped` is set; the next call then ends the thread that the round loop runs in."""
+    """Flower's grid until `stopped` is set; the next call then ends the
+    thread that the round loop runs in."""
 
     def __init__(self, grid: Grid, stopped: threading.Event):
         self._grid, self._stopped = grid, stopped
@@ -49,11 +52,17 @@ class StoppableGrid:
 
 @contextlib.contextmanager
 def stopped_by_signals(stopped: threading.Event) -> Iterator[None]:
-    """Within the block Ctrl-C and SIGTERM set `stopped`; a second one ends the process. The engine itself would hang."""
+    """Within the block Ctrl-C and SIGTERM set `stopped`; a second one ends the process. The engine itself
+    would hang."""
+
     def stop(*_: object) -> None:
         if stopped.is_set():
             os._exit(EXIT_INTERRUPTED)
-        print("stopping when the hospitals that work now are done; once more stops at once", file=sys.stderr, flush=True)
+        print(
+            "stopping when the hospitals that work now are done; once more stops at once",
+            file=sys.stderr,
+            flush=True,
+        )
         stopped.set()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -64,36 +73,63 @@ def stopped_by_signals(stopped: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_engine(server_app: ServerApp, client_app: ClientApp, hospitals: int, cores: int, scratch: str,
-                stopped: threading.Event) -> None:
-    """Run both apps to their end. Ray is started here, before Flower would: it takes SIGTERM for itself when it starts."""
+def _run_engine(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    hospitals: int,
+    cores: int,
+    scratch: str,
+    stopped: threading.Event,
+) -> None:
+    """Run both apps to their end. Ray is started here, before Flower would: it takes SIGTERM for itself when
+    it starts."""
     os.environ["RAY_DEDUP_LOGS"] = "0"  # hospitals say alike things, and each is to be seen
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES alone
     import ray
     from flwr.simulation import run_simulation
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what goes wrong is told once, by us
-    ray.init(num_cpus=cores, include_dashboard=False, object_store_memory=STORE, _temp_dir=scratch,
-             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}, logging_level=logging.ERROR)
+    ray.init(
+        num_cpus=cores,
+        include_dashboard=False,
+        object_store_memory=STORE,
+        _temp_dir=scratch,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+        logging_level=logging.ERROR,
+    )
     try:
         with stopped_by_signals(stopped):
-            run_simulation(server_app, client_app, hospitals, backend_config={
-                "client_resources": {"num_cpus": max(1, cores // hospitals), "num_gpus": 0.0}})
+            run_simulation(
+                server_app,
+                client_app,
+                hospitals,
+                backend_config={
+                    "client_resources": {"num_cpus": max(1, cores // hospitals), "num_gpus": 0.0}
+                },
+            )
     finally:
         ray.shutdown()
 
 
 def simulate(job: dict, folder: Path, hospitals: int, data_dir: Path, device: str, cores: int) -> int:
-    """Run the federation that the job describes with simulated hospitals; its exit code. Raises KeyboardInterrupt when it was
-    stopped, and MedFLError where the engine fails.
+    """Run the federation that the job describes with simulated hospitals; its exit code. Raises
+    KeyboardInterrupt when it was stopped, and MedFLError where the engine fails.
 
-    folder: an empty one, for what hospitals remember. cores: how many may be used; a hospital's training takes one, or its
-    share of them where there are fewer hospitals than cores.
+    folder: an empty one, for what hospitals remember. cores: how many may be used; a hospital's training
+    takes one, or its share of them where there are fewer hospitals than cores.
     """
     for cid in range(hospitals):
         home = folder / f"hospital-{cid}"
-        Identity(label=home.name, cid=cid, data=data_dir, device=device, medfl=__version__, models=Path(job["out"]),
-                 code=job["audit"]["code"], shared_cores=cores).save(home)
+        Identity(
+            label=home.name,
+            cid=cid,
+            data=data_dir,
+            device=device,
+            medfl=__version__,
+            models=Path(job["out"]),
+            code=job["audit"]["code"],
+            shared_cores=cores,
+        ).save(home)
 
     def folder_of(context: Context) -> Path:
         return folder / f"hospital-{context.node_config['partition-id']}"
@@ -110,7 +146,9 @@ def simulate(job: dict, folder: Path, hospitals: int, data_dir: Path, device: st
         _run_engine(server_app, make_app(folder_of), hospitals, cores, scratch, stopped)
     except Exception as error:
         cause = error.__cause__ and error.__cause__.__cause__ or error
-        raise MedFLError(f"Flower's simulation engine failed ({cause}); start the hospitals with run_client.py instead") from error
+        raise MedFLError(
+            f"Flower's simulation engine failed ({cause}); start the hospitals with run_client.py instead"
+        ) from error
     finally:
         interrupted = stopped.is_set()
         stopped.set()

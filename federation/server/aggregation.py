@@ -1,17 +1,19 @@
 """From the hospitals' updates to one model.
 
-The strategies, with the papers that they come from. Weighted by training slices, which are capped (updates.py):
+The strategies, with the papers that they come from. Weighted by training slices, which are capped
+(updates.py):
 
 - fedavg (McMahan et al. 2017, arXiv:1602.05629): the mean
 - fedprox (Li et al. 2020, arXiv:1812.06127): the mean; it differs at the hospitals only
 - fedavgm (Hsu et al. 2019, arXiv:1909.06335): the mean change with momentum
 - fedadam, fedyogi (Reddi et al. 2021, arXiv:2003.00295): the mean change as the gradient of an adaptive optimiser
 
-Not weighted, and not moved far by one hostile hospital: fedmedian and fedtrimmedavg (Yin et al. 2018, arXiv:1803.01498), value by
-value, and krum (Blanchard et al. 2017), which takes the one update that lies nearest to the others.
+Not weighted, and not moved far by one hostile hospital: fedmedian and fedtrimmedavg (Yin et al. 2018,
+arXiv:1803.01498), value by value, and krum (Blanchard et al. 2017), which takes the one update that lies
+nearest to the others.
 
-Flower has these too. Its classes want all updates in memory, so they serve as the reference in the tests, and the sums here are
-taken block by block.
+Flower has these too. Its classes want all updates in memory, so they serve as the reference in the tests, and
+the sums here are taken block by block.
 """
 
 import math
@@ -23,9 +25,16 @@ import torch
 from federation.protocol.settings import FederationSettings
 from federation.server.updates import Updates
 
-MEMORY = {"fedavgm": ("momentum",), "fedadam": ("m", "v"), "fedyogi": ("m", "v")}  # what a server's optimiser remembers
+MEMORY = {
+    "fedavgm": ("momentum",),
+    "fedadam": ("m", "v"),
+    "fedyogi": ("m", "v"),
+}  # what a server's optimiser remembers
 # how many values a robust mean leaves out at each end: the median all but the middle one or two
-CUTS = {"fedmedian": lambda hospitals, _: (hospitals - 1) // 2, "fedtrimmedavg": lambda hospitals, trim: int(trim * hospitals)}
+CUTS = {
+    "fedmedian": lambda hospitals, _: (hospitals - 1) // 2,
+    "fedtrimmedavg": lambda hospitals, trim: int(trim * hospitals),
+}
 ROBUST = "fedmedian"  # in the place of the mean where a round's model collapsed
 
 
@@ -33,8 +42,8 @@ ROBUST = "fedmedian"  # in the place of the mean where a round's model collapsed
 class Aggregator:
     """Makes one model of each round's updates, and keeps what its strategy remembers.
 
-    is_statistic: which weights nobody trains, (n,) bool. They are averaged; a server's optimiser, which goes further than any
-    hospital went, would make negative variances of them.
+    is_statistic: which weights nobody trains, (n,) bool. They are averaged; a server's optimiser, which goes
+    further than any hospital went, would make negative variances of them.
     """
 
     settings: FederationSettings
@@ -42,7 +51,8 @@ class Aggregator:
     memory: dict[str, torch.Tensor] = field(default_factory=dict)  # (trained weights,) float64, by name
 
     def __call__(self, number: int, updates: Updates, robust: bool = False) -> torch.Tensor:
-        """The weights, (n,) float32, after round `number`, of screened updates. robust: by the median, whatever the strategy is."""
+        """The weights, (n,) float32, after round `number`, of screened updates. robust: by the median,
+        whatever the strategy is."""
         strategy = ROBUST if robust else self.settings.strategy
         change = self._combined(strategy, updates)
         if strategy in MEMORY:
@@ -61,13 +71,14 @@ class Aggregator:
             if strategy in CUTS:
                 cut = CUTS[strategy](len(block), self.settings.trim)
                 block.sort(axis=0)
-                change[columns] = block[cut:len(block) - cut].mean(axis=0)
+                change[columns] = block[cut : len(block) - cut].mean(axis=0)
             else:
                 change[columns] = weights @ block
         return torch.from_numpy(change)
 
     def _optimised(self, number: int, change: torch.Tensor) -> torch.Tensor:
-        """The step of the server's optimiser, (trained weights,) float64, for the mean change of round `number`."""
+        """The step of the server's optimiser, (trained weights,) float64, for the mean change of round
+        `number`."""
         settings, nothing = self.settings, torch.zeros_like(change)
         kept = {name: self.memory.get(name, nothing) for name in MEMORY[settings.strategy]}
         if settings.strategy == "fedavgm":
@@ -77,7 +88,8 @@ class Aggregator:
         m = settings.beta_1 * kept["m"] + (1 - settings.beta_1) * change
         if settings.strategy == "fedadam":
             v = settings.beta_2 * kept["v"] + (1 - settings.beta_2) * square
-            # Kingma and Ba's correction of the moments' bias, with the round's number plus one, as Flower's FedAdam has it
+            # Kingma and Ba's correction of the moments' bias, with the round's number plus one, as Flower's
+            # FedAdam has it
             rate *= math.sqrt(1 - settings.beta_2 ** (number + 1)) / (1 - settings.beta_1 ** (number + 1))
         else:
             v = kept["v"] - (1 - settings.beta_2) * square * torch.sign(kept["v"] - square)
@@ -94,7 +106,8 @@ class Aggregator:
 
 
 def nearest(distances: np.ndarray, malicious: int) -> int:
-    """Krum's choice: whose squared distances to its nearest neighbours, all but `malicious` and two, have the least sum.
+    """Krum's choice: whose squared distances to its nearest neighbours, all but `malicious` and two, have the
+    least sum.
 
     distances: (hospitals, hospitals). Of equal ones the first.
     """

@@ -1,4 +1,5 @@
-"""The server's side of a federation: Flower's ServerApp. It runs in the folder that run_server.py made for it."""
+"""The server's side of a federation: Flower's ServerApp. It runs in the folder that run_server.py made for
+it."""
 
 import json
 import sys
@@ -37,8 +38,13 @@ def prepare(job: dict) -> RunState:
 
 
 def labels() -> dict[int, str] | None:
-    """The label that each node's key stands for, as run_server.py keeps it; None where no keys are asked for."""
-    return {int(node): label for node, label in json.loads(NODES.read_text(encoding="utf-8")).items()} if NODES.exists() else None
+    """The label that each node's key stands for, as run_server.py keeps it;
+    None where no keys are asked for."""
+    return (
+        {int(node): label for node, label in json.loads(NODES.read_text(encoding="utf-8")).items()}
+        if NODES.exists()
+        else None
+    )
 
 
 @app.main()
@@ -52,7 +58,9 @@ def run(grid: Grid, job: dict) -> int:
     try:
         audit = AuditLog(Path(job["out"]) / AUDIT)
         audit.write("start", resumed=job["resume"], **job["audit"])
-        code = Federation(grid, prepare(job), job["versions"], Path(job["out"]), job["resume"], audit, labels).run()
+        code = Federation(
+            grid, prepare(job), job["versions"], Path(job["out"]), job["resume"], audit, labels
+        ).run()
         audit.write("end", exit=code)
         return code
     except MedFLError as error:

@@ -22,8 +22,8 @@ from federation.server.updates import Updates
 class Collected:
     """What one try of a round brought.
 
-    told: what hospitals said of their training, by label. updates: those that may count. bytes: what went to each hospital
-    and what came back. failures: why hospitals have no part in it.
+    told: what hospitals said of their training, by label. updates: those that may count. bytes: what went to
+    each hospital and what came back. failures: why hospitals have no part in it.
     """
 
     members: list[Member]
@@ -35,7 +35,11 @@ class Collected:
     @property
     def scores(self) -> Scores:
         """The hospitals' scores of the model that the round began with."""
-        return {label: (told.val_dice, told.val_patients) for label, told in self.told.items() if told.val_dice is not None}
+        return {
+            label: (told.val_dice, told.val_patients)
+            for label, told in self.told.items()
+            if told.val_dice is not None
+        }
 
 
 class Collector:
@@ -49,17 +53,25 @@ class Collector:
     def collect(self, number: int, attempt: int, partition: str | None) -> Collected:
         """Send the model, and take in the hospitals' answers as they come.
 
-        number: the round; attempt: how often it was asked for, from 1; partition: SHA-256 of the simulated hospitals' one.
+        number: the round; attempt: how often it was asked for, from 1; partition: SHA-256 of the simulated
+        hospitals' one.
         """
         members = self.exchange.quorum()
         left_out = self.settings.left_out(number <= self.state.training.freeze_encoder_epochs)
-        about = {"round": number, "rate": self.state.rate, "seconds": self.settings.round_timeout, "partition": partition}
+        about = {
+            "round": number,
+            "rate": self.state.rate,
+            "seconds": self.settings.round_timeout,
+            "partition": partition,
+        }
         purpose = f"round-{number}.{attempt}"
         came = Collected(members, Updates(self.state.weights, self.state.is_statistic, self.out))
         travels = part_mask(self.state.model, left_out)
         secure, own = None, None
         if self.settings.secure_aggregation:
-            secure = SecureRound(self.exchange.mailbox, self.exchange.wait, self.settings, number, purpose, int(travels.sum()))
+            secure = SecureRound(
+                self.exchange.mailbox, self.exchange.wait, self.settings, number, purpose, int(travels.sum())
+            )
             own = secure.prepare(members)
             members = [member for member in members if member.label in own]
         sent = self.exchange.send("train", purpose, members, about, self.state.weights_as_sent, left_out, own)
@@ -77,7 +89,9 @@ class Collector:
             came.bytes[member.label] = sent[member.label], answer.bytes
             self.exchange.holds(member)
 
-        _, came.failures = self.exchange.wait(purpose, members, f"round {number} of {self.settings.rounds}", take=take)
+        _, came.failures = self.exchange.wait(
+            purpose, members, f"round {number} of {self.settings.rounds}", take=take
+        )
         if secure:
             mean = secure.mean(sorted(came.told), self.state.weights, travels)
             for label in secure.failures.keys() & came.told.keys():
@@ -93,7 +107,9 @@ class Collector:
             came.failures[label] = f"{reason}; it is left out"
             del came.told[label]
 
-    def _take(self, member: Member, told: Trained, answer: Answer, updates: Updates, travels: torch.Tensor) -> None:
+    def _take(
+        self, member: Member, told: Trained, answer: Answer, updates: Updates, travels: torch.Tensor
+    ) -> None:
         """Check an update and put it to the others. travels: which of the weights are in it, (n,) bool."""
         precision, sent = self.settings.update_dtype, self.state.weights
         update = from_record(answer.arrays, precision)

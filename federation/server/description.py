@@ -13,8 +13,15 @@ from training import TrainingSettings
 from transunet import TransUNet
 
 
-def describe_run(model: TransUNet, training: TrainingSettings, settings: FederationSettings, done: Progress, commit: str | None,
-                 scores: Scores, number: int) -> dict:
+def describe_run(
+    model: TransUNet,
+    training: TrainingSettings,
+    settings: FederationSettings,
+    done: Progress,
+    commit: str | None,
+    scores: Scores,
+    number: int,
+) -> dict:
     """The metadata of a run's model after round `number`.
 
     Args:
@@ -23,52 +30,99 @@ def describe_run(model: TransUNet, training: TrainingSettings, settings: Federat
     """
     told = list(done.hospitals.values())
     # differential privacy of hospitals puts noise on weights only, so nothing is told of the images
-    images = None if settings.private else pool_image_statistics(
-        [(facts.parts["train"].patients, facts.images) for facts in told if facts.images])
+    images = (
+        None
+        if settings.private
+        else pool_image_statistics(
+            [(facts.parts["train"].patients, facts.images) for facts in told if facts.images]
+        )
+    )
     mean, patients = mean_dice(scores)
     val = {"patients": patients, "volume_dice": {"mean": mean, "median": None, "ci95": None}}
-    about = describe(model, images, training=_training(training, settings, done, told, bool(scores), number),
-                     origin=_origin(settings, done, told, number), data=_data(training, settings, told),
-                     scores={"val": val} if scores else {})
+    about = describe(
+        model,
+        images,
+        training=_training(training, settings, done, told, bool(scores), number),
+        origin=_origin(settings, done, told, number),
+        data=_data(training, settings, told),
+        scores={"val": val} if scores else {},
+    )
     about["versions"].update(commit=commit, flwr=told[0].versions["flwr"] if told else None)
     return about
 
 
-def _training(training: TrainingSettings, settings: FederationSettings, done: Progress, told: list[Facts], scored: bool,
-              number: int) -> dict:
-    return {**asdict(training), "encoder_weights": None, **asdict(settings), "rounds_done": number,
-            "seconds": round(done.seconds, 1), "device": " ".join(sorted({facts.device for facts in told})),
-            "selected_by": "patient-weighted validation mean volume Dice" if scored else "nothing: the last model"}
+def _training(
+    training: TrainingSettings,
+    settings: FederationSettings,
+    done: Progress,
+    told: list[Facts],
+    scored: bool,
+    number: int,
+) -> dict:
+    return {
+        **asdict(training),
+        "encoder_weights": None,
+        **asdict(settings),
+        "rounds_done": number,
+        "seconds": round(done.seconds, 1),
+        "device": " ".join(sorted({facts.device for facts in told})),
+        "selected_by": "patient-weighted validation mean volume Dice"
+        if scored
+        else "nothing: the last model",
+    }
 
 
 def _data(training: TrainingSettings, settings: FederationSettings, told: list[Facts]) -> dict:
-    data: dict = {"name": " and ".join(sorted({facts.data for facts in told})),
-                  "split_sha256": next((facts.split_sha256 for facts in told if not facts.own_data), None),
-                  "split": {"seed": training.seed, "val_fraction": settings.val_fraction,
-                            "test_fraction": settings.test_fraction}}
+    data: dict = {
+        "name": " and ".join(sorted({facts.data for facts in told})),
+        "split_sha256": next((facts.split_sha256 for facts in told if not facts.own_data), None),
+        "split": {
+            "seed": training.seed,
+            "val_fraction": settings.val_fraction,
+            "test_fraction": settings.test_fraction,
+        },
+    }
     for part in PARTS:
-        data[part] = {"patients": sum(facts.parts[part].patients for facts in told),
-                      "slices": sum(facts.parts[part].slices for facts in told)}
+        data[part] = {
+            "patients": sum(facts.parts[part].patients for facts in told),
+            "slices": sum(facts.parts[part].slices for facts in told),
+        }
     return data
 
 
 def _origin(settings: FederationSettings, done: Progress, told: list[Facts], number: int) -> dict:
     simulated = any(not facts.own_data for facts in told)
-    privacy = {"secure_aggregation": settings.secure_aggregation, "epsilon": done.epsilon,
-               "delta": settings.dp_delta if settings.private else None, "patients": _patients_privacy(done)}
-    return {"kind": "federated", "hospitals": len(told), "labels": sorted(done.hospitals),
-            "partition": settings.partition if simulated else "own data", "strategy": settings.strategy, "rounds": number,
-            "started_from": done.started_from, "init_split_sha256": done.init_split,
-            "norm_at_hospitals": settings.keep_norm_local, "privacy": privacy}
+    privacy = {
+        "secure_aggregation": settings.secure_aggregation,
+        "epsilon": done.epsilon,
+        "delta": settings.dp_delta if settings.private else None,
+        "patients": _patients_privacy(done),
+    }
+    return {
+        "kind": "federated",
+        "hospitals": len(told),
+        "labels": sorted(done.hospitals),
+        "partition": settings.partition if simulated else "own data",
+        "strategy": settings.strategy,
+        "rounds": number,
+        "started_from": done.started_from,
+        "init_split_sha256": done.init_split,
+        "norm_at_hospitals": settings.keep_norm_local,
+        "privacy": privacy,
+    }
 
 
 def _patients_privacy(done: Progress) -> dict[str, dict[str, float]]:
-    """What hospitals spent of their patients' privacy, by label; nothing of one that also gave updates without."""
+    """What hospitals spent of their patients' privacy, by label; nothing of one that also gave updates
+    without."""
     spent, bare = {}, set()
     for row in done.rows:
         if row["patient_epsilon"] is not None:
             spent[row["site"]] = row["patient_epsilon"]
         elif row["examples"] is not None:
             bare.add(row["site"])
-    return {label: {"epsilon": spent[label], "delta": facts.patient_privacy.delta} for label, facts in done.hospitals.items()
-            if facts.patient_privacy and label in spent.keys() - bare}
+    return {
+        label: {"epsilon": spent[label], "delta": facts.patient_privacy.delta}
+        for label, facts in done.hospitals.items()
+        if facts.patient_privacy and label in spent.keys() - bare
+    }

@@ -16,7 +16,9 @@ from federation.server.membership import PURPOSES, Member, Membership
 TICK = 0.2  # seconds between two looks for answers
 REMIND = 60.0  # seconds between two lines that say who is missing
 
-Take = Callable[[Member, Answer], None]  # takes in an answer with its arrays; raises MedFLError where it can't count
+Take = Callable[
+    [Member, Answer], None
+]  # takes in an answer with its arrays; raises MedFLError where it can't count
 
 
 class NoQuorum(MedFLError):
@@ -26,17 +28,35 @@ class NoQuorum(MedFLError):
 class Exchange:
     """Sends the members messages and waits for what they answer.
 
-    about: what every message with weights says (settings and the run's name). known: labels of those that ever gave an update.
+    about: what every message with weights says (settings and the run's name). known: labels of those that
+    ever gave an update.
     """
 
-    def __init__(self, mailbox: Mailbox, membership: Membership, settings: FederationSettings, about: dict, model: nn.Module,
-                 known: Callable[[], list[str]], say: Callable[[str], None]):
-        self.mailbox, self.membership, self.settings, self.about, self.model = mailbox, membership, settings, about, model
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        membership: Membership,
+        settings: FederationSettings,
+        about: dict,
+        model: nn.Module,
+        known: Callable[[], list[str]],
+        say: Callable[[str], None],
+    ):
+        self.mailbox, self.membership, self.settings, self.about, self.model = (
+            mailbox,
+            membership,
+            settings,
+            about,
+            model,
+        )
         self.known, self.say = known, say
-        self._have: set[str] = set()  # sessions of hospitals that hold a whole model, so that parts of it are enough
+        self._have: set[str] = (
+            set()
+        )  # sessions of hospitals that hold a whole model, so that parts of it are enough
 
     def assemble(self, resumed: bool) -> None:
-        """Wait for all hospitals; a resumed run waits no longer than a round may take, if enough are there."""
+        """Wait for all hospitals; a resumed run waits no longer than a
+        round may take, if enough are there."""
         began = time.monotonic()
         told, told_at = -1, 0.0
         while len(self.membership.members) < self.settings.clients:
@@ -56,17 +76,25 @@ class Exchange:
             self.say("going on with those that are here")
 
     def missing(self) -> list[str]:
-        """Labels that are expected and not there: those that took part before, then those whose keys are admitted, or numbers."""
+        """Labels that are expected and not there: those that took part before, then those whose keys are
+        admitted, or numbers."""
         here, admitted = set(self.membership.members), self.membership.labels()
-        others = [f"hospital-{k}" for k in range(self.settings.clients)] if admitted is None else sorted(admitted.values())
+        others = (
+            [f"hospital-{k}" for k in range(self.settings.clients)]
+            if admitted is None
+            else sorted(admitted.values())
+        )
         absent = [label for label in [*sorted(self.known()), *others] if label not in here]
-        return list(dict.fromkeys(absent))[:max(self.settings.clients - len(here), 0)]
+        return list(dict.fromkeys(absent))[: max(self.settings.clients - len(here), 0)]
 
     def too_few(self, count: int) -> str:
         """The sentence about a round that only so many hospitals took part in."""
         missing = f" (missing: {', '.join(self.missing())})" if self.missing() else ""
-        return (f"{count} of {self.settings.clients} hospitals took part and a round needs {self.settings.beginners}{missing}; "
-                "see to them and go on with --resume")
+        return (
+            f"{count} of {self.settings.clients} hospitals took part and a round needs "
+            f"{self.settings.beginners}{missing}; "
+            "see to them and go on with --resume"
+        )
 
     def quorum(self) -> list[Member]:
         """The members that can be given work. Raises NoQuorum where too few come within a round's time."""
@@ -74,8 +102,12 @@ class Exchange:
         told = False
         while len(present := self.membership.present) < self.settings.beginners or self.membership.disputed:
             if not told and not self.membership.disputed:
-                self.say(f"{len(present)} of {self.settings.clients} hospitals can work, a round needs {self.settings.beginners}; "
-                         f"waiting up to {self.settings.round_timeout:.0f} s for {', '.join(self.missing()) or 'those behind'}")
+                self.say(
+                    f"{len(present)} of {self.settings.clients} hospitals can work, a round needs "
+                    f"{self.settings.beginners}; "
+                    f"waiting up to {self.settings.round_timeout:.0f} s for "
+                    f"{', '.join(self.missing()) or 'those behind'}"
+                )
                 told = True
             if time.monotonic() > until:
                 raise NoQuorum(self.too_few(len(present)))
@@ -84,10 +116,18 @@ class Exchange:
             time.sleep(TICK)
         return present
 
-    def send(self, kind: str, purpose: str, members: list[Member], about: dict, weights: torch.Tensor,
-             left_out: list[str], own: dict[str, dict] | None = None) -> dict[str, int]:
-        """Send the members one message with the weights; those who hold a model get it without the parts that are left out.
-        own: what is said to each besides, by label. The bytes that went to each, by label."""
+    def send(
+        self,
+        kind: str,
+        purpose: str,
+        members: list[Member],
+        about: dict,
+        weights: torch.Tensor,
+        left_out: list[str],
+        own: dict[str, dict] | None = None,
+    ) -> dict[str, int]:
+        """Send the members one message with the weights; those who hold a model get it without the parts that
+        are left out. own: what is said to each besides, by label. The bytes that went to each, by label."""
         holders = [m for m in members if m.session in self._have] if left_out else []
         sent = {}
         for some, without in ((holders, left_out), ([m for m in members if m not in holders], [])):
@@ -95,21 +135,32 @@ class Exchange:
                 continue
             part = to_record(weights[part_mask(self.model, without)], self.settings.update_dtype)
             message = {**self.about, "without": without, **about}
-            # Flower lets the message live a little longer, so that it is we who say that somebody gave no answer in time
+            # Flower lets the message live a little longer, so that it is we who say that somebody gave no
+            # answer in time
             time_to_live = self.settings.round_timeout + SPARE
             if own is None:
                 self.mailbox.send([m.node for m in some], kind, purpose, message, time_to_live, part)
             else:
                 for member in some:
-                    self.mailbox.send([member.node], kind, purpose, message | own[member.label], time_to_live, part)
+                    self.mailbox.send(
+                        [member.node], kind, purpose, message | own[member.label], time_to_live, part
+                    )
             sent |= {member.label: payload(part) for member in some}
         return sent
 
-    def wait(self, purpose: str, members: list[Member], title: str, limit: float | None = None,
-             take: Take | None = None) -> tuple[dict[str, Answer], dict[str, str]]:
-        """Wait for answers, for `limit` seconds or as long as a round may take: answers, and reasons for none, by label.
+    def wait(
+        self,
+        purpose: str,
+        members: list[Member],
+        title: str,
+        limit: float | None = None,
+        take: Take | None = None,
+    ) -> tuple[dict[str, Answer], dict[str, str]]:
+        """Wait for answers, for `limit` seconds or as long as a round may take: answers, and reasons for
+        none, by label.
 
-        take: is given each answer as it comes; an answer that it refuses is a failure. The arrays are let go of then.
+        take: is given each answer as it comes; an answer that it refuses is a failure. The arrays are let go
+        of then.
         """
         by_node = {member.node: member for member in members}
         answers: dict[str, Answer] = {}
@@ -142,8 +193,14 @@ class Exchange:
         """Note that a member holds a whole model now."""
         self._have.add(member.session)
 
-    def _sort(self, member: Member, answer: Answer, take: Take | None, answers: dict[str, Answer],
-              failures: dict[str, str]) -> None:
+    def _sort(
+        self,
+        member: Member,
+        answer: Answer,
+        take: Take | None,
+        answers: dict[str, Answer],
+        failures: dict[str, str],
+    ) -> None:
         """Put an answer among the answers, or its failure among the failures."""
         if answer.failure:
             failures[member.label] = answer.failure
@@ -161,7 +218,8 @@ class Exchange:
         answers[member.label] = answer
 
     def _attend(self) -> Iterator[Answer]:
-        """One look at who comes and goes, and at the answers; those to other questions than the membership's."""
+        """One look at who comes and goes, and at the answers; those
+        to other questions than the membership's."""
         self.membership.poll()
         for answer in self.mailbox.collect():
             if answer.purpose in PURPOSES:

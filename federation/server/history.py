@@ -1,10 +1,10 @@
 """The story of a federation: a line per round and hospital, as CSV, as a table on the terminal and as curves.
 
-Columns: round, site (the hospital's label), examples (training slices), train_loss (mean over the round), val_dice (mean
-volume Dice of the model that the round began with, over the hospital's validation patients), val_patients, seconds (of
-the hospital's own work), bytes_sent and bytes_received (the arrays' payload, seen from the server), patient_epsilon (what
-of its patients' privacy the hospital has spent, where it promises them any). After the last round R the final model is scored:
-rows of round R + 1 have no training columns.
+Columns: round, site (the hospital's label), examples (training slices), train_loss (mean over the round),
+val_dice (mean volume Dice of the model that the round began with, over the hospital's validation patients),
+val_patients, seconds (of the hospital's own work), bytes_sent and bytes_received (the arrays' payload, seen
+from the server), patient_epsilon (what of its patients' privacy the hospital has spent, where it promises
+them any). After the last round R the final model is scored: rows of round R + 1 have no training columns.
 """
 
 import csv
@@ -39,7 +39,9 @@ MARKS = "os^Dv<>ph*"
 
 def scores_of(rows: list[Row]) -> Scores:
     """The scores in a round's rows."""
-    return {row["site"]: (row["val_dice"], row["val_patients"]) for row in rows if row["val_dice"] is not None}
+    return {
+        row["site"]: (row["val_dice"], row["val_patients"]) for row in rows if row["val_dice"] is not None
+    }
 
 
 def write_history(rows: list[Row], path: Path) -> None:
@@ -57,27 +59,46 @@ def table(rows: list[Row]) -> str:
         return "–" if value is None else f"{value:.{digits}f}"
 
     private = any(row.get("patient_epsilon") is not None for row in rows)
-    lines = [f"  {'hospital':18}{'slices':>7}{'loss':>8}{'val Dice':>10}{'patients':>10}{'seconds':>9}{'MB out':>8}{'MB in':>8}"
-             + f"{'epsilon':>10}" * private]
+    head = f"  {'hospital':18}{'slices':>7}{'loss':>8}{'val Dice':>10}{'patients':>10}"
+    head += f"{'seconds':>9}{'MB out':>8}{'MB in':>8}" + (f"{'epsilon':>10}" if private else "")
+    lines = [head]
     for row in rows:
-        lines.append(f"  {row['site']:18}{number(row['examples'], 0):>7}{number(row['train_loss'], 3):>8}"
-                     f"{number(row['val_dice'], 3):>10}{row['val_patients']:>10}{number(row['seconds'], 1):>9}"
-                     f"{row['bytes_sent'] / 1e6:>8.1f}{row['bytes_received'] / 1e6:>8.1f}"
-                     + f"{number(row.get('patient_epsilon'), 3):>10}" * private)
+        lines.append(
+            f"  {row['site']:18}{number(row['examples'], 0):>7}{number(row['train_loss'], 3):>8}"
+            f"{number(row['val_dice'], 3):>10}{row['val_patients']:>10}{number(row['seconds'], 1):>9}"
+            f"{row['bytes_sent'] / 1e6:>8.1f}{row['bytes_received'] / 1e6:>8.1f}"
+            + f"{number(row.get('patient_epsilon'), 3):>10}"
+            * private
+        )
     return "\n".join(lines)
 
 
 def draw_curves(rows: list[Row], path: Path, title: str) -> None:
-    """Write a PNG: training loss at the left, validation Dice of each hospital and their mean at the right."""
+    """Write a PNG: training loss at the left, validation Dice of each
+    hospital and their mean at the right."""
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     loss, dice = figure.subplots(1, 2)
     for number, site in enumerate(sorted({row["site"] for row in rows})):
         mark = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "linewidth": 1, "label": site}
-        for axes, name, shift in ((loss, "train_loss", 0), (dice, "val_dice", -1)):  # the Dice is of the model before the round
-            mine = [(row["round"] + shift, row[name]) for row in rows if row["site"] == site and row[name] is not None]
+        for axes, name, shift in (
+            (loss, "train_loss", 0),
+            (dice, "val_dice", -1),
+        ):  # the Dice is of the model before the round
+            mine = [
+                (row["round"] + shift, row[name])
+                for row in rows
+                if row["site"] == site and row[name] is not None
+            ]
             axes.plot(*zip(*mine), **mark) if mine else axes.plot([], [], **mark)
-    by_round = {number: [row for row in rows if row["round"] == number] for number in sorted({row["round"] for row in rows})}
-    mean = [(number - 1, value) for number, of in by_round.items() if (value := mean_dice(scores_of(of))[0]) is not None]
+    by_round = {
+        number: [row for row in rows if row["round"] == number]
+        for number in sorted({row["round"] for row in rows})
+    }
+    mean = [
+        (number - 1, value)
+        for number, of in by_round.items()
+        if (value := mean_dice(scores_of(of))[0]) is not None
+    ]
     if mean:
         dice.plot(*zip(*mean), color="black", linewidth=2.2, label="mean over patients")
     loss.set(title="Training loss at the hospitals", xlabel="round", ylabel="cross-entropy + (1 − soft Dice)")

@@ -1,8 +1,9 @@
 """Which model is the best so far, and whether one collapsed: judged by the hospitals' own scores.
 
-Two models are compared over the hospitals that scored both, each hospital with itself, so that one that leaves, or is missing for a
-round, neither helps a model nor hurts it. No hospital decides by itself: of three or more, the one whose verdict is most unlike
-the others' takes no part in the comparison, and patients count as weights up to a bound. A collapse is judged in the same way.
+Two models are compared over the hospitals that scored both, each hospital with itself, so that one that
+leaves, or is missing for a round, neither helps a model nor hurts it. No hospital decides by itself: of three
+or more, the one whose verdict is most unlike the others' takes no part in the comparison, and patients count
+as weights up to a bound. A collapse is judged in the same way.
 """
 
 import statistics
@@ -19,17 +20,21 @@ Scores = dict[str, tuple[float, int]]  # mean volume Dice and validation patient
 
 
 def difference(before: Scores, now: Scores) -> float | None:
-    """How much better the second model is, by mean volume Dice over the hospitals that scored both; None without any."""
+    """How much better the second model is, by mean volume Dice over the hospitals that scored both; None
+    without any."""
     both = sorted(before.keys() & now.keys())
     if not both:
         return None
     kept = _without_the_odd_one(before, now, both)
     weights = capped([now[label][1] for label in kept], WEIGHT)
-    return sum(weight * (now[label][0] - before[label][0]) for weight, label in zip(weights, kept)) / sum(weights)
+    return sum(weight * (now[label][0] - before[label][0]) for weight, label in zip(weights, kept)) / sum(
+        weights
+    )
 
 
 def collapsed(before: Scores, now: Scores) -> bool:
-    """Whether the mean Dice of the hospitals that scored both models fell below half, the odd one of three or more left out."""
+    """Whether the mean Dice of the hospitals that scored both models fell below half, the odd one of three or
+    more left out."""
     both = sorted(before.keys() & now.keys())
     if not both:
         return False
@@ -39,7 +44,8 @@ def collapsed(before: Scores, now: Scores) -> bool:
 
 
 def _without_the_odd_one(before: Scores, now: Scores, labels: list[str]) -> list[str]:
-    """These hospitals without the one, of three or more, whose change of the Dice is most unlike the others'."""
+    """These hospitals without the one, of three or more, whose change of
+    the Dice is most unlike the others'."""
     if len(labels) < 3:
         return labels
     gains = {label: now[label][0] - before[label][0] for label in labels}
@@ -52,8 +58,9 @@ def _without_the_odd_one(before: Scores, now: Scores, labels: list[str]) -> list
 class Judge:
     """The best model so far, of those that hospitals scored.
 
-    scores: of the best; number: the round after which it was made; since: judged rounds since then; improvements: how often there
-    was a better one; other: judged rounds in a row that other hospitals scored than the best's.
+    scores: of the best; number: the round after which it was made; since: judged rounds since then;
+    improvements: how often there was a better one; other: judged rounds in a row that other hospitals scored
+    than the best's.
     """
 
     scores: Scores = field(default_factory=dict)
@@ -63,7 +70,8 @@ class Judge:
     other: int = 0
 
     def look(self, now: Scores, number: int) -> tuple[bool, str | None]:
-        """Note the scores of the model after round `number`: whether it is the best so far, and what is to be said besides."""
+        """Note the scores of the model after round `number`: whether it is the best so far, and what is to be
+        said besides."""
         if not now:
             return False, None
         gain = difference(self.scores, now)
@@ -75,8 +83,13 @@ class Judge:
         said = None
         if self.scores and now.keys() != self.scores.keys():
             who = ", ".join(sorted(now))
-            said = (f"for {LASTING} rounds other hospitals have scored than those that scored the best model; the comparison "
-                    f"begins again with {who}" if again else f"the best model so far is now the choice of {who}")
+            said = (
+                f"for {LASTING} rounds other hospitals have scored than those that scored the best model; "
+                f"the comparison "
+                f"begins again with {who}"
+                if again
+                else f"the best model so far is now the choice of {who}"
+            )
         self.scores, self.number, self.since, self.other = dict(now), number, 0, 0
         self.improvements += 1
         return True, said

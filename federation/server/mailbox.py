@@ -1,4 +1,5 @@
-"""Messages on their way: sent to hospitals and collected without waiting, each with a time after which it counts as lost."""
+"""Messages on their way: sent to hospitals and collected without waiting, each with a time after which it
+counts as lost."""
 
 import time
 from collections.abc import Iterator
@@ -16,12 +17,17 @@ AT_ONCE = 4  # answers that are taken out of Flower at a time, and so in memory 
 SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
 GONE, NO_ANSWER = 5, "no answer in time"
 UNREADABLE = "its answer can't be read"
-FLOWER_SAYS = {3: NO_ANSWER, GONE: "it is not reachable", 8: "its process ended without an answer"}  # its error codes
+FLOWER_SAYS = {
+    3: NO_ANSWER,
+    GONE: "it is not reachable",
+    8: "its process ended without an answer",
+}  # its error codes
 
 
 @dataclass
 class Answer:
-    """What came back for a message: `about` and arrays, or the reason why there is nothing. bytes: of the arrays' numbers."""
+    """What came back for a message: `about` and arrays, or the reason why there is nothing. bytes: of the
+    arrays' numbers."""
 
     node: int
     purpose: str
@@ -50,12 +56,22 @@ class Mailbox:
         """The nodes that Flower holds to be connected. One that was killed stays here for about a minute."""
         return set(self._grid.get_node_ids())
 
-    def send(self, nodes: list[int], kind: str, purpose: str, about: dict, timeout: float,
-             arrays: ArrayRecord | None = None) -> None:
-        """Send each node the same message of Flower's `kind` (train, evaluate or query), to be answered within `timeout` s."""
+    def send(
+        self,
+        nodes: list[int],
+        kind: str,
+        purpose: str,
+        about: dict,
+        timeout: float,
+        arrays: ArrayRecord | None = None,
+    ) -> None:
+        """Send each node the same message of Flower's `kind` (train, evaluate or query), to be answered
+        within `timeout` s."""
         if not nodes:
             return
-        messages = [Message(message(about, arrays), node, kind, ttl=timeout, group_id=purpose) for node in nodes]
+        messages = [
+            Message(message(about, arrays), node, kind, ttl=timeout, group_id=purpose) for node in nodes
+        ]
         lost_at = time.monotonic() + timeout + SPARE
         identities = list(self._grid.push_messages(messages))
         for identity, node in zip_longest(identities, nodes):
@@ -73,18 +89,21 @@ class Mailbox:
         self._open = {identity: sent for identity, sent in self._open.items() if sent.purpose != purpose}
 
     def collect(self) -> Iterator[Answer]:
-        """The answers that have come, lost messages among them, a few at a time: the caller is to be done with one before it
-        takes the next, so that memory holds no more than `AT_ONCE`.
+        """The answers that have come, lost messages among them, a few at a time: the caller is to be done
+        with one before it takes the next, so that memory holds no more than `AT_ONCE`.
 
-        An answer whose tensors stop half way (a hospital killed while it sends) can hold Flower up for 3 minutes.
+        An answer whose tensors stop half way (a hospital killed while it sends) can hold Flower up for 3
+        minutes.
         """
         refused, self._refused = self._refused, []
         yield from refused
         waiting = list(self._open)
         for start in range(0, len(waiting), AT_ONCE):
-            some = [identity for identity in waiting[start:start + AT_ONCE] if identity in self._open]
+            some = [identity for identity in waiting[start : start + AT_ONCE] if identity in self._open]
             for reply in self._grid.pull_messages(some) if some else []:
-                sent = self._open.pop(reply.metadata.reply_to_message_id, None)  # not by sender: Flower answers for the dead
+                sent = self._open.pop(
+                    reply.metadata.reply_to_message_id, None
+                )  # not by sender: Flower answers for the dead
                 if sent:
                     yield _answer(sent, reply)
         now = time.monotonic()
@@ -95,7 +114,12 @@ class Mailbox:
 
 def _answer(sent: _Sent, reply: Message) -> Answer:
     if reply.has_error():
-        return Answer(sent.node, sent.purpose, {}, failure=FLOWER_SAYS.get(reply.error.code, "its program could not answer"))
+        return Answer(
+            sent.node,
+            sent.purpose,
+            {},
+            failure=FLOWER_SAYS.get(reply.error.code, "its program could not answer"),
+        )
     try:
         about, arrays = read(reply.content), reply.content.get("arrays")
         size = payload(arrays)

@@ -17,7 +17,12 @@ JOIN_TRIES = 3  # for a hospital that is connected and can't say who it is
 JOIN_AGAIN = 10.0  # seconds between them
 PING_TIME = 45.0  # seconds in which somebody who is there answers, also on a busy machine
 PURPOSES = ("join", "ping", "end")
-FINAL = (Failure.DATA, Failure.CODE, Failure.CONSENT, Failure.PRIVACY)  # reasons for not joining that asking again does not mend
+FINAL = (
+    Failure.DATA,
+    Failure.CODE,
+    Failure.CONSENT,
+    Failure.PRIVACY,
+)  # reasons for not joining that asking again does not mend
 
 
 @dataclass
@@ -32,20 +37,37 @@ class Member:
 
 
 class Membership:
-    """Keeps the list of members up to date; `poll` and `handle` are called again and again by who waits for answers.
+    """Keeps the list of members up to date; `poll` and `handle` are called again and again by who waits for
+    answers.
 
-    about: what the JOIN message says (settings and the server's versions). contributors: what hospitals that gave updates
-    said at joining, by label. say: prints a line. audit: keeps who joined, was refused and left. labels: gives the label that
-    each node's key stands for, or None where no keys are asked for.
+    about: what the JOIN message says (settings and the server's versions). contributors: what hospitals that
+    gave updates said at joining, by label. say: prints a line. audit: keeps who joined, was refused and left.
+    labels: gives the label that each node's key stands for, or None where no keys are asked for.
     """
 
-    def __init__(self, mailbox: Mailbox, settings: FederationSettings, about: dict, contributors: dict[str, Facts],
-                 say: Callable[[str], None], audit: AuditLog, labels: Callable[[], dict[int, str] | None] = lambda: None):
-        self.mailbox, self.settings, self.about, self.contributors, self.say = mailbox, settings, about, contributors, say
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        settings: FederationSettings,
+        about: dict,
+        contributors: dict[str, Facts],
+        say: Callable[[str], None],
+        audit: AuditLog,
+        labels: Callable[[], dict[int, str] | None] = lambda: None,
+    ):
+        self.mailbox, self.settings, self.about, self.contributors, self.say = (
+            mailbox,
+            settings,
+            about,
+            contributors,
+            say,
+        )
         self.audit, self.labels = audit, labels
         self.members: dict[str, Member] = {}
         self._asked: set[int] = set()
-        self._tries: dict[int, tuple[int, float]] = {}  # nodes that could not join: how often they tried, when to ask again
+        self._tries: dict[
+            int, tuple[int, float]
+        ] = {}  # nodes that could not join: how often they tried, when to ask again
         self._rivals: dict[int, Facts] = {}  # nodes that claim a label somebody has: what they said
         self._looked = -LOOK
 
@@ -56,7 +78,8 @@ class Membership:
 
     @property
     def partition(self) -> str | None:
-        """The SHA-256 of the partition that the simulated hospitals share; None before the first, or without any."""
+        """The SHA-256 of the partition that the simulated hospitals share; None before the first, or without
+        any."""
         facts = [*(member.facts for member in self.members.values()), *self.contributors.values()]
         return next((f.partition_sha256 for f in facts if not f.own_data), None)
 
@@ -72,8 +95,11 @@ class Membership:
             return
         self._looked = now
         online = self.mailbox.online()
-        again = {node for node, (_, when) in self._tries.items()
-                 if node in online and now > when and not self.mailbox.is_open(node)}
+        again = {
+            node
+            for node, (_, when) in self._tries.items()
+            if node in online and now > when and not self.mailbox.is_open(node)
+        }
         newcomers = sorted(online - self._asked | again)
         self._asked = online
         for node in again:
@@ -83,7 +109,9 @@ class Membership:
             self._remove(member, "gone")
         for node in [n for n in self._rivals if n not in online]:
             del self._rivals[node]
-        contested = [self.members[facts.label].node for facts in self._rivals.values() if facts.label in self.members]
+        contested = [
+            self.members[facts.label].node for facts in self._rivals.values() if facts.label in self.members
+        ]
         behind = [m.node for m in self.members.values() if m.behind]
         free = [node for node in {*contested, *behind} if not self.mailbox.is_open(node)]
         self.mailbox.send(sorted(free), "query", "ping", {"query": Query.PING}, PING_TIME)
@@ -140,7 +168,9 @@ class Membership:
         count = self._tries.get(answer.node, (0, 0.0))[0] + 1
         if answer.about.get("failure") in FINAL or count >= JOIN_TRIES:
             self.say(f"{label} can't take part: {answer.failure}")
-            self.audit.write("refused", hospital=label if LABEL.fullmatch(label) else None, why=answer.failure)
+            self.audit.write(
+                "refused", hospital=label if LABEL.fullmatch(label) else None, why=answer.failure
+            )
             self._tries.pop(answer.node, None)
             self._refuse(answer.node, End.UNFIT)
         else:
@@ -167,11 +197,13 @@ class Membership:
             del self._rivals[node]
 
     def _look_at(self, node: int, about: dict) -> tuple[Introduction, End | None, str]:
-        """What a hospital says of itself; why it can't be a member, and what its sentence says besides. Raises MedFLError where
-        that makes no sense. The facts of one that can be a member are `Facts`."""
+        """What a hospital says of itself; why it can't be a member, and what its sentence says besides.
+        Raises MedFLError where that makes no sense. The facts of one that can be a member are `Facts`."""
         who = parse(Introduction, {name: about.get(name) for name in Introduction.model_fields})
         if not LABEL.fullmatch(who.label) or who.cid is not None and who.label != f"hospital-{who.cid}":
-            raise MedFLError("its label is none that run_client.py gives; use the same version of MedFL everywhere")
+            raise MedFLError(
+                "its label is none that run_client.py gives; use the same version of MedFL everywhere"
+            )
         if refusal := self._refusal(node, who):
             return who, *refusal
         facts = parse(Facts, about)
@@ -184,8 +216,11 @@ class Membership:
         known, ours = self.labels(), self.about["versions"]
         if known is not None and known.get(node) != who.label:
             return End.IDENTITY, known.get(node, "nobody")
-        other = [f"{name} {who.versions.get(name)} instead of {ours[name]}" for name in ("medfl", "flwr", "timm")
-                 if who.versions.get(name) != ours[name]]
+        other = [
+            f"{name} {who.versions.get(name)} instead of {ours[name]}"
+            for name in ("medfl", "flwr", "timm")
+            if who.versions.get(name) != ours[name]
+        ]
         if other:
             return End.VERSION, ", ".join(other)
         if who.cid is not None and who.cid >= self.settings.clients:
@@ -201,11 +236,20 @@ class Membership:
         self.members[member.label] = member
         parts, promise, torch_note = facts.parts, facts.patient_privacy, ""
         if facts.versions.get("torch") != self.about["versions"]["torch"]:
-            torch_note = f"; it runs torch {facts.versions.get('torch')}, the server {self.about['versions']['torch']}"
+            torch_note = (
+                f"; it runs torch {facts.versions.get('torch')}, the server {self.about['versions']['torch']}"
+            )
         self.audit.write("joined", hospital=member.label)
-        self.say(f"{member.label} {'is back' if back else 'joined'}: {parts['train'].patients} patients to train on "
-                 f"({parts['train'].slices} slices), {parts['val'].patients} to choose by{torch_note}"
-                 + (f"; it promises them epsilon {promise.epsilon:g} at delta {promise.delta:g}" if promise else ""))
+        self.say(
+            f"{member.label} {'is back' if back else 'joined'}: {parts['train'].patients} patients to train "
+            f"on "
+            f"({parts['train'].slices} slices), {parts['val'].patients} to choose by{torch_note}"
+            + (
+                f"; it promises them epsilon {promise.epsilon:g} at delta {promise.delta:g}"
+                if promise
+                else ""
+            )
+        )
 
     def _remove(self, member: Member, why: str) -> None:
         self.say(f"{member.label}: {why}")
@@ -213,4 +257,6 @@ class Membership:
         del self.members[member.label]
 
     def _refuse(self, node: int, code: End, detail: str = "") -> None:
-        self.mailbox.send([node], "query", "end", {"query": Query.END, "code": code, "detail": detail}, PING_TIME)
+        self.mailbox.send(
+            [node], "query", "end", {"query": Query.END, "code": code, "detail": detail}, PING_TIME
+        )

@@ -12,10 +12,11 @@ from federation.server.judging import Judge, Scores, mean_dice
 class Progress:
     """How far a run is.
 
-    run: a random name, kept over restarts. before: the scores of the model that the last round began with. collapses:
-    rounds whose model was taken back. epsilon: of a hospital's differential privacy, spent so far. started_from: in words,
-    such as "random weights". init_split: SHA-256 of the split that this checkpoint was trained on. rows: the history.
-    hospitals: what each that ever gave an update said at joining, by label.
+    run: a random name, kept over restarts. before: the scores of the model that the last round began with.
+    collapses: rounds whose model was taken back. epsilon: of a hospital's differential privacy, spent so far.
+    started_from: in words, such as "random weights". init_split: SHA-256 of the split that this checkpoint
+    was trained on. rows: the history. hospitals: what each that ever gave an update said at joining, by
+    label.
     """
 
     run: str = ""
@@ -48,12 +49,23 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a file."""
-        return {**asdict(self), "hospitals": {label: facts.model_dump() for label, facts in self.hospitals.items()}}
+        return {
+            **asdict(self),
+            "hospitals": {label: facts.model_dump() for label, facts in self.hospitals.items()},
+        }
 
     @classmethod
     def from_dict(cls, kept: dict[str, Any]) -> "Progress":
         """Back from `to_dict`."""
         scores = {label: tuple(score) for label, score in kept["before"].items()}
         best = {label: tuple(score) for label, score in kept["judge"]["scores"].items()}
-        return cls(**{**kept, "before": scores, "judge": Judge(**{**kept["judge"], "scores": best}),
-                      "hospitals": {label: Facts.model_validate(facts) for label, facts in kept["hospitals"].items()}})
+        return cls(
+            **{
+                **kept,
+                "before": scores,
+                "judge": Judge(**{**kept["judge"], "scores": best}),
+                "hospitals": {
+                    label: Facts.model_validate(facts) for label, facts in kept["hospitals"].items()
+                },
+            }
+        )

@@ -1,4 +1,5 @@
-"""What a federation writes down of its rounds: history and curves, the best model and the last, lines on the terminal."""
+"""What a federation writes down of its rounds: history and curves, the best model and the last, lines on the
+terminal."""
 
 import time
 from collections.abc import Callable
@@ -15,26 +16,42 @@ from federation.server.state import RunState
 
 
 def row_of(number: int, label: str, told: Result, sent: int, received: int) -> Row:
-    """A line of the history: what a hospital told in round `number`, and the bytes that went there and came back."""
+    """A line of the history: what a hospital told in round `number`, and the bytes that went there and came
+    back."""
     trained = told if isinstance(told, Trained) else None
-    return Row(round=number, site=label, examples=trained and trained.examples, train_loss=trained and trained.train_loss,
-               val_dice=told.val_dice, val_patients=told.val_patients, seconds=round(told.seconds, 2), bytes_sent=sent,
-               bytes_received=received, patient_epsilon=trained and trained.patient_epsilon)
+    return Row(
+        round=number,
+        site=label,
+        examples=trained and trained.examples,
+        train_loss=trained and trained.train_loss,
+        val_dice=told.val_dice,
+        val_patients=told.val_patients,
+        seconds=round(told.seconds, 2),
+        bytes_sent=sent,
+        bytes_received=received,
+        patient_epsilon=trained and trained.patient_epsilon,
+    )
 
 
 class Record:
-    """Writes into `out`. chooses: whether scores may choose a model; under differential privacy of hospitals they may not."""
+    """Writes into `out`. chooses: whether scores may choose a model; under differential privacy of hospitals
+    they may not."""
 
-    def __init__(self, state: RunState, out: Path, audit: AuditLog, say: Callable[[str], None], chooses: bool):
+    def __init__(
+        self, state: RunState, out: Path, audit: AuditLog, say: Callable[[str], None], chooses: bool
+    ):
         self.state, self.out, self.audit, self.say, self.chooses = state, out, audit, say, chooses
 
     def round(self, number: int, rows: list[Row], sent: torch.Tensor, began: float) -> None:
-        """Write what a round gave. The scores in its rows are of the model that was sent, (n,) float32; began: when, monotonic."""
+        """Write what a round gave. The scores in its rows are of the model that was sent, (n,) float32;
+        began: when, monotonic."""
         done, scores = self.state.progress, scores_of(rows)
         if number == 1:
             self.state.best.unlink(missing_ok=True)  # of an earlier run
         done.rows = [row for row in done.rows if row["round"] < number] + rows
-        from_a_model = number > 1 or done.started_from.startswith("checkpoint")  # random weights are no model to keep
+        from_a_model = number > 1 or done.started_from.startswith(
+            "checkpoint"
+        )  # random weights are no model to keep
         better = from_a_model and self._judge(sent, scores, number - 1)
         done.before = scores
         done.seconds += time.monotonic() - began
@@ -42,13 +59,22 @@ class Record:
         self._write_pictures()
         seconds, work = time.monotonic() - began, max(row["seconds"] for row in rows)
         spent = "" if done.epsilon is None else f"; epsilon {done.epsilon:.3g} of a hospital is spent"
-        self.say(f"round {number} of {self.state.federation.rounds}: {seconds:.1f} s, of which {work:.1f} s the longest hospital's "
-                 f"work; the model before it: {_in_words(scores)}{' (best so far)' * better}{spent}\n{table(rows)}")
-        self.audit.write("round", round=number, hospitals=[row["site"] for row in rows], file=self.state.last.name,
-                         sha256=file_sha256(self.state.last))
+        self.say(
+            f"round {number} of {self.state.federation.rounds}: {seconds:.1f} s, of which {work:.1f} s the "
+            f"longest hospital's "
+            f"work; the model before it: {_in_words(scores)}{' (best so far)' * better}{spent}\n{table(rows)}"
+        )
+        self.audit.write(
+            "round",
+            round=number,
+            hospitals=[row["site"] for row in rows],
+            file=self.state.last.name,
+            sha256=file_sha256(self.state.last),
+        )
 
     def end(self, rows: list[Row], weights: torch.Tensor) -> None:
-        """Write the scores of the model that the run ends with, (n,) float32, and keep it if it is the best."""
+        """Write the scores of the model that the run ends with, (n,) float32, and
+        keep it if it is the best."""
         done, scores = self.state.progress, scores_of(rows)
         done.rows = [row for row in done.rows if row["round"] <= done.round] + rows
         if not self._judge(weights, scores, done.round) and not (self.chooses and self.state.best.exists()):
@@ -59,7 +85,8 @@ class Record:
             self.say(f"the last model{kind}: {_in_words(scores)}\n{table(rows)}")
         chosen = "after the last round"
         if done.scored_patients:
-            chosen = f"after round {done.best_round}, validation Dice {done.best:.3f} over {done.scored_patients} patients"
+            dice = f"validation Dice {done.best:.3f} over {done.scored_patients} patients"
+            chosen = f"after round {done.best_round}, {dice}"
         self.say(f"{self.state.best}: {chosen}")
 
     def _judge(self, weights: torch.Tensor, scores: Scores, number: int) -> bool:
@@ -76,18 +103,25 @@ class Record:
     def _keep_best(self, weights: torch.Tensor, scores: Scores, number: int) -> None:
         """Write the best model so far, and its hash into the audit log."""
         self.state.save_best(weights, scores, number)
-        self.audit.write("checkpoint", round=number, file=self.state.best.name, sha256=file_sha256(self.state.best))
+        self.audit.write(
+            "checkpoint", round=number, file=self.state.best.name, sha256=file_sha256(self.state.best)
+        )
 
     def _write_pictures(self) -> None:
         done = self.state.progress
         try:
             write_history(done.rows, self.out / "federated_history.csv")
-            draw_curves(done.rows, self.out / "federated_curves.png", f"Federated training, {self.state.federation.strategy}, "
-                        f"{len(done.hospitals)} hospitals")
+            draw_curves(
+                done.rows,
+                self.out / "federated_curves.png",
+                f"Federated training, {self.state.federation.strategy}, {len(done.hospitals)} hospitals",
+            )
         except MedFLError as error:  # a viewer may hold the file; both are written anew after the next round
             self.say(f"not this time: {error}")
 
 
 def _in_words(scores: Scores) -> str:
     mean, patients = mean_dice(scores)
-    return "no validation patients" if mean is None else f"validation Dice {mean:.3f} over {patients} patients"
+    return (
+        "no validation patients" if mean is None else f"validation Dice {mean:.3f} over {patients} patients"
+    )

@@ -33,24 +33,43 @@ OFTEN = 2  # collapses, after which every round is summed by the median
 
 
 class Federation:
-    """One run. resumed: it goes on with an earlier one, and need not wait for every hospital. labels: gives the label that
-    each node's key stands for, or None where no keys are asked for."""
+    """One run. resumed: it goes on with an earlier one, and need not wait for every hospital. labels: gives
+    the label that each node's key stands for, or None where no keys are asked for."""
 
-    def __init__(self, grid, state: RunState, versions: dict[str, str], out: Path, resumed: bool, audit: AuditLog,
-                 labels: Callable[[], dict[int, str] | None] = lambda: None,
-                 say: Callable[[str], None] = say_on_the_terminal):
+    def __init__(
+        self,
+        grid,
+        state: RunState,
+        versions: dict[str, str],
+        out: Path,
+        resumed: bool,
+        audit: AuditLog,
+        labels: Callable[[], dict[int, str] | None] = lambda: None,
+        say: Callable[[str], None] = say_on_the_terminal,
+    ):
         self.state, self.out, self.resumed, self.audit, self.say = state, out, resumed, audit, say
         self.training, self.settings = state.training, state.federation
         settings = {"settings": to_json(self.training, self.settings), "run": state.progress.run}
         join = {**settings, "versions": versions, "hospitals": self.settings.clients}
         self.mailbox = Mailbox(grid)
-        self.membership = Membership(self.mailbox, self.settings, join, state.progress.hospitals, say, audit, labels)
-        self.exchange = Exchange(self.mailbox, self.membership, self.settings, settings, state.model,
-                                 lambda: list(state.progress.hospitals), say)
+        self.membership = Membership(
+            self.mailbox, self.settings, join, state.progress.hospitals, say, audit, labels
+        )
+        self.exchange = Exchange(
+            self.mailbox,
+            self.membership,
+            self.settings,
+            settings,
+            state.model,
+            lambda: list(state.progress.hospitals),
+            say,
+        )
         self.privacy = HospitalPrivacy(self.settings) if self.settings.private else None
         self.record = Record(state, out, audit, say, chooses=self.privacy is None)
         self.collector = Collector(state, self.exchange, out)
-        self._last: Updates | None = None  # what the last round's model was made of, until hospitals have scored it
+        self._last: Updates | None = (
+            None  # what the last round's model was made of, until hospitals have scored it
+        )
         self._robust = False  # whether that was by the median
 
     def run(self) -> int:
@@ -60,7 +79,10 @@ class Federation:
             self._warn_of_another_split()
             while self.state.progress.round < self.settings.rounds and not self.state.stopped_early:
                 if self.privacy and self.privacy.exhausted(self.state.progress.round):
-                    self.say(f"one round more would spend more than --dp-epsilon {self.settings.dp_epsilon:g}; stopped")
+                    self.say(
+                        f"one round more would spend more than --dp-epsilon {self.settings.dp_epsilon:g}; "
+                        f"stopped"
+                    )
                     break
                 self._round(self.state.progress.round + 1)
             if self.state.stopped_early:
@@ -78,8 +100,11 @@ class Federation:
     def _warn_of_another_split(self) -> None:
         split = next((m.facts.split_sha256 for m in self.membership.present if not m.facts.own_data), None)
         if split and self.state.progress.init_split not in (None, split):
-            self.say("mind: the checkpoint that this starts from was trained on another split, so it may have seen patients that "
-                     "are kept for the test here")
+            self.say(
+                "mind: the checkpoint that this starts from was trained on another split, so it may have "
+                "seen patients that "
+                "are kept for the test here"
+            )
 
     def _round(self, number: int) -> None:
         """One round: enough updates, the new model, what is written. Raises NoQuorum after two tries."""
@@ -104,7 +129,9 @@ class Federation:
             if member.label in asked.told:
                 self.state.progress.hospitals[member.label] = member.facts
         self._sum(number, asked.updates)
-        rows = [row_of(number, label, told, *asked.bytes[label]) for label, told in sorted(asked.told.items())]
+        rows = [
+            row_of(number, label, told, *asked.bytes[label]) for label, told in sorted(asked.told.items())
+        ]
         self.record.round(number, rows, sent, began)
         behind = [label for label, member in self.membership.members.items() if member.behind]
         if absent := sorted({*self.exchange.missing(), *behind} - asked.failures.keys()):
@@ -112,12 +139,15 @@ class Federation:
 
     def _look_through(self, number: int, asked: Collected) -> None:
         """Screen the updates beside each other, and say who has no part in the round."""
-        # Under differential privacy an update is not compared with the others: whether it is left out would depend on them and
-        # so tell something about them, which no noise covers; the clip bounds it instead. A secure sum has no single updates.
+        # Under differential privacy an update is not compared with the others: whether it is left out would
+        # depend on them and so tell something about them, which no noise covers; the clip bounds it instead.
+        # A secure sum has no single updates.
         if not self.privacy and not self.settings.secure_aggregation:
             self.collector.screen(asked)
         for label, reason in sorted(asked.failures.items()):
-            self.audit.write("left_out", round=number, hospital=label, why=reason.removesuffix("; it is left out"))
+            self.audit.write(
+                "left_out", round=number, hospital=label, why=reason.removesuffix("; it is left out")
+            )
             self.say(f"round {number} without {label}: {reason}")
 
     def _sum(self, number: int, updates: Updates) -> None:
@@ -127,7 +157,9 @@ class Federation:
         self.state.begin()
         if self.privacy:
             left_out = self.settings.left_out(number <= self.training.freeze_encoder_epochs)
-            mean = self.privacy.private_mean(updates.sent, updates.blocks, part_mask(self.state.model, left_out))
+            mean = self.privacy.private_mean(
+                updates.sent, updates.blocks, part_mask(self.state.model, left_out)
+            )
             updates.close()
             updates = Updates(self.state.weights, self.state.is_statistic, self.out)
             updates.add("the noised mean", mean, 1)
@@ -141,15 +173,19 @@ class Federation:
         self._last = None
 
     def _collapsed(self, now: Scores) -> bool:
-        """Whether the hospitals' scores say that the last round ruined the model. Under privacy no score decides anything."""
+        """Whether the hospitals' scores say that the last round ruined the model. Under privacy no score
+        decides anything."""
         return not self.privacy and self.state.can_go_back and collapsed(self.state.progress.before, now)
 
     def _take_back(self, now: Scores) -> bool:
-        """Go back to the model before the last round, and on with the median of that round's updates, or, where that collapsed as
-        well or there is none, without the round. False where nothing more can be done."""
+        """Go back to the model before the last round, and on with the median of that round's updates, or,
+        where that collapsed as well or there is none, without the round. False where nothing more can be
+        done."""
         done, number = self.state.progress, self.state.progress.round
-        before, after = (mean_dice({label: scores[label] for label in done.before.keys() & now.keys()})[0]
-                         for scores in (done.before, now))
+        before, after = (
+            mean_dice({label: scores[label] for label in done.before.keys() & now.keys()})[0]
+            for scores in (done.before, now)
+        )
         updates, robust = self._last, self._robust or self.settings.strategy == ROBUST
         if updates is None and self._robust:
             return False
@@ -164,14 +200,21 @@ class Federation:
             if updates:
                 updates.close()
         done.collapses += 1
-        self.say(f"round {number} ruined the model (mean Dice {before:.3f} before it, {after:.3f} after it): it is taken back, and "
-                 + what + ("; from now on every round is summed by the median" if done.collapses == OFTEN else ""))
-        self.audit.write("collapse", round=number, dice_before=round(before, 4), dice_after=round(after, 4), then=what)
+        self.say(
+            f"round {number} ruined the model (mean Dice {before:.3f} before it, {after:.3f} after it): it "
+            f"is taken back, and "
+            + what
+            + ("; from now on every round is summed by the median" if done.collapses == OFTEN else "")
+        )
+        self.audit.write(
+            "collapse", round=number, dice_before=round(before, 4), dice_after=round(after, 4), then=what
+        )
         self.state.save_last()
         return True
 
     def _final_score(self) -> None:
-        """Score the model that the run ends with, and keep it if it is the best. If it collapsed, the last round is taken back."""
+        """Score the model that the run ends with, and keep it if it is the best. If it collapsed, the last
+        round is taken back."""
         for attempt in count(1):
             weights = in_precision(self.state.final_weights, self.settings.update_dtype)
             rows = self._scored(weights, self.state.progress.round + 1, f"final.{attempt}")
@@ -182,7 +225,9 @@ class Federation:
     def _scored(self, weights: torch.Tensor, number: int, purpose: str) -> list[Row]:
         """Rows of the hospitals that scored these weights, as of round `number`."""
         members = self.membership.present
-        size = self.exchange.send("evaluate", purpose, members, {}, weights, self.settings.left_out(frozen=False))
+        size = self.exchange.send(
+            "evaluate", purpose, members, {}, weights, self.settings.left_out(frozen=False)
+        )
         results = {}
 
         def take(member: Member, answer: Answer) -> None:

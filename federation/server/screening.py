@@ -1,10 +1,12 @@
-"""What is looked at before a hospital's update may count: its form, its numbers, its length and direction beside the others'.
+"""What is looked at before a hospital's update may count: its form, its numbers, its length and direction
+beside the others'.
 
-Form and numbers are checked for each by itself. Length and direction are compared with the other updates of the round, and for
-what is trained and for BatchNorm's statistics separately: in the first rounds statistics are 99 % of an update's squared length, so
-together they would hide whatever was done to the weights. A change (a hospital's weights less those that were sent) that points
-against all the others is left out; one that is long is cut to the bound, because a hospital with many slices makes long ones;
-one beyond all measure is left out. The bounds leave room for honest hospitals (SECURITY.md has the figures of the real sites).
+Form and numbers are checked for each by itself. Length and direction are compared with the other updates of
+the round, and for what is trained and for BatchNorm's statistics separately: in the first rounds statistics
+are 99 % of an update's squared length, so together they would hide whatever was done to the weights. A change
+(a hospital's weights less those that were sent) that points against all the others is left out; one that is
+long is cut to the bound, because a hospital with many slices makes long ones; one beyond all measure is left
+out. The bounds leave room for honest hospitals (SECURITY.md has the figures of the real sites).
 """
 
 import numpy as np
@@ -19,9 +21,12 @@ COMPARED = 3  # updates from which on they can be compared: of two that differ n
 PARTS = ("trained weights", "statistics")  # in the order of Updates.products
 
 
-def check_update(weights: torch.Tensor, examples: int, length: int, announced: int, variances: torch.Tensor) -> None:
-    """Raises MedFLError where an update, (n,) float32, can't be averaged: another length, values that are not finite, running
-    variances below 0, no examples, or more than the hospital `announced` when it joined. variances: where they are, (n,) bool."""
+def check_update(
+    weights: torch.Tensor, examples: int, length: int, announced: int, variances: torch.Tensor
+) -> None:
+    """Raises MedFLError where an update, (n,) float32, can't be averaged: another length, values that are not
+    finite, running variances below 0, no examples, or more than the hospital `announced` when it joined.
+    variances: where they are, (n,) bool."""
     if examples <= 0:
         raise MedFLError(f"its update counts {examples} slices")
     if examples > announced:
@@ -35,26 +40,31 @@ def check_update(weights: torch.Tensor, examples: int, length: int, announced: i
 
 
 def lengths(products: np.ndarray) -> np.ndarray:
-    """The length of each change in medians of all, (hospitals,), from the products of each with each other."""
+    """The length of each change in medians of all, (hospitals,), from the
+    products of each with each other."""
     norms = np.sqrt(products.diagonal().clip(min=0))
     return norms / max(float(np.median(norms)), TINY)
 
 
 def cosines(products: np.ndarray) -> np.ndarray:
-    """The cosine between each change and the mean of the others, (hospitals,), each scaled to length 1 so that none outweighs; from
-    the products of each with each other."""
+    """The cosine between each change and the mean of the others, (hospitals,), each scaled to length 1 so
+    that none outweighs; from the products of each with each other."""
     norms = np.sqrt(products.diagonal().clip(min=TINY**2))
     unit = products / np.outer(norms, norms)
     with_all = unit.sum(axis=1)
-    rest = np.sqrt((unit.sum() - 2 * with_all + unit.diagonal()).clip(min=TINY**2))  # lengths of the sums of the others
+    rest = np.sqrt(
+        (unit.sum() - 2 * with_all + unit.diagonal()).clip(min=TINY**2)
+    )  # lengths of the sums of the others
     return (with_all - unit.diagonal()) / rest
 
 
 def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
-    """Drop the updates that are unlike the round's others and cut those that are long; why they were dropped, by label.
+    """Drop the updates that are unlike the round's others and cut those that are long; why they were dropped,
+    by label.
 
-    Of each part: longer than `max_update_norm_ratio` medians, dropped; a cosine below `min_update_cosine`, dropped, the worst
-    first, and the rest is compared again; longer than `cut_update_norm_ratio` medians, cut to that.
+    Of each part: longer than `max_update_norm_ratio` medians, dropped; a cosine below `min_update_cosine`,
+    dropped, the worst first, and the rest is compared again; longer than `cut_update_norm_ratio` medians, cut
+    to that.
     """
     found: dict[str, str] = {}
 
@@ -67,7 +77,9 @@ def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
         for part, products in zip(PARTS, updates.products()):
             for label, length in zip(updates.labels, lengths(products)):
                 if length > settings.max_update_norm_ratio:
-                    too_long[label] = f"its change of the {part} is {length:.1f} times as long as the median of the round"
+                    too_long[label] = (
+                        f"its change of the {part} is {length:.1f} times as long as the median of the round"
+                    )
         for label, reason in too_long.items():
             drop(label, reason)
     while len(updates) >= COMPARED:
@@ -75,9 +87,15 @@ def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
         part, worst = np.unravel_index(against.argmin(), against.shape)
         if against[part, worst] >= settings.min_update_cosine:
             break
-        drop(updates.labels[worst], f"its change of the {PARTS[part]} points against the others' (cosine {against.min():.2f})")
+        drop(
+            updates.labels[worst],
+            f"its change of the {PARTS[part]} points against the others' (cosine {against.min():.2f})",
+        )
     if len(updates) >= COMPARED:
-        of_parts = [settings.cut_update_norm_ratio / lengths(products).clip(min=TINY) for products in updates.products()]
+        of_parts = [
+            settings.cut_update_norm_ratio / lengths(products).clip(min=TINY)
+            for products in updates.products()
+        ]
         for label, *factors in zip(updates.labels, *of_parts):
             updates.cut(label, *(min(1.0, float(factor)) for factor in factors))
     return found

@@ -1,5 +1,5 @@
-"""What lasts over the rounds, and how it is kept: weights, averaged weights, plateau rule, history, the best so far, and the way
-back to the model before."""
+"""What lasts over the rounds, and how it is kept: weights, averaged weights, plateau rule, history, the best
+so far, and the way back to the model before."""
 
 import secrets
 from pathlib import Path
@@ -19,13 +19,21 @@ from training import PLATEAU, TrainingSettings, averaging_weight
 from transunet import TransUNet
 
 BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
-SHARED = "transunet_federated_shared.pth"  # in the place of the best where hospitals keep layers: by itself it is no model
+# in the place of the best where hospitals keep layers: by itself it is no model
+SHARED = "transunet_federated_shared.pth"
 
 
 class RunState:
     """The state of a federation between two rounds."""
 
-    def __init__(self, model: TransUNet, training: TrainingSettings, federation: FederationSettings, out: Path, commit: str | None):
+    def __init__(
+        self,
+        model: TransUNet,
+        training: TrainingSettings,
+        federation: FederationSettings,
+        out: Path,
+        commit: str | None,
+    ):
         self.model, self.training, self.federation, self.commit = model, training, federation, commit
         self.best, self.last = out / (SHARED if federation.keep_norm_local else BEST), out / LAST
         self.progress = Progress(run=secrets.token_hex(8))
@@ -34,7 +42,9 @@ class RunState:
         self.weights = pack(model.state_dict())  # (n,) float32, as all weights here
         self.average: torch.Tensor | None = None
         self._before: dict | None = None  # what the last round began with
-        self.plateau = ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)], lr=1.0), **PLATEAU)  # of a share of --lr
+        self.plateau = ReduceLROnPlateau(
+            torch.optim.SGD([torch.zeros(1)], lr=1.0), **PLATEAU
+        )  # of a share of --lr
 
     @property
     def rate(self) -> float | None:
@@ -61,8 +71,12 @@ class RunState:
 
     def begin(self) -> None:
         """A round is about to be summed: keep the way back."""
-        self._before = {"weights": self.weights, "average": self.average, "strategy": self.aggregator.state_dict(),
-                        "round": self.progress.round}
+        self._before = {
+            "weights": self.weights,
+            "average": self.average,
+            "strategy": self.aggregator.state_dict(),
+            "round": self.progress.round,
+        }
 
     @property
     def can_go_back(self) -> bool:
@@ -70,16 +84,20 @@ class RunState:
         return self._before is not None
 
     def go_back(self) -> None:
-        """Take the last round's model back. What it was made of, and what the strategy learnt of it, is forgotten."""
+        """Take the last round's model back. What it was made of, and what the strategy learnt of it, is
+        forgotten."""
         self.weights, self.average = self._before["weights"], self._before["average"]
         self.aggregator.load_state_dict(self._before["strategy"])
         self.progress.round = self._before["round"]
 
     def judge(self, scores: Scores, number: int) -> tuple[bool, str | None]:
-        """Note the scores of the model after round `number`: whether it is the best so far, and what is to be said besides."""
+        """Note the scores of the model after round `number`: whether it is the best so far, and what is to be
+        said besides."""
         better, said = self.progress.judge.look(scores, number)
         if scores:
-            self.plateau.step(self.progress.judge.improvements)  # it waits for improvements, by whomever they are seen
+            self.plateau.step(
+                self.progress.judge.improvements
+            )  # it waits for improvements, by whomever they are seen
         return better, said
 
     @property
@@ -89,19 +107,29 @@ class RunState:
         return bool(self.training.patience and judge.improvements and judge.since >= self.training.patience)
 
     def metadata(self, scores: Scores, number: int) -> dict:
-        """The checkpoint's description of this run's model after round `number`. scores: on validation, empty without any."""
-        return describe_run(self.model, self.training, self.federation, self.progress, self.commit, scores, number)
+        """The checkpoint's description of this run's model after round `number`. scores: on validation, empty
+        without any."""
+        return describe_run(
+            self.model, self.training, self.federation, self.progress, self.commit, scores, number
+        )
 
     def save_best(self, weights: torch.Tensor, scores: Scores, number: int) -> None:
-        """Write `transunet_federated_best.pth` from these weights, which round `number` gave. scores: by which they were chosen."""
+        """Write `transunet_federated_best.pth` from these weights, which round `number` gave. scores: by
+        which they were chosen."""
         save_checkpoint(self.best, unpack(weights, self.model.state_dict()), self.metadata(scores, number))
 
     def save_last(self) -> None:
         """Write `transunet_federated_last.pth`: all that --resume needs."""
-        state = {"weights": self.weights, "average": self.average, "strategy": self.aggregator.state_dict(),
-                 "plateau": self.plateau.state_dict(),
-                 "rate": self.plateau.optimizer.param_groups[0]["lr"], "progress": self.progress.to_dict(), "before": self._before,
-                 "settings": to_json(self.training, self.federation)}
+        state = {
+            "weights": self.weights,
+            "average": self.average,
+            "strategy": self.aggregator.state_dict(),
+            "plateau": self.plateau.state_dict(),
+            "rate": self.plateau.optimizer.param_groups[0]["lr"],
+            "progress": self.progress.to_dict(),
+            "before": self._before,
+            "settings": to_json(self.training, self.federation),
+        }
         about = self.metadata({}, self.progress.round)
         save_checkpoint(self.last, unpack(self.final_weights, self.model.state_dict()), about, state)
 
@@ -116,7 +144,8 @@ class RunState:
 
 
 def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, TransUNet]:
-    """Settings, state and network of the run that `out` holds. Raises MedFLError where there is none to go on with."""
+    """Settings, state and network of the run that `out` holds. Raises MedFLError where there is none to go on
+    with."""
     last = out / LAST
     if not last.exists():
         raise MedFLError(f"there is no {last} to go on from; start without --resume")
@@ -127,5 +156,8 @@ def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, Tra
         Progress.from_dict(checkpoint.state["progress"])
         return *from_json(checkpoint.state["settings"]), checkpoint.state, checkpoint.model
     except (MedFLError, KeyError, TypeError, AttributeError) as error:
-        raise MedFLError(f"{last} was written by another version of MedFL, whose run can't be gone on with; use that version, or "
-                         f"start a new run from its model with --init {last}") from error
+        raise MedFLError(
+            f"{last} was written by another version of MedFL, whose run can't be gone on with; use that "
+            f"version, or "
+            f"start a new run from its model with --init {last}"
+        ) from error

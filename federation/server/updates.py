@@ -1,8 +1,8 @@
 """A round's updates on disk. Memory holds one block of them at a time, however many hospitals there are.
 
-An update is a file of float32 values; what a strategy or the screening sees are changes (a hospital's weights less those that were
-sent) in float64, a block of columns of all hospitals at a time. Lengths, directions and distances all follow from the products of
-each change with each other one, which take one pass.
+An update is a file of float32 values; what a strategy or the screening sees are changes (a hospital's weights
+less those that were sent) in float64, a block of columns of all hospitals at a time. Lengths, directions and
+distances all follow from the products of each change with each other one, which take one pass.
 """
 
 import shutil
@@ -22,8 +22,8 @@ BLOCK = 4_000_000  # values of all hospitals together that are in memory at a ti
 
 @dataclass
 class Update:
-    """What is known of a hospital's update besides its values. trained, statistics: factors to which the screening cut its changes
-    of trained weights and of statistics."""
+    """What is known of a hospital's update besides its values. trained, statistics: factors to which the
+    screening cut its changes of trained weights and of statistics."""
 
     label: str
     examples: int
@@ -35,7 +35,8 @@ class Update:
 class Updates:
     """The updates of one round to the weights `sent`, (n,) float32.
 
-    is_statistic: which weights nobody trains, (n,) bool. within: the folder in which they get one of their own.
+    is_statistic: which weights nobody trains, (n,) bool. within: the folder in which they get one of their
+    own.
     """
 
     def __init__(self, sent: torch.Tensor, is_statistic: torch.Tensor, within: Path):
@@ -57,15 +58,19 @@ class Updates:
         return sorted(self._of)
 
     def add(self, label: str, weights: torch.Tensor, examples: int) -> None:
-        """Take in a hospital's weights, (n,) float32, and the training slices behind them. Raises MedFLError on a full disk."""
+        """Take in a hospital's weights, (n,) float32, and the training slices behind them. Raises MedFLError
+        on a full disk."""
         path = self._folder / label
         try:
             with open(path, "wb") as file:  # numpy's tofile is silent where the disk is full
                 file.write(weights.contiguous().numpy())
         except OSError as error:
             path.unlink(missing_ok=True)
-            raise MedFLError(f"the updates of a round don't fit into {self._folder.parent} ({error.strerror or error}); free the "
-                             "disk") from error
+            raise MedFLError(
+                f"the updates of a round don't fit into {self._folder.parent} ({error.strerror or error}); "
+                f"free the "
+                "disk"
+            ) from error
         self._of[label], self._products = Update(label, examples, path), None
 
     def drop(self, label: str) -> None:
@@ -77,7 +82,8 @@ class Updates:
             self._products = [labels[k] for k in kept], *(part[np.ix_(kept, kept)] for part in parts)
 
     def cut(self, label: str, trained: float, statistics: float) -> None:
-        """Shorten an update: its changes of trained weights and of statistics are multiplied by these factors from now on."""
+        """Shorten an update: its changes of trained weights and of statistics are multiplied by these factors
+        from now on."""
         self._of[label].trained, self._of[label].statistics = trained, statistics
 
     def close(self) -> None:
@@ -91,8 +97,8 @@ class Updates:
         return counts / counts.sum()
 
     def products(self) -> tuple[np.ndarray, np.ndarray]:
-        """The products of each hospital's change with each other's, of trained weights and of statistics, each (hospitals,
-        hospitals) float64, as they came: before any cut."""
+        """The products of each hospital's change with each other's, of trained weights and of statistics,
+        each (hospitals, hospitals) float64, as they came: before any cut."""
         if self._products is None:
             labels = self.labels
             whole, of_statistics = (np.zeros((len(labels), len(labels))) for _ in range(2))
@@ -104,7 +110,8 @@ class Updates:
         return self._products[1:]
 
     def distances(self) -> np.ndarray:
-        """The squared distance between each two hospitals' changes, as they are cut, (hospitals, hospitals) float64."""
+        """The squared distance between each two hospitals' changes, as they are cut, (hospitals, hospitals)
+        float64."""
         total = np.zeros((len(self), len(self)))
         for part, name in zip(self.products(), ("trained", "statistics")):
             factors = np.array([getattr(update, name) for update in self])
@@ -113,7 +120,8 @@ class Updates:
         return total
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """All changes, as they are cut, in blocks: which values, and the changes of them, (hospitals, values) float64."""
+        """All changes, as they are cut, in blocks: which values, and the changes of them, (hospitals, values)
+        float64."""
         factors = np.array([[update.trained, update.statistics] for update in self]).reshape(-1, 2)
         for columns, block in self._blocks():
             if (factors != 1).any():
@@ -132,8 +140,8 @@ class Updates:
 
 
 def capped(counts: list[int], ratio: float) -> list[float]:
-    """Counts of slices or patients as weights, none more than `ratio` times their median: a hospital that claims a hundred
-    times what the others have does not rule the mean."""
+    """Counts of slices or patients as weights, none more than `ratio` times their median: a hospital that
+    claims a hundred times what the others have does not rule the mean."""
     most = ratio * statistics.median(counts)
     return [min(float(count), most) for count in counts]
 
@@ -144,7 +152,9 @@ def _made(within: Path) -> Path:
         within.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=within, prefix=".updates-"))
     except OSError as error:
-        raise MedFLError(f"{within} can't be written ({error.strerror or error}); free it, or choose another --out") from error
+        raise MedFLError(
+            f"{within} can't be written ({error.strerror or error}); free it, or choose another --out"
+        ) from error
 
 
 def remove_leftovers(within: Path) -> None:

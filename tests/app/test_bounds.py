@@ -25,16 +25,27 @@ from inference import to_mask
 
 
 def test_a_zip_of_a_folder_with_masks_has_a_truth_and_hidden_files_are_left_out(slices, picture, zipped):
-    masks = [(f"anna_{k}_mask.png", picture(np.full((32, 32), 255 * (k == 2), np.uint8))) for k in range(1, 13)]
+    masks = [
+        (f"anna_{k}_mask.png", picture(np.full((32, 32), 255 * (k == 2), np.uint8))) for k in range(1, 13)
+    ]
     hidden = [(".DS_Store", b""), ("p/.x/b_1.png", b""), ("__MACOSX/p/b_1.png", b"")]
-    case = read_case([("p.zip", zipped(hidden + [("p/" + name, content) for name, content in slices + masks]))])
+    case = read_case(
+        [("p.zip", zipped(hidden + [("p/" + name, content) for name, content in slices + masks]))]
+    )
     assert case.truth.any(axis=(1, 2)).tolist() == [k == 2 for k in range(1, 13)] and not case.notes
 
 
 def test_what_is_passed_over_is_told(slices, picture):
     masks = [(f"anna_{k}_mask.png", picture(mode="L")) for k in range(1, 13)]
-    case = read_case([*slices, *masks, ("bert_1_mask.png", picture(mode="L")), ("bert_2_mask.png", picture(mode="L")),
-                      ("readme.txt", b"")])
+    case = read_case(
+        [
+            *slices,
+            *masks,
+            ("bert_1_mask.png", picture(mode="L")),
+            ("bert_2_mask.png", picture(mode="L")),
+            ("readme.txt", b""),
+        ]
+    )
     assert [note.split()[:2] for note in case.notes] == [["2", "masks"], ["1", "files"]]
 
 
@@ -65,7 +76,9 @@ def test_masks_that_come_later_may_have_capitals(slices, picture):
 
 
 def test_intensities_of_any_scale_fill_the_range_and_background_does_not_count():
-    values = np.zeros((20, 24, 18), np.float32)  # two thirds background, as in a scan, and a little of it below 0
+    values = np.zeros(
+        (20, 24, 18), np.float32
+    )  # two thirds background, as in a scan, and a little of it below 0
     values[:, :8] = np.random.default_rng(0).random((20, 8, 18)) * 1e-2
     values[:, 10] = -0.01
     volume = read_case([("a.nii", nibabel.Nifti1Image(values, np.eye(4)).to_bytes())]).volume
@@ -74,7 +87,9 @@ def test_intensities_of_any_scale_fill_the_range_and_background_does_not_count()
 
 
 def test_every_label_of_a_nifti_mask_is_tumour_and_it_may_come_with_the_scan():
-    scan = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 9, (20, 24, 18)).astype(np.int16), np.eye(4)).to_bytes()
+    scan = nibabel.Nifti1Image(
+        np.random.default_rng(0).integers(0, 9, (20, 24, 18)).astype(np.int16), np.eye(4)
+    ).to_bytes()
     labels = np.zeros((20, 24, 18), np.uint8)
     labels[3, 4, 5], labels[6, 7, 8] = 1, 4
     for name in ("a_seg.nii", "a_mask.nii"):
@@ -111,7 +126,13 @@ def test_lone_slices_have_no_dice_together_and_pixels_need_not_be_square():
 
 
 def test_the_shorter_side_is_enlarged_and_edges_show_what_is_wrong():
-    assert [enlargement(shape) for shape in ((320, 1000), (1000, 300), (64, 64), (640, 640), (641, 900))] == [2, 3, 10, 1, 1]
+    assert [enlargement(shape) for shape in ((320, 1000), (1000, 300), (64, 64), (640, 640), (641, 900))] == [
+        2,
+        3,
+        10,
+        1,
+        1,
+    ]
     grey = base_picture(np.full((64, 64, 3), 100, np.uint8), "FLAIR")
     mask, truth = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.uint8)
     mask[10:30, 5:25], truth[10:30, 35:55] = 255, 255
@@ -124,21 +145,31 @@ def test_the_shorter_side_is_enlarged_and_edges_show_what_is_wrong():
 
 
 @pytest.mark.parametrize(("slices", "limit"), [(2, 4), (1, 6)])
-@pytest.mark.parametrize(("feature", "sentence"), [("appearance", "does not look like"), ("foreground_mean", "Brightness"),
-                                                   ("foreground_deviation", "Brightness")])
+@pytest.mark.parametrize(
+    ("feature", "sentence"),
+    [
+        ("appearance", "does not look like"),
+        ("foreground_mean", "Brightness"),
+        ("foreground_deviation", "Brightness"),
+    ],
+)
 def test_the_limits_are_so_many_deviations(feature, sentence, slices, limit):
     volume = np.random.default_rng(0).integers(0, 255, (slices, 64, 64, 3), np.uint8)
     volume[:, :8] = volume[:, -8:] = volume[:, :, :8] = volume[:, :, -8:] = 0
-    training = {name: {"mean": values, "deviation": [1.0] * len(values)}
-                for name, values in describe_volume(torch.from_numpy(volume)).items()}
+    training = {
+        name: {"mean": values, "deviation": [1.0] * len(values)}
+        for name, values in describe_volume(torch.from_numpy(volume)).items()
+    }
     mean = training[feature]["mean"]
     for far, wanted in ((limit - 0.1, []), (limit + 0.1, [True])):
         training[feature]["mean"] = [*mean[:-1], mean[-1] + far]
         assert [sentence in doubt for doubt in doubts(volume, training)] == wanted
 
 
-@pytest.mark.parametrize(("rows", "columns", "wanted"), [(64, 83, []), (64, 84, ["shape"]), (63, 64, ["small"]), (1024, 900, []),
-                                                         (1025, 900, ["large"])])
+@pytest.mark.parametrize(
+    ("rows", "columns", "wanted"),
+    [(64, 83, []), (64, 84, ["shape"]), (63, 64, ["small"]), (1024, 900, []), (1025, 900, ["large"])],
+)
 def test_the_bounds_of_size_and_shape(rows, columns, wanted):
     volume = np.random.default_rng(0).integers(0, 255, (1, rows, columns, 3), np.uint8)
     assert len([doubt for doubt in doubts(volume, None) if "×" in doubt]) == len(wanted)
@@ -161,21 +192,47 @@ def test_the_newest_model_comes_first_and_a_named_one_before_it(tmp_path, monkey
 
 def test_the_card_tells_privacy_and_names_eight_hospitals(trained):
     checkpoint = load_checkpoint(trained / "transunet_centralized_best.pth")
-    checkpoint.metadata["origin"] = {"kind": "federated", "hospitals": 10, "labels": [f"h{k}" for k in range(10)],
-                                     "partition": "own data", "strategy": "fedavg", "rounds": 5,
-                                     "privacy": {"secure_aggregation": True, "epsilon": 3.5, "delta": 1e-5}}
+    checkpoint.metadata["origin"] = {
+        "kind": "federated",
+        "hospitals": 10,
+        "labels": [f"h{k}" for k in range(10)],
+        "partition": "own data",
+        "strategy": "fedavg",
+        "rounds": 5,
+        "privacy": {"secure_aggregation": True, "epsilon": 3.5, "delta": 1e-5},
+    }
     told = dict(card_rows(checkpoint, "0" * 64))["Trained"]
     assert "h6, h7 and 2 more" in told and told.endswith("secure aggregation, ε = 3.5 at δ = 1e-05")
-    checkpoint.metadata["origin"]["privacy"] = {"secure_aggregation": True, "epsilon": None, "delta": None,
-                                                "patients": {"h3": {"epsilon": 7.9912, "delta": 1e-3}}}
+    checkpoint.metadata["origin"]["privacy"] = {
+        "secure_aggregation": True,
+        "epsilon": None,
+        "delta": None,
+        "patients": {"h3": {"epsilon": 7.9912, "delta": 1e-3}},
+    }
     told = dict(card_rows(checkpoint, "0" * 64))["Trained"]
     assert told.endswith("secure aggregation, ε = 7.99 at δ = 0.001 for the patients of h3")
 
 
-@pytest.mark.parametrize(("origin", "words"), [
-    ({"kind": "federated", "hospital": "mercy", "rounds": 3, "strategy": "fedavg", "partition": "own data"}, "mercy's own model"),
-    ({"kind": "local", "hospital": "hospital-0", "partition": "site", "clients": 2, "alpha": 0.5}, "at hospital-0 alone"),
-    ({"kind": "centralised", "started_from": "fedavg"}, "in one place, from a model of fedavg")])
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        (
+            {
+                "kind": "federated",
+                "hospital": "mercy",
+                "rounds": 3,
+                "strategy": "fedavg",
+                "partition": "own data",
+            },
+            "mercy's own model",
+        ),
+        (
+            {"kind": "local", "hospital": "hospital-0", "partition": "site", "clients": 2, "alpha": 0.5},
+            "at hospital-0 alone",
+        ),
+        ({"kind": "centralised", "started_from": "fedavg"}, "in one place, from a model of fedavg"),
+    ],
+)
 def test_the_card_tells_a_hospitals_own_model(trained, origin, words):
     checkpoint = load_checkpoint(trained / "transunet_centralized_best.pth")
     checkpoint.metadata["origin"] = origin
@@ -191,7 +248,9 @@ def test_weights_of_real_scans_carry_the_scans_licence(trained, tmp_path):
 
 def test_the_page_is_served_on_this_computer_alone_with_the_spaces_headers(tmp_path):
     (tmp_path / "README.md").write_text((ROOT / "deployment" / "browser" / "README.md").read_text())
-    assert {"cross-origin-opener-policy", "cross-origin-embedder-policy"} <= set(headers(tmp_path / "README.md"))
+    assert {"cross-origin-opener-policy", "cross-origin-embedder-policy"} <= set(
+        headers(tmp_path / "README.md")
+    )
     with server(tmp_path, 0) as one:
         assert one.server_address[0] == "127.0.0.1"
         with pytest.raises(MedFLError, match="can't be used"):
@@ -199,7 +258,7 @@ def test_the_page_is_served_on_this_computer_alone_with_the_spaces_headers(tmp_p
 
 
 def corrupted(content: bytes, first: int) -> bytes:
-    return content[:first] + bytes(byte ^ 255 for byte in content[first:first + 40]) + content[first + 40:]
+    return content[:first] + bytes(byte ^ 255 for byte in content[first : first + 40]) + content[first + 40 :]
 
 
 def test_damage_inside_of_an_archive_is_told(slices, zipped):
@@ -220,7 +279,9 @@ def test_odd_names_are_no_crash(slices, picture, zipped):
 
 
 def test_a_nifti_mask_of_one_volume_is_taken_and_one_of_colours_is_not():
-    scan = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 9, (20, 24, 18)).astype(np.int16), np.eye(4)).to_bytes()
+    scan = nibabel.Nifti1Image(
+        np.random.default_rng(0).integers(0, 9, (20, 24, 18)).astype(np.int16), np.eye(4)
+    ).to_bytes()
     case = read_case([("a.nii", scan)])
     one = nibabel.Nifti1Image(np.ones((20, 24, 18, 1), np.uint8), np.eye(4)).to_bytes()
     assert add_truth(case, [("m.nii", one)]).all()

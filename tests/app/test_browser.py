@@ -33,7 +33,9 @@ def page(request, address, browser):
     made.get_by_text("Try a sample").wait_for()
     yield made
     made.close()
-    assert [url for url in asked if not url.startswith((address, "data:", "blob:", address.replace("http", "ws")))] == []
+    assert [
+        url for url in asked if not url.startswith((address, "data:", "blob:", address.replace("http", "ws")))
+    ] == []
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,14 @@ def patient(phantoms, trained, tmp_path_factory):
     return images, out
 
 
-SLICES = "section[aria-label^='Slices of one patient'] input[type=file]"  # the folder's uploader takes no files
+SLICES = (
+    "section[aria-label^='Slices of one patient'] input[type=file]"  # the folder's uploader takes no files
+)
 
 
 def at_rest(page) -> None:
-    """Wait until the page's script has run to its end: a button that is about to be drawn anew does nothing."""
+    """Wait until the page's script has run to its end: a button that is
+    about to be drawn anew does nothing."""
     page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
 
 
@@ -89,7 +94,9 @@ def test_a_volume_is_segmented_and_its_masks_are_predicts(page, patient, tmp_pat
     with zipfile.ZipFile(fetched(page, "All masks (ZIP)", tmp_path)) as archive:
         archive.extractall(tmp_path / "all")
     for image in images:
-        assert same(tmp_path / "all" / f"{image.stem}_mask.png", predicted / f"{image.stem}_mask.png"), image.name
+        assert same(tmp_path / "all" / f"{image.stem}_mask.png", predicted / f"{image.stem}_mask.png"), (
+            image.name
+        )
     assert fetched(page, "Report (PNG)", tmp_path).read_bytes()[1:4] == b"PNG"
 
 

@@ -28,13 +28,18 @@ def test_files_without_numbers_are_each_a_volume_of_their_own(picture):
 
 
 def test_masks_become_the_truth_and_may_come_later(slices, picture):
-    masks = [(f"anna_{k}_mask.png", picture(np.full((32, 32), 255 * (k == 2), np.uint8))) for k in range(1, 13)]
+    masks = [
+        (f"anna_{k}_mask.png", picture(np.full((32, 32), 255 * (k == 2), np.uint8))) for k in range(1, 13)
+    ]
     case = read_case(slices + masks)
     assert case.truth.any(axis=(1, 2)).tolist() == [k == 2 for k in range(1, 13)]
     later = add_truth(read_case(slices), masks)
     assert np.array_equal(later, case.truth)
     assert add_truth(read_case(slices[:1]), [("whatever.png", masks[1][1])]).all()
-    for wrong, sentence in ((masks[:-1], "has no mask"), ([("other_mask.png", masks[0][1])] * 2, "no mask has the name")):
+    for wrong, sentence in (
+        (masks[:-1], "has no mask"),
+        ([("other_mask.png", masks[0][1])] * 2, "no mask has the name"),
+    ):
         with pytest.raises(MedFLError, match=sentence):
             add_truth(read_case(slices), wrong)
     with pytest.raises(MedFLError, match="16×16 pixels and its slice is 32×32"):
@@ -42,16 +47,23 @@ def test_masks_become_the_truth_and_may_come_later(slices, picture):
 
 
 def test_volume_json_gives_mm_and_a_broken_one_is_refused(slices, zipped):
-    told = {"version": 1, "spacing_mm": [5.0, 0.9, 0.8], "slice_positions_mm": list(range(12)), "manufacturer": "somebody"}
+    told = {
+        "version": 1,
+        "spacing_mm": [5.0, 0.9, 0.8],
+        "slice_positions_mm": list(range(12)),
+        "manufacturer": "somebody",
+    }
     measured = [*slices, ("volume.json", json.dumps(told).encode())]
     for files in (measured, [("p.zip", zipped([("anna/" + name, content) for name, content in measured]))]):
         case = read_case(files)
         assert case.spacing == (0.9, 0.8, 5.0) and case.measured and not case.notes
     plain = read_case(slices)
     assert plain.spacing is None and not plain.measured
-    for files, sentence in (([*slices, ("volume.json", b"{")], "no volume.json of a prepared patient"),
-                            ([*slices[:3], measured[-1]], "tells of 12 slices, and the patient has 3"),
-                            ([*measured, ("b/volume.json", b"{}")], "2 files are called volume.json")):
+    for files, sentence in (
+        ([*slices, ("volume.json", b"{")], "no volume.json of a prepared patient"),
+        ([*slices[:3], measured[-1]], "tells of 12 slices, and the patient has 3"),
+        ([*measured, ("b/volume.json", b"{}")], "2 files are called volume.json"),
+    ):
         with pytest.raises(MedFLError, match=sentence):
             read_case(files)
 
@@ -68,21 +80,36 @@ def animated(picture):
 
 BAD = {
     "empty": ([("a_1.tif", b"")], "can't be read as a picture"),
-    "truncated": (lambda p: [("a_1.png", p(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))[:900])], "be read"),
+    "truncated": (
+        lambda p: [("a_1.png", p(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))[:900])],
+        "be read",
+    ),
     "text": ([("a_1.tif", b"Dear Dr Smith")], "can't be read as a picture"),
     "one pixel": (lambda p: [("a_1.png", p(mode="RGB", size=(1, 1)))], "too small for a slice"),
     "huge": (lambda p: [("a_1.png", p(mode="1", size=(20_000, 20_000)))], "at most 4096"),
     "CMYK": (lambda p: [("a_1.jpg", p(mode="CMYK", kind="JPEG"))], "pixels of type CMYK"),
     "16 bits": (lambda p: [("a_1.png", sixteen_bit(p))], "convert it first"),
     "animated": (lambda p: [("a_1.tif", animated(p))], "holds 2 pictures"),
-    "mixed sizes": (lambda p: [("a_1.png", p(mode="RGB")), ("a_2.png", p(mode="RGB", size=(32, 48)))], "slices of one size"),
+    "mixed sizes": (
+        lambda p: [("a_1.png", p(mode="RGB")), ("a_2.png", p(mode="RGB", size=(32, 48)))],
+        "slices of one size",
+    ),
     "two patients": (lambda p: [("a_1.png", p(mode="L")), ("b_1.png", p(mode="L"))], "slices of 2 patients"),
     "numbered and not": (lambda p: [("a_1.png", p(mode="L")), ("scan.png", p(mode="L"))], "no slice number"),
     "too many": (lambda p: [(f"a_{k}.png", b"") for k in range(2 * MAX_FILES)], "one patient at a time"),
     "masks alone": (lambda p: [("a_1_mask.png", p(mode="L"))], "there is no slice"),
-    "a mask of another size": (lambda p: [("a_1.png", p(mode="L")), ("a_1_mask.png", p(mode="L", size=(16, 16)))], "16×16"),
-    "a grey mask": (lambda p: [("a_1.png", p(mode="L")), ("a_1_mask.png", p(np.full((32, 32), 9, np.uint8)))], "the value 9"),
-    "no mask for one": (lambda p: [("a_1.png", p(mode="L")), ("a_2.png", p(mode="L")), ("a_1_mask.png", p(mode="L"))], "no mask"),
+    "a mask of another size": (
+        lambda p: [("a_1.png", p(mode="L")), ("a_1_mask.png", p(mode="L", size=(16, 16)))],
+        "16×16",
+    ),
+    "a grey mask": (
+        lambda p: [("a_1.png", p(mode="L")), ("a_1_mask.png", p(np.full((32, 32), 9, np.uint8)))],
+        "the value 9",
+    ),
+    "no mask for one": (
+        lambda p: [("a_1.png", p(mode="L")), ("a_2.png", p(mode="L")), ("a_1_mask.png", p(mode="L"))],
+        "no mask",
+    ),
     "broken archive": ([("p.zip", b"PK\3\4 and no more")], "can't be unpacked"),
     "archive and more": (lambda p: [("p.zip", b"PK"), ("a.png", p(mode="L"))], "by itself"),
     "broken NIfTI": ([("p.nii", b"no scan")], "can't be read as NIfTI"),
@@ -131,7 +158,9 @@ def scan(affine, shape=(20, 24, 18), dtype=np.int16, seed=0) -> nibabel.Nifti1Im
     return nibabel.Nifti1Image(values, affine)
 
 
-LAS = np.array([[-0.8, 0, 0, 5], [0, 0, 0.9, 0], [0, 2.5, 0, 0], [0, 0, 0, 1.0]])  # axes: right to left, up, to the front
+LAS = np.array(
+    [[-0.8, 0, 0, 5], [0, 0, 0.9, 0], [0, 2.5, 0, 0], [0, 0, 0, 1.0]]
+)  # axes: right to left, up, to the front
 
 
 def test_nifti_is_turned_to_axial_slices_and_its_mask_lies_on_the_scan(tmp_path):
@@ -146,7 +175,11 @@ def test_nifti_is_turned_to_axial_slices_and_its_mask_lies_on_the_scan(tmp_path)
     values = np.asarray(image.dataobj).astype(np.float32)
     top = np.percentile(values[values > 0], 99.9)
     assert case.volume[tuple(place)][0] == round(min(values[3, 20, 1] / top, 1) * 255)
-    assert tuple(place) == (20, 18 - 1 - 1, 20 - 1 - 3)  # up; the front is at the top; right to left is turned
+    assert tuple(place) == (
+        20,
+        18 - 1 - 1,
+        20 - 1 - 3,
+    )  # up; the front is at the top; right to left is turned
     (tmp_path / "back.nii.gz").write_bytes(write_nifti(case, truth))
     back = nibabel.load(tmp_path / "back.nii.gz")
     assert np.array_equal(np.asarray(back.dataobj), chosen) and np.allclose(back.affine, LAS)
@@ -155,7 +188,9 @@ def test_nifti_is_turned_to_axial_slices_and_its_mask_lies_on_the_scan(tmp_path)
 def test_three_volumes_are_the_three_channels():
     image = scan(np.eye(4), (20, 24, 2, 3), np.uint8)
     case = read_case([("brain.nii", image.to_bytes())])
-    assert np.array_equal(case.volume[1, 24 - 1 - 5, 4], np.asarray(image.dataobj)[4, 5, 1]) and not case.notes
+    assert (
+        np.array_equal(case.volume[1, 24 - 1 - 5, 4], np.asarray(image.dataobj)[4, 5, 1]) and not case.notes
+    )
     with pytest.raises(MedFLError, match="holds 2 volumes"):
         read_case([("brain.nii", scan(np.eye(4), (20, 24, 2, 2)).to_bytes())])
     with pytest.raises(MedFLError, match="2 dimensions"):

@@ -1,4 +1,5 @@
-"""DICOM in the app: series to slices, masks back over the source series, privacy, and one sentence for what can't be used."""
+"""DICOM in the app: series to slices, masks back over the source series, privacy, and one sentence for what
+can't be used."""
 
 import gzip
 import io
@@ -29,12 +30,22 @@ from radiology.series import find_series
 from radiology.studies import plan_studies
 
 BEST = "transunet_centralized_best.pth"
-PATIENT = {"PatientName": "Grieg^Edvard", "PatientID": "HG-1843-0615", "PatientBirthDate": "18430615",
-           "AccessionNumber": "ACC77401", "InstitutionName": "Troldhaugen Hospital", "StudyDate": "19070904",
-           "ReferringPhysicianName": "Sinding^Christian"}
+PATIENT = {
+    "PatientName": "Grieg^Edvard",
+    "PatientID": "HG-1843-0615",
+    "PatientBirthDate": "18430615",
+    "AccessionNumber": "ACC77401",
+    "InstitutionName": "Troldhaugen Hospital",
+    "StudyDate": "19070904",
+    "ReferringPhysicianName": "Sinding^Christian",
+}
 # the directions of an image's columns, rows and slices, (left, back, up) each
-ACQUIRED = {"axial": ((1, 0, 0), (0, 1, 0), (0, 0, 1)), "from head to feet": ((-1, 0, 0), (0, 1, 0), (0, 0, -1)),
-            "sagittal": ((0, 1, 0), (0, 0, -1), (-1, 0, 0)), "coronal": ((1, 0, 0), (0, 0, -1), (0, 1, 0))}
+ACQUIRED = {
+    "axial": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "from head to feet": ((-1, 0, 0), (0, 1, 0), (0, 0, -1)),
+    "sagittal": ((0, 1, 0), (0, 0, -1), (-1, 0, 0)),
+    "coronal": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +57,17 @@ def volume(phantoms) -> np.ndarray:
 
 @pytest.fixture
 def series(tmp_path):
-    """A function that makes (name, content) of a series' files of values (S, H, W); tags by keyword go into every file."""
+    """A function that makes (name, content) of a series' files of values (S, H, W); tags by keyword go into
+    every file."""
 
-    def make(values, description="ax FLAIR", spacing=(4.0, 0.5, 0.5), acquired="axial", origin=(-12.0, -20.0, 30.0),
-             **tags) -> list[tuple[str, bytes]]:
+    def make(
+        values,
+        description="ax FLAIR",
+        spacing=(4.0, 0.5, 0.5),
+        acquired="axial",
+        origin=(-12.0, -20.0, 30.0),
+        **tags,
+    ) -> list[tuple[str, bytes]]:
         image = image_of(values, spacing, origin, np.transpose(ACQUIRED[acquired]))
         tags = {"SeriesInstanceUID": generate_uid(), "SeriesDescription": description, **tags}
         files = write_series(tmp_path / tags["SeriesInstanceUID"], image, PATIENT, **tags)
@@ -61,9 +79,12 @@ def series(tmp_path):
 @pytest.fixture
 def study(volume, series):
     """The files of a phantom's three series, and of a localizer."""
-    return (series(7.0 * volume[..., 0], "ax T1") + series(7.0 * volume[..., 1], "ax T2 FLAIR")
-            + series(7.0 * volume[..., 2], "ax T1 post GD", ContrastBolusAgent="Gadovist")
-            + series(volume[:1, ..., 0], "scout", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]))
+    return (
+        series(7.0 * volume[..., 0], "ax T1")
+        + series(7.0 * volume[..., 1], "ax T2 FLAIR")
+        + series(7.0 * volume[..., 2], "ax T1 post GD", ContrastBolusAgent="Gadovist")
+        + series(volume[:1, ..., 0], "scout", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    )
 
 
 def random_mask(case) -> np.ndarray:
@@ -76,46 +97,73 @@ def random_mask(case) -> np.ndarray:
 
 def told_of_the_patient(text: str) -> list[str]:
     """Which of the patient's values a text holds."""
-    return [value for value in PATIENT.values() if any(part.lower() in text.lower() for part in value.split("^"))]
+    return [
+        value for value in PATIENT.values() if any(part.lower() in text.lower() for part in value.split("^"))
+    ]
 
 
 def test_one_series_is_flair_in_all_channels_in_order_and_in_mm(volume, series):
     files = series(7.0 * volume[..., 1], "whatever")
     case = read_case(files[::-1])
-    assert case.volume.shape == volume.shape and case.spacing == (0.5, 0.5, 4.0) and case.measured and case.is_volume
+    assert (
+        case.volume.shape == volume.shape
+        and case.spacing == (0.5, 0.5, 4.0)
+        and case.measured
+        and case.is_volume
+    )
     assert (case.volume == case.volume[..., :1]).all()
     assert "FLAIR stands in for pre-contrast and post-contrast" in " ".join(case.notes)
     assert "does not say of itself that it is FLAIR" in " ".join(case.notes)
     assert "of itself" not in " ".join(read_case(series(VALUES, "ax FLAIR")).notes)
     for shown, wanted in zip(case.volume[..., 0], volume[..., 1]):
-        assert np.corrcoef(shown.ravel(), wanted.ravel())[0, 1] > 0.98  # less than 1: the brightest are cut off
+        assert (
+            np.corrcoef(shown.ravel(), wanted.ravel())[0, 1] > 0.98
+        )  # less than 1: the brightest are cut off
     alone = read_case(files[4:5])
-    assert len(alone.slices) == 1 and alone.spacing == (0.5, 0.5, 4.0) and "less reliable" in " ".join(alone.notes)
+    assert (
+        len(alone.slices) == 1
+        and alone.spacing == (0.5, 0.5, 4.0)
+        and "less reliable" in " ".join(alone.notes)
+    )
 
 
 def test_slices_are_those_that_the_preparation_makes(series, tmp_path):
     """Turned, framed and scaled alike: the network meets on the page what it learned from."""
     rows, columns = np.indices((200, 256))
-    values = np.stack([5.0 * ((rows - 90) ** 2 + (columns - 140) ** 2 < 70**2) * (columns + 20 * k) for k in range(5)])
+    values = np.stack(
+        [5.0 * ((rows - 90) ** 2 + (columns - 140) ** 2 < 70**2) * (columns + 20 * k) for k in range(5)]
+    )
     case = read_case(series(values, spacing=(4.0, 0.9, 0.9), acquired="from head to feet"))
-    study, = plan_studies(find_series(sorted(tmp_path.rglob("IM*")))[0], load_rules())
+    (study,) = plan_studies(find_series(sorted(tmp_path.rglob("IM*")))[0], load_rules())
     prepared = prepare(study, load_rules())
     assert np.array_equal(case.volume, prepared.volume) and case.volume.shape == (5, 256, 256, 3)
     assert [prepared.about["spacing_mm"][k] for k in (1, 2, 0)] == pytest.approx(case.spacing)
 
 
 def test_a_zip_of_a_study_gives_each_channel_its_series(volume, study, zipped):
-    case = read_case([("study.zip", zipped([(f"DICOM/{name[:-4]}", content) for name, content in study] + [("readme", b"hi")]))])
+    case = read_case(
+        [
+            (
+                "study.zip",
+                zipped([(f"DICOM/{name[:-4]}", content) for name, content in study] + [("readme", b"hi")]),
+            )
+        ]
+    )
     assert case.volume.shape == volume.shape
     for channel in range(3):
-        agreed = [np.corrcoef(case.volume[..., channel].ravel(), volume[..., other].ravel())[0, 1] for other in range(3)]
+        agreed = [
+            np.corrcoef(case.volume[..., channel].ravel(), volume[..., other].ravel())[0, 1]
+            for other in range(3)
+        ]
         assert int(np.argmax(agreed)) == channel and agreed[channel] > 0.97, agreed
     notes = " ".join(case.notes)
     assert "it is a localizer" in notes and "readme: no DICOM file" in notes
     assert "stands in" not in notes and "poorly" not in notes
 
 
-@pytest.mark.parametrize(("values", "origin"), [(0.0, (0, 0, 0)), (1.0, (4000, 0, 0))], ids=["blank", "elsewhere"])
+@pytest.mark.parametrize(
+    ("values", "origin"), [(0.0, (0, 0, 0)), (1.0, (4000, 0, 0))], ids=["blank", "elsewhere"]
+)
 def test_what_can_not_be_laid_over_flair_is_passed_over(series, values, origin):
     post = series(values * VALUES, "ax T1 post", origin=origin)
     case = read_case(series(VALUES, "ax FLAIR") + post)
@@ -125,9 +173,14 @@ def test_what_can_not_be_laid_over_flair_is_passed_over(series, values, origin):
 
 def test_of_two_that_claim_to_be_flair_one_is_taken_and_that_is_told(series):
     values = np.random.default_rng(5).integers(0, 900, (20, 32, 32)).astype(float)
-    case = read_case(series(values, "sag FLAIR of Grieg", acquired="sagittal") + series(values[:8], "ax FLAIR of Grieg"))
+    case = read_case(
+        series(values, "sag FLAIR of Grieg", acquired="sagittal") + series(values[:8], "ax FLAIR of Grieg")
+    )
     notes = " ".join(case.notes)
-    assert "2 series claim to be FLAIR, taken because it is axial" in notes and "1 series were passed over" in notes
+    assert (
+        "2 series claim to be FLAIR, taken because it is axial" in notes
+        and "1 series were passed over" in notes
+    )
     assert len(case.slices) == 8 and not told_of_the_patient(notes)
 
 
@@ -165,7 +218,11 @@ def test_the_margins_hold_no_tumour(series, trained):
     case = read_case(series(VALUES[:, :20]))
     assert case.dicom.margins == (6, 0, 6, 0) and case.volume.shape[1:3] == (32, 32)
     probability = predict_case(load_checkpoint(trained / BEST).model, case).probability
-    assert not probability[:, :6].any() and not probability[:, -6:].any() and (case.dicom.within(probability) > 0).all()
+    assert (
+        not probability[:, :6].any()
+        and not probability[:, -6:].any()
+        and (case.dicom.within(probability) > 0).all()
+    )
 
 
 def test_a_series_whose_tags_were_deleted_gets_its_segmentation(series):
@@ -192,16 +249,24 @@ def test_a_series_whose_tags_were_deleted_gets_its_segmentation(series):
 
 def test_a_truth_must_be_a_mask_of_this_series(series, picture):
     files = series(np.random.default_rng(3).integers(0, 900, (6, 32, 32)).astype(float))
-    case, other = read_case(files), read_case(series(np.ones((6, 32, 32)) * np.arange(32), spacing=(4.0, 0.7, 0.7)))
+    case, other = (
+        read_case(files),
+        read_case(series(np.ones((6, 32, 32)) * np.arange(32), spacing=(4.0, 0.7, 0.7))),
+    )
     seg = write_segmentation(other, random_mask(other))
     unreadable = "can't be read as a DICOM SEG"
-    for name, content, sentence in (("seg.dcm", seg, "lies on another grid"), ("seg.dcm", files[0][1], unreadable),
-                                    ("mask.nii", b"x", unreadable)):
+    for name, content, sentence in (
+        ("seg.dcm", seg, "lies on another grid"),
+        ("seg.dcm", files[0][1], unreadable),
+        ("mask.nii", b"x", unreadable),
+    ):
         with pytest.raises(MedFLError, match=sentence) as error:
             add_truth(case, [(name, content)])
         assert name in str(error.value) and "Upload" not in str(error.value)
     assert "1 DICOM SEG were passed over" in " ".join(read_case([*files, ("seg.dcm", seg)]).notes)
-    masks = [(f"slice_{k}_mask.png", picture(np.full((32, 32), 255 * (k == 2), np.uint8))) for k in range(1, 7)]
+    masks = [
+        (f"slice_{k}_mask.png", picture(np.full((32, 32), 255 * (k == 2), np.uint8))) for k in range(1, 7)
+    ]
     assert add_truth(case, masks).any(axis=(1, 2)).tolist() == [k == 2 for k in range(1, 7)]
     with pytest.raises(MedFLError, match="the mask is empty"):
         write_segmentation(case, np.zeros((6, 32, 32), np.uint8))
@@ -212,17 +277,31 @@ BAD = {
     "CT": (lambda s: s(VALUES, Modality="CT"), "it is of modality CT, not MR"),
     "localizer": (lambda s: s(VALUES, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "it is a localizer"),
     "truncated": (lambda s: [(name, content[:-1900]) for name, content in s(VALUES)], "is truncated"),
-    "cut in its header": (lambda s: [(name, content[:400]) for name, content in s(VALUES)[:1]], "cut off within its header"),
+    "cut in its header": (
+        lambda s: [(name, content[:400]) for name, content in s(VALUES)[:1]],
+        "cut off within its header",
+    ),
     "no DICOM": (lambda s: [("a.dcm", b"Dear Dr Smith")], "a.dcm: no DICOM file"),
     "empty": (lambda s: [("a.dcm", b"")], "no series that can be used"),
-    "a slice is missing": (lambda s: [file for k, file in enumerate(s(VALUES)) if k != 1], "1 of its slices are missing"),
+    "a slice is missing": (
+        lambda s: [file for k, file in enumerate(s(VALUES)) if k != 1],
+        "1 of its slices are missing",
+    ),
     "two studies": (lambda s: s(VALUES) + s(VALUES, study="1.2.4"), "several studies"),
     "T1 beside a truncated FLAIR": (
-        lambda s: s(VALUES, "ax T1") + [(name, content[:-1900]) for name, content in s(VALUES, "ax FLAIR")], "is truncated"),
+        lambda s: s(VALUES, "ax T1") + [(name, content[:-1900]) for name, content in s(VALUES, "ax FLAIR")],
+        "is truncated",
+    ),
     "no FLAIR of two": (lambda s: s(VALUES, "ax T1") + s(VALUES, "cor T1"), "upload the FLAIR series alone"),
-    "thick sagittal slices": (lambda s: s(VALUES, acquired="sagittal"), "cut axially, the series has pixels of 4.0 × 0.5 mm"),
+    "thick sagittal slices": (
+        lambda s: s(VALUES, acquired="sagittal"),
+        "cut axially, the series has pixels of 4.0 × 0.5 mm",
+    ),
     "too small": (lambda s: s(VALUES[:, :8, :8]), "8×8 pixels, which this page can't hold"),
-    "too large": (lambda s: s(np.zeros((49, 512, 512))), "49 slices of 512×512 pixels, which this page can't hold"),
+    "too large": (
+        lambda s: s(np.zeros((49, 512, 512))),
+        "49 slices of 512×512 pixels, which this page can't hold",
+    ),
 }
 
 
@@ -231,7 +310,11 @@ def test_what_can_not_be_used_gets_one_sentence_without_the_patient(series, case
     make, sentence = BAD[case]
     with pytest.raises(MedFLError) as error:
         read_case(make(series))
-    assert sentence in str(error.value) and "\n" not in str(error.value) and not told_of_the_patient(str(error.value))
+    assert (
+        sentence in str(error.value)
+        and "\n" not in str(error.value)
+        and not told_of_the_patient(str(error.value))
+    )
 
 
 @pytest.fixture
@@ -242,7 +325,9 @@ def page(trained, monkeypatch):
 
 def everything_shown(page: AppTest) -> str:
     """All that a page sent to the browser, and its tables."""
-    return " ".join([str(element.proto) for element in page.main] + [str(table.value) for table in page.table])
+    return " ".join(
+        [str(element.proto) for element in page.main] + [str(table.value) for table in page.table]
+    )
 
 
 @pytest.mark.slow
@@ -259,22 +344,34 @@ def test_a_series_on_the_page_and_its_mask_over_the_source(page, trained, series
     assert figures["Volume"].endswith("cm³") and figures["Largest diameter in mm"].endswith("mm")
     assert not [n for n in page.number_input if n.key == "pixel_size"]
     shown = everything_shown(page)
-    assert not told_of_the_patient(shown) and "name and number from the series" in shown and "of 3 (slice_" in shown
+    assert (
+        not told_of_the_patient(shown)
+        and "name and number from the series" in shown
+        and "of 3 (slice_" in shown
+    )
     case, prediction = page.session_state.case, page.session_state.prediction
     threshold = float(np.quantile(prediction.probability, 0.98))  # two epochs of training reach no 0.5
     mask = to_mask(prediction.probability, threshold)
     assert mask.shape == (3, 512, 512) and mask.any()
     stored = segread(io.BytesIO(write_segmentation(case, mask)))
     sources = [pydicom.dcmread(io.BytesIO(content)).SOPInstanceUID for _, content in files]
-    back = stored.get_pixels_by_source_instance(sources, combine_segments=True, assert_missing_frames_are_empty=True)
+    back = stored.get_pixels_by_source_instance(
+        sources, combine_segments=True, assert_missing_frames_are_empty=True
+    )
     assert metrics.dice(*metrics.counts(back, mask)) == 1.0
     assert stored.PatientID == PATIENT["PatientID"] and stored.FrameOfReferenceUID == "1.2.3.9"
     rows = slice_rows(case, prediction, threshold)
-    for given in (zip_masks(case, mask, rows), csv_text(rows).encode(), gzip.decompress(write_series_nifti(case, mask))):
+    for given in (
+        zip_masks(case, mask, rows),
+        csv_text(rows).encode(),
+        gzip.decompress(write_series_nifti(case, mask)),
+    ):
         assert not told_of_the_patient(given.decode("latin-1"))
     page.slider(key="threshold").set_value(0.95).run()
     labels = [button.proto.label for button in page.get("download_button")]
-    assert "Mask (NIfTI)" in labels and ("Mask (DICOM SEG)" in labels) == bool((prediction.probability >= 0.95).any())
+    assert "Mask (NIfTI)" in labels and ("Mask (DICOM SEG)" in labels) == bool(
+        (prediction.probability >= 0.95).any()
+    )
     next(b for b in page.button if b.label == "Close this case").click().run()
     assert not page.exception and "case" not in page.session_state
 
@@ -285,9 +382,14 @@ def test_the_page_starts_without_simpleitk_and_says_what_to_install(page, series
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "SimpleITK", None)  # as Python marks a module that can't be imported
     page.run()
-    page.file_uploader[0].set_value([(name, content, "application/dicom") for name, content in series(VALUES)]).run()
+    page.file_uploader[0].set_value(
+        [(name, content, "application/dicom") for name, content in series(VALUES)]
+    ).run()
     assert not page.exception and len(page.error) == 1
-    assert "DICOM files need SimpleITK; install it (`pip install -r requirements-dicom.txt`)" in page.error[0].value
+    assert (
+        "DICOM files need SimpleITK; install it (`pip install -r requirements-dicom.txt`)"
+        in page.error[0].value
+    )
     page.button(key="phantom_1").click().run()
     assert not page.exception and len(page.table) == 1
 

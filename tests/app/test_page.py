@@ -1,4 +1,5 @@
-"""The page as Streamlit runs it, without a browser: a case from opening to closing, bad uploads, models that can't be used."""
+"""The page as Streamlit runs it, without a browser: a case from opening to closing, bad uploads, models that
+can't be used."""
 
 import numpy as np
 import pytest
@@ -55,7 +56,11 @@ def test_a_sample_from_opening_to_closing(page):
     page.number_input(key="slice_distance").set_value(3.0).run()
     assert figures(page)["Volume"].endswith("cm³")
     next(b for b in page.button if b.label == "Close this case").click().run()
-    assert not page.exception and not page.table and any("Try a sample" in caption.value for caption in page.caption)
+    assert (
+        not page.exception
+        and not page.table
+        and any("Try a sample" in caption.value for caption in page.caption)
+    )
 
 
 def test_the_model_runs_once_for_an_upload(page, phantoms, monkeypatch):
@@ -75,11 +80,13 @@ def test_the_model_runs_once_for_an_upload(page, phantoms, monkeypatch):
 
 def test_a_truth_can_be_added_and_a_wrong_one_is_refused(page, phantoms, picture):
     files = patient_files(phantoms, masks=True)
-    images, masks = files[:len(files) // 2], files[len(files) // 2:]
+    images, masks = files[: len(files) // 2], files[len(files) // 2 :]
     upload(page, images)
     assert "Dice with the truth" not in figures(page)
     upload(page, [(masks[0][0], picture(np.zeros((8, 8), np.uint8)))], "Masks")
-    assert not page.exception and any("8×8" in error.value or "no mask" in error.value for error in page.error)
+    assert not page.exception and any(
+        "8×8" in error.value or "no mask" in error.value for error in page.error
+    )
     upload(page, masks, "Masks")
     assert not page.error and "Dice with the truth" in figures(page)
 
@@ -92,22 +99,37 @@ def test_a_photograph_is_doubted_before_its_result(page, picture):
 
 
 def test_the_page_outlives_every_bad_upload(page, picture, phantoms, zipped):
-    bad = [[(f"a_{k}.png", b"") for k in range(2_000)], [("p.zip", zipped([("a_1.png", bytes(300 << 20))]))],
-           [("p.zip", zipped([("../a_1.png", picture(mode="L"))]))], [(f"a_{side}.png", picture(mode="L", size=(side, side)))
-                                                                      for side in (32, 48)],
-           [("a_1.tif", b"")], [("a_1.tif", b"text")], [("p.zip", b"PK\3\4")], [("a.nii", b"x")],
-           [("a_1.png", picture(mode="1", size=(20_000, 20_000)))], [("a_1.png", picture(mode="RGB", size=(1, 1)))],
-           [("a_1_mask.png", picture(mode="L"))]]
+    bad = [
+        [(f"a_{k}.png", b"") for k in range(2_000)],
+        [("p.zip", zipped([("a_1.png", bytes(300 << 20))]))],
+        [("p.zip", zipped([("../a_1.png", picture(mode="L"))]))],
+        [(f"a_{side}.png", picture(mode="L", size=(side, side))) for side in (32, 48)],
+        [("a_1.tif", b"")],
+        [("a_1.tif", b"text")],
+        [("p.zip", b"PK\3\4")],
+        [("a.nii", b"x")],
+        [("a_1.png", picture(mode="1", size=(20_000, 20_000)))],
+        [("a_1.png", picture(mode="RGB", size=(1, 1)))],
+        [("a_1_mask.png", picture(mode="L"))],
+    ]
     for files in bad:
         upload(page, files)
-        assert not page.exception and len(page.error) == 1 and page.error[0].value.count("\n") == 0, files[0][0]
+        assert not page.exception and len(page.error) == 1 and page.error[0].value.count("\n") == 0, files[0][
+            0
+        ]
     upload(page, patient_files(phantoms, masks=False))
     assert not page.exception and not page.error and figures(page)
 
 
-@pytest.mark.parametrize(("content", "sentence"), [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"), (b"PK\3\4 cut", "truncated"),
-    (b"<html>", "no checkpoint"), (None, "no such file")])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+        (b"PK\3\4 cut", "truncated"),
+        (b"<html>", "no checkpoint"),
+        (None, "no such file"),
+    ],
+)
 def test_a_model_that_cant_be_used_is_told(tmp_path, monkeypatch, content, sentence):
     path = tmp_path / "model_best.pth"
     if content is not None:
@@ -126,11 +148,22 @@ def test_the_card_tells_a_federation_and_a_central_model_apart(trained):
     central = dict(card_rows(checkpoint, "0" * 64, "cpu"))
     assert central["Trained"] == "in one place" and "knows nothing of real scans" in central["Data"]
     assert central["Data"].startswith("phantoms: 7 to train on")
-    checkpoint.metadata["origin"] = {"kind": "federated", "hospitals": 2, "labels": ["mercy", "hope"], "partition": "own data",
-                                     "strategy": "fedavg", "rounds": 5,
-                                     "privacy": {"secure_aggregation": False, "epsilon": None}}
-    checkpoint.metadata["scores"]["test"] = {"volume_dice": {"mean": 0.8, "median": 0.85, "ci95": [0.7, 0.9]}, "patients": 8}
+    checkpoint.metadata["origin"] = {
+        "kind": "federated",
+        "hospitals": 2,
+        "labels": ["mercy", "hope"],
+        "partition": "own data",
+        "strategy": "fedavg",
+        "rounds": 5,
+        "privacy": {"secure_aggregation": False, "epsilon": None},
+    }
+    checkpoint.metadata["scores"]["test"] = {
+        "volume_dice": {"mean": 0.8, "median": 0.85, "ci95": [0.7, 0.9]},
+        "patients": 8,
+    }
     federated = dict(card_rows(checkpoint, "0" * 64, "cpu"))
     assert "2 hospitals (mercy, hope), 5 rounds, fedavg" in federated["Trained"]
     assert "no differential privacy" in federated["Trained"]
-    assert federated["Test"] == "mean volume Dice 0.800 (95 % interval 0.700 to 0.900), median 0.850, 8 patients"
+    assert (
+        federated["Test"] == "mean volume Dice 0.800 (95 % interval 0.700 to 0.900), median 0.850, 8 patients"
+    )

@@ -21,7 +21,15 @@ from deployment.app.pictures import (
     probability_picture,
     windowed,
 )
-from deployment.app.readout import Prediction, csv_text, largest_diameter, mask_name, slice_rows, summary, zip_masks
+from deployment.app.readout import (
+    Prediction,
+    csv_text,
+    largest_diameter,
+    mask_name,
+    slice_rows,
+    summary,
+    zip_masks,
+)
 from deployment.app.report import draw_report
 from inference import to_mask
 
@@ -48,7 +56,9 @@ def test_window_and_level():
 def test_channels_are_told_apart():
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[...] = 10, 20, 30
-    shown = {view: base_picture(pixels, view)[5, 5].tolist() for view in ("pre", "FLAIR", "post", "composite")}
+    shown = {
+        view: base_picture(pixels, view)[5, 5].tolist() for view in ("pre", "FLAIR", "post", "composite")
+    }
     assert shown == {"pre": [10] * 3, "FLAIR": [20] * 3, "post": [30] * 3, "composite": [10, 20, 30]}
 
 
@@ -65,7 +75,11 @@ def test_fill_mixes_inside_alone(grey, mask):
 def test_an_outline_is_an_edge_and_a_dashed_one_has_gaps(grey, mask):
     times = enlargement(mask.shape)
     solid, dashed = ((outline(grey, mask, ORANGE, d) != grey).any(axis=2) for d in (False, True))
-    assert solid[10 * times, 20 * times] and not solid[20 * times, 35 * times] and not solid[10 * times - 1, 30 * times]
+    assert (
+        solid[10 * times, 20 * times]
+        and not solid[20 * times, 35 * times]
+        and not solid[10 * times - 1, 30 * times]
+    )
     assert 0.3 * solid.sum() < dashed.sum() < 0.7 * solid.sum() and not (dashed & ~solid).any()
     assert np.array_equal(outline(grey, np.zeros_like(mask), ORANGE), grey)
     assert outline(grey, np.full_like(mask, 255), ORANGE)[300, 300].tolist() == [100] * 3
@@ -85,9 +99,18 @@ def test_probabilities_are_seen_as_colours():
     assert out[0, 0].tolist() == [0, 34, 77] and out[-1, -1].tolist() == [253, 231, 55]  # the ends of cividis
 
 
-@pytest.mark.parametrize(("points", "wanted"), [
-    ([], 0), ([(3, 3)], 0), ([(3, c) for c in range(3, 8)], 4), ([(3, 3), (3, 7)], 0), ([(k, k) for k in range(10)], 9 * 2**0.5),
-    ([(r, c) for r in range(5) for c in range(13)], (4**2 + 12**2) ** 0.5), ([(0, 0), (1, 1), (19, 19)], 2**0.5)])
+@pytest.mark.parametrize(
+    ("points", "wanted"),
+    [
+        ([], 0),
+        ([(3, 3)], 0),
+        ([(3, c) for c in range(3, 8)], 4),
+        ([(3, 3), (3, 7)], 0),
+        ([(k, k) for k in range(10)], 9 * 2**0.5),
+        ([(r, c) for r in range(5) for c in range(13)], (4**2 + 12**2) ** 0.5),
+        ([(0, 0), (1, 1), (19, 19)], 2**0.5),
+    ],
+)
 def test_the_largest_diameter(points, wanted):
     mask = np.zeros((20, 20), np.uint8)
     for point in points:
@@ -102,7 +125,9 @@ def case(mask):
     volume = np.zeros((3, SIDE, SIDE, 3), np.uint8)
     volume[:, 5:45, 5:55] = 120
     truth = np.stack([mask, np.zeros_like(mask), np.zeros_like(mask)])
-    return Case("anna", [f"anna_{k}.tif" for k in (1, 2, 3)], volume, np.zeros(3, int), truth, (0.5, 0.5, 4.0))
+    return Case(
+        "anna", [f"anna_{k}.tif" for k in (1, 2, 3)], volume, np.zeros(3, int), truth, (0.5, 0.5, 4.0)
+    )
 
 
 @pytest.fixture
@@ -115,10 +140,15 @@ def prediction(mask):
 
 def test_figures_follow_threshold_and_spacing(case, prediction):
     rows = slice_rows(case, prediction, 0.5)
-    assert [row["tumour_pixels"] for row in rows] == [600, 0, 0] and rows[0]["mean_probability"] == pytest.approx(0.8)
+    assert [row["tumour_pixels"] for row in rows] == [600, 0, 0] and rows[0][
+        "mean_probability"
+    ] == pytest.approx(0.8)
     assert (rows[0]["dice"], rows[1]["dice"], rows[0]["tumour_mm2"]) == (1.0, None, 150.0)
     figures = summary(case, rows, to_mask(prediction.probability, 0.5))
-    assert figures["volume_cm3"] == pytest.approx(600 * 0.5 * 0.5 * 4 / 1000) and figures["slices_with_tumour"] == 1
+    assert (
+        figures["volume_cm3"] == pytest.approx(600 * 0.5 * 0.5 * 4 / 1000)
+        and figures["slices_with_tumour"] == 1
+    )
     assert figures["foreground_share"] == pytest.approx(600 / (3 * 40 * 50)) and figures["dice"] == 1.0
     assert figures["largest_diameter_mm"] == pytest.approx(0.5 * (19**2 + 29**2) ** 0.5)
     lower = slice_rows(case, prediction, 0.3)
@@ -135,12 +165,20 @@ def test_the_zip_holds_masks_and_figures(case, prediction):
             assert np.array_equal(np.asarray(Image.open(archive.open(f"anna_{k + 1}_mask.png"))), mask[k])
         rows = list(csv.DictReader(io.TextIOWrapper(archive.open("readout.csv"))))
     assert rows[0]["tumour_pixels"] == "600" and rows[1]["mean_probability"] == "" and len(rows) == 3
-    assert mask_name("a.b.tif") == "a.b_mask.png" and csv_text(slice_rows(case, prediction, 0.5)).startswith("slice,file,")
+    assert mask_name("a.b.tif") == "a.b_mask.png" and csv_text(slice_rows(case, prediction, 0.5)).startswith(
+        "slice,file,"
+    )
 
 
 def test_the_report_is_one_page(case, prediction, grey):
-    content = draw_report("anna", [("a", grey), ("b", grey)], slice_rows(case, prediction, 0.5), [("Tumour", "600 pixels")],
-                          [("Trained", "in one place"), ("SHA-256", "0" * 64)], ["It does not look like a brain. " * 20])
+    content = draw_report(
+        "anna",
+        [("a", grey), ("b", grey)],
+        slice_rows(case, prediction, 0.5),
+        [("Tumour", "600 pixels")],
+        [("Trained", "in one place"), ("SHA-256", "0" * 64)],
+        ["It does not look like a brain. " * 20],
+    )
     page = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
     assert page.shape[0] / page.shape[1] == pytest.approx(2**0.5, abs=0.01)
     for part in (page[:, :40], page[:, -40:], page[:30], page[-30:]):

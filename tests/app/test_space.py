@@ -1,4 +1,5 @@
-"""What is pushed to a Space: the staged folder starts by itself, and each refusal of the hub gets its sentence."""
+"""What is pushed to a Space: the staged folder starts by itself, and each refusal of the hub gets its
+sentence."""
 
 import http.server
 import json
@@ -15,13 +16,21 @@ from benchmarks.serving import served
 
 pytestmark = pytest.mark.slow
 BEST = "transunet_centralized_best.pth"
-OF_THE_REPOSITORY = [ROOT, *(path.parent for path in ROOT.rglob("*.py") if ".venv" not in path.parts)]  # folders of modules
+OF_THE_REPOSITORY = [
+    ROOT,
+    *(path.parent for path in ROOT.rglob("*.py") if ".venv" not in path.parts),
+]  # folders of modules
 
 
 def push(*options, **environment) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.run([sys.executable, str(ROOT / "deployment" / "push_to_space.py"), *map(str, options)], capture_output=True,
-                          text=True, timeout=300, env={**kept, **environment})
+    return subprocess.run(
+        [sys.executable, str(ROOT / "deployment" / "push_to_space.py"), *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**kept, **environment},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +45,19 @@ def staged(trained, tmp_path_factory):
 
 def test_the_folder_holds_the_app_and_nothing_of_a_federation(staged):
     names = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
-    assert {"README.md", "Dockerfile", "requirements.txt", "MODEL_CARD.md", f"models/{BEST}", "deployment/app/app.py"} <= names
-    assert not [name for name in names if re.search(r"federation|train|dataset|batches|split|radiology|\.tif|__pycache__", name)]
+    assert {
+        "README.md",
+        "Dockerfile",
+        "requirements.txt",
+        "MODEL_CARD.md",
+        f"models/{BEST}",
+        "deployment/app/app.py",
+    } <= names
+    assert not [
+        name
+        for name in names
+        if re.search(r"federation|train|dataset|batches|split|radiology|\.tif|__pycache__", name)
+    ]
     head = (staged / "README.md").read_text().split("---")[1]
     assert {"sdk: docker", "app_port: 8501", "license: mit"} <= set(head.split("\n"))
     assert len(re.search("short_description: (.*)", head)[1]) <= 60
@@ -50,24 +70,31 @@ def test_the_folder_holds_the_app_and_nothing_of_a_federation(staged):
 
 
 def test_the_folder_starts_by_itself_and_segments(staged, tmp_path):
-    """Outside of the repository, as the Dockerfile has it; a module that it lacks would come from the repository."""
-    code = ("import io, sys, zipfile; from pathlib import Path; from streamlit.testing.v1 import AppTest\n"
-            "page = AppTest.from_file('deployment/app/app.py', default_timeout=120).run()\n"
-            "assert 'DICOM' not in page.file_uploader[0].label\n"
-            "file = io.BytesIO()\n"
-            "with zipfile.ZipFile(file, 'w') as archive: archive.writestr('a', bytes(128) + b'DICM')\n"
-            "page.file_uploader[0].set_value([('a.zip', file.getvalue(), 'application/zip')]).run()\n"
-            "assert ['published page takes none' in error.value for error in page.error] == [True], page.error\n"
-            "page.button(key='phantom_1').click().run()\n"
-            "assert not page.exception and len(page.table) == 1, page.exception\n"
-            "names = ('deployment.app.card', 'transunet', 'inference', 'appearance.doubts')\n"
-            "here = {n: m.__file__ for n, m in sys.modules.items() if n in names}\n"
-            "assert len(here) == 4 and all(Path(f).is_relative_to(Path.cwd()) for f in here.values()), here\n"
-            "files = [Path(m.__file__) for m in sys.modules.values() if getattr(m, '__file__', None)]\n"
-            f"assert not [f for f in files if str(f.parent) in {[str(path) for path in OF_THE_REPOSITORY]!r}]\n"
-            "assert not {'flwr', 'dataset', 'federation'} & set(sys.modules)\n")
-    environment = {name: value for name, value in os.environ.items() if name != "MEDFL_CHECKPOINT"} | {"PYTHONPATH": str(staged)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=staged, env=environment, capture_output=True, text=True, timeout=300)
+    """Outside of the repository, as the Dockerfile has it; a module that it lacks would come from the
+    repository."""
+    code = (
+        "import io, sys, zipfile; from pathlib import Path; from streamlit.testing.v1 import AppTest\n"
+        "page = AppTest.from_file('deployment/app/app.py', default_timeout=120).run()\n"
+        "assert 'DICOM' not in page.file_uploader[0].label\n"
+        "file = io.BytesIO()\n"
+        "with zipfile.ZipFile(file, 'w') as archive: archive.writestr('a', bytes(128) + b'DICM')\n"
+        "page.file_uploader[0].set_value([('a.zip', file.getvalue(), 'application/zip')]).run()\n"
+        "assert ['published page takes none' in error.value for error in page.error] == [True], page.error\n"
+        "page.button(key='phantom_1').click().run()\n"
+        "assert not page.exception and len(page.table) == 1, page.exception\n"
+        "names = ('deployment.app.card', 'transunet', 'inference', 'appearance.doubts')\n"
+        "here = {n: m.__file__ for n, m in sys.modules.items() if n in names}\n"
+        "assert len(here) == 4 and all(Path(f).is_relative_to(Path.cwd()) for f in here.values()), here\n"
+        "files = [Path(m.__file__) for m in sys.modules.values() if getattr(m, '__file__', None)]\n"
+        f"assert not [f for f in files if str(f.parent) in {[str(path) for path in OF_THE_REPOSITORY]!r}]\n"
+        "assert not {'flwr', 'dataset', 'federation'} & set(sys.modules)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MEDFL_CHECKPOINT"} | {
+        "PYTHONPATH": str(staged)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=staged, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     with served(staged, None, tmp_path / "log") as (address, _):
         assert address  # its health check answers
@@ -75,7 +102,9 @@ def test_the_folder_starts_by_itself_and_segments(staged, tmp_path):
 
 def test_a_dry_run_shows_what_would_be_sent(trained):
     done = push("--repo", "someone/medfl", "--checkpoint", trained / BEST, "--dry-run")
-    assert done.returncode == 0 and "nothing was sent" in done.stdout and "docker run" in done.stdout, done.stderr
+    assert done.returncode == 0 and "nothing was sent" in done.stdout and "docker run" in done.stdout, (
+        done.stderr
+    )
     assert f"models/{BEST}" in done.stdout and re.search(r"\d+\.\d\d MB in \d+ files", done.stdout)
 
 
@@ -124,10 +153,22 @@ def hub():
     server.shutdown()
 
 
-@pytest.mark.parametrize(("codes", "space", "sentence"), [
-    ({"whoami": 401}, None, "token is wrong"), ({"create": 402}, None, "may not create Docker Spaces"),
-    ({"create": 403}, None, "may not write"), ({"create": 409}, None, "is taken"), ({"create": 418}, None, "refused with code 418"),
-    ({}, {"id": "someone/medfl", "sdk": "static", "cardData": {"title": "Else"}}, "taken by another Space")], ids=str)
+@pytest.mark.parametrize(
+    ("codes", "space", "sentence"),
+    [
+        ({"whoami": 401}, None, "token is wrong"),
+        ({"create": 402}, None, "may not create Docker Spaces"),
+        ({"create": 403}, None, "may not write"),
+        ({"create": 409}, None, "is taken"),
+        ({"create": 418}, None, "refused with code 418"),
+        (
+            {},
+            {"id": "someone/medfl", "sdk": "static", "cardData": {"title": "Else"}},
+            "taken by another Space",
+        ),
+    ],
+    ids=str,
+)
 def test_each_refusal_gets_a_sentence(hub, trained, home, codes, space, sentence):
     Hub.codes, Hub.space = codes, space
     done = push("--repo", "medfl", "--checkpoint", trained / BEST, HF_ENDPOINT=hub, HF_TOKEN="hf_" + "a" * 34)

@@ -1,4 +1,5 @@
-"""What the browser's tests share: node, the staged page and its server, and the app's modules, which the page is held against."""
+"""What the browser's tests share: node, the staged page and its server, and the app's modules, which the page
+is held against."""
 
 import shutil
 import threading

@@ -24,8 +24,11 @@ def opened(browser, where: str, size=WIDTHS["desktop"], before: str | None = Non
 
 
 def choose(page, files, field: str = "#files") -> None:
-    page.locator(field).set_input_files([{"name": name, "mimeType": "application/octet-stream", "buffer": content}
-                                         for name, content in files] if isinstance(files[0], tuple) else files)
+    page.locator(field).set_input_files(
+        [{"name": name, "mimeType": "application/octet-stream", "buffer": content} for name, content in files]
+        if isinstance(files[0], tuple)
+        else files
+    )
 
 
 def shown(page, count: int) -> None:
@@ -42,10 +45,17 @@ def fetched(page, button: str) -> tuple[str, bytes]:
 
 def assert_equal_masks(found: list[np.ndarray], expected: list[np.ndarray], what: str) -> None:
     same = np.mean([one == other for one, other in zip(found, expected)])
-    print(f"{what}: {100 * same:.4f} % of the mask pixels are predict.py's, tumour in {np.mean(np.array(expected) > 0):.1%}")
+    print(
+        f"{what}: {100 * same:.4f} % of the mask pixels are predict.py's, tumour in "
+        f"{np.mean(np.array(expected) > 0):.1%}"
+    )
     assert len(found) == len(expected) and same >= EQUAL and np.any(expected)
 
 
 def masks_of(content: bytes) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return {name: np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in archive.namelist() if name.endswith("png")}
+        return {
+            name: np.asarray(Image.open(io.BytesIO(archive.read(name))))
+            for name in archive.namelist()
+            if name.endswith("png")
+        }

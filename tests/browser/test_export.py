@@ -1,4 +1,5 @@
-"""The exported graph computes what inference.py computes, for any size and number of slices, and carries what a reader needs."""
+"""The exported graph computes what inference.py computes, for any size and number of slices, and carries what
+a reader needs."""
 
 import json
 import re
@@ -22,7 +23,11 @@ BEST = "transunet_centralized_best.pth"
 
 
 def run(session, volume, first=0, count=None) -> np.ndarray:
-    feeds = {"volume": volume, "first": np.array(first), "count": np.array(len(volume) if count is None else count)}
+    feeds = {
+        "volume": volume,
+        "first": np.array(first),
+        "count": np.array(len(volume) if count is None else count),
+    }
     return session.run(["probability"], feeds)[0]
 
 
@@ -43,7 +48,11 @@ def session(exported):
 
 def smooth(slices: int, rows: int, columns: int) -> np.ndarray:
     """A picture with structure at several scales, (S, H, W, 3) uint8."""
-    coarse = np.random.default_rng(0).integers(0, 255, (slices, rows // 8 + 1, columns // 8 + 1, 3)).astype(np.uint8)
+    coarse = (
+        np.random.default_rng(0)
+        .integers(0, 255, (slices, rows // 8 + 1, columns // 8 + 1, 3))
+        .astype(np.uint8)
+    )
     return np.ascontiguousarray(coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :rows, :columns])
 
 
@@ -53,16 +62,21 @@ def test_any_volume_gives_the_same_whole_and_in_blocks(checkpoint, session, shap
     expected = predict_volume(checkpoint.model, volume)
     whole = run(session, volume)
     assert whole.dtype == np.float32 and np.abs(whole - expected).max() < 1e-4
-    blocks = np.concatenate([run(session, volume, first, min(4, len(volume) - first)) for first in range(0, len(volume), 4)])
+    blocks = np.concatenate(
+        [run(session, volume, first, min(4, len(volume) - first)) for first in range(0, len(volume), 4)]
+    )
     assert np.abs(blocks - whole).max() < 1e-5
 
 
 def test_a_long_volume_loses_no_digits(checkpoint, session):
-    """200 slices have 13 million pixels; a sum of them one after the other in float32 was wrong by a thousandth."""
+    """200 slices have 13 million pixels; a sum of them one after the other in float32 was wrong by a
+    thousandth."""
     volume = smooth(200, 256, 256)
     mean, deviation = export_onnx.volume_statistics(torch.from_numpy(volume))
     with torch.inference_mode():
-        expected = export_onnx.probability(checkpoint.model, torch.from_numpy(volume[:2]), mean, deviation).numpy()
+        expected = export_onnx.probability(
+            checkpoint.model, torch.from_numpy(volume[:2]), mean, deviation
+        ).numpy()
     assert np.abs(run(session, volume, 0, 2) - expected).max() < 1e-4
 
 
@@ -79,7 +93,11 @@ def test_half_precision_halves_the_weights_and_is_close(checkpoint, exported):
     assert len(content) < 0.55 * len(exported)
     assert 0 < difference.probability < export_onnx.BOUND_HALF and difference.of > 1_000_000
     weights = onnx.load_from_string(content).graph.initializer
-    assert all(numpy_helper.to_array(w).dtype == np.float16 for w in weights if numpy_helper.to_array(w).size > 10_000)
+    assert all(
+        numpy_helper.to_array(w).dtype == np.float16
+        for w in weights
+        if numpy_helper.to_array(w).size > 10_000
+    )
 
 
 @pytest.mark.parametrize(("name", "norm"), [("tiny", "group"), ("base", "batch")])
@@ -92,7 +110,9 @@ def test_every_architecture_can_be_exported(tmp_path, monkeypatch, name, norm):
 
 
 def test_a_graph_that_differs_is_not_kept(checkpoint, monkeypatch):
-    monkeypatch.setattr(export_onnx, "predict_volume", lambda model, volume: predict_volume(model, volume[..., ::-1]))
+    monkeypatch.setattr(
+        export_onnx, "predict_volume", lambda model, volume: predict_volume(model, volume[..., ::-1])
+    )
     with pytest.raises(MedFLError, match="nothing was written"):
         export(checkpoint)
 
@@ -100,25 +120,52 @@ def test_a_graph_that_differs_is_not_kept(checkpoint, monkeypatch):
 @pytest.mark.slow
 def test_what_a_static_space_gets_is_shown_and_nothing_else_is_in_it(node, trained):
     """An allow-list: the page, its libraries with their licences, the samples, and the model."""
-    done = run_script("deployment/push_to_space.py", "--repo", "someone/medfl", "--checkpoint", trained / BEST, "--static",
-                      "--half", "--dry-run")
+    done = run_script(
+        "deployment/push_to_space.py",
+        "--repo",
+        "someone/medfl",
+        "--checkpoint",
+        trained / BEST,
+        "--static",
+        "--half",
+        "--dry-run",
+    )
     assert done.returncode == 0, done.stderr
     assert "nothing was sent" in done.stdout and "mask pixels differ" in done.stdout
     folder = ROOT / "models" / "browser"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names == set(re.findall(r"^ *[\d.]+ MB  (\S+)$", done.stdout, re.M))
-    assert {"index.html", "page.js", "model.onnx", "samples/phantom_1.zip", "libs/tiff/LICENSE", "MODEL_CARD.md"} <= names
+    assert {
+        "index.html",
+        "page.js",
+        "model.onnx",
+        "samples/phantom_1.zip",
+        "libs/tiff/LICENSE",
+        "MODEL_CARD.md",
+    } <= names
     assert not [name for name in names if re.search(r"node_modules|package|\.(map|ts|py|pth)$", name)]
     head = (folder / "README.md").read_text().split("---")[1]
-    assert {"sdk: static", "license: mit", "  cross-origin-opener-policy: same-origin"} <= set(head.splitlines())
+    assert {"sdk: static", "license: mit", "  cross-origin-opener-policy: same-origin"} <= set(
+        head.splitlines()
+    )
     assert len(re.search("short_description: (.*)", head)[1]) <= 60
-    page = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "model.onnx")
+    page = sum(
+        path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "model.onnx"
+    )
     assert page + 25.4e6 < 45e6 and page + 12.8e6 < 30e6  # with the weights of `tiny`
 
 
 def test_the_script_writes_the_file_and_says_how_far_it_is(trained, tmp_path):
-    done = run_script("deployment/export_onnx.py", "--checkpoint", trained / BEST, "--out", tmp_path / "m.onnx")
-    assert done.returncode == 0 and "mask pixels differ" in done.stdout and "largest difference of a probability" in done.stdout
+    done = run_script(
+        "deployment/export_onnx.py", "--checkpoint", trained / BEST, "--out", tmp_path / "m.onnx"
+    )
+    assert (
+        done.returncode == 0
+        and "mask pixels differ" in done.stdout
+        and "largest difference of a probability" in done.stdout
+    )
     assert onnxruntime.InferenceSession(tmp_path / "m.onnx").get_outputs()[0].name == "probability"
-    done = run_script("deployment/export_onnx.py", "--checkpoint", tmp_path / "none.pth", "--out", tmp_path / "n.onnx")
+    done = run_script(
+        "deployment/export_onnx.py", "--checkpoint", tmp_path / "none.pth", "--out", tmp_path / "n.onnx"
+    )
     assert done.returncode == 2 and not (tmp_path / "n.onnx").exists()

@@ -1,4 +1,5 @@
-"""The page's modules beside the app's, on the same files: pixels, truth, order, refusals, figures, doubts, masks."""
+"""The page's modules beside the app's, on the same files: pixels, truth, order, refusals, figures, doubts,
+masks."""
 
 import gzip
 import json
@@ -45,8 +46,12 @@ def ask(node, tmp_path_factory):
             more = {key: store(value) if key == "masks" else value for key, value in more.items()}
             cases.append({"files": store(files), "out": str(folder / f"out{number}"), **more})
         (folder / "in.json").write_text(json.dumps(cases))
-        done = subprocess.run([node, str(ROOT / "tests" / "browser" / "dump.mjs"), str(folder / "in.json")], capture_output=True,
-                              text=True, timeout=300)
+        done = subprocess.run(
+            [node, str(ROOT / "tests" / "browser" / "dump.mjs"), str(folder / "in.json")],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         return [{**answer, "out": case["out"]} for answer, case in zip(json.loads(done.stdout), cases)]
 
@@ -74,7 +79,10 @@ def test_files_become_the_same_case(ask, name):
     apart = np.abs(found.astype(int) - case.volume)
     scaled = any("scaled" in note for note in case.notes)
     # a scaled voxel that lies between two values may be rounded either way
-    assert apart.max() <= (1 if scaled else 0) and (apart > 0).mean() < 1e-3, (apart.max(), (apart > 0).mean())
+    assert apart.max() <= (1 if scaled else 0) and (apart > 0).mean() < 1e-3, (
+        apart.max(),
+        (apart > 0).mean(),
+    )
     assert (answer["spacing"] is None) == (case.spacing is None)
     if case.spacing:
         assert answer["spacing"] == pytest.approx(case.spacing, rel=1e-5)
@@ -82,7 +90,8 @@ def test_files_become_the_same_case(ask, name):
     assert answer["maskNames"] == [mask_name(slice_name) for slice_name in case.slices]
     assert (case.truth is not None) == Path(answer["out"] + ".truth").exists()
     assert [[word for word in note.split() if word.isdigit()] for note in answer["notes"]] == [
-        [word for word in note.split() if word.isdigit()] for note in case.notes]
+        [word for word in note.split() if word.isdigit()] for note in case.notes
+    ]
     if case.truth is not None:
         assert np.array_equal(pixels(answer, ".truth", ()), case.truth)
 
@@ -93,12 +102,21 @@ def test_what_is_no_case_gets_one_sentence_in_both(ask):
         with pytest.raises(MedFLError):
             read_case(files)
         assert answer.get("kind") == "UserError", (name, answer)
-        assert "\n" not in answer["error"] and len(answer["error"]) < 300 and ";" in answer["error"], (name, answer)
+        assert "\n" not in answer["error"] and len(answer["error"]) < 300 and ";" in answer["error"], (
+            name,
+            answer,
+        )
         assert TOLD.get(name, "") in answer["error"], (name, answer)
 
 
-TOLD = {"ZIP bomb": "unpacks to more than 256 MB", "gzip bomb": "unpacks to more than 256 MB", "too many": "2000 files are more",
-        "too many pixels": "more than this page can hold", "two folders": "2 patients", "a strip": "too small"}
+TOLD = {
+    "ZIP bomb": "unpacks to more than 256 MB",
+    "gzip bomb": "unpacks to more than 256 MB",
+    "too many": "2000 files are more",
+    "too many pixels": "more than this page can hold",
+    "two folders": "2 patients",
+    "a strip": "too small",
+}
 
 
 def test_what_the_app_reads_and_the_page_can_not_is_told(ask):
@@ -110,14 +128,19 @@ def test_what_the_app_reads_and_the_page_can_not_is_told(ask):
 
 def test_masks_that_come_later_are_the_same_truth(ask):
     case = read_case(VOLUME)
-    good, wrong, spare, other = ask((VOLUME, {"masks": MASKS}), (VOLUME, {"masks": MASKS[:-1]}),
-                                    (VOLUME[:1], {"masks": [("x.png", MASKS[3][1])]}),
-                                    (VOLUME, {"masks": [("x_mask.png", MASKS[0][1])] * 2}))
+    good, wrong, spare, other = ask(
+        (VOLUME, {"masks": MASKS}),
+        (VOLUME, {"masks": MASKS[:-1]}),
+        (VOLUME[:1], {"masks": [("x.png", MASKS[3][1])]}),
+        (VOLUME, {"masks": [("x_mask.png", MASKS[0][1])] * 2}),
+    )
     (capitals,) = ask((VOLUME, {"masks": [(name.upper(), content) for name, content in MASKS]}))
     assert np.array_equal(pixels(capitals, ".truth", ()), add_truth(case, MASKS))
     assert np.array_equal(pixels(good, ".truth", ()), add_truth(case, MASKS))
     assert "has no mask" in wrong["error"] and "no mask has the name" in other["error"]
-    assert np.array_equal(pixels(spare, ".truth", ()), add_truth(read_case(VOLUME[:1]), [("x.png", MASKS[3][1])]))
+    assert np.array_equal(
+        pixels(spare, ".truth", ()), add_truth(read_case(VOLUME[:1]), [("x.png", MASKS[3][1])])
+    )
 
 
 @pytest.mark.parametrize("kind", ["oblique", "scaled", "three volumes", "big-endian"])
@@ -129,25 +152,54 @@ def test_figures_csv_and_masks_are_the_apps(ask, tmp_path, kind):
     case.truth = np.where(np.random.default_rng(2).random(smooth.shape) > 0.6, 255, 0).astype(np.uint8)
     truth = [("scan_mask.nii", write_nifti(case, case.truth))]
     (tmp_path / "p").write_bytes(smooth.tobytes())
-    (answer,) = ask((files, {"masks": [("scan_mask.nii.gz", truth[0][1])], "probability": str(tmp_path / "p"), "threshold": 0.7}))
+    (answer,) = ask(
+        (
+            files,
+            {
+                "masks": [("scan_mask.nii.gz", truth[0][1])],
+                "probability": str(tmp_path / "p"),
+                "threshold": 0.7,
+            },
+        )
+    )
     rows = slice_rows(case, Prediction(smooth), 0.7)
-    names = {"pixels": "tumour_pixels", "share": "share_of_slice", "diameter": "largest_diameter_px", "mean": "mean_probability",
-             "squareMm": "tumour_mm2", "diameterMm": "largest_diameter_mm"}
+    names = {
+        "pixels": "tumour_pixels",
+        "share": "share_of_slice",
+        "diameter": "largest_diameter_px",
+        "mean": "mean_probability",
+        "squareMm": "tumour_mm2",
+        "diameterMm": "largest_diameter_mm",
+    }
     for found, expected in zip(answer["rows"], rows):
         for name, key in names.items():
-            assert found[name] == (None if expected[key] is None else pytest.approx(expected[key], rel=1e-5)), key
+            assert found[name] == (
+                None if expected[key] is None else pytest.approx(expected[key], rel=1e-5)
+            ), key
     mask = to_mask(smooth, 0.7)
     expected = summary(case, rows, mask)
-    for name, key in {"pixels": "tumour_pixels", "share": "foreground_share", "slices": "slices_with_tumour", "cm3": "volume_cm3",
-                      "diameter": "largest_diameter_px", "diameterMm": "largest_diameter_mm", "dice": "dice", "iou": "iou"}.items():
+    for name, key in {
+        "pixels": "tumour_pixels",
+        "share": "foreground_share",
+        "slices": "slices_with_tumour",
+        "cm3": "volume_cm3",
+        "diameter": "largest_diameter_px",
+        "diameterMm": "largest_diameter_mm",
+        "dice": "dice",
+        "iou": "iou",
+    }.items():
         assert answer["summary"][name] == pytest.approx(expected[key], rel=1e-5), key
-    lines, ours = ([line.split(",") for line in text.splitlines()] for text in (answer["csv"], csv_text(rows)))
+    lines, ours = (
+        [line.split(",") for line in text.splitlines()] for text in (answer["csv"], csv_text(rows))
+    )
     spread = ours[0].index("flip_spread")  # which the page doesn't compute
-    assert [line[:spread] + line[spread + 1:] for line in ours][0] == lines[0] and len(lines) == len(ours)
+    assert [line[:spread] + line[spread + 1 :] for line in ours][0] == lines[0] and len(lines) == len(ours)
     assert [line[:3] for line in lines] == [line[:3] for line in ours]
     assert np.array_equal(np.asarray(Image.open(answer["out"] + ".png")), mask[0])
-    written, reference = (nibabel.Nifti1Image.from_bytes(gzip.decompress(content)) for content in
-                          (Path(answer["out"] + ".nii.gz").read_bytes(), write_nifti(case, mask)))
+    written, reference = (
+        nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
+        for content in (Path(answer["out"] + ".nii.gz").read_bytes(), write_nifti(case, mask))
+    )
     assert np.array_equal(np.asarray(written.dataobj), np.asarray(reference.dataobj))
     assert np.allclose(written.affine, reference.affine) and written.get_data_dtype() == np.uint8
 
@@ -163,11 +215,20 @@ def test_doubts_are_the_apps(ask, phantoms):
     patient = [(path.name, path.read_bytes()) for path in dataset.patients[0].images]
     flat = np.zeros((64, 64, 3), np.uint8)
     copies = np.repeat(np.asarray(Image.open(dataset.patients[0].images[4]))[..., 1:2], 3, axis=2)
-    given = [patient, patient[4:5], [("a_1.png", picture(load_sample_image("china.jpg")))], [("a_1.png", picture(flat))],
-             [("a_1.png", picture(copies))], [("a_1.png", picture(255 - copies))], [("a_1.png", picture(COLOURS[:20]))],
-             [("a_1.png", picture(RNG.integers(0, 255, (99, 99, 3), np.uint8)))]]
+    given = [
+        patient,
+        patient[4:5],
+        [("a_1.png", picture(load_sample_image("china.jpg")))],
+        [("a_1.png", picture(flat))],
+        [("a_1.png", picture(copies))],
+        [("a_1.png", picture(255 - copies))],
+        [("a_1.png", picture(COLOURS[:20]))],
+        [("a_1.png", picture(RNG.integers(0, 255, (99, 99, 3), np.uint8)))],
+    ]
     for statistics in (training, None):
-        answers = ask(*[(files, {"rules": json.loads(json.dumps(rules())), "training": statistics}) for files in given])
+        answers = ask(
+            *[(files, {"rules": json.loads(json.dumps(rules())), "training": statistics}) for files in given]
+        )
         for files, answer in zip(given, answers):
             case = read_case(files)
             assert answer["doubts"] == doubts(case.volume, statistics), files[0][0]

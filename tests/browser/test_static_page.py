@@ -1,4 +1,5 @@
-"""The page in a real Chromium: cases in, masks out and equal to predict.py's, keys, two widths, and nothing sent."""
+"""The page in a real Chromium: cases in, masks out and equal to predict.py's, keys, two widths, and nothing
+sent."""
 
 import gzip
 import http.server
@@ -45,7 +46,9 @@ def test_slices_give_predicts_masks_and_the_controls_work(page, patient):
     page.locator("#chart g").nth(3).click(force=True)  # the chart is a way to jump
     page.get_by_text(f"Slice 4 of {count} (").wait_for()
     name, content = fetched(page, "Mask of this slice (PNG)")
-    assert name == f"{one.images[3].stem}_mask.png" and np.array_equal(np.asarray(Image.open(io.BytesIO(content))), found[name])
+    assert name == f"{one.images[3].stem}_mask.png" and np.array_equal(
+        np.asarray(Image.open(io.BytesIO(content))), found[name]
+    )
     before = page.locator("#figures").inner_text()
     page.locator("#threshold").fill("0.05")
     assert page.locator("#figures").inner_text() != before
@@ -73,11 +76,16 @@ def test_slices_give_predicts_masks_and_the_controls_work(page, patient):
     name, content = fetched(page, "Figures (CSV)")
     lines = content.decode().splitlines()
     assert len(lines) == count + 1 and "tumour_mm2" in lines[0]
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+        "the page is wider than the screen"
+    )
     notice = page.locator(".notice").bounding_box()
     page.locator("#where").scroll_into_view_if_needed()
     notice = page.locator(".notice").bounding_box()
-    assert 0 <= notice["y"] < page.viewport_size["height"] and "not a medical device" in page.locator(".notice").inner_text()
+    assert (
+        0 <= notice["y"] < page.viewport_size["height"]
+        and "not a medical device" in page.locator(".notice").inner_text()
+    )
     page.get_by_role("button", name="Close this case").click()
     page.get_by_text("Try a sample").wait_for()
 
@@ -106,7 +114,9 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
     assert_equal_masks([found[f"{path.stem}_mask.png"] for path in one.images], expected, "folder")
     page.get_by_role("button", name="Close this case").click()
 
-    volume = np.stack([np.asarray(Image.open(path)) for path in one.images])  # as NIfTI: x, y, z with the front at the end of y
+    volume = np.stack(
+        [np.asarray(Image.open(path)) for path in one.images]
+    )  # as NIfTI: x, y, z with the front at the end of y
     values = np.moveaxis(volume[:, ::-1], (0, 1, 2), (2, 1, 0))
     scan = nibabel.Nifti1Image(np.ascontiguousarray(values), np.diag([1, 1, 3, 1.0]))
     choose(page, [("brain.nii.gz", gzip.compress(scan.to_bytes()))])
@@ -120,7 +130,10 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
 
     choose(page, [one.images[3]])  # alone, as predict.py reads it alone
     shown(page, 1)
-    assert run_script("predict.py", one.images[3], "--checkpoint", trained / BEST, "--out", tmp_path).returncode == 0
+    assert (
+        run_script("predict.py", one.images[3], "--checkpoint", trained / BEST, "--out", tmp_path).returncode
+        == 0
+    )
     _, content = fetched(page, "Mask of this slice (PNG)")
     alone = np.asarray(Image.open(tmp_path / f"{one.images[3].stem}_mask.png"))
     assert_equal_masks([np.asarray(Image.open(io.BytesIO(content)))], [alone], "a lone slice")
@@ -137,15 +150,24 @@ def test_jpeg_pixels_are_pillows(browser, address):
     page.get_by_text("Ready.").wait_for()
     from sklearn.datasets import load_sample_image
 
-    for colours in (load_sample_image("china.jpg")[:200, :240], load_sample_image("china.jpg")[:200, :240, 0]):
+    for colours in (
+        load_sample_image("china.jpg")[:200, :240],
+        load_sample_image("china.jpg")[:200, :240, 0],
+    ):
         content = picture(np.ascontiguousarray(colours), "JPEG", quality=90)
         expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
-        found = page.evaluate("""async bytes => {
+        found = page.evaluate(
+            """async bytes => {
           const { readSlice } = await import("./slices.js");
           return Array.from((await readSlice("a.jpg", Uint8Array.from(bytes))).pixels);
-        }""", list(content))
+        }""",
+            list(content),
+        )
         assert np.abs(np.array(found).reshape(expected.shape) - expected).max() <= 2
-    cmyk, cut = picture(Image.new("CMYK", (40, 40)), "JPEG"), picture(load_sample_image("china.jpg"), "JPEG")[:9000]
+    cmyk, cut = (
+        picture(Image.new("CMYK", (40, 40)), "JPEG"),
+        picture(load_sample_image("china.jpg"), "JPEG")[:9000],
+    )
     for content, sentence in ((cmyk, "4 colour channels"), (cut, "can't be read as a picture")):
         choose(page, [("a_1.jpg", content)])
         page.get_by_role("alert").get_by_text(sentence).wait_for()
@@ -177,7 +199,10 @@ def test_nothing_leaves_and_it_works_without_a_network(browser, address, patient
     send = f"fetch('{elsewhere}').then(() => 'sent', () => 'refused')"
     assert page.evaluate(send) == "refused", "the page may send"
     assert page.workers[0].evaluate(send) == "refused", "the network's worker may send"
-    page.evaluate(f"new Promise(done => Object.assign(new Image(), {{ onload: done, onerror: done, src: '{elsewhere}' }}))")
+    page.evaluate(
+        f"new Promise(done => Object.assign(new Image(), "
+        f"{{ onload: done, onerror: done, src: '{elsewhere}' }}))"
+    )
     assert hits == []
     loaded = len(page.asked)
     page.context.set_offline(True)

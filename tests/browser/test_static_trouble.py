@@ -1,4 +1,5 @@
-"""The page in a real Chromium, in trouble: bad files, bad models, old browsers, servers without headers, a change of mind."""
+"""The page in a real Chromium, in trouble: bad files, bad models, old browsers, servers without headers, a
+change of mind."""
 
 import re
 import shutil
@@ -39,9 +40,16 @@ def test_the_page_outlives_every_bad_upload(browser, address, patient):
     page.close()
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    (lambda content: content[:len(content) // 2], "cut off"), (lambda content: b"version https://git-lfs.github.com", "cut off"),
-    (lambda content: b"", "not one that this page can use"), (None, "can't be loaded")], ids=["cut", "pointer", "empty", "missing"])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda content: content[: len(content) // 2], "cut off"),
+        (lambda content: b"version https://git-lfs.github.com", "cut off"),
+        (lambda content: b"", "not one that this page can use"),
+        (None, "can't be loaded"),
+    ],
+    ids=["cut", "pointer", "empty", "missing"],
+)
 def test_a_model_file_that_is_none_is_told(browser, staged, serve, tmp_path, change, sentence):
     shutil.copytree(staged, tmp_path / "page")
     model = tmp_path / "page" / "model.onnx"
@@ -55,7 +63,9 @@ def test_a_model_file_that_is_none_is_told(browser, staged, serve, tmp_path, cha
     page.close()
 
 
-def test_threads_where_the_page_is_isolated_and_a_browser_that_is_too_old(browser, staged, serve, address, patient):
+def test_threads_where_the_page_is_isolated_and_a_browser_that_is_too_old(
+    browser, staged, serve, address, patient
+):
     page = opened(browser, address)
     page.get_by_text(re.compile(r"Ready\. The network runs on (\d+ threads|one thread)\.")).wait_for()
     assert page.evaluate("crossOriginIsolated")
@@ -90,7 +100,8 @@ def test_drops_of_folders_are_taken(browser, address, patient):
     page = opened(browser, address)
     page.get_by_text("Ready.").wait_for()
     pictures = [[path.name, list(path.read_bytes())] for path in patient[0].images]
-    page.evaluate("""pictures => {
+    page.evaluate(
+        """pictures => {
       const file = ([name, bytes]) => ({ isFile: true, fullPath: `/anna/${name}`,
         file: give => give(new File([Uint8Array.from(bytes)], name)) });
       const batches = [pictures.slice(0, 3).map(file), pictures.slice(3).map(file), []];
@@ -98,7 +109,9 @@ def test_drops_of_folders_are_taken(browser, address, patient):
       const event = new Event("drop");
       event.dataTransfer = { items: [{ webkitGetAsEntry: () => folder }] };
       document.getElementById("drop").dispatchEvent(event);
-    }""", pictures)
+    }""",
+        pictures,
+    )
     shown(page, len(pictures))
     assert page.locator("#name").inner_text() == patient[0].name and page.failures == []
     page.close()

@@ -17,7 +17,9 @@ BITS = Image.fromarray(GREY).convert("1")
 
 def picture(pixels, kind="PNG", **options) -> bytes:
     file = io.BytesIO()
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(file, format=kind, **options)
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(
+        file, format=kind, **options
+    )
     return file.getvalue()
 
 
@@ -32,20 +34,27 @@ def with_alpha(mode) -> Image.Image:
 
 
 PICTURES = {
-    "TIFF": ("a_1.tif", picture(COLOURS, "TIFF")), "grey TIFF": ("a_1.tiff", picture(GREY, "TIFF")),
+    "TIFF": ("a_1.tif", picture(COLOURS, "TIFF")),
+    "grey TIFF": ("a_1.tiff", picture(GREY, "TIFF")),
     "TIFF with LZW": ("a_1.tif", picture(COLOURS, "TIFF", compression="tiff_lzw")),
     "deflated TIFF": ("a_1.tif", picture(COLOURS, "TIFF", compression="tiff_adobe_deflate")),
     "TIFF with a palette": ("a_1.tif", picture(palette(), "TIFF")),
-    "PNG": ("a_1.png", picture(COLOURS)), "grey PNG": ("a_1.png", picture(GREY)), "PNG of bits": ("a_1.png", picture(BITS)),
-    "PNG with a palette": ("a_1.png", picture(palette())), "PNG with a small palette": ("a_1.png", picture(palette(13), bits=4)),
-    "PNG with alpha": ("a_1.png", picture(with_alpha("RGB"))), "grey PNG with alpha": ("a_1.png", picture(with_alpha("L"))),
+    "PNG": ("a_1.png", picture(COLOURS)),
+    "grey PNG": ("a_1.png", picture(GREY)),
+    "PNG of bits": ("a_1.png", picture(BITS)),
+    "PNG with a palette": ("a_1.png", picture(palette())),
+    "PNG with a small palette": ("a_1.png", picture(palette(13), bits=4)),
+    "PNG with alpha": ("a_1.png", picture(with_alpha("RGB"))),
+    "grey PNG with alpha": ("a_1.png", picture(with_alpha("L"))),
     "a PNG named .tif": ("a_1.tif", picture(COLOURS)),
 }
 LAS = np.array([[-0.8, 0, 0, 5], [0, 0, 0.9, 0], [0, 2.5, 0, 0], [0, 0, 0, 1.0]])
 OBLIQUE = np.array([[0.9, 0.3, 0.0, 1], [-0.3, 0.9, 0.1, 2], [0.0, -0.1, 3.0, 3], [0, 0, 0, 1.0]])
 
 
-def scan(affine=None, shape=(20, 24, 18), dtype=np.int16, forms=(1, 0), slope=None, order="<", seed=0) -> bytes:
+def scan(
+    affine=None, shape=(20, 24, 18), dtype=np.int16, forms=(1, 0), slope=None, order="<", seed=0
+) -> bytes:
     values = np.random.default_rng(seed).integers(0, 255, shape).astype(dtype)
     if np.issubdtype(dtype, np.signedinteger):
         values *= 30
@@ -68,16 +77,31 @@ _both = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 900, (20, 24, 1
 _both.set_qform(LAS, 2)
 _both.set_sform(OBLIQUE, 1)
 FORMS = _both.to_bytes()
-SPARSE = np.random.default_rng(0).integers(0, 900, (20, 24, 18)).astype(np.int16) * (np.arange(24) < 4)[:, None].astype(np.int16)
+SPARSE = np.random.default_rng(0).integers(0, 900, (20, 24, 18)).astype(np.int16) * (np.arange(24) < 4)[
+    :, None
+].astype(np.int16)
 SPARSE[:, 10] = -9
 SCANS = {
-    "int16": scan(LAS), "bytes stay as they are": scan(LAS, dtype=np.uint8), "float32": scan(LAS, dtype=np.float32),
-    "float64": scan(LAS, dtype=np.float64), "uint16": scan(LAS, dtype=np.uint16), "int32": scan(LAS, dtype=np.int32),
-    "big-endian": scan(LAS, order=">"), "three volumes": scan(LAS, (20, 24, 18, 3)), "oblique": scan(OBLIQUE),
-    "colours": nibabel.Nifti1Image(RGB, LAS).to_bytes(), "qform alone": scan(np.diag([-1, 2, 3, 1.0]), forms=(0, 1)),
-    "both forms": scan(OBLIQUE, forms=(1, 2)), "neither form": scan(forms=(0, 0)), "scaled": scan(LAS, slope=(0.5, -20)),
-    "scaled bytes": scan(LAS, dtype=np.uint8, slope=(2, 0)), "turned": scan(np.diag([1, -1, -1, 1.0])),
-    "slope 0": SLOPE_0, "int8": scan(LAS, dtype=np.int8), "forms that differ": FORMS, "steep": scan(STEEP),
+    "int16": scan(LAS),
+    "bytes stay as they are": scan(LAS, dtype=np.uint8),
+    "float32": scan(LAS, dtype=np.float32),
+    "float64": scan(LAS, dtype=np.float64),
+    "uint16": scan(LAS, dtype=np.uint16),
+    "int32": scan(LAS, dtype=np.int32),
+    "big-endian": scan(LAS, order=">"),
+    "three volumes": scan(LAS, (20, 24, 18, 3)),
+    "oblique": scan(OBLIQUE),
+    "colours": nibabel.Nifti1Image(RGB, LAS).to_bytes(),
+    "qform alone": scan(np.diag([-1, 2, 3, 1.0]), forms=(0, 1)),
+    "both forms": scan(OBLIQUE, forms=(1, 2)),
+    "neither form": scan(forms=(0, 0)),
+    "scaled": scan(LAS, slope=(0.5, -20)),
+    "scaled bytes": scan(LAS, dtype=np.uint8, slope=(2, 0)),
+    "turned": scan(np.diag([1, -1, -1, 1.0])),
+    "slope 0": SLOPE_0,
+    "int8": scan(LAS, dtype=np.int8),
+    "forms that differ": FORMS,
+    "steep": scan(STEEP),
     "mostly background": nibabel.Nifti1Image(SPARSE, LAS).to_bytes(),
 }
 
@@ -91,59 +115,99 @@ def zipped(files) -> bytes:
 
 
 VOLUME = [(f"anna_{k}.tif", picture((COLOURS // 13 * k).astype(np.uint8), "TIFF")) for k in range(1, 13)]
-MASKS = [(f"anna_{k}_mask.png", picture(255 * np.greater(GREY, 20 * k).astype(np.uint8))) for k in range(1, 13)]
+MASKS = [
+    (f"anna_{k}_mask.png", picture(255 * np.greater(GREY, 20 * k).astype(np.uint8))) for k in range(1, 13)
+]
 TRUTH = nibabel.Nifti1Image(RNG.integers(0, 2, (20, 24, 18)).astype(np.uint8), LAS).to_bytes()
-MEASURED = json.dumps({"version": 1, "spacing_mm": [5.0, 0.9, 0.8], "slice_positions_mm": list(range(12))}).encode()
-READ = {name: [file] for name, file in PICTURES.items()} | {
-    f"NIfTI: {name}": [("scan.nii", content)] for name, content in SCANS.items()} | {
-    "a volume in any order": VOLUME[::-1], "with masks": VOLUME + MASKS, "a ZIP": [("p.zip", zipped([*VOLUME, *MASKS]))],
-    "a ZIP of folders": [("p.zip", zipped([("__MACOSX/._a", b""), ("p/readme.txt", b""), *[(f"p/x/{n}", c) for n, c in VOLUME]]))],
-    "a ZIP of a NIfTI": [("p.zip", zipped([("p/scan.nii.gz", gzip.compress(SCANS["int16"]))]))],
-    "packed NIfTI": [("scan.nii.gz", gzip.compress(SCANS["int16"]))],
-    "NIfTI with its mask": [("scan.nii", SCANS["int16"]), ("scan_seg.nii.gz", gzip.compress(TRUTH))],
-    "without numbers": [("b.png", picture(COLOURS)), ("a.png", picture(GREY))],
-    "folders with backslashes": [(f"x\\anna\\{n}", c) for n, c in VOLUME],
-    "nameless": [("anna/1.png", picture(GREY)), ("anna/2.png", picture(GREY))],
-    "a ZIP with hidden files": [
-        ("p.zip", zipped([(".DS_Store", b""), ("p/.x/b_1.tif", b""), *[(f"p/{n}", c) for n, c in VOLUME + MASKS]]))],
-    "a prepared patient": [*VOLUME, ("volume.json", MEASURED), ("anna_contact_sheet.png", picture(COLOURS))],
-    "a mask too many": [*VOLUME, ("bert_1_mask.png", MASKS[0][1])], "capitals": [("ANNA_1.TIF", VOLUME[0][1])],
-}
+MEASURED = json.dumps(
+    {"version": 1, "spacing_mm": [5.0, 0.9, 0.8], "slice_positions_mm": list(range(12))}
+).encode()
+READ = (
+    {name: [file] for name, file in PICTURES.items()}
+    | {f"NIfTI: {name}": [("scan.nii", content)] for name, content in SCANS.items()}
+    | {
+        "a volume in any order": VOLUME[::-1],
+        "with masks": VOLUME + MASKS,
+        "a ZIP": [("p.zip", zipped([*VOLUME, *MASKS]))],
+        "a ZIP of folders": [
+            (
+                "p.zip",
+                zipped([("__MACOSX/._a", b""), ("p/readme.txt", b""), *[(f"p/x/{n}", c) for n, c in VOLUME]]),
+            )
+        ],
+        "a ZIP of a NIfTI": [("p.zip", zipped([("p/scan.nii.gz", gzip.compress(SCANS["int16"]))]))],
+        "packed NIfTI": [("scan.nii.gz", gzip.compress(SCANS["int16"]))],
+        "NIfTI with its mask": [("scan.nii", SCANS["int16"]), ("scan_seg.nii.gz", gzip.compress(TRUTH))],
+        "without numbers": [("b.png", picture(COLOURS)), ("a.png", picture(GREY))],
+        "folders with backslashes": [(f"x\\anna\\{n}", c) for n, c in VOLUME],
+        "nameless": [("anna/1.png", picture(GREY)), ("anna/2.png", picture(GREY))],
+        "a ZIP with hidden files": [
+            (
+                "p.zip",
+                zipped(
+                    [(".DS_Store", b""), ("p/.x/b_1.tif", b""), *[(f"p/{n}", c) for n, c in VOLUME + MASKS]]
+                ),
+            )
+        ],
+        "a prepared patient": [
+            *VOLUME,
+            ("volume.json", MEASURED),
+            ("anna_contact_sheet.png", picture(COLOURS)),
+        ],
+        "a mask too many": [*VOLUME, ("bert_1_mask.png", MASKS[0][1])],
+        "capitals": [("ANNA_1.TIF", VOLUME[0][1])],
+    }
+)
 FLIPPED = bytearray(picture(COLOURS, compress_level=0))
 FLIPPED[len(FLIPPED) // 2] ^= 1
 FLIPPED = bytes(FLIPPED)
 BROKEN = {
-    "empty": [("a_1.tif", b"")], "text": [("a_1.tif", b"Dear Dr Smith, enclosed please find")],
+    "empty": [("a_1.tif", b"")],
+    "text": [("a_1.tif", b"Dear Dr Smith, enclosed please find")],
     "truncated TIFF": [("a_1.tif", VOLUME[0][1][:3000])],
-    "truncated PNG": [("a_1.png", picture(COLOURS)[:2000])], "one pixel": [("a_1.png", picture(GREY[:1, :1]))],
+    "truncated PNG": [("a_1.png", picture(COLOURS)[:2000])],
+    "one pixel": [("a_1.png", picture(GREY[:1, :1]))],
     "20,000 a side": [("a_1.png", picture(Image.new("1", (20_000, 20_000))))],
-    "20,000 a side, TIFF": [("a_1.tif", picture(Image.new("1", (20_000, 20_000)), "TIFF", compression="tiff_adobe_deflate"))],
+    "20,000 a side, TIFF": [
+        ("a_1.tif", picture(Image.new("1", (20_000, 20_000)), "TIFF", compression="tiff_adobe_deflate"))
+    ],
     "CMYK": [("a_1.tif", picture(Image.new("CMYK", (40, 40)), "TIFF"))],
     "16 bits": [("a_1.png", picture(np.full((40, 40), 40_000, np.uint16)))],
     "16 bits, TIFF": [("a_1.tif", picture(np.full((40, 40), 40_000, np.uint16), "TIFF"))],
     "floats, TIFF": [("a_1.tif", picture(np.full((40, 40), 0.5, np.float32), "TIFF"))],
-    "animated": [("a_1.png", picture(GREY, save_all=True, append_images=[Image.fromarray(GREY[::-1].copy())]))],
+    "animated": [
+        ("a_1.png", picture(GREY, save_all=True, append_images=[Image.fromarray(GREY[::-1].copy())]))
+    ],
     "two pages": [("a_1.tif", picture(GREY, "TIFF", save_all=True, append_images=[Image.fromarray(GREY)]))],
-    "mixed sizes": [*VOLUME, ("anna_13.png", picture(GREY[:30]))], "two patients": [VOLUME[0], ("bert_1.tif", VOLUME[1][1])],
-    "numbered and not": [VOLUME[0], ("scan.png", picture(GREY))], "too many": [(f"a_{k}.png", b"") for k in range(2000)],
-    "masks alone": MASKS, "no mask for one": VOLUME + MASKS[:-1], "a grey mask": [VOLUME[0], ("anna_1_mask.png", picture(GREY))],
+    "mixed sizes": [*VOLUME, ("anna_13.png", picture(GREY[:30]))],
+    "two patients": [VOLUME[0], ("bert_1.tif", VOLUME[1][1])],
+    "numbered and not": [VOLUME[0], ("scan.png", picture(GREY))],
+    "too many": [(f"a_{k}.png", b"") for k in range(2000)],
+    "masks alone": MASKS,
+    "no mask for one": VOLUME + MASKS[:-1],
+    "a grey mask": [VOLUME[0], ("anna_1_mask.png", picture(GREY))],
     "a mask of another size": [VOLUME[0], ("anna_1_mask.png", picture(np.zeros((20, 20), np.uint8)))],
-    "a broken volume.json": [*VOLUME, ("volume.json", b"{")], "an empty volume.json": [*VOLUME, ("volume.json", b"{}")],
+    "a broken volume.json": [*VOLUME, ("volume.json", b"{")],
+    "an empty volume.json": [*VOLUME, ("volume.json", b"{}")],
     "a volume.json of lists": [*VOLUME, ("volume.json", b"[1]")],
     "the volume.json of others": [*VOLUME[:3], ("volume.json", MEASURED)],
     "no sizes": [*VOLUME, ("volume.json", MEASURED.replace(b"5.0", b"0.0"))],
     "of a later version": [*VOLUME, ("volume.json", MEASURED.replace(b": 1,", b": 2,"))],
     "two volume.json": [*VOLUME, ("volume.json", MEASURED), ("b/volume.json", MEASURED)],
-    "broken ZIP": [("p.zip", b"PK\3\4 and no more")], "empty ZIP": [("p.zip", zipped([]))],
+    "broken ZIP": [("p.zip", b"PK\3\4 and no more")],
+    "empty ZIP": [("p.zip", zipped([]))],
     "ZIP and more": [("p.zip", zipped(VOLUME)), VOLUME[0]],
     "climbing ZIP": [("p.zip", zipped([("../../etc/a_1.tif", VOLUME[0][1])]))],
     "ZIP of a disk": [("p.zip", zipped([("C:/a_1.tif", b"")]))],
     "ZIP bomb": [("p.zip", zipped([("a_1.tif", bytes(300 << 20))]))],
     "gzip bomb": [("s.nii.gz", gzip.compress(bytes(300 << 20)))],
     "no NIfTI": [("s.nii", b"no scan" * 99)],
-    "truncated NIfTI": [("s.nii", SCANS["int16"][:9000])], "no gzip": [("s.nii.gz", b"no scan")],
-    "truncated gzip": [("s.nii.gz", gzip.compress(SCANS["int16"])[:-99])], "five volumes": [("s.nii", scan(LAS, (20, 24, 18, 5)))],
-    "a flat NIfTI": [("s.nii", scan(LAS, (20, 24)))], "two NIfTI": [("s.nii", SCANS["int16"]), ("t.nii", SCANS["int16"])],
+    "truncated NIfTI": [("s.nii", SCANS["int16"][:9000])],
+    "no gzip": [("s.nii.gz", b"no scan")],
+    "truncated gzip": [("s.nii.gz", gzip.compress(SCANS["int16"])[:-99])],
+    "five volumes": [("s.nii", scan(LAS, (20, 24, 18, 5)))],
+    "a flat NIfTI": [("s.nii", scan(LAS, (20, 24)))],
+    "two NIfTI": [("s.nii", SCANS["int16"]), ("t.nii", SCANS["int16"])],
     "not finite": [("s.nii", nibabel.Nifti1Image(np.full((20, 24, 18), np.nan, np.float32), LAS).to_bytes())],
     "a strip": [("a_1.png", picture(GREY[:15]))],
     "too many pixels": [(f"a_{k}.png", picture(Image.new("L", (1024, 1024)))) for k in range(17)],
@@ -161,10 +225,18 @@ def tiled_tiff() -> bytes:
     image = Image.open(io.BytesIO(content))
     tags = {322: 32, 323: 32, 324: image.tag_v2[273], 325: image.tag_v2[279]}
     start = int.from_bytes(content[4:8], "little")
-    entries = [content[start + 2 + 12 * k:][:12] for k in range(int.from_bytes(content[start:start + 2], "little"))]
+    entries = [
+        content[start + 2 + 12 * k :][:12]
+        for k in range(int.from_bytes(content[start : start + 2], "little"))
+    ]
     kept = [entry for entry in entries if int.from_bytes(entry[:2], "little") not in (273, 278, 279)]
     for tag, value in tags.items():
         value = value[0] if isinstance(value, tuple) else value
-        kept.append(tag.to_bytes(2, "little") + (4).to_bytes(2, "little") + (1).to_bytes(4, "little") + value.to_bytes(4, "little"))
+        kept.append(
+            tag.to_bytes(2, "little")
+            + (4).to_bytes(2, "little")
+            + (1).to_bytes(4, "little")
+            + value.to_bytes(4, "little")
+        )
     directory = len(kept).to_bytes(2, "little") + b"".join(kept) + bytes(4)
     return content[:4] + len(content).to_bytes(4, "little") + content[8:] + directory

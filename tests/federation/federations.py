@@ -1,4 +1,5 @@
-"""Federations of real processes for the tests: started as a user starts them, watched, and nothing left behind."""
+"""Federations of real processes for the tests: started as a user starts them, watched, and nothing left
+behind."""
 
 import contextlib
 import csv
@@ -28,8 +29,14 @@ class Script:
         self.name, self.folder, self.log = name, folder, folder / f"{name}-{time.monotonic_ns()}.log"
         environment = {**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
         with open(self.log, "wb") as output:
-            self.process = subprocess.Popen([sys.executable, str(root / command[0]), *map(str, command[1:])], cwd=folder,
-                                            env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, str(root / command[0]), *map(str, command[1:])],
+                cwd=folder,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def output(self) -> str:
@@ -40,8 +47,9 @@ class Script:
         until = time.monotonic() + DEADLINE
         while len(re.findall(pattern, self.output)) < count:
             assert time.monotonic() < until, f"{self.name} never said {pattern!r}:\n{self.output}"
-            assert self.process.poll() is None or len(re.findall(pattern, self.output)) >= count, \
+            assert self.process.poll() is None or len(re.findall(pattern, self.output)) >= count, (
                 f"{self.name} ended without saying {pattern!r}:\n{self.output}"
+            )
             time.sleep(0.05)
 
     def end(self) -> int:
@@ -69,12 +77,24 @@ class Scene:
         self.scripts: list[Script] = []
 
     def server(self, *options: object, root: Path = ROOT) -> Script:
-        script = Script(self.folder, "server", "run_server.py", "--address", self.address, "--out", self.out, *options, root=root)
+        script = Script(
+            self.folder,
+            "server",
+            "run_server.py",
+            "--address",
+            self.address,
+            "--out",
+            self.out,
+            *options,
+            root=root,
+        )
         self.scripts.append(script)
         return script
 
     def hospital(self, name: str, *options: object, address: str | None = None, root: Path = ROOT) -> Script:
-        script = Script(self.folder, name, "run_client.py", "--server", address or self.address, *options, root=root)
+        script = Script(
+            self.folder, name, "run_client.py", "--server", address or self.address, *options, root=root
+        )
         self.scripts.append(script)
         return script
 
@@ -145,7 +165,8 @@ def signal_tree(top: int, what: signal.Signals) -> None:
 
 
 class Wiretap:
-    """Passes connections on to an address and keeps every byte that goes through: what the caller said, and the rest."""
+    """Passes connections on to an address and keeps every byte that goes through: what the caller said, and
+    the rest."""
 
     def __init__(self, target: str):
         self.host, port = target.split(":")

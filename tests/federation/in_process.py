@@ -1,4 +1,5 @@
-"""Federations of real hospitals in the test's own process, without Flower's: quick, and each message can be looked at."""
+"""Federations of real hospitals in the test's own process, without Flower's: quick, and each message can be
+looked at."""
 
 import json
 
@@ -19,13 +20,16 @@ from transunet import TransUNet
 
 
 class RealHospital(LocalHospital):
-    """A local hospital of the scripted versions, with a promise to its patients perhaps, that keeps what it was asked."""
+    """A local hospital of the scripted versions, with a promise to its patients perhaps, that keeps what it
+    was asked."""
 
     def __init__(self, folder, cid, data, promise=None):
         super().__init__(folder, cid, data)
         self.asked = []
         privacy = promise and PatientPrivacy(**promise)
-        self.identity = self.identity.model_copy(update={"medfl": VERSIONS["medfl"], "patient_privacy": privacy})
+        self.identity = self.identity.model_copy(
+            update={"medfl": VERSIONS["medfl"], "patient_privacy": privacy}
+        )
         self.identity.save(self.folder)
 
     def answer(self, incoming: Message) -> Message:
@@ -38,15 +42,25 @@ class RealHospital(LocalHospital):
 
 @pytest.fixture
 def federate(monkeypatch, tmp_path, phantoms, home):
-    """Run a federation of real hospitals, two if none are given, in this process: its state, its hospitals, what it said."""
+    """Run a federation of real hospitals, two if none are given, in this process: its state, its hospitals,
+    what it said."""
     make_fast(monkeypatch)
     monkeypatch.setattr("federation.hospital.identity.local_versions", lambda medfl: VERSIONS)
 
-    def run(rounds: int, training: dict | None = None, out: str = "out", resume: bool = False, hospitals=None, **settings):
+    def run(
+        rounds: int,
+        training: dict | None = None,
+        out: str = "out",
+        resume: bool = False,
+        hospitals=None,
+        **settings,
+    ):
         said, grid, folder = [], Grid(), tmp_path / out
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
-        federation = FederationSettings(**{"rounds": rounds, "round_timeout": 300.0, "val_fraction": 0.2, **settings})
+        federation = FederationSettings(
+            **{"rounds": rounds, "round_timeout": 300.0, "val_fraction": 0.2, **settings}
+        )
         settings = TrainingSettings(**{"image_size": 32, "batch_size": 8, **(training or {})})
         state = RunState(TransUNet("tiny", 32, settings.norm), settings, federation, folder, None)
         state.progress.started_from = "random weights"
@@ -54,7 +68,9 @@ def federate(monkeypatch, tmp_path, phantoms, home):
             state.restore(load_run(folder)[2])
         hospitals = hospitals or [RealHospital(folder, cid, phantoms) for cid in (0, 1)]
         grid.nodes = dict(enumerate(hospitals, 1))
-        code = Federation(grid, state, VERSIONS, folder, resume, AuditLog(folder / "audit.jsonl"), say=said.append).run()
+        code = Federation(
+            grid, state, VERSIONS, folder, resume, AuditLog(folder / "audit.jsonl"), say=said.append
+        ).run()
         assert code == 0, said
         return state, hospitals, said
 

@@ -1,4 +1,5 @@
-"""Hospitals and a grid that answer as a test says, for cases that real processes can't be brought into at will."""
+"""Hospitals and a grid that answer as a test says, for cases that real processes can't be brought into at
+will."""
 
 import torch
 from flwr.app import Error, Message
@@ -24,10 +25,21 @@ VERSIONS = {"medfl": "1", "flwr": "1", "timm": "1", "torch": "1"}
 def facts(label: str, **other) -> dict:
     part = {"patients": 4, "slices": 80}
     cid = int(label.removeprefix("hospital-")) if label.startswith("hospital-") else None
-    return {"label": label, "session": f"session of {label}", "cid": cid, "versions": VERSIONS, "own_data": cid is None,
-            "data": "phantoms", "parts": {"train": part, "val": part, "test": part}, "images": None, "device": "cpu",
-            "split_sha256": None if cid is None else "s", "partition_sha256": None if cid is None else "p",
-            "patient_privacy": None, **other}
+    return {
+        "label": label,
+        "session": f"session of {label}",
+        "cid": cid,
+        "versions": VERSIONS,
+        "own_data": cid is None,
+        "data": "phantoms",
+        "parts": {"train": part, "val": part, "test": part},
+        "images": None,
+        "device": "cpu",
+        "split_sha256": None if cid is None else "s",
+        "partition_sha256": None if cid is None else "p",
+        "patient_privacy": None,
+        **other,
+    }
 
 
 class Node:
@@ -50,7 +62,8 @@ class Node:
 
 
 class Worker(Node):
-    """Gives weights that are all the round's number times `factor`; its scores come from a list, one a message."""
+    """Gives weights that are all the round's number times `factor`; its scores come from a list, one a
+    message."""
 
     def __init__(self, label: str, scores: list[float | None], factor: float = 1.0, failures: int = 0):
         super().__init__(facts(label))
@@ -81,7 +94,8 @@ def make_messages_outside_of_a_run(monkeypatch) -> None:
 
 
 def make_fast(monkeypatch) -> None:
-    """Let messages be made outside of a run, the loop look for answers all the time, and `tiny` be a twentieth of its size."""
+    """Let messages be made outside of a run, the loop look for answers all the time, and `tiny` be a
+    twentieth of its size."""
     make_messages_outside_of_a_run(monkeypatch)
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINIER)
     monkeypatch.setattr(federation.server.membership, "LOOK", -1.0)
@@ -89,11 +103,20 @@ def make_fast(monkeypatch) -> None:
     monkeypatch.setattr(federation.server.record, "draw_curves", lambda *_: None)
 
 
-def federate(workers: list[Worker], rounds: int, out, weights: torch.Tensor | None = None, federation: dict | None = None,
-             resume: bool = False, **training) -> tuple[int, RunState, list[str]]:
-    """Exit code, final state and spoken lines of a federation of these hospitals. weights: numbers to start from in the place of a
-    model, none of which is a variance; federation: more of its settings."""
-    settings = FederationSettings(**{"clients": len(workers), "rounds": rounds, "round_timeout": 20.0, **(federation or {})})
+def federate(
+    workers: list[Worker],
+    rounds: int,
+    out,
+    weights: torch.Tensor | None = None,
+    federation: dict | None = None,
+    resume: bool = False,
+    **training,
+) -> tuple[int, RunState, list[str]]:
+    """Exit code, final state and spoken lines of a federation of these hospitals. weights: numbers to start
+    from in the place of a model, none of which is a variance; federation: more of its settings."""
+    settings = FederationSettings(
+        **{"clients": len(workers), "rounds": rounds, "round_timeout": 20.0, **(federation or {})}
+    )
     model = TransUNet("tiny", 32, training.get("norm", "batch"))
     state = RunState(model, TrainingSettings(image_size=32, **training), settings, out, None)
     if weights is not None:

@@ -28,14 +28,18 @@ def test_lines_follow_from_each_other_also_over_restarts(log):
 
 
 def remove(lines, at):
-    return lines[:at] + lines[at + 1:]
+    return lines[:at] + lines[at + 1 :]
 
 
 CHANGES = {
-    "changed": lambda lines: [lines[0], lines[1].replace("mercy", "hope"), *lines[2:]], "removed": lambda lines: remove(lines, 1),
-    "swapped": lambda lines: [lines[1], lines[0], *lines[2:]], "added": lambda lines: [*lines[:2], lines[1], *lines[2:]],
-    "the first is gone": lambda lines: lines[1:], "nonsense": lambda lines: [*lines[:2], "{", *lines[3:]],
-    "other JSON": lambda lines: [*lines[:2], "[]", *lines[3:]]}
+    "changed": lambda lines: [lines[0], lines[1].replace("mercy", "hope"), *lines[2:]],
+    "removed": lambda lines: remove(lines, 1),
+    "swapped": lambda lines: [lines[1], lines[0], *lines[2:]],
+    "added": lambda lines: [*lines[:2], lines[1], *lines[2:]],
+    "the first is gone": lambda lines: lines[1:],
+    "nonsense": lambda lines: [*lines[:2], "{", *lines[3:]],
+    "other JSON": lambda lines: [*lines[:2], "[]", *lines[3:]],
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -1,4 +1,5 @@
-"""A round that ruined the model is taken back: by the median of its updates, or without it; one hospital alone can not say so."""
+"""A round that ruined the model is taken back: by the median of its updates, or without it; one hospital
+alone can not say so."""
 
 import json
 
@@ -9,21 +10,39 @@ from checkpoint import load_checkpoint
 from federation.protocol.weights import pack
 from federation.server.state import load_run
 
-FACTORS = (1.0, 1.1, 1.5)  # what each hospital's weights are, times the round: the mean is 1.2, the median 1.1
+FACTORS = (
+    1.0,
+    1.1,
+    1.5,
+)  # what each hospital's weights are, times the round: the mean is 1.2, the median 1.1
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """A federation whose hospitals score the models as listed, one after the other: state, lines, events of the audit log."""
+    """A federation whose hospitals score the models as listed, one after the other: state, lines, events of
+    the audit log."""
     make_fast(monkeypatch)
 
-    def go(scores: list[float], rounds: int, liar: list[float] | None = None, hospitals: int = 3, resume: bool = False, **settings):
+    def go(
+        scores: list[float],
+        rounds: int,
+        liar: list[float] | None = None,
+        hospitals: int = 3,
+        resume: bool = False,
+        **settings,
+    ):
         lists = [list(scores) for _ in range(hospitals - 1)] + [liar or list(scores)]
-        workers = [Worker(f"hospital-{k}", given, factor) for k, (given, factor) in enumerate(zip(lists, FACTORS))]
+        workers = [
+            Worker(f"hospital-{k}", given, factor) for k, (given, factor) in enumerate(zip(lists, FACTORS))
+        ]
         bounds = {"max_update_norm_ratio": 1e9, "cut_update_norm_ratio": 1e9}
-        code, state, said = federate(workers, rounds, tmp_path, federation={**bounds, **settings}, resume=resume, ema_decay=0.0)
+        code, state, said = federate(
+            workers, rounds, tmp_path, federation={**bounds, **settings}, resume=resume, ema_decay=0.0
+        )
         assert code == 0, said
-        events = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
+        events = [
+            json.loads(line) for line in (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         return state, said, [event for event in events if event["event"] == "collapse"], workers
 
     return go
@@ -36,18 +55,35 @@ def sent(worker: Worker) -> list[float]:
 
 def test_a_ruined_model_is_made_again_of_the_median(run):
     state, said, events, workers = run([0.0, 0.6, 0.1, 0.62, 0.7], 3)
-    assert sent(workers[0]) == [1.2, 2.4, 2.2, 3.6], "round 2's mean was sent, then its median, then round 3's mean"
-    assert state.progress.round == 3 and state.progress.best_round == 3 and state.progress.best == pytest.approx(0.7)
-    assert [(event["round"], event["dice_before"], event["dice_after"]) for event in events] == [(2, 0.6, 0.1)]
-    assert any("round 2 ruined the model (mean Dice 0.600 before it, 0.100 after it)" in line for line in said)
-    assert [row["val_dice"] for row in state.progress.rows if row["site"] == "hospital-0"] == [0.0, 0.6, 0.62, 0.7]
+    assert sent(workers[0]) == [1.2, 2.4, 2.2, 3.6], (
+        "round 2's mean was sent, then its median, then round 3's mean"
+    )
+    assert (
+        state.progress.round == 3
+        and state.progress.best_round == 3
+        and state.progress.best == pytest.approx(0.7)
+    )
+    assert [(event["round"], event["dice_before"], event["dice_after"]) for event in events] == [
+        (2, 0.6, 0.1)
+    ]
+    assert any(
+        "round 2 ruined the model (mean Dice 0.600 before it, 0.100 after it)" in line for line in said
+    )
+    assert [row["val_dice"] for row in state.progress.rows if row["site"] == "hospital-0"] == [
+        0.0,
+        0.6,
+        0.62,
+        0.7,
+    ]
 
 
 def test_where_the_median_is_ruined_as_well_the_round_is_left_out(run):
     state, said, events, workers = run([0.0, 0.6, 0.1, 0.1, 0.6, 0.7], 3)
     assert sent(workers[0])[:4] == [1.2, 2.4, 2.2, 1.2] and state.progress.round == 3
-    assert [event["then"] for event in events] == ["its updates are combined by their median instead",
-                                                   "the model stays as it was before it"]
+    assert [event["then"] for event in events] == [
+        "its updates are combined by their median instead",
+        "the model stays as it was before it",
+    ]
 
 
 def test_two_hospitals_have_no_median(run):
@@ -90,15 +126,21 @@ def test_a_server_that_was_killed_still_knows_the_way_back(run, tmp_path, monkey
         patched.setattr("federation.server.rounds.Federation._final_score", lambda self: None)
         run([0.0, 0.6], 2)
     kept = load_run(tmp_path)[2]
-    assert kept["before"]["weights"][0].item() == pytest.approx(1.2) and kept["weights"][0].item() == pytest.approx(2.4)
+    assert kept["before"]["weights"][0].item() == pytest.approx(1.2) and kept["weights"][
+        0
+    ].item() == pytest.approx(2.4)
     state, _, events, workers = run([0.1, 0.6, 0.7], 3, resume=True)
-    assert sent(workers[0])[0] == 1.2 and [event["then"] for event in events] == ["the model stays as it was before it"]
+    assert sent(workers[0])[0] == 1.2 and [event["then"] for event in events] == [
+        "the model stays as it was before it"
+    ]
 
 
 def test_under_privacy_no_score_decides(monkeypatch, tmp_path):
     make_fast(monkeypatch)
     workers = [Worker(f"hospital-{k}", [0.0, 0.6, 0.0, 0.0]) for k in range(3)]
-    code, state, _ = federate(workers, 3, tmp_path, federation={"dp_clip": 1.0, "dp_noise_multiplier": 1e-9}, norm="group")
+    code, state, _ = federate(
+        workers, 3, tmp_path, federation={"dp_clip": 1.0, "dp_noise_multiplier": 1e-9}, norm="group"
+    )
     assert code == 0 and state.progress.round == 3 and state.progress.collapses == 0
 
 

@@ -25,10 +25,21 @@ from transunet import TransUNet
 @pytest.fixture
 def hospital(phantoms, tmp_path):
     def make(cid: int | None = 0, training: dict | None = None, **federation) -> Hospital:
-        who = Identity(label="mercy" if cid is None else f"hospital-{cid}", cid=cid, data=phantoms, device="cpu", medfl=__version__,
-                       models=tmp_path, code="0" * 64)
-        return Hospital(who, TrainingSettings(image_size=32, batch_size=8, **(training or {})),
-                        FederationSettings(**{"clients": 1, **federation}), tmp_path / "model.pt")
+        who = Identity(
+            label="mercy" if cid is None else f"hospital-{cid}",
+            cid=cid,
+            data=phantoms,
+            device="cpu",
+            medfl=__version__,
+            models=tmp_path,
+            code="0" * 64,
+        )
+        return Hospital(
+            who,
+            TrainingSettings(image_size=32, batch_size=8, **(training or {})),
+            FederationSettings(**{"clients": 1, **federation}),
+            tmp_path / "model.pt",
+        )
 
     return make
 
@@ -38,14 +49,23 @@ def work(subject: Hospital, model: TransUNet | None = None, **about):
     torch.manual_seed(0)
     model = model or TransUNet("tiny", 32)
     rate = None if subject.training.schedule == "cosine" else 1.0
-    about = {"run": "this", "round": 1, "rate": rate, "seconds": 600.0, "partition": subject.data.partition_sha256, **about}
+    about = {
+        "run": "this",
+        "round": 1,
+        "rate": rate,
+        "seconds": 600.0,
+        "partition": subject.data.partition_sha256,
+        **about,
+    }
     result, update = subject.train(model, Train(settings="", without=[], **about))
     return result, update, model
 
 
 def test_the_score_is_of_the_validation_patients(hospital):
     subject, model = hospital(val_fraction=0.3), TransUNet("tiny", 32)
-    wanted = np.mean([row["dice"] for row in score_patients(model, subject.data.dataset, subject.data.split.val, 0.5)])
+    wanted = np.mean(
+        [row["dice"] for row in score_patients(model, subject.data.dataset, subject.data.split.val, 0.5)]
+    )
     score = subject.score(model)
     assert (score.val_dice, score.val_patients) == (pytest.approx(wanted), 3)
 
@@ -84,12 +104,21 @@ def test_a_frozen_encoder_thaws_after_its_rounds(hospital):
     for number, frozen in ((1, True), (2, False)):
         torch.manual_seed(0)
         before = {n: p.clone() for n, p in TransUNet("tiny", 32).encoder.named_parameters()}
-        after = work(hospital(training={"freeze_encoder_epochs": 1}), round=number)[2].encoder.named_parameters()
+        after = work(hospital(training={"freeze_encoder_epochs": 1}), round=number)[
+            2
+        ].encoder.named_parameters()
         assert all(torch.equal(p, before[n]) for n, p in after) == frozen
 
 
-@pytest.mark.parametrize(("about", "failure"), [({"partition": "another"}, Failure.DATA), ({"seconds": 0.0}, Failure.LATE),
-                                               ({"round": 99}, Failure.CONSENT), ({"rate": 0.5}, Failure.CONSENT)])
+@pytest.mark.parametrize(
+    ("about", "failure"),
+    [
+        ({"partition": "another"}, Failure.DATA),
+        ({"seconds": 0.0}, Failure.LATE),
+        ({"round": 99}, Failure.CONSENT),
+        ({"rate": 0.5}, Failure.CONSENT),
+    ],
+)
 def test_what_a_hospital_refuses(hospital, about, failure):
     with pytest.raises(HospitalError) as caught:
         work(hospital(), **about)
@@ -105,10 +134,22 @@ def test_every_end_is_understood_and_written_down(monkeypatch, tmp_path, phantom
     assert ended["exit"] == ENDS[code][0] and ended["sentence"] == ENDS[code][1].format(detail="3")
 
 
-@pytest.mark.parametrize("about", [{}, {"query": "joy"}, {"query": "end", "code": "else"}, {"query": "join", "settings": 3},
-                                   {"query": "shares", "keys": {"1": ["a"]}}, {"query": "unmask", "summed": "all", "missing": []},
-                                   {"query": "ping", "more": 1}], ids=str)
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        {"query": "joy"},
+        {"query": "end", "code": "else"},
+        {"query": "join", "settings": 3},
+        {"query": "shares", "keys": {"1": ["a"]}},
+        {"query": "unmask", "summed": "all", "missing": []},
+        {"query": "ping", "more": 1},
+    ],
+    ids=str,
+)
 def test_a_question_of_another_form_gets_a_code(monkeypatch, tmp_path, phantoms, capsys, about):
     make_messages_outside_of_a_run(monkeypatch)
     reply = LocalHospital(tmp_path, 0, phantoms).answer(Message(message(about), 1, "query"))
-    assert read(reply.content)["failure"] == Failure.PROTOCOL and "the same version" in capsys.readouterr().out
+    assert (
+        read(reply.content)["failure"] == Failure.PROTOCOL and "the same version" in capsys.readouterr().out
+    )

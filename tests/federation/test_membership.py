@@ -1,6 +1,7 @@
 """Who is a member: joining, disputes and loss, on a grid whose nodes answer as a test says.
 
-The real processes of test_runs.py show that the way there works; here are the cases that they can't be brought into at will.
+The real processes of test_runs.py show that the way there works; here are the cases that they can't be
+brought into at will.
 """
 
 import pytest
@@ -20,12 +21,21 @@ from federation.server.membership import Membership
 class Play:
     """A membership on such a grid, and the lines that it said."""
 
-    def __init__(self, clients: int = 2, contributors: dict | None = None, keys: dict[int, str] | None = None):
+    def __init__(
+        self, clients: int = 2, contributors: dict | None = None, keys: dict[int, str] | None = None
+    ):
         self.grid, self.said, self.keys, self.audited = Grid(), [], keys, []
         self.mailbox = Mailbox(self.grid)
         about = {"versions": VERSIONS, "hospitals": clients}
-        self.membership = Membership(self.mailbox, FederationSettings(clients=clients), about, contributors or {}, self.said.append,
-                                     self, lambda: self.keys)
+        self.membership = Membership(
+            self.mailbox,
+            FederationSettings(clients=clients),
+            about,
+            contributors or {},
+            self.said.append,
+            self,
+            lambda: self.keys,
+        )
 
     def write(self, event: str, **about) -> None:
         """The audit log's part."""
@@ -95,7 +105,9 @@ def test_a_silent_holder_is_replaced_and_told(play, monkeypatch):
     p.go(3)
     assert p.labels == {"hospital-0": 1} and p.membership.disputed
     lose_pings(monkeypatch)
-    p.mailbox._open = {i: s.__class__(s.node, s.purpose, 0.0) for i, s in p.mailbox._open.items()}  # its time is over
+    p.mailbox._open = {
+        i: s.__class__(s.node, s.purpose, 0.0) for i, s in p.mailbox._open.items()
+    }  # its time is over
     p.go()
     assert p.labels == {"hospital-0": 2} and not p.membership.disputed and slow.ends == [End.TAKEN]
 
@@ -124,13 +136,24 @@ def test_a_dispute_waits_for_the_holders_work(play):
     assert twin.ends == [End.TAKEN]
 
 
-@pytest.mark.parametrize(("introduction", "code"), [
-    (facts("hospital-0", versions={**VERSIONS, "timm": "2"}), End.VERSION), (facts("hospital-7"), End.NUMBER),
-    (facts("hospital-1", partition_sha256="other"), End.SPLIT), ({"failure": "data", "label": "mercy"}, End.UNFIT),
-    (facts("hospital-1", cid=0), End.UNFIT), (facts("two words"), End.UNFIT), (facts("mercy", parts={}), End.UNFIT),
-    (facts("mercy", images={"foreground_mean": 1}), End.UNFIT), (facts("mercy", versions=[]), End.UNFIT),
-    (facts("mercy", parts={"train": 1, "val": 1, "test": 1}), End.UNFIT), ({}, End.UNFIT), ({"failure": []}, End.UNFIT)],
-    ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("introduction", "code"),
+    [
+        (facts("hospital-0", versions={**VERSIONS, "timm": "2"}), End.VERSION),
+        (facts("hospital-7"), End.NUMBER),
+        (facts("hospital-1", partition_sha256="other"), End.SPLIT),
+        ({"failure": "data", "label": "mercy"}, End.UNFIT),
+        (facts("hospital-1", cid=0), End.UNFIT),
+        (facts("two words"), End.UNFIT),
+        (facts("mercy", parts={}), End.UNFIT),
+        (facts("mercy", images={"foreground_mean": 1}), End.UNFIT),
+        (facts("mercy", versions=[]), End.UNFIT),
+        (facts("mercy", parts={"train": 1, "val": 1, "test": 1}), End.UNFIT),
+        ({}, End.UNFIT),
+        ({"failure": []}, End.UNFIT),
+    ],
+    ids=lambda value: str(value)[:30],
+)
 def test_who_is_refused(play, introduction, code):
     p = play()
     p.grid.nodes = {1: Node(facts("hospital-0"))}
@@ -240,8 +263,11 @@ def test_what_images_look_like_is_checked(play):
     p = play(clients=3)
     few = {part: {"patients": 2, "slices": 40} for part in ("train", "val", "test")}
     wrong = {**IMAGES, "appearance": {"mean": [0.5], "deviation": [0.1]}}
-    p.grid.nodes = {1: Node(facts("good", images=IMAGES)), 2: Node(facts("few", images=IMAGES, parts=few)),
-                    3: Node(facts("wrong", images=wrong)),
-                    4: Node(facts("three", images=IMAGES, parts={part: {"patients": 3, "slices": 60} for part in few}))}
+    p.grid.nodes = {
+        1: Node(facts("good", images=IMAGES)),
+        2: Node(facts("few", images=IMAGES, parts=few)),
+        3: Node(facts("wrong", images=wrong)),
+        4: Node(facts("three", images=IMAGES, parts={part: {"patients": 3, "slices": 60} for part in few})),
+    }
     p.go()
     assert set(p.labels) == {"good", "three"} and p.grid.nodes[2].ends == p.grid.nodes[3].ends == [End.UNFIT]

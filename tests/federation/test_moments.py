@@ -28,22 +28,50 @@ def small(monkeypatch):
 @pytest.fixture
 def hospital(phantoms, tmp_path):
     def make(cid: int = 0, folder: str = "models", **federation) -> Hospital:
-        who = Identity(label=f"hospital-{cid}", cid=cid, data=phantoms, device="cpu", medfl=__version__, models=tmp_path / folder,
-                       code="0" * 64)
-        settings = {"clients": 3, "rounds": ROUNDS, "partition": "quantity", "val_fraction": 0.0, "test_fraction": 0.0,
-                    **federation}
-        return Hospital(who, TrainingSettings(image_size=32, warmup=0.3), FederationSettings(**settings), tmp_path / "model.pt")
+        who = Identity(
+            label=f"hospital-{cid}",
+            cid=cid,
+            data=phantoms,
+            device="cpu",
+            medfl=__version__,
+            models=tmp_path / folder,
+            code="0" * 64,
+        )
+        settings = {
+            "clients": 3,
+            "rounds": ROUNDS,
+            "partition": "quantity",
+            "val_fraction": 0.0,
+            "test_fraction": 0.0,
+            **federation,
+        }
+        return Hospital(
+            who,
+            TrainingSettings(image_size=32, warmup=0.3),
+            FederationSettings(**settings),
+            tmp_path / "model.pt",
+        )
 
     return make
 
 
-def work(subject: Hospital, number: int, weights: torch.Tensor | None = None, run: str = "this") -> torch.Tensor:
+def work(
+    subject: Hospital, number: int, weights: torch.Tensor | None = None, run: str = "this"
+) -> torch.Tensor:
     """The weights that a round gives."""
     torch.manual_seed(0)
     model = TransUNet("tiny", 32)
     if weights is not None:
         model.load_state_dict(unpack(weights, model.state_dict()))
-    task = Train(settings="", run=run, without=[], round=number, rate=None, seconds=600.0, partition=subject.data.partition_sha256)
+    task = Train(
+        settings="",
+        run=run,
+        without=[],
+        round=number,
+        rate=None,
+        seconds=600.0,
+        partition=subject.data.partition_sha256,
+    )
     return subject.train(model, task)[1]
 
 
@@ -72,7 +100,8 @@ def test_the_rate_is_the_same_at_all_hospitals_whatever_their_size(hospital, rat
             steps = len(rates)
             most.setdefault(cid, []).append(steps)
             assert [rate for rate, _ in rates] == pytest.approx(
-                [3**0.5 * rate_scale((number - 1 + step / steps) / ROUNDS, 0.3) for step in range(steps)])
+                [3**0.5 * rate_scale((number - 1 + step / steps) / ROUNDS, 0.3) for step in range(steps)]
+            )
     assert len(set(map(tuple, most.values()))) > 1, "hospitals of one size show nothing"
     assert all(len(values) == 1 for values in first.values())
 
@@ -82,13 +111,23 @@ def test_a_batch_is_of_all_hospitals_together(clients, wanted):
     assert FederationSettings(clients=clients).batch_of_one(16) == wanted
 
 
-@pytest.mark.parametrize(("settings", "wanted"), [({"clients": 1}, 1.0), ({"clients": 2}, 2**0.5), ({"clients": 4}, 2.0),
-                                                  ({"clients": 64}, 2.0), ({"clients": 4, "lr_factor": 0.5}, 0.5)])
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"clients": 1}, 1.0),
+        ({"clients": 2}, 2**0.5),
+        ({"clients": 4}, 2.0),
+        ({"clients": 64}, 2.0),
+        ({"clients": 4, "lr_factor": 0.5}, 0.5),
+    ],
+)
 def test_the_rate_of_more_hospitals_is_higher_up_to_a_bound(settings, wanted):
     assert FederationSettings(**settings).rate_factor == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize(("options", "steps"), [({"local_steps": 3}, 3), ({"local_steps": 40}, 40), ({"local_epochs": 2}, None)])
+@pytest.mark.parametrize(
+    ("options", "steps"), [({"local_steps": 3}, 3), ({"local_steps": 40}, 40), ({"local_epochs": 2}, None)]
+)
 def test_steps_of_a_round(hospital, rates, options, steps):
     subject = hospital(0, **options)
     work(subject, 1)
@@ -98,15 +137,19 @@ def test_steps_of_a_round(hospital, rates, options, steps):
 
 
 def test_rounds_with_moments_are_one_training(hospital, phantoms):
-    """A hospital by itself, whose weights come back as they were sent: what the optimiser learnt goes on, so that all rounds
-    together are bit for bit a training that was never interrupted."""
+    """A hospital by itself, whose weights come back as they were sent: what the optimiser learnt goes on, so
+    that all rounds together are bit for bit a training that was never interrupted."""
     subject = hospital(0, clients=1, partition="iid")
     weights = None
     for number in range(1, ROUNDS + 1):
         weights = work(subject, number, weights)
     torch.manual_seed(0)
-    learner = Learner(TransUNet("tiny", 32), TrainingSettings(image_size=32, ema_decay=0.0), torch.device("cpu"))
-    batches = TrainingBatches(subject.data.dataset, subject.data.split.train, 32, 16, seed_of(0, subject.identity.label))
+    learner = Learner(
+        TransUNet("tiny", 32), TrainingSettings(image_size=32, ema_decay=0.0), torch.device("cpu")
+    )
+    batches = TrainingBatches(
+        subject.data.dataset, subject.data.split.train, 32, 16, seed_of(0, subject.identity.label)
+    )
     total = ROUNDS * len(batches)
 
     def before_step(step: int) -> bool:
@@ -126,15 +169,24 @@ def test_rounds_with_moments_are_one_training(hospital, phantoms):
 def test_a_restarted_hospital_goes_on_with_its_moments(hospital):
     weights = work(hospital(0), 1)
     after = work(hospital(0), 2, weights)
-    assert torch.equal(work(hospital(0), 2, weights), after), "a round that is asked for again begins where it began"
-    assert not torch.equal(work(hospital(0, "elsewhere"), 2, weights), after), "the moments made no difference"
+    assert torch.equal(work(hospital(0), 2, weights), after), (
+        "a round that is asked for again begins where it began"
+    )
+    assert not torch.equal(work(hospital(0, "elsewhere"), 2, weights), after), (
+        "the moments made no difference"
+    )
 
 
 def test_moments_of_another_run_or_of_later_rounds_are_not_taken(tmp_path):
     mine = Moments(tmp_path / "a.pt", "this", False)
     for number in (1, 2, 3):
         mine.keep(number, {"round": number})
-    assert [mine.before(number) for number in (2, 3, 4, 9)] == [None, {"round": 2}, {"round": 3}, {"round": 3}]
+    assert [mine.before(number) for number in (2, 3, 4, 9)] == [
+        None,
+        {"round": 2},
+        {"round": 3},
+        {"round": 3},
+    ]
     assert Moments(tmp_path / "a.pt", "another", False).before(4) is None
     mine.forget()
     assert not list(tmp_path.iterdir())

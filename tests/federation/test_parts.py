@@ -1,4 +1,5 @@
-"""The federation's parts, each by itself: messages, weights on the way, averaged weights, joining, the bundle."""
+"""The federation's parts, each by itself: messages, weights on the way, averaged weights, joining, the
+bundle."""
 
 import io
 import os
@@ -27,8 +28,16 @@ from federation.server.state import RunState, load_run
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 
-MERCY = Identity(label="mercy", cid=None, data="scans", device="cpu", medfl=__version__, models="models", code="0" * 64,
-                 session="s")
+MERCY = Identity(
+    label="mercy",
+    cid=None,
+    data="scans",
+    device="cpu",
+    medfl=__version__,
+    models="models",
+    code="0" * 64,
+    session="s",
+)
 
 
 def test_weights_travel_unchanged_and_counters_stay():
@@ -43,10 +52,18 @@ def test_weights_travel_unchanged_and_counters_stay():
     assert payload(arrays) == sum(4 * v.numel() for v in model.state_dict().values() if v.is_floating_point())
 
 
-@pytest.mark.parametrize("arrays", [None, ConfigRecord({}), ArrayRecord({}), ArrayRecord({"weights": Array(np.zeros(3))}),
-                                    ArrayRecord({"other": Array(np.zeros(3, np.float32))}),
-                                    ArrayRecord({"weights": Array(np.zeros((3, 1), np.float32))}),
-                                    ArrayRecord({"weights": Array("float32", (3,), "numpy.ndarray", b"no array")})])
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        None,
+        ConfigRecord({}),
+        ArrayRecord({}),
+        ArrayRecord({"weights": Array(np.zeros(3))}),
+        ArrayRecord({"other": Array(np.zeros(3, np.float32))}),
+        ArrayRecord({"weights": Array(np.zeros((3, 1), np.float32))}),
+        ArrayRecord({"weights": Array("float32", (3,), "numpy.ndarray", b"no array")}),
+    ],
+)
 def test_a_message_without_usable_weights_is_told_apart(arrays):
     with pytest.raises(MedFLError, match="weights"):
         from_record(arrays)
@@ -61,18 +78,28 @@ def test_messages_and_settings_come_back_as_they_were():
     assert read(message({"a": [1, None]})) == {"a": [1, None]}
     with pytest.raises(ValueError, match="JSON"):
         message({"a": float("nan")})
-    given = TrainingSettings(lr=0.5, pretrained=True, encoder_weights="/a/path.pth"), FederationSettings(clients=4, min_clients=3)
+    given = (
+        TrainingSettings(lr=0.5, pretrained=True, encoder_weights="/a/path.pth"),
+        FederationSettings(clients=4, min_clients=3),
+    )
     training, federation = from_json(to_json(*given))
-    assert federation == given[1] and training.lr == 0.5 and training.encoder_weights is None and not training.pretrained
+    assert (
+        federation == given[1]
+        and training.lr == 0.5
+        and training.encoder_weights is None
+        and not training.pretrained
+    )
     for text in ("nonsense", "{}", '{"training": {}, "federation": {}}'):
         with pytest.raises(MedFLError, match="same version"):
             from_json(text)
 
 
 def test_the_proximal_pull_is_that_of_its_closed_form():
-    """Without a gradient a step draws each weight back by rate x mu of what is between it and where it was; the encoder's rate is
-    its own."""
-    settings = TrainingSettings(image_size=32, lr=1e-2, encoder_lr_factor=0.5, weight_decay=0.0, ema_decay=0.0)
+    """Without a gradient a step draws each weight back by rate x mu of what is between it and where it was;
+    the encoder's rate is its own."""
+    settings = TrainingSettings(
+        image_size=32, lr=1e-2, encoder_lr_factor=0.5, weight_decay=0.0, ema_decay=0.0
+    )
     learner = Learner(TransUNet("tiny", 32), settings, torch.device("cpu"))
     pull = proximal_pull(learner.optimiser, mu=20.0)
     start = {name: weight.detach().clone() for name, weight in learner.model.named_parameters()}
@@ -89,7 +116,8 @@ def test_the_proximal_pull_is_that_of_its_closed_form():
 
 
 def test_the_pull_reaches_the_training_step_and_is_not_clipped():
-    """With a huge mu weights stay where they are, whatever the loss says; the gradient is that of the loss."""
+    """With a huge mu weights stay where they are, whatever the loss says;
+    the gradient is that of the loss."""
     settings = TrainingSettings(image_size=32, batch_size=2, clip=1e-6, ema_decay=0.0)
     learner = Learner(TransUNet("tiny", 32), settings, torch.device("cpu"))
     start = learner.model.head.weight.detach().clone()
@@ -103,7 +131,13 @@ def test_the_pull_reaches_the_training_step_and_is_not_clipped():
 
 
 def state_of(tmp_path, **training) -> RunState:
-    return RunState(TransUNet("tiny", 32), TrainingSettings(image_size=32, **training), FederationSettings(), tmp_path, None)
+    return RunState(
+        TransUNet("tiny", 32),
+        TrainingSettings(image_size=32, **training),
+        FederationSettings(),
+        tmp_path,
+        None,
+    )
 
 
 def test_averaged_weights_over_rounds_follow_their_definition(tmp_path):
@@ -141,7 +175,11 @@ def test_plateau_halves_the_rate_and_survives_a_restart(tmp_path):
 
 def test_the_best_is_kept_and_patience_counts_judged_rounds(tmp_path):
     state = state_of(tmp_path, patience=2)
-    assert [state.judge(one(dice), number)[0] for number, dice in enumerate((0.3, 0.3, 0.4), 1)] == [True, False, True]
+    assert [state.judge(one(dice), number)[0] for number, dice in enumerate((0.3, 0.3, 0.4), 1)] == [
+        True,
+        False,
+        True,
+    ]
     state.progress.round = 9
     assert not state.stopped_early
     state.judge({}, 4)
@@ -151,21 +189,56 @@ def test_the_best_is_kept_and_patience_counts_judged_rounds(tmp_path):
     assert state.stopped_early
 
 
-TOLD = {"val_dice": 0.5, "val_patients": 2, "seconds": 1.0, "round": 3, "examples": 7, "train_loss": None, "patient_epsilon": None}
+TOLD = {
+    "val_dice": 0.5,
+    "val_patients": 2,
+    "seconds": 1.0,
+    "round": 3,
+    "examples": 7,
+    "train_loss": None,
+    "patient_epsilon": None,
+}
 
 
-@pytest.mark.parametrize("wrong", [
-    {"val_dice": float("nan")}, {"val_dice": "0.5"}, {"val_dice": 7.0}, {"val_dice": 10**400}, {"val_dice": -0.1},
-    {"val_patients": -1}, {"val_patients": 2**2100}, {"seconds": float("inf")}, {"examples": True}, {"examples": 3.5},
-    {"train_loss": [1.0]}, {"train_loss": 1e308}, {"round": -1}, {"patient_epsilon": "much"}], ids=lambda wrong: str(wrong)[:40])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"val_dice": float("nan")},
+        {"val_dice": "0.5"},
+        {"val_dice": 7.0},
+        {"val_dice": 10**400},
+        {"val_dice": -0.1},
+        {"val_patients": -1},
+        {"val_patients": 2**2100},
+        {"seconds": float("inf")},
+        {"examples": True},
+        {"examples": 3.5},
+        {"train_loss": [1.0]},
+        {"train_loss": 1e308},
+        {"round": -1},
+        {"patient_epsilon": "much"},
+    ],
+    ids=lambda wrong: str(wrong)[:40],
+)
 def test_an_answer_out_of_its_bounds_is_told_apart(wrong):
     assert parse(Trained, TOLD).model_dump() == TOLD
     with pytest.raises(MedFLError, match=next(iter(wrong))):
         parse(Trained, {**TOLD, **wrong})
 
 
-@pytest.mark.parametrize("about", [{name: value for name, value in TOLD.items() if name != "examples"}, {**TOLD, "more": 1},
-                                   {**TOLD, "val_dice": None}, {**TOLD, "val_patients": 0}, None, [], {1: 2}], ids=str)
+@pytest.mark.parametrize(
+    "about",
+    [
+        {name: value for name, value in TOLD.items() if name != "examples"},
+        {**TOLD, "more": 1},
+        {**TOLD, "val_dice": None},
+        {**TOLD, "val_patients": 0},
+        None,
+        [],
+        {1: 2},
+    ],
+    ids=str,
+)
 def test_an_answer_of_another_form_is_told_apart(about):
     with pytest.raises(MedFLError, match="its answer"):
         parse(Trained, about)
@@ -178,15 +251,25 @@ def fails_with(error: Exception):
     return handle
 
 
-@pytest.mark.parametrize(("error", "code"), [
-    (HospitalError(Failure.DATA, "scans/Anna_1.tif is gone"), "data"), (MedFLError("scans/Anna_1.tif is odd"), "training"),
-    (MemoryError("Anna"), "resources"), (OSError(28, "No space left on device", "scans/Anna_1.tif"), "resources"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: Anna"), "resources"), (ValueError("Anna"), "bug"),
-    (RuntimeError("shape of Anna"), "bug")], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (HospitalError(Failure.DATA, "scans/Anna_1.tif is gone"), "data"),
+        (MedFLError("scans/Anna_1.tif is odd"), "training"),
+        (MemoryError("Anna"), "resources"),
+        (OSError(28, "No space left on device", "scans/Anna_1.tif"), "resources"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: Anna"), "resources"),
+        (ValueError("Anna"), "bug"),
+        (RuntimeError("shape of Anna"), "bug"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_errors_travel_as_codes_and_their_text_stays(in_a_run, capsys, error, code):
     incoming = Message(message({}), 1, "train")
     reply = guard(incoming, None, fails_with(error), MERCY)
-    assert read(reply.content) == {"failure": code, "label": "mercy", "session": "s"} and not reply.has_error()
+    assert (
+        read(reply.content) == {"failure": code, "label": "mercy", "session": "s"} and not reply.has_error()
+    )
     assert "Anna" in capsys.readouterr().out
 
 
@@ -197,21 +280,44 @@ def test_the_bundle_holds_what_both_apps_import_and_nothing_else(tmp_path):
         names = {name for name in archive.namelist() if not name.startswith(".info")}
         assert __version__ in archive.read("pyproject.toml").decode()
         archive.extractall(tmp_path)
-    assert {"LICENSE", "pyproject.toml", "federation/server/rounds.py", "federation/hospital/app.py", "training.py"} <= names
-    assert not [name for name in names if name.startswith(("tests/", "deployment/", "federation/runtime/", "run_", "radiology/"))]
-    code = ("import sys; from pathlib import Path; import federation.server.app, federation.hospital.app\n"
-            "files = {Path(m.__file__) for m in sys.modules.values() if getattr(m, '__file__', None)}\n"
-            "print(*(f for f in files if f.is_relative_to(sys.argv[1]) and 'site-packages' not in f.parts))\n"
-            "print(len([f for f in files if f.is_relative_to(sys.argv[2])]))")
-    done = subprocess.run([sys.executable, "-P", "-c", code, ROOT, tmp_path], env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True, timeout=120)
+    assert {
+        "LICENSE",
+        "pyproject.toml",
+        "federation/server/rounds.py",
+        "federation/hospital/app.py",
+        "training.py",
+    } <= names
+    assert not [
+        name
+        for name in names
+        if name.startswith(("tests/", "deployment/", "federation/runtime/", "run_", "radiology/"))
+    ]
+    code = (
+        "import sys; from pathlib import Path; import federation.server.app, federation.hospital.app\n"
+        "files = {Path(m.__file__) for m in sys.modules.values() if getattr(m, '__file__', None)}\n"
+        "print(*(f for f in files if f.is_relative_to(sys.argv[1]) and 'site-packages' not in f.parts))\n"
+        "print(len([f for f in files if f.is_relative_to(sys.argv[2])]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, ROOT, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     elsewhere, here = done.stdout.splitlines()
     assert elsewhere == "" and int(here) > 30, "a module that the bundle lacks came from the repository"
 
 
 def test_settings_out_of_range_are_refused():
-    for settings in ({"clients": 0}, {"rounds": 0}, {"round_timeout": float("nan")}, {"min_clients": 3}, {"proximal_mu": -1.0}):
+    for settings in (
+        {"clients": 0},
+        {"rounds": 0},
+        {"round_timeout": float("nan")},
+        {"min_clients": 3},
+        {"proximal_mu": -1.0},
+    ):
         with pytest.raises(MedFLError, match="--" + next(iter(settings)).replace("_", "-")):
             FederationSettings(**settings)
     assert [FederationSettings(clients=n).quorum for n in (1, 2, 3, 5)] == [1, 1, 2, 3]
@@ -248,7 +354,9 @@ def test_patience_needs_a_score(tmp_path):
 def test_curves_show_the_dice_after_the_round_it_is_of(monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(federation.server.history, "save_curves", lambda figure, *_: figures.append(figure))
-    rows = [{"round": n, "site": "a", "train_loss": 1.0, "val_dice": 0.1 * n, "val_patients": 1} for n in (1, 2)]
+    rows = [
+        {"round": n, "site": "a", "train_loss": 1.0, "val_dice": 0.1 * n, "val_patients": 1} for n in (1, 2)
+    ]
     federation.server.history.draw_curves(rows, tmp_path / "x.png", "")
     loss, dice = figures[0].axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2]]

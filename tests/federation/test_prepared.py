@@ -20,10 +20,14 @@ def test_a_hospital_joins_with_prepared_data(scene):
     server.wait_for("listening on")
     check = scene.hospital("check", "--own-data", prepared, "--name", "mercy", "--check")
     hospital = scene.hospital("mercy", "--own-data", prepared, "--name", "mercy")
-    assert check.end() == 0 and "own data" in check.output and "3 patients, 24 slices" in check.output, check.output
+    assert check.end() == 0 and "own data" in check.output and "3 patients, 24 slices" in check.output, (
+        check.output
+    )
     assert server.end() == 0 and hospital.end() == 0, server.output + hospital.output
     first = history(scene.out)[0]
     assert first["site"] == "mercy" and first["examples"] == "16"
     split = json.loads((scene.folder / "models" / "mercy_split.json").read_text())
-    assert len(split["train"]) == 2 and all(name.startswith("p") and "QX" not in name for name in split["train"])
+    assert len(split["train"]) == 2 and all(
+        name.startswith("p") and "QX" not in name for name in split["train"]
+    )
     assert (scene.out / BEST).exists()

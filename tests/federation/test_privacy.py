@@ -56,7 +56,9 @@ def private_mean(subject: HospitalPrivacy, made: Updates, travels: torch.Tensor 
 def exact_epsilon(multiplier: float, rounds: int, delta: float) -> float:
     """Balle and Wang 2018 (arXiv:1805.06530), theorem 8, for the one Gaussian that so many are."""
     s = multiplier / math.sqrt(rounds)
-    return brentq(lambda e: norm.cdf(1 / (2 * s) - e * s) - math.exp(e) * norm.cdf(-1 / (2 * s) - e * s) - delta, 0, 300)
+    return brentq(
+        lambda e: norm.cdf(1 / (2 * s) - e * s) - math.exp(e) * norm.cdf(-1 / (2 * s) - e * s) - delta, 0, 300
+    )
 
 
 @pytest.mark.parametrize("block", [1_000, 10**9])
@@ -70,10 +72,15 @@ def test_changes_are_clipped_and_count_alike(monkeypatch, updates, block):
 
 
 def test_the_noise_has_the_deviation_of_the_theory_and_is_gaussian(updates):
-    result = private_mean(HospitalPrivacy(settings(dp_noise_multiplier=3.0)), updates({}, torch.zeros(N))).numpy()
+    result = private_mean(
+        HospitalPrivacy(settings(dp_noise_multiplier=3.0)), updates({}, torch.zeros(N))
+    ).numpy()
     deviation = 3.0 * 2.0 / 4
-    assert result.std() == pytest.approx(deviation, rel=0.03) and abs(result.mean()) < 5 * deviation / math.sqrt(N)
-    # the noise can't be seeded: true noise fails this once in 10^9 runs, and uniform noise of this deviation has 1e-62
+    assert result.std() == pytest.approx(deviation, rel=0.03) and abs(
+        result.mean()
+    ) < 5 * deviation / math.sqrt(N)
+    # the noise can't be seeded: true noise fails this once in 10^9 runs, and uniform noise of this deviation
+    # has 1e-62
     assert kstest(result / deviation, "norm").pvalue > 1e-9
     assert abs(np.corrcoef(result[:-1], result[1:])[0, 1]) < 5 / math.sqrt(N)
 
@@ -97,10 +104,13 @@ def test_the_accountant_is_near_the_exact_value_and_never_below(multiplier, roun
 
 
 def test_the_accountant_gives_published_values():
-    """Mironov 2017 (arXiv:1702.07476), proposition 3 with corollary 3: the Gaussian's Renyi divergence of order a is a / (2 z^2);
-    its conversion gives at most min over a of a / (2 z^2) + log(1 / delta) / (a - 1)."""
+    """Mironov 2017 (arXiv:1702.07476), proposition 3 with corollary 3: the Gaussian's Renyi divergence of
+    order a is a / (2 z^2); its conversion gives at most min over a of a / (2 z^2) + log(1 / delta) / (a -
+    1)."""
     for multiplier in (0.7, 1.0, 4.0):
-        published = min(a / (2 * multiplier**2) + math.log(1e5) / (a - 1) for a in np.linspace(1.01, 200, 20_000))
+        published = min(
+            a / (2 * multiplier**2) + math.log(1e5) / (a - 1) for a in np.linspace(1.01, 200, 20_000)
+        )
         assert 0.75 * published < spent([Noisy(multiplier, 1)], 1e-5) <= published * 1.001
 
 
@@ -110,19 +120,35 @@ def test_the_noise_that_is_derived_spends_what_was_asked_for(epsilon, rounds):
     assert 0.99 * epsilon < spent([Noisy(multiplier, rounds)], 1e-5) <= epsilon * 1.0001
 
 
-@pytest.mark.parametrize(("wrong", "sentence"), [
-    ({"dp_epsilon": 1.0}, "give both or none"), ({"dp_clip": 1.0}, "give both or none"),
-    ({"dp_clip": 0.0, "dp_epsilon": 1.0}, "--dp-clip is 0"), ({"dp_clip": 1.0, "dp_epsilon": -1.0}, "--dp-epsilon is -1"),
-    ({"dp_clip": 1.0, "dp_epsilon": 1.0, "dp_delta": 1.0}, "--dp-delta"),
-    ({"dp_clip": 1.0, "dp_epsilon": 1.0, "strategy": "fedmedian", "clients": 3}, "looks at each hospital's update")], ids=str)
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"dp_epsilon": 1.0}, "give both or none"),
+        ({"dp_clip": 1.0}, "give both or none"),
+        ({"dp_clip": 0.0, "dp_epsilon": 1.0}, "--dp-clip is 0"),
+        ({"dp_clip": 1.0, "dp_epsilon": -1.0}, "--dp-epsilon is -1"),
+        ({"dp_clip": 1.0, "dp_epsilon": 1.0, "dp_delta": 1.0}, "--dp-delta"),
+        (
+            {"dp_clip": 1.0, "dp_epsilon": 1.0, "strategy": "fedmedian", "clients": 3},
+            "looks at each hospital's update",
+        ),
+    ],
+    ids=str,
+)
 def test_options_that_can_not_be(wrong, sentence):
     with pytest.raises(MedFLError, match=sentence):
         FederationSettings(**wrong)
 
 
-@pytest.mark.parametrize(("training", "more", "sentence"), [
-    ({}, {}, "--norm group, or --keep-norm-local"), ({"norm": "group", "patience": 3}, {}, "no --patience"),
-    ({"norm": "group", "schedule": "plateau"}, {}, "--schedule cosine")], ids=str)
+@pytest.mark.parametrize(
+    ("training", "more", "sentence"),
+    [
+        ({}, {}, "--norm group, or --keep-norm-local"),
+        ({"norm": "group", "patience": 3}, {}, "no --patience"),
+        ({"norm": "group", "schedule": "plateau"}, {}, "--schedule cosine"),
+    ],
+    ids=str,
+)
 def test_what_does_not_go_with_a_training(training, more, sentence):
     with pytest.raises(MedFLError, match=sentence):
         check_together(TrainingSettings(**training), settings(**more))
@@ -137,8 +163,14 @@ def test_without_the_accountant_it_says_how_to_get_it(monkeypatch):
 
 
 def run(tmp_path, rounds: int, workers: int = 2, resume: bool = False, **given):
-    return federate([Worker(f"hospital-{k}", [0.1 * (10 - n) for n in range(9)]) for k in range(workers)], rounds, tmp_path,
-                    federation={"dp_clip": 1.0, "dp_noise_multiplier": 2.0, **given}, resume=resume, norm="group")
+    return federate(
+        [Worker(f"hospital-{k}", [0.1 * (10 - n) for n in range(9)]) for k in range(workers)],
+        rounds,
+        tmp_path,
+        federation={"dp_clip": 1.0, "dp_noise_multiplier": 2.0, **given},
+        resume=resume,
+        norm="group",
+    )
 
 
 def test_a_run_ends_when_the_budget_is_spent_and_keeps_its_last_model(monkeypatch, tmp_path):
@@ -148,9 +180,16 @@ def test_a_run_ends_when_the_budget_is_spent_and_keeps_its_last_model(monkeypatc
     assert code == 0 and state.progress.round == 3 and any("stopped" in line for line in said)
     assert sum("of a hospital is spent" in line for line in said) == 3
     told = load_checkpoint(tmp_path / BEST).metadata
-    assert told["origin"]["privacy"] == {"secure_aggregation": False, "epsilon": pytest.approx(spent([Noisy(2.0, 3)], 1e-5)),
-                                         "delta": 1e-5, "patients": {}}
-    assert told["training"]["selected_by"].startswith("nothing") and told["preprocessing"]["training_images"] is None
+    assert told["origin"]["privacy"] == {
+        "secure_aggregation": False,
+        "epsilon": pytest.approx(spent([Noisy(2.0, 3)], 1e-5)),
+        "delta": 1e-5,
+        "patients": {},
+    }
+    assert (
+        told["training"]["selected_by"].startswith("nothing")
+        and told["preprocessing"]["training_images"] is None
+    )
     assert told["scores"] == {}  # the Dice fell from round to round, and yet the last model was kept
     best, last = (load_checkpoint(tmp_path / name).model.head.weight for name in (BEST, LAST))
     assert torch.equal(best, last)
@@ -181,7 +220,9 @@ def test_a_budget_that_no_round_fits_is_refused_and_how_many_fit_is_told(capsys)
     with pytest.raises(MedFLError, match="the first round alone would spend"):
         announce_privacy(HospitalPrivacy(settings(dp_epsilon=1.0, dp_noise_multiplier=0.1)), model, training)
     budget = spent([Noisy(2.0, 3)], 1e-5) + 0.01
-    announce_privacy(HospitalPrivacy(settings(dp_epsilon=budget, dp_noise_multiplier=2.0, rounds=8)), model, training)
+    announce_privacy(
+        HospitalPrivacy(settings(dp_epsilon=budget, dp_noise_multiplier=2.0, rounds=8)), model, training
+    )
     assert "after 3 rounds" in capsys.readouterr().out
 
 
@@ -191,8 +232,30 @@ def test_few_hospitals_are_warned_and_many_are_not():
 
 
 def test_the_server_says_what_is_protected(home, phantoms, tmp_path):
-    done = run_script("run_server.py", "--simulate", 2, "--data-dir", phantoms, "--out", tmp_path, "--rounds", 1, "--image-size",
-                      32, "--norm", "group", "--dp-epsilon", 8, "--dp-clip", 1, "--dp-delta", "1e-4")
+    done = run_script(
+        "run_server.py",
+        "--simulate",
+        2,
+        "--data-dir",
+        phantoms,
+        "--out",
+        tmp_path,
+        "--rounds",
+        1,
+        "--image-size",
+        32,
+        "--norm",
+        "group",
+        "--dp-epsilon",
+        8,
+        "--dp-clip",
+        1,
+        "--dp-delta",
+        "1e-4",
+    )
     assert done.returncode == 0, done.stderr
-    assert "the protected unit is the hospital, and not the patient" in done.stdout and "mind: with 2 hospitals" in done.stdout
+    assert (
+        "the protected unit is the hospital, and not the patient" in done.stdout
+        and "mind: with 2 hospitals" in done.stdout
+    )
     assert "epsilon 8 of a hospital is spent" in done.stdout

@@ -1,4 +1,5 @@
-"""The round loop on a grid whose hospitals answer as a test says: what is kept, averaged, left out, and when it ends."""
+"""The round loop on a grid whose hospitals answer as a test says: what is kept, averaged, left out, and when
+it ends."""
 
 import pytest
 from flwr.app import Message
@@ -40,13 +41,18 @@ def test_the_best_is_the_model_that_was_scored(run):
 def test_the_last_model_is_the_average_over_rounds(run):
     worker = Worker("hospital-0", [0.1, 0.2, 0.3])
     _, state, _ = run([worker], 2)
-    assert worker.got[-1][0].item() == pytest.approx(1 + (1 - 2 / 11)) and kept(state)[0] == worker.got[-1][0].item()
+    assert (
+        worker.got[-1][0].item() == pytest.approx(1 + (1 - 2 / 11))
+        and kept(state)[0] == worker.got[-1][0].item()
+    )
     assert pack(load_checkpoint(state.last).model.state_dict())[0] == worker.got[-1][0]
 
 
 def test_patience_ends_the_rounds(run):
     _, state, said = run([Worker("hospital-0", [0.1, *[0.5] * 9])], 9, patience=2)
-    assert state.progress.round == 4 and any("stopped" in line for line in said)  # best after 1; 2 and 3 were no better
+    assert state.progress.round == 4 and any(
+        "stopped" in line for line in said
+    )  # best after 1; 2 and 3 were no better
 
 
 def test_the_plateau_rate_reaches_the_hospitals(run):
@@ -80,8 +86,17 @@ def test_a_run_that_is_killed_before_its_first_round_leaves_nothing_to_go_on_wit
     assert load_run(tmp_path)
     model, settings = TransUNet("tiny", 32), TrainingSettings(image_size=32)
     save_checkpoint(tmp_path / "start.pth", model.state_dict(), describe(model))
-    server_app.prepare({"out": str(tmp_path), "resume": False, "start": str(tmp_path / "start.pth"), "commit": None,
-                        "settings": to_json(settings, FederationSettings()), "started_from": "random weights", "init_split": None})
+    server_app.prepare(
+        {
+            "out": str(tmp_path),
+            "resume": False,
+            "start": str(tmp_path / "start.pth"),
+            "commit": None,
+            "settings": to_json(settings, FederationSettings()),
+            "started_from": "random weights",
+            "init_split": None,
+        }
+    )
     assert not (tmp_path / LAST).exists()
     with pytest.raises(MedFLError, match="start without --resume"):
         load_run(tmp_path)
@@ -125,5 +140,7 @@ def test_one_lying_score_does_not_choose_the_model(run):
             return reply
 
     rising = [0.1 * k for k in range(1, 6)]
-    _, state, _ = run([Worker("hospital-0", rising), Worker("hospital-1", rising), Liar("hospital-2", rising)], 4)
+    _, state, _ = run(
+        [Worker("hospital-0", rising), Worker("hospital-1", rising), Liar("hospital-2", rising)], 4
+    )
     assert state.progress.best_round == 4

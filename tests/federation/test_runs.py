@@ -27,7 +27,10 @@ def whole(home, phantoms, tmp_path_factory):
     """A run of two hospitals that nothing disturbed, and every byte between them and the server."""
     scene = Scene(tmp_path_factory.mktemp("whole"))
     tap = Wiretap(scene.address)
-    hospitals = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms, address=tap.address) for k in (0, 1)]
+    hospitals = [
+        scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms, address=tap.address)
+        for k in (0, 1)
+    ]
     hospitals[0].wait_for("no server at")  # hospitals may start first
     server = scene.server("--rounds", ROUNDS, *SMALL)
     assert server.end() == 0, server.output
@@ -48,13 +51,25 @@ def test_everybody_ends_with_0_and_a_closing_line(whole):
 
 def test_simulation_gives_the_same_model(whole, phantoms, tmp_path):
     """Flower's simulation engine runs the same apps: the weights are those of real processes, bit for bit."""
-    done = run_script("run_server.py", "--simulate", 2, "--data-dir", phantoms, "--out", tmp_path, "--rounds", ROUNDS, *SMALL)
+    done = run_script(
+        "run_server.py",
+        "--simulate",
+        2,
+        "--data-dir",
+        phantoms,
+        "--out",
+        tmp_path,
+        "--rounds",
+        ROUNDS,
+        *SMALL,
+    )
     assert done.returncode == 0, done.stderr
     real, simulated = (load_checkpoint(out / LAST) for out in (whole[0].out, tmp_path))
     for name, value in real.model.state_dict().items():
         assert torch.equal(value, simulated.model.state_dict()[name]), name
-    assert [(row["site"], row["train_loss"]) for row in history(tmp_path)] == \
-        [(row["site"], row["train_loss"]) for row in history(whole[0].out)]
+    assert [(row["site"], row["train_loss"]) for row in history(tmp_path)] == [
+        (row["site"], row["train_loss"]) for row in history(whole[0].out)
+    ]
 
 
 def test_history_has_a_row_per_round_and_hospital(whole):
@@ -78,32 +93,70 @@ def test_the_checkpoint_tells_how_it_came_about(whole, phantoms):
     assert origin["kind"] == "federated" and origin["hospitals"] == 2 and origin["partition"] == "site"
     assert origin["strategy"] == "fedavg" and origin["started_from"] == "random weights"
     dataset = load_dataset(phantoms, progress=False)
-    assert sum(metadata["data"][part]["patients"] for part in ("train", "val", "test")) == len(dataset.patients)
+    assert sum(metadata["data"][part]["patients"] for part in ("train", "val", "test")) == len(
+        dataset.patients
+    )
     assert metadata["data"]["name"] == "phantoms" and metadata["versions"]["flwr"]
     done = run_script("evaluate.py", "--checkpoint", scene.out / BEST, "--data-dir", phantoms)
     assert done.returncode == 0 and "test: 2 patients" in done.stdout, done.stderr
 
 
 def test_no_message_and_no_file_names_a_patient(whole, phantoms):
-    """Neither names nor paths nor figures of one slice: in what travels, and in what the server writes and prints."""
+    """Neither names nor paths nor figures of one slice: in what travels, and in what the server writes and
+    prints."""
     scene, server, _, _, _, tap = whole
     dataset = load_dataset(phantoms, progress=False)
     secrets = [p.name for p in dataset.patients] + [str(phantoms), dataset.patients[0].images[0].name]
     files = {p.name: p.read_bytes() for p in scene.out.iterdir()}
     assert {BEST, LAST, "federated_history.csv", "federated_curves.png", "audit.jsonl"} == set(files)
-    places = {"hospital to server": bytes(tap.said), "server to hospital": bytes(tap.answered),
-              "the terminal": server.output.encode()}
+    places = {
+        "hospital to server": bytes(tap.said),
+        "server to hospital": bytes(tap.answered),
+        "the terminal": server.output.encode(),
+    }
     for place, content in {**places, **files}.items():
         for secret in secrets:
             assert secret.encode() not in content, f"{secret} in {place}"
     heard = bytes(tap.said)
-    assert b"_mask" not in heard and b".tif" not in heard  # the code that travels the other way has such words
+    assert (
+        b"_mask" not in heard and b".tif" not in heard
+    )  # the code that travels the other way has such words
     keys = keys_of_json_texts(heard)
-    assert keys <= {b"label", b"session", b"cid", b"versions", b"medfl", b"flwr", b"torch", b"timm", b"own_data", b"data",
-                    b"parts", b"train", b"val", b"test", b"patients", b"slices", b"images", b"foreground_mean",
-                    b"foreground_deviation", b"appearance", b"mean", b"deviation", b"device", b"split_sha256", b"partition_sha256",
-                    b"val_dice", b"val_patients", b"seconds", b"round", b"examples", b"train_loss", b"patient_privacy",
-                    b"patient_epsilon"}
+    assert keys <= {
+        b"label",
+        b"session",
+        b"cid",
+        b"versions",
+        b"medfl",
+        b"flwr",
+        b"torch",
+        b"timm",
+        b"own_data",
+        b"data",
+        b"parts",
+        b"train",
+        b"val",
+        b"test",
+        b"patients",
+        b"slices",
+        b"images",
+        b"foreground_mean",
+        b"foreground_deviation",
+        b"appearance",
+        b"mean",
+        b"deviation",
+        b"device",
+        b"split_sha256",
+        b"partition_sha256",
+        b"val_dice",
+        b"val_patients",
+        b"seconds",
+        b"round",
+        b"examples",
+        b"train_loss",
+        b"patient_privacy",
+        b"patient_epsilon",
+    }
     assert {b"val_dice", b"label", b"split_sha256", b"foreground_mean"} <= keys
 
 
@@ -111,8 +164,9 @@ def keys_of_json_texts(heard: bytes) -> set[bytes]:
     """Every key, at any depth, of the JSON texts in what hospitals said."""
     text, keys = heard.decode("latin-1"), set()
     for found in re.finditer(r'\{"(label|val_dice|failure)"', text):
-        content, _ = json.JSONDecoder(object_pairs_hook=lambda pairs: keys.update(k for k, _ in pairs) or dict(pairs)) \
-            .raw_decode(text, found.start())
+        content, _ = json.JSONDecoder(
+            object_pairs_hook=lambda pairs: keys.update(k for k, _ in pairs) or dict(pairs)
+        ).raw_decode(text, found.start())
         assert content
     return {key.encode() for key in keys}
 
@@ -123,8 +177,11 @@ def test_a_killed_server_goes_on_where_it_was(whole, scene, phantoms):
     server.wait_for(r"round 1 of 3: ")
     server.kill()
     until = time.monotonic() + 10
-    while (left := [c for c in children(scene.folder) if re.search(r"runtime.flower \d+ (superlink|serverapp)", c)]) \
-            and time.monotonic() < until:
+    while (
+        left := [
+            c for c in children(scene.folder) if re.search(r"runtime.flower \d+ (superlink|serverapp)", c)
+        ]
+    ) and time.monotonic() < until:
         time.sleep(0.1)
     assert left == []
     again = scene.server("--resume")
@@ -139,18 +196,26 @@ def test_a_killed_server_goes_on_where_it_was(whole, scene, phantoms):
 
 def test_it_starts_from_a_checkpoint_with_another_strategy(whole, scene, phantoms):
     start = whole[0].out / BEST
-    server = scene.server("--rounds", 1, "--init", start, "--strategy", "fedprox", "--proximal-mu", 0.5, *SMALL)
+    server = scene.server(
+        "--rounds", 1, "--init", start, "--strategy", "fedprox", "--proximal-mu", 0.5, *SMALL
+    )
     hospitals = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms) for k in (0, 1)]
     assert server.end() == 0 and [h.end() for h in hospitals] == [0, 0], server.output
     metadata = load_checkpoint(scene.out / BEST).metadata
-    assert metadata["origin"]["started_from"] == f"checkpoint {BEST}" and metadata["origin"]["strategy"] == "fedprox"
+    assert (
+        metadata["origin"]["started_from"] == f"checkpoint {BEST}"
+        and metadata["origin"]["strategy"] == "fedprox"
+    )
     first = [row["val_dice"] for row in history(scene.out) if row["round"] == "1" and row["val_dice"]]
     wanted = load_checkpoint(start).metadata["scores"]["val"]["volume_dice"]["mean"]
-    assert [float(value) for value in first] == [pytest.approx(wanted)]  # the model that was handed over is what is scored
+    assert [float(value) for value in first] == [
+        pytest.approx(wanted)
+    ]  # the model that was handed over is what is scored
 
 
 def test_one_hospital_learns_what_the_central_loop_learns(scene, phantoms):
-    """Bit for bit, with as many threads: other sums are rounded otherwise, and Adam makes much of it within a few steps."""
+    """Bit for bit, with as many threads: other sums are rounded otherwise, and Adam makes much of it within a
+    few steps."""
     server = scene.server("--clients", 1, "--rounds", 2, "--ema-decay", 0, *SMALL)
     hospital = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms)
     assert server.end() == 0 and hospital.end() == 0, server.output
@@ -165,4 +230,6 @@ def test_one_hospital_learns_what_the_central_loop_learns(scene, phantoms):
         torch.set_num_threads(threads)
     found = load_checkpoint(scene.out / LAST).model.state_dict()
     for name, value in wanted.items():
-        assert torch.equal(found[name], value) or name.endswith("num_batches_tracked"), name  # counters don't travel
+        assert torch.equal(found[name], value) or name.endswith("num_batches_tracked"), (
+            name
+        )  # counters don't travel

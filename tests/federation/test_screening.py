@@ -1,4 +1,5 @@
-"""Which updates may count, which are cut, and which are left out; each kind of bad one as a hostile hospital would send it."""
+"""Which updates may count, which are cut, and which are left out; each kind of bad one as a hostile hospital
+would send it."""
 
 import io
 
@@ -49,7 +50,9 @@ def length(change: torch.Tensor, part: torch.Tensor) -> float:
 
 def test_honest_hospitals_of_different_size_are_kept_whole(screened):
     found, kept = screened(HONEST)
-    assert found == {} and all(torch.allclose(kept[label].float(), change, atol=1e-4) for label, change in HONEST.items())
+    assert found == {} and all(
+        torch.allclose(kept[label].float(), change, atol=1e-4) for label, change in HONEST.items()
+    )
 
 
 def test_of_two_none_is_the_odd_one(screened):
@@ -104,8 +107,13 @@ def test_the_bounds_can_be_moved(screened):
     assert screened({**HONEST, "x": -honest(99)}, min_update_cosine=-1.0)[0] == {}
     _, kept = screened({**HONEST, "x": 6 * honest(99)}, cut_update_norm_ratio=1e9)
     assert torch.allclose(kept["x"].float(), 6 * honest(99), atol=1e-3)
-    for wrong in ({"max_update_norm_ratio": 0}, {"min_update_cosine": -2}, {"min_update_cosine": float("nan")},
-                  {"cut_update_norm_ratio": 0}, {"max_weight_ratio": -1}):
+    for wrong in (
+        {"max_update_norm_ratio": 0},
+        {"min_update_cosine": -2},
+        {"min_update_cosine": float("nan")},
+        {"cut_update_norm_ratio": 0},
+        {"max_weight_ratio": -1},
+    ):
         with pytest.raises(MedFLError, match="choose a number"):
             FederationSettings(**wrong)
 
@@ -119,10 +127,19 @@ def test_changes_of_nothing_are_compared_without_a_fault(screened, norm):
     assert found == {} and kept.keys() == HONEST.keys()
 
 
-@pytest.mark.parametrize(("weights", "examples", "text"), [
-    ([1.0, float("nan")], 5, "not finite"), ([1.0, float("inf")], 5, "not finite"), ([1.0], 5, "1 weights"),
-    ([1.0, 2.0, 3.0], 5, "3 weights"), ([1.0, 2.0], 0, "0 slices"), ([1.0, 2.0], -5, "-5 slices"),
-    ([1.0, 2.0], 10**9, "it joined with 8"), ([1.0, -1e-9], 5, "running variances below 0")])
+@pytest.mark.parametrize(
+    ("weights", "examples", "text"),
+    [
+        ([1.0, float("nan")], 5, "not finite"),
+        ([1.0, float("inf")], 5, "not finite"),
+        ([1.0], 5, "1 weights"),
+        ([1.0, 2.0, 3.0], 5, "3 weights"),
+        ([1.0, 2.0], 0, "0 slices"),
+        ([1.0, 2.0], -5, "-5 slices"),
+        ([1.0, 2.0], 10**9, "it joined with 8"),
+        ([1.0, -1e-9], 5, "running variances below 0"),
+    ],
+)
 def test_updates_that_cant_be_averaged_are_refused(weights, examples, text):
     variances = torch.tensor([False, True])
     with pytest.raises(MedFLError, match=text):
@@ -144,12 +161,20 @@ def pickled() -> bytes:
 GOOD = Array(np.zeros(3, np.float32))
 
 
-@pytest.mark.parametrize(("name", "array"), [
-    ("weights", Array("float32", (2_500_000_000,), "numpy.ndarray", GOOD.data)),  # claims 10 GB
-    ("weights", Array("float32", (3,), "numpy.ndarray", GOOD.data[:-5])),  # truncated
-    ("weights", Array("float32", (3,), "numpy.ndarray", b"")), ("weights", Array("float32", (3,), "numpy.ndarray", pickled())),
-    ("weights", Array(np.zeros(3, np.float64))), ("weights", Array(np.zeros((1, 3), np.float32))),
-    ("weights", Array(np.zeros(3, np.int32))), ("Weights", GOOD)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("weights", Array("float32", (2_500_000_000,), "numpy.ndarray", GOOD.data)),  # claims 10 GB
+        ("weights", Array("float32", (3,), "numpy.ndarray", GOOD.data[:-5])),  # truncated
+        ("weights", Array("float32", (3,), "numpy.ndarray", b"")),
+        ("weights", Array("float32", (3,), "numpy.ndarray", pickled())),
+        ("weights", Array(np.zeros(3, np.float64))),
+        ("weights", Array(np.zeros((1, 3), np.float32))),
+        ("weights", Array(np.zeros(3, np.int32))),
+        ("Weights", GOOD),
+    ],
+    ids=str,
+)
 def test_weights_in_another_form_are_refused_without_running_or_reserving_anything(name, array):
     with pytest.raises(MedFLError):
         vector = from_record(ArrayRecord({name: array}))

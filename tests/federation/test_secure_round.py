@@ -1,4 +1,5 @@
-"""Secure aggregation: its arithmetic, what a hospital refuses to give, and rounds of real hospitals in this process."""
+"""Secure aggregation: its arithmetic, what a hospital refuses to give, and rounds of real hospitals in this
+process."""
 
 import json
 
@@ -26,7 +27,9 @@ class Group:
     def __init__(self, nodes=NODES, late=()):
         self.parties = {node: Party() for node in nodes}
         self.public = {str(node): party.keys(node) for node, party in self.parties.items()}
-        self.sealed = {node: party.share(dict(self.public)) for node, party in self.parties.items() if node not in late}
+        self.sealed = {
+            node: party.share(dict(self.public)) for node, party in self.parties.items() if node not in late
+        }
 
     def masked(self, node: int, change: torch.Tensor, weight: float = 1.0, of=("run", 1)) -> np.ndarray:
         sealed = {str(by): texts[str(node)] for by, texts in self.sealed.items() if by != node}
@@ -40,7 +43,9 @@ class Group:
         return {int(node): keys for node, keys in self.public.items()}
 
 
-@pytest.mark.parametrize(("late", "dead"), [((), ()), ((), (40,)), ((40,), ()), ((), (2**63 + 11,)), ((7,), (7,))])
+@pytest.mark.parametrize(
+    ("late", "dead"), [((), ()), ((), (40,)), ((40,), ()), ((), (2**63 + 11,)), ((7,), (7,))]
+)
 def test_masks_cancel_in_the_sum_whoever_is_missing(late, dead):
     """late: dropped out before giving shares; dead: before giving an update."""
     group = Group(late=late)
@@ -50,7 +55,12 @@ def test_masks_cancel_in_the_sum_whoever_is_missing(late, dead):
     total = sum(vectors.values(), np.zeros(LENGTH, np.uint32))
     bare = unmasked(total, group.shares(summed, missing), summed, group.keys())
     wanted = 0.25 * sum(changes[node].double() for node in summed)
-    assert torch.allclose(from_sum(bare, len(summed), LIMIT, len(NODES)), wanted, atol=len(summed) * 2 * LIMIT / steps(4), rtol=0)
+    assert torch.allclose(
+        from_sum(bare, len(summed), LIMIT, len(NODES)),
+        wanted,
+        atol=len(summed) * 2 * LIMIT / steps(4),
+        rtol=0,
+    )
     with pytest.raises(MedFLError, match="still masked"):
         from_sum(total, len(summed), LIMIT, len(NODES))
 
@@ -76,20 +86,28 @@ def test_a_value_out_of_range_is_an_error_and_no_cut():
 
 
 def test_a_mask_needs_the_whole_key():
-    """Keys whose 32-bit words have the same parity give one mask with Flower's generator, so that 2^32 trials find it."""
+    """Keys whose 32-bit words have the same parity give one mask with Flower's generator, so that 2^32 trials
+    find it."""
     one, other = bytes(32), bytes(24) + b"\1\2\3\4" * 2
     assert np.array_equal(*(pseudo_rand_gen(key, 2**32, [(100,)])[0] for key in (one, other)))
-    assert (mask(one, LENGTH) == mask(other, LENGTH)).mean() < 0.01 and np.array_equal(mask(one, LENGTH), mask(one, LENGTH))
+    assert (mask(one, LENGTH) == mask(other, LENGTH)).mean() < 0.01 and np.array_equal(
+        mask(one, LENGTH), mask(one, LENGTH)
+    )
     # the stream of RFC 7539's first test vector for ChaCha20: key, nonce and counter all zero
     assert mask(one, 4).tobytes().hex() == "76b8e0ada0f13d90405d6ae55386bd28"
 
 
-@pytest.mark.parametrize(("summed", "missing"), [
-    ([5, 7, 40, 2**63 + 11], [40]),  # both secrets of one
-    ([7, 40, 2**63 + 11], [5]),  # this one's key
-    ([5, 7], [40, 2**63 + 11]),  # a sum of fewer than a threshold
-    ([5, 7, 40], []), ([5, 7, 40, 6], [2**63 + 11]), ([5, 5, 7, 40], [2**63 + 11]),
-])
+@pytest.mark.parametrize(
+    ("summed", "missing"),
+    [
+        ([5, 7, 40, 2**63 + 11], [40]),  # both secrets of one
+        ([7, 40, 2**63 + 11], [5]),  # this one's key
+        ([5, 7], [40, 2**63 + 11]),  # a sum of fewer than a threshold
+        ([5, 7, 40], []),
+        ([5, 7, 40, 6], [2**63 + 11]),
+        ([5, 5, 7, 40], [2**63 + 11]),
+    ],
+)
 def test_a_hospital_gives_no_shares_that_would_uncover_an_update(summed, missing):
     group = Group()
     for node in NODES:
@@ -103,7 +121,8 @@ def test_a_hospital_gives_no_shares_that_would_uncover_an_update(summed, missing
 
 @pytest.mark.parametrize("hospitals", range(3, 40))
 def test_no_two_groups_can_each_open_another_secret_of_one(hospitals):
-    """A server that tells some that a hospital is in the sum and others that it is missing needs a threshold of both."""
+    """A server that tells some that a hospital is in the sum and others that it is missing needs a threshold
+    of both."""
     assert 2 * threshold(hospitals) > hospitals and threshold(hospitals) < hospitals
 
 
@@ -132,8 +151,11 @@ def test_steps_out_of_order_and_forged_lists_of_keys_are_refused():
         group.parties[5].share(group.public)
     with pytest.raises(MedFLError, match="out of order"):
         group.parties[5].reveal(list(NODES), [])
-    for forge in (lambda keys: keys.pop("7"), lambda keys: keys.update({"7": keys["40"]}),
-                  lambda keys: keys.update({"5": ["a", "b"]})):
+    for forge in (
+        lambda keys: keys.pop("7"),
+        lambda keys: keys.update({"7": keys["40"]}),
+        lambda keys: keys.update({"5": ["a", "b"]}),
+    ):
         party, other, third = Party(), Party(), Party()
         keys = {"5": party.keys(5), "7": other.keys(7), "40": third.keys(40)}
         forge(keys)
@@ -142,10 +164,12 @@ def test_steps_out_of_order_and_forged_lists_of_keys_are_refused():
 
 
 def test_shares_of_others_that_were_changed_or_exchanged_are_refused():
-    for forge, sentence in ((lambda texts: texts[7].update({"5": texts[7]["5"][:-4] + "0000"}), "can't be opened"),
-                            (lambda texts: texts[7].update({"5": texts[40]["5"]}), "can't be opened"),
-                            (lambda texts: texts[7].update({"5": texts[5]["7"]}), "meant for somebody else"),
-                            (lambda texts: [texts.pop(node) for node in (7, 40)], "too few hospitals")):
+    for forge, sentence in (
+        (lambda texts: texts[7].update({"5": texts[7]["5"][:-4] + "0000"}), "can't be opened"),
+        (lambda texts: texts[7].update({"5": texts[40]["5"]}), "can't be opened"),
+        (lambda texts: texts[7].update({"5": texts[5]["7"]}), "meant for somebody else"),
+        (lambda texts: [texts.pop(node) for node in (7, 40)], "too few hospitals"),
+    ):
         group = Group()
         forge(group.sealed)
         with pytest.raises(MedFLError, match=sentence):
@@ -157,7 +181,12 @@ def test_shares_that_are_too_few_open_nothing():
     vectors = {node: group.masked(node, torch.zeros(LENGTH)) for node in NODES}
     shares = group.shares(list(NODES), [])
     with pytest.raises(MedFLError, match="too few hospitals gave their shares"):
-        unmasked(sum(vectors.values(), np.zeros(LENGTH, np.uint32)), {**shares, 7: shares[7][:2]}, list(NODES), group.keys())
+        unmasked(
+            sum(vectors.values(), np.zeros(LENGTH, np.uint32)),
+            {**shares, 7: shares[7][:2]},
+            list(NODES),
+            group.keys(),
+        )
 
 
 def test_another_hospitals_key_in_the_place_of_a_missing_one_is_noticed():
@@ -166,7 +195,12 @@ def test_another_hospitals_key_in_the_place_of_a_missing_one_is_noticed():
     shares = group.shares(list(vectors), [40])
     public = group.keys()
     with pytest.raises(MedFLError, match="wrong shares"):
-        unmasked(sum(vectors.values(), np.zeros(LENGTH, np.uint32)), shares, list(vectors), {**public, 40: public[7]})
+        unmasked(
+            sum(vectors.values(), np.zeros(LENGTH, np.uint32)),
+            shares,
+            list(vectors),
+            {**public, 40: public[7]},
+        )
 
 
 def test_wrong_shares_are_noticed():
@@ -177,21 +211,26 @@ def test_wrong_shares_are_noticed():
         node = (dead or [7])[0]
         shares[node][0] = shares[node][0][:8] + "00" * 16 + shares[node][0][40:]
         with pytest.raises(MedFLError, match="wrong shares|still masked"):
-            total = unmasked(sum(vectors.values(), np.zeros(LENGTH, np.uint32)), shares, list(vectors), group.keys())
+            total = unmasked(
+                sum(vectors.values(), np.zeros(LENGTH, np.uint32)), shares, list(vectors), group.keys()
+            )
             from_sum(total, len(vectors), LIMIT, 4)
 
 
-@pytest.mark.parametrize(("settings", "sentence"), [
-    ({"clients": 2}, "takes 3 hospitals or more"),
-    ({"strategy": "fedmedian"}, "looks at each hospital's update"),
-    ({"strategy": "krum", "clients": 5}, "looks at each hospital's update"),
-    ({"strategy": "fedtrimmedavg", "clients": 5}, "looks at each hospital's update"),
-    ({"max_update_norm_ratio": 5.0}, "screen single updates"),
-    ({"min_update_cosine": -1.0}, "screen single updates"),
-    ({"dp_clip": 1.0, "dp_epsilon": 8.0}, "choose one of the two"),
-    ({"update_dtype": "float16"}, "whole numbers of 32 bits"),
-    ({"secure_range": 0.0}, "--secure-range is 0"),
-])
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"clients": 2}, "takes 3 hospitals or more"),
+        ({"strategy": "fedmedian"}, "looks at each hospital's update"),
+        ({"strategy": "krum", "clients": 5}, "looks at each hospital's update"),
+        ({"strategy": "fedtrimmedavg", "clients": 5}, "looks at each hospital's update"),
+        ({"max_update_norm_ratio": 5.0}, "screen single updates"),
+        ({"min_update_cosine": -1.0}, "screen single updates"),
+        ({"dp_clip": 1.0, "dp_epsilon": 8.0}, "choose one of the two"),
+        ({"update_dtype": "float16"}, "whole numbers of 32 bits"),
+        ({"secure_range": 0.0}, "--secure-range is 0"),
+    ],
+)
 def test_what_needs_single_updates_is_refused_with_the_reason(settings, sentence):
     with pytest.raises(MedFLError, match=sentence):
         FederationSettings(**{"clients": 3, "secure_aggregation": True, **settings})
@@ -200,26 +239,37 @@ def test_what_needs_single_updates_is_refused_with_the_reason(settings, sentence
 @pytest.fixture
 def hospitals(tmp_path, phantoms):
     """Makes three real hospitals for a folder's name."""
+
     def make(out: str) -> list[RealHospital]:
         return [RealHospital(tmp_path / out, cid, phantoms) for cid in range(3)]
+
     return make
 
 
 THREE = {"clients": 3, "partition": "iid"}
 
 
-@pytest.mark.parametrize("more", [{"strategy": "fedprox"}, {"strategy": "fedadam"}, {"keep_norm_local": True}])
+@pytest.mark.parametrize(
+    "more", [{"strategy": "fedprox"}, {"strategy": "fedadam"}, {"keep_norm_local": True}]
+)
 def test_a_round_is_as_without_it(federate, hospitals, more):
     """It gives the plain round's weights, scores and best model, but for the steps of the quantisation."""
     training = {"freeze_encoder_epochs": 1} if "keep_norm_local" in more else {}
     plain, _, _ = federate(1, training, out="plain", hospitals=hospitals("plain"), **THREE, **more)
-    secure, _, _ = federate(1, training, out="secure", hospitals=hospitals("secure"), secure_aggregation=True, **THREE, **more)
+    secure, _, _ = federate(
+        1, training, out="secure", hospitals=hospitals("secure"), secure_aggregation=True, **THREE, **more
+    )
     torch.manual_seed(0)
     moved = (plain.weights - pack(TransUNet("tiny", 32).state_dict())).abs().max()
     difference = (secure.weights - plain.weights).abs().max()
-    assert 0 < difference < (2e-5 if more.get("strategy") == "fedadam" else 2e-6) < 0.01 * moved, (difference, moved)
+    assert 0 < difference < (2e-5 if more.get("strategy") == "fedadam" else 2e-6) < 0.01 * moved, (
+        difference,
+        moved,
+    )
     for name in ("val_dice", "examples", "site", "bytes_received"):
-        assert [row[name] for row in secure.progress.rows[:3]] == [row[name] for row in plain.progress.rows[:3]]
+        assert [row[name] for row in secure.progress.rows[:3]] == [
+            row[name] for row in plain.progress.rows[:3]
+        ]
     assert secure.best.exists() and secure.progress.best_round == plain.progress.best_round
 
 
@@ -238,8 +288,12 @@ class Liar(RealHospital):
         return reply
 
 
-@pytest.mark.parametrize(("lies", "reason"), [({"examples": 10_000}, "counts 10000 slices"), ({"round": 7}, "is of round 7")])
-def test_an_update_that_counts_too_much_or_is_of_another_round_is_left_out(federate, hospitals, phantoms, tmp_path, lies, reason):
+@pytest.mark.parametrize(
+    ("lies", "reason"), [({"examples": 10_000}, "counts 10000 slices"), ({"round": 7}, "is of round 7")]
+)
+def test_an_update_that_counts_too_much_or_is_of_another_round_is_left_out(
+    federate, hospitals, phantoms, tmp_path, lies, reason
+):
     three = [*hospitals("out")[:2], Liar(tmp_path / "out", 2, phantoms, **lies)]
     state, _, said = federate(1, hospitals=three, secure_aggregation=True, **THREE)
     assert any(line.startswith("round 1 without hospital-2") and reason in line for line in said)
@@ -249,14 +303,18 @@ def test_an_update_that_counts_too_much_or_is_of_another_round_is_left_out(feder
 def test_no_round_begins_with_two(federate, hospitals, monkeypatch, phantoms, tmp_path):
     """One of three gives no keys: nobody is asked to train for a sum of two."""
     monkeypatch.setattr(federation.server.secure_round, "STAGE_TIME", 1.0)
-    three = [*hospitals("out")[:2], Sleeper(tmp_path / "out", 2, phantoms, stage="keys", says={"failure": "bug"})]
+    three = [
+        *hospitals("out")[:2],
+        Sleeper(tmp_path / "out", 2, phantoms, stage="keys", says={"failure": "bug"}),
+    ]
     with pytest.raises(AssertionError, match="has no sum"):
         federate(1, hospitals=three, secure_aggregation=True, **THREE)
     assert three[0].asked == [] and three[1].asked == []
 
 
 class Sleeper(RealHospital):
-    """Answers everything but one kind of message of secure aggregation; `says`: what it answers then, None for nothing."""
+    """Answers everything but one kind of message of secure aggregation; `says`: what it answers then, None
+    for nothing."""
 
     def __init__(self, *where, stage: str, says: dict | None):
         super().__init__(*where)
@@ -271,19 +329,29 @@ class Sleeper(RealHospital):
 
 @pytest.mark.parametrize("says", [None, {"keys": [1, 2], "sealed": {"1": "x"}, "shares": {}}])
 @pytest.mark.parametrize("stage", ["keys", "shares", "update", "unmask"])
-def test_one_of_four_that_hangs_or_answers_nonsense_ends_no_round(federate, hospitals, monkeypatch, phantoms, tmp_path,
-                                                                 stage, says):
+def test_one_of_four_that_hangs_or_answers_nonsense_ends_no_round(
+    federate, hospitals, monkeypatch, phantoms, tmp_path, stage, says
+):
     monkeypatch.setattr(federation.server.secure_round, "STAGE_TIME", 1.0)
     four = [*hospitals("out"), Sleeper(tmp_path / "out", 3, phantoms, stage=stage, says=says)]
-    settings = {**THREE, "clients": 4, "secure_aggregation": True, "val_fraction": 0.0}  # patients enough for four
-    state, _, said = federate(1, hospitals=four, round_timeout=4.0 if stage == "update" else 300.0, **settings)
+    settings = {
+        **THREE,
+        "clients": 4,
+        "secure_aggregation": True,
+        "val_fraction": 0.0,
+    }  # patients enough for four
+    state, _, said = federate(
+        1, hospitals=four, round_timeout=4.0 if stage == "update" else 300.0, **settings
+    )
     assert {row["site"] for row in state.progress.rows if row["round"] == 1} == {
-        f"hospital-{k}" for k in range(3 if stage != "unmask" else 4)}
+        f"hospital-{k}" for k in range(3 if stage != "unmask" else 4)
+    }
     assert any(line.startswith("round 1 without hospital-3") for line in said) == (stage != "unmask")
 
 
 def test_too_few_for_a_sum_uncover_nothing(federate, hospitals, monkeypatch, phantoms, tmp_path):
-    """Two of three drop out before their updates: the third is never asked for shares, and the run ends without a quorum."""
+    """Two of three drop out before their updates: the third is never asked for shares, and the run ends
+    without a quorum."""
     monkeypatch.setattr(federation.server.secure_round, "STAGE_TIME", 1.0)
     fails = {"stage": "update", "says": {"failure": "bug"}}
     three = [hospitals("out")[0], *(Sleeper(tmp_path / "out", cid, phantoms, **fails) for cid in (1, 2))]

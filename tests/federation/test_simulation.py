@@ -1,4 +1,5 @@
-"""Hospitals in Flower's simulation engine: bounded workers, an end by Ctrl-C, nothing left behind. Its weights: test_runs.py."""
+"""Hospitals in Flower's simulation engine: bounded workers, an end by Ctrl-C, nothing left behind. Its
+weights: test_runs.py."""
 
 import importlib.util
 import re
@@ -17,7 +18,19 @@ SERVER = ("run_server.py", "--simulate", 3, *SMALL)
 
 @pytest.mark.slow
 def test_one_core_serves_all_hospitals(scene: Scene, phantoms):
-    server = Script(scene.folder, "server", *SERVER, "--data-dir", phantoms, "--out", scene.out, "--rounds", 2, "--cores", 1)
+    server = Script(
+        scene.folder,
+        "server",
+        *SERVER,
+        "--data-dir",
+        phantoms,
+        "--out",
+        scene.out,
+        "--rounds",
+        2,
+        "--cores",
+        1,
+    )
     scene.scripts.append(server)
     assert server.end() == 0, server.output
     assert len(set(re.findall(r"ClientAppActor pid=(\d+)", server.output))) == 1
@@ -42,10 +55,17 @@ def test_stopped_by_ctrl_c_it_goes_on_with_resume(scene: Scene, phantoms):
     assert again.end() == 130, again.output
 
 
-@pytest.mark.parametrize(("options", "sentence"), [
-    (("--simulate", 0), "--simulate and --cores are 1 or more"), (("--simulate", 2, "--kit", "kit"), "leave --kit out"),
-    (("--simulate", 2, "--data-dir", "nothing"), "nothing"), (("--simulate", 2, "--strategy", "krum"), "needs 5 hospitals"),
-    (("--simulate", 90), "too few")], ids=str)
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--simulate", 0), "--simulate and --cores are 1 or more"),
+        (("--simulate", 2, "--kit", "kit"), "leave --kit out"),
+        (("--simulate", 2, "--data-dir", "nothing"), "nothing"),
+        (("--simulate", 2, "--strategy", "krum"), "needs 5 hospitals"),
+        (("--simulate", 90), "too few"),
+    ],
+    ids=str,
+)
 def test_bad_options(home, phantoms, tmp_path, options, sentence):
     done = run_script("run_server.py", "--data-dir", phantoms, "--out", tmp_path, *options)
     assert done.returncode == 2 and sentence in done.stderr, done.stderr

@@ -1,4 +1,5 @@
-"""What goes wrong in a federation of real processes: hospitals that hang, die, are refused, or whose data break."""
+"""What goes wrong in a federation of real processes: hospitals that hang, die, are refused, or whose data
+break."""
 
 import contextlib
 import json
@@ -70,7 +71,8 @@ def own_folder(phantoms, folder, patients):
 
 
 def contents(folder: Path) -> list[bytes]:
-    """What is in the files of a server's folder, but for its split; files of a round under way come and go."""
+    """What is in the files of a server's folder, but for its split; files
+    of a round under way come and go."""
     found = []
     for path in folder.rglob("*"):
         if "split" not in path.name:
@@ -87,7 +89,9 @@ def test_own_data_of_different_sizes_and_one_that_breaks(scene, phantoms):
     one = scene.hospital("mercy", "--own-data", large, "--name", "mercy")
     two = scene.hospital("hope", "--own-data", small, "--name", "hope", address=tap.address)
     server.wait_for("round 1 of 40: ")
-    assert all(row["val_dice"] == "" for row in history(scene.out)), "a hospital of fewer than 3 validation patients sends no score"
+    assert all(row["val_dice"] == "" for row in history(scene.out)), (
+        "a hospital of fewer than 3 validation patients sends no score"
+    )
     assert (scene.folder / "models" / "mercy_split.json").exists()
     mask = small / "case 0" / "axial-2_mask.tif"
     hidden = mask.rename(scene.folder / "hidden.tif")
@@ -112,7 +116,11 @@ def test_training_that_fails_everywhere_is_told_and_bounded(scene, phantoms):
 
 def test_who_is_refused_is_told_why(scene, phantoms, tmp_path):
     other = tmp_path / "other version"
-    shutil.copytree(ROOT, other, ignore=shutil.ignore_patterns(".git", ".venv*", "data", "models", "tests", "docs", "__pycache__"))
+    shutil.copytree(
+        ROOT,
+        other,
+        ignore=shutil.ignore_patterns(".git", ".venv*", "data", "models", "tests", "docs", "__pycache__"),
+    )
     common = (other / "common.py").read_text()
     (other / "common.py").write_text(re.sub('__version__ = ".*"', '__version__ = "0.0.9"', common))
     fewer = tmp_path / "fewer"
@@ -124,7 +132,9 @@ def test_who_is_refused_is_told_why(scene, phantoms, tmp_path):
     refused = {
         "another hospital has this label": scene.hospital("twin", "--cid", 0, "--data-dir", phantoms),
         "the server has 3 hospitals": scene.hospital("ninth", "--cid", 8, "--data-dir", phantoms),
-        "the one installed here is MedFL 0.0.9": scene.hospital("old", "--cid", 1, "--data-dir", phantoms, root=other),
+        "the one installed here is MedFL 0.0.9": scene.hospital(
+            "old", "--cid", 1, "--data-dir", phantoms, root=other
+        ),
         "divide another dataset": scene.hospital("fewer", "--cid", 2, "--data-dir", fewer),
     }
     for sentence, script in refused.items():

@@ -1,4 +1,5 @@
-"""A round's updates on disk: the same figures whatever the block, weights with a bound, and nothing left behind."""
+"""A round's updates on disk: the same figures whatever the block, weights with a bound, and nothing left
+behind."""
 
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from federation.server.updates import Updates, capped, remove_leftovers
 
 N = 50
 SENT = torch.randn(N, generator=torch.Generator().manual_seed(0))
-WEIGHTS = {label: SENT + torch.randn(N, generator=torch.Generator().manual_seed(k)) for k, label in enumerate("cab", 1)}
+WEIGHTS = {
+    label: SENT + torch.randn(N, generator=torch.Generator().manual_seed(k))
+    for k, label in enumerate("cab", 1)
+}
 STATISTICS = torch.arange(N) % 7 == 0
 
 
@@ -52,7 +56,13 @@ def test_what_is_dropped_or_cut_is_so_everywhere(updates):
 
 
 def test_no_hospital_counts_for_more_than_a_few_others():
-    assert capped([10, 20, 30], 3.0) == [10, 20, 30] and capped([10, 10, 10, 10, 1_000], 3.0) == [10, 10, 10, 10, 30]
+    assert capped([10, 20, 30], 3.0) == [10, 20, 30] and capped([10, 10, 10, 10, 1_000], 3.0) == [
+        10,
+        10,
+        10,
+        10,
+        30,
+    ]
     assert capped([1, 100], 3.0) == [1, 100], "of two none is the odd one"
 
 

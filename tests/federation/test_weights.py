@@ -1,4 +1,5 @@
-"""What travels: parts of the weights, half precision, and what a hospital keeps for itself; real hospitals, real rounds."""
+"""What travels: parts of the weights, half precision, and what a hospital keeps for itself; real hospitals,
+real rounds."""
 
 from unittest import mock
 
@@ -13,7 +14,17 @@ from common import MedFLError
 from federation.hospital.hospital import Hospital
 from federation.protocol.requests import Score
 from federation.protocol.settings import FederationSettings
-from federation.protocol.weights import ENCODER, NORM, from_record, in_precision, norm_mask, pack, part_mask, payload, to_record
+from federation.protocol.weights import (
+    ENCODER,
+    NORM,
+    from_record,
+    in_precision,
+    norm_mask,
+    pack,
+    part_mask,
+    payload,
+    to_record,
+)
 from federation.server.state import BEST, SHARED
 from training import TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
@@ -35,7 +46,11 @@ def test_masks_name_the_parts_of_a_model():
         model = TransUNet(name, 32, norm)
         norms, without = norm_mask(model), part_mask(model, [ENCODER])
         layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
-        assert norms.sum() == sum(t.numel() for m in layers for t in m.state_dict().values() if t.is_floating_point()) > 0
+        assert (
+            norms.sum()
+            == sum(t.numel() for m in layers for t in m.state_dict().values() if t.is_floating_point())
+            > 0
+        )
         assert without.sum() == ALL_VALUES - ENCODER_VALUES - (0 if norm == "batch" else NORM_VALUES // 2)
         vector = pack(model.state_dict())
         assert torch.equal(vector[~without], pack(model.encoder.state_dict()))
@@ -46,7 +61,9 @@ def test_masks_name_the_parts_of_a_model():
 def test_half_precision_halves_the_bytes_and_rounds_to_nearest(precision):
     vector = torch.randn(1000)
     arrays = to_record(vector, precision)
-    assert payload(arrays) == 2000 and torch.equal(from_record(arrays, precision), vector.to(getattr(torch, precision)).float())
+    assert payload(arrays) == 2000 and torch.equal(
+        from_record(arrays, precision), vector.to(getattr(torch, precision)).float()
+    )
     for other in {"float32", "float16", "bfloat16"} - {precision}:
         with pytest.raises(MedFLError, match="shape or type"):
             from_record(arrays, other)
@@ -60,18 +77,28 @@ def test_updates_in_half_precision_cost_half_and_lose_little(federate, precision
     for before, after in zip(full.progress.rows[:4], half.progress.rows[:4]):
         assert 2 * after["bytes_sent"] == before["bytes_sent"] == 4 * ALL_VALUES
         assert 2 * after["bytes_received"] == before["bytes_received"] == 4 * ALL_VALUES
-    assert half.weights.dtype == torch.float32 and not torch.equal(half.weights, in_precision(half.weights, precision))
+    assert half.weights.dtype == torch.float32 and not torch.equal(
+        half.weights, in_precision(half.weights, precision)
+    )
     torch.manual_seed(0)
     start = pack(TransUNet("tiny", 32).state_dict())
     moved = (full.weights - start).norm()
-    assert 0 < (half.weights - full.weights).norm() < 0.5 * moved  # trainings from rounded weights part, and stay near
+    assert (
+        0 < (half.weights - full.weights).norm() < 0.5 * moved
+    )  # trainings from rounded weights part, and stay near
 
 
 def test_a_frozen_encoder_does_not_travel(federate, monkeypatch):
-    """The first message brings it; while it is frozen nobody sends it again, and the result is that of sending all."""
+    """The first message brings it; while it is frozen nobody sends it again, and the result is that of
+    sending all."""
     state, hospitals, _ = federate(3, {"freeze_encoder_epochs": 2}, out="part")
     for hospital in hospitals:
-        assert [asked["values"] for asked in hospital.asked] == [ALL_VALUES, ALL_VALUES - ENCODER_VALUES, ALL_VALUES, ALL_VALUES]
+        assert [asked["values"] for asked in hospital.asked] == [
+            ALL_VALUES,
+            ALL_VALUES - ENCODER_VALUES,
+            ALL_VALUES,
+            ALL_VALUES,
+        ]
     received = [row["bytes_received"] for row in state.progress.rows if row["site"] == "hospital-0"]
     assert received == [4 * (ALL_VALUES - ENCODER_VALUES)] * 2 + [4 * ALL_VALUES, 0]
     monkeypatch.setattr(FederationSettings, "left_out", lambda self, frozen: [])
@@ -90,26 +117,45 @@ def test_a_hospital_that_was_started_anew_gets_everything(federate, phantoms, tm
 def test_normalisation_layers_stay_and_each_hospital_gets_a_model_of_its_own(federate, tmp_path):
     state, hospitals, _ = federate(2, keep_norm_local=True)
     for hospital in hospitals:
-        assert [asked["values"] for asked in hospital.asked] == [ALL_VALUES, ALL_VALUES - NORM_VALUES, ALL_VALUES - NORM_VALUES]
-    models = [load_checkpoint(tmp_path / "out" / "models" / f"hospital-{k}_federated_best.pth") for k in (0, 1)]
+        assert [asked["values"] for asked in hospital.asked] == [
+            ALL_VALUES,
+            ALL_VALUES - NORM_VALUES,
+            ALL_VALUES - NORM_VALUES,
+        ]
+    models = [
+        load_checkpoint(tmp_path / "out" / "models" / f"hospital-{k}_federated_best.pth") for k in (0, 1)
+    ]
     one, other = (pack(checkpoint.model.state_dict()) for checkpoint in models)
     norms = norm_mask(models[0].model)
     assert torch.equal(one[~norms], other[~norms]) and torch.equal(one[~norms], state.final_weights[~norms])
-    assert not torch.equal(one[norms], other[norms]) and not torch.equal(one[norms], state.final_weights[norms])
+    assert not torch.equal(one[norms], other[norms]) and not torch.equal(
+        one[norms], state.final_weights[norms]
+    )
     torch.manual_seed(0)
-    assert torch.equal(state.weights[norms], pack(TransUNet("tiny", 32).state_dict())[norms])  # nobody sent any
-    assert models[0].metadata["origin"]["hospital"] == "hospital-0" and models[0].metadata["scores"]["val"]["patients"] > 0
+    assert torch.equal(
+        state.weights[norms], pack(TransUNet("tiny", 32).state_dict())[norms]
+    )  # nobody sent any
+    assert (
+        models[0].metadata["origin"]["hospital"] == "hospital-0"
+        and models[0].metadata["scores"]["val"]["patients"] > 0
+    )
     assert not (tmp_path / "out" / BEST).exists()  # which the pages would take for a model
     with pytest.raises(MedFLError, match="NAME_federated_best.pth that a hospital wrote"):
         load_checkpoint(tmp_path / "out" / SHARED)
 
 
-def test_a_killed_hospital_finds_its_layers_again_and_a_new_run_does_not_take_them(federate, phantoms, tmp_path):
+def test_a_killed_hospital_finds_its_layers_again_and_a_new_run_does_not_take_them(
+    federate, phantoms, tmp_path
+):
     _, hospitals, _ = federate(1, keep_norm_local=True)
     kept = torch.load(tmp_path / "out" / "models" / "hospital-0_norms.pt", weights_only=True)
     assert kept["rounds"] == 1
-    hospital = Hospital(hospitals[0].identity, TrainingSettings(image_size=32), FederationSettings(keep_norm_local=True),
-                        tmp_path / "model.pt")
+    hospital = Hospital(
+        hospitals[0].identity,
+        TrainingSettings(image_size=32),
+        FederationSettings(keep_norm_local=True),
+        tmp_path / "model.pt",
+    )
     for run, own in ((kept["run"], kept["last"]), ("another", torch.zeros(NORM_VALUES))):
         model = hospital.received(Score(settings="", without=[], run=run), to_record(torch.zeros(ALL_VALUES)))
         assert torch.equal(pack(model.state_dict())[norm_mask(model)], own)

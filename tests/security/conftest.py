@@ -1,6 +1,5 @@
 """The federation's tests' tools, and a kit of keys."""
 
-
 import pytest
 from consortium import Consortium
 from federations import scene  # noqa: F401  a fixture

@@ -1,4 +1,5 @@
-"""A consortium as people make it: the server's kit and hospitals' kits, and a federation behind the gateway."""
+"""A consortium as people make it: the server's kit and hospitals' kits,
+and a federation behind the gateway."""
 
 import http.client
 import re
@@ -40,12 +41,22 @@ class Secured(Scene):
         self.kits = {label: self.consortium.hospital(label) for label in [f"hospital-{k}" for k in range(4)]}
         self.port = int(self.address.split(":")[1])
         self.phantoms = phantoms
-        self.run = self.server("--kit", self.consortium.kit, "--clients", 3, "--min-clients", 1, "--rounds", 1000, *SMALL)
+        self.run = self.server(
+            "--kit", self.consortium.kit, "--clients", 3, "--min-clients", 1, "--rounds", 1000, *SMALL
+        )
         self.run.wait_for("listening on")
 
     def join(self, number: int, kit: Path | None = None, *options):
-        return self.hospital(f"hospital-{number}", "--cid", number, "--data-dir", self.phantoms, "--kit",
-                             kit or self.kits[f"hospital-{number}"], *options)
+        return self.hospital(
+            f"hospital-{number}",
+            "--cid",
+            number,
+            "--data-dir",
+            self.phantoms,
+            "--kit",
+            kit or self.kits[f"hospital-{number}"],
+            *options,
+        )
 
     @property
     def ca(self) -> Path:

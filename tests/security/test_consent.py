@@ -1,4 +1,5 @@
-"""A hospital's consent: the server's code never runs there, and settings that were not approved train nothing."""
+"""A hospital's consent: the server's code never runs there, and settings that were not approved train
+nothing."""
 
 import json
 import re
@@ -27,14 +28,20 @@ CODE = "c" * 64
 def test_the_code_of_a_server_that_was_changed_does_not_run(scene: Scene, phantoms):
     evil = copy_of_medfl(scene.folder / "evil")
     mark = scene.folder / "the server's code was here"
-    change(evil / "federation" / "hospital" / "app.py", "import json\n", f"import json\nopen({str(mark)!r}, 'a').write('x')\n")
+    change(
+        evil / "federation" / "hospital" / "app.py",
+        "import json\n",
+        f"import json\nopen({str(mark)!r}, 'a').write('x')\n",
+    )
     server = scene.server("--clients", 2, *SMALL, root=evil)
     server.wait_for("waiting for 2 hospitals")
     mark.unlink(missing_ok=True)
     hospital = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms)
     assert hospital.end() == 2, hospital.output
     assert "nothing of it was run; install the server's version" in hospital.output
-    server.wait_for("hospital-0 can't take part: it runs its own MedFL alone, and the server's code is another")
+    server.wait_for(
+        "hospital-0 can't take part: it runs its own MedFL alone, and the server's code is another"
+    )
     assert not mark.exists() and "joined" not in server.output
 
 
@@ -55,7 +62,9 @@ def test_a_hospital_trains_what_it_approved_and_nothing_else(scene: Scene, phant
 
     other = scene.server("--clients", 1, "--rounds", 1, "--lr", 0.0006, *SMALL)
     refusing = scene.hospital("refusing", *options, "--approve", wanted)
-    assert refusing.end() == 2 and f"start again with --approve {wanted}" not in refusing.output, refusing.output
+    assert refusing.end() == 2 and f"start again with --approve {wanted}" not in refusing.output, (
+        refusing.output
+    )
     other.wait_for("it has not approved these settings")
 
 
@@ -65,9 +74,25 @@ def ask(monkeypatch, tmp_path, phantoms, home):
     make_messages_outside_of_a_run(monkeypatch)
 
     def answer(settings: str, approved: list[str]) -> dict:
-        Identity(label="hospital-0", cid=0, data=phantoms, device="cpu", medfl=__version__, models=tmp_path, code=CODE,
-                 approved=approved).save(tmp_path)
-        about = {"settings": settings, "without": [], "run": "r", "round": 1, "rate": 1.0, "seconds": 60.0, "partition": None}
+        Identity(
+            label="hospital-0",
+            cid=0,
+            data=phantoms,
+            device="cpu",
+            medfl=__version__,
+            models=tmp_path,
+            code=CODE,
+            approved=approved,
+        ).save(tmp_path)
+        about = {
+            "settings": settings,
+            "without": [],
+            "run": "r",
+            "round": 1,
+            "rate": 1.0,
+            "seconds": 60.0,
+            "partition": None,
+        }
         weights = to_record(pack(TransUNet("tiny", 32).state_dict()))
         incoming = Message(message(about, weights), 1, "train")
         return read(make_app(lambda context: tmp_path)(incoming, Context(1, 1, {}, RecordDict(), {})).content)
@@ -78,11 +103,17 @@ def ask(monkeypatch, tmp_path, phantoms, home):
 def test_settings_that_change_after_joining_are_refused_in_the_round(ask, capsys):
     told = ask(SETTINGS.replace('"rounds": 3', '"rounds": 4'), [approval(CODE, SETTINGS)])
     assert told["failure"] == "consent" and "--rounds 4" in capsys.readouterr().out
-    assert ask(SETTINGS, [approval(CODE, SETTINGS)])["failure"] == "data"  # goes on, up to the partition it was not told
+    assert (
+        ask(SETTINGS, [approval(CODE, SETTINGS)])["failure"] == "data"
+    )  # goes on, up to the partition it was not told
 
 
 def test_the_hash_is_of_code_and_settings():
-    hashes = {approval(code, settings) for code in (CODE, "d" * 64) for settings in (SETTINGS, SETTINGS.replace("3", "4"))}
+    hashes = {
+        approval(code, settings)
+        for code in (CODE, "d" * 64)
+        for settings in (SETTINGS, SETTINGS.replace("3", "4"))
+    }
     assert len(hashes) == 4 and all(re.fullmatch("[0-9a-f]{64}", entry) for entry in hashes)
     assert unusual(SETTINGS) == "--image-size 32, --batch-size 8, --rounds 3"
     assert unusual(to_json(TrainingSettings(), FederationSettings())) == "all as by default"
@@ -102,5 +133,7 @@ def test_a_mistyped_hash_is_told_at_the_start(phantoms, home):
 
 
 def test_settings_as_they_travel_hold_no_path_of_the_server():
-    settings = json.loads(to_json(TrainingSettings(encoder_weights="/somewhere/vit.safetensors"), FederationSettings()))
+    settings = json.loads(
+        to_json(TrainingSettings(encoder_weights="/somewhere/vit.safetensors"), FederationSettings())
+    )
     assert settings["training"]["encoder_weights"] is None

@@ -1,4 +1,5 @@
-"""Attacks on a federation behind its gateway, by real processes: each must fail, and the hospitals go on training."""
+"""Attacks on a federation behind its gateway, by real processes: each must fail, and the hospitals go on
+training."""
 
 import contextlib
 import http.client
@@ -31,8 +32,13 @@ from federation.runtime.bundle import make_bundle
 from federation.runtime.flower import Control, TaskSource
 from federation.server.audit import verify
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None,
-                                                   reason="no nginx for the gateway's tests: install it")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None,
+        reason="no nginx for the gateway's tests: install it",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +56,12 @@ def test_from_outside_nobody_can_submit_register_list_or_pull(scene):
     control = Control(scene.address, scene.ca)
     key = ec.generate_private_key(ec.SECP384R1()).public_key()
     pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    attacks = {"submit a run": lambda: control.submit(make_bundle()), "register a node": lambda: control.register(pem, "mallory"),
-               "put a hospital out": lambda: control.unregister(1),
-               "list runs": lambda: control._client.ListRuns(ListRunsRequest())}
+    attacks = {
+        "submit a run": lambda: control.submit(make_bundle()),
+        "register a node": lambda: control.register(pem, "mallory"),
+        "put a hospital out": lambda: control.unregister(1),
+        "list runs": lambda: control._client.ListRuns(ListRunsRequest()),
+    }
     for name, attack in attacks.items():
         with pytest.raises(httpx.HTTPStatusError) as refused:
             attack()
@@ -62,11 +71,25 @@ def test_from_outside_nobody_can_submit_register_list_or_pull(scene):
     scene.goes_on()
 
 
-@pytest.mark.parametrize("path", [
-    "/docs", "/openapi.json", "/", "/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/register-node",
-    "/v1/fleet/../control/list-runs", "/v1/fleet/%2e%2e/control/list-runs", "//v1/control/list-runs",
-    "/v1/fleet/pull-messages/../../control/list-runs", "/v1/FLEET/pull-messages", "/v1/fleet/pull-messages%00",
-    "/v1/fleet/pull-messages/", "/health/../docs"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/docs",
+        "/openapi.json",
+        "/",
+        "/v1/control/list-runs",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/register-node",
+        "/v1/fleet/../control/list-runs",
+        "/v1/fleet/%2e%2e/control/list-runs",
+        "//v1/control/list-runs",
+        "/v1/fleet/pull-messages/../../control/list-runs",
+        "/v1/FLEET/pull-messages",
+        "/v1/fleet/pull-messages%00",
+        "/v1/fleet/pull-messages/",
+        "/health/../docs",
+    ],
+)
 def test_no_other_path_leads_in(scene, path):
     assert all(call(scene, method, path) in (400, 403, 404) for method in ("GET", "POST"))
     assert call(scene, "GET", "/v1/fleet/pull-messages") == 403 and call(scene, "POST", "/health") == 403
@@ -98,8 +121,15 @@ def test_without_a_key_that_is_admitted_nobody_joins(scene):
 
 def test_one_hospital_cant_pose_as_another(scene):
     """Its own kit says who it is; one that changes that is found by its key."""
-    script = scene.hospital("liar", "--own-data", scene.phantoms / "kaggle_3m", "--name", "hospital-0", "--kit",
-                            scene.kits["hospital-1"])
+    script = scene.hospital(
+        "liar",
+        "--own-data",
+        scene.phantoms / "kaggle_3m",
+        "--name",
+        "hospital-0",
+        "--kit",
+        scene.kits["hospital-1"],
+    )
     assert script.end() == 2 and "give the kit of that name" in script.output
     forged = scene.folder / "forged"
     shutil.copytree(scene.kits["hospital-3"], forged)
@@ -108,7 +138,10 @@ def test_one_hospital_cant_pose_as_another(scene):
     script = scene.join(0, forged)
     assert script.end() == 2 and "refused: this key is hospital-3's" in script.output, script.output
     assert "hospital-0 refused: identity" in scene.run.output
-    assert '"event": "refused", "hospital": "hospital-0", "why": "identity"' in (scene.out / "audit.jsonl").read_text()
+    assert (
+        '"event": "refused", "hospital": "hospital-0", "why": "identity"'
+        in (scene.out / "audit.jsonl").read_text()
+    )
     scene.goes_on()
 
 
@@ -119,7 +152,11 @@ def test_a_server_of_another_authority_is_not_spoken_to(scene, tmp_path):
     (kit / "ca.pem").write_bytes((other.kit / "ca.pem").read_bytes())
     for options in ((), ("--check",)):
         script = scene.join(2, kit, *options)
-        assert script.end() == 2 and "is not the one of this kit" in script.output and scene.address in script.output
+        assert (
+            script.end() == 2
+            and "is not the one of this kit" in script.output
+            and scene.address in script.output
+        )
 
 
 def signed(scene, label: str, age: float, monkeypatch):
@@ -128,10 +165,17 @@ def signed(scene, label: str, age: float, monkeypatch):
     now = node_auth_http_interceptor.now
     monkeypatch.setattr(node_auth_http_interceptor, "now", lambda: now() - timedelta(seconds=age))
     client = FleetHttpClient.from_server_address(
-        scene.address, False, scene.ca.read_bytes(),
-        interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                      node_auth_http_interceptor.NodeAuthHttpInterceptor(private, private.public_key())])
-    public = private.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        scene.address,
+        False,
+        scene.ca.read_bytes(),
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            node_auth_http_interceptor.NodeAuthHttpInterceptor(private, private.public_key()),
+        ],
+    )
+    public = private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
     return lambda: client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30))
 
 
@@ -158,7 +202,9 @@ def test_an_oversized_body_is_refused(scene):
             yield b"x" * (1 << 20)
 
     try:
-        connection.request("POST", "/v1/fleet/push-object", chunks(), {"Transfer-Encoding": "chunked"}, encode_chunked=True)
+        connection.request(
+            "POST", "/v1/fleet/push-object", chunks(), {"Transfer-Encoding": "chunked"}, encode_chunked=True
+        )
         assert connection.getresponse().status in (401, 413, 415)
     except (BrokenPipeError, ConnectionResetError):  # it hung up in the middle
         pass
@@ -190,7 +236,9 @@ def test_too_many_calls_are_slowed_down(scene):
     statuses = []
 
     def hammer():
-        plain = socket.create_connection(("127.0.0.1", scene.port), timeout=30, source_address=("127.0.0.3", 0))
+        plain = socket.create_connection(
+            ("127.0.0.1", scene.port), timeout=30, source_address=("127.0.0.3", 0)
+        )
         raw = tls(scene).wrap_socket(plain, server_hostname="localhost")
         raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
         answer = b""
@@ -223,7 +271,8 @@ def audited(scene) -> list[dict]:
 
 
 def test_a_killed_hospital_comes_back_with_the_same_key(scene):
-    """The server holds the dead connection for about a minute; meanwhile nobody else can use the key either."""
+    """The server holds the dead connection for about a minute; meanwhile nobody
+    else can use the key either."""
     hospital = next(script for script in scene.scripts if script.name == "hospital-2")
     hospital.kill()
     again = scene.join(2)
@@ -240,17 +289,32 @@ def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
     scene.run.wait_for("hospital-1 is put out")
     assert hospital.end() == 2 and "does not admit this hospital's key" in hospital.output
     hospital_left = scene.rounds
-    scene.run.wait_for(r"(?m)^[-\d :]+round \d+ of \d+: ", hospital_left + 3)  # the one under way, and two whole ones
+    scene.run.wait_for(
+        r"(?m)^[-\d :]+round \d+ of \d+: ", hospital_left + 3
+    )  # the one under way, and two whole ones
     events = audited(scene)
     assert verify(scene.out / "audit.jsonl")[0] >= len(events)
-    gone = next(k for k, event in enumerate(events) if event["event"] == "left" and event["hospital"] == "hospital-1")
+    gone = next(
+        k for k, event in enumerate(events) if event["event"] == "left" and event["hospital"] == "hospital-1"
+    )
     assert events[gone]["why"] == "gone"
-    before, after = ([event["hospitals"] for event in part if event["event"] == "round"] for part in (events[:gone], events[gone:]))
+    before, after = (
+        [event["hospitals"] for event in part if event["event"] == "round"]
+        for part in (events[:gone], events[gone:])
+    )
     # what it had sent before may still count in the round that was under way
-    assert "hospital-1" in before[0] and len(after) > 1 and not any("hospital-1" in hospitals for hospitals in after[1:])
+    assert (
+        "hospital-1" in before[0]
+        and len(after) > 1
+        and not any("hospital-1" in hospitals for hospitals in after[1:])
+    )
     names = [path.name for path in (scene.phantoms / "kaggle_3m").iterdir()]
     text = (scene.out / "audit.jsonl").read_text()
-    assert not [name for name in names if name in text] and str(scene.folder) not in text and (scene.out / BEST).name in text
+    assert (
+        not [name for name in names if name in text]
+        and str(scene.folder) not in text
+        and (scene.out / BEST).name in text
+    )
 
 
 def gateway_of(scene) -> list[int]:
@@ -260,7 +324,10 @@ def gateway_of(scene) -> list[int]:
 
 def test_a_gateway_that_dies_ends_the_server_with_a_sentence(scene):
     os.kill(min(gateway_of(scene)), signal.SIGKILL)  # its first process, as the out-of-memory killer would
-    assert scene.run.end() == 2 and "the gateway ended; the rounds so far are kept, go on with --resume" in scene.run.output
+    assert (
+        scene.run.end() == 2
+        and "the gateway ended; the rounds so far are kept, go on with --resume" in scene.run.output
+    )
 
 
 def test_a_killed_server_takes_its_gateway_along(consortium, tmp_path):
@@ -272,13 +339,22 @@ def test_a_killed_server_takes_its_gateway_along(consortium, tmp_path):
     assert scene.close() == []
 
 
-@pytest.mark.parametrize(("script", "options", "sentence"), [
-    ("run_server.py", ("--address", "0.0.0.0:8443"), "provision.py server"),
-    ("run_server.py", ("--address", "0.0.0.0:8443", "--kit", "nowhere"), "there is no nowhere"),
-    ("run_server.py", ("--address", "0.0.0.0:8443", "--kit", "KIT", "--own-gateway"), "must not be reached from other machines"),
-    ("run_server.py", ("--own-gateway",), "give them with --kit"),
-    ("run_client.py", ("--cid", "0", "--server", "192.0.2.1:8443"), "provision.py hospital"),
-    ("run_client.py", ("--cid", "0", "--kit", "nowhere"), "there is no nowhere")], ids=str)
+@pytest.mark.parametrize(
+    ("script", "options", "sentence"),
+    [
+        ("run_server.py", ("--address", "0.0.0.0:8443"), "provision.py server"),
+        ("run_server.py", ("--address", "0.0.0.0:8443", "--kit", "nowhere"), "there is no nowhere"),
+        (
+            "run_server.py",
+            ("--address", "0.0.0.0:8443", "--kit", "KIT", "--own-gateway"),
+            "must not be reached from other machines",
+        ),
+        ("run_server.py", ("--own-gateway",), "give them with --kit"),
+        ("run_client.py", ("--cid", "0", "--server", "192.0.2.1:8443"), "provision.py hospital"),
+        ("run_client.py", ("--cid", "0", "--kit", "nowhere"), "there is no nowhere"),
+    ],
+    ids=str,
+)
 def test_beyond_this_machine_keys_are_needed(consortium, phantoms, script, options, sentence):
     options = [consortium.kit if option == "KIT" else option for option in options]
     data = ("--data-dir", phantoms) if script == "run_client.py" else ("--out", consortium.folder / "out")

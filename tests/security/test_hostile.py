@@ -1,7 +1,8 @@
-"""Hospitals that send bad updates, each kind beside four honest ones: the round goes on without it, and the log says why.
+"""Hospitals that send bad updates, each kind beside four honest ones: the round goes on without it, and the
+log says why.
 
-They speak to the real round loop over a grid that needs no network; that a key and a label belong together, and what an
-address can do, is test_gateway.py's.
+They speak to the real round loop over a grid that needs no network; that a key and a label belong together,
+and what an address can do, is test_gateway.py's.
 """
 
 import json
@@ -20,7 +21,9 @@ from transunet import ARCHITECTURES, TransUNet
 ROUNDS = 2
 with mock.patch.dict(ARCHITECTURES, tiny=TINIER):  # the network of these federations
     LENGTH = len(pack(TransUNet("tiny", 32).state_dict()))
-SHARED, *OWN = (0.01 * torch.randn(LENGTH, generator=torch.Generator().manual_seed(seed)) for seed in range(6))
+SHARED, *OWN = (
+    0.01 * torch.randn(LENGTH, generator=torch.Generator().manual_seed(seed)) for seed in range(6)
+)
 
 
 class Honest(Worker):
@@ -41,13 +44,21 @@ class Honest(Worker):
         return self.reply(incoming, to_record(weights), about["round"], 10)
 
     def reply(self, incoming: Message, arrays: ArrayRecord | None, number: int, examples: object) -> Message:
-        told = {"val_dice": 0.5, "val_patients": 4, "seconds": 1.0, "round": number, "examples": examples, "train_loss": 1.0,
-                "patient_epsilon": None}
+        told = {
+            "val_dice": 0.5,
+            "val_patients": 4,
+            "seconds": 1.0,
+            "round": number,
+            "examples": examples,
+            "train_loss": 1.0,
+            "patient_epsilon": None,
+        }
         return Message(message(told, arrays), reply_to=incoming)
 
 
 class Hostile(Honest):
-    """Sends what a test says instead. spoil: from (its honest weights, what came, the round) to arrays; examples; lag: rounds."""
+    """Sends what a test says instead. spoil: from (its honest weights, what came, the round) to arrays;
+    examples; lag: rounds."""
 
     def __init__(self, spoil=None, examples: object = 10, lag: int = 0):
         super().__init__(4)
@@ -60,7 +71,12 @@ class Hostile(Honest):
 
 def array(**changes) -> callable:
     def spoil(weights, came):
-        good = {"dtype": "float32", "shape": (len(weights),), "stype": "numpy.ndarray", "data": Array(weights.numpy()).data}
+        good = {
+            "dtype": "float32",
+            "shape": (len(weights),),
+            "stype": "numpy.ndarray",
+            "data": Array(weights.numpy()).data,
+        }
         return ArrayRecord({WEIGHTS: Array(*{**good, **changes}.values())})
 
     return spoil
@@ -85,10 +101,19 @@ ATTACKS = {
     "stale": (Hostile(lag=1), "is of round"),
     "too short": (Hostile(numbers(lambda w, c: w[:-1])), "weights and the model"),
     "too long": (Hostile(numbers(lambda w, c: torch.cat([w, w]))), "weights and the model"),
-    "wrong shape": (Hostile(lambda w, c: ArrayRecord({WEIGHTS: Array(w.numpy()[None])})), "another shape or type"),
-    "wrong type": (Hostile(lambda w, c: ArrayRecord({WEIGHTS: Array(w.double().numpy())})), "another shape or type"),
+    "wrong shape": (
+        Hostile(lambda w, c: ArrayRecord({WEIGHTS: Array(w.numpy()[None])})),
+        "another shape or type",
+    ),
+    "wrong type": (
+        Hostile(lambda w, c: ArrayRecord({WEIGHTS: Array(w.double().numpy())})),
+        "another shape or type",
+    ),
     "renamed": (Hostile(lambda w, c: ArrayRecord({"wieghts": Array(w.numpy())})), "no weights"),
-    "doubled": (Hostile(lambda w, c: ArrayRecord({WEIGHTS: Array(w.numpy()), "more": Array(w.numpy())})), "no weights"),
+    "doubled": (
+        Hostile(lambda w, c: ArrayRecord({WEIGHTS: Array(w.numpy()), "more": Array(w.numpy())})),
+        "no weights",
+    ),
     "missing": (Hostile(lambda w, c: None), "no weights"),
     "truncated": (Hostile(array(data=Array(np.zeros(9, np.float32)).data[:-3])), "can't be decoded"),
     "made-up type": (Hostile(array(dtype="no such type")), "can't be read"),
@@ -107,7 +132,15 @@ def run(monkeypatch, tmp_path):
 
     def go(workers: list[Honest]):
         code, state, said = federate(workers, ROUNDS, tmp_path, torch.zeros(LENGTH))
-        return code, state, said, [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
+        return (
+            code,
+            state,
+            said,
+            [
+                json.loads(line)
+                for line in (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines()
+            ],
+        )
 
     return go
 
@@ -118,7 +151,9 @@ def test_a_bad_update_is_left_out_and_named(run, name):
     code, state, said, events = run([*map(Honest, range(4)), hostile])
     assert code == 0 and state.progress.round == ROUNDS
     left_out = [event for event in events if event["event"] == "left_out"]
-    assert [(event["round"], event["hospital"]) for event in left_out] == [(k + 1, "hospital-4") for k in range(ROUNDS)], left_out
+    assert [(event["round"], event["hospital"]) for event in left_out] == [
+        (k + 1, "hospital-4") for k in range(ROUNDS)
+    ], left_out
     assert all(reason in event["why"] for event in left_out), left_out[0]["why"]
     assert any(f"round 1 without hospital-4: {left_out[0]['why']}" in line for line in said)
     rounds = [event["hospitals"] for event in events if event["event"] == "round"]

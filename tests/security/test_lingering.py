@@ -1,7 +1,7 @@
 """A key that another process has, or had until it was killed: what run_client.py does meanwhile.
 
-Flower lets go of a dead connection after about a minute, and of a living one never; so the connections here are scripted.
-test_gateway.py has a killed hospital that comes back, with real processes.
+Flower lets go of a dead connection after about a minute, and of a living one never; so the connections here
+are scripted. test_gateway.py has a killed hospital that comes back, with real processes.
 """
 
 import time
@@ -59,7 +59,9 @@ def test_it_gives_up_where_another_process_has_the_key(watch, monkeypatch):
         watch.run()
 
 
-@pytest.mark.parametrize(("said", "sentence"), [("unknown", "does not admit"), ("clock", "this machine's time")])
+@pytest.mark.parametrize(
+    ("said", "sentence"), [("unknown", "does not admit"), ("clock", "this machine's time")]
+)
 def test_a_key_that_is_not_admitted_ends_it_at_once(watch, monkeypatch, said, sentence):
     monkeypatch.setattr(Scripted, "refusals", 1_000)
     monkeypatch.setattr(run_client, "ask_admission", lambda *_: said)

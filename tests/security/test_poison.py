@@ -1,7 +1,9 @@
-"""One hostile hospital of five that knows the rules and all honest updates: what a round of real trainings makes of it.
+"""One hostile hospital of five that knows the rules and all honest updates: what a round of real trainings
+makes of it.
 
-Models of a twentieth of `tiny`, trained on phantoms until they find tumours; then one round in which the last hospital attacks.
-benchmarks/poisoned_hospital.py does the same over whole federations, with the network as it is used.
+Models of a twentieth of `tiny`, trained on phantoms until they find tumours; then one round in which the last
+hospital attacks. benchmarks/poisoned_hospital.py does the same over whole federations, with the network as it
+is used.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,14 @@ from training import Learner, TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
 
 HOSPITALS, SIDE = 5, 32
-STRONG = ("length", "back-door", "empty", "below-zero", "flips", "replaced")  # attacks that ruin a round without the defences
+STRONG = (
+    "length",
+    "back-door",
+    "empty",
+    "below-zero",
+    "flips",
+    "replaced",
+)  # attacks that ruin a round without the defences
 HOSTILE = f"hospital-{HOSPITALS - 1}"
 
 
@@ -57,11 +66,15 @@ class Trial:
     def score(self, weights: torch.Tensor) -> float:
         """Mean volume Dice over patients whom nobody trains on."""
         self.model.load_state_dict(unpack(weights, self.model.state_dict()))
-        return float(np.mean([row["dice"] for row in score_patients(self.model, self.dataset, self.test, THRESHOLD)]))
+        return float(
+            np.mean([row["dice"] for row in score_patients(self.model, self.dataset, self.test, THRESHOLD)])
+        )
 
-    def round(self, folder, changes: dict[str, torch.Tensor], counts: dict[str, int], **bounds) -> tuple[float, dict[str, str]]:
-        """The Dice of the round's model, and why updates have no part in it. A model that collapsed is made again of the median, as
-        the server does when hospitals have scored it; not without the defences."""
+    def round(
+        self, folder, changes: dict[str, torch.Tensor], counts: dict[str, int], **bounds
+    ) -> tuple[float, dict[str, str]]:
+        """The Dice of the round's model, and why updates have no part in it. A model that collapsed is made
+        again of the median, as the server does when hospitals have scored it; not without the defences."""
         federation = FederationSettings(clients=HOSPITALS, **bounds)
         variances = variance_mask(self.model) if not bounds else torch.zeros(len(self.sent), dtype=torch.bool)
         updates, left_out = Updates(self.sent, statistics_mask(self.model), folder), {}
@@ -114,15 +127,29 @@ def test_honest_hospitals_are_kept_and_learn(trial, tmp_path):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_round_with_a_hostile_hospital_is_nearly_as_good_as_without(trial, tmp_path, name):
-    attack, honest = ATTACKS[name], {label: change for label, change in trial.changes.items() if label != HOSTILE}
+    attack, honest = (
+        ATTACKS[name],
+        {label: change for label, change in trial.changes.items() if label != HOSTILE},
+    )
     if trial.model.norm == "group" and name in ("variances", "below-zero"):
         pytest.skip("GroupNorm keeps no statistics that could be attacked")
     own = trial.changes[HOSTILE]
     if attack.slices:
-        own = trial.train(load_dataset(spoiled_copy(trial.dataset, attack.slices, tmp_path / "scans"), progress=False),
-                          trial.shares[-1], HOSPITALS - 1)
+        own = trial.train(
+            load_dataset(spoiled_copy(trial.dataset, attack.slices, tmp_path / "scans"), progress=False),
+            trial.shares[-1],
+            HOSPITALS - 1,
+        )
     if attack.change:
-        own = attack.change(Round(own, list(honest.values()), statistics_mask(trial.model), variance_mask(trial.model), trial.sent))
+        own = attack.change(
+            Round(
+                own,
+                list(honest.values()),
+                statistics_mask(trial.model),
+                variance_mask(trial.model),
+                trial.sent,
+            )
+        )
     counts = {**trial.slices, HOSTILE: attack.claims * trial.slices[HOSTILE]}
     wanted, _ = trial.round(tmp_path, honest, trial.slices)
     dice, left_out = trial.round(tmp_path, {**honest, HOSTILE: own}, counts)

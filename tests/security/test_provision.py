@@ -28,12 +28,21 @@ def test_from_nothing_to_a_consortium_in_three_commands(consortium):
         assert os.name == "nt" or private(path), path
     listed = consortium.provision("list", "--kit", consortium.kit).stdout
     fingerprint = kits.read_admissions(consortium.kit)["mercy"].fingerprint
-    assert "mercy" in listed and fingerprint in listed and listed.count("valid to 20") == 2 and "admitted until 20" in listed
-    assert b"PRIVATE" not in (mercy / "hospital.pub").read_bytes() + (consortium.kit / "hospitals.json").read_bytes()
+    assert (
+        "mercy" in listed
+        and fingerprint in listed
+        and listed.count("valid to 20") == 2
+        and "admitted until 20" in listed
+    )
+    assert (
+        b"PRIVATE"
+        not in (mercy / "hospital.pub").read_bytes() + (consortium.kit / "hospitals.json").read_bytes()
+    )
 
 
 def test_the_printed_fingerprint_is_that_of_ssh_keygen(consortium):
-    """A hospital without MedFL's program can check it: SHA-256 over the key's wire format, base64, no padding."""
+    """A hospital without MedFL's program can check it: SHA-256 over the key's wire format, base64, no
+    padding."""
     done = consortium.provision("hospital", "--name", "mercy", "--kit", consortium.folder / "mercy")
     line = (consortium.folder / "mercy" / "hospital.pub").read_text()
     assert line.strip() in done.stdout and line.split()[2] == "mercy"
@@ -74,11 +83,18 @@ def test_a_label_and_a_key_belong_together(consortium):
     consortium.provision("revoke", "mercy", "--kit", consortium.kit)
     assert "revoked since" in consortium.provision("list", "--kit", consortium.kit).stdout
     assert "can't be admitted again" in refused(consortium, "admit", mercy / "hospital.pub", *admit)
-    consortium.provision("admit", other / "hospital.pub", *admit)  # a new key for the label whose old one is revoked
+    consortium.provision(
+        "admit", other / "hospital.pub", *admit
+    )  # a new key for the label whose old one is revoked
     assert kits.read_admissions(consortium.kit)["mercy"].state == "admitted"
     assert "is not in" in refused(consortium, "revoke", "nobody", *admit)
-    for content in ("ssh-ed25519 AAAA mercy", "nonsense", "", (mercy / "hospital.pub").read_text().replace(" mercy", ""),
-                    (mercy / "hospital.pub").read_text().replace(" mercy", " ../mercy")):
+    for content in (
+        "ssh-ed25519 AAAA mercy",
+        "nonsense",
+        "",
+        (mercy / "hospital.pub").read_text().replace(" mercy", ""),
+        (mercy / "hospital.pub").read_text().replace(" mercy", " ../mercy"),
+    ):
         renamed.write_text(content)
         assert "hospital.pub" in refused(consortium, "admit", renamed, *admit)
     assert "can't be read" in refused(consortium, "admit", consortium.folder / "none.pub", *admit)
@@ -145,5 +161,7 @@ def test_a_hospitals_kit_is_checked(consortium):
 
 def test_the_authority_signs_nothing_but_servers(consortium):
     authority, server = kits.read_authority(consortium.kit), kits.server_certificate(consortium.kit)
-    assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value == x509.BasicConstraints(True, 0)
+    assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value == x509.BasicConstraints(
+        True, 0
+    )
     assert server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False

@@ -1,7 +1,8 @@
-"""What a curious server gets to see under secure aggregation, and rounds in which hospitals drop out: real processes.
+"""What a curious server gets to see under secure aggregation, and rounds in which hospitals drop out: real
+processes.
 
-All run a copy of MedFL that writes down what the server receives and what hospitals hide, and in which hospital-3's program
-dies in another stage of each round.
+All run a copy of MedFL that writes down what the server receives and what hospitals hide, and in which
+hospital-3's program dies in another stage of each round.
 """
 
 import numpy as np
@@ -24,8 +25,14 @@ def watched(home, phantoms, tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched")
     root, notes = copy_of_medfl(folder / "medfl"), folder / "notes"
     notes.mkdir()
-    app, rounds = root / "federation" / "hospital" / "app.py", root / "federation" / "server" / "secure_round.py"
-    change(app, "def secure_stage(", f"""def die_in(stage: str) -> None:
+    app, rounds = (
+        root / "federation" / "hospital" / "app.py",
+        root / "federation" / "server" / "secure_round.py",
+    )
+    change(
+        app,
+        "def secure_stage(",
+        f"""def die_in(stage: str) -> None:
     import os
     if Identity.load(Path()).label == "hospital-3":
         with open({str(notes / "stages")!r}, "a") as file:
@@ -34,24 +41,54 @@ def watched(home, phantoms, tmp_path_factory):
             os._exit(1)
 
 
-def secure_stage(""")
+def secure_stage(""",
+    )
     begin = "    with party(context) as mine:\n        "
-    change(app, f"{begin}if isinstance(asked, Keys)", f"    die_in(asked.query)\n{begin}if isinstance(asked, Keys)")
-    change(app, f"{begin}return mine.masked", f"""    label = Identity.load(Path()).label
+    change(
+        app,
+        f"{begin}if isinstance(asked, Keys)",
+        f"    die_in(asked.query)\n{begin}if isinstance(asked, Keys)",
+    )
+    change(
+        app,
+        f"{begin}return mine.masked",
+        f"""    label = Identity.load(Path()).label
     np.savez(f"{notes}/update-{{task.round}}-{{label}}", update=update.numpy(), examples=examples)
     die_in("update")
-{begin}return mine.masked""")
-    change(rounds, "        if len(values) != len(self.total):",
-           f"""        np.save(f"{notes}/received-{{self.number}}-{{member.label}}", values)
-        if len(values) != len(self.total):""")
-    change(rounds, "        return weights.float()\n",
-           f'        np.savez(f"{notes}/sum-{{self.number}}", before=sent, after=weights)\n        return weights.float()\n')
+{begin}return mine.masked""",
+    )
+    change(
+        rounds,
+        "        if len(values) != len(self.total):",
+        f"""        np.save(f"{notes}/received-{{self.number}}-{{member.label}}", values)
+        if len(values) != len(self.total):""",
+    )
+    change(
+        rounds,
+        "        return weights.float()\n",
+        f'        np.savez(f"{notes}/sum-{{self.number}}", before=sent, after=weights)\n        return '
+        f"weights.float()\n",
+    )
     settings = root / "federation" / "protocol" / "settings.py"
     change(settings, "return max(self.quorum, LEAST) if", "return self.clients if")  # all begin a round
     scene = Scene(folder)
-    server = scene.server("--clients", HOSPITALS, "--rounds", len(STAGES), "--partition", "iid", "--val-fraction", 0, *SMALL,
-                          "--secure-aggregation", root=root)
-    hospitals = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms, root=root) for k in range(HOSPITALS)]
+    server = scene.server(
+        "--clients",
+        HOSPITALS,
+        "--rounds",
+        len(STAGES),
+        "--partition",
+        "iid",
+        "--val-fraction",
+        0,
+        *SMALL,
+        "--secure-aggregation",
+        root=root,
+    )
+    hospitals = [
+        scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms, root=root)
+        for k in range(HOSPITALS)
+    ]
     try:
         assert server.end() == 0, server.output
         assert [hospital.end() for hospital in hospitals] == [0] * HOSPITALS
@@ -64,15 +101,24 @@ def secure_stage(""")
 def updates_of(notes, number: int) -> dict[str, tuple[np.ndarray, int]]:
     """What hospitals hid in a round, and their slices, by label."""
     found = {path.stem.split("-", 2)[2]: np.load(path) for path in notes.glob(f"update-{number}-*.npz")}
-    return {label: (content["update"].astype(np.float64), int(content["examples"])) for label, content in found.items()}
+    return {
+        label: (content["update"].astype(np.float64), int(content["examples"]))
+        for label, content in found.items()
+    }
 
 
 @pytest.mark.parametrize("number", range(1, len(STAGES) + 1))
 def test_the_sum_is_that_of_federated_averaging_whatever_the_stage_of_a_drop_out(watched, number):
     """hospital-3 is missing where it died before its update was there, and counted where it died after."""
     notes, output, _ = watched
-    stage, updates, result = STAGES[number - 1], updates_of(notes, number), np.load(notes / f"sum-{number}.npz")
-    counted = {label: update for label, update in updates.items() if label != "hospital-3" or stage == "unmask"}
+    stage, updates, result = (
+        STAGES[number - 1],
+        updates_of(notes, number),
+        np.load(notes / f"sum-{number}.npz"),
+    )
+    counted = {
+        label: update for label, update in updates.items() if label != "hospital-3" or stage == "unmask"
+    }
     assert len(counted) == HOSPITALS - (stage != "unmask")
     slices = sum(examples for _, examples in counted.values())
     mean = sum(update * examples for update, examples in counted.values()) / slices
@@ -85,7 +131,8 @@ def test_the_sum_is_that_of_federated_averaging_whatever_the_stage_of_a_drop_out
 
 
 def chi_square(values: np.ndarray) -> float:
-    """How far the bytes of these numbers are from all being equally frequent, in standard deviations of chance."""
+    """How far the bytes of these numbers are from all being equally frequent, in standard deviations of
+    chance."""
     counts = np.bincount(values.view(np.uint8), minlength=256)
     expected = counts.sum() / 256
     return float((((counts - expected) ** 2 / expected).sum() - 255) / np.sqrt(2 * 255))
