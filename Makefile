@@ -1,10 +1,11 @@
 # make demo        set up, make phantoms, train on them, score the model, then compare hospitals alone, a federation and one
 #                  central model (Linux and macOS; the README has Windows' commands)
-# make test        set up, then the linter and every test
-# make test-quick  the linter and the fast tests, for daily work
+# make test        set up, then linter, types and every test
+# make test-quick  linter, types and the fast tests, for daily work
 # make federated   set up, then a server and two hospitals on the phantoms
 # make app         set up, then the web page for a clinician, at http://localhost:8501
 # make browser-demo  set up, then the page that runs the newest model in the browser, at http://127.0.0.1:8600 (needs Node.js)
+# make docs        the site of docs/, in site/
 # make benchmark   throughput, memory and input pipeline of a training, measured here
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ STUDY := models/study
 
 LIBRARIES := deployment/browser/node_modules/.package-lock.json
 
-.PHONY: demo federated app browser-demo browser-libraries test test-quick lint system benchmark
+.PHONY: demo federated app browser-demo browser-libraries test test-quick lint system docs benchmark
 
 demo: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
@@ -68,6 +69,12 @@ test-quick: lint
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check -q .
+	$(RUN) -m mypy
+
+docs: $(VENV)/installed-dev
+	$(RUN) docs/make_reference.py
+	$(RUN) -m mkdocs build --strict --quiet
 
 benchmark: $(VENV)/installed-dev
 	$(RUN) benchmarks/throughput.py

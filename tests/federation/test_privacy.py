@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from running import run_script
 from scipy.optimize import brentq
 from scipy.stats import kstest, norm
 from scripted import Worker, federate, make_fast
@@ -231,31 +230,14 @@ def test_few_hospitals_are_warned_and_many_are_not():
     assert HospitalPrivacy(settings(clients=8)).warning(64) is None
 
 
-def test_the_server_says_what_is_protected(home, phantoms, tmp_path):
-    done = run_script(
-        "run_server.py",
-        "--simulate",
-        2,
-        "--data-dir",
-        phantoms,
-        "--out",
-        tmp_path,
-        "--rounds",
-        1,
-        "--image-size",
-        32,
-        "--norm",
-        "group",
-        "--dp-epsilon",
-        8,
-        "--dp-clip",
-        1,
-        "--dp-delta",
-        "1e-4",
-    )
-    assert done.returncode == 0, done.stderr
-    assert (
-        "the protected unit is the hospital, and not the patient" in done.stdout
-        and "mind: with 2 hospitals" in done.stdout
-    )
-    assert "epsilon 8 of a hospital is spent" in done.stdout
+def test_the_server_says_what_is_protected(monkeypatch, tmp_path, capsys):
+    make_fast(monkeypatch)
+    privacy = {"clients": 2, "dp_epsilon": 8.0, "dp_clip": 1.0, "dp_delta": 1e-4}
+    model, training = TransUNet("tiny", 32, "group"), TrainingSettings(image_size=32, norm="group")
+    announce_privacy(HospitalPrivacy(FederationSettings(rounds=1, **privacy)), model, training)
+    said = capsys.readouterr().out
+    assert "the protected unit is the hospital, and not the patient" in said
+    assert "mind: with 2 hospitals" in said
+    workers = [Worker(f"hospital-{k}", [0.5] * 2) for k in (0, 1)]
+    _, _, lines = federate(workers, 1, tmp_path, federation=privacy, norm="group")
+    assert any("epsilon 8 of a hospital is spent" in line for line in lines)

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from federations import BEST, SMALL, Scene, Script, history
-from running import run_script
+from running import run_here
 
 from checkpoint import load_checkpoint
 from common import MedFLError
@@ -67,7 +67,7 @@ def test_stopped_by_ctrl_c_it_goes_on_with_resume(scene: Scene, phantoms):
     ids=str,
 )
 def test_bad_options(home, phantoms, tmp_path, options, sentence):
-    done = run_script("run_server.py", "--data-dir", phantoms, "--out", tmp_path, *options)
+    done = run_here("run_server.py", "--data-dir", phantoms, "--out", tmp_path, *options)
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
 
 
