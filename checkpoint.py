@@ -114,7 +114,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
     plan = metadata["architecture"]
     model = TransUNet(plan["name"], plan["image_side"], plan["norm"])
     load_weights(model, content["model"], path)
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's types leave memory_format out
     return Checkpoint(path, model, metadata, content.get("state"))
 
 

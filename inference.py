@@ -50,7 +50,7 @@ def probability(
     operations alone."""
     images = network_input(slices, mean, deviation, model.image_side)  # (B, 3, side, side)
     logits = model(images.contiguous(memory_format=torch.channels_last)).float()  # (B, 1, side, side)
-    return resize(logits, tuple(slices.shape[1:3])).sigmoid()[:, 0]
+    return resize(logits, (slices.shape[1], slices.shape[2])).sigmoid()[:, 0]
 
 
 def to_mask(probabilities: np.ndarray, threshold: float) -> np.ndarray:

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def make_partition(
     table = table[table["patient"].isin(split.part("all"))].sort_values("patient", ignore_index=True)
     shuffle = np.random.default_rng([seed, clients])
     labels = [f"hospital-{k}" for k in range(clients)]
+    groups: Sequence[list[str] | np.ndarray]
     if kind == "site":
         groups, labels = _by_site(table, clients, shuffle)
     elif kind == "dirichlet":
@@ -91,11 +93,11 @@ def make_partition(
     else:
         shares = np.ones(clients) if kind == "iid" else np.arange(1, clients + 1.0) ** -POWER
         groups = _cut(shuffle.permutation(table["patient"].to_numpy()), shares)
-    groups = _fill_up([[str(name) for name in group] for group in groups], set(split.train))
+    filled = _fill_up([[str(name) for name in group] for group in groups], set(split.train))
     return Partition(
         tuple(
             Split(split.seed, *(tuple(p for p in split.part(part) if p in set(group)) for part in PARTS))
-            for group in groups
+            for group in filled
         ),
         tuple(labels),
     )
@@ -112,7 +114,7 @@ def _by_site(
 ) -> tuple[list[list[str]], list[str]]:
     """Patients by their real site; the two smallest sites are merged, or the largest is halved, until the
     number fits."""
-    groups = {site: list(rows["patient"]) for site, rows in table.groupby("site")}
+    groups = {str(site): list(rows["patient"]) for site, rows in table.groupby("site")}
 
     def by_size() -> list[str]:
         return sorted(groups, key=lambda site: (len(groups[site]), site))
@@ -138,7 +140,7 @@ def burden_classes(table: pd.DataFrame) -> np.ndarray:
 def _by_burden(
     table: pd.DataFrame, clients: int, alpha: float, shuffle: np.random.Generator
 ) -> list[list[str]]:
-    groups = [[] for _ in range(clients)]
+    groups: list[list[str]] = [[] for _ in range(clients)]
     classes = burden_classes(table)
     for burden in range(CLASSES):
         names = shuffle.permutation(table["patient"].to_numpy()[classes == burden])

@@ -10,7 +10,7 @@ segmented less surely. `*_mask.*` files are passed over.
 
 import argparse
 import csv
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +71,7 @@ def find_slices(inputs: list[Path], out: Path) -> list[Path]:
 
 def output_names(files: list[Path]) -> dict[Path, str]:
     """A name for each slice's outputs: its own, with the folder's before it where two slices share one."""
-    counts = defaultdict(int)
-    for file in files:
-        counts[file.stem] += 1
+    counts = Counter(file.stem for file in files)
     names = {f: f.stem if counts[f.stem] == 1 else f"{f.parent.name}_{f.stem}_{f.suffix[1:]}" for f in files}
     if len(set(names.values())) != len(names):
         raise MedFLError("two slices would be written to one file; predict their folders one after the other")
@@ -96,7 +94,7 @@ def main() -> None:
         )
     names = output_names(files)
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
-    rows = []
+    rows: list[dict] = []
     for patient, slices in tqdm(group_volumes(files), desc="segmenting", unit="volume", disable=None):
         probabilities = predict_volume(checkpoint.model, read_volume(slices))
         for file, probability in zip(slices, probabilities):
@@ -109,8 +107,8 @@ def main() -> None:
                 )
             tumour = int(np.count_nonzero(mask))
             rows.append(dict(zip(COLUMNS, (file, patient, slice_number(file), tumour, tumour / mask.size))))
-    with atomic_write(arguments.out / "predictions.csv", "w") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+    with atomic_write(arguments.out / "predictions.csv", "w") as table:
+        writer = csv.DictWriter(table, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     print(

@@ -12,7 +12,8 @@ import re
 import warnings
 from collections import defaultdict
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ MAX_SIDE = 4096  # pixels; larger than any slice of a brain, small enough not to
 CLIP = 5.0  # deviations; beyond it lie vessels, fat and artefacts
 EPSILON = 1e-6
 
+AnyPath = TypeVar("AnyPath", bound=PurePath)  # on disk, or the name of a file in memory
+
 # What a checkpoint stores, so that another version of these functions can tell that it would do something
 # else.
 DESCRIPTION = {
@@ -38,7 +41,7 @@ DESCRIPTION = {
 }
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: PurePath) -> bool:
     """Whether a file's name is that of a slice: an image suffix, not a mask, no contact sheet of prepared
     data, not hidden."""
     return (
@@ -49,7 +52,7 @@ def is_image(path: Path) -> bool:
     )
 
 
-def is_mask(path: Path) -> bool:
+def is_mask(path: PurePath) -> bool:
     """Whether a file's name is that of a mask: `<name>_mask.<suffix>`."""
     return (
         path.suffix.lower() in IMAGE_SUFFIXES
@@ -58,37 +61,37 @@ def is_mask(path: Path) -> bool:
     )
 
 
-def slice_number(path: Path) -> int | None:
+def slice_number(path: PurePath) -> int | None:
     """The number that ends a slice's name (`TCGA_CS_4941_19960909_12.tif` is 12), or None where there is
     none."""
     found = re.search(r"(?:^|[_\-. ])(\d{1,18})$", path.stem)
     return int(found[1]) if found else None
 
 
-def volume_name(path: Path) -> str:
+def volume_name(path: PurePath) -> str:
     """The name that the slices of one volume share: the file's name without the slice number."""
     return re.sub(r"(?:^|[_\-. ])\d{1,18}$", "", path.stem) or path.parent.name
 
 
-def numeric_order(paths: list[Path]) -> list[Path]:
+def numeric_order(paths: list[AnyPath]) -> list[AnyPath]:
     """Slices of one volume by their number (2 before 10), those without one last, by name."""
     return sorted(paths, key=lambda p: (slice_number(p) is None, slice_number(p) or 0, p.name))
 
 
-def group_volumes(files: list[Path]) -> list[tuple[str, list[Path]]]:
+def group_volumes(files: list[AnyPath]) -> list[tuple[str, list[AnyPath]]]:
     """Each volume's name (the patient's, or the file's) and slices in numeric order.
 
     Slices of one patient's name in one folder form a volume; a file without a slice number is a volume of its
     own.
     """
-    volumes = defaultdict(list)
+    volumes: defaultdict[tuple, list[AnyPath]] = defaultdict(list)
     for file in files:
         alone = slice_number(file) is None
         volumes[(file.parent, file.stem if alone else volume_name(file), alone and file.suffix)].append(file)
     return [(name, numeric_order(slices)) for (_, name, _), slices in volumes.items()]
 
 
-def read_slice(path: Path, content: bytes | None = None) -> np.ndarray:
+def read_slice(path: PurePath, content: bytes | None = None) -> np.ndarray:
     """A slice's pixels, (H, W, 3) uint8: pre-contrast, FLAIR, post-contrast. A grey picture fills all three
     channels.
 
@@ -103,7 +106,7 @@ def read_slice(path: Path, content: bytes | None = None) -> np.ndarray:
     )
 
 
-def read_mask(path: Path, content: bytes | None = None) -> np.ndarray:
+def read_mask(path: PurePath, content: bytes | None = None) -> np.ndarray:
     """A mask's pixels, (H, W) uint8, 0 or 255. Raises MedFLError for any other value and what `read_slice`
     refuses."""
     picture = _open(path, content)
@@ -121,7 +124,7 @@ def read_mask(path: Path, content: bytes | None = None) -> np.ndarray:
     return mask
 
 
-def _open(path: Path, content: bytes | None) -> Image.Image:
+def _open(path: PurePath, content: bytes | None) -> Image.Image:
     """A single-frame picture of a sensible size, decoded."""
     try:
         with warnings.catch_warnings():
@@ -135,10 +138,10 @@ def _open(path: Path, content: bytes | None) -> Image.Image:
                 f"{path} is {width}×{height} pixels, and a slice has at most {MAX_SIDE} a side; shrink it "
                 f"first"
             )
-        if getattr(picture, "n_frames", 1) != 1:
+        frames = getattr(picture, "n_frames", 1)
+        if frames != 1:
             raise MedFLError(
-                f"{path} holds {picture.n_frames} pictures, and a slice is one; save each as a file of its "
-                f"own"
+                f"{path} holds {frames} pictures, and a slice is one; save each as a file of its own"
             )
         if any(_stored_as(tile).startswith("RGB") and ";16" in _stored_as(tile) for tile in picture.tile):
             # Pillow would cut 16-bit colours to 8 without a word

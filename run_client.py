@@ -93,13 +93,13 @@ def label_of(arguments: argparse.Namespace) -> str:
     if own == (arguments.cid is not None):
         raise MedFLError("give either --cid K, for a share of one dataset, or --own-data FOLDER with --name")
     keys = hospital_label(arguments.kit) if arguments.kit else None
-    if own and not (arguments.name or keys):
+    label = (arguments.name or keys) if own else f"hospital-{arguments.cid}"
+    if not label:
         raise MedFLError("a hospital with --own-data needs a label; give one with --name")
     if not own and arguments.name:
         raise MedFLError("--name goes with --own-data; a hospital with --cid K is called hospital-K")
     if not own and arguments.cid < 0:
         raise MedFLError(f"--cid is {arguments.cid}; hospitals are numbered from 0")
-    label = arguments.name or (keys if own else f"hospital-{arguments.cid}")
     if keys not in (None, label):
         raise MedFLError(
             f"the kit in {arguments.kit} is {keys}'s and this hospital is called {label}; give the kit of "

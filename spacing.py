@@ -5,7 +5,7 @@
 
 import json
 import math
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from common import MedFLError
 
@@ -13,7 +13,7 @@ NAME = "volume.json"
 VERSION = 1
 
 
-def read_spacing(path: Path, slices: int, content: bytes | None = None) -> tuple[float, float, float]:
+def read_spacing(path: PurePath, slices: int, content: bytes | None = None) -> tuple[float, float, float]:
     """Millimetres between a patient's slices, rows and columns.
 
     slices: how many the patient has; content: the file's bytes, if they are in memory and not on disk. Raises
@@ -22,7 +22,7 @@ def read_spacing(path: Path, slices: int, content: bytes | None = None) -> tuple
     """
     again = "make it anew with data/prepare_hospital.py, or take it away to do without millimetres"
     try:
-        told = json.loads(path.read_bytes() if content is None else content)
+        told = json.loads(Path(path).read_bytes() if content is None else content)
         version = told["version"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MedFLError(f"{path} is no {NAME} of a prepared patient; {again}") from error
@@ -39,7 +39,8 @@ def read_spacing(path: Path, slices: int, content: bytes | None = None) -> tuple
     if not isinstance(positions, list) or len(positions) != slices:
         count = len(positions) if isinstance(positions, list) else 0
         raise MedFLError(f"{path} tells of {count} slices, and the patient has {slices}; {again}")
-    return tuple(map(float, spacing))
+    between, row, column = map(float, spacing)
+    return between, row, column
 
 
 def _is_length(value: object) -> bool:

@@ -53,7 +53,7 @@ def make_split(
     test = _shares(room, round(test_fraction * len(sites)))
     room = {site: n - test[site] for site, n in room.items()}
     val = _shares(room, round(val_fraction * len(sites)))
-    parts = {part: [] for part in PARTS}
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for site, names in groups.items():
         parts["test"] += names[: test[site]]
         parts["val"] += names[test[site] : test[site] + val[site]]

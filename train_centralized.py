@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from batches import TrainingBatches
@@ -33,7 +32,7 @@ from evaluation.scoring import score_patients
 from inference import choose_device
 from partition import add_partition_options, make_partition
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
-from training import PLATEAU, EpochResult, Learner, TrainingSettings, rate_scale
+from training import EpochResult, Learner, TrainingSettings, plateau, rate_scale
 from transunet import TransUNet
 
 HISTORY = (
@@ -137,9 +136,7 @@ class CentralTraining:
         self.batches = TrainingBatches(
             dataset, split.train, settings.image_size, settings.batch_size, settings.seed
         )
-        self.plateau = (
-            ReduceLROnPlateau(self.learner.optimiser, **PLATEAU) if settings.schedule == "plateau" else None
-        )
+        self.plateau = plateau(self.learner.optimiser) if settings.schedule == "plateau" else None
         self.progress = Progress()
         self.best, self.last = (out / f"transunet_{self.name}_{which}.pth" for which in ("best", "last"))
         self.saved_epoch = 0
@@ -274,7 +271,7 @@ class CentralTraining:
         )
 
     def _describe(self, val: dict | None) -> dict:
-        data = {"name": self.dataset.name, "split_sha256": self.whole.sha256()}
+        data: dict = {"name": self.dataset.name, "split_sha256": self.whole.sha256()}
         slices = self.dataset.table.set_index("patient")["slices"]
         for part in PARTS:
             patients = list(self.split.part(part))
@@ -417,10 +414,10 @@ def main() -> None:
     try:
         training.run()
     except KeyboardInterrupt:
-        done = training.saved_epoch
+        saved = training.saved_epoch
         print(
-            f"\nstopped in epoch {done + 1}; "
-            + (f"--resume goes on after epoch {done}" if done else "nothing to resume yet")
+            f"\nstopped in epoch {saved + 1}; "
+            + (f"--resume goes on after epoch {saved}" if saved else "nothing to resume yet")
         )
         raise
     done = training.progress

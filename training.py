@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torchvision_operators  # noqa: F401  must come before timm
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -19,11 +21,6 @@ from common import MedFLError, setting
 from transunet import ARCHITECTURES, TransUNet
 
 FINAL_RATE = 0.01  # of the learning rate, at the end of the cosine
-PLATEAU = {
-    "mode": "max",
-    "factor": 0.5,
-    "patience": 3,
-}  # of torch's ReduceLROnPlateau, on the validation Dice
 
 
 @dataclass(frozen=True)
@@ -113,6 +110,11 @@ def rate_scale(progress: float, warmup: float) -> float:
     return cosine * (FINAL_RATE + (1 - FINAL_RATE) * rise)
 
 
+def plateau(optimiser: torch.optim.Optimizer) -> ReduceLROnPlateau:
+    """What halves an optimiser's learning rates where the validation Dice no longer rises."""
+    return ReduceLROnPlateau(optimiser, mode="max", factor=0.5, patience=3)
+
+
 def parameter_groups(model: TransUNet, settings: TrainingSettings) -> list[dict]:
     """AdamW's groups, each with its learning rate: decoder and pyramid, then encoder, each in those that
     decay and those that don't. As timm has it, biases, normalisation layers, position embeddings and the
@@ -164,7 +166,7 @@ class Learner:
     def __init__(self, model: TransUNet, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.precision = choose_precision(settings.precision, device)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model: TransUNet = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave memory_format out
         self.average = (
             AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
             if settings.ema_decay
@@ -179,9 +181,14 @@ class Learner:
     @property
     def weights_model(self) -> TransUNet:
         """The model that is scored and saved: with averaged weights, if there are any."""
-        return self.average.module if self.average else self.model
+        return cast(TransUNet, self.average.module) if self.average else self.model
 
-    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def _average(
+        self,
+        averaged: tuple[Tensor, ...] | list[Tensor],
+        current: tuple[Tensor, ...] | list[Tensor],
+        count: Tensor | int,
+    ) -> None:
         """Exponential moving average whose memory grows with the steps."""
         decay = averaging_weight(self.settings.ema_decay, float(count))
         for past, now in zip(averaged, current):
@@ -224,7 +231,7 @@ class Learner:
     def loss_of(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and soft Dice, scalars, of a batch as it comes from `TrainingBatches`."""
         images = images.to(self.device, memory_format=torch.channels_last)
-        mixed = contextlib.nullcontext()
+        mixed: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.precision != torch.float32:
             mixed = torch.autocast(self.device.type, self.precision)
         with mixed:

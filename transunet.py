@@ -6,6 +6,7 @@ image (B, 3, h, w) -> skips at 1/2, 1/4, 1/8 and ViT tokens at 1/16 -> decoder -
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torchvision_operators  # noqa: F401  must come before timm
 
@@ -14,7 +15,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.resnetv2 import ResNetV2
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from common import MedFLError
@@ -102,7 +104,7 @@ class TransUNet(nn.Module):
         image_side: int = 128,
         norm: str = "batch",
         pretrained: bool = False,
-        encoder_weights: Path | None = None,
+        encoder_weights: Path | str | None = None,
     ):
         super().__init__()
         if name not in ARCHITECTURES:
@@ -148,7 +150,8 @@ class TransUNet(nn.Module):
     def _hybrid(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The R50's features at 1/2, 1/4, 1/8, 1/16 and the tokens (B, 1 + n, d) that the ViT makes of the
         last."""
-        resnet, vit = self.encoder.patch_embed.backbone, self.encoder
+        vit = self.encoder
+        resnet = cast(ResNetV2, vit.patch_embed.backbone)
         x = resnet.stem[:-1](images)  # (B, 64, side/2, side/2), before the stem's pooling
         features = [x]
         x = resnet.stem[-1](x)  # (B, 64, side/4, side/4)
@@ -164,11 +167,12 @@ class TransUNet(nn.Module):
         self.encoder.requires_grad_(trainable)
 
 
-def _encoder(name: str, side: int, pretrained: bool, weights: Path | None) -> nn.Module:
+def _encoder(name: str, side: int, pretrained: bool, weights: Path | str | None) -> VisionTransformer:
     """timm's ViT without its classifier, from random weights, timm's own or a local file."""
     try:
-        encoder = timm.create_model(
-            name, pretrained=pretrained and weights is None, img_size=side, num_classes=0
+        encoder = cast(
+            VisionTransformer,
+            timm.create_model(name, pretrained=pretrained and weights is None, img_size=side, num_classes=0),
         )
     except Exception as error:
         if not pretrained:  # then nothing was loaded, and the fault is ours
@@ -183,7 +187,7 @@ def _encoder(name: str, side: int, pretrained: bool, weights: Path | None) -> nn
     return encoder
 
 
-def _load_encoder(encoder: nn.Module, path: Path) -> None:
+def _load_encoder(encoder: VisionTransformer, path: Path) -> None:
     """Load weights in timm's names (.safetensors or .pth); position embeddings are resampled to the encoder's
     side."""
     try:

@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="a dataset (default data)")
     dataset = load_dataset(parser.parse_args().data_dir)
-    found = {move: [] for move in MOVES}
+    found: dict[float, list[float]] = {move: [] for move in MOVES}
     for patient in dataset.patients:
         volume, _ = dataset.volume(patient.name)
         fixed = image_of(volume[..., 1])

@@ -87,7 +87,12 @@ def main() -> None:
         ):
             page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
             page.goto(address)
-            times = {"one slice": [], f"{len(files)} slices": [], "slice slider": [], "threshold slider": []}
+            times: dict[str, list[float]] = {
+                "one slice": [],
+                f"{len(files)} slices": [],
+                "slice slider": [],
+                "threshold slider": [],
+            }
             open_files(page, files, len(files))  # the first loads the model
             close(page)
             first = resident(process)

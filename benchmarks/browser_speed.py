@@ -91,7 +91,7 @@ def main() -> None:
         many = [folder / f"many_{k}.tif" for k in range(MANY)]
         for k, path in enumerate(many):
             shutil.copyfile(files[k % len(files)], path)
-        times = {}
+        times: dict[str, list[float]] = {}
         for way in ("threads", "one thread"):
             running = server(folder / "staged", 0, isolated=way == "threads")
             threading.Thread(target=running.serve_forever, daemon=True).start()

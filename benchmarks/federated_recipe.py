@@ -38,7 +38,7 @@ from transunet import TransUNet
 TEST = 0.5  # of the patients
 # options of the federation, and of the training; --batch-size is of all four hospitals together
 BEFORE = {"lr_factor": 1.0, "batch_size": 64}
-VARIANTS = {
+VARIANTS: dict[str, dict] = {
     "central": {},
     "moments reset, 16 slices each": {**BEFORE, "moments": "reset"},
     "moments kept, 16 slices each": BEFORE,

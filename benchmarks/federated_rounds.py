@@ -72,6 +72,7 @@ def main() -> None:
             text=True,
         )
         overheads, memory = [], []
+        assert server.stdout is not None  # a pipe
         for line in server.stdout:
             if found := ROUND.match(line):
                 overheads.append(float(found[2]) - float(found[3]))

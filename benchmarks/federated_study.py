@@ -61,7 +61,7 @@ class Study:
     alone: bool = True
 
 
-FEDAVG = {"fedavg": []}
+FEDAVG: dict[str, list[str]] = {"fedavg": []}
 FEDPROX = {"fedprox": ["--strategy", "fedprox"]}
 PLAIN = ["--norm", "group"]
 PRIVATE = {"plain": PLAIN} | {
@@ -213,7 +213,7 @@ def pooled(tables: list[dict]) -> dict:
     """One table over the seeds: a patient counts once, with the mean of the seeds in whose test it was."""
     rows = []
     for place, row in enumerate(tables[0]["rows"]):
-        of = {}
+        of: dict[str, list[float]] = {}
         for table in tables:
             for figures in table["rows"][place]["patients"]:
                 of.setdefault(figures["patient"], []).append(figures["dice"])

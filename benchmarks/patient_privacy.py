@@ -89,7 +89,8 @@ def federate(arguments: argparse.Namespace, epsilon: float, folder: Path) -> tup
     for number in tqdm(
         range(1, arguments.rounds + 1), desc=f"epsilon {epsilon:g}", unit="round", leave=False, disable=None
     ):
-        sent, total, examples = pack(model.state_dict()), 0.0, 0
+        sent, examples = pack(model.state_dict()), 0
+        total = torch.zeros_like(sent, dtype=torch.float64)
         for hospital in hospitals:
             model.load_state_dict(unpack(sent, model.state_dict()))
             work, weights = hospital.train(
@@ -133,6 +134,7 @@ def main() -> None:
             model, hospitals = federate(arguments, epsilon, Path(folder))
         counts = ", ".join(str(len(hospital.data.split.train)) for hospital in hospitals)
         budget = hospitals[0].budget
+        assert budget is not None  # every hospital here has made a promise
         print(
             f"epsilon {epsilon:g} at hospitals of {counts} patients: {budget.spent:.3g} spent, noise "
             f"{budget.done[0].multiplier:.3g} clips; Dice {dice(model):.3f}",

@@ -32,7 +32,7 @@ def best_threshold(dataset: Dataset, patients: tuple[str, ...]) -> tuple[float, 
             flair = apply_statistics(torch.from_numpy(volume.copy()), *dataset.statistics(patient))[:, 1]
             scores.append(dice(*counts(flair.numpy() >= threshold, truth)))
         means[threshold] = sum(scores) / len(scores)
-    best = max(means, key=means.get)
+    best = max(means, key=lambda threshold: means[threshold])
     return best, means[best]
 
 

@@ -12,6 +12,7 @@ that says that it does not look like the training scans.
 import argparse
 import warnings
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pydicom
@@ -41,7 +42,7 @@ ANATOMY = (
 )
 
 
-def strange(volume: np.ndarray, statistics: dict) -> bool:
+def strange(volume: np.ndarray, statistics: dict | None) -> bool:
     """Whether the page would say that this is unlike the training scans: in words, blank, or inverted."""
     return any(
         word in doubt
@@ -57,9 +58,8 @@ def other_pictures() -> dict[str, np.ndarray]:
         if path.suffix in PICTURES:
             found[path.name] = np.asarray(Image.open(path).convert("RGB"))
     for name in ANATOMY:
-        values = pydicom.dcmread(pydicom.data.get_testdata_file(name, download=False)).pixel_array.astype(
-            np.float64
-        )
+        stored = cast(str, pydicom.data.get_testdata_file(name, download=False))
+        values = pydicom.dcmread(stored).pixel_array.astype(np.float64)
         low, high = np.percentile(values, [0.5, 99.5])
         pixels = ((values - low) / max(high - low, 1e-9) * 255).clip(0, 255).astype(np.uint8)
         found[name] = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)

@@ -170,7 +170,9 @@ class Hostile:
     """Changes what the last hospital answers; others: the honest updates of the round, as they pass."""
 
     def __init__(self, attack: Attack, model: TransUNet):
-        self.attack, self.others, self.sent = attack, {}, None
+        self.attack = attack
+        self.others: dict[str, torch.Tensor] = {}
+        self.sent: torch.Tensor  # from the first honest answer on
         self.is_statistic, self.variances = statistics_mask(model), variance_mask(model)
 
     def watch(self, label: str) -> Callable[[Message, Message], Message]:
@@ -261,12 +263,12 @@ class Bench:
                 out,
                 cid,
                 data if cid == last else self.dataset.root,
-                hostile and (hostile.spoil if cid == last else hostile.watch(str(cid))),
+                None if hostile is None else hostile.spoil if cid == last else hostile.watch(str(cid)),
             )
             for cid in range(last + 1)
         ]
         settings = replace(self.settings, rounds=rounds, **(bounds or {}))
-        lines = []
+        lines: list[str] = []
         state, events = run(hospitals, self.training, settings, out, start, lines.append)
         rows = [
             row
@@ -296,7 +298,7 @@ def draw(curves: dict[str, list[float]], data: str, path: Path) -> None:
         )
         axes.plot(range(1, len(values) + 1), values, label=name, **style)
     axes.set(xlabel="round of the attack", ylabel=f"mean validation Dice ({data})", ylim=(0, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, ncols=2, fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
@@ -343,7 +345,8 @@ def main() -> None:
     settings = FederationSettings(
         clients=arguments.clients, partition=arguments.partition, round_timeout=3_600.0, val_fraction=0.25
     )
-    curves, figures = {}, {}
+    curves: dict[str, list[float]] = {}
+    figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="medfl-poison-") as folder:
         bench = Bench(dataset, training, settings, Path(folder))
         if arguments.init:
@@ -362,7 +365,10 @@ def main() -> None:
                 flush=True,
             )
         attacks = [ATTACKS[name] for name in arguments.attacks if name != "none"]
-        cases = [("all honest", None, None), *((attack.name, attack, None) for attack in attacks)]
+        cases: list[tuple[str, Attack | None, dict | None]] = [
+            ("all honest", None, None),
+            *((attack.name, attack, None) for attack in attacks),
+        ]
         if arguments.undefended:
             cases += [(f"{attack.name}, undefended", attack, UNDEFENDED) for _, attack, _ in cases if attack]
         for name, attack, bounds in cases:

@@ -25,7 +25,9 @@ try:
     import onnxscript  # noqa: F401  torch's exporter needs it
     from onnx import TensorProto, helper, numpy_helper
 except ImportError:
-    onnx = None
+    HAS_ONNX = False
+else:
+    HAS_ONNX = True
 
 from appearance import doubts, features
 from checkpoint import Checkpoint, load_checkpoint
@@ -79,7 +81,7 @@ class Difference:
 def export(checkpoint: Checkpoint, half: bool = False) -> tuple[bytes, Difference]:
     """The file's content and how far it is from inference.py. Raises MedFLError where it is too far, or onnx
     is missing."""
-    if onnx is None:
+    if not HAS_ONNX:
         raise MedFLError(
             "onnx, onnxscript and onnxruntime are needed; install them with `pip install -r "
             "requirements-export.txt`"
@@ -117,6 +119,7 @@ def build_graph(model: TransUNet) -> "onnx.ModelProto":
             output_names=["probability"],
             dynamic_shapes=({0: anything, 1: anything, 2: anything}, {0: anything}),
         )
+    assert program is not None  # with dynamo it gives one
     model_proto = program.model_proto  # a new one each time it is asked for
     graph = model_proto.graph
     # torch can't trace a slice whose bounds are values; so `chosen` is traced, and made here of first and

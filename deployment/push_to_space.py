@@ -108,7 +108,8 @@ def _create(api: HfApi, repo: str, kind: Kind) -> None:
         api.create_repo(repo, repo_type="space", space_sdk=kind.sdk)
         return
     about = api.space_info(repo)
-    if about.sdk != kind.sdk or (about.card_data or {}).get("title") != kind.title:
+    title = about.card_data.get("title") if about.card_data else None
+    if about.sdk != kind.sdk or title != kind.title:
         raise MedFLError(f"the name {repo} is taken by another Space; choose another --repo")
 
 

@@ -55,9 +55,8 @@ def parser_of(module: str) -> argparse.ArgumentParser:
         raise _Stop
 
     script = importlib.import_module(module)
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", keep):
-        with contextlib.suppress(_Stop):
-            getattr(script, "parse", script.main)()
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", keep), contextlib.suppress(_Stop):
+        getattr(script, "parse", script.main)()
     return found[0]
 
 

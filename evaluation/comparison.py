@@ -69,7 +69,7 @@ def hospitals_of(checkpoints: list[Checkpoint], dataset: Dataset, split: Split) 
 
     Raises MedFLError where they tell of different ones.
     """
-    told = {}
+    told: dict[tuple, Path] = {}
     for checkpoint in checkpoints:
         about = {**checkpoint.metadata.get("training", {}), **checkpoint.metadata.get("origin", {})}
         if about.get("partition") not in (None, "own data"):
@@ -99,17 +99,17 @@ def make_rows(
     score: gives a model's figures of these patients. Members of a set are rows of their own only if each
     trained alone.
     """
-    sets = {}
+    sets: dict[str, dict[str, Checkpoint]] = {}
     for checkpoint in checkpoints:
         if hospital := checkpoint.metadata.get("origin", {}).get("hospital"):
-            kind = sets.setdefault(kind_of(checkpoint), {})
-            if hospital in kind:
+            members = sets.setdefault(kind_of(checkpoint), {})
+            if hospital in members:
                 raise MedFLError(
-                    f"{kind[hospital].path} and {checkpoint.path} are both {hospital} "
+                    f"{members[hospital].path} and {checkpoint.path} are both {hospital} "
                     f"{kind_of(checkpoint)}, and the "
                     "table could not tell them apart; compare one of them"
                 )
-            kind[hospital] = checkpoint
+            members[hospital] = checkpoint
     complete = {
         kind: members for kind, members in sets.items() if hospitals and members.keys() == hospitals.keys()
     }
@@ -172,7 +172,7 @@ def table_of(rows: list[Row], columns: dict[str, tuple[str, ...]]) -> dict:
     first = rows[0].patients
     told = []
     for row in rows:
-        scores = {}
+        scores: dict[str, dict | None] = {}
         for label, patients in columns.items():
             dice = [figures["dice"] for figures in row.patients if figures["patient"] in patients]
             scores[label] = None

@@ -43,7 +43,7 @@ def draw_curves(rows: list[dict], path: Path, title: str) -> None:
 def save_curves(figure: Figure, path: Path, title: str) -> None:
     """Give the plots over epochs or rounds of a figure their common look, and write it as a PNG."""
     for axes in figure.axes:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)

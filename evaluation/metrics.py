@@ -115,11 +115,11 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 10_000, seed: i
     interval too narrow. The same values in the same order and the same seed give the same interval. Efron and
     Tibshirani 1993, chapter 13.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < MINIMUM_FOR_INTERVAL:
+    figures = np.asarray(values, dtype=np.float64)
+    if len(figures) < MINIMUM_FOR_INTERVAL:
         return None
-    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+    drawn = np.random.default_rng(seed).integers(len(figures), size=(resamples, len(figures)))
+    low, high = np.percentile(figures[drawn].mean(axis=1), [2.5, 97.5])
     return [float(low), float(high)]
 
 
@@ -139,7 +139,7 @@ def summarise(rows: list[dict]) -> dict:
     return {
         "volume_dice": {**_mean_and_median(volume_dice), "ci95": bootstrap_interval(volume_dice)},
         "volume_iou": _mean_and_median([row["iou"] for row in rows]),
-        "pooled_dice": dice(*(_sum(rows, name) for name in ("tp", "fp", "fn"))),
+        "pooled_dice": dice(*(sum(row[name] for row in rows) for name in ("tp", "fp", "fn"))),
         "slice_dice_tumour": _share(rows, "slice_dice_sum", "tumour_slices"),
         "empty_slice_false_positive_rate": _share(rows, "empty_slices_with_prediction", "empty_slices"),
         "hd95_px": _defined([row["hd95_px"] for row in rows]),
@@ -236,7 +236,7 @@ def _summary_in_mm(rows: list[dict]) -> dict:
         "truth": [row["volume_truth_cm3"] for row in rows],
         "prediction": [row["volume_prediction_cm3"] for row in rows],
         "difference": differences,
-        "absolute_difference": np.abs(differences),
+        "absolute_difference": [abs(difference) for difference in differences],
     }
     return {
         "hd95_mm": _defined([row["hd95_mm"] for row in rows]),

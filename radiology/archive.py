@@ -65,8 +65,8 @@ class Preparation:
         for killed in self.out.glob(".preparing-*"):
             shutil.rmtree(killed, ignore_errors=True)
         with tqdm(total=len(studies), desc="preparing", unit="study", disable=None) as bar:
-            for _, of_patient in groupby(studies, lambda s: s.patient_id or s.uid):
-                of_patient = list(of_patient)
+            for _, group in groupby(studies, lambda s: s.patient_id or s.uid):
+                of_patient = list(group)
                 trains = self._trains_already(of_patient)
                 for study in of_patient:
                     if study.channels and (name := self._ready(study)) and self._made[name].mask:

@@ -1,10 +1,12 @@
 """What a DICOM file's header says: whether it is a picture, where its slices lie, and what is wrong with it
 by itself."""
 
+import io
 import math
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pydicom
 from pydicom.errors import InvalidDicomError
@@ -57,15 +59,43 @@ TAGS = [  # what is read of a header
 ]
 
 
-class Slice(NamedTuple):
-    """What is kept of a slice's header; position and orientation are None where there is no geometry."""
+class InMemory(io.BytesIO):
+    """A file in memory that is read as one on disk. Who reads its content begins where the last reader
+    stopped."""
 
-    path: Path
+    def __init__(self, name: str, content: bytes):
+        super().__init__(content)
+        self.name = name.rsplit("/", 1)[-1]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def stat(self) -> SimpleNamespace:
+        return SimpleNamespace(st_size=len(self.getvalue()))
+
+    def open(self, _mode: str) -> io.BytesIO:
+        return io.BytesIO(self.getvalue())
+
+
+File = Path | InMemory
+
+
+class Place(NamedTuple):
+    """Where a slice lies: its first pixel, the directions of its rows and columns, mm between rows and
+    columns."""
+
+    position: tuple[float, ...]
+    orientation: tuple[float, ...]
+    pixel_spacing: tuple[float, ...]
+
+
+class Slice(NamedTuple):
+    """What is kept of a slice's header; place is None where a part of it is missing."""
+
+    path: File
     frame: int | None
-    position: tuple[float, ...] | None
-    orientation: tuple[float, ...] | None
+    place: Place | None
     matrix: tuple[int, int]
-    pixel_spacing: tuple[float, ...] | None
     thickness: float
 
 
@@ -80,7 +110,7 @@ class Header(NamedTuple):
     slices: list[Slice]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: File) -> Header:
     """What a file's header says; no pixel is read. Raises MedFLError for what is no DICOM picture."""
     try:
         with path.open("rb") as file, warnings.catch_warnings():
@@ -118,7 +148,7 @@ def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
         raise MedFLError("holds no picture, or is cut off within its header; export it again if it should")
 
 
-def _number(value: object) -> float | None:
+def _number(value: Any) -> float | None:
     """The first number in a tag's value, or None."""
     try:
         number = float(value[0] if isinstance(value, pydicom.multival.MultiValue) else value)
@@ -127,13 +157,21 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _numbers(value: object, count: int) -> tuple[float, ...] | None:
+def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
     """A tag's `count` finite numbers, or None."""
     try:
         numbers = tuple(float(v) for v in value)
     except (TypeError, ValueError):
         return None
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
+
+
+def _place(position: Any, orientation: Any, pixel_spacing: Any) -> Place | None:
+    """Where a slice lies by these tags' values, or None."""
+    first, directions, between = _numbers(position, 3), _numbers(orientation, 6), _numbers(pixel_spacing, 2)
+    if first is None or directions is None or between is None:
+        return None
+    return Place(first, directions, between)
 
 
 def _describe(header: pydicom.Dataset, uid: str) -> dict:
@@ -171,7 +209,7 @@ def _describe(header: pydicom.Dataset, uid: str) -> dict:
     )
 
 
-def _problems_of_file(path: Path, header: pydicom.Dataset, left: int) -> list[str]:
+def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[str]:
     """What is wrong with a file by itself, a sentence each; left: bytes from its pixels on."""
     problems = []
     modality = str(header.get("Modality") or "unknown")
@@ -196,7 +234,7 @@ def _problems_of_file(path: Path, header: pydicom.Dataset, left: int) -> list[st
     return problems
 
 
-def _slices_of(path: Path, header: pydicom.Dataset) -> list[Slice]:
+def _slices_of(path: File, header: pydicom.Dataset) -> list[Slice]:
     """The slices of a file: one, or one for each frame, whose geometry stands in functional groups."""
     frames, matrix = int(header.get("NumberOfFrames") or 1), (int(header.Rows), int(header.Columns))
     shared, groups = (
@@ -207,20 +245,14 @@ def _slices_of(path: Path, header: pydicom.Dataset) -> list[Slice]:
         thickness = (
             _number(header.get("SpacingBetweenSlices")) or _number(header.get("SliceThickness")) or 0.0
         )
-        position, orientation = header.get("ImagePositionPatient"), header.get("ImageOrientationPatient")
-        return [
-            Slice(
-                path,
-                None,
-                _numbers(position, 3),
-                _numbers(orientation, 6),
-                matrix,
-                _numbers(header.get("PixelSpacing"), 2),
-                thickness,
-            )
-        ]
+        place = _place(
+            header.get("ImagePositionPatient"),
+            header.get("ImageOrientationPatient"),
+            header.get("PixelSpacing"),
+        )
+        return [Slice(path, None, place, matrix, thickness)]
 
-    def look_up(group: pydicom.Dataset | None, macro: str, name: str) -> object:
+    def look_up(group: pydicom.Dataset | None, macro: str, name: str) -> Any:
         for where in (group, shared[0] if shared else None):
             if where is not None and where.get(macro):
                 return where[macro].value[0].get(name)
@@ -234,15 +266,10 @@ def _slices_of(path: Path, header: pydicom.Dataset) -> list[Slice]:
             or _number(look_up(group, "PixelMeasuresSequence", "SliceThickness"))
             or 0.0
         )
-        found.append(
-            Slice(
-                path,
-                frame,
-                _numbers(look_up(group, "PlanePositionSequence", "ImagePositionPatient"), 3),
-                _numbers(look_up(group, "PlaneOrientationSequence", "ImageOrientationPatient"), 6),
-                matrix,
-                _numbers(look_up(group, "PixelMeasuresSequence", "PixelSpacing"), 2),
-                thickness,
-            )
+        place = _place(
+            look_up(group, "PlanePositionSequence", "ImagePositionPatient"),
+            look_up(group, "PlaneOrientationSequence", "ImageOrientationPatient"),
+            look_up(group, "PixelMeasuresSequence", "PixelSpacing"),
         )
+        found.append(Slice(path, frame, place, matrix, thickness))
     return found

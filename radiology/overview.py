@@ -73,7 +73,7 @@ def _outlined(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         ],
         axis=0,
     )
-    return np.where((mask & ~inner)[..., None], np.uint8(OUTLINE), pixels)
+    return np.where((mask & ~inner)[..., None], np.array(OUTLINE, np.uint8), pixels)
 
 
 def write_page(entries: list[dict], path: Path) -> None:

@@ -72,7 +72,7 @@ def prepare(study: Study, rules: Rules) -> Prepared:
     mask = None
     if study.mask is not None:
         try:
-            mask = _read_mask(study, rules, grids, transforms, fixed, notes)
+            mask = _read_mask(study.mask, study.mask_of, rules, grids, transforms, fixed, notes)
         except MedFLError as error:
             failures[study.mask.uid] = str(error)
             notes.append("its mask can't be used; the report says why")
@@ -132,20 +132,26 @@ def _text_notes(channel: str, series: Series, image: sitk.Image) -> list[str]:
 
 
 def _read_mask(
-    study: Study, rules: Rules, grids: dict, transforms: dict, fixed: sitk.Image, notes: list[str]
+    series: Series,
+    of: str | None,
+    rules: Rules,
+    grids: dict,
+    transforms: dict,
+    fixed: sitk.Image,
+    notes: list[str],
 ) -> np.ndarray:
-    """The study's mask on the grid of `fixed`, (S, H, W) uint8 0 or 255. Raises MedFLError for one that can't
-    be used."""
-    if study.mask.modality == "NIfTI":
+    """A study's mask, which is `of` a channel, on the grid of `fixed`, (S, H, W) uint8 0 or 255. Raises
+    MedFLError for one that can't be used."""
+    if series.modality == "NIfTI":
         channels = [FLAIR, *(c for c in grids if c != FLAIR)]
-        labels, place = read_labels(study.mask, rules.labels, [grids[c] for c in channels])
+        labels, place = read_labels(series, rules.labels, [grids[c] for c in channels])
         channel = channels[place]
     else:
-        channel = study.mask_of
+        channel = of
         if channel not in grids:
             raise MedFLError(f"it is a segmentation of the {channel} series, which can't be used")
-        labels = read_segmentation(study.mask.files[0], grids[channel])
-        if study.mask.manufacturer == MANUFACTURER:
+        labels = read_segmentation(series.files[0], grids[channel])
+        if series.manufacturer == MANUFACTURER:
             notes.append("its mask was drawn by a network of MedFL, not by a person")
     mask = resample_mask(labels, fixed, transforms[channel])
     before = np.count_nonzero(sitk.GetArrayViewFromImage(labels)) * np.prod(labels.GetSpacing())

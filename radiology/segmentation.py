@@ -14,6 +14,7 @@ from pydicom.uid import generate_uid
 
 from common import MedFLError, __version__, atomic_write
 from radiology.geometry import on_grid
+from radiology.headers import File
 from radiology.series import Series
 
 EXPECTED = (
@@ -99,7 +100,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
         ) from error
 
 
-def _source(path: Path, thickness: float) -> pydicom.Dataset:
+def _source(path: File, thickness: float) -> pydicom.Dataset:
     """A source file's header, where what anonymisers take away and a SEG has to have is put back, empty if it
     may be."""
     header = pydicom.dcmread(path, stop_before_pixels=True)
@@ -111,7 +112,7 @@ def _source(path: Path, thickness: float) -> pydicom.Dataset:
     return header
 
 
-def read_segmentation(path: Path, reference: sitk.Image) -> sitk.Image:
+def read_segmentation(path: File, reference: sitk.Image) -> sitk.Image:
     """The tumour of a DICOM SEG on the grid of its source series, uint8 0 or 1.
 
     reference: the source series, as `load_series` gives it. Raises MedFLError for a file that is no binary
@@ -131,7 +132,7 @@ def read_segmentation(path: Path, reference: sitk.Image) -> sitk.Image:
         ) from error
     if not binary:
         raise MedFLError(f"{path} holds shares of tumour, not a mask; export it as a binary segmentation")
-    if len(names) > 1:
+    if volume is None:
         raise MedFLError(
             f"{path} holds {len(names)} segments ({', '.join(names)}), and one means tumour; export that "
             f"one alone"

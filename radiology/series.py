@@ -9,7 +9,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -19,7 +18,7 @@ from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import UID
 
 from common import MedFLError
-from radiology.headers import Slice, read_header
+from radiology.headers import File, Place, Slice, read_header
 
 MAX_VOXELS = 2**27  # of a series: 512 MiB as float32
 SAME_PLACE = 0.01  # mm; nearer slices lie at one place
@@ -43,7 +42,7 @@ class Series:
     patient_id: str
     modality: str
     description: str
-    files: tuple[Path, ...] = field(repr=False)
+    files: tuple[File, ...] = field(repr=False)
     frames: tuple[int, ...] = field(default=(), repr=False)
     rows: int = 0
     columns: int = 0
@@ -84,16 +83,20 @@ class Series:
 class Refused:
     """A file that belongs to no series, and why."""
 
-    path: Path
+    path: File
     why: str
 
 
-def find_series(paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:
+def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
     """The series that these files form, by patient, study and number, and the files that belong to none.
 
     Reads headers only. A file that is there twice counts once; the second is among the refused.
     """
-    slices, heads, notes, refused, seen = defaultdict(list), {}, defaultdict(list), [], {}
+    slices: defaultdict[str, list[Slice]] = defaultdict(list)
+    notes: defaultdict[str, list[str]] = defaultdict(list)
+    heads: dict[str, dict] = {}
+    seen: dict[str, File] = {}
+    refused = []
     for path in paths:
         try:
             header = read_header(path)
@@ -125,10 +128,10 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
     geometry = problem = None
     if len(files) > 1 and any(s.frame is not None for s in slices):
         problem = "it mixes files of several frames with others; export it as one kind"
-    elif any(None in (s.position, s.orientation, s.pixel_spacing) for s in slices):
+    elif len(places := [s.place for s in slices if s.place is not None]) < len(slices):
         problem = "it does not say where its slices lie (position, orientation or pixel spacing is missing)"
     else:
-        geometry, problem = _geometry(slices)
+        geometry, problem = _geometry(places, first.thickness)
     if problem:
         problems.append(problem)
     if len(slices) * rows * columns > MAX_VOXELS:
@@ -148,9 +151,9 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
     )
 
 
-def _geometry(slices: list[Slice]) -> tuple[dict | None, str | None]:
-    """Order, spacing, origin, orientation and positions of slices that say where they lie; and what is wrong
-    with them."""
+def _geometry(slices: list[Place], thickness: float) -> tuple[dict | None, str | None]:
+    """Order, spacing, origin, orientation and positions of slices by where they lie, and what is wrong with
+    them. thickness: the first one's, in mm."""
     first = slices[0]
     across, down = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     if (
@@ -176,9 +179,7 @@ def _geometry(slices: list[Slice]) -> tuple[dict | None, str | None]:
     )
     problem = _spacing_problem(steps)
     between = (
-        between or float(np.median(steps[steps > SAME_PLACE]))
-        if (steps > SAME_PLACE).any()
-        else first.thickness
+        between or float(np.median(steps[steps > SAME_PLACE])) if (steps > SAME_PLACE).any() else thickness
     )
     if between <= 0:
         problem = problem or "it is a single slice that does not say how thick it is"
@@ -242,7 +243,7 @@ def load_series(series: Series) -> sitk.Image:
     return image
 
 
-def _decode(path: Path, whole: pydicom.Dataset | None, frame: int) -> np.ndarray:
+def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray:
     """One slice's values, (rows, columns) float32."""
     try:
         with warnings.catch_warnings():

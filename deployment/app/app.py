@@ -67,7 +67,9 @@ def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
         names = {
             path: path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}" for path in paths
         }
-        path = st.selectbox("Checkpoint", paths, format_func=names.get, help="The newest comes first.")
+        path = st.selectbox(
+            "Checkpoint", paths, format_func=lambda one: names.get(one, ""), help="The newest comes first."
+        )
     try:
         checkpoint, sha256 = load_model(path, path.stat().st_mtime)
     except (MedFLError, OSError) as error:

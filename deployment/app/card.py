@@ -95,7 +95,7 @@ def _origin(origin: dict) -> str:
             f"{origin['strategy']}, data held by {origin['partition']}; {kept}, {noise}"
         )
     place = {"centralised": "in one place", "local": f"at {origin.get('hospital')} alone"}.get(
-        kind, "not told"
+        str(kind), "not told"
     )
     return place + (f", from a model of {origin['started_from']}" if origin.get("started_from") else "")
 

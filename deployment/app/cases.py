@@ -4,6 +4,7 @@ pixels.
 Everything stays in memory; nothing is written to disk.
 """
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from types import ModuleType
 
@@ -105,7 +106,9 @@ def _read_slices(files: dict[str, bytes]) -> Case:
         groups=np.zeros(len(order), int) if numbered else np.arange(len(order)),
     )
     if any(known):
-        case.truth = _read_masks(order, [mask and (mask, paths[mask]) for mask in known], case.volume.shape)
+        case.truth = _read_masks(
+            order, [None if mask is None else (mask, paths[mask]) for mask in known], case.volume.shape
+        )
     if not case.is_volume:
         case.notes.append(LONE_SLICE)
     if spare := len(masks) - sum(mask is not None for mask in known):
@@ -142,7 +145,9 @@ def _check_sizes(order: list[PurePosixPath], pixels: list[np.ndarray]) -> None:
         )
 
 
-def _read_masks(order: list[PurePosixPath], masks: list[tuple | None], shape: tuple) -> np.ndarray:
+def _read_masks(
+    order: list[PurePosixPath], masks: Sequence[tuple[PurePosixPath, bytes] | None], shape: tuple
+) -> np.ndarray:
     """The truth of each slice, (S, H, W) uint8. Raises MedFLError where
     one is missing or has another size."""
     truth = []
@@ -167,15 +172,17 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     """The truth, (S, H, W) uint8, that uploaded masks give for a case that is open. A mask belongs to the
     slice of its name without `_mask`; for a lone slice any one mask does. Raises MedFLError where they don't
     fit."""
-    files = [(PurePosixPath(name.replace("\\", "/")), content) for name, content in files]
-    if case.dicom is not None and len(files) == 1 and files[0][0].suffix.lower() not in IMAGE_SUFFIXES:
-        return _dicom().read_dicom_mask(case, str(files[0][0]), files[0][1])
-    if len(files) == 1 and str(files[0][0]).lower().endswith(NIFTI):
-        return read_nifti_mask(case, *files[0])
+    given = [(PurePosixPath(name.replace("\\", "/")), content) for name, content in files]
+    if len(given) == 1:
+        path, content = given[0]
+        if case.dicom is not None and path.suffix.lower() not in IMAGE_SUFFIXES:
+            return _dicom().read_dicom_mask(case.dicom, str(path), content)
+        if str(path).lower().endswith(NIFTI):
+            return read_nifti_mask(case, str(path), content)
     order = [PurePosixPath(name) for name in case.slices]
-    if len(order) == len(files) == 1:
-        return _read_masks(order, files, case.volume.shape)
-    masks = {path.stem.lower().removesuffix("_mask"): (path, content) for path, content in files}
+    if len(order) == len(given) == 1:
+        return _read_masks(order, given, case.volume.shape)
+    masks = {path.stem.lower().removesuffix("_mask"): (path, content) for path, content in given}
     if not any(path.stem.lower() in masks for path in order):
         raise MedFLError(
             "no mask has the name of a slice with _mask at its end; rename the masks, or choose others"

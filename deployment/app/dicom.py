@@ -6,7 +6,6 @@ the geometry.
 
 import importlib.util
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import SimpleITK as sitk
@@ -17,6 +16,7 @@ from deployment.app.nifti import nifti_file
 from deployment.app.source import Source
 from preprocessing import CHANNELS
 from radiology.geometry import POOR, SIDE, agreement, register, resample, to_uint8
+from radiology.headers import File, InMemory
 from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
 from radiology.segmentation import make_segmentation, read_segmentation
 from radiology.series import Refused, Series, find_series, load_series
@@ -31,23 +31,6 @@ ACQUIRED = {
 }  # by the direction in which the slices follow
 
 
-class Upload(io.BytesIO):
-    """A file in memory that radiology/ reads as it reads one on disk."""
-
-    def __init__(self, name: str, content: bytes):
-        super().__init__(content)
-        self.name = name.rsplit("/", 1)[-1]
-
-    def __str__(self) -> str:
-        return self.name
-
-    def stat(self) -> SimpleNamespace:
-        return SimpleNamespace(st_size=len(self.getvalue()))
-
-    def open(self, _mode: str) -> io.BytesIO:
-        return io.BytesIO(self.getvalue())
-
-
 def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     """The case of the DICOM files of one study: FLAIR, and pre- and post-contrast laid over it where they are
     there.
@@ -56,7 +39,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     across it; a DICOM SEG of the FLAIR series becomes the truth. Raises MedFLError where no series can be
     used.
     """
-    found, refused = find_series([Upload(name, content) for name, content in files])
+    found, refused = find_series([InMemory(name, content) for name, content in files])
     masks = [series for series in found if series.modality == "SEG"]
     scans = [series for series in found if series not in masks]
     channels, notes = _choose(scans, masks, refused)
@@ -94,7 +77,8 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     )
     own = [series for series in masks if flair.uid in series.references]
     if len(own) == 1:
-        case.truth = read_dicom_mask(case, own[0].files[0].name, own[0].files[0].getvalue())
+        _rewind(own[0])
+        case.truth = _mask_on_page(source, own[0].files[0])
     if passed := len(masks) - (case.truth is not None):
         case.notes.append(
             f"{passed} DICOM SEG were passed over: one alone that is of the FLAIR series becomes the truth."
@@ -184,7 +168,8 @@ def _load(series: Series) -> sitk.Image:
 def _rewind(series: Series) -> None:
     """What reads a file in memory begins where the last reader stopped."""
     for file in series.files:
-        file.seek(0)
+        if isinstance(file, InMemory):
+            file.seek(0)
 
 
 def _laid_over(series: Series, flair: Series, fixed: sitk.Image, notes: list[str]) -> sitk.Image:
@@ -246,37 +231,41 @@ def _onto_page(oriented: sitk.Image, source: Source) -> np.ndarray:
     return np.pad(sitk.GetArrayViewFromImage(oriented), ((0, 0), (above, below), (left, right)))
 
 
-def read_dicom_mask(case: Case, name: str, content: bytes) -> np.ndarray:
+def read_dicom_mask(source: Source, name: str, content: bytes) -> np.ndarray:
     """A mask of the case's shape from a DICOM SEG of its series, (S, H, W) uint8. Raises MedFLError for any
     other."""
-    labels = sitk.DICOMOrient(read_segmentation(Upload(name, content), case.dicom.grid), "LPS")
-    return _onto_page(labels, case.dicom) * np.uint8(255)
+    return _mask_on_page(source, InMemory(name, content))
 
 
-def on_series(case: Case, mask: np.ndarray) -> np.ndarray:
+def _mask_on_page(source: Source, file: File) -> np.ndarray:
+    labels = sitk.DICOMOrient(read_segmentation(file, source.grid), "LPS")
+    return _onto_page(labels, source) * np.uint8(255)
+
+
+def on_series(source: Source, mask: np.ndarray) -> np.ndarray:
     """A mask (S, H, W) uint8 of the case on the source series' own slices, rows and columns, in its order, 1
     where there is tumour."""
-    oriented = sitk.GetImageFromArray((case.dicom.within(mask) > 0).astype(np.uint8))
-    oriented.CopyInformation(sitk.DICOMOrient(case.dicom.grid, "LPS"))
-    return sitk.GetArrayFromImage(sitk.DICOMOrient(oriented, _orientation(case.dicom.grid)))
+    oriented = sitk.GetImageFromArray((source.within(mask) > 0).astype(np.uint8))
+    oriented.CopyInformation(sitk.DICOMOrient(source.grid, "LPS"))
+    return sitk.GetArrayFromImage(sitk.DICOMOrient(oriented, _orientation(source.grid)))
 
 
-def write_segmentation(case: Case, mask: np.ndarray) -> bytes:
+def write_segmentation(source: Source, mask: np.ndarray) -> bytes:
     """A mask of the case as DICOM SEG over its source series. Raises MedFLError for an empty one."""
-    _rewind(case.dicom.series)
+    _rewind(source.series)
     file = io.BytesIO()
-    make_segmentation(on_series(case, mask), case.dicom.series).save_as(file)
+    make_segmentation(on_series(source, mask), source.series).save_as(file)
     return file.getvalue()
 
 
-def write_series_nifti(case: Case, mask: np.ndarray) -> bytes:
+def write_series_nifti(source: Source, mask: np.ndarray) -> bytes:
     """A mask of the case as .nii.gz, voxel for voxel on the source series, 1 where there is tumour."""
-    grid = case.dicom.grid
+    grid = source.grid
     affine = np.eye(4)
     affine[:3, :3] = np.array(grid.GetDirection()).reshape(3, 3) * grid.GetSpacing()
     affine[:3, 3] = grid.GetOrigin()
     affine[:2] *= -1  # DICOM counts to the left and back, NIfTI to the right and front
-    return nifti_file(on_series(case, mask).transpose(2, 1, 0), affine)
+    return nifti_file(on_series(source, mask).transpose(2, 1, 0), affine)
 
 
 def as_prepared(volume: np.ndarray) -> np.ndarray:

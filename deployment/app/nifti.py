@@ -2,12 +2,16 @@
 
 import gzip
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common import MedFLError
 from deployment.app.archives import unpack_gzip
 from deployment.app.case import MAX_PIXELS, MIN_SIDE, Case
+
+if TYPE_CHECKING:
+    import nibabel
 
 BRIGHTEST = 99.9  # percentile of the voxels above 0 that becomes 255
 
@@ -80,7 +84,7 @@ def _load(name: str, content: bytes):
         raise MedFLError(
             "NIfTI files need nibabel; install it (`pip install nibabel`), or upload slices as TIFF or PNG"
         ) from error
-    name = str(name).rsplit("/", 1)[-1]
+    name = name.rsplit("/", 1)[-1]
     if name.lower().endswith(".gz"):
         content = unpack_gzip(name, content)
     try:
@@ -122,8 +126,7 @@ def read_nifti_mask(case: Case, name: str, content: bytes) -> np.ndarray:
     values = np.asarray(_load(name, content)[1].dataobj)
     if values.dtype.names:
         raise MedFLError(
-            f"{str(name).rsplit('/', 1)[-1]} holds colours, and a mask holds numbers; choose the mask of "
-            f"this scan"
+            f"{name.rsplit('/', 1)[-1]} holds colours, and a mask holds numbers; choose the mask of this scan"
         )
     mask = to_axial(
         values[..., 0] if values.shape[3:] == (1,) else values
@@ -139,15 +142,15 @@ def _size(slices: np.ndarray) -> str:
     return f"{slices.shape[0]} slices of {slices.shape[2]}×{slices.shape[1]} pixels"
 
 
-def write_nifti(case: Case, mask: np.ndarray) -> bytes:
+def write_nifti(scan: "nibabel.Nifti1Image", mask: np.ndarray) -> bytes:
     """A mask (S, H, W) uint8 0/255 as .nii.gz, voxel for voxel on the scan that was uploaded, 1 where there
     is tumour."""
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
     canonical = [[0, 1], [1, 1], [2, 1]]
-    back = ornt_transform(canonical, io_orientation(case.nifti.affine))
+    back = ornt_transform(canonical, io_orientation(scan.affine))
     voxels = apply_orientation(from_axial((mask > 0).astype(np.uint8)), back)
-    return nifti_file(voxels, case.nifti.affine)
+    return nifti_file(voxels, scan.affine)
 
 
 def nifti_file(voxels: np.ndarray, affine: np.ndarray) -> bytes:

@@ -41,7 +41,7 @@ def draw_report(
         chart.bar(
             [row["slice"] for row in rows], [row["tumour_pixels"] for row in rows], color=ORANGE, width=0.8
         )
-        chart.xaxis.get_major_locator().set_params(integer=True)
+        chart.locator_params(axis="x", integer=True)
         chart.set_xlabel("slice", fontsize=8)
         chart.set_ylabel("tumour pixels", fontsize=8)
         chart.tick_params(labelsize=8)

@@ -1,10 +1,14 @@
 """The open case: picture, controls, figures and downloads. Runs by itself when a control moves, without the
 model."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
 import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
+from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from checkpoint import Checkpoint
@@ -36,6 +40,9 @@ from deployment.app.report import draw_report
 from inference import to_mask
 from transunet import TransUNet
 
+if TYPE_CHECKING:  # radiology/ is optional
+    from deployment.app.source import Source
+
 OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "truth"
 LEGENDS = {
     OUTLINE: "Solid orange line: what the model takes for tumour.",
@@ -51,8 +58,9 @@ def take_uploads(uploads: list) -> list[tuple[str, bytes]]:
     upload after upload; so they are taken out of its store (a call that is not public API)."""
     files = [(upload.name, upload.getvalue()) for upload in uploads]
     if run := get_script_run_ctx():
+        store = cast(MemoryUploadedFileManager, run.uploaded_file_mgr)
         for upload in uploads:
-            run.uploaded_file_mgr.remove_file(session_id=run.session_id, file_id=upload.file_id)
+            store.remove_file(session_id=run.session_id, file_id=upload.file_id)
     return files
 
 
@@ -178,7 +186,7 @@ def draw(case: Case, prediction: Prediction, masks: np.ndarray, index: int, look
     picture = base_picture(case.volume[index], look["view"], look["level"], look["width"])
     if look["hidden"]:
         return picture
-    if look["overlay"] == COMPARISON:
+    if look["overlay"] == COMPARISON and case.truth is not None:
         return comparison(picture, masks[index], case.truth[index], look["opacity"])
     if look["overlay"] == FILL:
         return fill(picture, masks[index], ORANGE, look["opacity"])
@@ -321,7 +329,7 @@ def downloads(
         ]
         return draw_report(f"{case.name}, {slices}", pictures, rows, figures, card, doubts)
 
-    offers = [
+    offers: list[tuple[str, Callable[[], str | bytes], str, str]] = [
         (
             "Mask of this slice",
             lambda: png(masks[number - 1]),
@@ -337,19 +345,21 @@ def downloads(
         ("Figures (CSV)", lambda: csv_text(rows), f"{case.name}.csv", "text/csv"),
         ("Report (PNG)", report, f"{case.name}_report.png", "image/png"),
     ]
-    if case.nifti is not None:
+    if (scan := case.nifti) is not None:
         offers.append(
-            ("Mask (NIfTI)", lambda: write_nifti(case, masks), f"{case.name}_mask.nii.gz", "application/gzip")
+            ("Mask (NIfTI)", lambda: write_nifti(scan, masks), f"{case.name}_mask.nii.gz", "application/gzip")
         )
     if case.dicom is not None:
-        offers += dicom_offers(case, masks)
+        offers += dicom_offers(case.dicom, case.name, masks)
     st.subheader("Download")
     with st.container(horizontal=True):
         for label, make, name, mime in offers:
             st.download_button(label, make, name, mime, key=f"get {label}", on_click="ignore")
 
 
-def dicom_offers(case: Case, masks: np.ndarray) -> list[tuple]:
+def dicom_offers(
+    source: "Source", name: str, masks: np.ndarray
+) -> list[tuple[str, Callable[[], bytes], str, str]]:
     """What a case of DICOM gives besides: the mask over its source series,
     unless it is empty, and as NIfTI."""
     from deployment.app.dicom import (
@@ -358,12 +368,12 @@ def dicom_offers(case: Case, masks: np.ndarray) -> list[tuple]:
         write_series_nifti,
     )  # radiology/ is optional
 
-    offers = []
-    if masks.any() and case.dicom.series.frame_of_reference:  # an empty DICOM SEG can't be shown
+    offers: list[tuple[str, Callable[[], bytes], str, str]] = []
+    if masks.any() and source.series.frame_of_reference:  # an empty DICOM SEG can't be shown
         offers.append(
             (
                 "Mask (DICOM SEG)",
-                lambda: write_segmentation(case, masks),
+                lambda: write_segmentation(source, masks),
                 "medfl_mask.dcm",
                 "application/dicom",
             )
@@ -372,8 +382,8 @@ def dicom_offers(case: Case, masks: np.ndarray) -> list[tuple]:
         offers.append(
             (
                 "Mask (NIfTI)",
-                lambda: write_series_nifti(case, masks),
-                f"{case.name}_mask.nii.gz",
+                lambda: write_series_nifti(source, masks),
+                f"{name}_mask.nii.gz",
                 "application/gzip",
             )
         )

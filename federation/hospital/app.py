@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from common import MedFLError, write_json
@@ -22,7 +22,7 @@ from federation.protocol.messages import ENDS, Failure, Query, message, read
 from federation.protocol.requests import QUERIES, Join, Keys, Over, Score, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party
 from federation.protocol.settings import approval, from_json, unusual
-from federation.protocol.weights import array_record, to_record
+from federation.protocol.weights import Record, array_record, to_record
 
 MEMORY = "model.pt"
 # the record in Flower's memory of this hospital, where secrets of a round are kept between its messages
@@ -210,7 +210,7 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
     return facts
 
 
-def one_round(task: Train, hospital: Hospital, arrays: ArrayRecord) -> tuple[Trained, torch.Tensor]:
+def one_round(task: Train, hospital: Hospital, arrays: Record) -> tuple[Trained, torch.Tensor]:
     """What is told of a round, and the update, (n,) float32."""
     model = hospital.received(task, arrays)
     score = hospital.score(model)

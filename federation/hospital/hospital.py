@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
 
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, describe, save_checkpoint
@@ -24,7 +23,16 @@ from federation.protocol.answers import Facts
 from federation.protocol.messages import Failure
 from federation.protocol.requests import Task, Train
 from federation.protocol.settings import FederationSettings
-from federation.protocol.weights import FULL, from_record, in_precision, norm_mask, pack, part_mask, unpack
+from federation.protocol.weights import (
+    FULL,
+    Record,
+    from_record,
+    in_precision,
+    norm_mask,
+    pack,
+    part_mask,
+    unpack,
+)
 from inference import choose_device
 from training import Learner, TrainingSettings
 from transunet import TransUNet
@@ -132,7 +140,7 @@ class Hospital:
             patient_privacy=self.identity.patient_privacy,
         )
 
-    def received(self, task: Task, arrays: ArrayRecord) -> TransUNet:
+    def received(self, task: Task, arrays: Record) -> TransUNet:
         """The network with the weights that came; parts that the message is
         without are those that are here."""
         model = TransUNet(self.training.model, self.training.image_size, self.training.norm)
@@ -150,7 +158,7 @@ class Hospital:
         ):  # the next may bring only a part
             with atomic_write(self.memory, private=True) as file:
                 torch.save(weights, file)
-        return model.to(self.device, memory_format=torch.channels_last)
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave memory_format out
 
     def score(self, model: TransUNet) -> Scored:
         """The model's mean volume Dice over the validation patients. Own data of fewer than 3 give none: a

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -19,6 +20,24 @@ class Layers:
     average: torch.Tensor
 
 
+class Entry(TypedDict):
+    """`Layers` as they lie in the file."""
+
+    rounds: int
+    last: torch.Tensor
+    average: torch.Tensor
+
+
+class Kept(Entry):
+    """The file: the layers after round `round` of a run, whether every gradient behind them was noised, and
+    the layers before that round, None before the first."""
+
+    run: str
+    round: int
+    private: bool
+    before: Entry | None
+
+
 class OwnNorms:
     """The layers of one run.
 
@@ -34,29 +53,31 @@ class OwnNorms:
 
         A round that the server asks for again begins where it began.
         """
-        kept = torch.load(self._path, weights_only=True) if self._path.exists() else {"run": None}
+        if not self._path.exists():
+            return None
+        kept: Kept = torch.load(self._path, weights_only=True)
         if kept["run"] != self._run or self._private and not kept["private"]:
             return None
         entry = kept["before"] if kept["round"] == number else kept
-        return entry and Layers(entry["rounds"], entry["last"], entry["average"])
+        return None if entry is None else Layers(entry["rounds"], entry["last"], entry["average"])
 
     def keep(self, number: int, last: torch.Tensor, ema_decay: float) -> None:
         """Keep the layers that a round gave, (values,) float32, and those before it. They are averaged over
         rounds as the server averages the other weights."""
         before = self.before(number)
-        rounds, average = (before.rounds, before.average) if before else (0, last)
+        rounds, average, former = 0, last, None
+        if before:
+            rounds, average = before.rounds, before.average
+            former = Entry(rounds=rounds, last=before.last, average=average)
         past = averaging_weight(ema_decay, rounds) if before and ema_decay else 0.0
-        former = before and {"rounds": before.rounds, "last": before.last, "average": before.average}
+        kept: Kept = {
+            "run": self._run,
+            "round": number,
+            "private": self._private,
+            "rounds": rounds + 1,
+            "last": last,
+            "average": average.lerp(last, 1 - past),
+            "before": former,
+        }
         with atomic_write(self._path, private=True) as file:
-            torch.save(
-                {
-                    "run": self._run,
-                    "round": number,
-                    "private": self._private,
-                    "rounds": rounds + 1,
-                    "last": last,
-                    "average": average.lerp(last, 1 - past),
-                    "before": former,
-                },
-                file,
-            )
+            torch.save(kept, file)

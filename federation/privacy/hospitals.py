@@ -37,9 +37,12 @@ class HospitalPrivacy:
     def __init__(self, settings: FederationSettings):
         check_accountant()
         self.settings = settings
-        self.multiplier = settings.dp_noise_multiplier or multiplier_for(
-            settings.dp_epsilon, settings.rounds, settings.dp_delta
-        )
+        multiplier, clip = settings.dp_noise_multiplier, settings.dp_clip
+        if multiplier is None and settings.dp_epsilon is not None:
+            multiplier = multiplier_for(settings.dp_epsilon, settings.rounds, settings.dp_delta)
+        if multiplier is None or clip is None:
+            raise ValueError("these settings ask for no differential privacy")
+        self.multiplier, self.clip = multiplier, clip
 
     def spent(self, rounds: int) -> float:
         """Epsilon after so many rounds."""
@@ -58,13 +61,11 @@ class HospitalPrivacy:
         block by block, as often as it is called; travels: which weights were trained, (n,) bool. The others
         stay as they were.
         """
-        total = torch.from_numpy(secret_random().standard_normal(len(sent))).mul_(
-            self.multiplier * self.settings.dp_clip
-        )
+        total = torch.from_numpy(secret_random().standard_normal(len(sent))).mul_(self.multiplier * self.clip)
         squares: np.ndarray | float = 0.0
         for columns, block in changes():
             squares = squares + np.square(block[:, travels[columns].numpy()]).sum(axis=1)
-        factors = np.minimum(1.0, self.settings.dp_clip / np.sqrt(squares).clip(min=1e-300))
+        factors = np.minimum(1.0, self.clip / np.sqrt(squares).clip(min=1e-300))
         for columns, block in changes():
             total[columns] += torch.from_numpy(factors @ block)
         return total.mul_(travels).div_(self.settings.clients).add_(sent).float()

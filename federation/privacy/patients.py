@@ -11,7 +11,7 @@ change the gradients of the others.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,13 +26,13 @@ CHANCE = 0.2  # of a patient to take part in a step
 SLICES = 8  # of a patient in a step; half of them show a tumour, where there is one
 STEPS = round(1 / CHANCE)  # of a pass over the patients, in which each takes part once on average
 CLIP = 0.5  # longest gradient of a patient
-TRAINED = ("head.", "decoder.2.")  # the last layers
+TRAINED: tuple[str, ...] = ("head.", "decoder.2.")  # the last layers
 
 
 class PatientBatches:
-    """As TrainingBatches, but a batch is one of DP-SGD: for each patient that takes part, images (SLICES, 3,
-    side, side) and masks (SLICES, 1, side, side). Who takes part is nobody's to know, so it does not come
-    from the seed."""
+    """As TrainingBatches, but a batch is one of DP-SGD: images (patients, SLICES, 3, side, side) and masks
+    (patients, SLICES, 1, side, side) of those that take part, (0,) of none. Who takes part is nobody's to
+    know, so it does not come from the seed."""
 
     def __init__(self, dataset: Dataset, patients: tuple[str, ...], side: int, seed: int):
         self.patients = [TrainingBatches(dataset, (patient,), side, SLICES, seed) for patient in patients]
@@ -46,14 +46,17 @@ class PatientBatches:
         """Batches an epoch."""
         return STEPS
 
-    def epoch(self, epoch: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches, made as they are asked for."""
         random = secret_random()
         for step in range(len(self)):
             drawn = [
                 next(one.epoch(epoch * len(self) + step)) for one in self.patients if random.random() < CHANCE
             ]
-            yield [images for images, _ in drawn], [masks for _, masks in drawn]
+            if drawn:
+                yield torch.stack([images for images, _ in drawn]), torch.stack([masks for _, masks in drawn])
+            else:
+                yield torch.empty(0), torch.empty(0)
 
 
 class PrivateLearner(Learner):
@@ -73,9 +76,9 @@ class PrivateLearner(Learner):
         self.trained = [weight for name, weight in model.named_parameters() if name.startswith(TRAINED)]
         self.random = secret_random()
 
-    def set_gradients(self, images: list[Tensor], masks: list[Tensor]) -> tuple[float, float]:
+    def set_gradients(self, images: Iterable[Tensor], masks: Iterable[Tensor]) -> tuple[float, float]:
         """Give TRAINED their gradients and the others none; loss and soft Dice, mean over the patients (0
-        without any)."""
+        without any), of whom each gives images and masks."""
         total = [
             torch.from_numpy(self.random.standard_normal(tuple(weight.shape))).mul_(self.deviation)
             for weight in self.trained

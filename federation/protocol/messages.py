@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from importlib.metadata import version
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common import MedFLError
 
@@ -41,7 +41,7 @@ class Failure(StrEnum):
     BUG = "bug"
 
 
-FAILURES = {
+FAILURES: dict[str, str] = {
     Failure.DATA: "its data can't be used; its own terminal says why",
     Failure.TRAINING: "its training failed; its own terminal says why",
     Failure.RESOURCES: "it ran out of memory or disk",
@@ -95,14 +95,19 @@ ENDS = {  # exit code and the sentence at the hospital
 
 def message(about: Mapping, arrays: ArrayRecord | None = None) -> RecordDict:
     """A message's content."""
-    records = {"about": ConfigRecord({"json": json.dumps(about, allow_nan=False)})}
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        "about": ConfigRecord({"json": json.dumps(about, allow_nan=False)})
+    }
     return RecordDict(records if arrays is None else {**records, "arrays": arrays})
 
 
 def read(content: RecordDict) -> dict:
     """The `about` of a message. Raises MedFLError where there is none."""
     try:
-        about = json.loads(content["about"]["json"])
+        text = content["about"]["json"]
+        if not isinstance(text, str | bytes):
+            raise TypeError("no text")
+        about = json.loads(text)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise MedFLError(
             "a message came without its text; use the same version of MedFL on both sides"

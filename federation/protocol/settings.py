@@ -282,9 +282,10 @@ class FederationSettings:
         }.get(self.strategy, "takes the middle one of three updates or more")
 
     @property
-    def server_rate(self) -> float | None:
-        """The server's step: what was asked for, else the strategy's default."""
-        return self.server_lr or SERVER_RATES.get(self.strategy)
+    def server_rate(self) -> float:
+        """The step of the server's optimiser: what was asked for, else the default of the strategy, which has
+        one."""
+        return self.server_lr or SERVER_RATES[self.strategy]
 
     def steps_a_round(self, batches: int) -> int:
         """Steps of a hospital whose pass over its slices has so many batches."""
@@ -359,13 +360,11 @@ def from_json(text: str) -> tuple[TrainingSettings, FederationSettings]:
     """The settings of a message. Raises MedFLError where they are another MedFL's or out of range."""
     try:
         content = json.loads(text)
-        known = [
-            ({f.name for f in fields(kind)}, kind, content[part])
-            for kind, part in ((TrainingSettings, "training"), (FederationSettings, "federation"))
-        ]
-        if any(set(values) != names for names, _, values in known):
-            raise KeyError("settings of another MedFL")
-        return tuple(kind(**values) for _, kind, values in known)
+        training, federation = content["training"], content["federation"]
+        for kind, values in ((TrainingSettings, training), (FederationSettings, federation)):
+            if set(values) != {f.name for f in fields(kind)}:
+                raise KeyError("settings of another MedFL")
+        return TrainingSettings(**training), FederationSettings(**federation)
     except (ValueError, KeyError, TypeError) as error:
         raise MedFLError(
             "the server sent settings that this MedFL does not know; use the same version on both sides"

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from torch import nn
 
 from common import MedFLError
@@ -27,6 +27,9 @@ ON_THE_WAY = {
     "float16": np.float16,
     "bfloat16": np.int16,
 }  # numpy has no bfloat16: its bits travel
+
+
+Record = ArrayRecord | MetricRecord | ConfigRecord  # what can lie in a message where its weights should be
 
 
 def pack(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -115,7 +118,7 @@ def array_record(values: np.ndarray) -> ArrayRecord:
     return ArrayRecord({WEIGHTS: Array(values)})
 
 
-def values_of(arrays: ArrayRecord | None, kind: type) -> np.ndarray:
+def values_of(arrays: Record | None, kind: type) -> np.ndarray:
     """The vector of this type that a message carries, (n,). Raises
     MedFLError where it carries anything else."""
     if not isinstance(arrays, ArrayRecord) or list(arrays) != [WEIGHTS]:
@@ -129,7 +132,7 @@ def values_of(arrays: ArrayRecord | None, kind: type) -> np.ndarray:
     return values
 
 
-def from_record(arrays: ArrayRecord | None, precision: str = FULL) -> torch.Tensor:
+def from_record(arrays: Record | None, precision: str = FULL) -> torch.Tensor:
     """The vector that a message carries, (n,) float32. Raises MedFLError where it carries anything else."""
     vector = torch.from_numpy(np.array(values_of(arrays, ON_THE_WAY[precision])))
     return (vector.view(torch.bfloat16) if precision == "bfloat16" else vector).float()

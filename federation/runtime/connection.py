@@ -127,7 +127,7 @@ class Watch:
             if self.connection is None:
                 self.connection = Connection(self.server, self.kit, self.folder)
             elif self.was_gone:
-                self._renew("the server is back")
+                self._renew(self.connection, "the server is back")
             self.was_there, self.was_gone = True, False
         elif now - self.seen > self.wait:
             if not self.was_there:
@@ -146,27 +146,26 @@ class Watch:
             say(f"no server at {self.server} {yet}; waiting up to {self.wait:.0f} s")
 
     def _look_at_children(self) -> None:
-        if self.connection and self.connection.broken and self.kit and not self.was_gone:
+        connection = self.connection
+        if connection is None:
+            return
+        if connection.broken and self.kit and not self.was_gone:
             refuse(ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY))
-            if self.connection.refused:
-                return self._wait_for_the_former()
-        if (
-            self.connection
-            and not self.connection.broken
-            and time.monotonic() - self.connection.began > QUIET
-        ):
+            if connection.refused:
+                return self._wait_for_the_former(connection)
+        if not connection.broken and time.monotonic() - connection.began > QUIET:
             self.restarts, self.lingered_from = 0, None  # it works
-        if self.connection and self.connection.broken and not self.was_gone:
+        if connection.broken and not self.was_gone:
             self.restarts += 1
             if self.restarts > RESTARTS:
                 raise MedFLError(
                     f"the connection ended {self.restarts} times in a row; the last lines of Flower's "
                     f"SuperNode:\n"
-                    f"{self.connection.supernode.last_words()}"
+                    f"{connection.supernode.last_words()}"
                 )
-            self._renew("the connection ended")
+            self._renew(connection, "the connection ended")
 
-    def _wait_for_the_former(self) -> None:
+    def _wait_for_the_former(self, refused: Connection) -> None:
         """Another process has this key, or had it and was killed: try again
         until the server lets go of it."""
         if self.lingered_from is None:
@@ -178,12 +177,12 @@ class Watch:
         if time.monotonic() - self.lingered_from > LINGERS:
             raise MedFLError("another process takes part with this hospital's key; end it, or start only one")
         time.sleep(AGAIN)
-        self.connection.stop()
+        refused.stop()
         self.connection = Connection(self.server, self.kit, self.folder)
 
-    def _renew(self, why: str) -> None:
+    def _renew(self, former: Connection, why: str) -> None:
         say(f"{why}; connecting again")
-        self.connection.stop()
+        former.stop()
         self.connection = Connection(self.server, self.kit, self.folder)
 
 

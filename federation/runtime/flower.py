@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 POLL = 0.1  # seconds between two looks for a task
 # how each of the programs is started; -P keeps its working folder, where no module lies, off the path
@@ -94,16 +94,18 @@ def ask_admission(address: str, ca: Path, key: Path) -> str:
     the key.
     """
     import httpx
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
     from flwr.proto.fleet_pb2 import ActivateNodeRequest
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+    from flwr.supercore.protobuf.client import ProtobufClientInterceptor
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-    private = load_ssh_private_key(Path(key).read_bytes(), None)
+    private = cast(EllipticCurvePrivateKey, load_ssh_private_key(Path(key).read_bytes(), None))
     public = private.public_key()
-    interceptors = [
+    interceptors: list[ProtobufClientInterceptor] = [
         RuntimeVersionHttpInterceptor(component_name="SuperNode"),
         NodeAuthHttpInterceptor(private, public),
     ]
@@ -120,7 +122,7 @@ def ask_admission(address: str, ca: Path, key: Path) -> str:
     return ""
 
 
-def _transport(ca: Path | None) -> dict:
+def _transport(ca: Path | str | None) -> dict:
     """How Flower's clients are told to speak TLS, or not to."""
     return {"insecure": ca is None, "root_certificates": None if ca is None else Path(ca).read_bytes()}
 
@@ -204,7 +206,7 @@ def run_server_app(address: str, ca: str | None = None) -> None:
     module = importlib.import_module(
         "flwr.superlink.runtime.run_serverapp"
     )  # a function of the package has its name
-    module.install_from_fab = _quietly(module.install_from_fab)
+    vars(module)["install_from_fab"] = _quietly(module.install_from_fab)
     transport = _transport(ca)
     module.run_serverapp(
         address,
@@ -226,10 +228,12 @@ def run_client_app(address: str, token: str) -> None:
     from federation.hospital.app import app_for
 
     module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
-    came = []
-    module.install_from_fab = lambda content, **_: came.append(hashlib.sha256(content).hexdigest())
-    module.get_load_client_app_fn = lambda **_: lambda *_: app_for(came[0])
-    module.Error = lambda code, reason: Error(code=code, reason="at the hospital")
+    came: list[str] = []
+    vars(module).update(
+        install_from_fab=lambda content, **_: came.append(hashlib.sha256(content).hexdigest()),
+        get_load_client_app_fn=lambda **_: lambda *_: app_for(came[0]),
+        Error=lambda code, reason: Error(code=code, reason="at the hospital"),
+    )
     module.run_clientapp(address, token, insecure=True)
 
 
@@ -278,7 +282,8 @@ def _in_fork(address: str, token: str) -> int:
         tie_to_parent(parent)
         run_client_app(address, token)
     except SystemExit as end:
-        code = end.code or 0
+        # a text in the code's place means 1, as wherever Python ends
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -301,7 +306,8 @@ def main() -> None:
     elif program == "hospital":
         serve_hospital(*options)
     elif program == "clientapp":
-        run_client_app(*options, sys.stdin.readline().strip())
+        (address,) = options
+        run_client_app(address, sys.stdin.readline().strip())
     else:
         sys.exit(f"there is no program {program}")
 

@@ -14,6 +14,7 @@ import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -367,7 +368,7 @@ def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
             if b"OPENSSH" in content
             else serialization.load_pem_private_key
         )
-        return load(content, password=None)
+        return cast(ec.EllipticCurvePrivateKey, load(content, password=None))  # provision.py makes no other
     except OSError as error:
         raise MedFLError(
             f"there is no {path} that can be read; make a kit with provision.py, or correct --kit"

@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,6 +18,10 @@ from federation.runtime.flower import PROGRAM
 
 GRACE = 5.0  # seconds between asking a child to end and making it
 LAST_LINES = 15  # of a child's log, shown when it ended unasked
+if sys.platform == "win32":
+    OWN_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP
+else:
+    OWN_GROUP = 0  # a session of its own is one
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -60,11 +65,6 @@ class Child:
     ):
         self.program, self.log = program, log
         command = [*PROGRAM, str(os.getpid()), program, *options]
-        group = (
-            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-            if os.name == "nt"
-            else {"start_new_session": True}
-        )
         output = open(log, "ab") if log else None  # noqa: SIM115  the child keeps it
         self.process = subprocess.Popen(
             command,
@@ -73,11 +73,12 @@ class Child:
             stdout=output,
             stderr=output,
             stdin=subprocess.PIPE if secret else subprocess.DEVNULL,
-            **group,
+            creationflags=OWN_GROUP,
+            start_new_session=sys.platform != "win32",
         )
         if output:
             output.close()
-        if secret:
+        if secret and self.process.stdin:
             with contextlib.suppress(BrokenPipeError):  # it ended at once; whoever watches it will see
                 self.process.stdin.write(secret.encode() + b"\n")
                 self.process.stdin.close()
@@ -133,7 +134,7 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(host, None)
     except OSError as error:
         raise MedFLError(f"the host {host} is not known here; check the name") from error
-    return all(address[0].startswith("127.") or address[0] == "::1" for *_, address in found)
+    return all(str(address[0]).startswith("127.") or address[0] == "::1" for *_, address in found)
 
 
 def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = None) -> bool | None:
@@ -143,7 +144,7 @@ def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = Non
 
     Raises MedFLError where another server answers, or one whose certificate is not for that name, or expired.
     """
-    handlers = [urllib.request.ProxyHandler({})]
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
     if ca:
         context = ssl.create_default_context(cafile=ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_3

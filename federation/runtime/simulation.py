@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
@@ -138,7 +139,7 @@ def simulate(job: dict, folder: Path, hospitals: int, data_dir: Path, device: st
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        codes.append(run(StoppableGrid(grid, stopped), job))
+        codes.append(run(cast(Grid, StoppableGrid(grid, stopped)), job))
 
     # sockets lie in Ray's folder, and their paths may not be long; a user's TMPDIR often is
     scratch = tempfile.mkdtemp(prefix="medfl-", dir="/tmp" if os.name == "posix" else None)

@@ -129,7 +129,7 @@ class Exchange:
         """Send the members one message with the weights; those who hold a model get it without the parts that
         are left out. own: what is said to each besides, by label. The bytes that went to each, by label."""
         holders = [m for m in members if m.session in self._have] if left_out else []
-        sent = {}
+        sent: dict[str, int] = {}
         for some, without in ((holders, left_out), ([m for m in members if m not in holders], [])):
             if not some:
                 continue

@@ -80,16 +80,12 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     loss, dice = figure.subplots(1, 2)
     for number, site in enumerate(sorted({row["site"] for row in rows})):
         mark = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "linewidth": 1, "label": site}
-        for axes, name, shift in (
-            (loss, "train_loss", 0),
-            (dice, "val_dice", -1),
-        ):  # the Dice is of the model before the round
-            mine = [
-                (row["round"] + shift, row[name])
-                for row in rows
-                if row["site"] == site and row[name] is not None
-            ]
-            axes.plot(*zip(*mine), **mark) if mine else axes.plot([], [], **mark)
+        mine = [row for row in rows if row["site"] == site]
+        losses = [(row["round"], row["train_loss"]) for row in mine if row["train_loss"] is not None]
+        # of the model before the round
+        scores = [(row["round"] - 1, row["val_dice"]) for row in mine if row["val_dice"] is not None]
+        for axes, points in ((loss, losses), (dice, scores)):
+            axes.plot(*zip(*points), **mark) if points else axes.plot([], [], **mark)
     by_round = {
         number: [row for row in rows if row["round"] == number]
         for number in sorted({row["round"] for row in rows})

@@ -122,6 +122,8 @@ def _answer(sent: _Sent, reply: Message) -> Answer:
         )
     try:
         about, arrays = read(reply.content), reply.content.get("arrays")
+        if not (arrays is None or isinstance(arrays, ArrayRecord)):
+            raise TypeError("another record in the arrays' place")
         size = payload(arrays)
     except MedFLError as error:
         return Answer(sent.node, sent.purpose, {}, failure=str(error))

@@ -36,6 +36,15 @@ class Member:
     behind: bool = False  # gave no answer in time; gets no work until it answers again
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a hospital can't be a member, and what the sentence of this code says besides."""
+
+    label: str
+    code: End
+    detail: str = ""
+
+
 class Membership:
     """Keeps the list of members up to date; `poll` and `handle` are called again and again by who waits for
     answers.
@@ -145,22 +154,22 @@ class Membership:
             self._did_not_join(answer)
             return
         try:
-            facts, refusal, detail = self._look_at(answer.node, answer.about)
+            seen = self._look_at(answer.node, answer.about)
         except MedFLError as error:
             self.say(f"a hospital is refused: {error}")
             self.audit.write("refused", hospital=None, why=str(error))
             self._refuse(answer.node, End.UNFIT)
             return
-        if refusal:
-            self.say(f"{facts.label} refused: {refusal}{' (' + detail + ')' if detail else ''}")
-            self.audit.write("refused", hospital=facts.label, why=refusal)
-            self._refuse(answer.node, refusal, detail)
+        if isinstance(seen, Refusal):
+            self.say(f"{seen.label} refused: {seen.code}{' (' + seen.detail + ')' if seen.detail else ''}")
+            self.audit.write("refused", hospital=seen.label, why=seen.code)
+            self._refuse(answer.node, seen.code, seen.detail)
             return
-        holder = self.members.get(facts.label)
-        if holder and holder.session != facts.session:
-            self._rivals[answer.node] = facts  # the holder is asked whether it is still there
+        holder = self.members.get(seen.label)
+        if holder and holder.session != seen.session:
+            self._rivals[answer.node] = seen  # the holder is asked whether it is still there
         else:
-            self._admit(answer.node, facts)
+            self._admit(answer.node, seen)
 
     def _did_not_join(self, answer: Answer) -> None:
         """Bad data and a lack of consent are final; other trouble, Flower's own included, may pass."""
@@ -196,37 +205,37 @@ class Membership:
             self._refuse(node, End.TAKEN)
             del self._rivals[node]
 
-    def _look_at(self, node: int, about: dict) -> tuple[Introduction, End | None, str]:
-        """What a hospital says of itself; why it can't be a member, and what its sentence says besides.
-        Raises MedFLError where that makes no sense. The facts of one that can be a member are `Facts`."""
+    def _look_at(self, node: int, about: dict) -> Facts | Refusal:
+        """What a hospital says of itself, or why it can't be a member. Raises MedFLError where that makes no
+        sense."""
         who = parse(Introduction, {name: about.get(name) for name in Introduction.model_fields})
         if not LABEL.fullmatch(who.label) or who.cid is not None and who.label != f"hospital-{who.cid}":
             raise MedFLError(
                 "its label is none that run_client.py gives; use the same version of MedFL everywhere"
             )
         if refusal := self._refusal(node, who):
-            return who, *refusal
+            return refusal
         facts = parse(Facts, about)
         if not facts.own_data and self.partition not in (None, facts.partition_sha256):
-            return facts, End.SPLIT, ""
-        return facts, None, ""
+            return Refusal(facts.label, End.SPLIT)
+        return facts
 
-    def _refusal(self, node: int, who: Introduction) -> tuple[End, str] | None:
-        """Why who says this can't be a member whatever its data are, and what its sentence says besides."""
+    def _refusal(self, node: int, who: Introduction) -> Refusal | None:
+        """Why who says this can't be a member whatever its data are; None where it can."""
         known, ours = self.labels(), self.about["versions"]
         if known is not None and known.get(node) != who.label:
-            return End.IDENTITY, known.get(node, "nobody")
+            return Refusal(who.label, End.IDENTITY, known.get(node, "nobody"))
         other = [
             f"{name} {who.versions.get(name)} instead of {ours[name]}"
             for name in ("medfl", "flwr", "timm")
             if who.versions.get(name) != ours[name]
         ]
         if other:
-            return End.VERSION, ", ".join(other)
+            return Refusal(who.label, End.VERSION, ", ".join(other))
         if who.cid is not None and who.cid >= self.settings.clients:
-            return End.NUMBER, str(self.settings.clients)
+            return Refusal(who.label, End.NUMBER, str(self.settings.clients))
         if who.label not in self.members and len(self.members) >= self.settings.clients:
-            return End.FULL, ""
+            return Refusal(who.label, End.FULL)
         return None
 
     def _admit(self, node: int, facts: Facts) -> None:

@@ -22,14 +22,14 @@ def row_of(number: int, label: str, told: Result, sent: int, received: int) -> R
     return Row(
         round=number,
         site=label,
-        examples=trained and trained.examples,
-        train_loss=trained and trained.train_loss,
+        examples=trained.examples if trained else None,
+        train_loss=trained.train_loss if trained else None,
         val_dice=told.val_dice,
         val_patients=told.val_patients,
         seconds=round(told.seconds, 2),
         bytes_sent=sent,
         bytes_received=received,
-        patient_epsilon=trained and trained.patient_epsilon,
+        patient_epsilon=trained.patient_epsilon if trained else None,
     )
 
 

@@ -183,7 +183,7 @@ class Federation:
         done."""
         done, number = self.state.progress, self.state.progress.round
         before, after = (
-            mean_dice({label: scores[label] for label in done.before.keys() & now.keys()})[0]
+            mean_dice({label: scores[label] for label in done.before.keys() & now.keys()})[0] or 0.0
             for scores in (done.before, now)
         )
         updates, robust = self._last, self._robust or self.settings.strategy == ROBUST

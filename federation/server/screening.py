@@ -84,12 +84,12 @@ def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
             drop(label, reason)
     while len(updates) >= COMPARED:
         against = np.stack([cosines(products) for products in updates.products()])
-        part, worst = np.unravel_index(against.argmin(), against.shape)
-        if against[part, worst] >= settings.min_update_cosine:
+        of, worst = np.unravel_index(against.argmin(), against.shape)
+        if against[of, worst] >= settings.min_update_cosine:
             break
         drop(
             updates.labels[worst],
-            f"its change of the {PARTS[part]} points against the others' (cosine {against.min():.2f})",
+            f"its change of the {PARTS[of]} points against the others' (cosine {against.min():.2f})",
         )
     if len(updates) >= COMPARED:
         of_parts = [

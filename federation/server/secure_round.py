@@ -2,6 +2,7 @@
 up, unmasks the sum."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from federation.server.updates import capped
 
 STAGE_TIME = 60.0  # seconds for an answer in the stages in which nobody trains, also on a busy machine
 
+Told = TypeVar("Told")  # what is made of an answer
 Wait = Callable[[str, list[Member], str, float], tuple[dict[str, Answer], dict[str, str]]]
 
 
@@ -127,11 +129,16 @@ class SecureRound:
         return weights.float()
 
     def _ask(
-        self, stage: str, members: list[Member], about: Callable, read: Callable
-    ) -> tuple[dict[str, object], dict[str, str]]:
+        self,
+        stage: str,
+        members: list[Member],
+        about: Callable[[Member], dict],
+        read: Callable[[dict, Member], Told],
+    ) -> tuple[dict[str, Told], dict[str, str]]:
         """What members answer in a stage, and reasons for no answer, by label. read: makes it of an answer's
         text and the member, or raises MedFLError."""
-        purpose, found = f"{self.purpose}-{stage}", {}
+        purpose = f"{self.purpose}-{stage}"
+        found: dict[str, Told] = {}
         for member in members:
             self.mailbox.send([member.node], "query", purpose, about(member), STAGE_TIME)
         answers, failures = self.wait(

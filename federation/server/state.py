@@ -5,7 +5,6 @@ import secrets
 from pathlib import Path
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from checkpoint import load_checkpoint, save_checkpoint
 from common import MedFLError
@@ -15,7 +14,7 @@ from federation.server.aggregation import Aggregator
 from federation.server.description import describe_run
 from federation.server.judging import Scores
 from federation.server.progress import Progress
-from training import PLATEAU, TrainingSettings, averaging_weight
+from training import TrainingSettings, averaging_weight, plateau
 from transunet import TransUNet
 
 BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
@@ -41,10 +40,8 @@ class RunState:
         self.aggregator = Aggregator(federation, self.is_statistic)
         self.weights = pack(model.state_dict())  # (n,) float32, as all weights here
         self.average: torch.Tensor | None = None
-        self._before: dict | None = None  # what the last round began with
-        self.plateau = ReduceLROnPlateau(
-            torch.optim.SGD([torch.zeros(1)], lr=1.0), **PLATEAU
-        )  # of a share of --lr
+        self._before: dict = {}  # what the last round began with; empty where that is not known
+        self.plateau = plateau(torch.optim.SGD([torch.zeros(1)], lr=1.0))  # of a share of --lr
 
     @property
     def rate(self) -> float | None:
@@ -81,7 +78,7 @@ class RunState:
     @property
     def can_go_back(self) -> bool:
         """Whether the model before the last round is known."""
-        return self._before is not None
+        return bool(self._before)
 
     def go_back(self) -> None:
         """Take the last round's model back. What it was made of, and what the strategy learnt of it, is
@@ -127,7 +124,7 @@ class RunState:
             "plateau": self.plateau.state_dict(),
             "rate": self.plateau.optimizer.param_groups[0]["lr"],
             "progress": self.progress.to_dict(),
-            "before": self._before,
+            "before": self._before or None,
             "settings": to_json(self.training, self.federation),
         }
         about = self.metadata({}, self.progress.round)
@@ -140,7 +137,7 @@ class RunState:
         self.aggregator.load_state_dict(state["strategy"])
         self.plateau.load_state_dict(state["plateau"])
         self.plateau.optimizer.param_groups[0]["lr"] = state["rate"]
-        self.progress, self._before = Progress.from_dict(state["progress"]), state["before"]
+        self.progress, self._before = Progress.from_dict(state["progress"]), state["before"] or {}
 
 
 def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, TransUNet]:

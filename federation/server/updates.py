@@ -63,7 +63,7 @@ class Updates:
         path = self._folder / label
         try:
             with open(path, "wb") as file:  # numpy's tofile is silent where the disk is full
-                file.write(weights.contiguous().numpy())
+                file.write(weights.contiguous().numpy().data)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise MedFLError(
@@ -77,9 +77,10 @@ class Updates:
         """Leave an update out."""
         self._of.pop(label).file.unlink(missing_ok=True)
         if self._products:
-            labels, *parts = self._products
+            labels, trained, of_statistics = self._products
             kept = [k for k, one in enumerate(labels) if one != label]
-            self._products = [labels[k] for k in kept], *(part[np.ix_(kept, kept)] for part in parts)
+            square = np.ix_(kept, kept)
+            self._products = [labels[k] for k in kept], trained[square], of_statistics[square]
 
     def cut(self, label: str, trained: float, statistics: float) -> None:
         """Shorten an update: its changes of trained weights and of statistics are multiplied by these factors

@@ -95,7 +95,7 @@ def test_every_label_of_a_nifti_mask_is_tumour_and_it_may_come_with_the_scan():
     for name in ("a_seg.nii", "a_mask.nii"):
         case = read_case([("a.nii", scan), (name, nibabel.Nifti1Image(labels, np.eye(4)).to_bytes())])
         assert np.argwhere(case.truth).tolist() == [[5, 24 - 1 - 4, 3], [8, 24 - 1 - 7, 6]]
-        back = nibabel.Nifti1Image.from_bytes(gzip.decompress(write_nifti(case, case.truth)))
+        back = nibabel.Nifti1Image.from_bytes(gzip.decompress(write_nifti(case.nifti, case.truth)))
         assert back.header.get_xyzt_units()[0] == "mm"
 
 

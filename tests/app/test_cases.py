@@ -180,7 +180,7 @@ def test_nifti_is_turned_to_axial_slices_and_its_mask_lies_on_the_scan(tmp_path)
         18 - 1 - 1,
         20 - 1 - 3,
     )  # up; the front is at the top; right to left is turned
-    (tmp_path / "back.nii.gz").write_bytes(write_nifti(case, truth))
+    (tmp_path / "back.nii.gz").write_bytes(write_nifti(case.nifti, truth))
     back = nibabel.load(tmp_path / "back.nii.gz")
     assert np.array_equal(np.asarray(back.dataobj), chosen) and np.allclose(back.affine, LAS)
 

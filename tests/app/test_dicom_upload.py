@@ -193,10 +193,10 @@ def test_pixels_and_masks_are_on_the_page_as_they_are_on_the_series(series, acqu
     rows, columns = (size * step for size, step in zip(case.volume.shape[1:3], case.spacing))
     assert abs(rows - columns) <= max(case.spacing)  # square, as the network's input is
     order = [[content for _, content in files].index(file.getvalue()) for file in case.dicom.series.files]
-    bright = on_series(case, np.where(case.volume[..., 1] > 100, np.uint8(255), np.uint8(0))) > 0
+    bright = on_series(case.dicom, np.where(case.volume[..., 1] > 100, np.uint8(255), np.uint8(0))) > 0
     assert bright.shape == values.shape and values[order][bright].min() > values[order][~bright].max()
     mask = random_mask(case)
-    seg = write_segmentation(case, mask)
+    seg = write_segmentation(case.dicom, mask)
     assert np.array_equal(add_truth(case, [("seg.dcm", seg)]), mask)
     again = read_case([*files, ("seg.dcm", seg)])
     assert np.array_equal(again.truth, mask) and not any("SEG were" in note for note in again.notes)
@@ -206,8 +206,8 @@ def test_the_nifti_mask_lies_where_the_series_lies(series):
     values = np.random.default_rng(2).integers(0, 900, (20, 40, 48)).astype(float)
     case = read_case(series(values, acquired="sagittal", spacing=(1.5, 0.9, 1.1)))
     mask = random_mask(case)
-    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(write_series_nifti(case, mask)))
-    onto = on_series(case, mask)
+    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(write_series_nifti(case.dicom, mask)))
+    onto = on_series(case.dicom, mask)
     assert np.array_equal(np.asarray(image.dataobj), onto.transpose(2, 1, 0))
     for voxel in ((0, 0, 0), (47, 39, 19), (5, 30, 11)):
         place = case.dicom.grid.TransformIndexToPhysicalPoint(voxel)
@@ -239,12 +239,12 @@ def test_a_series_whose_tags_were_deleted_gets_its_segmentation(series):
 
     case = without(*PATIENT, "PatientSex", "StudyID", "StudyTime", "SliceThickness")
     mask = random_mask(case)
-    assert np.array_equal(add_truth(case, [("seg.dcm", write_segmentation(case, mask))]), mask)
+    assert np.array_equal(add_truth(case, [("seg.dcm", write_segmentation(case.dicom, mask))]), mask)
     lacking = without("FrameOfReferenceUID")
     assert "names no frame of reference" in " ".join(lacking.notes)
-    assert [label for label, *_ in dicom_offers(lacking, mask)] == ["Mask (NIfTI)"]
+    assert [label for label, *_ in dicom_offers(lacking.dicom, lacking.name, mask)] == ["Mask (NIfTI)"]
     with pytest.raises(MedFLError, match="lacks what a DICOM SEG needs"):
-        write_segmentation(lacking, mask)
+        write_segmentation(lacking.dicom, mask)
 
 
 def test_a_truth_must_be_a_mask_of_this_series(series, picture):
@@ -253,7 +253,7 @@ def test_a_truth_must_be_a_mask_of_this_series(series, picture):
         read_case(files),
         read_case(series(np.ones((6, 32, 32)) * np.arange(32), spacing=(4.0, 0.7, 0.7))),
     )
-    seg = write_segmentation(other, random_mask(other))
+    seg = write_segmentation(other.dicom, random_mask(other))
     unreadable = "can't be read as a DICOM SEG"
     for name, content, sentence in (
         ("seg.dcm", seg, "lies on another grid"),
@@ -269,7 +269,7 @@ def test_a_truth_must_be_a_mask_of_this_series(series, picture):
     ]
     assert add_truth(case, masks).any(axis=(1, 2)).tolist() == [k == 2 for k in range(1, 7)]
     with pytest.raises(MedFLError, match="the mask is empty"):
-        write_segmentation(case, np.zeros((6, 32, 32), np.uint8))
+        write_segmentation(case.dicom, np.zeros((6, 32, 32), np.uint8))
 
 
 VALUES = np.random.default_rng(4).integers(0, 900, (6, 32, 32)).astype(float)
@@ -353,7 +353,7 @@ def test_a_series_on_the_page_and_its_mask_over_the_source(page, trained, series
     threshold = float(np.quantile(prediction.probability, 0.98))  # two epochs of training reach no 0.5
     mask = to_mask(prediction.probability, threshold)
     assert mask.shape == (3, 512, 512) and mask.any()
-    stored = segread(io.BytesIO(write_segmentation(case, mask)))
+    stored = segread(io.BytesIO(write_segmentation(case.dicom, mask)))
     sources = [pydicom.dcmread(io.BytesIO(content)).SOPInstanceUID for _, content in files]
     back = stored.get_pixels_by_source_instance(
         sources, combine_segments=True, assert_missing_frames_are_empty=True
@@ -364,7 +364,7 @@ def test_a_series_on_the_page_and_its_mask_over_the_source(page, trained, series
     for given in (
         zip_masks(case, mask, rows),
         csv_text(rows).encode(),
-        gzip.decompress(write_series_nifti(case, mask)),
+        gzip.decompress(write_series_nifti(case.dicom, mask)),
     ):
         assert not told_of_the_patient(given.decode("latin-1"))
     page.slider(key="threshold").set_value(0.95).run()

@@ -150,7 +150,7 @@ def test_figures_csv_and_masks_are_the_apps(ask, tmp_path, kind):
     smooth = np.random.default_rng(1).random(case.volume.shape[:3]).astype(np.float32)
     smooth[2] = 0
     case.truth = np.where(np.random.default_rng(2).random(smooth.shape) > 0.6, 255, 0).astype(np.uint8)
-    truth = [("scan_mask.nii", write_nifti(case, case.truth))]
+    truth = [("scan_mask.nii", write_nifti(case.nifti, case.truth))]
     (tmp_path / "p").write_bytes(smooth.tobytes())
     (answer,) = ask(
         (
@@ -198,7 +198,7 @@ def test_figures_csv_and_masks_are_the_apps(ask, tmp_path, kind):
     assert np.array_equal(np.asarray(Image.open(answer["out"] + ".png")), mask[0])
     written, reference = (
         nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
-        for content in (Path(answer["out"] + ".nii.gz").read_bytes(), write_nifti(case, mask))
+        for content in (Path(answer["out"] + ".nii.gz").read_bytes(), write_nifti(case.nifti, mask))
     )
     assert np.array_equal(np.asarray(written.dataobj), np.asarray(reference.dataobj))
     assert np.allclose(written.affine, reference.affine) and written.get_data_dtype() == np.uint8

@@ -113,7 +113,7 @@ def test_every_patient_takes_part_by_chance_and_not_by_the_seed(phantoms):
     assert counts[0] != counts[1] and len(counts[0]) == 8 * STEPS
     assert drawn.mean() == pytest.approx(CHANCE * 10, abs=5 * (CHANCE * (1 - CHANCE) * 10 / 80) ** 0.5)
     assert drawn.var() == pytest.approx(CHANCE * (1 - CHANCE) * 10, rel=0.8)
-    images, masks = next(batch for epoch in range(1, 9) for batch in one.epoch(epoch) if batch[0])
+    images, masks = next(batch for epoch in range(1, 9) for batch in one.epoch(epoch) if len(batch[0]))
     assert images[0].shape == (8, 3, 32, 32) and masks[0].shape == (8, 1, 32, 32)
     assert one.slices == dataset.table["slices"].sum()
 
