@@ -153,8 +153,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
     except RuntimeError as error:
         raise MedFLError(
             f"{source} holds weights of another architecture than {model.name} at {model.image_side} pixels "
-            f"with "
-            f"{model.norm} normalisation; choose a checkpoint of that model"
+            f"with {model.norm} normalisation; choose a checkpoint of that model"
         ) from error
 
 

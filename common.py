@@ -173,6 +173,11 @@ def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()
     return sorted(found)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: "1 patient", "5 patients", "2 series"."""
+    return f"{number} {noun}" if number == 1 or noun.endswith("series") else f"{number} {noun}s"
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

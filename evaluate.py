@@ -15,7 +15,7 @@ import csv
 from pathlib import Path
 
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
-from common import SMALLEST_GROUP, MedFLError, atomic_write, run_script, utc_now, write_json
+from common import SMALLEST_GROUP, MedFLError, atomic_write, counted, run_script, utc_now, write_json
 from dataset import Dataset, load_dataset
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
 from evaluation.metrics import report
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
         "--split-file",
         type=Path,
         help="who is in which part (default split.json beside the checkpoint; "
-        "of a federation's model it is made anew)",
+        "of a federation's model it is made again)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -179,8 +179,7 @@ def compare_models(arguments: argparse.Namespace) -> None:
     if other := [str(path) for path, split in splits.items() if split.sha256() != first.sha256()]:
         raise MedFLError(
             f"{other[0]} was trained on another split than {checkpoints[0].path}, so their test patients "
-            f"differ; "
-            "compare models of one dataset and --seed"
+            "differ; compare models of one dataset and --seed"
         )
     table = compare(checkpoints, dataset, first, lambda line: print(line, flush=True))
     print(f"{dataset.name}, {len(first.test)} test patients, volume Dice; differences are paired")
@@ -220,7 +219,7 @@ def main() -> None:
         checkpoint.model, dataset, patients, checkpoint.threshold, progress=True, in_mm=True
     )
     figures = report(rows)
-    print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {len(rows)} patients")
+    print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {counted(len(rows), 'patient')}")
     print_table(figures)
     if arguments.json:
         about = {

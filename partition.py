@@ -76,8 +76,7 @@ def make_partition(
     if len(split.train) < MIN_TRAIN * clients:
         raise MedFLError(
             f"{len(split.train)} training patients are too few for {clients} hospitals of {MIN_TRAIN} or "
-            f"more; "
-            "lower --clients"
+            "more; lower --clients"
         )
     table = table[table["patient"].isin(split.part("all"))].sort_values("patient", ignore_index=True)
     shuffle = np.random.default_rng([seed, clients])

@@ -5,7 +5,7 @@
 Writes <name>_mask.png (0 or 255, the slice's own size) per slice and predictions.csv (file, patient, slice,
 tumour_pixels, tumour_share). Slices of one patient's name in one folder form a volume and are normalised
 together, as in the evaluation; a file without a slice number is a volume of its own, and a lone slice is
-segmented less surely. `*_mask.*` files are passed over.
+segmented less surely. `*_mask.*` files are ignored.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def find_slices(inputs: list[Path], out: Path) -> list[Path]:
             raise MedFLError(f"{given} is no TIFF, PNG or JPEG; convert it first")
     if not files:
         raise MedFLError(
-            "there is no slice in what was named (TIFF, PNG or JPEG, masks passed over); name other files"
+            "there is no slice in what was named (TIFF, PNG or JPEG, masks are ignored); name other files"
         )
     return list(dict.fromkeys(files))
 

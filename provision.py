@@ -86,8 +86,7 @@ def make_hospital(arguments: argparse.Namespace) -> None:
     print(line)
     print(
         f"send {arguments.kit / kits.HOSPITAL_PUBLIC} (the line above) to the coordinator, and tell its "
-        f"fingerprint by another "
-        f"way: {fingerprint}"
+        f"fingerprint by another way: {fingerprint}"
     )
     print(f"{arguments.kit / kits.HOSPITAL_KEY} stays here; put the coordinator's {kits.CA} beside it")
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import EXIT_NO_QUORUM, MedFLError, __version__, run_script
+from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_script
 from dataset import load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
@@ -73,9 +73,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dp-sgd-epsilon",
         type=float,
-        help="differential privacy of this hospital's patients: what all its "
-        "rounds together may tell of one; for a server with --norm group and --init "
-        "(requirements-privacy.txt)",
+        help="differential privacy of this hospital's patients: what all its rounds together may tell of "
+        "one; for a server with --norm group and --init (requirements-privacy.txt)",
     )
     parser.add_argument(
         "--dp-sgd-delta",
@@ -120,8 +119,7 @@ def patient_privacy(arguments: argparse.Namespace, label: str) -> PatientPrivacy
         if ledger.exists():
             raise MedFLError(
                 f"{label} promised its patients privacy ({ledger}), and a round without it would break the "
-                f"promise; "
-                "give --dp-sgd-epsilon, or move that file away if the promise no longer holds"
+                "promise; give --dp-sgd-epsilon, or move that file away if the promise no longer holds"
             )
         return None
     delta = DELTA if arguments.dp_sgd_delta is None else arguments.dp_sgd_delta
@@ -137,7 +135,8 @@ def identity(arguments: argparse.Namespace) -> Identity:
     dataset = load_dataset(folder, label if own else None)
     slices = int(dataset.table["slices"].sum())
     print(
-        f"{label}: {dataset.name} in {dataset.root}, {len(dataset.patients)} patients, {slices} slices"
+        f"{label}: {dataset.name} in {dataset.root}, {counted(len(dataset.patients), 'patient')}, "
+        f"{counted(slices, 'slice')}"
         + ("" if own else ", of which the server's partition says which are this hospital's"),
         flush=True,
     )
@@ -168,8 +167,7 @@ def approved(given: list[str]) -> list[str]:
     if wrong := [entry for entry in hashes if not HASH.fullmatch(entry)]:
         raise MedFLError(
             f"--approve got {wrong[0]}, which is no hash of 64 digits from 0 to f and no file; copy the one "
-            f"that the "
-            "server or this hospital printed"
+            "that the server or this hospital printed"
         )
     return hashes
 
@@ -192,8 +190,7 @@ def main() -> None:
     if not is_loopback(host) and arguments.kit is None:
         raise MedFLError(
             f"{host} is another machine, and what scans taught a model does not travel unencrypted; make "
-            f"this "
-            "hospital's keys with `python provision.py hospital --name LABEL`, and give them with --kit"
+            "this hospital's keys with `python provision.py hospital --name LABEL`, and give them with --kit"
         )
     who = identity(arguments)
     if arguments.check:

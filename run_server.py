@@ -121,16 +121,13 @@ def check_address(address: str, kit: Path | None, own_gateway: bool) -> tuple[st
         if kit is None:
             raise MedFLError(
                 f"{host} can be reached from other machines, and without keys and encryption anybody there "
-                f"could "
-                "join; make a kit with `python provision.py server --host NAME` and give it with --kit, or "
-                "choose "
-                "an --address on 127.0.0.1"
+                "could join; make a kit with `python provision.py server --host NAME` and give it with "
+                "--kit, or choose an --address on 127.0.0.1"
             )
         if own_gateway:
             raise MedFLError(
                 "Flower's own port must not be reached from other machines; with --own-gateway choose an "
-                "--address on "
-                "127.0.0.1 and let your nginx stand before it (deployment/gateway)"
+                "--address on 127.0.0.1 and let your nginx stand before it (deployment/gateway)"
             )
     if own_gateway and kit is None:
         raise MedFLError("--own-gateway needs the keys that your nginx uses; give them with --kit")
@@ -185,10 +182,9 @@ def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: Train
         )
     rounds = next((n for n in range(settings.rounds) if privacy.exhausted(n)), settings.rounds)
     say(
-        f"differential privacy: the protected unit is the hospital, and not the patient; noise "
-        f"{privacy.multiplier:.3g} x clip "
-        f"{settings.dp_clip:g}, epsilon {privacy.spent(rounds):.3g} after {rounds} rounds at delta "
-        f"{settings.dp_delta:g}"
+        "differential privacy: the protected unit is the hospital, and not the patient; noise "
+        f"{privacy.multiplier:.3g} x clip {settings.dp_clip:g}, epsilon {privacy.spent(rounds):.3g} after "
+        f"{rounds} rounds at delta {settings.dp_delta:g}"
     )
     if warning := privacy.warning(
         int(part_mask(model, settings.left_out(training.freeze_encoder_epochs >= rounds)).sum())
@@ -212,8 +208,7 @@ def prepare_job(
         settings = state["settings"]
         say(
             f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own "
-            f"settings; "
-            "other options are passed over"
+            "settings; other options are ignored"
         )
     else:
         training, federation = (
@@ -290,7 +285,7 @@ def start_superlink(host: str, port: int, kit: Path | None, folder: Path) -> Chi
 
 
 def wait_for(app: Child, others: list[Child], registrar: Registrar | None, folder: Path) -> int:
-    """Wait for the run's end; its exit code. Meanwhile who is admitted anew is let in, and who is revoked put
+    """Wait for the run's end; its exit code. Meanwhile who is newly admitted is let in, and who is revoked put
     out."""
     while app.exit_code is None:
         for child in others:

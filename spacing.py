@@ -20,7 +20,7 @@ def read_spacing(path: PurePath, slices: int, content: bytes | None = None) -> t
     MedFLError for a file that can't be read, another version, sizes that are none, and the `volume.json` of
     other slices.
     """
-    again = "make it anew with data/prepare_hospital.py, or take it away to do without millimetres"
+    again = "make it again with data/prepare_hospital.py, or take it away to do without millimetres"
     try:
         told = json.loads(Path(path).read_bytes() if content is None else content)
         version = told["version"]

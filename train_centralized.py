@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, Checkpoint, describe, load_checkpoint, load_start, save_checkpoint
-from common import MedFLError, add_settings, atomic_write, run_script, settings_from
+from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from
 from dataset import Dataset, load_dataset
 from evaluation.curves import draw_curves
 from evaluation.metrics import summarise
@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
         "--val-fraction",
         type=float,
         default=VAL_FRACTION,
-        help=f"share of the patients to choose by (default {VAL_FRACTION})",
+        help=f"share of the patients for validation (default {VAL_FRACTION})",
     )
     parser.add_argument(
         "--test-fraction",
@@ -257,7 +257,7 @@ class CentralTraining:
                 else f"Training of {self.origin['hospital']} alone"
             )
             draw_curves(done.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}")
-        except MedFLError as error:  # a viewer may hold the file; both are written anew after the next epoch
+        except MedFLError as error:  # a viewer may hold the file; both are written again after the next epoch
             print(f"not this time: {error}")
         scored = (
             f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}"
@@ -319,8 +319,7 @@ def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int
     if split.seed != seed:
         raise MedFLError(
             f"{path} was drawn with --seed {split.seed}; choose another --out for this seed, delete the "
-            f"file, or name "
-            "it with --split-file to keep its patients"
+            "file, or name it with --split-file to keep its patients"
         )
     asked, there = make_split(sites, seed, *fractions), [len(split.part(p)) for p in PARTS]
     if there != [len(asked.part(p)) for p in PARTS]:
@@ -370,7 +369,7 @@ def main() -> None:
         settings, kept = stored_settings(last), load_checkpoint(last).metadata["origin"]
         for option in ("partition", "clients", "alpha"):
             setattr(arguments, option, kept.get(option, getattr(arguments, option)))
-        print("going on with the interrupted run's own settings; other training options are passed over")
+        print("going on with the interrupted run's own settings; other training options are ignored")
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data_dir)
     split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
@@ -386,14 +385,12 @@ def main() -> None:
         origin["started_from"] = before.get("strategy") or before.get("kind") or arguments.init.name
         if start.metadata.get("data", {}).get("split_sha256") not in (None, split.sha256()):
             print(
-                f"mind: {arguments.init} was trained on another split, and may have seen patients that are "
-                f"kept for the test "
-                "here"
+                f"note: {arguments.init} was trained on another split, and may have seen patients that are "
+                "kept for the test here"
             )
     print(
-        f"{dataset.name} in {dataset.root}: {len(share.train)} patients to train on, {len(share.val)} to "
-        f"choose by, "
-        f"{len(share.test)} kept for the test"
+        f"{dataset.name} in {dataset.root}: {counted(len(share.train), 'patient')} to train on, {len(share.val)} for "
+        f"validation, {len(share.test)} kept for the test"
     )
     training = CentralTraining(
         dataset,

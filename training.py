@@ -279,8 +279,7 @@ class Learner:
         except ValueError as error:
             raise MedFLError(
                 "the run was begun by an earlier MedFL, whose optimiser had other groups of weights, and "
-                "can't go on "
-                "bit for bit; start a new run, with --init to begin with its weights"
+                "can't go on bit for bit; start a new run, with --init to begin with its weights"
             ) from error
         self.step_count = state["step_count"]
         self.precision = getattr(torch, state["precision"].removeprefix("torch."))

@@ -179,8 +179,7 @@ def _encoder(name: str, side: int, pretrained: bool, weights: Path | str | None)
             raise
         raise MedFLError(
             f"the pretrained weights of {name} can't be loaded ({type(error).__name__}); connect to the "
-            f"network, "
-            "or give a file of them with --encoder-weights"
+            "network, or give a file of them with --encoder-weights"
         ) from error
     if weights is not None:
         _load_encoder(encoder, Path(weights))

@@ -42,8 +42,7 @@ def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
     if same:
         found.append(
             f"{_listed([*same, 'FLAIR'])} are identical. The model expects three sequences; with copies in "
-            f"the "
-            "place of missing ones it is less reliable."
+            "the place of missing ones it is less reliable."
         )
     pixels = torch.from_numpy(np.array(volume))
     measured = describe_volume(pixels)
@@ -64,8 +63,7 @@ def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
         features = _listed([APPEARANCE[k] for k in unlike])
         found.append(
             f"This does not look like the brain scans that the model was trained on ({features}). Its mask "
-            f"means nothing "
-            "unless it is one."
+            "means nothing unless it is one."
         )
     odd = {
         k
@@ -75,8 +73,7 @@ def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
     if odd:
         found.append(
             f"Brightness or contrast of {_listed([CHANNELS[k] for k in sorted(odd)])} lies outside of the "
-            f"training "
-            "images' range."
+            "training images' range."
         )
     return found
 

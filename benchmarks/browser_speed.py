@@ -81,8 +81,7 @@ def main() -> None:
             size = sum(path.stat().st_size for path in files) / 1e6
             print(
                 f"{words:18}{size:6.1f} MB in all; {difference.probability:.1e} largest difference of a "
-                f"probability, "
-                f"{difference.pixels} of {difference.of:,} mask pixels",
+                f"probability, {difference.pixels} of {difference.of:,} mask pixels",
                 flush=True,
             )
         make_phantoms(folder / "phantoms", patients=3, slices=SLICES + 8, size=256, seed=1)

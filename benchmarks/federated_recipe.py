@@ -4,7 +4,7 @@ over the same patients.
     python benchmarks/federated_recipe.py --data-dir data --rounds 30 --seeds 1 --out models/recipe
     python benchmarks/federated_recipe.py --data-dir data --rounds 60 --seeds 1 2 3 --variants default --out models/60
 
-Half of the patients train, at four hospitals by site, and half are the test; nobody is held out to choose by,
+Half of the patients train, at four hospitals by site, and half are the test; there are no validation patients,
 so each run ends with its last averaged model. A variant is a name and options of run_server.py; the central
 model is train_centralized.py's after as many epochs as there are rounds, and a hospital alone is the same
 with its own patients. Federations run in one process, with the product's round loop and hospitals. A run that

@@ -86,8 +86,7 @@ def main() -> None:
             missed[name] += not strange(picture, statistics)
     print(
         f"{dataset.name}, {len(names)} patients, {DRAWS} draws: doubted without reason "
-        f"{100 * np.mean(volumes):.1f} % of the "
-        f"volumes, {100 * np.mean(slices):.1f} % of the slices alone"
+        f"{100 * np.mean(volumes):.1f} % of the volumes, {100 * np.mean(slices):.1f} % of the slices alone"
     )
     believed = {name: count for name, count in missed.items() if count}
     print(

@@ -360,8 +360,7 @@ def main() -> None:
             start, _, unlike = bench.federate("start", None, arguments.warm_up, None)
             print(
                 f"start, after {arguments.warm_up} honest rounds: Dice {bench.score(start):.3f}; left out "
-                f"or taken back: "
-                f"{unlike}",
+                f"or taken back: {unlike}",
                 flush=True,
             )
         attacks = [ATTACKS[name] for name in arguments.attacks if name != "none"]

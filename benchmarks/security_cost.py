@@ -111,8 +111,7 @@ def main() -> None:
         medians[kind] = [statistics.median(values) for values in zip(*found)]
         print(
             f"{kind:8} median round {medians[kind][0]:.1f} s, besides the hospitals' work "
-            f"{medians[kind][1]:.1f} s, "
-            f"{len(found)} rounds"
+            f"{medians[kind][1]:.1f} s, {len(found)} rounds"
         )
     more = medians["secured"][0] - medians["plain"][0]
     print(f"{arguments.defence}: {more:+.1f} s, {100 * more / medians['plain'][0]:+.1f} % of a round")

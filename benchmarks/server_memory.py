@@ -68,8 +68,7 @@ def one_round(strategy: str, hospitals: int, name: str) -> None:
         updates.close()
     print(
         f"{strategy:14}{hospitals:>5} hospitals: {resident('VmHWM') - base:6.0f} MiB above {base:.0f}, "
-        f"screening "
-        f"{screened:.1f} s, with the sum {seconds:.1f} s"
+        f"screening {screened:.1f} s, with the sum {seconds:.1f} s"
     )
     if left_out:
         print(f"left out: {left_out}")

@@ -69,8 +69,7 @@ def check(folder: Path, patients: int = PATIENTS, slices: int = SLICES) -> None:
     if (len(found), counted) != (patients, slices):
         raise MedFLError(
             f"{folder} holds {len(found)} patients and {counted} slices, and the set has {patients} and "
-            f"{slices}; "
-            "take away what is not of it, or give an empty --out"
+            f"{slices}; take away what is not of it, or give an empty --out"
         )
 
 
@@ -99,8 +98,7 @@ def _fetch(by_hand: str) -> Path:
     except requests.RequestException as error:
         raise MedFLError(
             f"Kaggle can't be reached, or the connection broke off ({type(error).__name__}); run this again "
-            f"to go on "
-            f"where it stopped, {by_hand}"
+            f"to go on where it stopped, {by_hand}"
         ) from error
     except (
         DataCorruptionError,
@@ -125,9 +123,8 @@ def _refusal(code: int, by_hand: str) -> str:
         return f"{why}; {TOKEN} and run this again, {by_hand}"
     if code == 403:
         return (
-            f"Kaggle gives the set only to an account that accepted its terms (403); sign in, accept them "
-            f"at {PAGE}, {TOKEN} "
-            f"and run this again, {by_hand}"
+            "Kaggle gives the set only to an account that accepted its terms (403); sign in, accept them at "
+            f"{PAGE}, {TOKEN} and run this again, {by_hand}"
         )
     return f"Kaggle refused with code {code}; try again later, {by_hand}"
 
@@ -137,13 +134,11 @@ def _disk(error: OSError, by_hand: str) -> str:
     if error.errno in DISK_FULL:
         return (
             f"the disk is full; free {NEEDED} and run this again to go on where it stopped (KAGGLEHUB_CACHE "
-            f"names another "
-            f"place for the archive, --out for the scans), {by_hand}"
+            f"names another place for the archive, --out for the scans), {by_hand}"
         )
     return (
-        f"{error.filename or 'a file'} can't be written ({error.strerror or error}); choose a folder of "
-        f"your own with --out or "
-        f"KAGGLEHUB_CACHE, {by_hand}"
+        f"{error.filename or 'a file'} can't be written ({error.strerror or error}); choose a folder of your "
+        f"own with --out or KAGGLEHUB_CACHE, {by_hand}"
     )
 
 
@@ -205,7 +200,7 @@ def main() -> None:
     if fetched:
         print(f"{cache_folder()} holds kagglehub's copy of the archive; delete it at will")
         if (chosen := find_dataset(arguments.out)) != folder:
-            print(f"mind: --data-dir {arguments.out} means {chosen}; name {folder} with --data-dir")
+            print(f"note: --data-dir {arguments.out} means {chosen}; name {folder} with --data-dir")
 
 
 if __name__ == "__main__":

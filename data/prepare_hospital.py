@@ -78,16 +78,14 @@ def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
             s = line.series
             print(
                 f"  {'' if s.number is None else s.number:>5} {s.description[:32]:32} {s.modality:5} "
-                f"{s.slices:>4} × "
-                f"{s.columns}×{s.rows:<5} {line.used_as or '–':13} {line.why}"
+                f"{s.slices:>4} × {s.columns}×{s.rows:<5} {line.used_as or '–':13} {line.why}"
             )
     for one in refused:
         print(f"{one.path}: {one.why}")
     whole = sum(bool(study.channels) for study in studies)
     print(
         f"\n{whole} of {len(studies)} studies would be prepared, {sum(s.mask is not None for s in studies)} "
-        f"with a mask; "
-        f"{len(refused)} files belong to none; nothing was written"
+        f"with a mask; {len(refused)} files belong to none; nothing was written"
     )
 
 

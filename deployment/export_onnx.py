@@ -98,8 +98,7 @@ def export(checkpoint: Checkpoint, half: bool = False) -> tuple[bytes, Differenc
         remedy = "export without --half" if half else "please report it with the checkpoint's card"
         raise MedFLError(
             f"the graph's probabilities differ from the model's by up to {difference.probability:.1e}, more "
-            f"than "
-            f"{bound:g}, so nothing was written; {remedy}"
+            f"than {bound:g}, so nothing was written; {remedy}"
         )
     return content, difference
 

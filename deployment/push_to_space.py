@@ -95,8 +95,7 @@ def publish(repo: str, kind: Kind) -> str:
     except HTTPError as error:
         raise MedFLError(
             f"Hugging Face can't be reached ({type(error).__name__}); check the network, or run the page "
-            f"yourself: "
-            f"{kind.own_machine}"
+            f"yourself: {kind.own_machine}"
         ) from error
     return f"https://huggingface.co/spaces/{repo}"
 
@@ -174,7 +173,7 @@ def main() -> None:
     print(f"{size:8.2f} MB in {len(files)} files, staged in {kind.folder.relative_to(ROOT).as_posix()}")
     if not of_phantoms(checkpoint):
         print(
-            "mind: the weights carry the licence of the scans that they were trained on, and so does the "
+            "note: the weights carry the licence of the scans that they were trained on, and so does the "
             "Space"
         )
     if arguments.dry_run:

@@ -84,8 +84,7 @@ def stage_browser(
     except FileNotFoundError as error:
         raise MedFLError(
             "the page's libraries are missing; install them with `npm ci` in deployment/browser (Node.js 20 "
-            "or "
-            "newer)"
+            "or newer)"
         ) from error
     (folder / "model.onnx").write_bytes(content)
     return _files(folder), difference
@@ -125,11 +124,9 @@ def model_card(checkpoint: Checkpoint) -> str:
             f"**{NOTICE}**",
             "",
             "**Use:** to look at what a small TransUNet finds on slices of brain MRI (pre-contrast, FLAIR, "
-            "post-contrast), in "
-            "research and teaching. **Not for:** patients' care, other organs, other sequences, or scanners "
-            "unlike those of the "
-            "training scans. Small or faint tumours are missed, and bright spots that are no tumour are "
-            "outlined.",
+            "post-contrast), in research and teaching. **Not for:** patients' care, other organs, other "
+            "sequences, or scanners unlike those of the training scans. Small or faint tumours are missed, "
+            "and bright spots that are no tumour are outlined.",
             "",
             "**Figures:** the Dice is the volume Dice of each patient, averaged over patients; the interval "
             "is a bootstrap over them.",

@@ -76,9 +76,8 @@ def hospitals_of(checkpoints: list[Checkpoint], dataset: Dataset, split: Split) 
             told.setdefault((about["partition"], about["clients"], about["alpha"]), checkpoint.path)
     if len(told) > 1:
         raise MedFLError(
-            f"{' and '.join(map(str, told.values()))} are of differently divided datasets; compare models "
-            f"of one "
-            "partition"
+            f"{' and '.join(map(str, told.values()))} are of differently divided datasets; compare models of "
+            "one partition"
         )
     if not told:
         return {}
@@ -106,8 +105,7 @@ def make_rows(
             if hospital in members:
                 raise MedFLError(
                     f"{members[hospital].path} and {checkpoint.path} are both {hospital} "
-                    f"{kind_of(checkpoint)}, and the "
-                    "table could not tell them apart; compare one of them"
+                    f"{kind_of(checkpoint)}, and the table could not tell them apart; compare one of them"
                 )
             members[hospital] = checkpoint
     complete = {

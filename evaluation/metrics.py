@@ -228,7 +228,7 @@ def _defined(distances: list[float | None]) -> dict:
 
 
 def _summary_in_mm(rows: list[dict]) -> dict:
-    """hd95_mm and volume_cm3 of the rows, which have `FIGURES_IN_MM`; nothing of none."""
+    """hd95_mm and volume_cm3 of the rows, which have `FIGURES_IN_MM`; an empty dict without rows."""
     if not rows:
         return {}
     differences = [row["volume_difference_cm3"] for row in rows]

@@ -20,7 +20,7 @@ from radiology.rules import FLAIR, Rules
 from radiology.series import Refused
 from radiology.studies import Study
 
-VERSION = 1  # of what is made; another one makes every study anew
+VERSION = 1  # of what is made; another one makes every study again
 MADE, REPORT = "prepared.json", "report.csv"  # in the private folder
 PAGE, SHEETS = "index.html", "contact_sheets"  # in the output, and the folders of studies that don't train
 TRAINING, MORE, UNMASKED = "", "more_studies", "without_masks"
@@ -127,7 +127,7 @@ class Preparation:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise MedFLError(
-                f"{self._file} can't be read; delete it, and every study is prepared anew"
+                f"{self._file} can't be read; delete it, and every study is prepared again"
             ) from error
 
     def _there(self, studies: list[Study]) -> list[tuple[str, Study]]:

@@ -14,7 +14,7 @@ from common import MedFLError
 
 SIDE = 256  # pixels, of the dataset's slices
 AS_ACQUIRED = 20.0  # degrees; slices tilted less, as technicians do along the skull's base, stay as they are
-DISTANCE = 3.0  # mm between slices where they have to be made anew; the dataset's lie between about 1.5 and 6
+DISTANCE = 3.0  # mm between slices where they have to be made by resampling; the dataset's lie between about 1.5 and 6
 LOW, HIGH, BRIGHT = (
     0.5,
     99.9,
@@ -35,7 +35,7 @@ def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
     otherwise.
 
     The field of view is kept: its longer side fills the picture, and the shorter gets a black margin. Slices
-    of axial acquisitions that are tilted by up to 20 degrees stay where they are; others are made anew, at
+    of axial acquisitions that are tilted by up to 20 degrees stay where they are; others are resampled, at
     least 3 mm apart.
     """
     oriented = sitk.DICOMOrient(image, "LPS")

@@ -106,8 +106,7 @@ def read_labels(
     if unknown := [f"{v:g}" for v in present if v != 0 and v not in labels]:
         raise MedFLError(
             f"{path.name} holds the values {', '.join(unknown[:5])}, and tumour is "
-            f"{', '.join(map(str, labels))}; "
-            "name those that mean tumour in the rules (mask, labels)"
+            f"{', '.join(map(str, labels))}; name those that mean tumour in the rules (mask, labels)"
         )
     if not present.any():
         raise MedFLError(f"{path.name} is empty: no voxel is marked as tumour")

@@ -34,8 +34,7 @@ def check_folders(source: Path, out: Path, private: Path) -> None:
     if private.is_relative_to(out) or out.is_relative_to(private):
         raise MedFLError(
             f"the key and the table of names would lie in {private}, together with the output {out}, which "
-            f"is handed "
-            "on; keep them apart with --private"
+            "is handed on; keep them apart with --private"
         )
 
 

@@ -203,8 +203,7 @@ def _spacing_problem(steps: np.ndarray) -> str | None:
     if (steps <= SAME_PLACE).any():
         return (
             f"{int((steps <= SAME_PLACE).sum())} of its slices lie where another lies (several echoes or "
-            f"times, or sent "
-            "twice); export them as series of their own"
+            "times, or sent twice); export them as series of their own"
         )
     usual = float(np.median(steps))
     gaps = steps / usual

@@ -17,7 +17,7 @@ import streamlit as st
 
 from appearance.doubts import doubts
 from checkpoint import Checkpoint, load_checkpoint
-from common import ROOT, MedFLError
+from common import ROOT, MedFLError, counted
 from deployment.app.card import NOTICE, card_rows, find_checkpoints
 from deployment.app.case import Case
 from deployment.app.cases import KINDS, read_case
@@ -45,7 +45,7 @@ STYLE = """
 
 @st.cache_resource(max_entries=2, show_spinner="loading the model")
 def load_model(path: Path, changed: float) -> tuple[Checkpoint, str]:
-    """The checkpoint and its SHA-256. changed: the file's time, so that a new file is loaded anew."""
+    """The checkpoint and its SHA-256. changed: the file's time, so that a new file is loaded again."""
     checkpoint = load_checkpoint(path, choose_device())
     # Streamlit collects garbage after each run of the page. What the libraries hold is none; looking through
     # it took 0.2 s a run
@@ -194,7 +194,7 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
 
         seen = as_prepared(case.volume)
     state.doubts = doubts(seen, checkpoint.metadata["preprocessing"].get("training_images"))
-    with st.spinner(f"segmenting {len(case.slices)} slices"):
+    with st.spinner(f"segmenting {counted(len(case.slices), 'slice')}"):
         state.prediction = predict_case(checkpoint.model, case)
     state.predicted_by = sha256
     give_memory_back()

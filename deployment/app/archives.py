@@ -46,7 +46,7 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
                 path = PurePosixPath(entry.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or any(":" in part for part in path.parts[:1]):
                     raise MedFLError(
-                        f"{short(name)} holds a name that points out of the archive; pack the slices anew"
+                        f"{short(name)} holds a name that points out of the archive; pack the slices again"
                     )
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
                 raise MedFLError(
@@ -68,7 +68,7 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
                 files.append((str(path), piece))
     except DAMAGED as error:
         raise MedFLError(
-            f"{short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it anew"
+            f"{short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it again"
         ) from error
     if not files:
         raise MedFLError(f"{short(name)} holds no files; pack the slices into it")

@@ -52,8 +52,7 @@ def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) ->
         (
             "Network",
             f"TransUNet {architecture['name']}, {architecture['parameters'] / 1e6:.1f} million parameters, "
-            f"input "
-            f"{architecture['image_side']}×{architecture['image_side']} pixels",
+            f"input {architecture['image_side']}×{architecture['image_side']} pixels",
         ),
         ("Threshold", f"{checkpoint.threshold:g}"),
         ("Device", device),
@@ -105,7 +104,7 @@ def _data(data: dict) -> str | None:
         return None
     counts = ", ".join(
         f"{data[part]['patients']} {word}"
-        for part, word in (("train", "to train on"), ("val", "to choose by"), ("test", "kept for the test"))
+        for part, word in (("train", "to train on"), ("val", "for validation"), ("test", "kept for the test"))
         if data.get(part)
     )
     phantoms = data.get("name") == "phantoms"

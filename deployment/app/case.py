@@ -17,8 +17,7 @@ MAX_PIXELS = (
 MIN_SIDE = 16  # pixels
 LONE_SLICE = (
     "A lone slice is normalised by itself and not with its patient's other slices: its mask is less "
-    "reliable. Open a "
-    "patient's slices together."
+    "reliable. Open a patient's slices together."
 )
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
-from common import MedFLError
+from common import MedFLError, counted
 from deployment.app.archives import check_number, unpack_zip
 from deployment.app.case import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
@@ -63,13 +63,11 @@ def _dicom() -> ModuleType:
         if (error.name or "").startswith("radiology"):  # left out of a Space
             raise MedFLError(
                 "DICOM files carry the patient's name, so this published page takes none; run the page on a "
-                "machine "
-                "of your own, or upload slices or NIfTI"
+                "machine of your own, or upload slices or NIfTI"
             ) from error
         raise MedFLError(
-            f"DICOM files need {error.name}; install it (`pip install -r requirements-dicom.txt`), or "
-            f"upload slices "
-            "or NIfTI"
+            f"DICOM files need {error.name}; install it (`pip install -r requirements-dicom.txt`), or upload "
+            "slices or NIfTI"
         ) from error
     return dicom
 
@@ -112,7 +110,8 @@ def _read_slices(files: dict[str, bytes]) -> Case:
     if not case.is_volume:
         case.notes.append(LONE_SLICE)
     if spare := len(masks) - sum(mask is not None for mask in known):
-        case.notes.append(f"{spare} masks belong to no slice of the upload and were passed over.")
+        belong = "belongs" if spare == 1 else "belong"
+        case.notes.append(f"{counted(spare, 'mask')} {belong} to no slice of the upload. Ignored.")
     told = [path for path in paths if path.name == NAME]
     if len(told) > 1:
         raise MedFLError(
@@ -122,7 +121,7 @@ def _read_slices(files: dict[str, bytes]) -> Case:
         between, rows, columns = read_spacing(told[0], len(order), paths[told[0]])
         case.spacing, case.measured = (rows, columns, between), True
     if left := len(paths) - len(images) - len(masks) - len(told):
-        case.notes.append(f"{left} files are neither slices nor masks and were passed over.")
+        case.notes.append(f"{counted(left, 'file')} ignored: neither slice nor mask.")
     return case
 
 
@@ -155,8 +154,7 @@ def _read_masks(
         if mask is None:
             raise MedFLError(
                 f"{short(path.name)} has no mask and other slices have; add {short(path.stem)}_mask, or "
-                f"leave all "
-                "masks out"
+                "leave all masks out"
             )
         pixels = read_mask(*mask)
         if pixels.shape != shape[1:3]:

@@ -57,7 +57,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
             try:
                 planes[channel] = _onto_page(_laid_over(channels[channel], flair, oriented, notes), source)
             except MedFLError as error:
-                notes.append(f"The series for {channel} was passed over: {error}.")
+                notes.append(f"The series for {channel} was ignored: {error}.")
     if missing := [channel for channel in (PRE, POST) if channel not in planes]:
         notes.append(
             f"FLAIR stands in for {' and '.join(missing)}, as in the training set where one was missing."
@@ -81,7 +81,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
         case.truth = _mask_on_page(source, own[0].files[0])
     if passed := len(masks) - (case.truth is not None):
         case.notes.append(
-            f"{passed} DICOM SEG were passed over: one alone that is of the FLAIR series becomes the truth."
+            f"{passed} DICOM SEG were ignored: one alone that is of the FLAIR series becomes the truth."
         )
     return case
 
@@ -96,7 +96,7 @@ def _choose(
     if not usable:
         raise MedFLError(
             f"the upload holds no series that can be used ({_reasons(scans, refused)}); export the FLAIR "
-            f"series anew"
+            f"series again"
         )
     if len({(series.patient_id, series.study_uid) for series in usable}) > 1:
         raise MedFLError("the upload holds series of several studies; open one at a time")
@@ -116,8 +116,7 @@ def _choose(
             why = f"; one that does can't be used ({_reasons(broken, [])})" if broken else ""
             raise MedFLError(
                 f"none of the upload's {len(usable)} series that can be used says of itself that it is "
-                f"FLAIR{why}; "
-                "upload the FLAIR series alone"
+                f"FLAIR{why}; upload the FLAIR series alone"
             )
         notes += [
             f"{line.used_as} was chosen {line.why}."
@@ -126,11 +125,9 @@ def _choose(
         ]
     spare = [series for series in scans if series not in channels.values()]
     if spare:
-        notes.append(
-            f"{len(spare)} series were passed over: {_reasons(spare, []) or 'no channel needs them'}."
-        )
+        notes.append(f"{len(spare)} series were ignored: {_reasons(spare, []) or 'no channel needs them'}.")
     if refused:
-        notes.append(f"{len(refused)} files were passed over: {_reasons([], refused[:1])}.")
+        notes.append(f"{len(refused)} files were ignored: {_reasons([], refused[:1])}.")
     return channels, notes
 
 
@@ -145,9 +142,8 @@ def _reasons(series: list[Series], refused: list[Refused]) -> str:
 def _check_size(slices: int, rows: int, columns: int) -> None:
     if min(rows, columns) < MIN_SIDE or slices * rows * columns > MAX_PIXELS:
         raise MedFLError(
-            f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; "
-            f"prepare it with "
-            "data/prepare_hospital.py and open the slices"
+            f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; prepare "
+            "it with data/prepare_hospital.py and open the slices"
         )
 
 
@@ -155,8 +151,7 @@ def _check_pixels(across: float, down: float) -> None:
     if max(across, down) > LONGEST * min(across, down):
         raise MedFLError(
             f"cut axially, the series has pixels of {across:.1f} × {down:.1f} mm; open an axial series or a "
-            f"3-D one, "
-            "or prepare this one with data/prepare_hospital.py and open the slices"
+            "3-D one, or prepare this one with data/prepare_hospital.py and open the slices"
         )
 
 
@@ -181,8 +176,7 @@ def _laid_over(series: Series, flair: Series, fixed: sitk.Image, notes: list[str
     if agreement(moved, fixed) < POOR:
         notes.append(
             "A series lies poorly over FLAIR, even after it was registered: look at the channels before you "
-            "trust the "
-            "mask."
+            "trust the mask."
         )
     return moved
 
@@ -200,8 +194,7 @@ def _notes_on(series: Series, image: sitk.Image, oriented: sitk.Image) -> list[s
     """What a reader should know of the series that the slices are of."""
     notes = [
         "The mask as DICOM SEG carries the patient's name and number from the series, as a viewer needs "
-        "them; the page shows "
-        "neither, and no other download holds them."
+        "them; the page shows neither, and no other download holds them."
     ]
     if not series.frame_of_reference:
         notes = [

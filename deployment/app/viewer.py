@@ -240,8 +240,7 @@ def show_figures(case: Case, row: dict, figures: dict) -> None:
         said.append(f"Dice {row['dice']:.3f}, IoU {row['iou']:.3f}")
     st.caption(
         f"Slice {row['slice']}: {'; '.join(said)}. The probability is the network's own, not a measured "
-        f"chance of its "
-        "being right."
+        "chance of its being right."
     )
 
 

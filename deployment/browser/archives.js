@@ -19,7 +19,7 @@ export function unpackZip(name, bytes) {
   const wanted = ({ name: path, originalSize }) => {
     const parts = path.replaceAll("\\", "/").split("/");
     if (parts[0] === "" || parts[0].includes(":") || parts.includes("..")) {
-      throw new UserError(`${short(name)} holds a name that points out of the archive; pack the slices anew`);
+      throw new UserError(`${short(name)} holds a name that points out of the archive; pack the slices again`);
     }
     if (parts.at(-1) === "") return false;
     checkNumber(++entries);
@@ -32,7 +32,7 @@ export function unpackZip(name, bytes) {
     unpacked = unzipSync(bytes, { filter: wanted });
   } catch (error) {
     if (error instanceof UserError) throw error;
-    throw new UserError(`${short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it anew`);
+    throw new UserError(`${short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it again`);
   }
   const files = Object.entries(unpacked).map(([path, content]) => ({ name: path.replaceAll("\\", "/"), bytes: content }));
   if (!files.length) throw new UserError(`${short(name)} holds no files; pack the slices into it`);

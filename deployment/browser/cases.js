@@ -1,7 +1,7 @@
 // From the files that a reader opens to a case, by the rules of deployment/app/cases.py.
 
 import { checkNumber, unpackZip } from "./archives.js";
-import { UserError, short } from "./common.js";
+import { UserError, counted, short } from "./common.js";
 import { isNifti, readNifti, readNiftiMask } from "./nifti.js";
 import { readMask, readSlice } from "./slices.js";
 
@@ -71,20 +71,23 @@ async function readSlices(files) {
     opened.notes.push("A lone slice is normalised by itself and not with its patient's other slices: its mask is less reliable. " +
       "Open a patient's slices together.");
   }
-  if (masks.size > used) opened.notes.push(`${masks.size - used} masks belong to no slice that was opened and were passed over.`);
+  if (masks.size > used) {
+    const spare = masks.size - used;
+    opened.notes.push(`${counted(spare, "mask")} ${spare === 1 ? "belongs" : "belong"} to no slice that was opened. Ignored.`);
+  }
   const told = files.filter(({ name }) => file(name) === MEASURES);
   if (told.length > 1) {
     throw new UserError(`${told.length} files are called ${MEASURES}, and a patient has one; open one patient at a time`);
   }
   if (told.length) Object.assign(opened, { spacing: readSpacing(told[0], opened.count), measured: true });
   const left = files.length - images.length - masks.size - told.length;
-  if (left) opened.notes.push(`${left} files are neither slices nor masks and were passed over.`);
+  if (left) opened.notes.push(`${counted(left, "file")} ignored: neither slice nor mask.`);
   return opened;
 }
 
 /** Millimetres between rows, columns and slices, from the volume.json of a patient of so many slices. */
 function readSpacing({ name, bytes }, slices) {
-  const again = "make it anew with data/prepare_hospital.py, or leave it out to do without millimetres";
+  const again = "make it again with data/prepare_hospital.py, or leave it out to do without millimetres";
   let told;
   try {
     told = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));

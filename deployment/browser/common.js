@@ -9,6 +9,11 @@ export function short(name) {
   return file.length <= 60 ? file : `${file.slice(0, 40)}…${file.slice(-15)}`;
 }
 
+/** "1 mask", "5 masks". */
+export function counted(number, noun) {
+  return `${number} ${noun}${number === 1 ? "" : "s"}`;
+}
+
 /** "a", "a and b", "a, b and c". */
 export function listed(names) {
   return names.length === 1 ? names[0] : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;

@@ -203,9 +203,8 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
         noise_said = "" if noise is None else f"noise of {noise:.3g} clips; "
         say(
             f"promised to the patients: epsilon {mine.budget.epsilon:g} at delta {mine.budget.delta:g}, of "
-            f"which "
-            f"{mine.budget.spent:.3g} is spent; {noise_said}only the last layers are trained, and the "
-            f"server gets no scores"
+            f"which {mine.budget.spent:.3g} is spent; {noise_said}only the last layers are trained, and the "
+            "server gets no scores"
         )
     return facts
 
@@ -223,8 +222,7 @@ def one_round(task: Train, hospital: Hospital, arrays: Record) -> tuple[Trained,
         spent = f"; epsilon {work.patient_epsilon:.3g} of the {whole:g} promised to the patients is spent"
     say(
         f"round {task.round} of {hospital.federation.rounds}: {scored}trained, {loss}over {work.examples} "
-        f"slices "
-        f"in {work.seconds:.0f} s{spent}"
+        f"slices in {work.seconds:.0f} s{spent}"
     )
     told = {
         **asdict(hospital.told(score)),

@@ -247,9 +247,8 @@ class Hospital:
         if not usual or task.round > self.federation.rounds:
             raise HospitalError(
                 Failure.CONSENT,
-                f"the server asked for round {task.round} of {self.federation.rounds} at "
-                f"{task.rate} times the learning rate, which the settings do not provide for; nothing was "
-                "trained",
+                f"the server asked for round {task.round} of {self.federation.rounds} at {task.rate} times "
+                "the learning rate, which the settings do not provide for; nothing was trained",
             )
 
     def _learner(

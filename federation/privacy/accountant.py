@@ -36,8 +36,7 @@ def check_accountant() -> None:
     if importlib.util.find_spec("dp_accounting") is None:
         raise MedFLError(
             "differential privacy needs an accountant, which is not installed; run `pip install -r "
-            "requirements.txt "
-            "-r requirements-privacy.txt`"
+            "requirements.txt -r requirements-privacy.txt`"
         )
 
 

@@ -78,9 +78,8 @@ class HospitalPrivacy:
             return None
         needed = math.ceil(ratio * self.settings.clients)
         return (
-            f"mind: with {self.settings.clients} hospitals a round's noise is about {ratio:.0f} times as "
-            f"long as the longest "
-            f"mean update, and may drown it; this model needs about {needed:,} hospitals for as much update "
-            f"as noise, or a "
-            "larger epsilon, or fewer trained weights (--freeze-encoder-epochs)"
+            f"note: with {self.settings.clients} hospitals a round's noise is about {ratio:.0f} times as "
+            f"long as the longest mean update, and may drown it; this model needs about {needed:,} hospitals "
+            "for as much update as noise, or a larger epsilon, or fewer trained weights "
+            "(--freeze-encoder-epochs)"
         )

@@ -31,8 +31,8 @@ TRAINED: tuple[str, ...] = ("head.", "decoder.2.")  # the last layers
 
 class PatientBatches:
     """As TrainingBatches, but a batch is one of DP-SGD: images (patients, SLICES, 3, side, side) and masks
-    (patients, SLICES, 1, side, side) of those that take part, (0,) of none. Who takes part is nobody's to
-    know, so it does not come from the seed."""
+    (patients, SLICES, 1, side, side) of those that take part, (0,) of none. Nobody may know who takes
+    part, so that does not come from the seed."""
 
     def __init__(self, dataset: Dataset, patients: tuple[str, ...], side: int, seed: int):
         self.patients = [TrainingBatches(dataset, (patient,), side, SLICES, seed) for patient in patients]

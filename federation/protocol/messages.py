@@ -51,8 +51,7 @@ FAILURES: dict[str, str] = {
     Failure.CONSENT: "it has not approved these settings; its own terminal says which they are",
     Failure.PRIVACY: "what it promises its patients does not allow that; its own terminal says why",
     Failure.PROTOCOL: "its update does not fit into the secure aggregation, or a step of that was not what "
-    "it should be; its own "
-    "terminal says why",
+    "it should be; its own terminal says why",
     Failure.BUG: "a fault of the program; its own terminal says which",
 }
 

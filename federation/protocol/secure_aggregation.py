@@ -41,8 +41,12 @@ LEAST = 3  # hospitals: of two, each knows the other's update from the sum
 
 
 def threshold(hospitals: int) -> int:
-    """Shares that open a secret. More than half: so that no two halves of the hospitals, each told that
-    another one is missing or not, can be made to open both of its secrets."""
+    """Shares that open a secret: more than half of the hospitals.
+
+    With half or fewer, a server could ask one half for the seed of a hospital, as if it were in the sum, and the
+    other half for its key, as if it were missing. With both it would see that hospital's update. Two groups that
+    are each more than half share at least one hospital, and no hospital gives both.
+    """
     return hospitals // 2 + 1
 
 
@@ -63,9 +67,8 @@ def quantise(change: torch.Tensor, weight: float, limit: float, hospitals: int) 
     if not largest <= limit:  # also for not a number
         raise MedFLError(
             f"the largest change of a weight is {largest:.3g}, and secure aggregation carries {limit:g} at "
-            f"most, so "
-            "nothing was sent; the server's --secure-range sets the limit, and a lower --lr makes smaller "
-            "changes"
+            "most, so nothing was sent; the server's --secure-range sets the limit, and a lower --lr makes "
+            "smaller changes"
         )
     if not 0 < weight <= 1:
         raise MedFLError(
@@ -211,8 +214,8 @@ class Party:
         if self.given.get("round") == self.round and self.given["summed"] != sorted(summed):
             raise MedFLError(
                 "the server asked for another sum of a round that was summed already, and two of them would "
-                "differ by "
-                "an update; nothing was given; let the same hospitals take part, or begin the federation anew"
+                "differ by an update; nothing was given; let the same hospitals take part, or begin the "
+                "federation again"
             )
         self.given = {"round": self.round, "summed": sorted(summed)}
         return {str(node): self.shares[str(node)][node not in summed] for node in all_of_them}
@@ -221,8 +224,7 @@ class Party:
         if self.stage != stage:
             raise MedFLError(
                 "a step of the secure aggregation came twice or out of order (this hospital may have been "
-                "restarted); "
-                "nothing was given"
+                "restarted); nothing was given"
             )
 
     def _seal(self, node: str) -> bytes:

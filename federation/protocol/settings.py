@@ -47,7 +47,7 @@ class FederationSettings:
     rounds: int = setting(30, "rounds of training")
     partition: str = setting("site", "how one dataset is divided among simulated hospitals", KINDS)
     alpha: float = setting(0.5, "of the partition dirichlet: small makes unlike hospitals")
-    val_fraction: float = setting(VAL_FRACTION, "share of the patients to choose by")
+    val_fraction: float = setting(VAL_FRACTION, "share of the patients for validation")
     test_fraction: float = setting(TEST_FRACTION, "share of the patients kept for the test")
     strategy: str = setting("fedavg", "how updates become one model", STRATEGIES)
     proximal_mu: float = setting(
@@ -181,14 +181,12 @@ class FederationSettings:
         if self.needed > self.clients:
             raise MedFLError(
                 f"--strategy {self.strategy} {self._why_needed()} and needs {self.needed} hospitals, and "
-                f"--clients is "
-                f"{self.clients}; take more hospitals, or another strategy"
+                f"--clients is {self.clients}; take more hospitals, or another strategy"
             )
         if self.min_clients is not None and self.min_clients < self.needed:
             raise MedFLError(
-                f"--strategy {self.strategy} {self._why_needed()} and needs {self.needed} hospitals in "
-                f"every round; "
-                f"leave --min-clients out, or give {self.needed} or more"
+                f"--strategy {self.strategy} {self._why_needed()} and needs {self.needed} hospitals in every "
+                f"round; leave --min-clients out, or give {self.needed} or more"
             )
         if self.min_clients is not None and not 1 <= self.min_clients <= self.clients:
             raise MedFLError(
@@ -210,8 +208,7 @@ class FederationSettings:
         if self.private and self.strategy in ("fedmedian", "fedtrimmedavg", "krum"):
             raise MedFLError(
                 f"--strategy {self.strategy} looks at each hospital's update, and differential privacy is "
-                f"worked out "
-                "for a sum of all; take fedavg, fedprox or a strategy with a server's optimiser"
+                "worked out for a sum of all; take fedavg, fedprox or a strategy with a server's optimiser"
             )
 
     def _check_secure_aggregation(self) -> None:
@@ -220,22 +217,19 @@ class FederationSettings:
         if self.clients < LEAST:
             raise MedFLError(
                 f"--secure-aggregation takes {LEAST} hospitals or more, because of two each knows the "
-                f"other's update "
-                f"from the sum; --clients is {self.clients}"
+                f"other's update from the sum; --clients is {self.clients}"
             )
         sum_alone = "and with --secure-aggregation the server sees their sum alone"
         if self.strategy in ("fedmedian", "fedtrimmedavg", "krum"):
             raise MedFLError(
                 f"--strategy {self.strategy} looks at each hospital's update, {sum_alone}; take fedavg, "
-                f"fedprox or a "
-                "strategy with a server's optimiser"
+                "fedprox or a strategy with a server's optimiser"
             )
         names = ("max_update_norm_ratio", "cut_update_norm_ratio", "min_update_cosine")
         if any(getattr(self, f.name) != f.default for f in fields(self) if f.name in names):
             raise MedFLError(
                 "--max-update-norm-ratio, --cut-update-norm-ratio and --min-update-cosine screen single "
-                "updates, "
-                f"{sum_alone}; leave them out"
+                f"updates, {sum_alone}; leave them out"
             )
         if self.private:
             raise MedFLError(
@@ -243,9 +237,8 @@ class FederationSettings:
             )
         if self.update_dtype != "float32":
             raise MedFLError(
-                f"--update-dtype {self.update_dtype} is for single updates, {sum_alone}, in whole numbers "
-                f"of 32 bits; "
-                "leave it out"
+                f"--update-dtype {self.update_dtype} is for single updates, {sum_alone}, in whole numbers of "
+                "32 bits; leave it out"
             )
 
     @property
@@ -320,8 +313,7 @@ def check_together(training: TrainingSettings, federation: FederationSettings) -
     if federation.private and (training.schedule == "plateau" or training.patience):
         raise MedFLError(
             "with differential privacy nothing may be chosen by validation scores, which no noise protects; "
-            "take "
-            "--schedule cosine and no --patience"
+            "take --schedule cosine and no --patience"
         )
 
 

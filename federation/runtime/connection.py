@@ -136,9 +136,8 @@ class Watch:
                     "or wait longer with --wait"
                 )
             raise ServerGone(
-                f"the server at {self.server} has been gone for {self.wait:.0f} s; start this hospital "
-                f"again when it "
-                "is back"
+                f"the server at {self.server} has been gone for {self.wait:.0f} s; start this hospital again "
+                "when it is back"
             )
         elif state is False and not self.was_gone:
             self.was_gone = True
@@ -191,8 +190,7 @@ def refuse(said: str) -> None:
     if said == "unknown":
         raise MedFLError(
             "the server does not admit this hospital's key: it was never admitted, or its admission is over "
-            "or "
-            "revoked; ask the coordinator"
+            "or revoked; ask the coordinator"
         )
     if said == "clock":
         raise MedFLError(

@@ -89,7 +89,7 @@ def ask_admission(address: str, ca: Path, key: Path) -> str:
     """What the SuperLink at `address` makes of a hospital's key (its OpenSSH file): "admitted", "unknown",
     "clock" (this machine's is wrong), or "" where it gives no answer.
 
-    Its refusal of a hospital does not tell an unknown key from one whose former connection it still holds.
+    The SuperLink refuses an unknown key and a key whose former connection is still open in the same way.
     Asked to let it in with a heartbeat that can't be, it refuses as well, and for another reason if it knows
     the key.
     """

@@ -21,9 +21,8 @@ def find_nginx() -> str:
     found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/bin")
     if found is None:
         raise MedFLError(
-            "nginx is missing, and hospitals on other machines reach the server through it; install it "
-            "(such as "
-            "`apt-get install nginx-light`), or run your own with --own-gateway and deployment/gateway"
+            "nginx is missing, and hospitals on other machines reach the server through it; install it (such "
+            "as `apt-get install nginx-light`), or run your own with --own-gateway and deployment/gateway"
         )
     return found
 

@@ -228,7 +228,7 @@ def read_admissions(kit: Path) -> dict[str, Admission]:
             _ = admission.pem, admission.state
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
         raise MedFLError(
-            f"{path} is damaged; put back a copy of it, or admit the hospitals anew in a new kit"
+            f"{path} is damaged; put back a copy of it, or admit the hospitals again in a new kit"
         ) from error
     return admissions
 

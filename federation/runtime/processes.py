@@ -160,14 +160,12 @@ def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = Non
             raise MedFLError(
                 f"the server at {join_address(host, port)} is not the one of this kit "
                 f"({error.reason.verify_message}); nothing was sent to it: check --server, --kit and this "
-                f"machine's "
-                "clock, and ask the coordinator for the right ca.pem"
+                "machine's clock, and ask the coordinator for the right ca.pem"
             ) from error
         if isinstance(error.reason, ssl.SSLError):
             raise MedFLError(
-                f"what answers at {join_address(host, port)} does not speak TLS 1.3 "
-                f"({error.reason.reason}); check "
-                "--server, or ask the coordinator"
+                f"what answers at {join_address(host, port)} does not speak TLS 1.3 ({error.reason.reason}); "
+                "check --server, or ask the coordinator"
             ) from error
         return False if isinstance(error.reason, ConnectionError) else None
     except (OSError, http.client.HTTPException) as error:

@@ -74,8 +74,7 @@ def verify(path: Path) -> tuple[int, str]:
         if not fits:
             raise MedFLError(
                 f"line {count} of {path} does not follow from the one before it: the log was changed; put "
-                f"back a "
-                "copy, and find out who can write there"
+                "back a copy, and find out who can write there"
             )
         last = hashlib.sha256(line).hexdigest()
     return count, last

@@ -92,8 +92,7 @@ class Exchange:
         missing = f" (missing: {', '.join(self.missing())})" if self.missing() else ""
         return (
             f"{count} of {self.settings.clients} hospitals took part and a round needs "
-            f"{self.settings.beginners}{missing}; "
-            "see to them and go on with --resume"
+            f"{self.settings.beginners}{missing}; see to them and go on with --resume"
         )
 
     def quorum(self) -> list[Member]:
@@ -104,8 +103,7 @@ class Exchange:
             if not told and not self.membership.disputed:
                 self.say(
                     f"{len(present)} of {self.settings.clients} hospitals can work, a round needs "
-                    f"{self.settings.beginners}; "
-                    f"waiting up to {self.settings.round_timeout:.0f} s for "
+                    f"{self.settings.beginners}; waiting up to {self.settings.round_timeout:.0f} s for "
                     f"{', '.join(self.missing()) or 'those behind'}"
                 )
                 told = True

@@ -85,8 +85,7 @@ class Judge:
             who = ", ".join(sorted(now))
             said = (
                 f"for {LASTING} rounds other hospitals have scored than those that scored the best model; "
-                f"the comparison "
-                f"begins again with {who}"
+                f"the comparison begins again with {who}"
                 if again
                 else f"the best model so far is now the choice of {who}"
             )

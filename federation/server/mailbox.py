@@ -85,7 +85,7 @@ class Mailbox:
         return any(sent.node == node and purpose in (None, sent.purpose) for sent in self._open.values())
 
     def drop(self, purpose: str) -> None:
-        """Wait no longer for answers to messages of this purpose; later ones are passed over."""
+        """Wait no longer for answers to messages of this purpose; later ones are ignored."""
         self._open = {identity: sent for identity, sent in self._open.items() if sent.purpose != purpose}
 
     def collect(self) -> Iterator[Answer]:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common import MedFLError
+from common import MedFLError, counted
 from federation.protocol.answers import LABEL, Facts, Introduction, parse
 from federation.protocol.messages import End, Failure, Query
 from federation.protocol.settings import FederationSettings
@@ -249,16 +249,12 @@ class Membership:
                 f"; it runs torch {facts.versions.get('torch')}, the server {self.about['versions']['torch']}"
             )
         self.audit.write("joined", hospital=member.label)
-        self.say(
-            f"{member.label} {'is back' if back else 'joined'}: {parts['train'].patients} patients to train "
-            f"on "
-            f"({parts['train'].slices} slices), {parts['val'].patients} to choose by{torch_note}"
-            + (
-                f"; it promises them epsilon {promise.epsilon:g} at delta {promise.delta:g}"
-                if promise
-                else ""
-            )
-        )
+        train, val = parts["train"], parts["val"]
+        said = f"{member.label} {'is back' if back else 'joined'}: {counted(train.patients, 'patient')} to train on "
+        said += f"({counted(train.slices, 'slice')}), {val.patients} for validation{torch_note}"
+        if promise:
+            said += f"; it promises them epsilon {promise.epsilon:g} at delta {promise.delta:g}"
+        self.say(said)
 
     def _remove(self, member: Member, why: str) -> None:
         self.say(f"{member.label}: {why}")

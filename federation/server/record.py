@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import MedFLError, file_sha256
+from common import MedFLError, counted, file_sha256
 from federation.protocol.answers import Result, Trained
 from federation.server.audit import AuditLog
 from federation.server.history import Row, draw_curves, scores_of, table, write_history
@@ -85,7 +85,7 @@ class Record:
             self.say(f"the last model{kind}: {_in_words(scores)}\n{table(rows)}")
         chosen = "after the last round"
         if done.scored_patients:
-            dice = f"validation Dice {done.best:.3f} over {done.scored_patients} patients"
+            dice = f"validation Dice {done.best:.3f} over {counted(done.scored_patients, 'patient')}"
             chosen = f"after round {done.best_round}, {dice}"
         self.say(f"{self.state.best}: {chosen}")
 
@@ -116,12 +116,14 @@ class Record:
                 self.out / "federated_curves.png",
                 f"Federated training, {self.state.federation.strategy}, {len(done.hospitals)} hospitals",
             )
-        except MedFLError as error:  # a viewer may hold the file; both are written anew after the next round
+        except MedFLError as error:  # a viewer may hold the file; both are written again after the next round
             self.say(f"not this time: {error}")
 
 
 def _in_words(scores: Scores) -> str:
     mean, patients = mean_dice(scores)
     return (
-        "no validation patients" if mean is None else f"validation Dice {mean:.3f} over {patients} patients"
+        "no validation patients"
+        if mean is None
+        else f"validation Dice {mean:.3f} over {counted(patients, 'patient')}"
     )

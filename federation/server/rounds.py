@@ -101,9 +101,8 @@ class Federation:
         split = next((m.facts.split_sha256 for m in self.membership.present if not m.facts.own_data), None)
         if split and self.state.progress.init_split not in (None, split):
             self.say(
-                "mind: the checkpoint that this starts from was trained on another split, so it may have "
-                "seen patients that "
-                "are kept for the test here"
+                "note: the checkpoint that this starts from was trained on another split, so it may have "
+                "seen patients that are kept for the test here"
             )
 
     def _round(self, number: int) -> None:

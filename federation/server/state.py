@@ -155,6 +155,5 @@ def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, Tra
     except (MedFLError, KeyError, TypeError, AttributeError) as error:
         raise MedFLError(
             f"{last} was written by another version of MedFL, whose run can't be gone on with; use that "
-            f"version, or "
-            f"start a new run from its model with --init {last}"
+            f"version, or start a new run from its model with --init {last}"
         ) from error

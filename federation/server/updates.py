@@ -68,8 +68,7 @@ class Updates:
             path.unlink(missing_ok=True)
             raise MedFLError(
                 f"the updates of a round don't fit into {self._folder.parent} ({error.strerror or error}); "
-                f"free the "
-                "disk"
+                "free the disk"
             ) from error
         self._of[label], self._products = Update(label, examples, path), None
 

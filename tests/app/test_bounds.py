@@ -46,7 +46,7 @@ def test_what_is_passed_over_is_told(slices, picture):
             ("readme.txt", b""),
         ]
     )
-    assert [note.split()[:2] for note in case.notes] == [["2", "masks"], ["1", "files"]]
+    assert [note.split()[:2] for note in case.notes] == [["2", "masks"], ["1", "file"]]
 
 
 def test_bounds_hold_to_the_last_one(slices, zipped, monkeypatch):
@@ -272,7 +272,7 @@ def test_damage_inside_of_an_archive_is_told(slices, zipped):
 
 def test_odd_names_are_no_crash(slices, picture, zipped):
     case = read_case([*slices, ("_mask.png", picture(mode="L"))])
-    assert case.notes == ["1 masks belong to no slice of the upload and were passed over."]
+    assert case.notes == ["1 mask belongs to no slice of the upload. Ignored."]
     assert len(read_case([("p.zip", zipped([(".", b""), *slices]))]).slices) == len(slices)
     long = f"a_{'1' * 200}.png"
     assert read_case([(long, picture(mode="L"))]).slices == [long]

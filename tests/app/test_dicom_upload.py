@@ -167,7 +167,7 @@ def test_a_zip_of_a_study_gives_each_channel_its_series(volume, study, zipped):
 def test_what_can_not_be_laid_over_flair_is_passed_over(series, values, origin):
     post = series(values * VALUES, "ax T1 post", origin=origin)
     case = read_case(series(VALUES, "ax FLAIR") + post)
-    assert "post-contrast was passed over: it can't be laid over FLAIR" in " ".join(case.notes)
+    assert "post-contrast was ignored: it can't be laid over FLAIR" in " ".join(case.notes)
     assert np.array_equal(case.volume[..., 2], case.volume[..., 1])
 
 
@@ -178,8 +178,7 @@ def test_of_two_that_claim_to_be_flair_one_is_taken_and_that_is_told(series):
     )
     notes = " ".join(case.notes)
     assert (
-        "2 series claim to be FLAIR, taken because it is axial" in notes
-        and "1 series were passed over" in notes
+        "2 series claim to be FLAIR, taken because it is axial" in notes and "1 series were ignored" in notes
     )
     assert len(case.slices) == 8 and not told_of_the_patient(notes)
 
@@ -263,7 +262,7 @@ def test_a_truth_must_be_a_mask_of_this_series(series, picture):
         with pytest.raises(MedFLError, match=sentence) as error:
             add_truth(case, [(name, content)])
         assert name in str(error.value) and "Upload" not in str(error.value)
-    assert "1 DICOM SEG were passed over" in " ".join(read_case([*files, ("seg.dcm", seg)]).notes)
+    assert "1 DICOM SEG were ignored" in " ".join(read_case([*files, ("seg.dcm", seg)]).notes)
     masks = [
         (f"slice_{k}_mask.png", picture(np.full((32, 32), 255 * (k == 2), np.uint8))) for k in range(1, 7)
     ]

@@ -237,7 +237,7 @@ def test_the_server_says_what_is_protected(monkeypatch, tmp_path, capsys):
     announce_privacy(HospitalPrivacy(FederationSettings(rounds=1, **privacy)), model, training)
     said = capsys.readouterr().out
     assert "the protected unit is the hospital, and not the patient" in said
-    assert "mind: with 2 hospitals" in said
+    assert "note: with 2 hospitals" in said
     workers = [Worker(f"hospital-{k}", [0.5] * 2) for k in (0, 1)]
     _, _, lines = federate(workers, 1, tmp_path, federation=privacy, norm="group")
     assert any("epsilon 8 of a hospital is spent" in line for line in lines)
