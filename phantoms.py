@@ -19,27 +19,10 @@ from tqdm import tqdm
 from common import MedFLError
 
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d{3}_\d{8}$")
-HEADER = ",".join(
-    [
-        "Patient",
-        "RNASeqCluster",
-        "MethylationCluster",
-        "miRNACluster",
-        "CNCluster",
-        "RPPACluster",
-        "OncosignCluster",
-        "COCCluster",
-        "histological_type",
-        "neoplasm_histologic_grade",
-        "tumor_tissue_site",
-        "laterality",
-        "tumor_location",
-        "gender",
-        "age_at_initial_pathologic",
-        "race",
-        "ethnicity",
-        "death01",
-    ]
+HEADER = (
+    "Patient,RNASeqCluster,MethylationCluster,miRNACluster,CNCluster,RPPACluster,OncosignCluster,COCCluster,"
+    "histological_type,neoplasm_histologic_grade,tumor_tissue_site,laterality,tumor_location,gender,"
+    "age_at_initial_pathologic,race,ethnicity,death01"
 )
 MISSING_EVERY = 7  # of the real patients 16 in 110 lack a sequence
 
