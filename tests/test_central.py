@@ -39,7 +39,7 @@ def test_what_is_kept_is_what_was_scored_on_the_validation_patients(central, mon
     )
     subject.run()
     averaged, raw = subject.learner.weights_model.state_dict(), subject.learner.model.state_dict()
-    assert seen == [(subject.learner.weights_model, subject.data.split.val, 0.5)]
+    assert seen == [(subject.learner.weights_model, subject.split.val, 0.5)]
     for path in (subject.best, subject.last):
         for name, value in load_checkpoint(path).model.state_dict().items():
             assert torch.equal(value, averaged[name]), name
@@ -48,12 +48,12 @@ def test_what_is_kept_is_what_was_scored_on_the_validation_patients(central, mon
 
 def test_only_the_training_patients_train(central):
     subject = central()
-    slices = subject.data.dataset.table.set_index("patient")["slices"][list(subject.data.split.train)].sum()
+    slices = subject.dataset.table.set_index("patient")["slices"][list(subject.split.train)].sum()
     assert subject.batches.slices == slices
     subject.run()
     assert subject.progress.rows[-1]["step"] == math.ceil(slices / 8)
     images = load_checkpoint(subject.best).metadata["preprocessing"]["training_images"]
-    assert images == json.loads(json.dumps(subject.data.dataset.image_statistics(subject.data.split.train)))
+    assert images == json.loads(json.dumps(subject.dataset.image_statistics(subject.split.train)))
 
 
 def test_the_plateau_halves_the_rate_also_after_a_resume(central):
@@ -107,9 +107,7 @@ def test_a_named_split_is_put_beside_the_checkpoint(central, tmp_path):
     arguments = argparse.Namespace(
         out=tmp_path, split_file=tmp_path / "other.json", resume=False, val_fraction=0.1, test_fraction=0.2
     )
-    assert (
-        choose_split(arguments, {p.name: p.site for p in subject.data.dataset.patients}, 0) == subject.split
-    )
+    assert choose_split(arguments, {p.name: p.site for p in subject.dataset.patients}, 0) == subject.split
     assert (tmp_path / "split.json").read_bytes() == (tmp_path / "other.json").read_bytes()
 
 

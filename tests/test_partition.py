@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from running import run_script
+from running import run_here, run_script
 
 from common import MedFLError
 from dataset import load_dataset
@@ -182,7 +182,7 @@ def test_the_command_prints_writes_and_draws(phantoms, tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 5_000
     rows = describe_hospitals(make_partition(dataset.table, parts_of(dataset.table), "iid", 3), dataset.table)
     assert rows["slices"].sum() == dataset.table["slices"].sum()
-    done = run_script(
+    done = run_here(
         "partition.py",
         "--partition",
         "dirichlet",

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from running import ROOT, run_script
+from running import ROOT, run_here, run_script
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
@@ -165,7 +165,7 @@ def test_the_script_writes_the_file_and_says_how_far_it_is(trained, tmp_path):
         and "largest difference of a probability" in done.stdout
     )
     assert onnxruntime.InferenceSession(tmp_path / "m.onnx").get_outputs()[0].name == "probability"
-    done = run_script(
+    done = run_here(
         "deployment/export_onnx.py", "--checkpoint", tmp_path / "none.pth", "--out", tmp_path / "n.onnx"
     )
     assert done.returncode == 2 and not (tmp_path / "n.onnx").exists()

@@ -128,6 +128,6 @@ def federate(
     grid.nodes = dict(enumerate(workers, 1))
     subject = Federation(grid, state, VERSIONS, out, resume, AuditLog(out / "audit.jsonl"), say=said.append)
     if weights is not None:
-        subject.variances = torch.zeros_like(subject.variances)
+        subject.collector.variances = torch.zeros_like(subject.collector.variances)
     code = subject.run()
     return code, state, said

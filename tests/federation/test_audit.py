@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from running import run_script
+from running import run_here, run_script
 
 from common import MedFLError
 from federation.server.audit import NOTHING, AuditLog, verify
@@ -64,5 +64,5 @@ def test_the_end_that_was_cut_off_shows_in_the_hash_that_the_command_prints(log)
     log.write_text("".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
     assert verify(log)[1] not in done.stdout
     log.write_text("no log\n", encoding="utf-8")
-    done = run_script("provision.py", "audit", log)
+    done = run_here("provision.py", "audit", log)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

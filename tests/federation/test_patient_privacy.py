@@ -251,7 +251,7 @@ def test_who_has_nothing_left_does_not_join(hospital, tmp_path, phantoms, monkey
     assert "too little is left of the patients' privacy" in capsys.readouterr().out
     asked["run"] = "a run"  # it comes back to the one that it was in
     assert read(node.answer(Message(message(asked), 1, "query")).content)["patient_privacy"] == promise
-    assert "of which 4.99 is spent; the last" in capsys.readouterr().out
+    assert "of which 4.99 is spent; only the last" in capsys.readouterr().out
 
 
 def test_a_round_is_in_the_ledger_before_it_begins_whatever_becomes_of_it(hospital, tmp_path, monkeypatch):

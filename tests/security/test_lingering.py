@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-import run_client
 from common import MedFLError, write_json
+from federation.runtime import connection
 
 AGAIN = 0.02
 
@@ -37,14 +37,14 @@ class Scripted:
 
 @pytest.fixture
 def watch(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_client, "Connection", Scripted)
-    monkeypatch.setattr(run_client, "ask_admission", lambda *_: "admitted")
+    monkeypatch.setattr(connection, "Connection", Scripted)
+    monkeypatch.setattr(connection, "ask_admission", lambda *_: "admitted")
     health = iter([True] * 10_000)
-    monkeypatch.setattr(run_client, "is_healthy", lambda *_, **__: next(health))
+    monkeypatch.setattr(connection, "is_healthy", lambda *_, **__: next(health))
     for name, value in {"LOOK": 0.001, "AGAIN": AGAIN, "LINGERS": 20 * AGAIN, "PARTING": 0.0}.items():
-        monkeypatch.setattr(run_client, name, value)
+        monkeypatch.setattr(connection, name, value)
     monkeypatch.setattr(Scripted, "made", 0)
-    return run_client.Watch("127.0.0.1:1", "127.0.0.1", 1, tmp_path, tmp_path, 5.0)
+    return connection.Watch("127.0.0.1:1", "127.0.0.1", 1, tmp_path, tmp_path, 5.0)
 
 
 def test_it_waits_until_the_server_lets_go_and_says_so_once(watch, monkeypatch, capsys):
@@ -64,7 +64,7 @@ def test_it_gives_up_where_another_process_has_the_key(watch, monkeypatch):
 )
 def test_a_key_that_is_not_admitted_ends_it_at_once(watch, monkeypatch, said, sentence):
     monkeypatch.setattr(Scripted, "refusals", 1_000)
-    monkeypatch.setattr(run_client, "ask_admission", lambda *_: said)
+    monkeypatch.setattr(connection, "ask_admission", lambda *_: said)
     with pytest.raises(MedFLError, match=sentence):
         watch.run()
     assert Scripted.made == 1
