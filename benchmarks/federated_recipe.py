@@ -27,6 +27,7 @@ from benchmarks.local_federation import LocalHospital, run
 from checkpoint import THRESHOLD, load_checkpoint
 from common import run_script, write_json
 from dataset import Dataset, load_dataset
+from evaluation.comparison import ALL, Row, draw_table, table_of
 from evaluation.metrics import paired_difference, summarise
 from evaluation.scoring import score_patients
 from federation.protocol.settings import FederationSettings
@@ -132,6 +133,7 @@ def main() -> None:
         help="which, beside the central model",
     )
     parser.add_argument("--threads", type=int, help="of torch (default its own)")
+    parser.add_argument("--plot", type=Path, help="draw the means with their intervals into this PNG")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -167,6 +169,12 @@ def main() -> None:
             f"{against['mean']:+.3f} ({against['ci95'][0]:+.3f} to {against['ci95'][1]:+.3f})",
             flush=True,
         )
+    if arguments.plot:
+        patients = tuple(row["patient"] for row in found["central"])
+        table = table_of([Row(name, rows) for name, rows in found.items()], {ALL: patients})
+        seeds = ", ".join(map(str, arguments.seeds))
+        title = f"{dataset.name}, 4 hospitals by site, {arguments.rounds} rounds or epochs, seeds {seeds}"
+        draw_table(table, arguments.plot, title)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -368,10 +367,13 @@ def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
             if b"OPENSSH" in content
             else serialization.load_pem_private_key
         )
-        return cast(ec.EllipticCurvePrivateKey, load(content, password=None))  # provision.py makes no other
+        key = load(content, password=None)
     except OSError as error:
         raise MedFLError(
             f"there is no {path} that can be read; make a kit with provision.py, or correct --kit"
         ) from error
     except (ValueError, TypeError) as error:
         raise MedFLError(f"{path} is no private key; take it from the kit that it was made in") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise MedFLError(f"{path} is a key of another kind; take it from the kit that it was made in")
+    return key

@@ -7,7 +7,8 @@ import stat
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from common import MedFLError
 from federation.runtime import kit as kits
@@ -156,6 +157,11 @@ def test_a_hospitals_kit_is_checked(consortium):
     (third / "hospital.key").write_text("no key")
     (third / "hospital.key").chmod(0o600)
     with pytest.raises(MedFLError, match="is no private key"):
+        kits.hospital_label(third)
+    other = ed25519.Ed25519PrivateKey.generate()
+    pem = other.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    (third / "hospital.key").write_bytes(pem)
+    with pytest.raises(MedFLError, match="a key of another kind"):
         kits.hospital_label(third)
 
 
