@@ -28,7 +28,7 @@ from federation.runtime.kit import (
 from federation.runtime.processes import free_port
 
 HOSPITALS = {"gateway": 2, "secure-aggregation": 3}
-ROUND = re.compile(r"^round \d+ of \d+: ([\d.]+) s, of which ([\d.]+) s", re.M)
+ROUND = re.compile(r"^[-\d :]+round \d+ of \d+: ([\d.]+) s, of which ([\d.]+) s", re.M)
 
 
 def make_kits(folder: Path, hospitals: int) -> None:

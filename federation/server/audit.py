@@ -7,7 +7,8 @@ patient or slice, no name of a patient or a file, and no path is written. Who ho
 elsewhere notices that the end was cut off, too.
 
 Events: start (settings and code by their SHA-256, versions, whether keys are asked for), joined, refused,
-left, round (with whom, and what was written), left_out (whose update, and why), checkpoint (the best so far),
+left, round (with whom, and what was written), left_out (whose update, and why), statistics_left_out (whose
+statistics did not count, and why), checkpoint (the best so far),
 end (exit code).
 """
 

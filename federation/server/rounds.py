@@ -143,6 +143,13 @@ class Federation:
         # A secure sum has no single updates.
         if not self.privacy and not self.settings.secure_aggregation:
             self.collector.screen(asked)
+        for update in asked.updates:
+            if update.aside:
+                self.audit.write("statistics_left_out", round=number, hospital=update.label, why=update.aside)
+                self.say(
+                    f"round {number}: what {update.label} changed of the statistics {update.aside}; "
+                    "they don't count, its trained weights do"
+                )
         for label, reason in sorted(asked.failures.items()):
             self.audit.write(
                 "left_out", round=number, hospital=label, why=reason.removesuffix("; it is left out")

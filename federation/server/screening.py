@@ -4,9 +4,10 @@ beside the others'.
 Form and numbers are checked for each by itself. Length and direction are compared with the other updates of
 the round, and for what is trained and for BatchNorm's statistics separately: in the first rounds statistics
 are 99 % of an update's squared length, so together they would hide whatever was done to the weights. A change
-(a hospital's weights less those that were sent) that points against all the others is left out; one that is
-long is cut to the bound, because a hospital with many slices makes long ones; one beyond all measure is left
-out. The bounds leave room for honest hospitals (SECURITY.md has the figures of the real sites).
+(a hospital's weights less those that were sent) of the weights that points against all the others' is left out;
+statistics that do so don't count; what is long is cut to the bound, because a hospital with many slices makes
+long changes; and a change beyond all measure is left out. The bounds leave room for honest hospitals
+(SECURITY.md has the figures of the real sites).
 """
 
 import numpy as np
@@ -59,12 +60,16 @@ def cosines(products: np.ndarray) -> np.ndarray:
 
 
 def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
-    """Drop the updates that are unlike the round's others and cut those that are long; why they were dropped,
-    by label.
+    """Drop the updates that are unlike the round's others, set statistics aside, and cut what is long.
 
-    Of each part: longer than `max_update_norm_ratio` medians, dropped; a cosine below `min_update_cosine`,
-    dropped, the worst first, and the rest is compared again; longer than `cut_update_norm_ratio` medians, cut
-    to that.
+    Of each part: longer than `max_update_norm_ratio` medians, the update is dropped; longer than
+    `cut_update_norm_ratio` medians, the part is cut to that. Trained weights whose cosine is below
+    `min_update_cosine`: the update is dropped, the worst first, and the rest is compared again. Statistics below it
+    are set aside and the weights count: late in a training statistics move little and to either side, so those of
+    an honest hospital can point against the others by chance.
+
+    Returns:
+        Why updates were dropped, by label.
     """
     found: dict[str, str] = {}
 
@@ -83,14 +88,12 @@ def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
         for label, reason in too_long.items():
             drop(label, reason)
     while len(updates) >= COMPARED:
-        against = np.stack([cosines(products) for products in updates.products()])
-        of, worst = np.unravel_index(against.argmin(), against.shape)
-        if against[of, worst] >= settings.min_update_cosine:
+        against = cosines(updates.products()[0])
+        worst = int(against.argmin())
+        if against[worst] >= settings.min_update_cosine:
             break
-        drop(
-            updates.labels[worst],
-            f"its change of the {PARTS[of]} points against the others' (cosine {against.min():.2f})",
-        )
+        drop(updates.labels[worst], f"its change of the {PARTS[0]} {_against(against[worst])}")
+    _set_statistics_aside(updates, settings.min_update_cosine)
     if len(updates) >= COMPARED:
         of_parts = [
             settings.cut_update_norm_ratio / lengths(products).clip(min=TINY)
@@ -99,3 +102,20 @@ def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
         for label, *factors in zip(updates.labels, *of_parts):
             updates.cut(label, *(min(1.0, float(factor)) for factor in factors))
     return found
+
+
+def _set_statistics_aside(updates: Updates, bound: float) -> None:
+    """Set aside the statistics that point against the others', the worst first."""
+    labels, products = updates.labels, updates.products()[1]
+    while len(labels) >= COMPARED:
+        against = cosines(products)
+        worst = int(against.argmin())
+        if against[worst] >= bound:
+            break
+        updates.set_aside(labels[worst], _against(against[worst]))
+        kept = [place for place in range(len(labels)) if place != worst]
+        labels, products = [labels[place] for place in kept], products[np.ix_(kept, kept)]
+
+
+def _against(cosine: float) -> str:
+    return f"points against the others' (cosine {cosine:.2f})"

@@ -23,13 +23,14 @@ BLOCK = 4_000_000  # values of all hospitals together that are in memory at a ti
 @dataclass
 class Update:
     """What is known of a hospital's update besides its values. trained, statistics: factors to which the
-    screening cut its changes of trained weights and of statistics."""
+    screening cut its changes of trained weights and of statistics. aside: why its statistics don't count."""
 
     label: str
     examples: int
     file: Path
     trained: float = 1.0
     statistics: float = 1.0
+    aside: str = ""
 
 
 class Updates:
@@ -84,7 +85,12 @@ class Updates:
     def cut(self, label: str, trained: float, statistics: float) -> None:
         """Shorten an update: its changes of trained weights and of statistics are multiplied by these factors
         from now on."""
-        self._of[label].trained, self._of[label].statistics = trained, statistics
+        update = self._of[label]
+        update.trained, update.statistics = trained, 0.0 if update.aside else statistics
+
+    def set_aside(self, label: str, why: str) -> None:
+        """Let a hospital's statistics stay as they were sent; its trained weights count."""
+        self._of[label].aside, self._of[label].statistics = why, 0.0
 
     def close(self) -> None:
         """Remove the files."""

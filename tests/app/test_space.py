@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import threading
 
 import pytest
@@ -89,11 +90,16 @@ def test_the_folder_starts_by_itself_and_segments(staged, tmp_path):
         f"assert not [f for f in files if str(f.parent) in {[str(path) for path in OF_THE_REPOSITORY]!r}]\n"
         "assert not {'flwr', 'dataset', 'federation'} & set(sys.modules)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "MEDFL_CHECKPOINT"} | {
-        "PYTHONPATH": str(staged)
-    }
+    # -S and this path keep out the repository, which `pip install -e .` puts on every path of this environment
+    path = os.pathsep.join([str(staged), sysconfig.get_path("purelib")])
+    environment = {name: value for name, value in os.environ.items() if name != "MEDFL_CHECKPOINT"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=staged, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-S", "-c", code],
+        cwd=staged,
+        env={**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     with served(staged, None, tmp_path / "log") as (address, _):

@@ -89,6 +89,16 @@ def test_honest_statistics_do_not_hide_what_was_done_to_the_weights(screened, fa
     assert found.keys() == {"bad"} and "trained weights points against" in found["bad"]
 
 
+def test_statistics_that_point_against_the_others_do_not_count_and_the_weights_do(screened):
+    """Late in a training an honest hospital's can: two of 480 updates of real sites did."""
+    odd = honest(99)
+    odd[STATISTICS] *= -1
+    found, kept = screened({**HONEST, "odd": odd})
+    assert found == {} and length(kept["odd"], STATISTICS) == 0
+    assert torch.allclose(kept["odd"][~STATISTICS].float(), odd[~STATISTICS], atol=1e-4)
+    assert all(length(kept[label], STATISTICS) > 0 for label in HONEST)
+
+
 def test_statistics_that_are_far_beyond_are_left_out(screened):
     bad = honest(99)
     bad[STATISTICS] *= 50

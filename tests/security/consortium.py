@@ -64,7 +64,7 @@ class Secured(Scene):
 
     @property
     def rounds(self) -> int:
-        return len(re.findall(r"^round \d+ of", self.run.output, re.M))
+        return len(re.findall(r"^[-\d :]+round \d+ of", self.run.output, re.M))
 
     def goes_on(self) -> None:
         """Wait for a round that begins and ends after this call."""
