@@ -171,8 +171,8 @@ def main() -> None:
         )
     if arguments.plot:
         patients = tuple(row["patient"] for row in found["central"])
-        rows = [Row(name.replace("default", "federated"), scored) for name, scored in found.items()]
-        table = table_of(rows, {ALL: patients})
+        lines = [Row(name.replace("default", "federated"), scored) for name, scored in found.items()]
+        table = table_of(lines, {ALL: patients})
         seeds = ", ".join(map(str, arguments.seeds))
         title = f"{dataset.name}, 4 hospitals by site, {arguments.rounds} rounds or epochs, seeds {seeds}"
         draw_table(table, arguments.plot, title)
