@@ -35,6 +35,7 @@ class Row(TypedDict):
 
 COLUMNS = tuple(Row.__annotations__)
 MARKS = "os^Dv<>ph*"
+NAMED = 12  # hospitals, beyond which a picture does not name each
 
 
 def scores_of(rows: list[Row]) -> Scores:
@@ -78,8 +79,11 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     hospital and their mean at the right."""
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     loss, dice = figure.subplots(1, 2)
-    for number, site in enumerate(sorted({row["site"] for row in rows})):
+    sites = sorted({row["site"] for row in rows})
+    for number, site in enumerate(sites):
         mark = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "linewidth": 1, "label": site}
+        if len(sites) > NAMED:
+            mark = {"color": "0.7", "linewidth": 0.6, "label": "" if number else f"{len(sites)} hospitals"}
         mine = [row for row in rows if row["site"] == site]
         losses = [(row["round"], row["train_loss"]) for row in mine if row["train_loss"] is not None]
         # of the model before the round

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -361,3 +362,21 @@ def test_curves_show_the_dice_after_the_round_it_is_of(monkeypatch, tmp_path):
     loss, dice = figures[0].axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2]]
     assert [list(line.get_xdata()) for line in dice.lines] == [[0, 1], [0, 1]]  # the hospital's, and the mean
+
+
+def test_the_curves_of_64_hospitals_fit_into_the_picture(tmp_path):
+    rows = [
+        {
+            "round": number,
+            "site": f"hospital-{k}",
+            "train_loss": 1.0 / number,
+            "val_dice": 0.5,
+            "val_patients": 3,
+        }
+        for number in (1, 2)
+        for k in range(64)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a legend that leaves no room
+        federation.server.history.draw_curves(rows, tmp_path / "x.png", "")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
