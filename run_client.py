@@ -1,6 +1,6 @@
 """Run a hospital of a federation.
 
-    python run_client.py --cid 0  share 0 of the dataset in data/, server on this machine
+    python run_client.py --cid 0                                  share 0 of data/, server on this machine
     python run_client.py --own-data scans --name mercy            everything in the folder is this hospital's
     python run_client.py --own-data scans --name mercy --check    look at the data and the connection, train nothing
     python run_client.py --own-data scans --kit kit --server fl.example.org:8443    with keys of provision.py

@@ -39,8 +39,8 @@ def make_app(
     """The app.
 
     Args:
-        folder_of: gives a hospital's folder, where it finds who it is; run_client.py starts it in that
-        folder. before: gets each message first, with the function that handles it.
+        folder_of: gives a hospital's folder, where it finds who it is; run_client.py starts it there.
+        before: gets each message first, with the function that handles it.
     """
 
     def hospital(settings: str, context: Context) -> Hospital:
@@ -195,8 +195,7 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
     parts = facts.parts
     say(
         f"joined as {identity.label}: {facts.data}, patients: {parts['train'].patients} train, "
-        f"{parts['val'].patients} "
-        f"validate, {parts['test'].patients} kept for the test; waiting for the first round"
+        f"{parts['val'].patients} validate, {parts['test'].patients} kept for the test; waiting for the first round"
     )
     if mine.budget:
         noise = mine.planned_noise(asked.run)

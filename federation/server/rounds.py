@@ -67,9 +67,8 @@ class Federation:
         self.privacy = HospitalPrivacy(self.settings) if self.settings.private else None
         self.record = Record(state, out, audit, say, chooses=self.privacy is None)
         self.collector = Collector(state, self.exchange, out)
-        self._last: Updates | None = (
-            None  # what the last round's model was made of, until hospitals have scored it
-        )
+        # what the last round's model was made of, until hospitals have scored it
+        self._last: Updates | None = None
         self._robust = False  # whether that was by the median
 
     def run(self) -> int:
