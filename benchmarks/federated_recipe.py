@@ -32,6 +32,7 @@ from evaluation.metrics import paired_difference, summarise
 from evaluation.scoring import score_patients
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import unpack
+from inference import choose_device
 from split import make_split
 from training import TrainingSettings
 from transunet import TransUNet
@@ -51,12 +52,15 @@ VARIANTS: dict[str, dict] = {
     "default, moments reset": {"moments": "reset"},
     "default, GroupNorm": {"norm": "group"},
     "default, 20 steps a round": {"local_steps": 20},
+    "default, server momentum 0.6": {"strategy": "fedavgm", "server_momentum": 0.6},
     **{f"hospital-{cid} alone": {"cid": cid} for cid in range(4)},
 }
 OF_TRAINING = ("batch_size", "norm")
 
 
-def federated(dataset: Dataset, options: dict, rounds: int, seed: int, side: int, folder: Path) -> TransUNet:
+def federated(
+    dataset: Dataset, options: dict, rounds: int, seed: int, side: int, folder: Path, device: str
+) -> TransUNet:
     """The model that a federation of four hospitals by site ends with."""
     training = TrainingSettings(
         image_size=side, seed=seed, **{name: options[name] for name in OF_TRAINING if name in options}
@@ -69,7 +73,7 @@ def federated(dataset: Dataset, options: dict, rounds: int, seed: int, side: int
         round_timeout=1e6,
         **{name: value for name, value in options.items() if name not in OF_TRAINING},
     )
-    hospitals = [LocalHospital(folder, cid, dataset.root) for cid in range(4)]
+    hospitals = [LocalHospital(folder, cid, dataset.root, device=device) for cid in range(4)]
     with contextlib.redirect_stdout(io.StringIO()):  # what hospitals say
         state, _ = run(
             hospitals,
@@ -82,7 +86,9 @@ def federated(dataset: Dataset, options: dict, rounds: int, seed: int, side: int
     return state.model
 
 
-def central(dataset: Dataset, options: dict, rounds: int, seed: int, side: int, folder: Path) -> TransUNet:
+def central(
+    dataset: Dataset, options: dict, rounds: int, seed: int, side: int, folder: Path, device: str
+) -> TransUNet:
     """The model of one training in one place: all patients', or those of the hospital options["cid"]."""
     script = Path(__file__).parent.parent / "train_centralized.py"
     own = ["--partition", "site", "--clients", "4", "--cid", str(options["cid"])] if options else []
@@ -104,6 +110,8 @@ def central(dataset: Dataset, options: dict, rounds: int, seed: int, side: int, 
             "0",
             "--test-fraction",
             str(TEST),
+            "--device",
+            device,
             *own,
         ],
         check=True,
@@ -132,6 +140,7 @@ def main() -> None:
         default=list(VARIANTS),
         help="which, beside the central model",
     )
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps (default cpu)")
     parser.add_argument("--threads", type=int, help="of torch (default its own)")
     parser.add_argument("--plot", type=Path, help="draw the means with their intervals into this PNG")
     arguments = parser.parse_args()
@@ -146,8 +155,10 @@ def main() -> None:
             if not scores.exists():
                 began = time.monotonic()
                 make = central if name == "central" or name.endswith("alone") else federated
-                model = make(dataset, VARIANTS[name], arguments.rounds, seed, arguments.image_size, folder)
+                options, rounds, side = VARIANTS[name], arguments.rounds, arguments.image_size
+                model = make(dataset, options, rounds, seed, side, folder, arguments.device)
                 split = make_split({p.name: p.site for p in dataset.patients}, seed, 0.0, TEST)
+                model.to(choose_device(arguments.device))
                 rows = score_patients(model, dataset, split.test, THRESHOLD)
                 write_json(
                     scores,

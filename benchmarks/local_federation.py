@@ -57,14 +57,19 @@ class LocalHospital:
     change: makes another answer of each."""
 
     def __init__(
-        self, folder: Path, cid: int, data: Path, change: Callable[[Message, Message], Message] | None = None
+        self,
+        folder: Path,
+        cid: int,
+        data: Path,
+        change: Callable[[Message, Message], Message] | None = None,
+        device: str = "cpu",
     ):
         self.folder, self.change = folder / f"hospital-{cid}", change
         self.identity = Identity(
             label=f"hospital-{cid}",
             cid=cid,
             data=data,
-            device="cpu",
+            device=device,
             medfl=__version__,
             models=folder / "models",
             code="0" * 64,
