@@ -74,7 +74,7 @@ def main() -> None:
         overheads, memory = [], []
         assert server.stdout is not None  # a pipe
         for line in server.stdout:
-            if found := ROUND.match(line):
+            if found := ROUND.search(line):
                 overheads.append(float(found[2]) - float(found[3]))
                 memory.append(resident(server.pid))
                 print(
@@ -91,9 +91,11 @@ def main() -> None:
     print(f"overhead of a round: median {statistics.median(overheads):.1f} s, longest {max(overheads):.1f} s")
     print(f"bytes a hospital and round: {rows[0]['bytes_sent']} out, {rows[0]['bytes_received']} in")
     third = max(1, len(memory) // 3)
+    first, last = statistics.median(memory[:third]), statistics.median(memory[-third:])
+    growth = 1024 * (last - first) / max(1, len(memory) - third)
     print(
-        f"server's memory, median: first third {statistics.median(memory[:third]):.2f} GiB, "
-        f"last third {statistics.median(memory[-third:]):.2f} GiB"
+        f"server's memory, median: first third {first:.2f} GiB, last third {last:.2f} GiB, "
+        f"so {growth:+.1f} MiB a round"
     )
 
 
