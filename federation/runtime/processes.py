@@ -18,6 +18,13 @@ from federation.runtime.flower import PROGRAM
 
 GRACE = 5.0  # seconds between asking a child to end and making it
 LAST_LINES = 15  # of a child's log, shown when it ended unasked
+# For programs that hold weights but don't train: glibc gives every array above 1 MiB back to the system as soon
+# as it is freed. By its own rule it keeps them, and the holes between them let a server grow with every round.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
+TRAINING = (
+    "hospital",
+    "clientapp",
+)  # where asking the system for each array would take time from the training
 if sys.platform == "win32":
     OWN_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP
 else:
@@ -69,7 +76,7 @@ class Child:
         self.process = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment(folder / "flower"),
+            env=environment(folder / "flower") | ({} if program in TRAINING else GIVE_BACK),
             stdout=output,
             stderr=output,
             stdin=subprocess.PIPE if secret else subprocess.DEVNULL,
