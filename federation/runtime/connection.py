@@ -10,7 +10,7 @@ from federation.hospital.identity import ENDED
 from federation.protocol.log import say
 from federation.runtime.flower import ask_admission
 from federation.runtime.kit import CA, HOSPITAL_KEY
-from federation.runtime.processes import Child, free_port, is_healthy
+from federation.runtime.processes import Child, free_port, is_healthy, is_loopback, parse_address
 
 LOOK = 0.5  # seconds between two looks at children and server
 PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before
@@ -20,6 +20,9 @@ REFUSED = "[code: 2004]"  # of Flower's SuperNode: its activation was not accept
 # seconds for which a server may hold a connection whose hospital was killed; Flower's own are about 60
 LINGERS = 120.0
 AGAIN = 5.0  # seconds between two tries meanwhile
+# seconds between two looks for a message: Flower's own, and where the server is this machine, which many looks
+# cost nothing
+FAR, NEAR = 3.0, 0.2
 
 
 class ServerGone(MedFLError):
@@ -45,6 +48,7 @@ class Connection:
         self.supernode = Child(
             "supernode",
             [
+                str(NEAR if is_loopback(parse_address(server)[0]) else FAR),
                 *transport,
                 "--superlink",
                 server,

@@ -3,7 +3,8 @@ version.
 
 Run as a module it is one of Flower's programs, tied to the process that started it:
 
-    python -m federation.runtime.flower PARENT superlink|supernode OPTIONS   Flower's own two
+    python -m federation.runtime.flower PARENT superlink OPTIONS             Flower's own
+    python -m federation.runtime.flower PARENT supernode SECONDS OPTIONS     Flower's own, with its longest sleep
     python -m federation.runtime.flower PARENT gateway NGINX OPTIONS         nginx in front of the SuperLink
     python -m federation.runtime.flower PARENT serverapp ADDRESS [CA]        the server's part of one run
     python -m federation.runtime.flower PARENT hospital ADDRESS              the hospital's part of each message
@@ -29,6 +30,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 POLL = 0.1  # seconds between two looks for a task
@@ -182,9 +184,12 @@ def run_superlink(options: list[str]) -> None:
     flower_superlink()
 
 
-def run_supernode(options: list[str]) -> None:
+def run_supernode(longest: float, options: list[str]) -> None:
+    """longest: seconds that it sleeps between two looks for a message."""
     from flwr.supernode.cli import flower_supernode
 
+    loop = importlib.import_module("flwr.supernode.start_client_internal")
+    vars(loop)["time"] = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, longest)))
     sys.argv = ["flower-supernode", *options]
     flower_supernode()
     os._exit(1)  # it gave up; a thread of its own would keep a process alive that does nothing
@@ -300,7 +305,7 @@ def main() -> None:
     if program == "superlink":
         run_superlink(options)
     elif program == "supernode":
-        run_supernode(options)
+        run_supernode(float(options[0]), options[1:])
     elif program == "serverapp":
         run_server_app(*options)
     elif program == "hospital":

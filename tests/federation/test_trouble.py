@@ -18,11 +18,11 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_hospital_hangs_comes_back_is_killed_and_returns(scene, phantoms):
-    server = scene.server("--rounds", 40, "--round-timeout", 30, *SMALL)
+    server = scene.server("--rounds", 1000, "--round-timeout", 30, *SMALL)
     steady = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms)
     server.wait_for("hospital-0 joined")
     shaky = scene.hospital("hospital-1", "--cid", 1, "--data-dir", phantoms)  # late: the server waits
-    server.wait_for("round 1 of 40: ")
+    server.wait_for("round 1 of 1000: ")
     worker = child_of(shaky, "hospital")
     signal_tree(worker, signal.SIGSTOP)  # it hangs, and its connection lives on
     server.wait_for("without hospital-1: no answer within 30 s")
@@ -35,7 +35,7 @@ def test_a_hospital_hangs_comes_back_is_killed_and_returns(scene, phantoms):
     takes_part_again(shaky)
     shaky.kill()
     again = scene.hospital("hospital-1", "--cid", 1, "--data-dir", phantoms)
-    again.wait_for(r"(?m)^[-\d :]+round \d+ of 40")
+    again.wait_for(r"(?m)^[-\d :]+round \d+ of 1000")
     for script in (server, steady, again):  # Ctrl-C on any side
         script.process.send_signal(signal.SIGINT)
         assert script.end() == 130, script.output
@@ -44,14 +44,14 @@ def test_a_hospital_hangs_comes_back_is_killed_and_returns(scene, phantoms):
 
 def takes_part_again(hospital) -> None:
     """Wait until it tells of one more round than so far."""
-    told = r"(?m)^[-\d :]+round \d+ of 40"
+    told = r"(?m)^[-\d :]+round \d+ of 1000"
     hospital.wait_for(told, len(re.findall(told, hospital.output)) + 1)
 
 
 def test_a_lost_quorum_ends_with_3_everywhere(scene, phantoms):
-    server = scene.server("--rounds", 40, "--round-timeout", 30, "--min-clients", 2, *SMALL)
+    server = scene.server("--rounds", 1000, "--round-timeout", 30, "--min-clients", 2, *SMALL)
     stays, leaves = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms) for k in (0, 1)]
-    server.wait_for("round 1 of 40: ")
+    server.wait_for("round 1 of 1000: ")
     leaves.process.send_signal(signal.SIGTERM)
     assert leaves.end() == 130
     assert server.end() == 3 and "go on with --resume" in server.output, server.output
@@ -85,10 +85,10 @@ def test_own_data_of_different_sizes_and_one_that_breaks(scene, phantoms):
     large = own_folder(phantoms, scene.folder / "large", slice(0, 7))
     small = own_folder(phantoms, scene.folder / "small", slice(7, 10))
     tap = Wiretap(scene.address)
-    server = scene.server("--rounds", 40, *SMALL)
+    server = scene.server("--rounds", 1000, *SMALL)
     one = scene.hospital("mercy", "--own-data", large, "--name", "mercy")
     two = scene.hospital("hope", "--own-data", small, "--name", "hope", address=tap.address)
-    server.wait_for("round 1 of 40: ")
+    server.wait_for("round 1 of 1000: ")
     assert all(row["val_dice"] == "" for row in history(scene.out)), (
         "a hospital of fewer than 3 validation patients sends no score"
     )
@@ -97,7 +97,7 @@ def test_own_data_of_different_sizes_and_one_that_breaks(scene, phantoms):
     hidden = mask.rename(scene.folder / "hidden.tif")
     server.wait_for("without hope: its data can't be used")
     assert f"{mask.parent.name}/axial-2.tif has no mask" in two.output
-    server.wait_for(r"round \d+ of 40: [^\n]*\n[^\n]*\n +mercy[^\n]*\n(?! +hope)")
+    server.wait_for(r"round \d+ of 1000: [^\n]*\n[^\n]*\n +mercy[^\n]*\n(?! +hope)")
     hidden.rename(mask)
     takes_part_again(two)
     places = [bytes(tap.said), server.output.encode(), *contents(scene.out)]
@@ -143,9 +143,9 @@ def test_who_is_refused_is_told_why(scene, phantoms, tmp_path):
 
 
 def test_a_kill_of_any_script_leaves_nothing_running(scene, phantoms):
-    server = scene.server("--rounds", 40, *SMALL)
+    server = scene.server("--rounds", 1000, *SMALL)
     hospitals = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms) for k in (0, 1)]
-    server.wait_for("round 1 of 40: ")
+    server.wait_for("round 1 of 1000: ")
     assert len(children(scene.folder)) >= 8
     for script in (*hospitals, server):
         script.kill()
