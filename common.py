@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -176,6 +176,12 @@ def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()
 def counted(number: int, noun: str) -> str:
     """A number of things in words: "1 patient", "5 patients", "2 series"."""
     return f"{number} {noun}" if number == 1 or noun.endswith("series") else f"{number} {noun}s"
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Print what a user should know before trusting a result, a line each."""
+    for note in notes:
+        print(f"note: {note}", flush=True)
 
 
 def file_sha256(path: Path) -> str:

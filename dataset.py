@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -76,6 +77,20 @@ class Dataset:
     def tumour_pixels(self, patient: str) -> list[int]:
         """Tumour pixels in each of the patient's slices."""
         return self._entries[patient]["tumour_pixels"]
+
+    def with_tumour(self, patients: Iterable[str]) -> tuple[str, ...]:
+        """Those of the patients whose masks show tumour."""
+        return tuple(patient for patient in patients if any(self.tumour_pixels(patient)))
+
+    def check_trainable(self, patients: Iterable[str]) -> None:
+        """Raises MedFLError where no mask of these patients shows tumour: nothing could be learned, and saying
+        "no tumour" everywhere would look perfect."""
+        patients = list(patients)
+        if patients and not self.with_tumour(patients):
+            raise MedFLError(
+                f"all masks of the {counted(len(patients), 'patient')} to train on are black (no tumour anywhere), as "
+                f"after a failed export; look at the _mask files in {self.root} and write them again"
+            )
 
     def volume(self, patient: str) -> tuple[np.ndarray, np.ndarray]:
         """A patient's slices (S, H, W, 3) uint8 and masks (S, H, W) uint8 0/255, both read-only views of the

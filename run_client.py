@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_script
+from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_script, tell
 from dataset import load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
@@ -140,6 +140,8 @@ def identity(arguments: argparse.Namespace) -> Identity:
         + ("" if own else ", of which the server's partition says which are this hospital's"),
         flush=True,
     )
+    tell(dataset.notes)
+    dataset.check_trainable(patient.name for patient in dataset.patients)
     privacy = patient_privacy(arguments, label)
     if arguments.device not in ("auto", "cpu"):
         choose_device(arguments.device)

@@ -26,7 +26,16 @@ from pathlib import Path
 import torch
 
 from checkpoint import describe, load_start, save_checkpoint
-from common import MedFLError, __version__, add_settings, git_commit, run_script, settings_from, write_json
+from common import (
+    MedFLError,
+    __version__,
+    add_settings,
+    git_commit,
+    run_script,
+    settings_from,
+    tell,
+    write_json,
+)
 from dataset import load_dataset
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.log import say
@@ -315,6 +324,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
     if arguments.simulate < 1 or arguments.cores < 1:
         raise MedFLError("--simulate and --cores are 1 or more; choose others")
     dataset = load_dataset(arguments.data_dir)
+    tell(dataset.notes)
     folder = Path(tempfile.mkdtemp(prefix="medfl-simulation-"))
     try:
         arguments.clients = arguments.simulate

@@ -6,11 +6,15 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from running import run_here
 
+from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from dataset import load_dataset
 from pairing import pair
 from preprocessing import group_volumes, read_mask, read_slice
+from split import make_split
+from transunet import TransUNet
 
 
 @pytest.fixture(autouse=True)
@@ -292,3 +296,68 @@ def test_a_slice_that_may_not_be_read_is_called_so(tmp_path):
     path.chmod(0)
     with pytest.raises(MedFLError, match="permission"):
         read_slice(path)
+
+
+def cohort(folder, patients, tumour=lambda k: True):
+    for k in range(patients):
+        patient(folder / f"pat{k:02d}", k)
+        if not tumour(k):
+            for mask in (folder / f"pat{k:02d}").glob("*_mask.png"):
+                save(mask, np.zeros((16, 16), np.uint8))
+    return folder
+
+
+def test_black_masks_train_nothing_choose_nothing_and_are_counted(tmp_path):
+    """All black: refused. Black in the validation part: said, and the last model stays."""
+    training = (
+        "--image-size",
+        32,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--test-fraction",
+        0,
+        "--val-fraction",
+        0.34,
+    )
+    black = cohort(tmp_path / "black", 6, lambda k: False)
+    done = run_here("train_centralized.py", "--data-dir", black, "--out", tmp_path / "o", *training)
+    assert done.returncode == 2 and "all masks of the 4 patients to train on are black" in done.stderr
+    assert "no tumour in any mask of 6 of 6 patients" in done.stdout
+    done = run_here("run_client.py", "--own-data", black, "--name", "mercy", "--check")
+    assert done.returncode == 2 and "all masks of the 6 patients" in done.stderr
+    split = make_split({f"pat{k:02d}": "own" for k in range(6)}, 0, 0.34, 0)
+    some = cohort(tmp_path / "some", 6, lambda k: f"pat{k:02d}" not in split.val)
+    done = run_here("train_centralized.py", "--data-dir", some, "--out", tmp_path / "o", *training)
+    assert done.returncode == 0, done.stderr
+    assert "no tumour in any mask of 2 of 6 patients" in done.stdout and "nothing is chosen" in done.stdout
+    best = load_checkpoint(tmp_path / "o" / "transunet_centralized_best.pth")
+    assert best.metadata["scores"] == {} and best.metadata["training"]["selected_by"].startswith("nothing")
+    done = run_here("evaluate.py", "--checkpoint", best.path, "--data-dir", some, "--split", "val")
+    assert done.returncode == 0 and "note: 2 of 2 patients have no tumour in their masks" in done.stdout
+
+
+def test_a_folder_is_predicted_as_one_volume_whatever_its_slices_are_called(tmp_path):
+    """The same slices as slice_1 and as slice1; a slice that is a link to nothing is not left out."""
+    model = TransUNet("tiny", 32)
+    save_checkpoint(tmp_path / "m.pth", model.state_dict(), describe(model))
+    options = ("--checkpoint", tmp_path / "m.pth", "--probabilities", "--out")
+    for folder, name in (("a", "slice_{}"), ("b", "slice{}"), ("c", "{}_of_anna")):
+        patient(tmp_path / "in" / folder, 1, name=name)
+        done = run_here("predict.py", tmp_path / "in" / folder, *options, tmp_path / folder)
+        assert done.returncode == 0 and "3 slices segmented in 1 volume" in done.stdout, done.stderr
+    shown = [
+        [np.asarray(Image.open(path)) for path in sorted((tmp_path / folder).glob("*_probability.png"))]
+        for folder in "abc"
+    ]
+    assert np.array_equal(shown[0], shown[1]) and np.array_equal(shown[0], shown[2])
+    loose = sorted((tmp_path / "in" / "b").glob("slice?.png"))
+    done = run_here("predict.py", *loose, *options, tmp_path / "d")
+    assert "3 slices segmented in 1 volume" in done.stdout
+    path = tmp_path / "in" / "b" / "slice2.png"
+    path.unlink()
+    path.symlink_to("gone")
+    for given in (path.parent, path):
+        done = run_here("predict.py", given, *options, tmp_path / "e")
+        assert done.returncode == 2 and "is a link to gone" in done.stderr
