@@ -16,10 +16,9 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_script, tell
+from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_folder, run_script, tell
 from dataset import load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
@@ -197,7 +196,7 @@ def main() -> None:
     who = identity(arguments)
     if arguments.check:
         return check(host, port, arguments.server, arguments.kit)
-    folder = Path(tempfile.mkdtemp(prefix="medfl-hospital-"))
+    folder = run_folder("hospital")
     try:
         who.save(folder)
         code, sentence = Watch(

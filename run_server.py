@@ -19,7 +19,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from common import (
     __version__,
     add_settings,
     git_commit,
+    run_folder,
     run_script,
     settings_from,
     tell,
@@ -325,7 +325,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         raise MedFLError("--simulate and --cores are 1 or more; choose others")
     dataset = load_dataset(arguments.data_dir)
     tell(dataset.notes)
-    folder = Path(tempfile.mkdtemp(prefix="medfl-simulation-"))
+    folder = run_folder("simulation")
     try:
         arguments.clients = arguments.simulate
         job, training, federation = prepare_job(arguments, folder)
@@ -348,7 +348,7 @@ def main() -> None:
     kit = arguments.kit
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
     gated = kit is not None and not arguments.own_gateway
-    folder = Path(tempfile.mkdtemp(prefix="medfl-server-"))
+    folder = run_folder("server")
     children: list[Child] = []
     try:
         job, _, federation = prepare_job(arguments, folder)

@@ -31,6 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from common import steady_output
+
 POLL = 0.1  # seconds between two looks for a task
 # how each of the programs is started; -P keeps its working folder, where no module lies, off the path
 PROGRAM = (sys.executable, "-P", "-m", "federation.runtime.flower")
@@ -297,6 +299,7 @@ def main() -> None:
     if program == "gateway":
         return run_gateway(int(parent), options)
     tie_to_parent(int(parent))
+    steady_output()
     if program == "superlink":
         run_superlink(options)
     elif program == "supernode":
