@@ -5,15 +5,18 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import errno
+import glob
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +27,10 @@ ROOT = Path(__file__).parent
 
 SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "MPS backend out of memory")  # as torch says it
+TORN = ("PytorchStreamWriter", "inline_container")  # torch's words in the error of a file that it could not write
+
 EXIT_BAD_INPUT = 2
 EXIT_NO_QUORUM = 3
 EXIT_INTERRUPTED = 130
@@ -33,22 +40,84 @@ class MedFLError(Exception):
     """A user's mistake, or the machine's: one sentence that says what is wrong; and what to do."""
 
 
+class SteadyStream:
+    """A terminal, file or pipe that never ends a run: what it can't show is escaped, and when it is gone (a
+    closed pipe, a full disk, a terminal that was closed) what is said goes nowhere."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):  # not so in a notebook
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with self._unbroken():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unbroken():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: it was closed
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())  # also for what Python still holds, at the end
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def steady_output() -> None:
+    """See to it that nothing that is printed from now on raises."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, SteadyStream):
+            setattr(sys, name, SteadyStream(stream))
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main` with the exit codes of this project: 0, 2 bad input, 130 Ctrl-C or SIGTERM, 1 a
-    bug."""
+    """Run a script's `main` with the exit codes of this project: 0, 2 bad input, a full disk or too little
+    memory, 130 Ctrl-C, SIGTERM or a closed terminal, 1 a bug."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # but nohup's
+        signal.signal(signal.SIGHUP, interrupt)
+    steady_output()
     try:
         main()
-    except MedFLError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        sentence = in_words(error)
+        if sentence is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def in_words(error: Exception) -> str | None:
+    """The sentence for an error that is the user's or the machine's, None for a bug."""
+    if isinstance(error, MedFLError):
+        return str(error)
+    text = str(error)
+    if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
+        return (
+            "there is not enough memory; end other programs, or take a smaller --batch-size or --image-size"
+        )
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return (
+            f"the disk is full ({error.filename or 'where a file was written'}); free space and start again"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -63,7 +132,8 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
     beside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _remove_leftovers(path.parent, f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
         beside = Path(name)
         with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
             yield file
@@ -80,9 +150,48 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
         raise MedFLError(
             f"{path} can't be written ({error.strerror or error}); free the space or choose another place"
         ) from error
+    except RuntimeError as error:  # torch's word for a file that took no more bytes
+        if not any(sign in str(error) for sign in TORN):
+            raise
+        raise MedFLError(
+            f"{path} can't be written (the disk is full?); free the space or choose another place"
+        ) from error
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)
+
+
+def run_folder(kind: str) -> Path:
+    """A new folder in the system's place for temporary files, called medfl-KIND-…; those that killed runs of
+    this kind left there are removed."""
+    place = Path(tempfile.gettempdir())
+    _remove_leftovers(place, f"medfl-{kind}-")
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"medfl-{kind}-{os.getpid()}-", dir=place))
+    except OSError as error:
+        raise MedFLError(
+            f"no folder can be made in {place} ({error.strerror}); free space there, or name another place in TMPDIR"
+        ) from error
+
+
+def _remove_leftovers(place: Path, prefix: str) -> None:
+    """Remove what processes that are no more left in `place` under `prefix` and their number."""
+    if os.name != "posix":
+        return
+    for left in place.glob(f"{glob.escape(prefix)}*-*"):
+        number = left.name[len(prefix) :].split("-")[0]
+        if number.isdigit() and left.lstat().st_uid == os.getuid() and not _is_alive(int(number)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is another user's
+    return True
 
 
 def _replace(beside: Path, path: Path) -> None:
@@ -176,6 +285,12 @@ def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()
 def counted(number: int, noun: str) -> str:
     """A number of things in words: "1 patient", "5 patients", "2 series"."""
     return f"{number} {noun}" if number == 1 or noun.endswith("series") else f"{number} {noun}s"
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Print what a user should know before trusting a result, a line each."""
+    for note in notes:
+        print(f"note: {note}", flush=True)
 
 
 def file_sha256(path: Path) -> str:

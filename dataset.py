@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -16,46 +16,29 @@ import torch
 from tqdm import tqdm
 
 from appearance.features import describe_volume, image_statistics
-from common import MedFLError, file_sha256, write_json
-from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice
+from cohort import Cohort, Patient, cohort_name, find_cohort
+from common import MedFLError, counted, file_sha256, write_json
+from preprocessing import read_mask, read_slice
 from spacing import NAME, read_spacing
 
-SITE = re.compile(r"^TCGA_([A-Z]{2})_")
-PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
-SEARCH_DEPTH = (
-    4  # folders below --data-dir; the deepest that people make is archive/lgg-mri-segmentation/kaggle_3m
-)
 CACHE_VERSION = 3
 ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
 DAY = 86_400.0  # seconds; no build takes as long
 SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again gets another time
-HOW_TO_GET = (
-    "fetch the scans with `python data/download.py`, or by hand from "
-    "https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation, or make a synthetic cohort with "
-    "`python data/make_phantoms.py`"
-)
-
-
-@dataclass(frozen=True)
-class Patient:
-    """One patient's files: name (the folder's), site code, slices in numeric order and the mask of each."""
-
-    name: str
-    site: str
-    images: tuple[Path, ...]
-    masks: tuple[Path, ...]
 
 
 class Dataset:
     """Patients with their pixels, read from the cache as they are needed.
 
     Attributes: name ("LGG MRI segmentation", "phantoms" or "own data"), root, patients, table (pandas:
-    patient, site, slices, pixels, tumour_slices, tumour_pixels, tumour_share, one row per patient).
+    patient, site, slices, pixels, tumour_slices, tumour_pixels, tumour_share, one row per patient), notes
+    (sentences that a user should read: what is not read, and what is odd).
     """
 
     def __init__(self, root: Path, patients: list[Patient], cache: Path):
         self.root, self.patients = root, patients
-        self.name = _dataset_name(patients)
+        self.name = cohort_name(patients)
+        self._folders = {patient.name: patient.images[0].parent for patient in patients}
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))["patients"]
         self._entries = {entry["patient"]: entry for entry in index}
         self._sites = {patient.name: patient.site for patient in patients}
@@ -76,6 +59,17 @@ class Dataset:
             ]
         )
 
+        self.notes = self._oddities()
+
+    def _oddities(self) -> list[str]:
+        """What is odd about the patients, in sentences with numbers."""
+        without = int((self.table["tumour_pixels"] == 0).sum())
+        return (
+            [f"no tumour in any mask of {without} of {counted(len(self.table), 'patient')}"]
+            if without
+            else []
+        )
+
     def site(self, patient: str) -> str:
         """The patient's site code."""
         return self._sites[patient]
@@ -83,6 +77,20 @@ class Dataset:
     def tumour_pixels(self, patient: str) -> list[int]:
         """Tumour pixels in each of the patient's slices."""
         return self._entries[patient]["tumour_pixels"]
+
+    def with_tumour(self, patients: Iterable[str]) -> tuple[str, ...]:
+        """Those of the patients whose masks show tumour."""
+        return tuple(patient for patient in patients if any(self.tumour_pixels(patient)))
+
+    def check_trainable(self, patients: Iterable[str]) -> None:
+        """Raises MedFLError where no mask of these patients shows tumour: nothing could be learned, and saying
+        "no tumour" everywhere would look perfect."""
+        patients = list(patients)
+        if patients and not self.with_tumour(patients):
+            raise MedFLError(
+                f"all masks of the {counted(len(patients), 'patient')} to train on are black (no tumour anywhere), as "
+                f"after a failed export; look at the _mask files in {self.root} and write them again"
+            )
 
     def volume(self, patient: str) -> tuple[np.ndarray, np.ndarray]:
         """A patient's slices (S, H, W, 3) uint8 and masks (S, H, W) uint8 0/255, both read-only views of the
@@ -98,7 +106,7 @@ class Dataset:
     def spacing(self, patient: str) -> tuple[float, float, float] | None:
         """Millimetres between a patient's slices, rows and columns; None without a `volume.json`. Raises
         MedFLError for a broken one."""
-        path = self.root / patient / NAME
+        path = self._folders[patient] / NAME
         return read_spacing(path, self._entries[patient]["shape"][0]) if path.exists() else None
 
     def statistics(self, patient: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,94 +126,27 @@ def load_dataset(data_dir: Path, site: str | None = None, progress: bool = True)
 
     site: label of patients whose names carry no site code (default "own"). Raises MedFLError for wrong data.
     """
-    root = find_dataset(Path(data_dir))
-    patients = read_patients(root, site or "own")
-    return Dataset(root, patients, _cache_of(root, patients, progress))
+    found = _cohort(Path(data_dir), site or "own")
+    dataset = Dataset(found.root, found.patients, _cache_of(found.root, found.patients, progress))
+    dataset.notes = [*found.left_out, *dataset.notes]
+    return dataset
 
 
 def find_dataset(data_dir: Path) -> Path:
-    """The folder that holds the patients' folders: `data_dir` itself or one below it, in every layout people
-    end up with.
-
-    The download holds everything twice; of folders with the same patients the one nearest to `data_dir` is
-    taken. Real scans go before phantoms. Raises MedFLError where there is none, or two that differ.
-    """
-    if not data_dir.is_dir():
-        raise MedFLError(f"there is no folder {data_dir}; {HOW_TO_GET}")
-    found = {
-        folder: names for folder in _folders(data_dir, SEARCH_DEPTH) if (names := _patient_folders(folder))
-    }
-    if not found:
-        raise MedFLError(
-            f"no patients in {data_dir} (a folder per patient, each slice with its _mask file); {HOW_TO_GET}"
-        )
-    real = {f: n for f, n in found.items() if not all(PHANTOM.match(name) for name in n)} or found
-    depth = min(len(folder.parts) for folder in real)
-    nearest = next(folder for folder in real if len(folder.parts) == depth)
-    for folder in real:
-        if real[folder] != real[nearest] and not folder.is_relative_to(nearest):
-            raise MedFLError(
-                f"{nearest} and {folder} hold different patients; name one of them with --data-dir"
-            )
-    return nearest
-
-
-def _folders(top: Path, depth: int) -> list[Path]:
-    """`top` and the folders below it, nearest first, hidden ones left out."""
-    level, every = [top], [top]
-    for _ in range(depth):
-        level = sorted(
-            c for folder in level for c in _children(folder) if c.is_dir() and not c.name.startswith(".")
-        )
-        every += level
-    return every
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise MedFLError(f"{folder} can't be read ({error.strerror}); check its permissions") from error
-
-
-def _patient_folders(folder: Path) -> frozenset[str]:
-    """Names of the sub-folders that hold slices or masks themselves."""
-    return frozenset(
-        c.name
-        for c in _children(folder)
-        if c.is_dir() and not c.name.startswith(".") and any(is_image(f) or is_mask(f) for f in _children(c))
-    )
+    """The nearest folder that holds all patients at or below `data_dir`, as `cohort.find_cohort` finds them.
+    Raises MedFLError where there is nobody, and for what can't be right."""
+    return _cohort(Path(data_dir), "own").root
 
 
 def read_patients(root: Path, site: str) -> list[Patient]:
-    """The patients in `root` by name, each slice paired with its mask. Raises MedFLError for a slice or mask
-    alone."""
-    patients = []
-    for name in sorted(_patient_folders(root)):
-        files = _children(root / name)
-        images = numeric_order([f for f in files if is_image(f)])
-        masks = {f.stem[: -len("_mask")]: f for f in files if is_mask(f)}
-        for before, image in zip([None, *images], images):
-            if before and before.stem == image.stem:
-                raise MedFLError(f"{before} and {image.name} are the same slice twice; take one of them away")
-            if image.stem not in masks:
-                raise MedFLError(
-                    f"{image} has no mask ({image.stem}_mask{image.suffix}); add it or take the slice away"
-                )
-        alone = sorted(masks.keys() - {image.stem for image in images})
-        if alone:
-            raise MedFLError(f"{masks[alone[0]]} has no slice ({alone[0]}.*); add it or take the mask away")
-        found = SITE.match(name)
-        patients.append(
-            Patient(name, found[1] if found else site, tuple(images), tuple(masks[i.stem] for i in images))
-        )
-    return patients
+    """The patients in `root` and below it by name, each slice paired with its mask. Raises MedFLError as
+    `find_dataset`."""
+    return _cohort(Path(root), site).patients
 
 
-def _dataset_name(patients: list[Patient]) -> str:
-    if all(PHANTOM.match(p.name) for p in patients):
-        return "phantoms"
-    return "LGG MRI segmentation" if all(SITE.match(p.name) for p in patients) else "own data"
+def _cohort(top: Path, site: str) -> Cohort:
+    with Contents(top) as contents:
+        return find_cohort(top, site, contents.of)
 
 
 def cache_folder() -> Path:
@@ -221,31 +162,52 @@ def cache_folder() -> Path:
     return folder
 
 
-def _content(root: Path, patients: list[Patient]) -> str:
-    """A name for what these patients' files hold, in hexadecimal: whatever changes a pixel, or a patient's
-    name, changes it.
+class Contents:
+    """SHA-256 of files at and below a folder, remembered in the cache folder.
 
     A file is read again when its size, times or inode are others than they were. Its ctime is set by the
     kernel, so that also a file that was replaced by one of the same size and time is read; Windows has no
-    such time, and all files are read there.
+    such time, and all files are read there. Used in a `with` block, at whose end what was read is noted.
     """
-    notes = cache_folder() / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.files.json"
-    known, now = _read_notes(notes), {}
-    digest = hashlib.sha256(f"{CACHE_VERSION}".encode())
-    for patient in patients:
-        digest.update(f"{patient.name} {len(patient.images)}\n".encode())
-        for path in patient.images + patient.masks:
-            name, about = str(path.relative_to(root)), path.stat()
+
+    def __init__(self, top: Path):
+        self.top = top
+        self._known: dict[str, list] | None = None
+        self._now: dict[str, list | None] = {}
+
+    def of(self, path: Path) -> str:
+        """A file's SHA-256, in hexadecimal. Raises MedFLError where it can't be read."""
+        if self._known is None:
+            self._known = _read_notes(self._notes())
+        name = str(path.relative_to(self.top))
+        try:
+            about = path.stat()
             stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
-            *before, content = known.get(name, [None])
+            *before, content = self._known.get(name, [None])
             if before != stamp or os.name == "nt":
                 content = file_sha256(path)
-            digest.update(f"{content}\n".encode())
-            if time.time_ns() - about.st_ctime_ns > SETTLED:  # else it may change again without a new time
-                now[name] = [*stamp, content]
-    if now != known:
-        write_json(notes, now)
-    return digest.hexdigest()[:24]
+        except OSError as error:
+            raise MedFLError(
+                f"{path} can't be read ({error.strerror}); check its permissions, and that its disk is there"
+            ) from error
+        settled = time.time_ns() - about.st_ctime_ns > SETTLED  # else it may change again without a new time
+        self._now[name] = [*stamp, content] if settled else None
+        return content
+
+    def _notes(self) -> Path:
+        place = hashlib.sha256(str(self.top.resolve()).encode()).hexdigest()[:12]
+        return cache_folder() / f"{place}.files.json"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._known is None or kind is not None:
+            return
+        others = {n: e for n, e in self._known.items() if n not in self._now and (self.top / n).exists()}
+        notes = others | {name: entry for name, entry in self._now.items() if entry}
+        if notes != self._known:
+            write_json(self._notes(), notes)
 
 
 def _read_notes(path: Path) -> dict[str, list]:
@@ -254,6 +216,18 @@ def _read_notes(path: Path) -> dict[str, list]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def _content(root: Path, patients: list[Patient]) -> str:
+    """A name for what these patients' files hold, in hexadecimal: whatever changes a pixel, or a patient's
+    name, changes it."""
+    digest = hashlib.sha256(f"{CACHE_VERSION}".encode())
+    with Contents(root) as contents:
+        for patient in patients:
+            digest.update(f"{patient.name} {len(patient.images)}\n".encode())
+            for path in patient.images + patient.masks:
+                digest.update(f"{contents.of(path)}\n".encode())
+    return digest.hexdigest()[:24]
 
 
 def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:

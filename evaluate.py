@@ -15,7 +15,7 @@ import csv
 from pathlib import Path
 
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
-from common import SMALLEST_GROUP, MedFLError, atomic_write, counted, run_script, utc_now, write_json
+from common import SMALLEST_GROUP, MedFLError, atomic_write, counted, run_script, tell, utc_now, write_json
 from dataset import Dataset, load_dataset
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
 from evaluation.metrics import report
@@ -157,7 +157,7 @@ def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, fold
     for rank, row in (("best", ranked[-1]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[0])):
         volume, truth = dataset.volume(row["patient"])
         prediction = to_mask(predict_volume(checkpoint.model, volume), checkpoint.threshold)
-        path = folder / f"{rank}_{row['patient']}.png"
+        path = folder / f"{rank}_{row['patient'].replace('/', '_')}.png"
         draw_outlines(
             volume, truth, prediction, f"{rank}: {row['patient']}, volume Dice {row['dice']:.3f}", path
         )
@@ -174,6 +174,7 @@ def compare_models(arguments: argparse.Namespace) -> None:
         )
     checkpoints = [load_checkpoint(path, choose_device(arguments.device)) for path in arguments.compare]
     dataset = load_dataset(arguments.data_dir)
+    tell(dataset.notes)
     splits = {checkpoint.path: split_of(arguments, dataset, checkpoint) for checkpoint in checkpoints}
     first = splits[checkpoints[0].path]
     if other := [str(path) for path, split in splits.items() if split.sha256() != first.sha256()]:
@@ -211,6 +212,7 @@ def main() -> None:
         raise MedFLError("--write-back stores test scores alone; leave --split at test")
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     dataset = load_dataset(arguments.data_dir)
+    tell(dataset.notes)
     if arguments.split == "all" and arguments.split_file is None:
         patients = [p.name for p in dataset.patients]
     else:
@@ -221,6 +223,11 @@ def main() -> None:
     figures = report(rows)
     print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {counted(len(rows), 'patient')}")
     print_table(figures)
+    if without := figures["patients_without_tumour"]:
+        print(
+            f"note: {without} of {counted(len(rows), 'patient')} have no tumour in their masks; their Dice is 1 where "
+            "nothing was predicted and 0 elsewhere, and says nothing of how well tumours are found"
+        )
     if arguments.json:
         about = {
             "checkpoint": arguments.checkpoint.name,

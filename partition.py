@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import jensenshannon
 
-from common import MedFLError, atomic_write, run_script, write_json
+from common import MedFLError, atomic_write, run_script, tell, write_json
 from dataset import load_dataset
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
 
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the partition to this file; it names the patients")
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data_dir)
+    tell(dataset.notes)
     split = make_split(
         {p.name: p.site for p in dataset.patients}, arguments.seed, VAL_FRACTION, TEST_FRACTION
     )

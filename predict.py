@@ -3,9 +3,9 @@
     python predict.py patient_folder slice.png --checkpoint models/transunet_centralized_best.pth --out predictions
 
 Writes <name>_mask.png (0 or 255, the slice's own size) per slice and predictions.csv (file, patient, slice,
-tumour_pixels, tumour_share). Slices of one patient's name in one folder form a volume and are normalised
-together, as in the evaluation; a file without a slice number is a volume of its own, and a lone slice is
-segmented less surely. `*_mask.*` files are ignored.
+tumour_pixels, tumour_share). A folder's slices are one patient's and are normalised together, as in training.
+Of files that are named one by one, those of one name before the slice number in one folder form a volume, and a
+file without a number is a volume of its own: a lone slice is segmented less surely. `*_mask.*` files are ignored.
 """
 
 import argparse
@@ -18,8 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint
-from common import MedFLError, atomic_write, run_script
+from common import MedFLError, atomic_write, counted, run_script
+from folders import refuse_dangling, walk
 from inference import choose_device, predict_volume, to_mask
+from pairing import pair
 from preprocessing import group_volumes, is_image, is_mask, read_volume, slice_number
 
 COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
@@ -45,18 +47,26 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_slices(inputs: list[Path], out: Path) -> list[Path]:
-    """The slices that files and folders name, each once, what an earlier run wrote to `out` left aside.
+def find_slices(inputs: list[Path], out: Path) -> tuple[list[Path], set[Path]]:
+    """The slices that files and folders name, each once, what an earlier run wrote to `out` left aside; and
+    the folders that they lie in, where those were given.
 
-    Raises MedFLError for what isn't there or is no picture, and where nothing is left.
+    Raises MedFLError for what isn't there, can't be read or is no picture, and where nothing is left.
     """
-    files = []
+    files: list[Path] = []
+    folders: set[Path] = set()
     for given in inputs:
         if given.is_dir():
-            pictures = [f for f in sorted(given.rglob("*")) if f.is_file() and is_image(f)]
             below = given.resolve() in out.resolve().parents
-            files += [f for f in pictures if not (below and f.resolve().is_relative_to(out.resolve()))]
+            inside = {
+                folder: found
+                for folder, found in walk(given)
+                if not (below and folder.resolve().is_relative_to(out.resolve()))
+            }
+            files += pair(file for found in inside.values() for file in found).images
+            folders |= inside.keys()
         elif not given.exists():
+            refuse_dangling(given)
             raise MedFLError(f"there is no {given}; check the name")
         elif is_image(given):
             files.append(given)
@@ -66,7 +76,7 @@ def find_slices(inputs: list[Path], out: Path) -> list[Path]:
         raise MedFLError(
             "there is no slice in what was named (TIFF, PNG or JPEG, masks are ignored); name other files"
         )
-    return list(dict.fromkeys(files))
+    return list(dict.fromkeys(files)), folders
 
 
 def output_names(files: list[Path]) -> dict[Path, str]:
@@ -86,16 +96,16 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
 
 def main() -> None:
     arguments = parse()
-    files = find_slices(arguments.inputs, arguments.out)
+    files, folders = find_slices(arguments.inputs, arguments.out)
     if arguments.out.resolve() in {file.parent.resolve() for file in files}:
         raise MedFLError(
             f"{arguments.out} holds slices, and masks could take the place of others there; choose another "
             f"--out"
         )
-    names = output_names(files)
+    names, volumes = output_names(files), group_volumes(files, folders)
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     rows: list[dict] = []
-    for patient, slices in tqdm(group_volumes(files), desc="segmenting", unit="volume", disable=None):
+    for patient, slices in tqdm(volumes, desc="segmenting", unit="volume", disable=None):
         probabilities = predict_volume(checkpoint.model, read_volume(slices))
         for file, probability in zip(slices, probabilities):
             mask = to_mask(probability, checkpoint.threshold)
@@ -112,7 +122,8 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(
-        f"{len(rows)} slices segmented, tumour in {sum(row['tumour_pixels'] > 0 for row in rows)}; wrote "
+        f"{counted(len(rows), 'slice')} segmented in {counted(len(volumes), 'volume')}, tumour in "
+        f"{sum(row['tumour_pixels'] > 0 for row in rows)}; wrote "
         f"{arguments.out}"
     )
 

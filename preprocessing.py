@@ -11,6 +11,7 @@ on data.
 import re
 import warnings
 from collections import defaultdict
+from collections.abc import Collection
 from io import BytesIO
 from pathlib import Path, PurePath
 from typing import TypeVar
@@ -19,14 +20,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
 
 from common import MedFLError
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 CHANNELS = ("pre-contrast", "FLAIR", "post-contrast")
+FORMATS = ("TIFF", "PNG", "JPEG")  # that are decoded, whatever a file is called
+EIGHT_BIT = ("L", "1", "P", "RGBA", "LA", "RGB")  # Pillow's modes that a slice may have
 MAX_SIDE = 4096  # pixels; larger than any slice of a brain, small enough not to fill the memory
 CLIP = 5.0  # deviations; beyond it lie vessels, fat and artefacts
 EPSILON = 1e-6
+POINTER_BYTES = 64  # enough to know a note of Git LFS or git-annex
+NUMBER = re.compile(r"[_\-. (]*(?<!\d)(\d{1,18})\)?$")  # of a slice, at the end of its name
+KIND_OF_SCAN = re.compile(r"(?:^|[^a-z])t[12]$", re.IGNORECASE)
 
 AnyPath = TypeVar("AnyPath", bound=PurePath)  # on disk, or the name of a file in memory
 
@@ -62,15 +69,17 @@ def is_mask(path: PurePath) -> bool:
 
 
 def slice_number(path: PurePath) -> int | None:
-    """The number that ends a slice's name (`TCGA_CS_4941_19960909_12.tif` is 12), or None where there is
-    none."""
-    found = re.search(r"(?:^|[_\-. ])(\d{1,18})$", path.stem)
-    return int(found[1]) if found else None
+    """The number that ends a slice's name (12 of `TCGA_CS_4941_19960909_12.tif`, 7 of `slice007.png` and of
+    `scan (7).png`), or None where there is none. `t1` and `t2` are kinds of scans and no numbers."""
+    found = NUMBER.search(path.stem)
+    return int(found[1]) if found and not KIND_OF_SCAN.search(path.stem) else None
 
 
 def volume_name(path: PurePath) -> str:
     """The name that the slices of one volume share: the file's name without the slice number."""
-    return re.sub(r"(?:^|[_\-. ])\d{1,18}$", "", path.stem) or path.parent.name
+    if slice_number(path) is None:
+        return path.stem
+    return NUMBER.sub("", path.stem) or path.parent.name
 
 
 def numeric_order(paths: list[AnyPath]) -> list[AnyPath]:
@@ -78,17 +87,56 @@ def numeric_order(paths: list[AnyPath]) -> list[AnyPath]:
     return sorted(paths, key=lambda p: (slice_number(p) is None, slice_number(p) or 0, p.name))
 
 
-def group_volumes(files: list[AnyPath]) -> list[tuple[str, list[AnyPath]]]:
-    """Each volume's name (the patient's, or the file's) and slices in numeric order.
+def group_volumes(
+    files: list[AnyPath], folders: Collection[PurePath] = ()
+) -> list[tuple[str, list[AnyPath]]]:
+    """Each volume's name (the patient's, or the file's) and slices in numeric order: what is normalised
+    together in training, in prediction and on the pages.
 
-    Slices of one patient's name in one folder form a volume; a file without a slice number is a volume of its
-    own.
+    folders: those that were given as folders. The slices in one of them are one patient's, unless names with
+    the same numbers (`a_1`, `b_1`) tell of several. Elsewhere slices of one name in one folder form a volume,
+    and a file without a slice number is a volume of its own. Raises MedFLError for one slice that is there
+    twice.
     """
+    places: defaultdict[PurePath, list[AnyPath]] = defaultdict(list)
+    for file in files:
+        places[file.parent].append(file)
+    volumes: list[tuple[str, list[AnyPath]]] = []
+    for folder, inside in places.items():
+        whole = folder in folders and not _share_numbers(inside)
+        volumes += [(folder.name or volume_name(inside[0]), inside)] if whole else _by_name(inside)
+    for _, slices in volumes:
+        _refuse_doubles(slices)
+    return [(name, numeric_order(slices)) for name, slices in volumes]
+
+
+def _share_numbers(files: list[AnyPath]) -> bool:
+    """Whether one slice number stands behind several names."""
+    names: dict[int | None, str] = {}
+    numbered = [file for file in files if slice_number(file) is not None]
+    return any(
+        names.setdefault(slice_number(file), volume_name(file)) != volume_name(file) for file in numbered
+    )
+
+
+def _by_name(files: list[AnyPath]) -> list[tuple[str, list[AnyPath]]]:
     volumes: defaultdict[tuple, list[AnyPath]] = defaultdict(list)
     for file in files:
         alone = slice_number(file) is None
-        volumes[(file.parent, file.stem if alone else volume_name(file), alone and file.suffix)].append(file)
-    return [(name, numeric_order(slices)) for (_, name, _), slices in volumes.items()]
+        volumes[(volume_name(file), alone and file.suffix)].append(file)
+    return [(name, slices) for (name, _), slices in volumes.items()]
+
+
+def _refuse_doubles(slices: list[AnyPath]) -> None:
+    """Raises MedFLError where two files are one slice of a volume: one name in two formats, or one number."""
+    known: dict[tuple, AnyPath] = {}
+    for file in sorted(slices):
+        number = slice_number(file)
+        slice_ = (volume_name(file), number) if number is not None else (file.stem,)
+        if known.setdefault(slice_, file) != file:
+            raise MedFLError(
+                f"{known[slice_]} and {file.name} are the same slice twice; take one of them away"
+            )
 
 
 def read_slice(path: PurePath, content: bytes | None = None) -> np.ndarray:
@@ -99,7 +147,7 @@ def read_slice(path: PurePath, content: bytes | None = None) -> np.ndarray:
     unreadable, truncated, animated, huge, or not 8 bits a channel.
     """
     picture = _open(path, content)
-    if picture.mode in ("L", "1", "P", "RGBA", "LA", "RGB"):
+    if picture.mode in EIGHT_BIT:
         return np.asarray(picture.convert("RGB"))
     raise MedFLError(
         f"{path} has pixels of type {picture.mode}, and a slice has 8-bit grey or RGB; convert it first"
@@ -131,7 +179,7 @@ def _open(path: PurePath, content: bytes | None) -> Image.Image:
             warnings.simplefilter(
                 "ignore"
             )  # of huge sides, which are checked below, and of metadata that nobody reads
-            picture = Image.open(path if content is None else BytesIO(content))
+            picture = Image.open(path if content is None else BytesIO(content), formats=FORMATS)
         width, height = picture.size
         if max(width, height) > MAX_SIDE:
             raise MedFLError(
@@ -143,26 +191,51 @@ def _open(path: PurePath, content: bytes | None) -> Image.Image:
             raise MedFLError(
                 f"{path} holds {frames} pictures, and a slice is one; save each as a file of its own"
             )
-        if any(_stored_as(tile).startswith("RGB") and ";16" in _stored_as(tile) for tile in picture.tile):
-            # Pillow would cut 16-bit colours to 8 without a word
-            raise MedFLError(f"{path} has 16 bits a channel, and a slice has 8; convert it first")
+        if picture.mode in EIGHT_BIT and (stored := _stored_otherwise(picture)):
+            # Pillow would make 8 bits of it without a word
+            raise MedFLError(f"{path} has {stored} a channel, and a slice has 8; convert it first")
         picture.load()
     except FileNotFoundError as error:
         raise MedFLError(f"{path} does not exist; check the name") from error
+    except PermissionError as error:
+        raise MedFLError(f"{path} may not be read by you; check its permissions") from error
     except Image.DecompressionBombError as error:  # told before anything is decoded
         raise MedFLError(
             f"{path} is far larger than a slice, which has at most {MAX_SIDE} pixels a side; shrink it"
         ) from error
     except (OSError, SyntaxError, ValueError, TypeError) as error:  # what Pillow's decoders raise
+        _refuse_pointer(path, content)
         raise MedFLError(
             f"{path} can't be read as a picture (truncated or another format); copy it again"
         ) from error
     return picture
 
 
-def _stored_as(tile: tuple) -> str:
-    """Pillow's name of how a tile's pixels lie in the file, such as "RGB;16B"."""
-    return str(tile[3] if isinstance(tile[3], str) or not tile[3] else tile[3][0])
+def _refuse_pointer(path: PurePath, content: bytes | None) -> None:
+    """Raises MedFLError for a note of Git LFS or git-annex in the place of a picture."""
+    try:
+        if content is None:
+            with open(path, "rb") as file:
+                content = file.read(POINTER_BYTES)
+    except OSError:
+        return
+    if content.startswith((b"version https://git-lfs", b"/annex/objects/")):
+        raise MedFLError(
+            f"{path} is a note where the picture would be; fetch it with `git lfs pull`, `git annex get` or "
+            "`datalad get`"
+        )
+
+
+def _stored_otherwise(picture: Image.Image) -> str | None:
+    """How the file's samples are stored, if not as unsigned numbers of up to 8 bits; whatever Pillow would
+    make of them."""
+    if isinstance(picture, TiffImageFile):
+        bits, kind = (picture.tag_v2.get(tag, (1,)) for tag in (BITSPERSAMPLE, SAMPLEFORMAT))
+        if max(bits) > 8:
+            return f"{max(bits)} bits"
+        return None if set(kind) == {1} else "signed or fractional numbers"
+    # of PNG, Pillow's name of how the samples lie in the file, such as "RGB;16B"; its JPEG decoder knows 8 only
+    return "16 bits" if any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ())) else None
 
 
 def read_volume(paths: list[Path]) -> np.ndarray:

@@ -16,10 +16,9 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_script
+from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_folder, run_script, tell
 from dataset import load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
@@ -140,6 +139,8 @@ def identity(arguments: argparse.Namespace) -> Identity:
         + ("" if own else ", of which the server's partition says which are this hospital's"),
         flush=True,
     )
+    tell(dataset.notes)
+    dataset.check_trainable(patient.name for patient in dataset.patients)
     privacy = patient_privacy(arguments, label)
     if arguments.device not in ("auto", "cpu"):
         choose_device(arguments.device)
@@ -195,7 +196,7 @@ def main() -> None:
     who = identity(arguments)
     if arguments.check:
         return check(host, port, arguments.server, arguments.kit)
-    folder = Path(tempfile.mkdtemp(prefix="medfl-hospital-"))
+    folder = run_folder("hospital")
     try:
         who.save(folder)
         code, sentence = Watch(

@@ -19,14 +19,23 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 from checkpoint import describe, load_start, save_checkpoint
-from common import MedFLError, __version__, add_settings, git_commit, run_script, settings_from, write_json
+from common import (
+    MedFLError,
+    __version__,
+    add_settings,
+    git_commit,
+    run_folder,
+    run_script,
+    settings_from,
+    tell,
+    write_json,
+)
 from dataset import load_dataset
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.log import say
@@ -315,7 +324,8 @@ def run_simulated(arguments: argparse.Namespace) -> int:
     if arguments.simulate < 1 or arguments.cores < 1:
         raise MedFLError("--simulate and --cores are 1 or more; choose others")
     dataset = load_dataset(arguments.data_dir)
-    folder = Path(tempfile.mkdtemp(prefix="medfl-simulation-"))
+    tell(dataset.notes)
+    folder = run_folder("simulation")
     try:
         arguments.clients = arguments.simulate
         job, training, federation = prepare_job(arguments, folder)
@@ -338,7 +348,7 @@ def main() -> None:
     kit = arguments.kit
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
     gated = kit is not None and not arguments.own_gateway
-    folder = Path(tempfile.mkdtemp(prefix="medfl-server-"))
+    folder = run_folder("server")
     children: list[Child] = []
     try:
         job, _, federation = prepare_job(arguments, folder)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, Checkpoint, describe, load_checkpoint, load_start, save_checkpoint
-from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from
+from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from, tell
 from dataset import Dataset, load_dataset
 from evaluation.curves import draw_curves
 from evaluation.metrics import summarise
@@ -120,9 +120,11 @@ class CentralTraining:
         origin: dict | None = None,
         start: Checkpoint | None = None,
     ):
-        if settings.schedule == "plateau" and not split.val:
+        dataset.check_trainable(split.train)
+        self.chooses = bool(dataset.with_tumour(split.val))  # without a tumour every empty mask is perfect
+        if settings.schedule == "plateau" and not self.chooses:
             raise MedFLError(
-                "a plateau is seen on validation patients, and there are none; take --schedule cosine"
+                "a plateau is seen on validation patients with tumour, and there are none; take --schedule cosine"
             )
         torch.manual_seed(settings.seed)
         self.dataset, self.split, self.settings, self.out = dataset, split, settings, out
@@ -173,7 +175,8 @@ class CentralTraining:
             if not result.steps:
                 break
             trained = time.monotonic()
-            rows = score_patients(self.learner.weights_model, self.dataset, self.split.val, THRESHOLD)
+            val = self.split.val if self.chooses else ()
+            rows = score_patients(self.learner.weights_model, self.dataset, val, THRESHOLD)
             self.progress.epoch += 1
             self.progress.seconds = time.monotonic() - self.began
             self._record(result, summarise(rows)["volume_dice"] if rows else None)
@@ -181,7 +184,7 @@ class CentralTraining:
 
     def _finished(self) -> bool:
         done, settings = self.progress, self.settings
-        if settings.patience and self.split.val and done.epoch - done.best_epoch >= settings.patience:
+        if settings.patience and self.chooses and done.epoch - done.best_epoch >= settings.patience:
             print(
                 f"no better validation Dice for {settings.patience} epochs; stopped after epoch {done.epoch}"
             )
@@ -263,6 +266,8 @@ class CentralTraining:
             f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}"
             if val
             else "no validation patients"
+            if not self.split.val
+            else "no tumour in the validation's masks, nothing is chosen by them"
         )
         print(
             f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice "
@@ -372,6 +377,7 @@ def main() -> None:
         print("going on with the interrupted run's own settings; other training options are ignored")
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data_dir)
+    tell(dataset.notes)
     split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
     share, origin = split, {"kind": "centralised"}
     if arguments.cid is not None:
@@ -420,7 +426,7 @@ def main() -> None:
     done = training.progress
     print(
         f"{training.best}: epoch {done.best_epoch}"
-        + (f", validation Dice {done.best:.3f}" if share.val else "")
+        + (f", validation Dice {done.best:.3f}" if training.chooses else ", the last: nothing was chosen")
     )
 
 

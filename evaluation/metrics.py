@@ -129,7 +129,8 @@ def summarise(rows: list[dict]) -> dict:
     Returns volume_dice (mean, median, ci95: [low, high] or None below 3 patients), volume_iou (mean, median),
     pooled_dice, slice_dice_tumour (None without a tumour slice), empty_slice_false_positive_rate (None
     without an empty slice), hd95_px (mean and median in pixels, None without a value; undefined: patients
-    without one), missed_patients (who have a tumour, and nothing was predicted) and patients_scored. Where a
+    without one), missed_patients (who have a tumour, and nothing was predicted), patients_without_tumour (in
+    their truth; their Dice is 1 or 0) and patients_scored. Where a
     row has `FIGURES_IN_MM`: hd95_mm as hd95_px, and volume_cm3 (over those patients the means of truth,
     prediction, difference and absolute_difference, and patients). Raises MedFLError where there are no rows.
     """
@@ -144,6 +145,7 @@ def summarise(rows: list[dict]) -> dict:
         "empty_slice_false_positive_rate": _share(rows, "empty_slices_with_prediction", "empty_slices"),
         "hd95_px": _defined([row["hd95_px"] for row in rows]),
         "missed_patients": sum(row["tp"] + row["fp"] == 0 and row["fn"] > 0 for row in rows),
+        "patients_without_tumour": sum(row["tumour_slices"] == 0 for row in rows),
         "patients_scored": len(rows),
         **_summary_in_mm([row for row in rows if "hd95_mm" in row]),
     }

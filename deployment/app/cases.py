@@ -14,14 +14,14 @@ from common import MedFLError, counted
 from deployment.app.archives import check_number, unpack_zip
 from deployment.app.case import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
+from pairing import pair
 from preprocessing import (
     IMAGE_SUFFIXES,
     group_volumes,
-    is_image,
-    is_mask,
     read_mask,
     read_slice,
     slice_number,
+    volume_name,
 )
 from spacing import NAME, read_spacing
 
@@ -43,11 +43,12 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
             raise MedFLError(f"{short(archives[0])} came with other files; upload a ZIP by itself")
         files = unpack_zip(*files[0])
     check_number(len(files))
+    _refuse_one_name_twice([name for name, _ in files])
     if any(_is_dicom(*file) for file in files):
         return _dicom().read_dicom(files)
     if any(name.lower().endswith(NIFTI) for name, _ in files):
         return read_nifti(files)
-    return _read_slices(dict(files))
+    return _read_slices(dict(files), bool(archives))
 
 
 def _is_dicom(name: str, content: bytes) -> bool:
@@ -72,36 +73,41 @@ def _dicom() -> ModuleType:
     return dicom
 
 
-def _read_slices(files: dict[str, bytes]) -> Case:
-    """A case of TIFF, PNG and JPEG slices, with masks and a prepared patient's `volume.json` among them."""
+def _refuse_one_name_twice(names: list[str]) -> None:
+    """Raises MedFLError where two files have one name: a browser may leave their folders out."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise MedFLError(
+            f"two files are called {short(twice)}; open one patient at a time, its folder as a ZIP"
+        )
+
+
+def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
+    """A case of TIFF, PNG and JPEG slices, with masks and a prepared patient's `volume.json` among them.
+
+    archive: the files came in a ZIP, which is a folder, as those are whose names have one.
+    """
     paths = {PurePosixPath(name): content for name, content in files.items()}
-    images = [path for path in paths if is_image(path)]
+    pairing = pair(paths)
+    images, masks = pairing.images, pairing.masks
     if not images:
         raise MedFLError(
             "there is no slice in the upload (TIFF, PNG or JPEG, not a _mask file); choose other files"
         )
-    masks = {path.parent / path.stem[: -len("_mask")]: path for path in paths if is_mask(path)}
-    volumes = group_volumes(images)
-    numbered = {name for name, slices in volumes if slice_number(slices[0]) is not None}
-    if len([v for v in volumes if slice_number(v[1][0]) is not None]) > 1:
-        raise MedFLError(
-            f"these are slices of {len(numbered)} patients ({', '.join(sorted(numbered)[:3])}); open one at "
-            f"a time"
-        )
-    if numbered and len(volumes) > 1:
-        odd = next(slices[0] for _, slices in volumes if slice_number(slices[0]) is None)
-        raise MedFLError(
-            f"{short(odd.name)} has no slice number at its end and others have; open it by itself"
-        )
+    folders = {path.parent for path in images if archive or path.parent.name}
+    volumes = group_volumes(images, folders)
+    together = slice_number(volumes[0][1][0]) is not None or len(folders) > 0
+    if len(volumes) > 1:
+        _refuse_several(volumes, folders)
     order = [path for _, slices in volumes for path in slices]
     pixels = [read_slice(path, paths[path]) for path in order]
     _check_sizes(order, pixels)
-    known = [masks.get(path.with_suffix("")) for path in order]
+    known = [masks.get(path) for path in order]
+    names = {volume_name(path) for path in order}
     case = Case(
-        name=next(iter(numbered), order[0].stem),
+        name=names.pop() if len(names) == 1 else order[0].parent.name or order[0].stem,
         slices=[path.name for path in order],
         volume=np.stack(pixels),
-        groups=np.zeros(len(order), int) if numbered else np.arange(len(order)),
+        groups=np.zeros(len(order), int) if together else np.arange(len(order)),
     )
     if any(known):
         case.truth = _read_masks(
@@ -109,7 +115,7 @@ def _read_slices(files: dict[str, bytes]) -> Case:
         )
     if not case.is_volume:
         case.notes.append(LONE_SLICE)
-    if spare := len(masks) - sum(mask is not None for mask in known):
+    if spare := len(pairing.alone):
         belong = "belongs" if spare == 1 else "belong"
         case.notes.append(f"{counted(spare, 'mask')} {belong} to no slice of the upload. Ignored.")
     told = [path for path in paths if path.name == NAME]
@@ -120,9 +126,33 @@ def _read_slices(files: dict[str, bytes]) -> Case:
     if told:
         between, rows, columns = read_spacing(told[0], len(order), paths[told[0]])
         case.spacing, case.measured = (rows, columns, between), True
-    if left := len(paths) - len(images) - len(masks) - len(told):
+    if left := len(paths) - len(images) - len(masks) - len(pairing.alone) - len(told):
         case.notes.append(f"{counted(left, 'file')} ignored: neither slice nor mask.")
     return case
+
+
+def _shown(name: str) -> str:
+    """A path's last folder and name, cut where it is very long."""
+    *_, folder, last = ["", *name.split("/")]
+    return f"{folder[:20]}/{short(last)}" if folder else short(last)
+
+
+def _refuse_several(volumes: list[tuple[str, list[PurePosixPath]]], folders: set[PurePosixPath]) -> None:
+    """Raises MedFLError where volumes are several patients', and not lone slices that are looked at side by
+    side."""
+    numbered = [slices[0] for _, slices in volumes if slice_number(slices[0]) is not None]
+    if len(numbered) > 1 or len(folders) > 1:
+        names = sorted(str(slices[0].parent / volume_name(slices[0])) for _, slices in volumes)
+        raise MedFLError(
+            f"these are slices of {len(volumes)} patients ({', '.join(map(_shown, names[:3]))}); open one at a "
+            "time; masks have the slice's name with _mask at its end"
+        )
+    if numbered:
+        odd = next(slices[0] for _, slices in volumes if slice_number(slices[0]) is None)
+        raise MedFLError(
+            f"{short(odd.name)} has no slice number at its end and others have; open it by itself, or the "
+            "patient's folder as a ZIP"
+        )
 
 
 def _check_sizes(order: list[PurePosixPath], pixels: list[np.ndarray]) -> None:
@@ -180,7 +210,14 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     order = [PurePosixPath(name) for name in case.slices]
     if len(order) == len(given) == 1:
         return _read_masks(order, given, case.volume.shape)
-    masks = {path.stem.lower().removesuffix("_mask"): (path, content) for path, content in given}
+    masks: dict[str, tuple[PurePosixPath, bytes]] = {}
+    for path, content in given:
+        name = path.stem.lower().removesuffix("_mask")
+        if any(path.stem.lower() == name for path in order) and name in masks:
+            raise MedFLError(
+                f"{short(masks[name][0].name)} and {short(path.name)} are two masks of one slice; choose one"
+            )
+        masks[name] = (path, content)
     if not any(path.stem.lower() in masks for path in order):
         raise MedFLError(
             "no mask has the name of a slice with _mask at its end; rename the masks, or choose others"

@@ -12,7 +12,9 @@ const IMAGE = /\.(tiff?|png|jpe?g)$/i;
 const MASK = /_mask\.(tiff?|png|jpe?g)$/i;
 const SHEET = /_contact_sheet\.[^.]*$/; // of a prepared patient, to look through
 const MEASURES = "volume.json"; // of a prepared patient, by the rules of spacing.py
-const NUMBER = /(?:^|[_\-. ])(\d{1,18})$/;
+const NUMBER = /[_\-. (]*(?<!\d)(\d{1,18})\)?$/; // of a slice, by the rules of preprocessing.py
+const KIND_OF_SCAN = /(?:^|[^a-z])t[12]$/i;
+const IMAGE_TREE = /^(images?|imagestr)$/i, MASK_TREE = /^(masks?|labels?|labelstr)$/i; // by the rules of pairing.py
 
 /* A case:
    name; slices: a name for each; count, height, width; pixels: Uint8Array, count × height × width × 3;
@@ -29,40 +31,99 @@ export async function readCase(files) {
     files = unpackZip(archive.name, archive.bytes);
   }
   checkNumber(files.length);
-  return files.some(({ name }) => isNifti(name)) ? readNifti(files) : readSlices(files);
+  return files.some(({ name }) => isNifti(name)) ? readNifti(files) : readSlices(files, Boolean(archive));
 }
 
 const hidden = (name) => name.split("/").at(-1).startsWith(".");
 const folder = (name) => name.slice(0, name.lastIndexOf("/") + 1);
 const file = (name) => name.slice(folder(name).length);
 const stem = (name) => file(name).replace(/\.[^.]*$/, "");
-const number = (name) => stem(name).match(NUMBER)?.[1];
+const number = (name) => (KIND_OF_SCAN.test(stem(name)) ? undefined : stem(name).match(NUMBER)?.[1]);
+const volumeName = (name) => (number(name) === undefined ? stem(name) : stem(name).replace(NUMBER, "") || parent(name));
+const parent = (name) => folder(name).split("/").at(-2) ?? "";
+const isPicture = ({ name }) => IMAGE.test(name) && !SHEET.test(name) && !hidden(name);
 
-async function readSlices(files) {
-  const images = files.filter(({ name }) => IMAGE.test(name) && !MASK.test(name) && !SHEET.test(name) && !hidden(name));
-  const masks = new Map(files.filter(({ name }) => MASK.test(name) && !hidden(name))
-    .map((mask) => [folder(mask.name) + stem(mask.name).slice(0, -"_mask".length), mask]));
+/** Slices, the mask of each, and masks without a slice, as pairing.py pairs them. */
+function pair(files) {
+  const pictures = files.filter(isPicture);
+  const trees = new Set(pictures.flatMap(({ name }) => treesOf(name, IMAGE_TREE).map(({ tree }) => tree)));
+  const images = [], masks = new Map();
+  for (const picture of pictures) {
+    const bare = stem(picture.name).replace(/_mask$/i, "");
+    const found = treesOf(picture.name, MASK_TREE).flatMap(({ tree, above, rest }) => [...trees].sort()
+      .filter((other) => folder(other.slice(0, -1)) === above).map((other) => other + rest))[0];
+    if (found === undefined && !MASK.test(picture.name)) {
+      images.push(picture);
+      continue;
+    }
+    const wanted = (found ?? folder(picture.name)) + bare;
+    if (masks.has(wanted)) {
+      throw new UserError(`${short(masks.get(wanted).name)} and ${short(picture.name)} are two masks of one slice; take one of them away`);
+    }
+    masks.set(wanted, picture);
+  }
+  return { images, masks };
+}
+
+/** The folders above a file whose names fit, nearest first: {tree, above: what stands before it, rest: the folders after it}. */
+function treesOf(name, fits) {
+  const parts = folder(name).split("/").slice(0, -1);
+  return parts.map((part, k) => ({ part, tree: `${parts.slice(0, k + 1).join("/")}/`, above: parts.slice(0, k).map((p) => `${p}/`).join(""),
+    rest: parts.slice(k + 1).map((p) => `${p}/`).join("") })).filter(({ part }) => fits.test(part)).reverse();
+}
+
+/** The slices of each volume in order, by the rules of preprocessing.group_volumes. */
+function groupVolumes(images, isFolder) {
+  const volumes = [];
+  for (const [place, inside] of grouped(images, ({ name }) => folder(name))) {
+    const names = grouped(inside.filter(({ name }) => number(name) !== undefined), ({ name }) => String(Number(number(name))));
+    const several = [...names.values()].some((same) => new Set(same.map(({ name }) => volumeName(name))).size > 1);
+    if (isFolder(place) && !several) volumes.push(inside);
+    else volumes.push(...grouped(inside, ({ name }) => volumeName(name) + (number(name) === undefined ? `/${name}` : "")).values());
+  }
+  volumes.forEach(refuseDoubles);
+  return volumes.map((slices) => slices.sort(bySlice));
+}
+
+/** By slice number, those without one last, by name. */
+function bySlice(a, b) {
+  const [one, other] = [number(a.name), number(b.name)];
+  if ((one === undefined) !== (other === undefined)) return one === undefined ? 1 : -1;
+  return (one ?? 0) - (other ?? 0) || (a.name < b.name ? -1 : 1);
+}
+
+function refuseDoubles(slices) {
+  const known = new Map();
+  for (const { name } of [...slices].sort((a, b) => (a.name < b.name ? -1 : 1))) {
+    const slice = number(name) === undefined ? stem(name) : `${volumeName(name)}/${Number(number(name))}`;
+    if (known.has(slice)) throw new UserError(`${short(known.get(slice))} and ${short(name)} are the same slice twice; take one of them away`);
+    known.set(slice, name);
+  }
+}
+
+function grouped(items, key) {
+  const groups = new Map();
+  for (const item of items) groups.set(key(item), [...(groups.get(key(item)) ?? []), item]);
+  return groups;
+}
+
+async function readSlices(files, archive) {
+  const { images, masks } = pair(files);
   if (!images.length) {
     throw new UserError("there is no slice among the files (TIFF, PNG or JPEG, not a _mask file); choose other files");
   }
-  const numbered = images.filter(({ name }) => number(name) !== undefined);
-  const patients = new Map(numbered.map(({ name }) => {
-    const base = stem(name).replace(NUMBER, "") || folder(name).split("/").at(-2) || "";
-    return [folder(name) + base, base];
-  }));
-  if (patients.size > 1) {
-    const names = [...new Set(patients.values())].sort().slice(0, 3).join(", ");
-    throw new UserError(`these are slices of ${patients.size} patients (${names}); open one at a time`);
-  }
-  if (numbered.length && numbered.length < images.length) {
-    const odd = images.find(({ name }) => number(name) === undefined);
-    throw new UserError(`${short(odd.name)} has no slice number at its end and others have; open it by itself`);
-  }
-  const order = numbered.length ? numbered.sort((a, b) => number(a.name) - number(b.name) || (a.name < b.name ? -1 : 1)) : images;
+  const twice = files.find(({ name }, k) => files.findIndex((other) => other.name === name) !== k);
+  if (twice) throw new UserError(`two files are called ${short(twice.name)}; open one patient at a time, its folder as a ZIP`);
+  const folders = new Set(images.map(({ name }) => folder(name)).filter((place) => archive || place));
+  const volumes = groupVolumes(images, (place) => folders.has(place));
+  const together = number(volumes[0][0].name) !== undefined || folders.size > 0;
+  if (volumes.length > 1) refuseSeveral(volumes, folders);
+  const order = volumes.flat();
+  const names = new Set(order.map(({ name }) => volumeName(name)));
   const { width, height, pixels } = await readAll(order);
   const opened = {
-    name: [...patients.values()][0] || stem(order[0].name), slices: order.map(({ name }) => file(name)), count: order.length,
-    height, width, pixels, together: numbered.length > 0, truth: null, spacing: null, measured: false, notes: [], nifti: null,
+    name: names.size === 1 ? [...names][0] : parent(order[0].name) || stem(order[0].name), slices: order.map(({ name }) => file(name)), count: order.length,
+    height, width, pixels, together, truth: null, spacing: null, measured: false, notes: [], nifti: null,
   };
   const known = order.map(({ name }) => masks.get(folder(name) + stem(name)));
   const used = known.filter(Boolean).length;
@@ -83,6 +144,20 @@ async function readSlices(files) {
   const left = files.length - images.length - masks.size - told.length;
   if (left) opened.notes.push(`${counted(left, "file")} ignored: neither slice nor mask.`);
   return opened;
+}
+
+/** Throws UserError where volumes are several patients', and not lone slices that are looked at side by side. */
+function refuseSeveral(volumes, folders) {
+  const numbered = volumes.filter(([{ name }]) => number(name) !== undefined);
+  if (numbered.length > 1 || folders.size > 1) {
+    const names = volumes.map(([{ name }]) => (parent(name) ? `${parent(name).slice(0, 20)}/` : "") + short(volumeName(name))).sort().slice(0, 3);
+    throw new UserError(`these are slices of ${volumes.length} patients (${names.join(", ")}); open one at a time; masks have the slice's name ` +
+      "with _mask at its end");
+  }
+  if (numbered.length) {
+    const odd = volumes.flat().find(({ name }) => number(name) === undefined);
+    throw new UserError(`${short(odd.name)} has no slice number at its end and others have; open it by itself, or the patient's folder as a ZIP`);
+  }
 }
 
 /** Millimetres between rows, columns and slices, from the volume.json of a patient of so many slices. */
@@ -155,7 +230,14 @@ export async function readMasks(opened, files) {
   checkNumber(files.length);
   if (files.length === 1 && isNifti(files[0].name)) return readNiftiMask(opened, files[0]);
   if (files.length === 1 && opened.count === 1) return readTruth(opened, files);
-  const masks = new Map(files.map((mask) => [stem(mask.name).toLowerCase().replace(/_mask$/, ""), mask]));
+  const masks = new Map();
+  for (const mask of files) {
+    const slice = stem(mask.name).toLowerCase().replace(/_mask$/, "");
+    if (masks.has(slice) && opened.slices.some((name) => stem(name).toLowerCase() === slice)) {
+      throw new UserError(`${short(masks.get(slice).name)} and ${short(mask.name)} are two masks of one slice; choose one`);
+    }
+    masks.set(slice, mask);
+  }
   const known = opened.slices.map((name) => masks.get(stem(name).toLowerCase()));
   if (!known.some(Boolean)) {
     throw new UserError("no mask has the name of a slice with _mask at its end; rename the masks, or choose others");

@@ -162,9 +162,12 @@ class Hospital:
 
     def score(self, model: TransUNet) -> Scored:
         """The model's mean volume Dice over the validation patients. Own data of fewer than 3 give none: a
-        mean of one or two is a figure of a patient."""
+        mean of one or two is a figure of a patient. Nor do patients without any tumour, for whom an empty mask
+        is perfect."""
         began, patients = time.monotonic(), self.data.split.val
-        if not patients or (self.identity.own_data and len(patients) < SMALLEST_GROUP):
+        if not self.data.dataset.with_tumour(patients) or (
+            self.identity.own_data and len(patients) < SMALLEST_GROUP
+        ):
             return Scored()
         rows = score_patients(model, self.data.dataset, patients, THRESHOLD)
         return Scored(float(np.mean([row["dice"] for row in rows])), len(rows), time.monotonic() - began)

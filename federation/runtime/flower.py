@@ -33,6 +33,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from common import steady_output
+
 POLL = 0.1  # seconds between two looks for a task
 # how each of the programs is started; -P keeps its working folder, where no module lies, off the path
 PROGRAM = (sys.executable, "-P", "-m", "federation.runtime.flower")
@@ -302,6 +304,7 @@ def main() -> None:
     if program == "gateway":
         return run_gateway(int(parent), options)
     tie_to_parent(int(parent))
+    steady_output()
     if program == "superlink":
         run_superlink(options)
     elif program == "supernode":

@@ -154,6 +154,22 @@ READ = (
             ("volume.json", MEASURED),
             ("anna_contact_sheet.png", picture(COLOURS)),
         ],
+        "glued numbers": [(f"IM{k + 1}.tif", content) for k, (_, content) in enumerate(VOLUME)],
+        "numbers in brackets": [(f"scan ({k + 1}).tif", content) for k, (_, content) in enumerate(VOLUME)],
+        "kinds of scans": [("t1.png", picture(COLOURS)), ("t2.png", picture(GREY))],
+        "a folder without numbers": [
+            ("p.zip", zipped([(f"anna/{'abc'[k]}.tif", VOLUME[k][1]) for k in range(3)]))
+        ],
+        "a folder with an odd name": [
+            (
+                "p.zip",
+                zipped([*((f"p/{name}", content) for name, content in VOLUME), ("p/z.tif", VOLUME[0][1])]),
+            )
+        ],
+        "two trees": [
+            *((f"p/images/{name}", content) for name, content in VOLUME),
+            *((f"p/masks/{name.replace('_mask', '')}", content) for name, content in MASKS),
+        ],
         "a mask too many": [*VOLUME, ("bert_1_mask.png", MASKS[0][1])],
         "capitals": [("ANNA_1.TIF", VOLUME[0][1])],
     }
@@ -182,6 +198,10 @@ BROKEN = {
     "mixed sizes": [*VOLUME, ("anna_13.png", picture(GREY[:30]))],
     "two patients": [VOLUME[0], ("bert_1.tif", VOLUME[1][1])],
     "numbered and not": [VOLUME[0], ("scan.png", picture(GREY))],
+    "two masks": [*VOLUME, *MASKS, ("anna_1_mask.tif", MASKS[0][1])],
+    "one slice twice": [*VOLUME, (VOLUME[0][0].replace(".tif", ".png"), VOLUME[0][1])],
+    "one name twice": [VOLUME[0], *VOLUME],
+    "two patients in a folder": [("p.zip", zipped([VOLUME[0], ("bert_1.tif", VOLUME[1][1])]))],
     "too many": [(f"a_{k}.png", b"") for k in range(2000)],
     "masks alone": MASKS,
     "no mask for one": VOLUME + MASKS[:-1],

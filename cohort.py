@@ -1,0 +1,223 @@
+"""The patients below a folder: found in every layout that people end up with, and what of it is left out."""
+
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import MedFLError, counted
+from folders import walk
+from pairing import TREES_OF_IMAGES, Pairing, pair
+from preprocessing import group_volumes, slice_number
+
+SITE = re.compile(r"^TCGA_([A-Z]{2})_")
+PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
+KEPT_APART = {"more_studies", "without_masks"}  # by data/prepare_hospital.py, from those that train
+HOW_TO_GET = (
+    "fetch the scans with `python data/download.py`, or by hand from "
+    "https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation, or make a synthetic cohort with "
+    "`python data/make_phantoms.py`"
+)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """One patient's files: name (its path below the root, `anna` or `sub-01/anat`), site code, slices in
+    numeric order and the mask of each."""
+
+    name: str
+    site: str
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """root: the nearest folder that holds all patients; patients by name; left_out: a sentence with its
+    number for each kind of thing that is not read."""
+
+    root: Path
+    patients: list[Patient]
+    left_out: list[str]
+
+
+def find_cohort(top: Path, site: str, file_hash: Callable[[Path], str]) -> Cohort:
+    """The patients in `top` and below it, each with all its slices and masks.
+
+    A folder with slices is a patient. Of patients with the same content the one nearest to `top` is read, and
+    phantoms are not read beside real scans. site: of patients whose names carry no code. file_hash: the
+    SHA-256 of a file. Raises MedFLError where there is nobody, for a slice or mask alone, for the same slices
+    with different masks, and for two folders of which each holds some of the other's patients, but not the
+    same.
+    """
+    if not top.is_dir():
+        raise MedFLError(f"there is no folder {top}; {HOW_TO_GET}")
+    left_out: list[str] = []
+    places = _places(top, left_out)
+    if not places:
+        raise MedFLError(
+            f"no patients in {top} (a folder per patient, each slice with its _mask file); {HOW_TO_GET}"
+        )
+    kept = _without_copies(top, places, file_hash, left_out)
+    phantoms = [place for place in kept if PHANTOM.match(place.name)]
+    if 0 < len(phantoms) < len(kept):
+        kept = {place: patient for place, patient in kept.items() if place not in phantoms}
+        left_out.append(f"{counted(len(phantoms), 'phantom')} beside real scans: not read")
+    root = Path(os.path.commonpath([place.parent for place in kept]))
+    patients = []
+    for place, (images, masks) in kept.items():
+        code = SITE.match(place.name)
+        name = place.relative_to(root).as_posix()
+        patients.append(Patient(name, code[1] if code else site, tuple(images), tuple(masks)))
+    return Cohort(root, sorted(patients, key=lambda patient: patient.name), left_out)
+
+
+Slices = tuple[list[Path], list[Path]]  # images in numeric order, and the mask of each
+
+
+def _places(top: Path, left_out: list[str]) -> dict[Path, Slices]:
+    """Where each patient lies, nearest first: its folder; in a tree of images, the folder or the name there,
+    beside the tree."""
+    apart = 0
+    files: list[Path] = []
+    for folder, inside in walk(top):
+        if KEPT_APART & set(folder.relative_to(top).parts):
+            apart += bool(pair(inside).images)
+        else:
+            files += inside
+    if apart:
+        left_out.append(
+            f"{counted(apart, 'patient')} kept apart in {' or '.join(sorted(KEPT_APART))}: not read"
+        )
+    pairing = pair(files)
+    by_folder: defaultdict[Path, list[Path]] = defaultdict(list)
+    for image in pairing.images:
+        by_folder[image.parent].append(image)
+    masked = {folder for folder, images in by_folder.items() if any(i in pairing.masks for i in images)}
+    places: dict[Path, Slices] = {}
+    loose = 0
+    for folder, images in by_folder.items():
+        related = any(folder in other.parents or other in folder.parents for other in masked)
+        if folder not in masked and (related or folder == top and masked):
+            loose += len(images)
+            continue
+        masks = {image: _mask_of(image, pairing) for image in images}
+        in_trees = any(mask.parent != image.parent for image, mask in masks.items())
+        for place, slices in (
+            _patients_of_tree(folder, images) if in_trees else [_patient(folder, top, images)]
+        ):
+            if place in places:
+                raise MedFLError(f"two patients would be called {place}; rename a folder or the files")
+            places[place] = (slices, [masks[image] for image in slices])
+    if loose:
+        left_out.append(f"{counted(loose, 'picture')} without masks beside or below the patients: not read")
+    if pairing.alone:
+        wanted, mask = min(pairing.alone.items())
+        raise MedFLError(f"{mask} has no slice ({wanted.name}.*); add it or take the mask away")
+    return places
+
+
+def _patient(folder: Path, top: Path, images: list[Path]) -> tuple[Path, list[Path]]:
+    """The patient whose slices lie in a folder of its own."""
+    if folder == top:
+        raise MedFLError(f"{folder} holds slices itself, and each patient has a folder; name the one above")
+    volumes = group_volumes(images, {folder})
+    if len(volumes) > 1:
+        names = ", ".join(sorted(name for name, _ in volumes)[:3])
+        raise MedFLError(
+            f"{folder} holds slices of {len(volumes)} names with the same numbers ({names}); give each patient "
+            "a folder, and put a patient's sequences into the channels of one picture"
+        )
+    return folder, volumes[0][1]
+
+
+def _patients_of_tree(folder: Path, images: list[Path]) -> list[tuple[Path, list[Path]]]:
+    """The patients of a folder in a tree of images, whose masks lie in another tree: a folder below the top of
+    the tree is one, and at its top each name with numbers is one. They are named beside the tree."""
+    tree = next(f for f in (folder, *folder.parents) if f.name.lower() in TREES_OF_IMAGES)
+    if folder != tree:
+        _, slices = _patient(folder, tree, images)
+        return [(tree.parent / folder.relative_to(tree), slices)]
+    if odd := [image for image in images if slice_number(image) is None]:
+        raise MedFLError(
+            f"{odd[0]} has no slice number, so it can't be told which patient it is of; give each patient a "
+            f"folder in {tree} and in the masks' tree"
+        )
+    return [(tree.parent / name, slices) for name, slices in group_volumes(images)]
+
+
+def _mask_of(image: Path, pairing: Pairing) -> Path:
+    if image not in pairing.masks:
+        raise MedFLError(
+            f"{image} has no mask ({image.stem}_mask{image.suffix}); add it or take the slice away"
+        )
+    return pairing.masks[image]
+
+
+def _without_copies(
+    top: Path, places: dict[Path, Slices], file_hash: Callable[[Path], str], left_out: list[str]
+) -> dict[Path, Slices]:
+    """The patients less those whose slices and masks are another's, nearer to `top`. Only those whose slices
+    are as many and as large can be copies, and only of them files are read."""
+    alike: defaultdict[tuple, list[Path]] = defaultdict(list)
+    for place, (images, _) in places.items():
+        alike[tuple(_size(image) for image in images)].append(place)
+    content = {place: str(place) for place in places}  # of slices, in hexadecimal, where they may be copies
+    for same in alike.values():
+        for place in same if len(same) > 1 else ():
+            content[place] = _digest(places[place][0], file_hash)
+    first: dict[str, Path] = {}
+    copies: dict[Path, Path] = {}
+    for place in sorted(places, key=lambda place: (len(place.parts), place)):
+        original = first.setdefault(content[place], place)
+        if original != place:
+            if _digest(places[place][1], file_hash) != _digest(places[original][1], file_hash):
+                raise MedFLError(
+                    f"{original} and {place} hold the same slices with different masks; take one of them away"
+                )
+            copies[place] = original
+    _refuse_partial_copies(copies, content)
+    folders: defaultdict[tuple[Path, Path], int] = defaultdict(int)
+    for copy, original in copies.items():
+        folders[copy.parent, original.parent] += 1
+    for (there, here), number in folders.items():
+        are = "is a copy of one" if number == 1 else "are copies of those"
+        left_out.append(f"{counted(number, 'patient')} in {there} {are} in {here}: not read")
+    return {place: slices for place, slices in places.items() if place not in copies}
+
+
+def _refuse_partial_copies(copies: dict[Path, Path], content: dict[Path, str]) -> None:
+    """Raises MedFLError where two folders beside each other share patients and differ in others: two versions
+    of one dataset, and only the user knows which one is meant."""
+    inside: defaultdict[Path, set[str]] = defaultdict(set)
+    for place, value in content.items():
+        inside[place.parent].add(value)
+    for copy, original in copies.items():
+        one, other = original.parent, copy.parent
+        beside = not (one.is_relative_to(other) or other.is_relative_to(one))
+        if beside and inside[one] != inside[other]:
+            raise MedFLError(
+                f"{one} and {other} hold different patients, and some are in both; name one of them with --data-dir"
+            )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
+
+
+def _digest(files: list[Path], file_hash: Callable[[Path], str]) -> str:
+    return hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()
+
+
+def cohort_name(patients: list[Patient]) -> str:
+    """What a cohort is called: "LGG MRI segmentation", "phantoms" or "own data"."""
+    last = [patient.name.rpartition("/")[2] for patient in patients]
+    if all(PHANTOM.match(name) for name in last):
+        return "phantoms"
+    return "LGG MRI segmentation" if all(SITE.match(name) for name in last) else "own data"

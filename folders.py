@@ -1,0 +1,55 @@
+"""What lies in a folder on disk: all of it or a refusal, so that nothing is left out without a word."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import MedFLError
+
+# of file systems and shares, and never scans; ext4's lost+found can't even be read, Synology's @eaDir holds thumbnails
+OF_THE_SYSTEM = {"lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "__MACOSX"}
+
+
+def contents(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders and the files in `folder`, each by name, hidden ones and a system's own left out.
+
+    Raises MedFLError where it can't be read, and for a link to what is not there.
+    """
+    folders: list[Path] = []
+    files: list[Path] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in OF_THE_SYSTEM:
+                    continue
+                path = folder / entry.name
+                if entry.is_symlink():
+                    refuse_dangling(path)
+                (folders if entry.is_dir() else files).append(path)
+    except OSError as error:
+        raise MedFLError(f"{folder} can't be read ({error.strerror}); check its permissions") from error
+    return sorted(folders), sorted(files)
+
+
+def refuse_dangling(path: Path) -> None:
+    """Raises MedFLError for a link whose target is not there."""
+    if path.is_symlink() and not os.path.exists(path):
+        raise MedFLError(
+            f"{path} is a link to {os.readlink(path)}, which is not there; fetch it (`git annex get`, "
+            "`datalad get`), connect the share that it is on, or take the link away"
+        )
+
+
+def walk(top: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder from `top` down and its files, nearest first. Links to folders are followed, unless they
+    lead back up. Raises MedFLError for what `contents` refuses."""
+    level = [top]
+    while level:
+        below: list[Path] = []
+        for folder in level:
+            folders, files = contents(folder)
+            yield folder, files
+            below += [
+                f for f in folders if not (f.is_symlink() and folder.resolve().is_relative_to(f.resolve()))
+            ]
+        level = below

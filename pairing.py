@@ -1,0 +1,62 @@
+"""Which pictures are slices, which are masks, and which mask is whose: by their names, on disk or in an
+upload.
+
+A mask lies beside its slice as `<name>_mask.<suffix>`, or has the slice's name in a tree of its own:
+`images/anna/1.png` and `masks/anna/1.png` (or `labels`, nnU-Net's `imagesTr` and `labelsTr`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Generic
+
+from common import MedFLError
+from preprocessing import AnyPath, is_image, is_mask
+
+TREES_OF_IMAGES = {"images", "image", "imagestr"}
+TREES_OF_MASKS = {"masks", "mask", "labels", "label", "labelstr"}
+
+
+@dataclass
+class Pairing(Generic[AnyPath]):
+    """Slices in the order given; the mask of each that has one; masks whose slice is not there, by the name
+    that it would have."""
+
+    images: list[AnyPath]
+    masks: dict[AnyPath, AnyPath]
+    alone: dict[PurePath, AnyPath]
+
+
+def pair(paths: Iterable[AnyPath]) -> Pairing[AnyPath]:
+    """The pictures among `paths` as slices and their masks. Raises MedFLError for two masks of one slice."""
+    pictures = [path for path in paths if is_image(path) or is_mask(path)]
+    trees = {folder for path in pictures for folder in path.parents if folder.name.lower() in TREES_OF_IMAGES}
+    images: list[AnyPath] = []
+    masks: dict[PurePath, AnyPath] = {}
+    for path in pictures:
+        tree = _tree_of(path, trees)
+        if tree is None and is_image(path):
+            images.append(path)
+            continue
+        stem = path.stem[: -len("_mask")] if is_mask(path) else path.stem
+        if tree is None:
+            wanted = path.parent / stem
+        else:
+            mask_tree, image_tree = tree
+            wanted = image_tree / path.relative_to(mask_tree).parent / stem
+        if wanted in masks:
+            raise MedFLError(f"{masks[wanted]} and {path} are two masks of one slice; take one of them away")
+        masks[wanted] = path
+    own = {image: masks[key] for image in images if (key := image.parent / image.stem) in masks}
+    found = {image.parent / image.stem for image in own}
+    return Pairing(images, own, {key: path for key, path in masks.items() if key not in found})
+
+
+def _tree_of(path: PurePath, trees: set) -> tuple[PurePath, PurePath] | None:
+    """The tree of masks that a picture lies in and the tree of images beside it, or None."""
+    for folder in path.parents:
+        if folder.name.lower() in TREES_OF_MASKS:
+            for tree in sorted(trees):
+                if tree.parent == folder.parent:
+                    return folder, tree
+    return None
