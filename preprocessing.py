@@ -11,7 +11,7 @@ on data.
 import re
 import warnings
 from collections import defaultdict
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import MedFLError
+from limits import MAX_SIDE, MAX_VOXELS, fits, tiff_asks_for_more
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 CHANNELS = ("pre-contrast", "FLAIR", "post-contrast")
-MAX_SIDE = 4096  # pixels; larger than any slice of a brain, small enough not to fill the memory
+FORMATS = ("TIFF", "PNG", "JPEG")  # whatever a file is called: no other decoder is started
 CLIP = 5.0  # deviations; beyond it lie vessels, fat and artefacts
 EPSILON = 1e-6
 
@@ -124,14 +125,23 @@ def read_mask(path: PurePath, content: bytes | None = None) -> np.ndarray:
     return mask
 
 
-def _open(path: PurePath, content: bytes | None) -> Image.Image:
+def picture_size(path: PurePath, content: bytes | None = None) -> tuple[int, int]:
+    """Columns and rows of a picture from its header; nothing is decoded. Raises MedFLError as `read_slice`
+    does."""
+    return _open(path, content, decode=False).size
+
+
+def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.Image:
     """A single-frame picture of a sensible size, decoded."""
     try:
+        with BytesIO(content) if content is not None else open(path, "rb") as file:
+            if tiff_asks_for_more(file, file.seek(0, SEEK_END) - file.seek(0)):
+                raise MedFLError(f"{path} holds tags that are larger than the file; save the picture again")
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # of huge sides, which are checked below, and of metadata that nobody reads
-            picture = Image.open(path if content is None else BytesIO(content))
+            picture = Image.open(path if content is None else BytesIO(content), formats=FORMATS)
         width, height = picture.size
         if max(width, height) > MAX_SIDE:
             raise MedFLError(
@@ -146,14 +156,21 @@ def _open(path: PurePath, content: bytes | None) -> Image.Image:
         if any(_stored_as(tile).startswith("RGB") and ";16" in _stored_as(tile) for tile in picture.tile):
             # Pillow would cut 16-bit colours to 8 without a word
             raise MedFLError(f"{path} has 16 bits a channel, and a slice has 8; convert it first")
-        picture.load()
+        if decode:
+            picture.load()
     except FileNotFoundError as error:
         raise MedFLError(f"{path} does not exist; check the name") from error
     except Image.DecompressionBombError as error:  # told before anything is decoded
         raise MedFLError(
             f"{path} is far larger than a slice, which has at most {MAX_SIDE} pixels a side; shrink it"
         ) from error
-    except (OSError, SyntaxError, ValueError, TypeError) as error:  # what Pillow's decoders raise
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        MemoryError,
+    ) as error:  # what Pillow's decoders raise
         raise MedFLError(
             f"{path} can't be read as a picture (truncated or another format); copy it again"
         ) from error
@@ -167,7 +184,13 @@ def _stored_as(tile: tuple) -> str:
 
 def read_volume(paths: list[Path]) -> np.ndarray:
     """The slices in the order given as one volume, (S, H, W,
-    3) uint8. Raises MedFLError where sizes differ."""
+    3) uint8. Raises MedFLError where sizes differ, and where they are too many to hold."""
+    columns, rows = picture_size(paths[0])
+    if not fits((len(paths), rows, columns)):
+        raise MedFLError(
+            f"{len(paths)} slices of {columns}×{rows} pixels, as {paths[0].name} is, are more than can be read "
+            f"at once ({MAX_VOXELS >> 20} million pixels); name fewer of them"
+        )
     slices = [read_slice(path) for path in paths]
     for path, pixels in zip(paths, slices):
         if pixels.shape != slices[0].shape:
