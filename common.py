@@ -4,6 +4,7 @@ version."""
 import argparse
 import ast
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import json
@@ -13,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
+
+import escaping
 
 __version__ = "0.3.0"
 
@@ -44,7 +47,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except MedFLError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {escaping.terminal(error)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
@@ -99,6 +102,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def write_csv(path: Path, rows: Iterable[Sequence], private: bool = False) -> None:
+    """Write rows of values as CSV, the names of the columns first, atomically; texts in it are no formulas."""
+    with atomic_write(path, "w", private=private) as file:
+        csv.writer(file).writerows([escaping.cell(value) for value in row] for row in rows)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -45,7 +45,7 @@ def is_size_mm(value: object) -> bool:
 
 def fits(shape: Sequence[int], most: int = MAX_VOXELS) -> bool:
     """Whether (slices, rows, columns, ...) are sizes, and not more than `most` values together."""
-    return all(0 < side for side in shape) and shape[0] <= MAX_SLICES and math.prod(shape) <= most
+    return all(side > 0 for side in shape) and shape[0] <= MAX_SLICES and math.prod(shape) <= most
 
 
 def read_json(content: bytes | str) -> Any:

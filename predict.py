@@ -9,7 +9,6 @@ segmented less surely. `*_mask.*` files are ignored.
 """
 
 import argparse
-import csv
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint
-from common import MedFLError, atomic_write, run_script
+from common import MedFLError, atomic_write, run_script, write_csv
 from inference import choose_device, predict_volume, to_mask
 from preprocessing import group_volumes, is_image, is_mask, read_volume, slice_number
 
@@ -94,7 +93,7 @@ def main() -> None:
         )
     names = output_names(files)
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
-    rows: list[dict] = []
+    rows: list[tuple] = []
     for patient, slices in tqdm(group_volumes(files), desc="segmenting", unit="volume", disable=None):
         probabilities = predict_volume(checkpoint.model, read_volume(slices))
         for file, probability in zip(slices, probabilities):
@@ -106,13 +105,10 @@ def main() -> None:
                     arguments.out / f"{names[file]}_probability.png",
                 )
             tumour = int(np.count_nonzero(mask))
-            rows.append(dict(zip(COLUMNS, (file, patient, slice_number(file), tumour, tumour / mask.size))))
-    with atomic_write(arguments.out / "predictions.csv", "w") as table:
-        writer = csv.DictWriter(table, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+            rows.append((str(file), patient, slice_number(file), tumour, tumour / mask.size))
+    write_csv(arguments.out / "predictions.csv", [COLUMNS, *rows])
     print(
-        f"{len(rows)} slices segmented, tumour in {sum(row['tumour_pixels'] > 0 for row in rows)}; wrote "
+        f"{len(rows)} slices segmented, tumour in {sum(tumour > 0 for *_, tumour, _ in rows)}; wrote "
         f"{arguments.out}"
     )
 

@@ -5,20 +5,23 @@ Everything stays in memory; nothing is written to disk.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import PurePosixPath
 from types import ModuleType
 
 import numpy as np
 
 from common import MedFLError, counted
-from deployment.app.archives import check_number, unpack_zip
-from deployment.app.case import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case, short
+from deployment.app.archives import check_names, check_number, unpack_zip
+from deployment.app.case import LONE_SLICE, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
+from limits import MAX_PIXELS
 from preprocessing import (
     IMAGE_SUFFIXES,
     group_volumes,
     is_image,
     is_mask,
+    picture_size,
     read_mask,
     read_slice,
     slice_number,
@@ -43,8 +46,9 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
             raise MedFLError(f"{short(archives[0])} came with other files; upload a ZIP by itself")
         files = unpack_zip(*files[0])
     check_number(len(files))
-    if any(_is_dicom(*file) for file in files):
+    if any(_is_dicom(*file) for file in files):  # whose names say nothing
         return _dicom().read_dicom(files)
+    check_names(name for name, _ in files)
     if any(name.lower().endswith(NIFTI) for name, _ in files):
         return read_nifti(files)
     return _read_slices(dict(files))
@@ -80,13 +84,13 @@ def _read_slices(files: dict[str, bytes]) -> Case:
         raise MedFLError(
             "there is no slice in the upload (TIFF, PNG or JPEG, not a _mask file); choose other files"
         )
-    masks = {path.parent / path.stem[: -len("_mask")]: path for path in paths if is_mask(path)}
+    masks = _one_each([(str(p.parent / p.stem[: -len("_mask")]), p) for p in paths if is_mask(p)])
     volumes = group_volumes(images)
     numbered = {name for name, slices in volumes if slice_number(slices[0]) is not None}
     if len([v for v in volumes if slice_number(v[1][0]) is not None]) > 1:
         raise MedFLError(
-            f"these are slices of {len(numbered)} patients ({', '.join(sorted(numbered)[:3])}); open one at "
-            f"a time"
+            f"these are slices of {len(numbered)} patients ({', '.join(map(short, sorted(numbered)[:3]))}); "
+            "open one at a time"
         )
     if numbered and len(volumes) > 1:
         odd = next(slices[0] for _, slices in volumes if slice_number(slices[0]) is None)
@@ -94,9 +98,15 @@ def _read_slices(files: dict[str, bytes]) -> Case:
             f"{short(odd.name)} has no slice number at its end and others have; open it by itself"
         )
     order = [path for _, slices in volumes for path in slices]
+    for one, other in pairwise(order):
+        if slice_number(one) is not None and slice_number(one) == slice_number(other):
+            raise MedFLError(
+                f"{short(one.name)} and {short(other.name)} have one slice number, and which one counts can't "
+                f"be told; leave one out"
+            )
+    _check_sizes(order, [picture_size(path, paths[path]) for path in order])
     pixels = [read_slice(path, paths[path]) for path in order]
-    _check_sizes(order, pixels)
-    known = [masks.get(path.with_suffix("")) for path in order]
+    known = [masks.get(str(path.with_suffix(""))) for path in order]
     case = Case(
         name=next(iter(numbered), order[0].stem),
         slices=[path.name for path in order],
@@ -125,23 +135,37 @@ def _read_slices(files: dict[str, bytes]) -> Case:
     return case
 
 
-def _check_sizes(order: list[PurePosixPath], pixels: list[np.ndarray]) -> None:
-    rows, columns, _ = pixels[0].shape
+def _check_sizes(order: list[PurePosixPath], sizes: list[tuple[int, int]]) -> None:
+    """Raises MedFLError where slices, whose columns and rows their headers tell, can't be one case."""
+    columns, rows = sizes[0]
     if min(rows, columns) < MIN_SIDE:
         raise MedFLError(
             f"{short(order[0].name)} is {columns}×{rows} pixels, too small for a slice; choose another file"
         )
-    for path, one in zip(order, pixels):
-        if one.shape != pixels[0].shape:
+    for path, size in zip(order, sizes):
+        if size != sizes[0]:
             raise MedFLError(
-                f"{short(path.name)} is {one.shape[1]}×{one.shape[0]} pixels and {short(order[0].name)} is "
+                f"{short(path.name)} is {size[0]}×{size[1]} pixels and {short(order[0].name)} is "
                 f"{columns}×{rows}; open slices of one size together"
             )
-    if len(pixels) * rows * columns > MAX_PIXELS:
+    if len(sizes) * rows * columns > MAX_PIXELS:
         raise MedFLError(
-            f"{len(pixels)} slices of {columns}×{rows} pixels are more than this page can hold; open fewer "
+            f"{len(sizes)} slices of {columns}×{rows} pixels are more than this page can hold; open fewer "
             f"slices"
         )
+
+
+def _one_each(masks: list[tuple[str, PurePosixPath]]) -> dict[str, PurePosixPath]:
+    """Masks by the slice that each is of. Raises MedFLError where two are of one slice."""
+    found: dict[str, PurePosixPath] = {}
+    for name, path in masks:
+        if name in found:
+            raise MedFLError(
+                f"{short(found[name].name)} and {short(path.name)} are masks of one slice, and which one "
+                f"counts can't be told; leave one out"
+            )
+        found[name] = path
+    return found
 
 
 def _read_masks(
@@ -170,6 +194,7 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     """The truth, (S, H, W) uint8, that uploaded masks give for a case that is open. A mask belongs to the
     slice of its name without `_mask`; for a lone slice any one mask does. Raises MedFLError where they don't
     fit."""
+    check_number(len(files))
     given = [(PurePosixPath(name.replace("\\", "/")), content) for name, content in files]
     if len(given) == 1:
         path, content = given[0]
@@ -180,9 +205,12 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     order = [PurePosixPath(name) for name in case.slices]
     if len(order) == len(given) == 1:
         return _read_masks(order, given, case.volume.shape)
-    masks = {path.stem.lower().removesuffix("_mask"): (path, content) for path, content in given}
-    if not any(path.stem.lower() in masks for path in order):
+    named = [(path.stem.lower().removesuffix("_mask"), path) for path, _ in given]
+    if not {path.stem.lower() for path in order} & {name for name, _ in named}:
         raise MedFLError(
             "no mask has the name of a slice with _mask at its end; rename the masks, or choose others"
         )
-    return _read_masks(order, [masks.get(path.stem.lower()) for path in order], case.volume.shape)
+    check_names(str(path) for path, _ in given)
+    masks, contents = _one_each(named), dict(given)
+    chosen = [masks.get(path.stem.lower()) for path in order]
+    return _read_masks(order, [path and (path, contents[path]) for path in chosen], case.volume.shape)
