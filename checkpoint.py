@@ -7,18 +7,39 @@ import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
 import preprocessing
 from common import MedFLError, __version__, atomic_write, file_sha256, git_commit, utc_now
+from limits import MAX_NETWORK_SIDE, read_json, unpacks_to_more
 from transunet import TransUNet
 
 FORMAT = 1
 LFS_POINTER = b"version https://git-lfs"
+VIEWS = 4  # times that a file's values may be shared; weights are, by a run's state and the model
 THRESHOLD = 0.5  # of the probability, unless the metadata says otherwise
+
+
+class Plan(BaseModel, strict=True):
+    """What a file says of the network that it holds."""
+
+    name: Annotated[str, Field(max_length=64)]
+    image_side: Annotated[int, Field(ge=1, le=MAX_NETWORK_SIDE)]
+    norm: Annotated[str, Field(max_length=64)]
+
+
+class Told(BaseModel, strict=True):
+    """What a checkpoint's metadata must say before anything is made of it; other entries are for readers."""
+
+    format: int
+    architecture: Plan
+    preprocessing: dict[str, Any]
+    threshold: Annotated[float, Field(ge=0, le=1)]
+    origin: dict[str, Any] = {}
 
 
 @dataclass
@@ -111,8 +132,9 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
             f"(--keep-norm-local), "
             "and no model by itself; take the NAME_federated_best.pth that a hospital wrote"
         )
-    plan = metadata["architecture"]
-    model = TransUNet(plan["name"], plan["image_side"], plan["norm"])
+    plan = Plan(**{name: metadata["architecture"][name] for name in Plan.model_fields})
+    _check_weights(plan, content["model"], path)
+    model = TransUNet(plan.name, plan.image_side, plan.norm)
     load_weights(model, content["model"], path)
     model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's types leave memory_format out
     return Checkpoint(path, model, metadata, content.get("state"))
@@ -132,9 +154,10 @@ def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:
 
 
 def _metadata(content: dict, path: Path) -> dict:
-    """The metadata's JSON. Raises MedFLError where entries are missing that every checkpoint has."""
+    """The metadata's JSON. Raises MedFLError where entries are missing that every checkpoint has, or can't be
+    what they are to be."""
     try:
-        metadata = json.loads(content["metadata"])
+        metadata = read_json(content["metadata"])
         missing = {"format", "architecture", "preprocessing", "threshold"} - metadata.keys()
     except (ValueError, AttributeError) as error:
         raise MedFLError(f"{path} has damaged metadata; copy it again") from error
@@ -143,7 +166,30 @@ def _metadata(content: dict, path: Path) -> dict:
             f"{path} has no {sorted(missing)[0]} in its metadata; choose a file that train_centralized.py "
             f"wrote"
         )
+    try:
+        Told.model_validate(metadata)
+    except ValidationError as error:
+        what = ".".join(map(str, error.errors()[0]["loc"]))
+        raise MedFLError(f"{path} has damaged metadata ({what} can't be right); copy it again") from error
     return metadata
+
+
+def _check_weights(plan: Plan, weights: dict, source: Path) -> None:
+    """Raises MedFLError for weights of another architecture than the plan's, before a network of it is made:
+    a small file can name a large one."""
+    with torch.device("meta"):  # shapes without values
+        expected = TransUNet(plan.name, plan.image_side, plan.norm).state_dict()
+    if {name: tuple(value.shape) for name, value in weights.items()} != {
+        name: tuple(value.shape) for name, value in expected.items()
+    }:
+        raise MedFLError(_of_another(plan.name, plan.image_side, plan.norm, source))
+
+
+def _of_another(name: str, side: int, norm: str, source: Path) -> str:
+    return (
+        f"{source} holds weights of another architecture than {name} at {side} pixels with {norm} "
+        "normalisation; choose a checkpoint of that model"
+    )
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
@@ -151,10 +197,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise MedFLError(
-            f"{source} holds weights of another architecture than {model.name} at {model.image_side} pixels "
-            f"with {model.norm} normalisation; choose a checkpoint of that model"
-        ) from error
+        raise MedFLError(_of_another(model.name, model.image_side, model.norm, source)) from error
 
 
 def _read(path: Path) -> Any:
@@ -173,26 +216,58 @@ def _read(path: Path) -> Any:
     if head[:2] == b"PK" and not zipfile.is_zipfile(path):
         raise MedFLError(f"{path} is truncated; copy it again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if head[:2] == b"PK":  # the one kind that torch reads without taking what a few bytes ask for
+            if unpacks_to_more(path):
+                raise MedFLError(
+                    f"{path} is packed, or claims more than it holds; take the file as MedFL wrote it"
+                )
+            _check_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        if head[:1] == b"\x80":
+            raise pickle.UnpicklingError("a pickle by itself")
+        raise ValueError("no file of torch")
     except pickle.UnpicklingError as error:
-        if (
-            head[:2] != b"PK" and head[:1] != b"\x80"
-        ):  # a page saved instead of the file, say: no pickle at all
-            raise MedFLError(
-                f"{path} is no checkpoint; choose a file that train_centralized.py wrote"
-            ) from error
         raise MedFLError(
             f"{path} holds Python objects besides weights and may be malicious: nothing of it was run; "
             "take a checkpoint of MedFL from a source you trust"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (
+        zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError, TypeError, AttributeError,
+        IndexError, OverflowError, MemoryError,
+    ) as error:  # fmt: skip
         raise MedFLError(
             f"{path} is no checkpoint, or a damaged one; choose a file that train_centralized.py wrote"
         ) from error
 
 
+def _check_tensors(content: Any, path: Path) -> None:
+    """Raises MedFLError for tensors that stand for more values than the file holds: repeated or sparse ones,
+    and many of the same bytes."""
+    waiting, seen, claimed = [content], set(), 0
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            if one.layout != torch.strided or one.numel() > _held(one):
+                raise MedFLError(f"{path} holds tensors that are not plain values; take one that MedFL wrote")
+            claimed += one.numel() * one.element_size()
+        elif isinstance(one, dict):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            waiting += one
+    if claimed > VIEWS * path.stat().st_size:
+        raise MedFLError(f"{path} claims more values than it holds; take the file as MedFL wrote it")
+
+
+def _held(tensor: torch.Tensor) -> int:
+    """How many values lie behind a tensor."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
 def update_metadata(path: Path, **entries: Any) -> None:
     """Replace entries of a checkpoint's metadata; the weights stay bit for bit."""
     content = _read(Path(path))
-    metadata = {**json.loads(content["metadata"]), **entries}
+    metadata = {**_metadata(content, Path(path)), **entries}
     save_checkpoint(Path(path), content["model"], metadata, content.get("state"))

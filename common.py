@@ -4,6 +4,7 @@ version."""
 import argparse
 import ast
 import contextlib
+import csv
 import dataclasses
 import errno
 import glob
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
+
+import escaping
 
 __version__ = "0.3.0"
 
@@ -29,7 +32,10 @@ SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "MPS backend out of memory")  # as torch says it
-TORN = ("PytorchStreamWriter", "inline_container")  # torch's words in the error of a file that it could not write
+TORN = (
+    "PytorchStreamWriter",
+    "inline_container",
+)  # torch's words in the error of a file that it could not write
 
 EXIT_BAD_INPUT = 2
 EXIT_NO_QUORUM = 3
@@ -100,7 +106,7 @@ def run_script(main: Callable[[], None]) -> None:
         sentence = in_words(error)
         if sentence is None:
             raise
-        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {escaping.terminal(sentence)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
 
@@ -208,6 +214,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def write_csv(path: Path, rows: Iterable[Sequence], private: bool = False) -> None:
+    """Write rows of values as CSV, the names of the columns first, atomically; texts in it are no formulas."""
+    with atomic_write(path, "w", private=private) as file:
+        csv.writer(file).writerows([escaping.cell(value) for value in row] for row in rows)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,11 +11,11 @@ HD95 in mm are added. With
 """
 
 import argparse
-import csv
 from pathlib import Path
 
+import escaping
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
-from common import SMALLEST_GROUP, MedFLError, atomic_write, counted, run_script, tell, utc_now, write_json
+from common import SMALLEST_GROUP, MedFLError, counted, run_script, tell, utc_now, write_csv, write_json
 from dataset import Dataset, load_dataset
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
 from evaluation.metrics import report
@@ -112,7 +112,7 @@ def print_table(figures: dict) -> None:
         ci95 = row["volume_dice"]["ci95"]
         interval = f"{ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else "under 3 patients"
         print(
-            f"{site:8}{row['patients_scored']:>9}{number(row['volume_dice']['mean']):>11}"
+            f"{escaping.terminal(site):8}{row['patients_scored']:>9}{number(row['volume_dice']['mean']):>11}"
             f"{number(row['volume_dice']['median']):>8}{interval:>17}{number(row['volume_iou']['mean']):>7}"
             f"{number(row['slice_dice_tumour']):>15}{number(row['empty_slice_false_positive_rate']):>16}"
             f"{number(row['hd95_px']['mean'], 1):>9}{row['missed_patients']:>8}"
@@ -131,7 +131,7 @@ def print_table_in_mm(figures: dict) -> None:
     for site, row in [*figures["sites"].items(), ("all", figures)]:
         if volume := row.get("volume_cm3"):
             print(
-                f"{site:8}{volume['patients']:>9}{volume['truth']:>11.2f}{volume['prediction']:>11.2f}"
+                f"{escaping.terminal(site):8}{volume['patients']:>9}{volume['truth']:>11.2f}{volume['prediction']:>11.2f}"
                 f"{volume['difference']:>+12.2f}{volume['absolute_difference']:>14.2f}"
                 f"{number(row['hd95_mm']['mean'], 1):>9}"
             )
@@ -140,10 +140,8 @@ def print_table_in_mm(figures: dict) -> None:
 def write_patients(figures: dict, path: Path) -> None:
     """A line per patient: patient, site, slices, dice, iou, hd95_px, and `metrics.FIGURES_IN_MM` where a
     spacing is known."""
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, list(figures["patients"][0]))
-        writer.writeheader()
-        writer.writerows(figures["patients"])
+    patients = figures["patients"]
+    write_csv(path, [list(patients[0]), *(row.values() for row in patients)])
 
 
 def without_mm(figures: dict) -> dict:
@@ -161,7 +159,7 @@ def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, fold
         draw_outlines(
             volume, truth, prediction, f"{rank}: {row['patient']}, volume Dice {row['dice']:.3f}", path
         )
-        print(f"wrote {path}")
+        print(f"wrote {escaping.terminal(path)}")
 
 
 def compare_models(arguments: argparse.Namespace) -> None:
@@ -182,9 +180,9 @@ def compare_models(arguments: argparse.Namespace) -> None:
             f"{other[0]} was trained on another split than {checkpoints[0].path}, so their test patients "
             "differ; compare models of one dataset and --seed"
         )
-    table = compare(checkpoints, dataset, first, lambda line: print(line, flush=True))
+    table = compare(checkpoints, dataset, first, lambda line: print(escaping.terminal(line), flush=True))
     print(f"{dataset.name}, {len(first.test)} test patients, volume Dice; differences are paired")
-    print(as_text(table))
+    print(escaping.lines(as_text(table)))
     about = {
         "data": dataset.name,
         "split_sha256": first.sha256(),
@@ -194,8 +192,7 @@ def compare_models(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, {**about, **table})
     if arguments.csv:
-        with atomic_write(arguments.csv, "w") as file:
-            csv.writer(file).writerows([COLUMNS, *lines_of(table)])
+        write_csv(arguments.csv, [COLUMNS, *lines_of(table)])
     if arguments.plot:
         draw_table(table, arguments.plot, f"{dataset.name}: {len(first.test)} test patients")
     for path in filter(None, (arguments.json, arguments.csv, arguments.plot)):

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import jensenshannon
 
+import escaping
 from common import MedFLError, atomic_write, run_script, tell, write_json
 from dataset import load_dataset
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
@@ -225,7 +226,7 @@ def draw_partition(partition: Partition, table: pd.DataFrame, path: Path, title:
     for axes in (bars, points):
         axes.tick_params(axis="x", rotation=0 if len(names) <= 5 else 60)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(escaping.drawn(title))
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
@@ -263,12 +264,18 @@ def main() -> None:
         dataset.table, split, arguments.partition, arguments.clients, arguments.alpha, arguments.seed
     )
     title = f"{dataset.name}, {arguments.partition}, {arguments.clients} hospitals"
-    print(title + (": " + ", ".join(partition.labels) if arguments.partition == "site" else ""))
     print(
-        describe_hospitals(partition, dataset.table).to_string(
-            index=False, formatters={"tumour_share": "{:.2f} %".format, "tumour_area": "{:.0f} px".format}
+        title
+        + (
+            ": " + ", ".join(map(escaping.terminal, partition.labels))
+            if arguments.partition == "site"
+            else ""
         )
     )
+    described = describe_hospitals(partition, dataset.table).to_string(
+        index=False, formatters={"tumour_share": "{:.2f} %".format, "tumour_area": "{:.0f} px".format}
+    )
+    print(escaping.lines(described))
     distance = heterogeneity(partition, dataset.table)
     print(f"heterogeneity (Jensen-Shannon distance of the tumour burden, 0 alike to 1): {distance:.3f}")
     if arguments.json:

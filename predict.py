@@ -9,7 +9,6 @@ file without a number is a volume of its own: a lone slice is segmented less sur
 """
 
 import argparse
-import csv
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint
-from common import MedFLError, atomic_write, counted, run_script
+from common import MedFLError, atomic_write, counted, run_script, write_csv
 from folders import refuse_dangling, walk
 from inference import choose_device, predict_volume, to_mask
 from pairing import pair
@@ -104,7 +103,7 @@ def main() -> None:
         )
     names, volumes = output_names(files), group_volumes(files, folders)
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
-    rows: list[dict] = []
+    rows: list[tuple] = []
     for patient, slices in tqdm(volumes, desc="segmenting", unit="volume", disable=None):
         probabilities = predict_volume(checkpoint.model, read_volume(slices))
         for file, probability in zip(slices, probabilities):
@@ -116,14 +115,11 @@ def main() -> None:
                     arguments.out / f"{names[file]}_probability.png",
                 )
             tumour = int(np.count_nonzero(mask))
-            rows.append(dict(zip(COLUMNS, (file, patient, slice_number(file), tumour, tumour / mask.size))))
-    with atomic_write(arguments.out / "predictions.csv", "w") as table:
-        writer = csv.DictWriter(table, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+            rows.append((str(file), patient, slice_number(file), tumour, tumour / mask.size))
+    write_csv(arguments.out / "predictions.csv", [COLUMNS, *rows])
     print(
         f"{counted(len(rows), 'slice')} segmented in {counted(len(volumes), 'volume')}, tumour in "
-        f"{sum(row['tumour_pixels'] > 0 for row in rows)}; wrote "
+        f"{sum(tumour > 0 for *_, tumour, _ in rows)}; wrote "
         f"{arguments.out}"
     )
 

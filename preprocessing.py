@@ -12,7 +12,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -23,12 +23,12 @@ from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
 
 from common import MedFLError
+from limits import MAX_SIDE, MAX_VOXELS, fits, tiff_asks_for_more
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 CHANNELS = ("pre-contrast", "FLAIR", "post-contrast")
-FORMATS = ("TIFF", "PNG", "JPEG")  # that are decoded, whatever a file is called
+FORMATS = ("TIFF", "PNG", "JPEG")  # whatever a file is called: no other decoder is started
 EIGHT_BIT = ("L", "1", "P", "RGBA", "LA", "RGB")  # Pillow's modes that a slice may have
-MAX_SIDE = 4096  # pixels; larger than any slice of a brain, small enough not to fill the memory
 CLIP = 5.0  # deviations; beyond it lie vessels, fat and artefacts
 EPSILON = 1e-6
 POINTER_BYTES = 64  # enough to know a note of Git LFS or git-annex
@@ -172,9 +172,18 @@ def read_mask(path: PurePath, content: bytes | None = None) -> np.ndarray:
     return mask
 
 
-def _open(path: PurePath, content: bytes | None) -> Image.Image:
+def picture_size(path: PurePath, content: bytes | None = None) -> tuple[int, int]:
+    """Columns and rows of a picture from its header; nothing is decoded. Raises MedFLError as `read_slice`
+    does."""
+    return _open(path, content, decode=False).size
+
+
+def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.Image:
     """A single-frame picture of a sensible size, decoded."""
     try:
+        with BytesIO(content) if content is not None else open(path, "rb") as file:
+            if tiff_asks_for_more(file, file.seek(0, SEEK_END) - file.seek(0)):
+                raise MedFLError(f"{path} holds tags that are larger than the file; save the picture again")
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
@@ -194,7 +203,8 @@ def _open(path: PurePath, content: bytes | None) -> Image.Image:
         if picture.mode in EIGHT_BIT and (stored := _stored_otherwise(picture)):
             # Pillow would make 8 bits of it without a word
             raise MedFLError(f"{path} has {stored} a channel, and a slice has 8; convert it first")
-        picture.load()
+        if decode:
+            picture.load()
     except FileNotFoundError as error:
         raise MedFLError(f"{path} does not exist; check the name") from error
     except PermissionError as error:
@@ -203,7 +213,13 @@ def _open(path: PurePath, content: bytes | None) -> Image.Image:
         raise MedFLError(
             f"{path} is far larger than a slice, which has at most {MAX_SIDE} pixels a side; shrink it"
         ) from error
-    except (OSError, SyntaxError, ValueError, TypeError) as error:  # what Pillow's decoders raise
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        MemoryError,
+    ) as error:  # what Pillow's decoders raise
         _refuse_pointer(path, content)
         raise MedFLError(
             f"{path} can't be read as a picture (truncated or another format); copy it again"
@@ -240,7 +256,13 @@ def _stored_otherwise(picture: Image.Image) -> str | None:
 
 def read_volume(paths: list[Path]) -> np.ndarray:
     """The slices in the order given as one volume, (S, H, W,
-    3) uint8. Raises MedFLError where sizes differ."""
+    3) uint8. Raises MedFLError where sizes differ, and where they are too many to hold."""
+    columns, rows = picture_size(paths[0])
+    if not fits((len(paths), rows, columns)):
+        raise MedFLError(
+            f"{len(paths)} slices of {columns}×{rows} pixels, as {paths[0].name} is, are more than can be read "
+            f"at once ({MAX_VOXELS >> 20} million pixels); name fewer of them"
+        )
     slices = [read_slice(path) for path in paths]
     for path, pixels in zip(paths, slices):
         if pixels.shape != slices[0].shape:

@@ -18,6 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import escaping
 from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_folder, run_script, tell
 from dataset import load_dataset
 from federation.hospital.identity import Identity
@@ -134,7 +135,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
     dataset = load_dataset(folder, label if own else None)
     slices = int(dataset.table["slices"].sum())
     print(
-        f"{label}: {dataset.name} in {dataset.root}, {counted(len(dataset.patients), 'patient')}, "
+        f"{label}: {dataset.name} in {escaping.terminal(dataset.root)}, {counted(len(dataset.patients), 'patient')}, "
         f"{counted(slices, 'slice')}"
         + ("" if own else ", of which the server's partition says which are this hospital's"),
         flush=True,
@@ -206,7 +207,7 @@ def main() -> None:
         code, sentence = EXIT_NO_QUORUM, str(error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{who.label}: {sentence}", file=sys.stderr if code else sys.stdout, flush=True)
+    print(f"{who.label}: {escaping.lines(sentence)}", file=sys.stderr if code else sys.stdout, flush=True)
     sys.exit(code)
 
 

@@ -3,11 +3,10 @@
 {"version": 1, "spacing_mm": [between slices, row, column], "slice_positions_mm": [one per slice], ...}
 """
 
-import json
-import math
 from pathlib import Path, PurePath
 
 from common import MedFLError
+from limits import SIZES_MM, is_size_mm, read_json
 
 NAME = "volume.json"
 VERSION = 1
@@ -22,7 +21,7 @@ def read_spacing(path: PurePath, slices: int, content: bytes | None = None) -> t
     """
     again = "make it again with data/prepare_hospital.py, or take it away to do without millimetres"
     try:
-        told = json.loads(Path(path).read_bytes() if content is None else content)
+        told = read_json(Path(path).read_bytes() if content is None else content)
         version = told["version"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MedFLError(f"{path} is no {NAME} of a prepared patient; {again}") from error
@@ -32,18 +31,13 @@ def read_spacing(path: PurePath, slices: int, content: bytes | None = None) -> t
             f"or {again}"
         )
     spacing, positions = told.get("spacing_mm"), told.get("slice_positions_mm")
-    if not (isinstance(spacing, list) and len(spacing) == 3 and all(_is_length(value) for value in spacing)):
+    if not (isinstance(spacing, list) and len(spacing) == 3 and all(map(is_size_mm, spacing))):
         raise MedFLError(
-            f"{path} holds no three sizes above 0 as spacing_mm (between slices, row, column); {again}"
+            f"{path} holds no three sizes of {SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm as spacing_mm (between slices, "
+            f"row, column); {again}"
         )
     if not isinstance(positions, list) or len(positions) != slices:
         count = len(positions) if isinstance(positions, list) else 0
         raise MedFLError(f"{path} tells of {count} slices, and the patient has {slices}; {again}")
     between, row, column = map(float, spacing)
     return between, row, column
-
-
-def _is_length(value: object) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    )

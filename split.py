@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import MedFLError, write_json
+from limits import read_json
 
 PARTS = ("train", "val", "test")
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2  # of the patients, where nothing else is asked
@@ -89,7 +90,7 @@ def load_split(path: Path, patients: set[str]) -> Split:
     """The split in `path`. Raises MedFLError for another format, unknown patients,
     or a patient in two parts."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path).read_bytes())
         split = Split(int(content["seed"]), *(tuple(map(str, content[part])) for part in PARTS))
     except FileNotFoundError as error:
         raise MedFLError(

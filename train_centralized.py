@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import escaping
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, Checkpoint, describe, load_checkpoint, load_start, save_checkpoint
 from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from, tell
@@ -261,7 +262,7 @@ class CentralTraining:
             )
             draw_curves(done.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}")
         except MedFLError as error:  # a viewer may hold the file; both are written again after the next epoch
-            print(f"not this time: {error}")
+            print(f"not this time: {escaping.terminal(error)}")
         scored = (
             f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}"
             if val
@@ -395,7 +396,8 @@ def main() -> None:
                 "kept for the test here"
             )
     print(
-        f"{dataset.name} in {dataset.root}: {counted(len(share.train), 'patient')} to train on, {len(share.val)} for "
+        f"{dataset.name} in {escaping.terminal(dataset.root)}: "
+        f"{counted(len(share.train), 'patient')} to train on, {len(share.val)} for "
         f"validation, {len(share.test)} kept for the test"
     )
     training = CentralTraining(

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from common import MedFLError
+from limits import MAX_NETWORK_SIDE
 
 GROUPS = 8  # of a GroupNorm; every width below is divisible by it
 UPSCALE = 2  # from the decoder's last block to the logits
@@ -109,10 +110,10 @@ class TransUNet(nn.Module):
         super().__init__()
         if name not in ARCHITECTURES:
             raise MedFLError(f"there is no model {name}; choose one of {', '.join(ARCHITECTURES)}")
-        if image_side < PATCH or image_side % PATCH:
+        if not PATCH <= image_side <= MAX_NETWORK_SIDE or image_side % PATCH:
             raise MedFLError(
                 f"an image side of {image_side} can't be cut into patches of {PATCH}; choose a multiple of "
-                f"{PATCH}"
+                f"{PATCH} up to {MAX_NETWORK_SIDE}"
             )
         if norm not in ("batch", "group"):
             raise MedFLError(f"there is no normalisation {norm}; choose batch or group")

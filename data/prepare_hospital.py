@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from common import MedFLError, run_script
+from escaping import terminal
 
 try:
     from tqdm import tqdm
@@ -71,17 +72,19 @@ def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
     """What would be taken for which channel, and what is left out and why."""
     for study in studies:
         print(
-            f"\npatient {study.patient_id or '(no number)'}, study {study.when[:8] or study.uid}: "
+            f"\npatient {terminal(study.patient_id or '(no number)')}, study "
+            f"{terminal(study.when[:8] or study.uid)}: "
             + ("is prepared" if study.channels else "is left out")
         )
         for line in study.lines:
             s = line.series
+            named = f"{terminal(s.description)[:32]:32} {terminal(s.modality):5}"
             print(
-                f"  {'' if s.number is None else s.number:>5} {s.description[:32]:32} {s.modality:5} "
-                f"{s.slices:>4} × {s.columns}×{s.rows:<5} {line.used_as or '–':13} {line.why}"
+                f"  {'' if s.number is None else s.number:>5} {named} "
+                f"{s.slices:>4} × {s.columns}×{s.rows:<5} {line.used_as or '–':13} {terminal(line.why)}"
             )
     for one in refused:
-        print(f"{one.path}: {one.why}")
+        print(f"{terminal(one.path)}: {terminal(one.why)}")
     whole = sum(bool(study.channels) for study in studies)
     print(
         f"\n{whole} of {len(studies)} studies would be prepared, {sum(s.mask is not None for s in studies)} "
@@ -104,7 +107,7 @@ def main() -> None:
     if arguments.dry_run:
         return print_plan(studies, refused)
     preparation = Preparation(
-        arguments.out, Pseudonyms(private), rules, lambda text: tqdm.write(text, file=sys.stderr)
+        arguments.out, Pseudonyms(private), rules, lambda text: tqdm.write(terminal(text), file=sys.stderr)
     )
     try:
         preparation.run(studies)

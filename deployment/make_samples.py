@@ -27,12 +27,18 @@ def main() -> None:
         for number, patient in enumerate(load_dataset(Path(folder)).patients, start=1):
             path = SAMPLES / f"phantom_{number}.zip"
             with zipfile.ZipFile(path, "w") as archive:
-                for image, mask in zip(patient.images, patient.masks):
-                    for source, suffix, options in ((image, "jpg", {"quality": 92}), (mask, "png", {})):
+                for place, (image, mask) in enumerate(zip(patient.images, patient.masks), start=1):
+                    slice_name = f"phantom_{number}_{place}"  # like no patient's
+                    for source, name, options in (
+                        (image, f"{slice_name}.jpg", {"quality": 92}),
+                        (mask, f"{slice_name}_mask.png", {}),
+                    ):
                         file = io.BytesIO()
-                        Image.open(source).save(file, format={"jpg": "JPEG", "png": "PNG"}[suffix], **options)
+                        Image.open(source).save(
+                            file, format="PNG" if name.endswith("png") else "JPEG", **options
+                        )
                         # a fixed time: the same phantoms give the same bytes
-                        archive.writestr(zipfile.ZipInfo(f"{source.stem}.{suffix}"), file.getvalue())
+                        archive.writestr(zipfile.ZipInfo(name), file.getvalue())
             print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 

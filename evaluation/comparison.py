@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+import escaping
 from checkpoint import Checkpoint
 from common import MedFLError, atomic_write
 from dataset import Dataset
@@ -262,13 +263,13 @@ def draw_table(table: dict, path: Path, title: str) -> None:
             markersize=9,
             label="mean of each hospital's" if not place and others else None,
         )
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_yticks(range(len(rows)), [escaping.drawn(row["name"]) for row in rows])
     axes.set(xlim=(0, 1), xlabel="mean volume Dice", ylim=(len(rows) - 0.4, -0.6))
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
         frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.16 - 0.5 / len(rows)), ncols=3
     )
-    figure.suptitle(title)
+    figure.suptitle(escaping.drawn(title))
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

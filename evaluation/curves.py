@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+import escaping
 from common import atomic_write
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe and Ito)
@@ -46,6 +47,6 @@ def save_curves(figure: Figure, path: Path, title: str) -> None:
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(escaping.drawn(title))
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+import escaping
 from common import atomic_write
 
 BLUE, ORANGE = (
@@ -39,7 +40,7 @@ def draw_outlines(
         axes.set_title(f"slice {number + 1}", fontsize=10)
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.suptitle(title)
+    figure.suptitle(escaping.drawn(title))
     figure.legend(
         handles=[
             Line2D([], [], color=BLUE, linestyle="dashed", label="truth"),

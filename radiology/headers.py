@@ -1,18 +1,22 @@
 """What a DICOM file's header says: whether it is a picture, where its slices lie, and what is wrong with it
 by itself."""
 
+import contextlib
 import io
 import math
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pydicom
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_dataset
 from pydicom.uid import UID, ImplicitVRLittleEndian
 
 from common import MedFLError
+from limits import MAX_HEADER, MAX_ITEMS, MAX_SIDE, MAX_UNPACKED, fits
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
 OTHER_MODALITY = (
@@ -57,6 +61,11 @@ TAGS = [  # what is read of a header
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 ]
+
+
+PREAMBLE = 132  # bytes, which end in DICM
+META = 0x0002  # the group of tags that says how the file is written
+ITEM = b"\xfe\xff\x00\xe0"  # begins each item of a sequence; the other order of bytes is out of use
 
 
 class InMemory(io.BytesIO):
@@ -115,14 +124,17 @@ def read_header(path: File) -> Header:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what deviates from the standard and can be read
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
+            beginning = _beginning(path, file)
+            header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=TAGS)
             _refuse_what_is_no_picture(header)
+            left = path.stat().st_size - beginning.tell()
+            _check_size(path, header, left)
             uid = str(header.get("SeriesInstanceUID") or path)
             return Header(
                 str(header.get("SOPInstanceUID") or path),
                 uid,
                 _describe(header, uid),
-                _problems_of_file(path, header, path.stat().st_size - file.tell()),
+                _problems_of_file(path, header, left),
                 _slices_of(path, header),
             )
     except MedFLError:
@@ -146,6 +158,65 @@ def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
         raise MedFLError(f"of modality {header.Modality}, which holds no pictures; it is not needed")
     if not (header.get("Rows") and header.get("Columns")):
         raise MedFLError("holds no picture, or is cut off within its header; export it again if it should")
+
+
+def check_bounds(path: File) -> None:
+    """Raises MedFLError for a file that claims more than can be read. What is damaged or no DICOM file passes:
+    who reads it says so."""
+    refusal = None
+    with contextlib.suppress(Exception), path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            beginning = _beginning(path, file)
+            tags = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"]
+            header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=tags)
+            _check_size(path, header, path.stat().st_size - beginning.tell())
+        except MedFLError as error:
+            refusal = MedFLError(f"{path} {error}")
+    if refusal:
+        raise refusal
+
+
+def _beginning(path: File, file: Any) -> Any:
+    """What pydicom is to read of an open file up to its pixels: of a large one a part, so that a header of
+    countless elements ends somewhere. Raises MedFLError for a file that inflates without end, and for one
+    whose header holds sequences of countless items."""
+    deflated = False
+    if file.read(PREAMBLE)[128:] == b"DICM":
+        meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != META)
+        deflated = UID(meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)).is_deflated
+    content = _inflated(file.read()) if deflated else b""
+    file.seek(0)
+    if not deflated and path.stat().st_size > 2 * len(ITEM) * MAX_ITEMS:  # smaller ones can't hold so many
+        content = file.read(MAX_HEADER)
+    if content[:MAX_HEADER].count(ITEM) > MAX_ITEMS:
+        raise MedFLError(f"holds more than {MAX_ITEMS:,} items in its header; export it again")
+    file.seek(0)
+    return io.BytesIO(content) if content and not deflated else file
+
+
+def _inflated(content: bytes) -> bytes:
+    """What a deflated file's data set unpacks to. Raises MedFLError where that is too much, zlib.error where
+    it is damaged."""
+    unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, MAX_UNPACKED // 2 + 1)
+    if len(unpacked) > MAX_UNPACKED // 2:
+        raise MedFLError(f"unpacks to more than {MAX_UNPACKED >> 21} MB; export it without compression")
+    return unpacked
+
+
+def _check_size(path: File, header: pydicom.Dataset, left: int) -> None:
+    """Raises MedFLError for a picture that claims more pixels than can be read, before anything is made of
+    them. left: bytes from its pixels on."""
+    frames, rows, columns = int(header.get("NumberOfFrames") or 1), int(header.Rows), int(header.Columns)
+    if not fits((frames, rows, columns)) or max(rows, columns) > MAX_SIDE:
+        raise MedFLError(
+            f"claims {frames:,} frames of {columns}×{rows} pixels, more than is read at once; export it in "
+            f"smaller series"
+        )
+    pixels = frames * rows * columns * 8 * (header.get("SamplesPerPixel") or 1)
+    deflated = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)).is_deflated
+    if not deflated and (left > pixels + MAX_HEADER or path.stat().st_size - left >= MAX_HEADER):
+        raise MedFLError("holds far more than its picture; export it again without what was added to it")
 
 
 def _number(value: Any) -> float | None:

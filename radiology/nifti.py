@@ -13,8 +13,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from common import MedFLError
+from limits import fits
 from radiology.geometry import on_grid
-from radiology.series import MAX_VOXELS, Refused, Series
+from radiology.series import Refused, Series
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -55,7 +56,7 @@ def _describe(path: Path, folders: tuple[str, ...]) -> Series:
             f"it has {reader.GetDimension()} dimensions and {reader.GetNumberOfComponents()} values a pixel, "
             "and a volume has 3 and 1; split it"
         )
-    elif np.prod(size) > MAX_VOXELS:
+    elif not fits(size[::-1]):
         problems.append(
             f"it has {'×'.join(map(str, size))} voxels, more than is read at once; make it smaller"
         )

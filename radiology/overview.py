@@ -1,15 +1,14 @@
 """What a person looks through before training: a contact sheet per study, a page over all, and the report on
 every series."""
 
-import csv
-from collections.abc import Iterable
-from html import escape
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common import atomic_write
+from common import atomic_write, write_csv
+from escaping import web
 from radiology.series import Refused
 from radiology.studies import Study
 
@@ -80,13 +79,13 @@ def write_page(entries: list[dict], path: Path) -> None:
     """The page over all studies. entries: name, sheet (path beside the page), slices, mask (bool), part,
     notes."""
     articles = [
-        f'<article><h2 id="{escape(e["name"])}">{escape(e["name"])}</h2><p>{e["slices"]} slices, '
-        f"{'with a mask' if e['mask'] else 'no mask'}, {escape(e['part'])}</p>"
-        + (f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in e['notes'])}</ul>" if e["notes"] else "")
-        + f'<img loading="lazy" alt="contact sheet" src="{escape(e["sheet"])}"></article>'
+        f'<article><h2 id="{web(e["name"])}">{web(e["name"])}</h2><p>{e["slices"]} slices, '
+        f"{'with a mask' if e['mask'] else 'no mask'}, {web(e['part'])}</p>"
+        + (f"<ul>{''.join(f'<li>{web(note)}</li>' for note in e['notes'])}</ul>" if e["notes"] else "")
+        + f'<img loading="lazy" alt="contact sheet" src="{web(e["sheet"])}"></article>'
         for e in entries
     ]
-    doubtful = [f'<a href="#{escape(e["name"])}">{escape(e["name"])}</a>' for e in entries if e["notes"]]
+    doubtful = [f'<a href="#{web(e["name"])}">{web(e["name"])}</a>' for e in entries if e["notes"]]
     with atomic_write(path, "w") as file:
         file.write(
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Prepared '
@@ -110,28 +109,27 @@ def write_report(
 
     studies: with their pseudonyms. failures: why a series that was chosen could not be used, by its uid.
     """
-    with atomic_write(path, "w", private=True) as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for name, study in studies:
-            for series, used_as, why in ((line.series, line.used_as, line.why) for line in study.lines):
-                if series.uid in failures:
-                    used_as, why = "", failures[series.uid]
-                writer.writerow(
-                    [
-                        name,
-                        study.patient_id,
-                        study.uid,
-                        series.number,
-                        series.description,
-                        series.modality,
-                        series.slices,
-                        series.rows,
-                        series.columns,
-                        *(f"{v:.4g}" for v in series.spacing),
-                        used_as,
-                        why,
-                    ]
-                )
-        for one in refused:
-            writer.writerow(["", "", "", "", str(one.path), *[""] * 8, one.why])
+    rows: list[Sequence] = [COLUMNS]
+    for name, study in studies:
+        for series, used_as, why in ((line.series, line.used_as, line.why) for line in study.lines):
+            if series.uid in failures:
+                used_as, why = "", failures[series.uid]
+            rows.append(
+                [
+                    name,
+                    study.patient_id,
+                    study.uid,
+                    series.number,
+                    series.description,
+                    series.modality,
+                    series.slices,
+                    series.rows,
+                    series.columns,
+                    *(f"{v:.4g}" for v in series.spacing),
+                    used_as,
+                    why,
+                ]
+            )
+    for one in refused:
+        rows.append(["", "", "", "", str(one.path), *[""] * 8, one.why])
+    write_csv(path, rows, private=True)

@@ -13,7 +13,8 @@ import secrets
 import stat
 from pathlib import Path
 
-from common import MedFLError, atomic_write
+from common import MedFLError, atomic_write, write_csv
+from escaping import cell
 
 KEY, TABLE = "pseudonyms.key", "patients.csv"
 COLUMNS = ("pseudonym", "patient_id", "study")
@@ -54,8 +55,8 @@ class Pseudonyms:
         """
         patient = self._digest("patient", patient_id or f"study {study}")[:12]
         name = f"p{patient}_s{self._digest('study', patient_id, study)[:8]}"
-        known = self._table.setdefault(name, (patient_id, study))
-        if known != (patient_id, study):
+        who = (cell(patient_id), cell(study))  # as the table holds them
+        if self._table.setdefault(name, who) != who:
             raise MedFLError(
                 f"two studies would be called {name}; take another key: move {self.folder / KEY} away"
             )
@@ -63,10 +64,8 @@ class Pseudonyms:
 
     def save(self) -> None:
         """Write the table: pseudonym, patient's number, study; those of former runs stay."""
-        with atomic_write(self.folder / TABLE, "w", private=True) as file:
-            csv.writer(file).writerows(
-                [COLUMNS, *((name, *who) for name, who in sorted(self._table.items()))]
-            )
+        rows = [(name, *who) for name, who in sorted(self._table.items())]
+        write_csv(self.folder / TABLE, [COLUMNS, *rows], private=True)
 
     def _digest(self, *parts: str) -> str:
         return hmac.new(self._key, "\0".join(parts).encode(), hashlib.sha256).hexdigest()
@@ -103,7 +102,8 @@ def _table_in(folder: Path) -> dict[str, tuple[str, str]]:
     """The table of former runs: pseudonym to patient's number and study."""
     try:
         with open(folder / TABLE, encoding="utf-8", newline="") as file:
-            return {row["pseudonym"]: (row["patient_id"], row["study"]) for row in csv.DictReader(file)}
+            rows = list(csv.DictReader(file))
+            return {row["pseudonym"]: (cell(row["patient_id"]), cell(row["study"])) for row in rows}
     except FileNotFoundError:
         return {}
     except (OSError, KeyError, ValueError) as error:

@@ -14,7 +14,7 @@ from pydicom.uid import generate_uid
 
 from common import MedFLError, __version__, atomic_write
 from radiology.geometry import on_grid
-from radiology.headers import File
+from radiology.headers import File, check_bounds
 from radiology.series import Series
 
 EXPECTED = (
@@ -118,6 +118,7 @@ def read_segmentation(path: File, reference: sitk.Image) -> sitk.Image:
     reference: the source series, as `load_series` gives it. Raises MedFLError for a file that is no binary
     SEG of one segment, for one that lies on another grid, and for an empty one.
     """
+    check_bounds(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -18,9 +18,9 @@ from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import UID
 
 from common import MedFLError
+from limits import fits
 from radiology.headers import File, Place, Slice, read_header
 
-MAX_VOXELS = 2**27  # of a series: 512 MiB as float32
 SAME_PLACE = 0.01  # mm; nearer slices lie at one place
 UNEVEN = 0.05  # of the distance between slices; scanners round positions
 TURNED = 1e-3  # in direction cosines, which are written with six digits or so
@@ -134,7 +134,7 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
         geometry, problem = _geometry(places, first.thickness)
     if problem:
         problems.append(problem)
-    if len(slices) * rows * columns > MAX_VOXELS:
+    if not fits((len(slices), rows, columns)):
         problems.append(
             f"it has {len(slices)} slices of {columns}×{rows}, more than is read at once; export it in "
             f"smaller series"

@@ -3,7 +3,7 @@
     streamlit run deployment/app/app.py
 
 What is uploaded stays in the memory of this process while its page is open; it is not written to disk and not
-sent on.
+sent on. `streamlit run` finds `app` here, which is this page behind deployment/app/guard.py.
 """
 
 import contextlib
@@ -14,6 +14,9 @@ import threading
 from pathlib import Path
 
 import streamlit as st
+from starlette.middleware import Middleware
+from streamlit.runtime.scriptrunner import get_script_run_ctx
+from streamlit.starlette import App
 
 from appearance.doubts import doubts
 from checkpoint import Checkpoint, load_checkpoint
@@ -21,9 +24,11 @@ from common import ROOT, MedFLError, counted
 from deployment.app.card import NOTICE, card_rows, find_checkpoints
 from deployment.app.case import Case
 from deployment.app.cases import KINDS, read_case
+from deployment.app.guard import Guard, forget_media
 from deployment.app.pictures import icon
 from deployment.app.readout import predict_case
 from deployment.app.viewer import show_case, take_uploads
+from escaping import markdown, web
 from inference import choose_device
 
 MODELS = ROOT / "models"
@@ -72,25 +77,21 @@ def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
         )
     try:
         checkpoint, sha256 = load_model(path, path.stat().st_mtime)
+        card = card_rows(checkpoint, sha256, next(checkpoint.model.parameters()).device.type)
     except (MedFLError, OSError) as error:
         stop(error)
-    card = card_rows(checkpoint, sha256, next(checkpoint.model.parameters()).device.type)
     with st.sidebar:
         st.html(
             '<dl class="card">'
-            + "".join(f"<dt>{subject}</dt><dd>{_escaped(text)}</dd>" for subject, text in card)
+            + "".join(f"<dt>{web(subject)}</dt><dd>{web(text)}</dd>" for subject, text in card)
             + "</dl>"
         )
     return checkpoint, card
 
 
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
-
-
 def stop(error: Exception) -> None:
     """Say what is wrong and what to do, and show nothing else."""
-    st.error(f"No model: {error}")
+    st.error(markdown(f"No model: {error}"))
     st.stop()
 
 
@@ -134,6 +135,7 @@ def close_case() -> None:
         "slice_distance",
     ):
         st.session_state.pop(name, None)
+    forget_media()
     give_memory_back()
 
 
@@ -150,7 +152,7 @@ def choose_case() -> None:
         "glioma. Nothing is stored, and nothing leaves the computer that runs this page."
     )
     if refusal := st.session_state.get("refusal"):
-        st.error(refusal)
+        st.error(markdown(refusal))
     samples = sorted(SAMPLES.glob("*.zip"))
     if samples:
         st.caption("Try a sample. These are phantoms: painted, not measured.")
@@ -212,10 +214,13 @@ def main() -> None:
         choose_case()
         return
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.subheader(state.case.name)
+        st.subheader(markdown(state.case.name), anchor=False)
         st.button("Close this case", on_click=close_case, icon=":material/close:")
     predict(checkpoint, dict(card)["SHA-256"])
     show_case(checkpoint, card)
 
 
-main()
+if get_script_run_ctx(suppress_warning=True):
+    main()
+else:  # `streamlit run` has imported this file, to serve what `app` is
+    app = App(__file__, middleware=[Middleware(Guard)])

@@ -5,13 +5,14 @@ import io
 import lzma
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from common import MedFLError
 from deployment.app.case import short
+from limits import MAX_FILES, MAX_UNPACKED
 
-MAX_FILES = 1_000  # in one upload, masks and all
-MAX_UNPACKED = 256 * 2**20  # bytes that an archive may unpack to
 # what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another
 # kind
 DAMAGED = (
@@ -24,6 +25,7 @@ DAMAGED = (
     IndexError,
     zlib.error,
     lzma.LZMAError,
+    MemoryError,
 )
 
 
@@ -35,13 +37,23 @@ def check_number(files: int) -> None:
         )
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raises MedFLError for a name that is there twice: one of the two files would be lost."""
+    counts = Counter(names)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise MedFLError(
+            f"{short(twice)} is there {counts[twice]} times, and which one counts can't be told; give each "
+            f"file a name of its own"
+        )
+
+
 def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
     """Names and contents of a ZIP's files, folders and hidden files left out. Raises MedFLError for a damaged
     archive, names that point out of it, and more than may be unpacked."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            check_number(len(archive.infolist()))
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-            check_number(len(entries))
             for entry in entries:
                 path = PurePosixPath(entry.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or any(":" in part for part in path.parts[:1]):
@@ -58,7 +70,7 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
                 if any(part.startswith((".", "__MACOSX")) for part in path.parts):
                     continue
                 with archive.open(entry) as file:
-                    piece = file.read(room + 1)  # a header can lie about the size
+                    piece = file.read(min(room, entry.file_size) + 1)  # a header can lie about the size
                 room -= len(piece)
                 if room < 0:
                     raise MedFLError(
@@ -85,3 +97,12 @@ def unpack_gzip(name: str, content: bytes) -> bytes:
     if len(unpacked) > MAX_UNPACKED:
         raise MedFLError(f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; crop it first")
     return unpacked
+
+
+def gzip_begins_with(name: str, content: bytes, length: int) -> bytes:
+    """The first bytes of what a .gz file holds. Raises MedFLError for a damaged one."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            return file.read(length)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise MedFLError(f"{short(name)} can't be unpacked; copy it again") from error

@@ -36,8 +36,17 @@ def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) ->
     """What the model card says, as (subject, text), from the checkpoint's metadata; what it doesn't tell is
     left out.
 
-    device: where the model runs, if it runs already.
+    device: where the model runs, if it runs already. Raises MedFLError for metadata of other types.
     """
+    try:
+        return _rows(checkpoint, sha256, device)
+    except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
+        raise MedFLError(
+            f"{checkpoint.path.name} has damaged metadata, of which no card can be made; copy it again"
+        ) from error
+
+
+def _rows(checkpoint: Checkpoint, sha256: str, device: str | None) -> list[tuple[str, str]]:
     about = checkpoint.metadata
     architecture, origin, training = about["architecture"], about.get("origin", {}), about.get("training", {})
     rows = [

@@ -11,9 +11,6 @@ if TYPE_CHECKING:  # both are optional
 
     from deployment.app.source import Source
 
-MAX_PIXELS = (
-    12 * 2**20
-)  # of a case: 192 slices of 256×256; more would need more than 1.5 GiB at the normalisation
 MIN_SIDE = 16  # pixels
 LONE_SLICE = (
     "A lone slice is normalised by itself and not with its patient's other slices: its mask is less "

@@ -5,19 +5,22 @@ Everything stays in memory; nothing is written to disk.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import PurePosixPath
 from types import ModuleType
 
 import numpy as np
 
 from common import MedFLError, counted
-from deployment.app.archives import check_number, unpack_zip
-from deployment.app.case import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case, short
+from deployment.app.archives import check_names, check_number, unpack_zip
+from deployment.app.case import LONE_SLICE, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
+from limits import MAX_PIXELS
 from pairing import pair
 from preprocessing import (
     IMAGE_SUFFIXES,
     group_volumes,
+    picture_size,
     read_mask,
     read_slice,
     slice_number,
@@ -43,9 +46,9 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
             raise MedFLError(f"{short(archives[0])} came with other files; upload a ZIP by itself")
         files = unpack_zip(*files[0])
     check_number(len(files))
-    _refuse_one_name_twice([name for name, _ in files])
-    if any(_is_dicom(*file) for file in files):
+    if any(_is_dicom(*file) for file in files):  # whose names say nothing
         return _dicom().read_dicom(files)
+    check_names(name for name, _ in files)
     if any(name.lower().endswith(NIFTI) for name, _ in files):
         return read_nifti(files)
     return _read_slices(dict(files), bool(archives))
@@ -73,14 +76,6 @@ def _dicom() -> ModuleType:
     return dicom
 
 
-def _refuse_one_name_twice(names: list[str]) -> None:
-    """Raises MedFLError where two files have one name: a browser may leave their folders out."""
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise MedFLError(
-            f"two files are called {short(twice)}; open one patient at a time, its folder as a ZIP"
-        )
-
-
 def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
     """A case of TIFF, PNG and JPEG slices, with masks and a prepared patient's `volume.json` among them.
 
@@ -99,8 +94,14 @@ def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
     if len(volumes) > 1:
         _refuse_several(volumes, folders)
     order = [path for _, slices in volumes for path in slices]
+    for one, other in pairwise(order):
+        if slice_number(one) is not None and slice_number(one) == slice_number(other):
+            raise MedFLError(
+                f"{short(one.name)} and {short(other.name)} have one slice number, and which one counts can't "
+                f"be told; leave one out"
+            )
+    _check_sizes(order, [picture_size(path, paths[path]) for path in order])
     pixels = [read_slice(path, paths[path]) for path in order]
-    _check_sizes(order, pixels)
     known = [masks.get(path) for path in order]
     names = {volume_name(path) for path in order}
     case = Case(
@@ -155,23 +156,37 @@ def _refuse_several(volumes: list[tuple[str, list[PurePosixPath]]], folders: set
         )
 
 
-def _check_sizes(order: list[PurePosixPath], pixels: list[np.ndarray]) -> None:
-    rows, columns, _ = pixels[0].shape
+def _check_sizes(order: list[PurePosixPath], sizes: list[tuple[int, int]]) -> None:
+    """Raises MedFLError where slices, whose columns and rows their headers tell, can't be one case."""
+    columns, rows = sizes[0]
     if min(rows, columns) < MIN_SIDE:
         raise MedFLError(
             f"{short(order[0].name)} is {columns}×{rows} pixels, too small for a slice; choose another file"
         )
-    for path, one in zip(order, pixels):
-        if one.shape != pixels[0].shape:
+    for path, size in zip(order, sizes):
+        if size != sizes[0]:
             raise MedFLError(
-                f"{short(path.name)} is {one.shape[1]}×{one.shape[0]} pixels and {short(order[0].name)} is "
+                f"{short(path.name)} is {size[0]}×{size[1]} pixels and {short(order[0].name)} is "
                 f"{columns}×{rows}; open slices of one size together"
             )
-    if len(pixels) * rows * columns > MAX_PIXELS:
+    if len(sizes) * rows * columns > MAX_PIXELS:
         raise MedFLError(
-            f"{len(pixels)} slices of {columns}×{rows} pixels are more than this page can hold; open fewer "
+            f"{len(sizes)} slices of {columns}×{rows} pixels are more than this page can hold; open fewer "
             f"slices"
         )
+
+
+def _one_each(masks: list[tuple[str, PurePosixPath]]) -> dict[str, PurePosixPath]:
+    """Masks by the slice that each is of. Raises MedFLError where two are of one slice."""
+    found: dict[str, PurePosixPath] = {}
+    for name, path in masks:
+        if name in found:
+            raise MedFLError(
+                f"{short(found[name].name)} and {short(path.name)} are masks of one slice, and which one "
+                f"counts can't be told; leave one out"
+            )
+        found[name] = path
+    return found
 
 
 def _read_masks(
@@ -200,6 +215,7 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     """The truth, (S, H, W) uint8, that uploaded masks give for a case that is open. A mask belongs to the
     slice of its name without `_mask`; for a lone slice any one mask does. Raises MedFLError where they don't
     fit."""
+    check_number(len(files))
     given = [(PurePosixPath(name.replace("\\", "/")), content) for name, content in files]
     if len(given) == 1:
         path, content = given[0]
@@ -210,16 +226,18 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     order = [PurePosixPath(name) for name in case.slices]
     if len(order) == len(given) == 1:
         return _read_masks(order, given, case.volume.shape)
-    masks: dict[str, tuple[PurePosixPath, bytes]] = {}
-    for path, content in given:
-        name = path.stem.lower().removesuffix("_mask")
-        if any(path.stem.lower() == name for path in order) and name in masks:
-            raise MedFLError(
-                f"{short(masks[name][0].name)} and {short(path.name)} are two masks of one slice; choose one"
-            )
-        masks[name] = (path, content)
-    if not any(path.stem.lower() in masks for path in order):
+    named = [
+        (name, path)
+        for path, _ in given
+        if (name := path.stem.lower().removesuffix("_mask")) in {path.stem.lower() for path in order}
+    ]
+    if not named:
         raise MedFLError(
             "no mask has the name of a slice with _mask at its end; rename the masks, or choose others"
         )
-    return _read_masks(order, [masks.get(path.stem.lower()) for path in order], case.volume.shape)
+    check_names(str(path) for path, _ in given)
+    masks, contents = _one_each(named), dict(given)
+    chosen = [masks.get(path.stem.lower()) for path in order]
+    return _read_masks(
+        order, [None if path is None else (path, contents[path]) for path in chosen], case.volume.shape
+    )

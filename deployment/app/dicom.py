@@ -11,9 +11,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from common import MedFLError
-from deployment.app.case import LONE_SLICE, MAX_PIXELS, MIN_SIDE, Case
+from deployment.app.case import LONE_SLICE, MIN_SIDE, Case
 from deployment.app.nifti import nifti_file
 from deployment.app.source import Source
+from limits import MAX_PIXELS
 from preprocessing import CHANNELS
 from radiology.geometry import POOR, SIDE, agreement, register, resample, to_uint8
 from radiology.headers import File, InMemory

@@ -2,17 +2,21 @@
 
 import gzip
 import io
+import math
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common import MedFLError
-from deployment.app.archives import unpack_gzip
-from deployment.app.case import MAX_PIXELS, MIN_SIDE, Case
+from deployment.app.archives import gzip_begins_with, unpack_gzip
+from deployment.app.case import MIN_SIDE, Case
+from limits import MAX_PIXELS, SIZES_MM, fits, is_size_mm
 
 if TYPE_CHECKING:
     import nibabel
 
+HEADER = 352  # bytes, with those that say whether extensions follow
 BRIGHTEST = 99.9  # percentile of the voxels above 0 that becomes 255
 
 
@@ -52,15 +56,21 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
         raise MedFLError(f"{name} has {_size(volume)}, which this page can't hold; crop or resample it first")
     columns, rows, between = (float(size) for size in image.header.get_zooms()[:3])
     stem = name[: name.lower().index(".nii")]
+    measured = all(map(is_size_mm, (rows, columns, between)))
     case = Case(
         name=stem,
         slices=[f"{stem}_{k + 1}" for k in range(len(volume))],
         volume=volume,
         groups=np.zeros(len(volume), int),
-        spacing=(rows, columns, between),
-        measured=True,
+        spacing=(rows, columns, between) if measured else None,
+        measured=measured,
         nifti=stored,
     )
+    if not measured:
+        case.notes.append(
+            f"The file tells voxels of {columns:g} × {rows:g} × {between:g} mm, which can't be right (they are "
+            f"{SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm): there are no figures in mm unless you give the sizes."
+        )
     if values.dtype != np.uint8:
         case.notes.append(
             "The intensities of each sequence were scaled to 0–255: 0 and below become 0, and the "
@@ -85,19 +95,49 @@ def _load(name: str, content: bytes):
             "NIfTI files need nibabel; install it (`pip install nibabel`), or upload slices as TIFF or PNG"
         ) from error
     name = name.rsplit("/", 1)[-1]
-    if name.lower().endswith(".gz"):
+    packed = name.lower().endswith(".gz")
+    _check_header(name, gzip_begins_with(name, content, HEADER) if packed else content[:HEADER])
+    if packed:
         content = unpack_gzip(name, content)
     try:
         stored = nibabel.Nifti1Image.from_stream(io.BytesIO(content))
+        values = math.prod(stored.shape) * stored.get_data_dtype().itemsize
+        if stored.dataobj.offset + values > len(content):
+            raise ValueError("truncated")
         turned = nibabel.as_closest_canonical(stored)
         np.asarray(turned.dataobj)
     except Exception as error:  # nibabel raises many kinds for a damaged file
         raise MedFLError(f"{name} can't be read as NIfTI; copy it again") from error
-    if len(stored.shape) < 3:
-        raise MedFLError(
-            f"{name} has {len(stored.shape)} dimensions, and a scan has three; choose another file"
-        )
     return stored, turned
+
+
+def _check_header(name: str, head: bytes) -> None:
+    """Raises MedFLError for a header that asks for more than a page can hold, before anything more is read or
+    unpacked. What is no header passes: its reader says so."""
+    import nibabel
+
+    if len(head) < HEADER or head[:4] not in (
+        struct.pack(f"{order}i", nibabel.Nifti1Header.sizeof_hdr) for order in "<>"
+    ):
+        return
+    header = nibabel.Nifti1Header(head[: nibabel.Nifti1Header.sizeof_hdr], check=False)
+    try:
+        shape = tuple(int(side) for side in header.get_data_shape())
+    except Exception as error:  # nibabel raises many kinds for a damaged header
+        raise MedFLError(f"{name} can't be read as NIfTI; copy it again") from error
+    if len(shape) < 3:
+        raise MedFLError(f"{name} has {len(shape)} dimensions, and a scan has three; choose another file")
+    volumes = math.prod(shape[3:])
+    if volumes not in (1, 3):
+        raise MedFLError(
+            f"{name} holds {volumes} volumes, and a case has one, or three (pre-contrast, FLAIR and "
+            "post-contrast); choose another file"
+        )
+    if not fits(shape[2::-1], MAX_PIXELS):
+        raise MedFLError(
+            f"{name} asks for {'×'.join(map(str, shape))} values, which this page can't hold; crop or resample "
+            f"it first"
+        )
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:

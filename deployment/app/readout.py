@@ -15,6 +15,7 @@ from scipy.spatial.distance import pdist
 from appearance.features import FLAIR
 from deployment.app.case import Case
 from deployment.app.pictures import png
+from escaping import cell
 from evaluation import metrics
 from inference import predict_volume, to_mask
 from transunet import TransUNet
@@ -141,9 +142,8 @@ def summary(case: Case, rows: list[dict], mask: np.ndarray) -> dict:
 def csv_text(rows: list[dict]) -> str:
     """The slices' rows as CSV."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)])
     return file.getvalue()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from deployment.app.card import NOTICE
+from escaping import drawn
 
 ORANGE = "#C77700"
 PAGE = (8.27, 11.69)  # inches, A4
@@ -27,13 +28,13 @@ def draw_report(
     page = Figure(figsize=PAGE, dpi=DPI, facecolor="white")
     page.text(0.07, 0.955, "MedFL: tumour segmentation", fontsize=17, weight="bold")
     title = title if len(title) <= LETTERS else f"{title[: LETTERS - 20]}…{title[-18:]}"
-    page.text(0.07, 0.935, title, fontsize=10, color="#444444")
+    page.text(0.07, 0.935, drawn(title), fontsize=10, color="#444444")
     page.text(0.07, 0.912, NOTICE, fontsize=10, weight="bold", color="#8A1C00")
     for place, (caption, pixels) in enumerate(pictures):
         axes = page.add_axes((0.07 + 0.44 * place, 0.58, 0.42, 0.30))
         axes.imshow(pixels)
         axes.set_axis_off()
-        axes.set_title(caption, fontsize=9)
+        axes.set_title(drawn(caption), fontsize=9)
     top = 0.49
     if len(rows) > 1:
         top = 0.37
@@ -50,7 +51,7 @@ def draw_report(
     _table(page, 0.44, top, "Model", card, 0.09, width=46)
     if doubts:
         mind = textwrap.wrap("Mind: " + " ".join(doubts), 115)[:4]
-        page.text(0.07, 0.575, "\n".join(mind), fontsize=8, va="top", color="#8A1C00")
+        page.text(0.07, 0.575, "\n".join(map(drawn, mind)), fontsize=8, va="top", color="#8A1C00")
     file = io.BytesIO()
     page.savefig(file, format="png")
     return file.getvalue()
@@ -65,5 +66,5 @@ def _table(
     for subject, text in rows:
         lines = textwrap.wrap(str(text), width) or [""]
         page.text(left, height, subject, fontsize=8, color="#444444", va="top")
-        page.text(left + indent, height, "\n".join(lines), fontsize=8, va="top")
+        page.text(left + indent, height, "\n".join(map(drawn, lines)), fontsize=8, va="top")
         height -= 0.0135 * len(lines) + 0.004

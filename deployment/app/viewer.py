@@ -1,6 +1,7 @@
 """The open case: picture, controls, figures and downloads. Runs by itself when a control moves, without the
 model."""
 
+import base64
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -37,6 +38,7 @@ from deployment.app.readout import (
     zip_masks,
 )
 from deployment.app.report import draw_report
+from escaping import markdown, plain
 from inference import to_mask
 from transunet import TransUNet
 
@@ -70,9 +72,9 @@ def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
     state = st.session_state
     case, prediction = state.case, state.prediction
     for doubt in state.doubts:
-        st.warning(doubt, icon=":material/visibility_off:")
+        st.warning(markdown(doubt), icon=":material/visibility_off:")
     for note in case.notes:
-        st.info(note, icon=":material/info:")
+        st.info(markdown(note), icon=":material/info:")
     left, right = st.columns([3, 2], gap="medium")
     with right:
         look = controls(case, checkpoint.threshold)
@@ -197,13 +199,16 @@ def show_picture(case: Case, prediction: Prediction, masks: np.ndarray, number: 
     """The picture of a slice, and under it what is to be seen."""
     found = int(np.count_nonzero(masks[number - 1]))
     said = f"{found:,} pixels marked as tumour" if found else "no tumour found"
-    st.image(
-        draw(case, prediction, masks, number - 1, look),
+    picture = png(draw(case, prediction, masks, number - 1, look))
+    st.image(  # within the page, not at an address that would answer for longer than the case is open
+        f"data:image/png;base64,{base64.b64encode(picture).decode()}",
         width="stretch",
-        alt=f"{case.name}, slice {number} of {len(case.slices)}, {look['view']}: {said}",
+        alt=f"{plain(case.name)}, slice {number} of {len(case.slices)}, {look['view']}: {said}",
     )
     legend = "Overlay hidden (press o)." if look["hidden"] else LEGENDS[look["overlay"]]
-    st.caption(f"Slice {number} of {len(case.slices)} ({case.slices[number - 1]}): {said}. {legend}")
+    st.caption(
+        f"Slice {number} of {len(case.slices)} ({markdown(case.slices[number - 1])}): {said}. {legend}"
+    )
 
 
 def figure_texts(case: Case, figures: dict) -> list[tuple[str, str]]:
@@ -294,7 +299,7 @@ def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
             on_change=take_truth,
         )
         if state.get("truth_refusal"):
-            st.error(state.truth_refusal)
+            st.error(markdown(state.truth_refusal))
     if prediction.spread is None:
         st.button(
             "Read the mirrored slices as well",

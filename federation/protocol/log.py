@@ -5,13 +5,15 @@ import sys
 
 from tqdm import tqdm
 
+import escaping
+
 
 class _Terminal(logging.Handler):
     """Writes above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(escaping.lines(self.format(record)), file=sys.stdout)
             sys.stdout.flush()
         except Exception:  # as logging's own handlers do: what is said never ends a run
             self.handleError(record)

@@ -9,6 +9,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+import escaping
 from checkpoint import load_checkpoint
 from common import EXIT_BAD_INPUT, MedFLError, write_json
 from federation.protocol.settings import from_json
@@ -64,7 +65,7 @@ def run(grid: Grid, job: dict) -> int:
         audit.write("end", exit=code)
         return code
     except MedFLError as error:
-        print(error, file=sys.stderr, flush=True)
+        print(escaping.terminal(error), file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
     except Exception:
         traceback.print_exc()

@@ -7,13 +7,13 @@ from the server), patient_epsilon (what of its patients' privacy the hospital ha
 them any). After the last round R the final model is scored: rows of round R + 1 have no training columns.
 """
 
-import csv
 from pathlib import Path
 from typing import TypedDict
 
 from matplotlib.figure import Figure
 
-from common import atomic_write
+import escaping
+from common import write_csv
 from evaluation.curves import save_curves
 from federation.server.judging import Scores, mean_dice
 
@@ -47,10 +47,7 @@ def scores_of(rows: list[Row]) -> Scores:
 
 def write_history(rows: list[Row], path: Path) -> None:
     """All rows so far; whole or not at all."""
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, [COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)])
 
 
 def table(rows: list[Row]) -> str:
@@ -81,7 +78,12 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     loss, dice = figure.subplots(1, 2)
     sites = sorted({row["site"] for row in rows})
     for number, site in enumerate(sites):
-        mark = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "linewidth": 1, "label": site}
+        mark = {
+            "marker": MARKS[number % len(MARKS)],
+            "markersize": 4,
+            "linewidth": 1,
+            "label": escaping.drawn(site),
+        }
         if len(sites) > NAMED:
             mark = {"color": "0.7", "linewidth": 0.6, "label": "" if number else f"{len(sites)} hospitals"}
         mine = [row for row in rows if row["site"] == site]

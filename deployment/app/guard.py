@@ -1,0 +1,133 @@
+"""What stands between Streamlit's server and the browser: a content policy on every answer, uploads that stay
+in memory and within a bound, and nothing of a case that outlives its page."""
+
+import asyncio
+import base64
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import streamlit
+from starlette.datastructures import MutableHeaders
+from starlette.formparsers import MultiPartParser
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from streamlit import runtime
+from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
+from streamlit.runtime.websocket_session_manager import WebsocketSessionManager
+
+from limits import BUDGET, MAX_FILES
+
+UPLOADS, MEDIA = "/_stcore/upload_file/", "/media/"
+GRACE = 30.0  # seconds that a reader whose connection broke has to come back to the open case
+INLINE = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+HUB = "https://huggingface.co"  # which shows a Space in a frame of its own page
+
+
+def content_policy() -> str:
+    """What the page may load and send: its own address only. Styles are Streamlit's own, written by its
+    script; the scripts in its page are named by their hashes."""
+    page = (Path(streamlit.__file__).parent / "static" / "index.html").read_text(encoding="utf-8")
+    hashes = [
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in INLINE.findall(page)
+    ]
+    return "; ".join(
+        [
+            "default-src 'none'",
+            " ".join(["script-src 'self'", *(f"'sha256-{one}'" for one in hashes)]),
+            "style-src 'self' 'unsafe-inline'",
+            "img-src 'self' data: blob:",
+            "font-src 'self' data:",
+            "connect-src 'self'",
+            "manifest-src 'self'",
+            "worker-src 'self' blob:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            f"frame-ancestors {HUB if 'SPACE_ID' in os.environ else chr(39) + 'none' + chr(39)}",
+        ]
+    )
+
+
+def keep_uploads_in_memory() -> None:
+    """Uploads above 1 MB would be written to a temporary file first. They are bounded by Streamlit's
+    maxUploadSize each, and by `Guard` together."""
+    MultiPartParser.spool_max_size = BUDGET
+
+
+class Guard:
+    """ASGI middleware around Streamlit's server."""
+
+    def __init__(self, app: ASGIApp):
+        self.app, self.policy = app, content_policy()
+        self._tasks: set[asyncio.Task] = set()
+        keep_uploads_in_memory()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "PUT"
+            and UPLOADS in scope["path"]
+            and _is_full(scope)
+        ):
+            refusal = PlainTextResponse("more is uploaded than this page holds at once", 413)
+            return await refusal(scope, receive, self._with_policy(scope, send))
+        try:
+            await self.app(
+                scope, receive, self._with_policy(scope, send) if scope["type"] == "http" else send
+            )
+        finally:
+            if scope["type"] == "websocket" and runtime.exists():
+                task = asyncio.create_task(_end_sessions_that_stay_away())
+                self._tasks.add(task)  # a task that nothing refers to may be collected
+                task.add_done_callback(self._tasks.discard)
+
+    def _with_policy(self, scope: Scope, send: Send) -> Send:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = self.policy
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                if MEDIA in scope["path"]:
+                    headers["Cache-Control"] = "no-store"
+            await send(message)
+
+        return answer
+
+
+def _is_full(scope: Scope) -> bool:
+    """Whether another upload would go beyond what is held: `MAX_FILES` and one for a page, so that the page
+    itself can say what is too many, and half of the budget for all pages together."""
+    manager = runtime.get_instance()._uploaded_file_mgr
+    if not isinstance(manager, MemoryUploadedFileManager):
+        return False
+    session = scope["path"].split(UPLOADS)[1].split("/")[0]
+    held = list(manager.file_storage.items())
+    length = int(dict(scope["headers"]).get(b"content-length", b"0"))
+    return (
+        len(dict(held).get(session, ())) > MAX_FILES
+        or sum(len(file.data) for _, files in held for file in list(files.values())) + length > BUDGET // 2
+    )
+
+
+async def _end_sessions_that_stay_away() -> None:
+    """End the sessions whose page is gone now and still is after `GRACE`: Streamlit would keep them, case and
+    all, until another session takes their place."""
+    manager = runtime.get_instance()._session_mgr
+    if not isinstance(manager, WebsocketSessionManager):
+        return
+    gone = {stored.session.id for stored in manager._session_storage.list()}
+    await asyncio.sleep(GRACE)
+    for stored in manager._session_storage.list():
+        if stored.session.id in gone:
+            manager.close_session(stored.session.id)
+
+
+def forget_media() -> None:
+    """Take back every address that this page's pictures and downloads had."""
+    if runtime.exists():
+        media = runtime.get_instance().media_file_mgr
+        media.clear_session_refs()
+        for _ in range(2):  # the first time a download is marked only
+            media.remove_orphaned_files()

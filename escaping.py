@@ -1,0 +1,71 @@
+"""Texts of others on their way out: names of files, patients, hospitals, series and datasets, and sentences
+that hold one. One function for each way: terminal, HTML, Markdown, CSV, and a picture's text.
+
+Each shows the text as it is and lets it do nothing: no control code, no tag, no link or picture, no formula.
+"""
+
+import html
+import re
+import unicodedata
+from typing import Any
+
+# control codes, invisible marks and those that turn the direction, halves of a character, line separators
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_JOINER = "\u2060"  # a character without a width; it ends what Markdown would take for an address or a sign
+_MARKS = re.compile(r"([\\*_\[\]<>|~$^])")  # not `: what it encloses is text
+_BEGINS = re.compile(r"^(\s*)(?:([#+=-])|(\d+)([.)]))")
+# Excel takes a cell for a formula that begins so, and where ; separates cells, each part of it as well. Full
+# width signs count too.
+_FORMULA = re.compile(r"(^|[;,|]|\\[trn])(\s*)(?=[=+\-@＝＋－＠])")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
+
+
+def plain(text: object) -> str:
+    """A text in one line in which every character can be seen: others are written as Python writes them."""
+    return "".join(_seen(character) if _hidden(character) else character for character in str(text))
+
+
+def _hidden(character: str) -> bool:
+    return character != _JOINER and unicodedata.category(character) in _UNSEEN
+
+
+def _seen(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def terminal(text: object) -> str:
+    """A text for a terminal or a log, in one line."""
+    return plain(text)
+
+
+def lines(text: object) -> str:
+    """A text of several lines of our own for a terminal or a log; the names in it passed `terminal`, or have
+    no line's end by their kind."""
+    return "\n".join(map(plain, str(text).split("\n")))
+
+
+def web(text: object) -> str:
+    """A text for HTML, within an element or a quoted attribute."""
+    return html.escape(plain(text))
+
+
+def markdown(text: object) -> str:
+    """A text for Markdown, also that of Streamlit and in a table's cell: no heading, list, link, picture,
+    formula or sign comes of it, and no address becomes a link."""
+    escaped = _MARKS.sub(r"\\\1", plain(text).replace("&", "&amp;"))
+    escaped = re.sub(r":(?=\S)", f":{_JOINER}", escaped)
+    escaped = re.sub(r"(?i)www(?=\.)|@", lambda found: found[0] + _JOINER, escaped)
+    return _BEGINS.sub(lambda b: f"{b[1]}\\{b[2]}" if b[2] else f"{b[1]}{b[3]}\\{b[4]}", escaped)
+
+
+def cell(value: Any) -> Any:
+    """A value for a cell of a CSV file: a text that a spreadsheet would run gets an apostrophe where it
+    begins; numbers stay."""
+    if not isinstance(value, str) or _NUMBER.fullmatch(value):
+        return value
+    return _FORMULA.sub(r"\1\2'", plain(value))
+
+
+def drawn(text: object) -> str:
+    """A text for matplotlib, which takes what lies between two $ for a formula."""
+    return plain(text).replace("$", r"\$")
