@@ -132,6 +132,7 @@ def close_case() -> None:
         "slice",
         "pixel_size",
         "slice_distance",
+        "side",
     ):
         st.session_state.pop(name, None)
     give_memory_back()

@@ -14,10 +14,14 @@ const SHEET = /_contact_sheet\.[^.]*$/; // of a prepared patient, to look throug
 const MEASURES = "volume.json"; // of a prepared patient, by the rules of spacing.py
 const NUMBER = /(?:^|[_\-. ])(\d{1,18})$/;
 
+const convert = "is another format of volumes; convert it to .nii.gz", pair = "is half of a pair (.hdr and .img); convert the pair to one .nii.gz file";
+const OTHERS = { ".mgz": convert, ".mgh": convert, ".nrrd": convert, ".mha": convert, ".mhd": convert, ".img": pair, ".hdr": pair };
+
 /* A case:
    name; slices: a name for each; count, height, width; pixels: Uint8Array, count × height × width × 3;
    together: whether the slices are one volume, or each is normalised by itself; truth: Uint8Array, count × height × width,
-   0 or 255, or null; spacing: mm between rows, columns and slices, or null; measured: whether the files tell it; notes; nifti:
+   0 or 255, or null; spacing: mm between rows, columns and slices, or null; measured: whether the files tell it; oriented:
+   whether it is known that the patient's left is on each slice's right; notes; nifti:
    where the scan came from, or null. */
 
 /** The case that [{name, bytes}] make: slices, one ZIP of slices, or a NIfTI file. Throws UserError for anything else. */
@@ -29,6 +33,8 @@ export async function readCase(files) {
     files = unpackZip(archive.name, archive.bytes);
   }
   checkNumber(files.length);
+  const other = Object.keys(OTHERS).find((ending) => files.some(({ name }) => name.toLowerCase().endsWith(ending)));
+  if (other && !files.some(({ name }) => isNifti(name))) throw new UserError(`a ${other} file ${OTHERS[other]}`);
   return files.some(({ name }) => isNifti(name)) ? readNifti(files) : readSlices(files);
 }
 
@@ -62,7 +68,7 @@ async function readSlices(files) {
   const { width, height, pixels } = await readAll(order);
   const opened = {
     name: [...patients.values()][0] || stem(order[0].name), slices: order.map(({ name }) => file(name)), count: order.length,
-    height, width, pixels, together: numbered.length > 0, truth: null, spacing: null, measured: false, notes: [], nifti: null,
+    height, width, pixels, together: numbered.length > 0, truth: null, spacing: null, measured: false, oriented: false, notes: [], nifti: null,
   };
   const known = order.map(({ name }) => masks.get(folder(name) + stem(name)));
   const used = known.filter(Boolean).length;
@@ -79,7 +85,7 @@ async function readSlices(files) {
   if (told.length > 1) {
     throw new UserError(`${told.length} files are called ${MEASURES}, and a patient has one; open one patient at a time`);
   }
-  if (told.length) Object.assign(opened, { spacing: readSpacing(told[0], opened.count), measured: true });
+  if (told.length) Object.assign(opened, { spacing: readSpacing(told[0], opened.count), measured: true, oriented: true });
   const left = files.length - images.length - masks.size - told.length;
   if (left) opened.notes.push(`${counted(left, "file")} ignored: neither slice nor mask.`);
   return opened;
