@@ -11,6 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from common import MedFLError
+from orientation import closest_axes
 
 SIDE = 256  # pixels, of the dataset's slices
 AS_ACQUIRED = 20.0  # degrees; slices tilted less, as technicians do along the skull's base, stay as they are
@@ -30,6 +31,13 @@ EDGE = 2.0  # mm, over which edges are measured
 POOR = 0.75  # agreement of edges; README.md tells how often real pairs lie below
 
 
+def as_shown(image: sitk.Image) -> sitk.Image:
+    """An image with its axes sorted and turned so that they lead to the left, the back and the head, as nearly
+    as sorting can; no value changes."""
+    stored, against = closest_axes(np.array(image.GetDirection()).reshape(3, 3))
+    return sitk.Flip(sitk.PermuteAxes(image, stored), against)
+
+
 def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
     """A volume as axial slices of SIDE×SIDE square pixels, float32, and a sentence where it was acquired
     otherwise.
@@ -38,7 +46,7 @@ def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
     of axial acquisitions that are tilted by up to 20 degrees stay where they are; others are resampled, at
     least 3 mm apart.
     """
-    oriented = sitk.DICOMOrient(image, "LPS")
+    oriented = as_shown(image)
     turn = np.array(oriented.GetDirection()).reshape(3, 3)
     tilt = float(np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1))))
     across = int(
@@ -103,7 +111,7 @@ def resample(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform | No
 
     Pixels that one of the grid takes in whole are averaged, not skipped.
     """
-    image = sitk.DICOMOrient(image, "LPS")
+    image = as_shown(image)
     factors = [
         max(1, int(coarse / fine + 1e-6)) for coarse, fine in zip(grid.GetSpacing(), image.GetSpacing())
     ]

@@ -1,23 +1,38 @@
-"""NIfTI volumes of a study: found, read, and their labels told.
+"""Volumes of a study as NIfTI (or NRRD) files: found, read, and their labels told.
 
     DIR/PATIENT/flair.nii.gz, t1.nii.gz, t1ce.nii.gz, seg.nii.gz
     DIR/PATIENT/STUDY/...                                            a folder more for each study
+    DIR/derivatives/TOOL/PATIENT/...                                 BIDS: of the patients of the raw tree
 
-All volumes of a study lie in one folder.
+All volumes of a study lie in one folder, or at the same place of a `derivatives` tree. The JSON file that
+dcm2niix writes beside a volume is read.
 """
 
+import gzip
+import json
+import math
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+import nifti_file
 from common import MedFLError
 from limits import fits
+from nifti_file import GZIP, NRRD, SUFFIXES
+from orientation import mirrored
 from radiology.geometry import on_grid
+from radiology.headers import File
 from radiology.series import Refused, Series
 
-SUFFIXES = (".nii", ".nii.gz")
+DERIVATIVES = "derivatives"
+KINDS_OF_SCAN = ("anat",)  # BIDS's folders of a session that say what was scanned, not whose it is
+WHOLE = 1e-4  # by which a label may lie beside a whole number: 255 × 0.00392157 is 1.00000035
+JSON_BYTES = 2**20
 
 
 def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:
@@ -28,9 +43,12 @@ def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[
     """
     found, refused = [], []
     for path in paths:
-        folders = path.relative_to(root).parent.parts
+        folders = _of_patient(root, path.relative_to(root).parent.parts)
+        if path.suffix.lower() == ".json" and _has_volume(path):
+            continue
         if not path.name.lower().endswith(SUFFIXES):
-            refused.append(Refused(path, "no NIfTI file (.nii or .nii.gz)"))
+            told = nifti_file.other_format(path.name) or "no NIfTI file (.nii or .nii.gz)"
+            refused.append(Refused(path, told))
         elif not folders:
             refused.append(Refused(path, "lies in no patient's folder; make a folder per patient"))
         else:
@@ -41,56 +59,148 @@ def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[
     return found, refused
 
 
+def _of_patient(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+    """The folders that name patient and study: those of a `derivatives` tree are the raw tree's."""
+    if DERIVATIVES in folders:
+        folders = folders[folders.index(DERIVATIVES) + 1 :]
+        known = [k for k, name in enumerate(folders) if (root / name).is_dir() and name != DERIVATIVES]
+        folders = folders[known[0] if known else 1 :]
+    return folders[:-1] if len(folders) > 1 and folders[-1] in KINDS_OF_SCAN else folders
+
+
+def _has_volume(path: Path) -> bool:
+    return any((path.parent / f"{path.stem}{suffix}").exists() for suffix in SUFFIXES)
+
+
 def _describe(path: Path, folders: tuple[str, ...]) -> Series:
     """A file's header as a series. Raises MedFLError for what is no readable volume."""
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("NiftiImageIO")
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise MedFLError("damaged, or no NIfTI file; export it again") from error
-    problems, size = [], reader.GetSize()
-    if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
+    header = _header(path)
+    shape = header.get_data_shape()
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    dtype, problems = header.get_data_dtype(), []
+    values = len(dtype.names or (1,))
+    if len(shape) != 3 or values != 1:
         problems.append(
-            f"it has {reader.GetDimension()} dimensions and {reader.GetNumberOfComponents()} values a pixel, "
-            "and a volume has 3 and 1; split it"
+            f"it has {len(shape)} dimensions and {values} values a pixel, and a volume has 3 and 1; split it"
         )
-    elif not fits(size[::-1]):
+    elif not fits(shape[::-1]):
         problems.append(
-            f"it has {'×'.join(map(str, size))} voxels, more than is read at once; make it smaller"
+            f"it has {'×'.join(map(str, shape))} voxels, more than is read at once; make it smaller"
         )
-    columns, rows, slices = (*size, 1)[:3]
-    column, row, between = (*reader.GetSpacing(), 1.0)[:3]
+    if dtype.kind == "c":
+        problems.append("it holds complex numbers, and a scan has real ones; export its magnitude")
+    if why := nifti_file.doubt(header):
+        problems.append(f"it {why}: left and right can't be told; convert the scan's DICOM files again")
+    columns, rows, slices = (*shape, 1, 1)[:3]
+    column, row, between = (*map(float, header.get_zooms()[:3]), 1.0, 1.0)[:3]
     return Series(
         uid=str(path),
         study_uid="/".join(folders),
         patient_id=folders[0],
         modality="NIfTI",
-        description=path.name[: path.name.lower().index(".nii")],
+        description=nifti_file.stem(path.name),
         files=(path,),
         frames=tuple(range(slices)),
         rows=rows,
         columns=columns,
         spacing=(between, row, column),
         problems=tuple(problems),
+        **_told_beside(path),
     )
 
 
-def load_volume(series: Series) -> sitk.Image:
-    """A volume's pixels with their place, float32. Raises MedFLError for a damaged file and for pixels that
-    are not finite."""
-    if series.problems:
-        raise MedFLError(f"{series.files[0]} can't be used: {'; '.join(series.problems)}")
+def _header(path: Path) -> Any:
+    """The header of a file, as nibabel has it. Raises MedFLError for what is no volume."""
     try:
-        image = sitk.ReadImage(str(series.files[0]), sitk.sitkFloat32, imageIO="NiftiImageIO")
-    except RuntimeError as error:
-        raise MedFLError(
-            f"{series.files[0]} can't be read (truncated or damaged); export it again"
-        ) from error
-    if not np.isfinite(sitk.GetArrayViewFromImage(image)).all():
-        raise MedFLError(f"{series.files[0]} holds values that are no numbers; export it again")
-    return image
+        with path.open("rb") as file:
+            head = nifti_file.read_head(file)
+        if head[:4] == NRRD:
+            return nifti_file.read_image(_content(path)).header
+        return nifti_file.read_header(head)
+    except MedFLError as error:
+        raise MedFLError(f"damaged, or no NIfTI file: it {error}") from error
+    except OSError as error:
+        raise MedFLError(f"can't be read ({error.strerror or error}); check its permissions") from error
+
+
+def _told_beside(path: Path) -> dict:
+    """What dcm2niix's JSON file beside a volume says of the scan: seconds become ms. Nothing where there is
+    none."""
+    beside = path.parent / f"{nifti_file.stem(path.name)}.json"
+    try:
+        told = json.loads(beside.read_bytes()) if beside.stat().st_size <= JSON_BYTES else {}
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(told, dict):
+        return {}
+
+    def number(name: str, factor: float = 1.0) -> float | None:
+        value = told.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return None
+        return value * factor
+
+    def text(*names: str) -> str:
+        return next((told[n].strip() for n in names if isinstance(told.get(n), str) and told[n].strip()), "")
+
+    return {
+        "protocol": text("SeriesDescription", "ProtocolName"),
+        "contrast_agent": text("ContrastBolusAgent", "ContrastBolusIngredient"),
+        "repetition_time": number("RepetitionTime", 1000),
+        "echo_time": number("EchoTime", 1000),
+        "inversion_time": number("InversionTime", 1000),
+        "field_strength": number("MagneticFieldStrength"),
+        "manufacturer": text("Manufacturer"),
+        "model": text("ManufacturersModelName", "ManufacturerModelName"),
+    }
+
+
+def _content(path: File) -> bytes:
+    """A file's bytes, unpacked to the end of the stream, so that a cut or a flipped bit is noticed."""
+    with path.open("rb") as file:
+        start = file.read(2)
+        file.seek(0)
+        try:
+            return (gzip.GzipFile(fileobj=file) if start == GZIP else file).read()
+        except EOFError as error:
+            raise MedFLError("is truncated, its gzip stream has no end; copy it again") from error
+        except (OSError, zlib.error) as error:
+            raise MedFLError("is a damaged gzip file; copy it again") from error
+
+
+def load_volume(series: Series) -> sitk.Image:
+    """A volume's pixels with their place, float32, in the order in which they are stored.
+
+    Raises MedFLError for a truncated or damaged file, one whose orientation is not known, and one without a
+    finite value.
+    """
+    return load_counted(series)[0]
+
+
+def load_counted(series: Series) -> tuple[sitk.Image, int]:
+    """As `load_volume`, and how many values were not finite: the least of the others stands in their
+    place."""
+    path = series.files[0]
+    if series.problems:
+        raise MedFLError(f"{path} can't be used: {'; '.join(series.problems)}")
+    try:
+        image = nifti_file.read_image(_content(path))
+        values, odd = nifti_file.finite(np.asarray(image.dataobj))
+    except MedFLError as error:
+        raise MedFLError(f"{path} {error}") from error
+    return _placed(image, values.reshape(values.shape[:3])), odd
+
+
+def _placed(image: nibabel.Nifti1Image, values: np.ndarray) -> sitk.Image:
+    """Values (I, J, K) as they are stored, at the place that the file gives them."""
+    affine = mirrored(image.affine)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    placed = sitk.GetImageFromArray(values.transpose(2, 1, 0).astype(np.float32))
+    placed.SetSpacing(spacing.tolist())
+    placed.SetOrigin(affine[:3, 3].tolist())
+    placed.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    return placed
 
 
 def read_labels(
@@ -98,22 +208,30 @@ def read_labels(
 ) -> tuple[sitk.Image, int]:
     """A label file's tumour, uint8 0 or 1, and the place of the reference on whose grid it lies.
 
-    labels: the values that mean tumour. Raises MedFLError for other values, an empty file, and another
-    geometry.
+    labels: the values that mean tumour. references: as `load_volume` gives them. Raises MedFLError for other
+    values, an empty file, and another geometry.
     """
-    path, image = series.files[0], load_volume(series)
+    path, (image, odd) = series.files[0], load_counted(series)
+    if odd:
+        raise MedFLError(f"{path.name} holds {odd:,} values that are no numbers; export it again")
     values = sitk.GetArrayViewFromImage(image)
     present = np.unique(values)
-    if unknown := [f"{v:g}" for v in present if v != 0 and v not in labels]:
+    whole = present.round()
+    if unknown := [f"{v:g}" for v, n in zip(present, whole) if abs(v - n) > WHOLE or n not in (0, *labels)]:
         raise MedFLError(
             f"{path.name} holds the values {', '.join(unknown[:5])}, and tumour is "
             f"{', '.join(map(str, labels))}; name those that mean tumour in the rules (mask, labels)"
         )
-    if not present.any():
+    if not whole.any():
         raise MedFLError(f"{path.name} is empty: no voxel is marked as tumour")
+    tumour = sitk.Cast(image > 0.5, sitk.sitkUInt8)
+    cropped = path.name.lower().endswith(".nrrd")  # Slicer stores a segmentation's own box only
     for place, reference in enumerate(references):
-        if image.GetSize() == reference.GetSize() and on_grid(image, reference):
-            return sitk.Cast(image != 0, sitk.sitkUInt8), place
+        if (cropped or image.GetSize() == reference.GetSize()) and on_grid(image, reference):
+            if not cropped:
+                return tumour, place
+            nearest = sitk.sitkNearestNeighbor
+            return sitk.Resample(tumour, reference, sitk.Transform(), nearest, 0, sitk.sitkUInt8), place
     raise MedFLError(
         f"{path.name} has another geometry than the volumes beside it; draw or export the mask on one of them"
     )

@@ -5,15 +5,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from common import atomic_write, write_csv
 from escaping import web
+from orientation import EDGES
 from radiology.series import Refused
 from radiology.studies import Study
 
 TILE, ACROSS = 128, 10  # pixels of a slice's side, and slices in a row
-OUTLINE = (255, 150, 0)
+OUTLINE, MARK = (255, 150, 0), (255, 255, 255)
 SUFFIX = "_contact_sheet.png"  # preprocessing.is_image passes over these
 COLUMNS = (
     "pseudonym",
@@ -55,6 +56,9 @@ def contact_sheet(volume: np.ndarray, mask: np.ndarray | None) -> Image.Image:
         rows.append(_outlined(volume[index], None if mask is None else mask[index] > 0))
         for row, pixels in enumerate(rows):
             tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BOX)
+            pen, font = ImageDraw.Draw(tile), ImageFont.load_default(10)
+            pen.text((2, TILE // 2), EDGES["left"], MARK, font, "lm")
+            pen.text((TILE - 2, TILE // 2), EDGES["right"], MARK, font, "rm")
             sheet.paste(tile, (column * TILE, row * TILE))
     return sheet
 

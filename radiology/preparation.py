@@ -10,7 +10,7 @@ from PIL import Image
 
 from common import MedFLError, write_json
 from radiology.geometry import POOR, agreement, register, resample, resample_mask, to_axial, to_uint8
-from radiology.nifti import load_volume, read_labels
+from radiology.nifti import load_counted, read_labels
 from radiology.rules import CHANNELS, FLAIR, Rules
 from radiology.segmentation import MANUFACTURER, read_segmentation
 from radiology.series import Series, load_series
@@ -43,9 +43,9 @@ class Prepared:
 def prepare(study: Study, rules: Rules) -> Prepared:
     """A study's series, read, aligned and in 8 bits. Raises MedFLError where its FLAIR can't be read or is
     blank."""
-    flair = _load(study.channels[FLAIR])
+    flair, notes = _load(FLAIR, study.channels[FLAIR])
     fixed, told = to_axial(flair)
-    notes = ([f"FLAIR was {told}"] if told else []) + _text_notes(FLAIR, study.channels[FLAIR], flair)
+    notes += ([f"FLAIR was {told}"] if told else []) + _text_notes(FLAIR, study.channels[FLAIR], flair)
     grids, transforms, failures = {FLAIR: _grid_of(flair)}, {FLAIR: sitk.Transform()}, {}
     planes = {FLAIR: to_uint8(sitk.GetArrayViewFromImage(fixed))}
     del flair
@@ -55,7 +55,7 @@ def prepare(study: Study, rules: Rules) -> Prepared:
         series = study.channels.get(channel)
         if channel != FLAIR and series is not None:
             try:
-                image = _load(series)
+                image, told_of_values = _load(channel, series)
                 transform = register(image, fixed, _same_frame(series, study.channels[FLAIR]))
                 moved = resample(image, fixed, transform)
                 planes[channel] = _not_blank(to_uint8(sitk.GetArrayViewFromImage(moved)))
@@ -63,8 +63,10 @@ def prepare(study: Study, rules: Rules) -> Prepared:
                 failures[series.uid] = str(error)
             else:
                 grids[channel], transforms[channel] = _grid_of(image), transform
-                notes += _text_notes(channel, series, image) + _alignment_notes(
-                    channel, agreement(moved, fixed)
+                notes += (
+                    told_of_values
+                    + _text_notes(channel, series, image)
+                    + _alignment_notes(channel, agreement(moved, fixed))
                 )
         if channel not in planes:
             planes[channel] = planes[FLAIR]
@@ -80,8 +82,12 @@ def prepare(study: Study, rules: Rules) -> Prepared:
     return Prepared(volume, mask, _about(study.channels[FLAIR], fixed), tuple(notes), failures)
 
 
-def _load(series: Series) -> sitk.Image:
-    return load_volume(series) if series.modality == "NIfTI" else load_series(series)
+def _load(channel: str, series: Series) -> tuple[sitk.Image, list[str]]:
+    """A series' pixels, and what is to be told of its values."""
+    if series.modality != "NIfTI":
+        return load_series(series), []
+    image, odd = load_counted(series)
+    return image, [f"{odd:,} values of {channel} were not finite, and were taken for background"] * bool(odd)
 
 
 def _grid_of(image: sitk.Image) -> sitk.Image:

@@ -11,6 +11,9 @@ from radiology.series import Series
 
 DEFAULT = Path(__file__).with_name("series_rules.toml")
 PRE, FLAIR, POST, MASK = "pre-contrast", "FLAIR", "post-contrast", "mask"
+T1 = "T1"  # before it is known whether with contrast agent
+SPEAKS = re.compile(r"\b(t1|t2|pd|stir)", re.IGNORECASE)  # a description that says what it shows
+LEFT_OUT = "its description is one of those that the rules leave out"
 CHANNELS = (PRE, FLAIR, POST)  # in the order of the dataset's slices
 TIMES = ("repetition_time", "echo_time", "inversion_time")
 SECTIONS = ("leave_out", "flair", "t1", "contrast", "mask")
@@ -89,24 +92,52 @@ def _rule(section: dict) -> Rule:
 
 
 def role_of(series: Series, rules: Rules) -> tuple[str | None, str]:
-    """What a series is, a channel's name or "mask" or None, and why.
+    """What a series is, a channel's name or "mask" or None, and why, with what contradicts it.
 
     The modality, problems and geometry play no part: `radiology.studies` weighs those.
     """
-    text = re.sub(r"[_\-./\\()\[\]\s]+", " ", f"{series.description} {series.protocol} {series.sequence}")
-    rule = rules.sections
-    if series.modality == "SEG" or (series.modality == "NIfTI" and rule["mask"].found_in(text)):
+    own, rule = _words(f"{series.description} {series.sequence}"), rules.sections
+    if series.modality == "SEG":
         return MASK, "a segmentation"
-    if rule["leave_out"].found_in(text):
-        return None, "its description is one of those that the rules leave out"
-    by_text = rule["flair"].found_in(text), rule["t1"].found_in(text)
-    flair, t1 = by_text if any(by_text) else (rule["flair"].fits_times(series), rule["t1"].fits_times(series))
-    how = "by its description" if any(by_text) else "by its times"
-    if flair:
-        return FLAIR, how
-    if not t1:
+    if series.modality == "NIfTI" and any(p.search(own) for p in rule["mask"].any):
+        fits = rule["mask"].found_in(own)
+        return (MASK, "a segmentation") if fits else (None, "a mask, but of no tumour by its name")
+    if rule["leave_out"].found_in(own):
+        return None, LEFT_OUT
+    named, timed = _kind_by_name(own, rule), _kind_by_times(series, rule)
+    if named:
+        kind, text, how = named, own, "by its description"
+    elif timed:
+        kind, text, how = timed, own, "by its times"
+    elif not SPEAKS.search(own):  # the protocol's name is often the whole exam's, so it comes last
+        text, how = _words(series.protocol), "by its protocol's name"
+        if rule["leave_out"].found_in(text):
+            return None, LEFT_OUT
+        kind = _kind_by_name(text, rule)
+    else:
+        kind = None
+    if kind is None:
         return None, "neither its description nor its times are those of a FLAIR or a T1"
+    if named and timed and timed != named:
+        how += f", though its times are those of a {timed}"
+    if kind == FLAIR:
+        return FLAIR, how
+    given = series.contrast_agent.strip().lower() not in NO_AGENT
     without = any(p.search(text) for p in rule["contrast"].none)
-    named = series.contrast_agent.strip().lower() not in NO_AGENT
-    post = rule["contrast"].found_in(text) or (named and not without)
-    return (POST if post else PRE), how
+    if without and given:
+        how += ", though a contrast agent is named"
+    elif rule["contrast"].found_in(text) and series.contrast_agent.strip() and not given:
+        how += ", though it says that no contrast agent was given"
+    return (POST if rule["contrast"].found_in(text) or (given and not without) else PRE), how
+
+
+def _words(text: str) -> str:
+    return re.sub(r"[_\-./\\()\[\]\s]+", " ", text).strip()
+
+
+def _kind_by_name(text: str, rule: dict[str, Rule]) -> str | None:
+    return FLAIR if rule["flair"].found_in(text) else T1 if rule["t1"].found_in(text) else None
+
+
+def _kind_by_times(series: Series, rule: dict[str, Rule]) -> str | None:
+    return FLAIR if rule["flair"].fits_times(series) else T1 if rule["t1"].fits_times(series) else None

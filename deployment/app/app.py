@@ -133,6 +133,7 @@ def close_case() -> None:
         "slice",
         "pixel_size",
         "slice_distance",
+        "side",
     ):
         st.session_state.pop(name, None)
     forget_media()

@@ -25,7 +25,8 @@ class Case:
     name: the patient's, or the file's; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each
     slice the number of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H,
     W) uint8 0/255 or None; spacing: mm between rows, columns and slices, or None; measured: whether the files
-    tell it; notes: what a reader should know about how it was read; nifti, dicom: the image or the series
+    tell it; oriented: whether it is known that the patient's left is on the right of each slice; notes: what
+    a reader should know about how it was read; nifti, dicom: the image or the series
     (dicom.Source) that it came from, if it did, to write a mask in the same space.
     """
 
@@ -36,6 +37,7 @@ class Case:
     truth: np.ndarray | None = None
     spacing: tuple[float, float, float] | None = None
     measured: bool = False
+    oriented: bool = False
     notes: list[str] = field(default_factory=list)
     nifti: "nibabel.Nifti1Image | None" = None
     dicom: "Source | None" = None

@@ -16,6 +16,8 @@ from deployment.app.archives import check_names, check_number, unpack_zip
 from deployment.app.case import LONE_SLICE, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
 from limits import MAX_PIXELS
+from nifti_file import SUFFIXES as NIFTI
+from nifti_file import other_format
 from pairing import pair
 from preprocessing import (
     IMAGE_SUFFIXES,
@@ -28,9 +30,19 @@ from preprocessing import (
 )
 from spacing import NAME, read_spacing
 
-NIFTI = (".nii", ".nii.gz")
 DICOM = (".dcm", ".dicom", ".ima")  # or any other name, where the content says so
-KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "json"]  # that the page's upload offers
+KINDS = [
+    "tif",
+    "tiff",
+    "png",
+    "jpg",
+    "jpeg",
+    "zip",
+    "nii",
+    "gz",
+    "nrrd",
+    "json",
+]  # that the page's upload offers
 
 
 def read_case(files: list[tuple[str, bytes]]) -> Case:
@@ -51,6 +63,8 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
     check_names(name for name, _ in files)
     if any(name.lower().endswith(NIFTI) for name, _ in files):
         return read_nifti(files)
+    if others := [(name, told) for name, _ in files if (told := other_format(name))]:
+        raise MedFLError(f"{short(others[0][0])} {others[0][1]}")
     return _read_slices(dict(files), bool(archives))
 
 
@@ -127,6 +141,7 @@ def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
     if told:
         between, rows, columns = read_spacing(told[0], len(order), paths[told[0]])
         case.spacing, case.measured = (rows, columns, between), True
+        case.oriented = True  # data/prepare_hospital.py wrote it, which takes no scan whose left is not known
     if left := len(paths) - len(images) - len(masks) - len(pairing.alone) - len(told):
         case.notes.append(f"{counted(left, 'file')} ignored: neither slice nor mask.")
     return case

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from common import MedFLError
 from deployment.app.case import LONE_SLICE, MIN_SIDE, Case
-from deployment.app.nifti import nifti_file
+from deployment.app.nifti import nifti_bytes
 from deployment.app.source import Source
 from limits import MAX_PIXELS
 from preprocessing import CHANNELS
@@ -73,6 +73,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
         groups=np.zeros(len(volume), int),
         spacing=(rows, columns, between),
         measured=True,
+        oriented=True,
         dicom=source,
         notes=notes + _notes_on(flair, image, oriented),
     )
@@ -259,7 +260,7 @@ def write_series_nifti(source: Source, mask: np.ndarray) -> bytes:
     affine[:3, :3] = np.array(grid.GetDirection()).reshape(3, 3) * grid.GetSpacing()
     affine[:3, 3] = grid.GetOrigin()
     affine[:2] *= -1  # DICOM counts to the left and back, NIfTI to the right and front
-    return nifti_file(on_series(source, mask).transpose(2, 1, 0), affine)
+    return nifti_bytes(on_series(source, mask).transpose(2, 1, 0), affine)
 
 
 def as_prepared(volume: np.ndarray) -> np.ndarray:

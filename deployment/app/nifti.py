@@ -1,9 +1,8 @@
-"""NIfTI files in and masks out, through nibabel, which is optional."""
+"""NIfTI (and NRRD) files in and masks out, through nibabel, which is optional."""
 
 import gzip
-import io
 import math
-import struct
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,170 +11,303 @@ from common import MedFLError
 from deployment.app.archives import gzip_begins_with, unpack_gzip
 from deployment.app.case import MIN_SIDE, Case
 from limits import MAX_PIXELS, SIZES_MM, fits, is_size_mm
+from nifti_file import (
+    GZIP,
+    HEAD,
+    NRRD,
+    SUFFIXES,
+    doubt,
+    finite,
+    header_length,
+    nrrd_sizes,
+    read_header,
+    read_image,
+    stem,
+)
+from orientation import (
+    UNKNOWN,
+    closest_axes,
+    distance_apart,
+    from_shown,
+    mirrored,
+    shown_affine,
+    to_shown,
+)
+from preprocessing import CHANNELS
 
 if TYPE_CHECKING:
     import nibabel
 
-HEADER = 352  # bytes, with those that say whether extensions follow
 BRIGHTEST = 99.9  # percentile of the voxels above 0 that becomes 255
+BELOW = 0.25  # of the values that are not 0: with more of them below 0, 0 is not the black of this file
+DARKEST = 0.5  # percentile of the values that are not 0 that becomes black in such a file
+OFF_GRID = 0.1  # voxels by which a mask may lie beside its scan; writers round
+TRUTH = re.compile(r"(mask|seg|segm|segmentation|labels?|glistrboost|manuallycorrected)$", re.IGNORECASE)
+OTHER_MASK = re.compile(r"(brain|skull|head)[_-]?(mask|seg\w*)$", re.IGNORECASE)
 
 
 def read_nifti(files: list[tuple[str, bytes]]) -> Case:
-    """The case of one NIfTI file, its axial slices from feet to head, and of its `_mask` or `_seg` file if
+    """The case of one scan, its axial slices from feet to head, and of its mask (`..._mask`, `..._seg`) if
     that came along.
 
-    One volume fills all three channels; three volumes are pre-contrast, FLAIR and post-contrast. Raises
-    MedFLError.
+    One volume fills all three channels; three volumes are pre-contrast, FLAIR and post-contrast; several
+    files on one grid (as BraTS has them) are told apart by their names. Raises MedFLError.
     """
+    files = [(name, content) for name, content in files if not name.lower().endswith(".json")]
     scans = [(name, content) for name, content in files if not _is_truth(name)]
     truths = [file for file in files if _is_truth(file[0])]
-    if len(scans) != 1 or len(truths) > 1:
+    if not scans or len(truths) > 1 or not all(name.lower().endswith(SUFFIXES) for name, _ in files):
         raise MedFLError(
-            "a NIfTI case is one scan and at most one mask (named ..._mask or ..._seg); upload these alone"
+            "a NIfTI case is one scan, or one for each channel, and at most one mask (named ..._mask or "
+            "..._seg); upload these alone"
         )
-    name = scans[0][0].rsplit("/", 1)[-1]
-    stored, image = _load(*scans[0])
-    values = np.asarray(image.dataobj)
-    if values.dtype.names:  # stored as RGB
-        values = np.stack([values[channel] for channel in values.dtype.names[:3]], axis=-1)
-    values = values.reshape(*values.shape[:3], -1)
-    if values.shape[3] not in (1, 3):
-        raise MedFLError(
-            f"{name} holds {values.shape[3]} volumes, and a case has one, or three (pre-contrast, FLAIR and "
-            "post-contrast); choose another file"
-        )
-    if not np.isfinite(values).all():
-        raise MedFLError(f"{name} holds values that are not finite; write it again without them")
-    volume = to_axial(
-        np.concatenate(
-            [to_bytes(values[..., channel])[..., None] for channel in range(values.shape[3])], axis=3
-        )
-    )
-    volume = np.ascontiguousarray(np.broadcast_to(volume, (*volume.shape[:3], 3)))
+    named, notes = (dict.fromkeys(CHANNELS, scans[0]), []) if len(scans) == 1 else _channels(scans)
+    loaded = {name: _load(name, content) for name, content in dict(named.values()).items()}
+    first = named["FLAIR"][0]
+    stored = loaded[first]
+    name = _short(first)
+    _check_grids(stored, {_short(other): image for other, image in loaded.items()}, name)
+    if len(scans) == 1:
+        planes, more, is_bytes = _one_file(name, stored)
+    else:
+        each = [_one_file(_short(named[channel][0]), loaded[named[channel][0]], 1) for channel in CHANNELS]
+        planes = np.concatenate([volume for volume, *_ in each], axis=3)
+        more = list(dict.fromkeys(note for _, notes_of, _ in each for note in notes_of))
+        is_bytes = all(told for *_, told in each)
+    axes = closest_axes(mirrored(stored.affine)[:3, :3])
+    volume = to_shown(planes, axes)
     if min(volume.shape[1:3]) < MIN_SIDE or volume[..., 0].size > MAX_PIXELS:
         raise MedFLError(f"{name} has {_size(volume)}, which this page can't hold; crop or resample it first")
-    columns, rows, between = (float(size) for size in image.header.get_zooms()[:3])
-    stem = name[: name.lower().index(".nii")]
+    columns, rows, between = (float(stored.header.get_zooms()[axis]) for axis in axes[0])
     measured = all(map(is_size_mm, (rows, columns, between)))
     case = Case(
-        name=stem,
-        slices=[f"{stem}_{k + 1}" for k in range(len(volume))],
+        name=stem(name),
+        slices=[f"{stem(name)}_{k + 1}" for k in range(len(volume))],
         volume=volume,
         groups=np.zeros(len(volume), int),
         spacing=(rows, columns, between) if measured else None,
         measured=measured,
         nifti=stored,
+        notes=notes + more,
     )
     if not measured:
         case.notes.append(
             f"The file tells voxels of {columns:g} × {rows:g} × {between:g} mm, which can't be right (they are "
             f"{SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm): there are no figures in mm unless you give the sizes."
         )
-    if values.dtype != np.uint8:
+    if not is_bytes:
         case.notes.append(
             "The intensities of each sequence were scaled to 0–255: 0 and below become 0, and the "
             f"{BRIGHTEST} % percentile of the rest becomes 255."
         )
+    if why := doubt(stored.header):
+        case.notes.append(
+            f"{UNKNOWN.capitalize()}: {name} {why}. Left and right may be exchanged; if you know, say below "
+            f"which side is the patient's left."
+        )
+    case.oriented = why is None
     if truths:
         case.truth = read_nifti_mask(case, *truths[0])
     return case
 
 
+def _short(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
 def _is_truth(name: str) -> bool:
-    return name.lower().split(".nii")[0].endswith(("_mask", "_seg"))
+    return bool(TRUTH.search(stem(name)) and not OTHER_MASK.search(stem(name)))
+
+
+def _channels(scans: list[tuple[str, bytes]]) -> tuple[dict[str, tuple[str, bytes]], list[str]]:
+    """The file of each channel, by the rules for series' names; FLAIR stands in for what is missing."""
+    try:
+        from radiology.rules import load_rules, role_of
+        from radiology.series import Series
+    except ModuleNotFoundError as error:
+        raise MedFLError(
+            f"several NIfTI files are told apart with {error.name}, which is not installed here; upload one scan "
+            f"and at most one mask (named ..._mask or ..._seg)"
+        ) from error
+    rules, found = load_rules(), {}
+    for name, content in scans:
+        role, _ = role_of(Series("", "", "", "NIfTI", stem(name), ()), rules)
+        if role in found:
+            raise MedFLError(f"two of the files say that they are {role}; upload one of each")
+        if role in CHANNELS:
+            found[role] = (name, content)
+    if "FLAIR" not in found:
+        raise MedFLError(
+            f"none of the {len(scans)} NIfTI files says in its name that it is FLAIR; rename one"
+        )
+    notes = [f"{channel} is {_short(found[channel][0])}." for channel in CHANNELS if channel in found]
+    if missing := [channel for channel in CHANNELS if channel not in found]:
+        notes.append(
+            f"FLAIR stands in for {' and '.join(missing)}, as in the training set where one was missing."
+        )
+    if spare := len(scans) - len(found):
+        notes.append(f"{spare} NIfTI files were ignored: no channel needs them.")
+    return {channel: found.get(channel, found["FLAIR"]) for channel in CHANNELS}, notes
+
+
+def _check_grids(stored: "nibabel.Nifti1Image", others: dict, name: str) -> None:
+    for other, image in others.items():
+        if not _same_place(stored, image):
+            raise MedFLError(
+                f"{other} lies on another grid than {name}; prepare them with data/prepare_hospital.py, which "
+                f"lays sequences over each other"
+            )
+
+
+def _one_file(name: str, image: "nibabel.Nifti1Image", most: int = 3) -> tuple[np.ndarray, list[str], bool]:
+    """A file's stored voxels as uint8, (I, J, K, 1 or 3), what is to be told of them, and whether they were
+    bytes."""
+    values = np.asarray(image.dataobj)
+    if values.dtype.names:  # stored as RGB
+        values = np.stack([values[channel] for channel in values.dtype.names[:3]], axis=-1)
+    values = values.reshape(*values.shape[:3], -1)
+    if values.shape[3] not in (1, most):
+        raise MedFLError(
+            f"{name} holds {values.shape[3]} volumes, and a case has one, or three (pre-contrast, FLAIR and "
+            "post-contrast); choose another file"
+        )
+    try:
+        good, odd = finite(values)
+    except MedFLError as error:
+        raise MedFLError(f"{name} {error}") from error
+    notes = []
+    if odd:
+        notes.append(f"{odd} values were not finite, and were taken for background.")
+    planes = [good[..., channel] for channel in range(good.shape[3])]
+    if any(centred(plane) for plane in planes):
+        notes.append(
+            "Many values lie below 0, as after a z-score: they were brought into range, from the least to the "
+            "greatest, and the background to black."
+        )
+    planes = [to_bytes(plane) for plane in planes]
+    if most == 3:
+        planes = [planes[channel % len(planes)] for channel in range(3)]
+    return np.stack(planes, axis=-1), notes, values.dtype == np.uint8
 
 
 def _load(name: str, content: bytes):
-    """The image in a NIfTI file's bytes: as it is stored, and turned so that its axes are right, front and
-    up."""
+    """nibabel's image in a file's bytes. Raises MedFLError for what is damaged or something else."""
+    name = _short(name)
     try:
-        import nibabel
-    except ImportError as error:
+        if content[:2] == GZIP or (
+            name.lower().endswith(".gz") and content and header_length(content) is None
+        ):
+            _check_size(gzip_begins_with(name, content, HEAD))
+            content = unpack_gzip(name, content)
+        _check_size(content)
+        image = read_image(content)
+    except ModuleNotFoundError as error:
+        package = {"nrrd": "pynrrd"}.get(error.name or "", error.name)
         raise MedFLError(
-            "NIfTI files need nibabel; install it (`pip install nibabel`), or upload slices as TIFF or PNG"
+            f"this kind of file needs {package}; install it (`pip install {package}`), or upload slices as TIFF "
+            f"or PNG"
         ) from error
-    name = name.rsplit("/", 1)[-1]
-    packed = name.lower().endswith(".gz")
-    _check_header(name, gzip_begins_with(name, content, HEADER) if packed else content[:HEADER])
-    if packed:
-        content = unpack_gzip(name, content)
-    try:
-        stored = nibabel.Nifti1Image.from_stream(io.BytesIO(content))
-        values = math.prod(stored.shape) * stored.get_data_dtype().itemsize
-        if stored.dataobj.offset + values > len(content):
-            raise ValueError("truncated")
-        turned = nibabel.as_closest_canonical(stored)
-        np.asarray(turned.dataobj)
-    except Exception as error:  # nibabel raises many kinds for a damaged file
-        raise MedFLError(f"{name} can't be read as NIfTI; copy it again") from error
-    return stored, turned
+    except MedFLError as error:
+        raise MedFLError(f"{name} {error}") from error
+    if len(image.shape) < 3:
+        raise MedFLError(
+            f"{name} has {len(image.shape)} dimensions, and a scan has three; choose another file"
+        )
+    return image
 
 
-def _check_header(name: str, head: bytes) -> None:
+def centred(values: np.ndarray) -> bool:
+    """Whether so many values lie below 0 that 0 is not the black of a sequence."""
+    return values.dtype != np.uint8 and np.count_nonzero(values < 0) > BELOW * np.count_nonzero(values)
+
+
+def _check_size(content: bytes) -> None:
     """Raises MedFLError for a header that asks for more than a page can hold, before anything more is read or
-    unpacked. What is no header passes: its reader says so."""
-    import nibabel
-
-    if len(head) < HEADER or head[:4] not in (
-        struct.pack(f"{order}i", nibabel.Nifti1Header.sizeof_hdr) for order in "<>"
-    ):
-        return
-    header = nibabel.Nifti1Header(head[: nibabel.Nifti1Header.sizeof_hdr], check=False)
-    try:
-        shape = tuple(int(side) for side in header.get_data_shape())
-    except Exception as error:  # nibabel raises many kinds for a damaged header
-        raise MedFLError(f"{name} can't be read as NIfTI; copy it again") from error
+    unpacked."""
+    if content[:4] == NRRD:
+        shape = nrrd_sizes(content)
+    elif header_length(content) is not None:
+        shape = tuple(int(side) for side in read_header(content[:HEAD]).get_data_shape())
+    else:
+        return  # its reader says what it is
     if len(shape) < 3:
-        raise MedFLError(f"{name} has {len(shape)} dimensions, and a scan has three; choose another file")
+        raise MedFLError(f"has {len(shape)} dimensions, and a scan has three; choose another file")
     volumes = math.prod(shape[3:])
     if volumes not in (1, 3):
         raise MedFLError(
-            f"{name} holds {volumes} volumes, and a case has one, or three (pre-contrast, FLAIR and "
-            "post-contrast); choose another file"
+            f"holds {volumes} volumes, and a case has one, or three (pre-contrast, FLAIR and post-contrast); "
+            "choose another file"
         )
     if not fits(shape[2::-1], MAX_PIXELS):
         raise MedFLError(
-            f"{name} asks for {'×'.join(map(str, shape))} values, which this page can't hold; crop or resample "
-            f"it first"
+            f"asks for {'×'.join(map(str, shape))} values, which this page can't hold; crop or resample it first"
         )
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
-    """Intensities of one sequence as uint8: 0 stays 0, the brightest become 255. uint8 stays as it is."""
+    """Intensities of one sequence as uint8: 0 stays 0, the brightest become 255. uint8 stays as it is.
+
+    A sequence around 0 (`centred`) is brought into range first: its darkest values become 0, and what is
+    exactly 0, if that is the background, as well.
+    """
     if values.dtype == np.uint8:
         return values
     values = np.asarray(values, np.float32)
+    if centred(values):
+        there = values != 0
+        values = np.where(there, values - np.percentile(values[there], DARKEST).astype(np.float32), 0)
     above = values[values > 0]
     top = float(np.percentile(above, BRIGHTEST)) if above.size else 1.0
     return (values / max(top, 1e-6) * 255).clip(0, 255).round().astype(np.uint8)
 
 
-def to_axial(values: np.ndarray) -> np.ndarray:
-    """(X, Y, Z, ...) from left to right, back to front, feet to head, as slices (Z, Y, X, ...) with the front
-    at the top."""
-    return np.ascontiguousarray(np.moveaxis(values, (0, 1, 2), (2, 1, 0))[:, ::-1])
-
-
-def from_axial(slices: np.ndarray) -> np.ndarray:
-    """The inverse of `to_axial`."""
-    return np.ascontiguousarray(np.moveaxis(slices[:, ::-1], (0, 1, 2), (2, 1, 0)))
-
-
 def read_nifti_mask(case: Case, name: str, content: bytes) -> np.ndarray:
-    """A mask of the case's shape from a NIfTI file, (S, H, W) uint8: every value above 0 is tumour."""
-    values = np.asarray(_load(name, content)[1].dataobj)
+    """A mask of the case's shape and place from a NIfTI file, (S, H, W) uint8: every value above 0 is tumour."""
+    image = _load(name, content)
+    values = np.asarray(image.dataobj)
     if values.dtype.names:
         raise MedFLError(
-            f"{name.rsplit('/', 1)[-1]} holds colours, and a mask holds numbers; choose the mask of this scan"
+            f"{_short(name)} holds colours, and a mask holds numbers; choose the mask of this scan"
         )
-    mask = to_axial(
-        values[..., 0] if values.shape[3:] == (1,) else values
-    )  # one volume may be told as a fourth dimension
+    if values.shape[3:] == (1,):  # one volume may be told as a fourth dimension
+        values = values[..., 0]
+    mask = to_shown(values, closest_axes(mirrored(image.affine)[:3, :3]))
     if mask.shape != case.volume.shape[:3]:
         raise MedFLError(
             f"the mask has {_size(mask)} and the scan {_size(case.volume)}; choose the mask of this scan"
         )
+    if case.nifti is not None and not _same_place(case.nifti, image):
+        raise MedFLError(
+            f"{_short(name)} lies at another place than the scan, by its affine; choose the mask of this scan"
+        )
     return np.where(mask > 0, np.uint8(255), np.uint8(0))
+
+
+def mirror(case: Case) -> None:
+    """Exchange left and right of a case whose file does not tell them, and of what is written from it."""
+    import nibabel
+
+    scan = case.nifti
+    assert scan is not None  # the page asks about files of this kind only
+    (left, *_), _ = closest_axes(mirrored(scan.affine)[:3, :3])
+    affine = scan.affine.copy()
+    affine[:3, left] *= -1
+    affine[:3, 3] += scan.affine[:3, left] * (scan.shape[left] - 1)
+    case.nifti = nibabel.Nifti1Image(scan.dataobj, affine)
+    case.volume = np.ascontiguousarray(case.volume[:, :, ::-1])
+    case.truth = None if case.truth is None else np.ascontiguousarray(case.truth[:, :, ::-1])
+
+
+def _same_place(one: "nibabel.Nifti1Image", other: "nibabel.Nifti1Image") -> bool:
+    """Whether two images have one grid, in whatever order their voxels are stored."""
+    sizes, places = [], []
+    for image in (one, other):
+        affine = mirrored(image.affine)
+        axes = closest_axes(affine[:3, :3])
+        sizes.append(tuple(image.shape[axis] for axis in axes[0]))
+        places.append(shown_affine(affine, image.shape, axes))
+    finest = np.linalg.norm(places[0][:3, :3], axis=0).min()
+    return sizes[0] == sizes[1] and distance_apart(places[0], places[1], sizes[0]) <= OFF_GRID * finest
 
 
 def _size(slices: np.ndarray) -> str:
@@ -185,15 +317,11 @@ def _size(slices: np.ndarray) -> str:
 def write_nifti(scan: "nibabel.Nifti1Image", mask: np.ndarray) -> bytes:
     """A mask (S, H, W) uint8 0/255 as .nii.gz, voxel for voxel on the scan that was uploaded, 1 where there
     is tumour."""
-    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
-
-    canonical = [[0, 1], [1, 1], [2, 1]]
-    back = ornt_transform(canonical, io_orientation(scan.affine))
-    voxels = apply_orientation(from_axial((mask > 0).astype(np.uint8)), back)
-    return nifti_file(voxels, scan.affine)
+    axes = closest_axes(mirrored(scan.affine)[:3, :3])
+    return nifti_bytes(from_shown((mask > 0).astype(np.uint8), axes), scan.affine)
 
 
-def nifti_file(voxels: np.ndarray, affine: np.ndarray) -> bytes:
+def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
     """Voxels (X, Y, Z) uint8 as .nii.gz; affine: (4, 4), from indices to mm to the right, front and top."""
     import nibabel
 

@@ -9,9 +9,10 @@ import io
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
+from orientation import EDGES, UNKNOWN
 from preprocessing import CHANNELS
 
 VIEWS = {
@@ -24,6 +25,13 @@ ORANGE, BLUE, YELLOW = (230, 159, 0), (86, 180, 233), (240, 228, 66)  # predicti
 SHOWN = 640  # pixels that the shorter side of a picture has at least
 DASH = 8  # pixels of the shown picture
 LINE = 2
+LETTER = 30  # the part of a picture's shorter side that a letter is high, as a divisor
+PLACES = {
+    "left": (0.01, 0.5, "lm"),
+    "right": (0.99, 0.5, "rm"),
+    "top": (0.5, 0.01, "mt"),
+    "bottom": (0.5, 0.99, "mb"),
+}
 
 
 def enlargement(shape: tuple[int, int]) -> int:
@@ -110,6 +118,19 @@ def comparison(picture: np.ndarray, prediction: np.ndarray, truth: np.ndarray, o
     for mask, colour in ((agreed, YELLOW), (false, ORANGE), (missed, BLUE)):
         picture = fill(picture, mask, colour, opacity)
     return outline(outline(picture, false, ORANGE), missed, BLUE, dashed=True)
+
+
+def marked(picture: np.ndarray, oriented: bool) -> np.ndarray:
+    """A picture (h, w, 3) with R, L, A and P at its edges, or the words that the orientation is not known."""
+    image = Image.fromarray(picture)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(max(10, min(image.size) // LETTER))
+    texts = (
+        {PLACES[edge]: letter for edge, letter in EDGES.items()} if oriented else {PLACES["bottom"]: UNKNOWN}
+    )
+    for (across, down, anchor), text in texts.items():
+        place = (across * image.width, down * image.height)
+        pen.text(place, text, (255, 255, 255), font, anchor, stroke_width=2, stroke_fill=(0, 0, 0))
+    return np.asarray(image)
 
 
 def icon() -> Image.Image:

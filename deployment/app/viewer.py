@@ -16,7 +16,7 @@ from checkpoint import Checkpoint
 from common import MedFLError
 from deployment.app.case import Case
 from deployment.app.cases import add_truth
-from deployment.app.nifti import write_nifti
+from deployment.app.nifti import mirror, write_nifti
 from deployment.app.pictures import (
     BLUE,
     ORANGE,
@@ -24,6 +24,7 @@ from deployment.app.pictures import (
     base_picture,
     comparison,
     fill,
+    marked,
     outline,
     png,
     probability_picture,
@@ -40,6 +41,7 @@ from deployment.app.readout import (
 from deployment.app.report import draw_report
 from escaping import markdown, plain
 from inference import to_mask
+from orientation import UNKNOWN
 from transunet import TransUNet
 
 if TYPE_CHECKING:  # radiology/ is optional
@@ -52,7 +54,8 @@ LEGENDS = {
     PROBABILITY: "Dark blue is probability 0, yellow is 1.",
     COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone.",
 }
-MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "dcm"]
+MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "nrrd", "dcm"]
+SIDES = ("on the picture's right", "on the picture's left")
 
 
 def take_uploads(uploads: list) -> list[tuple[str, bytes]]:
@@ -199,11 +202,12 @@ def show_picture(case: Case, prediction: Prediction, masks: np.ndarray, number: 
     """The picture of a slice, and under it what is to be seen."""
     found = int(np.count_nonzero(masks[number - 1]))
     said = f"{found:,} pixels marked as tumour" if found else "no tumour found"
-    picture = png(draw(case, prediction, masks, number - 1, look))
+    side = "the patient's left is on the right" if case.oriented else UNKNOWN
+    picture = png(marked(draw(case, prediction, masks, number - 1, look), case.oriented))
     st.image(  # within the page, not at an address that would answer for longer than the case is open
         f"data:image/png;base64,{base64.b64encode(picture).decode()}",
         width="stretch",
-        alt=f"{plain(case.name)}, slice {number} of {len(case.slices)}, {look['view']}: {said}",
+        alt=f"{plain(case.name)}, slice {number} of {len(case.slices)}, {look['view']}: {said}; {side}",
     )
     legend = "Overlay hidden (press o)." if look["hidden"] else LEGENDS[look["overlay"]]
     st.caption(
@@ -260,6 +264,15 @@ def take_spacing() -> None:
     state.case.spacing = (plane, plane, between) if plane and between else None
 
 
+def take_side() -> None:
+    """What the reader knows of the side becomes the case's; a mirrored case is segmented again."""
+    state = st.session_state
+    if state.side == SIDES[1]:
+        mirror(state.case)
+        state.pop("predicted_by")
+    state.case.oriented = state.side in SIDES
+
+
 def take_truth() -> None:
     """The masks that were uploaded become the case's truth, or the reason is kept why they can't."""
     state = st.session_state
@@ -281,6 +294,8 @@ def read_mirrored(model: TransUNet) -> None:
 def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
     """What not every reader needs: pixel size, truth, a second reading of the mirrored slices."""
     state = st.session_state
+    if case.nifti is not None and not case.oriented:
+        st.radio("The patient's left is", SIDES, index=None, key="side", on_change=take_side)
     if not case.measured:
         with st.expander("Pixel size in mm"):
             st.caption("Volumes in cm³ and diameters in mm are shown where both are known.")
@@ -327,9 +342,10 @@ def downloads(
         index = int(np.argmax([row["tumour_pixels"] for row in rows]))
         slices = "one slice" if len(rows) == 1 else f"{len(rows)} slices"
         picture = outline(base_picture(case.volume[index], "FLAIR"), masks[index], ORANGE)
+        likely = probability_picture(probability[index])
         pictures = [
-            (f"slice {index + 1}, FLAIR, mask outlined", picture),
-            ("probability, 0 dark blue to 1 yellow", probability_picture(probability[index])),
+            (f"slice {index + 1}, FLAIR, mask outlined", marked(picture, case.oriented)),
+            ("probability, 0 dark blue to 1 yellow", marked(likely, case.oriented)),
         ]
         return draw_report(f"{case.name}, {slices}", pictures, rows, figures, card, doubts)
 

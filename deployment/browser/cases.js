@@ -16,10 +16,14 @@ const NUMBER = /[_\-. (]*(?<!\d)(\d{1,18})\)?$/; // of a slice, by the rules of 
 const KIND_OF_SCAN = /(?:^|[^a-z])t[12]$/i;
 const IMAGE_TREE = /^(images?|imagestr)$/i, MASK_TREE = /^(masks?|labels?|labelstr)$/i; // by the rules of pairing.py
 
+const convert = "is another format of volumes; convert it to .nii.gz", half = "is half of a pair (.hdr and .img); convert the pair to one .nii.gz file";
+const OTHERS = { ".mgz": convert, ".mgh": convert, ".nrrd": convert, ".mha": convert, ".mhd": convert, ".img": half, ".hdr": half };
+
 /* A case:
    name; slices: a name for each; count, height, width; pixels: Uint8Array, count × height × width × 3;
    together: whether the slices are one volume, or each is normalised by itself; truth: Uint8Array, count × height × width,
-   0 or 255, or null; spacing: mm between rows, columns and slices, or null; measured: whether the files tell it; notes; nifti:
+   0 or 255, or null; spacing: mm between rows, columns and slices, or null; measured: whether the files tell it; oriented:
+   whether it is known that the patient's left is on each slice's right; notes; nifti:
    where the scan came from, or null. */
 
 /** The case that [{name, bytes}] make: slices, one ZIP of slices, or a NIfTI file. Throws UserError for anything else. */
@@ -31,6 +35,8 @@ export async function readCase(files) {
     files = unpackZip(archive.name, archive.bytes);
   }
   checkNumber(files.length);
+  const other = Object.keys(OTHERS).find((ending) => files.some(({ name }) => name.toLowerCase().endsWith(ending)));
+  if (other && !files.some(({ name }) => isNifti(name))) throw new UserError(`a ${other} file ${OTHERS[other]}`);
   return files.some(({ name }) => isNifti(name)) ? readNifti(files) : readSlices(files, Boolean(archive));
 }
 
@@ -123,7 +129,7 @@ async function readSlices(files, archive) {
   const { width, height, pixels } = await readAll(order);
   const opened = {
     name: names.size === 1 ? [...names][0] : parent(order[0].name) || stem(order[0].name), slices: order.map(({ name }) => file(name)), count: order.length,
-    height, width, pixels, together, truth: null, spacing: null, measured: false, notes: [], nifti: null,
+    height, width, pixels, together, truth: null, spacing: null, measured: false, oriented: false, notes: [], nifti: null,
   };
   const known = order.map(({ name }) => masks.get(folder(name) + stem(name)));
   const used = known.filter(Boolean).length;
@@ -140,7 +146,7 @@ async function readSlices(files, archive) {
   if (told.length > 1) {
     throw new UserError(`${told.length} files are called ${MEASURES}, and a patient has one; open one patient at a time`);
   }
-  if (told.length) Object.assign(opened, { spacing: readSpacing(told[0], opened.count), measured: true });
+  if (told.length) Object.assign(opened, { spacing: readSpacing(told[0], opened.count), measured: true, oriented: true });
   const left = files.length - images.length - masks.size - told.length;
   if (left) opened.notes.push(`${counted(left, "file")} ignored: neither slice nor mask.`);
   return opened;

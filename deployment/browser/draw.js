@@ -3,6 +3,7 @@
 
 export const ORANGE = [230, 159, 0], BLUE = [86, 180, 233], YELLOW = [240, 228, 66]; // prediction, truth, agreement
 export const VIEWS = { pre: 0, FLAIR: 1, post: 2, composite: null };
+export const UNKNOWN = "orientation unknown";
 const SHOWN = 640; // pixels that the shorter side of a picture has at least
 const CIVIDIS = [[0, 34, 78], [66, 78, 108], [124, 123, 120], [187, 173, 108], [254, 232, 56]]; // 0, 1/4 ... 1
 const css = (colour, opacity = 1) => `rgb(${colour.join(" ")} / ${opacity})`;
@@ -10,6 +11,26 @@ const css = (colour, opacity = 1) => `rgb(${colour.join(" ")} / ${opacity})`;
 /** Draw slice `index`, from 0, of a case. look: view, level, width, overlay (outline, fill, probability, truth), hidden, opacity,
     threshold. */
 export function draw(canvas, opened, probability, index, look) {
+  drawSlice(canvas, opened, probability, index, look);
+  mark(canvas, opened.oriented);
+}
+
+/** R, L, A and P at the edges of a picture, or the words that the orientation is not known. */
+function mark(canvas, oriented) {
+  const context = canvas.getContext("2d"), { width, height } = canvas;
+  const high = Math.max(10, Math.round(Math.min(width, height) / 30));
+  context.imageSmoothingEnabled = true;
+  Object.assign(context, { font: `${high}px sans-serif`, fillStyle: "white", strokeStyle: "black", lineWidth: 4, textAlign: "center", textBaseline: "middle" });
+  context.setLineDash([]);
+  const edges = oriented ? [["R", high, height / 2], ["L", width - high, height / 2], ["A", width / 2, high], ["P", width / 2, height - high]]
+    : [[UNKNOWN, width / 2, height - high]];
+  for (const [text, x, y] of edges) {
+    context.strokeText(text, x, y);
+    context.fillText(text, x, y);
+  }
+}
+
+function drawSlice(canvas, opened, probability, index, look) {
   const { height, width } = opened, area = height * width;
   const times = Math.max(1, Math.ceil(SHOWN / Math.min(height, width)));
   canvas.width = width * times;

@@ -1,12 +1,15 @@
-// NIfTI scans in and masks out, by the rules of deployment/app/nifti.py.
+// NIfTI scans in and masks out, by the rules of deployment/app/nifti.py, nifti_file.py and orientation.py.
 
-import { isNIFTI1, readHeader, Utils } from "nifti-reader-js";
+import { readHeader, Utils } from "nifti-reader-js";
 
 import { packGzip, unpackGzip } from "./archives.js";
 import { MAX_PIXELS, MIN_SIDE } from "./cases.js";
 import { UserError, short } from "./common.js";
 
 const BRIGHTEST = 0.999; // quantile of the voxels above 0 that becomes 255
+const BELOW = 0.25, DARKEST = 0.005; // more of what is not 0 lies below it: 0 is not the black; the quantile that is
+const SHEARED = 0.005; // cosine of the angle between two stored axes
+const APART = 1, OFF_GRID = 0.1; // mm between qform and sform; voxels by which a mask may lie beside its scan
 const HEADER = 348; // bytes
 const SROW = 280; // where the header's affine begins, 3 × 4 float32
 const READERS = { // by NIfTI's data type: bytes of a voxel and how one is read
@@ -15,10 +18,14 @@ const READERS = { // by NIfTI's data type: bytes of a voxel and how one is read
   8: [4, (view, at, little) => view.getInt32(at, little)], 768: [4, (view, at, little) => view.getUint32(at, little)],
   16: [4, (view, at, little) => view.getFloat32(at, little)], 64: [8, (view, at, little) => view.getFloat64(at, little)],
 };
-const UINT8 = 2, RGB = 128;
+const UINT8 = 2, RGB = 128, COMPLEX = [32, 1792, 2048];
+const NONE = { "is ANALYZE 7.5, which does not say where left is": "convert the scan's DICOM files to NIfTI",
+  "is the header of a pair (.hdr and .img)": "convert the pair to one .nii.gz file",
+  "is NIfTI-2, which this page can't read": "convert it to NIfTI-1, or open it in the page with a server" };
 
 export const isNifti = (name) => /\.nii(\.gz)?$/i.test(name);
-const isTruth = (name) => /_(mask|seg)\.nii(\.gz)?$/i.test(name);
+const isTruth = (name) => /(mask|seg|segm|segmentation|labels?|glistrboost|manuallycorrected)\.nii(\.gz)?$/i.test(name) &&
+  !/(brain|skull|head)[_-]?(mask|seg\w*)\.nii(\.gz)?$/i.test(name);
 
 /** The case of one NIfTI file among [{name, bytes}], its axial slices from feet to head, and of its mask if that came along. */
 export function readNifti(files) {
@@ -37,9 +44,13 @@ export function readNifti(files) {
   if (Math.min(height, width) < MIN_SIDE || count * height * width > MAX_PIXELS) {
     throw new UserError(`${name} has ${size(stored.turned)}, which this page can't hold; crop or resample it first`);
   }
-  const pixels = new Uint8Array(count * height * width * 3);
+  const pixels = new Uint8Array(count * height * width * 3), notes = [];
+  let odd = 0, centred = false;
   for (let volume = 0; volume < volumes; volume++) {
-    const grey = toBytes(name, stored.values(volume), stored.isBytes);
+    const values = stored.values(volume);
+    odd += background(name, values);
+    centred ||= isCentred(values, stored.isBytes);
+    const grey = toBytes(values, stored.isBytes);
     const { place } = stored.turned;
     for (let k = 0; k < grey.length; k++) pixels[3 * k + volume] = grey[place(k)];
   }
@@ -48,12 +59,21 @@ export function readNifti(files) {
   const [columns, rows, between] = stored.turned.axes.map((axis) => Math.abs(header.pixDims[axis + 1]));
   const opened = {
     name: base, slices: Array.from({ length: count }, (_, k) => `${base}_${k + 1}`), count, height, width, pixels, together: true,
-    truth: null, spacing: [rows, columns, between], measured: true, notes: [],
+    truth: null, spacing: [rows, columns, between], measured: true, oriented: !stored.doubt, notes,
     nifti: { head: stored.head, header, turned: stored.turned },
   };
+  if (odd) notes.push(`${odd} values were not finite, and were taken for background.`);
+  if (centred) {
+    notes.push("Many values lie below 0, as after a z-score: they were brought into range, from the least to the greatest, and the " +
+      "background to black.");
+  }
   if (!stored.isBytes) {
     opened.notes.push("The intensities of each sequence were scaled to 0–255: 0 and below become 0, and the " +
       `${100 * BRIGHTEST} % percentile of the rest becomes 255.`);
+  }
+  if (stored.doubt) {
+    notes.push(`Orientation unknown: ${name} ${stored.doubt}. Left and right may be exchanged; if you know, say below which side ` +
+      "is the patient's left.");
   }
   if (truths.length) opened.truth = readNiftiMask(opened, truths[0]);
   return opened;
@@ -66,28 +86,50 @@ export function readNiftiMask(opened, file) {
   if (count !== opened.count || height !== opened.height || width !== opened.width || stored.volumes !== 1) {
     throw new UserError(`the mask has ${size(stored.turned)} and the scan ${size(opened)}; choose the mask of this scan`);
   }
+  if (opened.nifti && !samePlace(opened.nifti.turned, stored.turned)) {
+    throw new UserError(`${short(file.name)} lies at another place than the scan, by its affine; choose the mask of this scan`);
+  }
   const values = stored.values(0);
   return Uint8Array.from({ length: values.length }, (_, k) => (values[place(k)] > 0 ? 255 : 0));
+}
+
+/** Exchange left and right of a case whose file does not tell them; a mask is still written voxel for voxel. */
+export function mirror(opened) {
+  const { count, height, width, pixels, truth } = opened, { place } = opened.nifti.turned;
+  const across = (k) => k - (k % width) + width - 1 - (k % width);
+  const turned = new Uint8Array(pixels.length);
+  for (let k = 0; k < count * height * width; k++) turned.set(pixels.subarray(3 * across(k), 3 * across(k) + 3), 3 * k);
+  opened.pixels = turned;
+  opened.truth = truth && truth.map((_, k) => truth[across(k)]);
+  opened.nifti.turned = { ...opened.nifti.turned, place: (k) => place(across(k)) };
 }
 
 const size = ({ count, height, width }) => `${count} slices of ${width}×${height} pixels`;
 
 /** A file's header, how its voxels become axial slices (`turned`), and a function that gives one of its volumes as numbers. */
 function load({ name, bytes }) {
-  const broken = new UserError(`${short(name)} can't be read as NIfTI; copy it again`);
-  if (/\.gz$/i.test(name)) bytes = unpackGzip(name, bytes);
+  const broken = new UserError(`${short(name)} can't be read as NIfTI, it is damaged or something else; copy it again`);
+  if ((bytes[0] === 0x1f && bytes[1] === 0x8b) || (/\.gz$/i.test(name) && bytes.length && !lengthOf(bytes))) bytes = unpackGzip(name, bytes);
+  if (!bytes.length) throw new UserError(`${short(name)} is empty; copy it again`);
   const data = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
-  if (bytes.length < HEADER || !isNIFTI1(data)) throw broken;
+  refuseOthers(name, bytes, broken);
   const header = readHeader(data);
   const dimensions = header.dims[0];
   if (dimensions < 3) throw new UserError(`${short(name)} has ${dimensions} dimensions, and a scan has three; choose another file`);
   const shape = header.dims.slice(1, 4);
   const length = shape[0] * shape[1] * shape[2];
   const colours = header.datatypeCode === RGB ? 3 : 1;
+  if (COMPLEX.includes(header.datatypeCode)) {
+    throw new UserError(`${short(name)} holds complex numbers, and a scan has real ones; export its magnitude`);
+  }
   const [bytesOf, read] = READERS[colours === 3 ? UINT8 : header.datatypeCode] ?? [];
   const stacked = header.dims.slice(4, 1 + dimensions).reduce((product, side) => product * side, 1);
   const volumes = colours * stacked;
-  if (!read || dimensions > 7 || !(length > 0) || header.vox_offset + length * volumes * bytesOf > data.byteLength) throw broken;
+  if (!read || dimensions > 7 || !(length > 0)) throw broken;
+  const promised = header.vox_offset + length * volumes * bytesOf;
+  if (promised > data.byteLength) {
+    throw new UserError(`${short(name)} is truncated: its header promises ${promised} bytes, and it has ${data.byteLength}; copy it again`);
+  }
   const scaled = Number.isFinite(header.scl_slope) && header.scl_slope !== 0;
   const slope = scaled ? header.scl_slope : 1, shift = scaled ? header.scl_inter : 0;
   const view = new DataView(data, header.vox_offset);
@@ -99,21 +141,82 @@ function load({ name, bytes }) {
     }
     return out;
   };
-  return { header, head: data.slice(0, HEADER), volumes, values, turned: turn(shape, affine(header, data)),
+  return { header, head: data.slice(0, HEADER), volumes, values, turned: turn(shape, affine(header, data)), doubt: doubt(header, data, shape),
     isBytes: bytesOf === 1 && header.datatypeCode !== 256 && slope === 1 && shift === 0 };
 }
 
-/** The matrix from voxels to mm, 3 × 3: the header's sform if it has one, else its qform, else the pixel size with x turned. */
+/** How long a NIfTI header is that begins so, or undefined for what is none. */
+function lengthOf(bytes) {
+  if (bytes.length < 4) return undefined;
+  const view = new DataView(bytes.buffer, bytes.byteOffset);
+  return [348, 540].find((length) => view.getInt32(0, true) === length || view.getInt32(0, false) === length);
+}
+
+/** Throws for what is no NIfTI-1 file of header and voxels, and says what it is. */
+function refuseOthers(name, bytes, broken) {
+  const length = lengthOf(bytes), magic = String.fromCharCode(...bytes.subarray(344, 347));
+  if (length === 348 && bytes.length >= HEADER && magic === "n+1") return;
+  const [analyze, pair, second] = Object.entries(NONE);
+  if (length === undefined || bytes.length < length) throw broken;
+  const [what, remedy] = length === 540 ? second : magic === "ni1" ? pair : analyze;
+  throw new UserError(`${short(name)} ${what}; ${remedy}`);
+}
+
+const sform = (header, data) => [0, 1, 2].map((row) =>
+  [0, 1, 2, 3].map((column) => Utils.getFloatAt(new DataView(data), SROW + 16 * row + 4 * column, header.littleEndian)));
+const qform = (header) => header.getQformMat().slice(0, 3);
+
+/** The matrix from voxels to mm, 3 × 4: the header's sform if it has one, else its qform, else the pixel size with x turned and
+    the middle at 0, as nibabel does it. */
 function affine(header, data) {
-  if (header.sform_code > 0) {
-    return [0, 1, 2].map((row) => [0, 1, 2].map((column) => Utils.getFloatAt(new DataView(data), SROW + 16 * row + 4 * column, header.littleEndian)));
+  if (header.sform_code > 0) return sform(header, data);
+  if (header.qform_code > 0) return qform(header);
+  const sizes = [-header.pixDims[1], header.pixDims[2], header.pixDims[3]];
+  return sizes.map((size, row) => [0, 1, 2, 3].map((column) =>
+    (column === row ? size : column === 3 ? (-size * (header.dims[row + 1] - 1)) / 2 : 0)));
+}
+
+/** Why a header's orientation can't be relied on, in words that follow the file's name, or null where it can. */
+function doubt(header, data, shape) {
+  const records = [];
+  if (header.qform_code > 0) records.push(["qform", qform(header)]);
+  if (header.sform_code > 0) records.push(["sform", sform(header, data)]);
+  if (!records.length) return "does not say how the patient lies in it (qform and sform code are 0)";
+  for (const [name, matrix] of records) {
+    const columns = [0, 1, 2].map((column) => matrix.map((row) => row[column]));
+    const [a, b, c] = columns, dot = (u, v) => u[0] * v[0] + u[1] * v[1] + u[2] * v[2];
+    const volume = dot(a, [b[1] * c[2] - b[2] * c[1], b[2] * c[0] - b[0] * c[2], b[0] * c[1] - b[1] * c[0]]);
+    if (!matrix.flat().every(Number.isFinite) || Math.abs(volume) < 1e-6) return `places all voxels in one plane, or nowhere (its ${name})`;
+    const cosine = (u, v) => Math.abs(dot(u, v)) / Math.sqrt(dot(u, u) * dot(v, v));
+    if (Math.max(cosine(a, b), cosine(a, c), cosine(b, c)) > SHEARED) return `has axes that are not at right angles (its ${name} is sheared)`;
   }
-  if (header.qform_code > 0) return header.affine.slice(0, 3).map((row) => row.slice(0, 3));
-  return [[-header.pixDims[1], 0, 0], [0, header.pixDims[2], 0], [0, 0, header.pixDims[3]]];
+  if (records.length === 2) {
+    const apart = distanceApart(records[0][1], records[1][1], shape);
+    if (apart > APART) return `contradicts itself: its qform and sform place a voxel ${Math.round(apart)} mm apart`;
+  }
+  return null;
+}
+
+/** How far two matrices, 3 × 4, place a voxel of a volume apart, at most, in mm. */
+function distanceApart(one, other, shape) {
+  let most = 0;
+  for (let corner = 0; corner < 8; corner++) {
+    const index = [...shape.map((size, axis) => ((corner >> axis) & 1) * (size - 1)), 1];
+    most = Math.max(most, Math.hypot(...one.map((row, k) => row.reduce((sum, value, column) => sum + (value - other[k][column]) * index[column], 0))));
+  }
+  return most;
+}
+
+/** Whether two volumes that are turned alike lie on one grid. */
+function samePlace(one, other) {
+  const size = [one.width, one.height, one.count];
+  const finest = Math.min(...[0, 1, 2].map((axis) => Math.hypot(...one.shown.map((row) => row[axis]))));
+  return distanceApart(one.shown, other.shown, size) <= OFF_GRID * finest;
 }
 
 /** How voxels of this shape become slices from feet to head with the front at the top and the patient's left at the right:
-    count, height, width, the stored axis of columns, rows and slices, and `place`, from a slice pixel's index to the voxel's.
+    count, height, width, the stored axis of columns, rows and slices, `place`, from a slice pixel's index to the voxel's, and
+    `shown`, the matrix from (column, row, slice) to mm. matrix: 3 × 4, from voxels to mm to the right, front and top.
     The stored axis that is nearest to each of the body's is taken, the best fitting first (as nibabel does it). */
 export function turn(shape, matrix) {
   const lengths = [0, 1, 2].map((axis) => Math.hypot(...matrix.map((row) => row[axis])) || 1);
@@ -131,23 +234,50 @@ export function turn(shape, matrix) {
   const step = axes.map((axis, body) => signs[body] * strides[axis]);
   const start = axes.reduce((sum, axis, body) => sum + (signs[body] < 0 ? (shape[axis] - 1) * strides[axis] : 0), 0);
   const place = (k) => {
-    const x = k % width, y = height - 1 - (Math.floor(k / width) % height), z = Math.floor(k / (width * height));
+    const x = width - 1 - (k % width), y = height - 1 - (Math.floor(k / width) % height), z = Math.floor(k / (width * height));
     return start + x * step[0] + y * step[1] + z * step[2];
   };
-  return { count, height, width, axes, place };
+  const leads = [-1, -1, 1].map((way, body) => way * signs[body]); // columns to the left, rows to the back, slices to the head
+  const shown = matrix.map((row) => [...axes.map((axis, body) => leads[body] * row[axis]),
+    axes.reduce((sum, axis, body) => sum + (leads[body] < 0 ? row[axis] * (shape[axis] - 1) : 0), row[3] ?? 0)]);
+  return { count, height, width, axes, place, shown };
 }
 
-/** Intensities of one sequence as bytes: 0 stays 0, the brightest become 255. Bytes stay as they are. */
-function toBytes(name, values, isBytes) {
-  if (isBytes) return Uint8Array.from(values);
-  if (!values.every(Number.isFinite)) throw new UserError(`${name} holds values that are not finite; write it again without them`);
-  const above = values.filter((value) => value > 0).sort();
-  let top = 1;
-  if (above.length) {
-    const at = BRIGHTEST * (above.length - 1), low = Math.floor(at);
-    top = above[low] + (at - low) * ((above[low + 1] ?? above[low]) - above[low]);
+/** Put the background's value in the place of NaN and infinity, in `values`; how many that were. */
+function background(name, values) {
+  let odd = 0, least = Infinity;
+  for (const value of values) if (Number.isFinite(value)) least = Math.min(least, value);
+    else odd++;
+  if (odd === values.length) throw new UserError(`${name} holds no value that is finite; export it again`);
+  if (odd) for (let k = 0; k < values.length; k++) if (!Number.isFinite(values[k])) values[k] = Math.min(0, least);
+  return odd;
+}
+
+/** Whether so many values lie below 0 that 0 is not the black of a sequence. */
+function isCentred(values, isBytes) {
+  let below = 0, there = 0;
+  for (const value of values) {
+    below += value < 0;
+    there += value !== 0;
   }
-  const factor = 255 / Math.max(top, 1e-6);
+  return !isBytes && below > BELOW * there;
+}
+
+function quantile(sorted, share) {
+  const at = share * (sorted.length - 1), low = Math.floor(at);
+  return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
+}
+
+/** Intensities of one sequence as bytes: 0 stays 0, the brightest become 255. Bytes stay as they are. A sequence around 0 is brought
+    into range first: its darkest values become 0, and what is exactly 0 as well. */
+function toBytes(values, isBytes) {
+  if (isBytes) return Uint8Array.from(values);
+  if (isCentred(values, isBytes)) {
+    const dark = Math.fround(quantile(values.filter((value) => value !== 0).sort(), DARKEST));
+    values = values.map((value) => (value === 0 ? 0 : value - dark));
+  }
+  const above = values.filter((value) => value > 0).sort();
+  const factor = 255 / Math.max(above.length ? quantile(above, BRIGHTEST) : 1, 1e-6);
   return Uint8Array.from(values, (value) => Math.round(Math.min(Math.max(value * factor, 0), 255)));
 }
 

@@ -3,10 +3,10 @@
 import { packZip } from "./archives.js";
 import { maskName, readCase, readMasks } from "./cases.js";
 import { UserError, fixed } from "./common.js";
-import { VIEWS, chart, draw } from "./draw.js";
+import { UNKNOWN, VIEWS, chart, draw } from "./draw.js";
 import { dropped, take } from "./files.js";
 import { Network, checkBrowser, download, readProperties } from "./model.js";
-import { writeNifti } from "./nifti.js";
+import { mirror, writeNifti } from "./nifti.js";
 import { doubts } from "./plausibility.js";
 import { agreement, csvText, maskOf, sliceRows, summary } from "./readout.js";
 import { maskPng } from "./slices.js";
@@ -111,15 +111,36 @@ async function open(files) {
     const opened = await readCase(files);
     files.length = 0; // their bytes are not needed any more
     showParts();
-    const begun = performance.now();
-    const probability = await state.network.segment(opened, (done) => {
-      say(`Segmenting: slice ${done} of ${opened.count}.`);
-      progress(done / opened.count);
-    });
-    if (!probability) return ready("Cancelled.");
-    Object.assign(state, { opened, probability, hidden: false });
-    showCase();
-    ready(`${opened.count === 1 ? "One slice" : `${opened.count} slices`} in ${((performance.now() - begun) / 1000).toFixed(1)} s.`);
+    await segment(opened);
+  } finally {
+    state.busy = false;
+    showParts();
+  }
+}
+
+async function segment(opened) {
+  const begun = performance.now();
+  const probability = await state.network.segment(opened, (done) => {
+    say(`Segmenting: slice ${done} of ${opened.count}.`);
+    progress(done / opened.count);
+  });
+  if (!probability) return ready("Cancelled.");
+  Object.assign(state, { opened, probability, hidden: false });
+  showCase();
+  ready(`${opened.count === 1 ? "One slice" : `${opened.count} slices`} in ${((performance.now() - begun) / 1000).toFixed(1)} s.`);
+}
+
+/** What the reader knows of the side becomes the case's; a mirrored case is segmented again. */
+async function takeSide(left) {
+  const { opened, probability } = state;
+  if (state.busy) return;
+  opened.oriented = true;
+  if (!left) return showCase();
+  mirror(opened);
+  state.busy = true;
+  try {
+    await segment(opened);
+    if (state.probability === probability) close(); // cancelled: what is shown would not be what was segmented
   } finally {
     state.busy = false;
     showParts();
@@ -164,6 +185,7 @@ function showCase() {
   $("slice").max = opened.count;
   $("slice-label").hidden = $("chart").hidden = opened.count === 1;
   $("spacing").hidden = opened.measured;
+  $("side").hidden = opened.oriented || !opened.nifti;
   $("figures-title").textContent = opened.count === 1 ? "This slice" : "All slices";
   showTruth();
   measure();
@@ -205,7 +227,8 @@ function showSlice() {
   const row = rows[number - 1];
   draw($("picture"), opened, probability, number - 1, seen);
   const said = row.pixels ? `${row.pixels.toLocaleString("en")} pixels marked as tumour` : "no tumour found";
-  $("picture").setAttribute("aria-label", `${opened.name}, slice ${number} of ${opened.count}, ${seen.view}: ${said}`);
+  $("picture").setAttribute("aria-label", `${opened.name}, slice ${number} of ${opened.count}, ${seen.view}: ${said}; ` +
+    (opened.oriented ? "the patient's left is on the right" : UNKNOWN));
   $("caption").textContent = `Slice ${number} of ${opened.count} (${row.file}): ${said}. ` +
     (seen.hidden ? "Overlay hidden (press o)." : LEGENDS[seen.overlay]);
   $("slice").value = number;
@@ -297,6 +320,8 @@ for (const id of ["pixel-size", "slice-distance"]) {
     showSlice();
   };
 }
+$("side-right").onclick = () => attempt(() => takeSide(false));
+$("side-left").onclick = () => attempt(() => takeSide(true));
 $("truth").onchange = () => attempt(async () => {
   const files = [...$("truth").files];
   $("truth").value = "";

@@ -83,7 +83,7 @@ def test_intensities_of_any_scale_fill_the_range_and_background_does_not_count()
     values[:, 10] = -0.01
     volume = read_case([("a.nii", nibabel.Nifti1Image(values, np.eye(4)).to_bytes())]).volume
     top = np.percentile(values[values > 0], 99.9)
-    assert np.array_equal(volume[..., 0], np.round((values / top * 255).clip(0, 255)).T[:, ::-1])
+    assert np.array_equal(volume[..., 0], np.round((values / top * 255).clip(0, 255)).T[:, ::-1, ::-1])
 
 
 def test_every_label_of_a_nifti_mask_is_tumour_and_it_may_come_with_the_scan():
@@ -94,7 +94,7 @@ def test_every_label_of_a_nifti_mask_is_tumour_and_it_may_come_with_the_scan():
     labels[3, 4, 5], labels[6, 7, 8] = 1, 4
     for name in ("a_seg.nii", "a_mask.nii"):
         case = read_case([("a.nii", scan), (name, nibabel.Nifti1Image(labels, np.eye(4)).to_bytes())])
-        assert np.argwhere(case.truth).tolist() == [[5, 24 - 1 - 4, 3], [8, 24 - 1 - 7, 6]]
+        assert np.argwhere(case.truth).tolist() == [[5, 24 - 1 - 4, 20 - 1 - 3], [8, 24 - 1 - 7, 20 - 1 - 6]]
         back = nibabel.Nifti1Image.from_bytes(gzip.decompress(write_nifti(case.nifti, case.truth)))
         assert back.header.get_xyzt_units()[0] == "mm"
 

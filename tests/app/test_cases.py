@@ -178,8 +178,8 @@ def test_nifti_is_turned_to_axial_slices_and_its_mask_lies_on_the_scan(tmp_path)
     assert tuple(place) == (
         20,
         18 - 1 - 1,
-        20 - 1 - 3,
-    )  # up; the front is at the top; right to left is turned
+        3,
+    )  # up; the front is at the top; right to left, as the training set's slices lie
     (tmp_path / "back.nii.gz").write_bytes(write_nifti(case.nifti, truth))
     back = nibabel.load(tmp_path / "back.nii.gz")
     assert np.array_equal(np.asarray(back.dataobj), chosen) and np.allclose(back.affine, LAS)
@@ -189,7 +189,8 @@ def test_three_volumes_are_the_three_channels():
     image = scan(np.eye(4), (20, 24, 2, 3), np.uint8)
     case = read_case([("brain.nii", image.to_bytes())])
     assert (
-        np.array_equal(case.volume[1, 24 - 1 - 5, 4], np.asarray(image.dataobj)[4, 5, 1]) and not case.notes
+        np.array_equal(case.volume[1, 24 - 1 - 5, 20 - 1 - 4], np.asarray(image.dataobj)[4, 5, 1])
+        and not case.notes
     )
     with pytest.raises(MedFLError, match="holds 2 volumes"):
         read_case([("brain.nii", scan(np.eye(4), (20, 24, 2, 2)).to_bytes())])

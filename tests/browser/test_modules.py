@@ -23,41 +23,6 @@ from deployment.app.readout import Prediction, csv_text, mask_name, slice_rows, 
 from inference import to_mask
 
 
-@pytest.fixture(scope="module")
-def ask(node, tmp_path_factory):
-    """A function: what the page's modules make of cases, each (files, further keys)."""
-
-    def asked(*given: tuple[list, dict]) -> list[dict]:
-        folder = tmp_path_factory.mktemp("asked")
-        written = 0
-
-        def store(files):
-            nonlocal written
-            listed = []
-            for name, content in files:
-                path = folder / f"file{written}"
-                path.write_bytes(content)
-                listed.append({"name": name, "path": str(path)})
-                written += 1
-            return listed
-
-        cases = []
-        for number, (files, more) in enumerate(given):
-            more = {key: store(value) if key == "masks" else value for key, value in more.items()}
-            cases.append({"files": store(files), "out": str(folder / f"out{number}"), **more})
-        (folder / "in.json").write_text(json.dumps(cases))
-        done = subprocess.run(
-            [node, str(ROOT / "tests" / "browser" / "dump.mjs"), str(folder / "in.json")],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return [{**answer, "out": case["out"]} for answer, case in zip(json.loads(done.stdout), cases)]
-
-    return asked
-
-
 def test_pure_functions_by_nodes_own_runner(node):
     tests = sorted(map(str, (ROOT / "tests" / "browser").glob("*.test.mjs")))
     done = subprocess.run([node, "--test", *tests], capture_output=True, text=True, timeout=300)

@@ -1,0 +1,207 @@
+"""A volume's file, NIfTI-1 or -2 or NRRD: read whole, checked against its own header, with its place in the
+patient if it tells one.
+
+Both the preparation and the page read volumes here, and nowhere else. Needs nibabel, and pynrrd for NRRD, which
+are optional for the page: both are imported when a file is read.
+"""
+
+import gzip
+import io
+import re
+import zlib
+from pathlib import PurePath
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from common import MedFLError
+from limits import MAX_UNPACKED, fits
+from orientation import APART, distance_apart, is_sheared
+
+SUFFIXES = (".nii", ".nii.gz", ".nrrd")
+GZIP, NRRD = b"\x1f\x8b", b"NRRD"
+HEADERS = {348: "Nifti1Header", 540: "Nifti2Header"}  # of nibabel, by their length in bytes
+HEAD = 544  # bytes with which every header is whole
+OTHERS = {  # what lies beside NIfTI in a scientist's folders
+    (".mgz", ".mgh"): "is FreeSurfer's format; convert it with `mri_convert IN OUT.nii.gz`",
+    (".img", ".hdr"): "is half of a pair (.hdr and .img); convert the pair to one .nii.gz file",
+    (".mha", ".mhd"): "is MetaImage; convert it to .nii.gz (3D Slicer does)",
+}
+NRRD_SPACES = {  # to left, back, head
+    "left-posterior-superior": (1, 1, 1),
+    "lps": (1, 1, 1),
+    "right-anterior-superior": (-1, -1, 1),
+    "ras": (-1, -1, 1),
+    "left-anterior-superior": (1, -1, 1),
+    "las": (1, -1, 1),
+}
+
+
+def stem(name: str) -> str:
+    """A volume file's name without its ending; Slicer's `.seg.nrrd` keeps the `.seg`, which says what it is."""
+    return re.sub(r"\.(nii(\.gz)?|nrrd)$", "", PurePath(name).name, flags=re.IGNORECASE)
+
+
+def other_format(name: str) -> str | None:
+    """What a file is by its ending, and what to do with it, where it is another format of volumes."""
+    return next((told for endings, told in OTHERS.items() if name.lower().endswith(endings)), None)
+
+
+def read_head(file: BinaryIO) -> bytes:
+    """The first bytes of a file, unpacked if it is gzipped, whatever its name. Raises MedFLError for a damaged
+    gzip."""
+    start = file.read(2)
+    file.seek(0)
+    try:
+        return (gzip.GzipFile(fileobj=file) if start == GZIP else file).read(HEAD)
+    except (OSError, EOFError, zlib.error) as error:
+        raise MedFLError("is a damaged gzip file; copy it again") from error
+
+
+def header_length(head: bytes) -> int | None:
+    """How long the header is that begins so, or None for what is no NIfTI."""
+    orders: tuple[Literal["little", "big"], ...] = ("little", "big")
+    return next((n for n in HEADERS for order in orders if int.from_bytes(head[:4], order) == n), None)
+
+
+def read_header(head: bytes) -> Any:
+    """nibabel's header of a NIfTI file that begins so. Raises MedFLError, in words that follow the file's
+    name, for what is none."""
+    import nibabel
+
+    if not head:
+        raise MedFLError("is empty; copy it again")
+    length = header_length(head)
+    if length is None or len(head) < length:
+        raise MedFLError("can't be read as NIfTI, it is damaged or something else; copy it again")
+    magic = head[344:348] if length == 348 else head[4:8]
+    if magic[:3] in (b"ni1", b"ni2"):
+        raise MedFLError("is the header of a pair (.hdr and .img); convert the pair to one .nii.gz file")
+    if magic[:3] not in (b"n+1", b"n+2"):
+        raise MedFLError(
+            "is ANALYZE 7.5, which does not say where left is; convert the scan's DICOM files to NIfTI"
+        )
+    try:
+        header = getattr(nibabel, HEADERS[length])(head[:length])
+        header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
+    except Exception as error:  # nibabel raises many kinds for values that can't be
+        raise MedFLError("can't be read as NIfTI, its header is damaged; copy it again") from error
+    return header
+
+
+def read_image(content: bytes) -> Any:
+    """nibabel's image of a file's unpacked bytes. Raises MedFLError, in words that follow the file's name,
+    for what is damaged, truncated or holds no real numbers."""
+    import nibabel
+
+    if content[:4] == NRRD:
+        return _read_nrrd(content)
+    header = read_header(content[:HEAD])
+    dtype, shape = header.get_data_dtype(), header.get_data_shape()
+    if dtype.kind == "c":
+        raise MedFLError("holds complex numbers, and a scan has real ones; export its magnitude")
+    promised = int(header["vox_offset"]) + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if len(content) < promised:
+        raise MedFLError(
+            f"is truncated: its header promises {promised:,} bytes, and it has {len(content):,}; copy it again"
+        )
+    kind = nibabel.Nifti1Image if int(header["sizeof_hdr"]) == 348 else nibabel.Nifti2Image
+    try:
+        image = kind.from_stream(io.BytesIO(content))
+        np.asarray(image.dataobj)
+    except Exception as error:  # nibabel raises many kinds for a damaged file
+        raise MedFLError("can't be read as NIfTI, it is damaged; copy it again") from error
+    return image
+
+
+def finite(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Values with the background's in place of NaN and infinity (0, or the least where others lie below), and
+    how many that were. Raises MedFLError where there is no other."""
+    if values.dtype.kind != "f":
+        return values, 0
+    good = np.isfinite(values)
+    if good.all():
+        return values, 0
+    if not good.any():
+        raise MedFLError("holds no value that is finite; export it again")
+    return np.where(good, values, min(0, values[good].min())), int(np.count_nonzero(~good))
+
+
+def doubt(header: Any) -> str | None:
+    """Why a header's orientation can't be relied on, in words that follow the file's name, or None where it
+    can."""
+    shape = (*header.get_data_shape(), 1, 1, 1)[:3]
+    records = {
+        name: affine
+        for name, affine in (
+            ("qform", header.get_qform(coded=True)[0]),
+            ("sform", header.get_sform(coded=True)[0]),
+        )
+        if affine is not None
+    }
+    if not records:
+        return "does not say how the patient lies in it (qform and sform code are 0)"
+    for name, affine in records.items():
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+            return f"places all voxels in one plane, or nowhere (its {name})"
+        if is_sheared(affine[:3, :3]):
+            return f"has axes that are not at right angles (its {name} is sheared)"
+    if len(records) == 2:
+        apart = distance_apart(records["qform"], records["sform"], shape)
+        if apart > APART:
+            return f"contradicts itself: its qform and sform place a voxel {apart:.0f} mm apart"
+    return None
+
+
+def nrrd_sizes(content: bytes) -> tuple[int, ...]:
+    """The sides that the header of a NRRD file tells. Raises MedFLError for a damaged one."""
+    import nrrd
+
+    try:
+        return tuple(int(side) for side in nrrd.read_header(io.BytesIO(content))["sizes"])
+    except Exception as error:  # pynrrd raises many kinds
+        raise MedFLError("can't be read as NRRD, its header is damaged; copy it again") from error
+
+
+def _read_nrrd(content: bytes) -> Any:
+    """A NRRD file as NIfTI image; without a `space` that is the patient's, its codes are 0."""
+    import nibabel
+    import nrrd
+
+    if not fits(nrrd_sizes(content)[::-1]):
+        raise MedFLError("asks for more voxels than are read at once; make it smaller")
+    try:
+        stream = io.BytesIO(content)
+        header = nrrd.read_header(stream)
+        packed = stream.read(MAX_UNPACKED + 1)
+        if header.get("encoding") in ("gzip", "gz"):
+            unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(packed, MAX_UNPACKED + 1)
+            if len(unpacked) > MAX_UNPACKED:
+                raise ValueError("unpacks to too much")
+        stream.seek(-len(packed), io.SEEK_END)
+        values = nrrd.read_data(header, stream)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # pynrrd and its decompressors raise many kinds
+        raise MedFLError(
+            "can't be read as NRRD, it is truncated, damaged or in pieces; copy it again"
+        ) from error
+    if values.ndim != 3:
+        raise MedFLError(
+            f"has {values.ndim} dimensions (Slicer's segments that overlap have 4), and a volume has 3; "
+            f"export it as a label map"
+        )
+    signs = NRRD_SPACES.get(str(header.get("space", "")).lower())
+    directions, origin = header.get("space directions"), header.get("space origin")
+    affine = np.eye(4)
+    if signs is not None and directions is not None:
+        affine[:3, :3] = np.asarray(directions, float).T
+        affine[:3, 3] = 0 if origin is None else origin
+        affine[:3] *= np.array([-signs[0], -signs[1], signs[2]])[
+            :, None
+        ]  # NIfTI counts to the right and front
+        return nibabel.Nifti1Image(values, affine, dtype=values.dtype)
+    image = nibabel.Nifti1Image(values, np.diag([*np.asarray(header.get("spacings", [1, 1, 1]), float), 1]))
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    return image

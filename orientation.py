@@ -1,0 +1,82 @@
+"""Where the patient's left is: the one place that decides how stored voxels become slices, whichever file they
+come from.
+
+Directions are in mm to the patient's left, back and head (LPS), as DICOM counts them. Slices are shown and
+prepared as in the training set: the nose up, the patient's left on the picture's right, from feet to head.
+"""
+
+import numpy as np
+
+SHOWN = "LPS"  # where columns, rows and slices of a shown volume lead to
+EDGES = {"left": "R", "right": "L", "top": "A", "bottom": "P"}  # the letters at the edges of a shown slice
+UNKNOWN = "orientation unknown"
+SHEARED = 0.005  # cosine of the angle between two stored axes; over 200 mm that is 1 mm
+APART = 1.0  # mm between the places that two records of one file give to a voxel
+
+Axes = tuple[tuple[int, ...], tuple[bool, ...]]
+
+
+def closest_axes(directions: np.ndarray) -> Axes:
+    """For left, back and head each: the stored axis that lies nearest, and whether it runs the other way.
+
+    directions: (3, 3), a column for each stored axis, in any length. The best fitting axis chooses first, as
+    nibabel does it.
+    """
+    lengths = np.linalg.norm(directions, axis=0)
+    cosines = directions / np.where(lengths > 0, lengths, 1)
+    stored = [-1, -1, -1]
+    for axis in np.argsort(-np.abs(cosines).max(axis=0), kind="stable"):
+        free = [body for body in range(3) if stored[body] < 0]
+        stored[max(free, key=lambda body: abs(cosines[body, axis]))] = int(axis)
+    return tuple(stored), tuple(bool(cosines[body, axis] < 0) for body, axis in enumerate(stored))
+
+
+def to_shown(values: np.ndarray, axes: Axes) -> np.ndarray:
+    """Stored values (I, J, K, ...) as slices (S, H, W, ...). axes: as `closest_axes` gives them."""
+    stored, against = axes
+    slices = np.moveaxis(values, stored, (2, 1, 0))
+    return np.ascontiguousarray(slices[_steps(against)])
+
+
+def from_shown(slices: np.ndarray, axes: Axes) -> np.ndarray:
+    """The inverse of `to_shown`."""
+    stored, against = axes
+    return np.ascontiguousarray(np.moveaxis(slices[_steps(against)], (2, 1, 0), stored))
+
+
+def _steps(against: tuple[bool, ...]) -> tuple[slice, ...]:
+    return tuple(slice(None, None, -1 if turned else 1) for turned in against[::-1])
+
+
+def shown_affine(affine: np.ndarray, shape: tuple[int, ...], axes: Axes) -> np.ndarray:
+    """The affine (4, 4) of the volume that `to_shown` gives, for indices (column, row, slice).
+
+    affine: of the stored voxels, (4, 4); shape: theirs, at least (I, J, K).
+    """
+    stored, against = axes
+    turned = affine.copy()
+    for column, (axis, backwards) in enumerate(zip(stored, against)):
+        turned[:3, column] = affine[:3, axis] * (-1 if backwards else 1)
+        if backwards:
+            turned[:3, 3] += affine[:3, axis] * (shape[axis] - 1)
+    return turned
+
+
+def mirrored(affine: np.ndarray) -> np.ndarray:
+    """An affine (4, 4) from RAS to LPS, or back: NIfTI counts to the right and front, DICOM to the left and
+    back."""
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def is_sheared(directions: np.ndarray) -> bool:
+    """Whether stored axes (3, 3), a column each, are not at right angles."""
+    unit = directions / np.linalg.norm(directions, axis=0)
+    return bool(np.abs(unit.T @ unit - np.eye(3)).max() > SHEARED)
+
+
+def distance_apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """How far two affines (4, 4) place a voxel of a volume apart, at most, in mm."""
+    corners = np.array(
+        [[*(np.array(corner) * (np.array(shape[:3]) - 1)), 1] for corner in np.ndindex(2, 2, 2)]
+    )
+    return float(np.linalg.norm(((one - other) @ corners.T)[:3], axis=0).max())
