@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import MedFLError
+from radiology.headers import OUTLINES
 from radiology.series import Series
 
 DEFAULT = Path(__file__).with_name("series_rules.toml")
@@ -95,7 +96,7 @@ def role_of(series: Series, rules: Rules) -> tuple[str | None, str]:
     """
     text = re.sub(r"[_\-./\\()\[\]\s]+", " ", f"{series.description} {series.protocol} {series.sequence}")
     rule = rules.sections
-    if series.modality == "SEG" or (series.modality == "NIfTI" and rule["mask"].found_in(text)):
+    if series.modality in OUTLINES or (series.modality == "NIfTI" and rule["mask"].found_in(text)):
         return MASK, "a segmentation"
     if rule["leave_out"].found_in(text):
         return None, "its description is one of those that the rules leave out"
