@@ -52,6 +52,7 @@ class Login(BaseModel):
     def session(self) -> requests.Session:
         """A session of HTTP that logs in like this. Certificates are verified, always."""
         session = requests.Session()
+        session.trust_env = False  # a proxy, ~/.netrc or other authorities than those named here
         session.auth = self._sign
         session.verify = str(self.authority) if self.authority else True
         if self.certificate:
@@ -59,7 +60,7 @@ class Login(BaseModel):
         return session
 
     def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """An `auth` of requests; as long as there is one, no ~/.netrc is looked into."""
+        """An `auth` of requests, which it takes away where an archive refers to another host."""
         if self.token is not None:
             request.headers["Authorization"] = f"Bearer {self.token.get_secret_value()}"
         elif self.user is not None and self.password is not None:
