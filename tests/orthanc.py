@@ -112,6 +112,13 @@ class Orthanc:
             self.process.wait(30)
             self.process = None
 
+    def kill(self) -> None:
+        """End it at once, for nobody needs what it stored."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(30)
+            self.process = None
+
     def add(self, *paths: Path) -> None:
         """Store DICOM files, or all of folders."""
         files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]

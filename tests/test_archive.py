@@ -114,7 +114,7 @@ def archive(tmp_path_factory):
     running = Orthanc(root / "orthanc").start()
     running.add(root / "phantoms")
     yield running
-    running.stop()
+    running.kill()
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_an_archive_that_is_stopped_is_named_and_one_that_returns_is_asked_again
         assert DICOMweb(late.url, login, waits=(0.5, 2, 5)).find_studies(Query()) == []
     finally:
         starting.join()
-        late.stop()
+        late.kill()
 
 
 def test_a_wrong_password_ends_at_once_and_is_not_repeated(archive, tmp_path):
@@ -257,7 +257,7 @@ def test_a_stranger_is_refused_by_dimse(archive, tmp_path):
         with pytest.raises(MedFLError, match="is not called NOBODY"):
             stranger.find_studies(Query())
     finally:
-        strict.stop()
+        strict.kill()
 
 
 def test_a_study_that_is_gone_is_left_out_and_the_others_are_prepared(archive, tmp_path):
@@ -297,7 +297,7 @@ def test_a_series_that_arrives_slice_by_slice_is_made_again_when_it_is_whole(arc
         assert (slices, {row[6] for row in second.rows}) == ({9}, {len(paths)})
         assert first.name == second.name and first.state != second.state
     finally:
-        late.stop()
+        late.kill()
 
 
 def test_a_full_disk_ends_with_a_sentence_and_the_next_run_goes_on(archive, tmp_path, monkeypatch):
