@@ -1,14 +1,19 @@
-"""Segment slices: any TIFF, PNG or JPEG files, or folders of them.
+"""Segment slices: any TIFF, PNG or JPEG files, or folders of them; or a study in a hospital's archive.
 
     python predict.py patient_folder slice.png --checkpoint models/transunet_centralized_best.pth --out predictions
+    python predict.py --dicomweb https://pacs.example/dicom-web --login login.toml --study 1.2.3 --checkpoint MODEL
 
 Writes <name>_mask.png (0 or 255, the slice's own size) per slice and predictions.csv (file, patient, slice,
 tumour_pixels, tumour_share). A folder's slices are one patient's and are normalised together, as in training.
 Of files that are named one by one, those of one name before the slice number in one folder form a volume, and a
 file without a number is a volume of its own: a lone slice is segmented less surely. `*_mask.*` files are ignored.
+
+Of a study in an archive the mask is sent back as DICOM SEG, with a structured report of the measurements, both
+marked as unverified research output; nothing is kept here. Needs requirements-dicom.txt (docs/archive.md).
 """
 
 import argparse
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -31,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "inputs",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="IN",
         help="slices, or folders of slices (also in sub-folders)",
     )
@@ -43,7 +48,24 @@ def parse() -> argparse.Namespace:
         "--probabilities", action="store_true", help="also write <name>_probability.png, 255 is certain"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    return parser.parse_args()
+    archive = parser.add_argument_group("a study in an archive")
+    archive.add_argument(
+        "--dicomweb", metavar="URL", help="its address, such as https://pacs.example/dicom-web"
+    )
+    archive.add_argument("--study", metavar="UID", help="the study's StudyInstanceUID")
+    archive.add_argument("--rtstruct", action="store_true", help="also send the outline as RTSTRUCT")
+    archive.add_argument(
+        "--rules", type=Path, help="how series are told apart (default radiology/series_rules.toml)"
+    )
+    archive.add_argument(
+        "--login", help='file with the login at the archive, readable by you only; or "ask" for a prompt'
+    )
+    arguments = parser.parse_args()
+    if bool(arguments.inputs) == bool(arguments.dicomweb) or bool(arguments.study) != bool(
+        arguments.dicomweb
+    ):
+        parser.error("give slices, or --dicomweb with --study")
+    return arguments
 
 
 def find_slices(inputs: list[Path], out: Path) -> tuple[list[Path], set[Path]]:
@@ -93,8 +115,8 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
         Image.fromarray(pixels).save(file, format="PNG")
 
 
-def main() -> None:
-    arguments = parse()
+def predict_slices(arguments: argparse.Namespace) -> None:
+    """Segment files, and write masks and table."""
     files, folders = find_slices(arguments.inputs, arguments.out)
     if arguments.out.resolve() in {file.parent.resolve() for file in files}:
         raise MedFLError(
@@ -122,6 +144,43 @@ def main() -> None:
         f"{sum(tumour > 0 for *_, tumour, _ in rows)}; wrote "
         f"{arguments.out}"
     )
+
+
+def predict_study(arguments: argparse.Namespace) -> None:
+    """Fetch a study of an archive, segment it, and send back what the model proposes."""
+    try:
+        from radiology.delivery import predict_and_send
+        from radiology.dicomweb import DICOMweb
+        from radiology.login import read_login
+        from radiology.retrieval import Retrieval
+        from radiology.rules import DEFAULT, load_rules
+    except ModuleNotFoundError as error:
+        raise MedFLError(
+            f"this needs {error.name}, which is not installed; `pip install -r requirements-dicom.txt`"
+        ) from error
+    archive = DICOMweb(arguments.dicomweb, read_login(arguments.login))
+    rules = load_rules(arguments.rules or DEFAULT)
+    checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
+    study = archive.find_study(arguments.study)
+    with tempfile.TemporaryDirectory() as private:  # only its owner can read it
+        retrieval = Retrieval(archive, rules, Path(private))
+        listed = archive.find_series(study.uid)
+        proposal, sent = predict_and_send(study, listed, archive, retrieval, checkpoint, arguments.rtstruct)
+    for note in proposal.notes:
+        print(f"note: {note}")
+    what = f"{proposal.volume_ml:.1f} ml proposed as tumour" if proposal.mask.any() else "no tumour proposed"
+    print(
+        f"{what}; "
+        + (f"{sent} objects were sent to the study" if sent else "the archive has it from this model already")
+    )
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.dicomweb:
+        predict_study(arguments)
+    else:
+        predict_slices(arguments)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,13 @@ def write_study(folder: Path, number: int) -> None:
             )
 
 
-def measure(archive: Path, out: Path) -> tuple[float, float]:
-    """Seconds, and MiB at most, of a preparation. Raises MedFLError where it fails."""
+def measure(source: list[str], out: Path) -> tuple[float, float]:
+    """Seconds, and MiB at most, of a preparation from a source, as the script's options name it. Raises MedFLError
+    where it fails."""
     command = [
         sys.executable,
         str(ROOT / "data" / "prepare_hospital.py"),
-        "--dicom",
-        str(archive),
+        *source,
         "--out",
         str(out),
     ]
@@ -68,7 +68,7 @@ def main() -> None:
             archive = Path(folder) / f"export{count}"
             for number in range(count):
                 write_study(archive / str(number), number)
-            seconds, memory = measure(archive, Path(folder) / f"out{count}")
+            seconds, memory = measure(["--dicom", str(archive)], Path(folder) / f"out{count}")
             print(
                 f"{count} patient(s): {seconds:.1f} s, {seconds / count:.1f} s a study, at most "
                 f"{memory:.0f} MiB",

@@ -1,12 +1,15 @@
-"""Turns a hospital's export, DICOM or NIfTI, into what training reads: aligned slices under pseudonyms, with
-their masks.
+"""Turns a hospital's scans, from its archive or an export, into what training reads: aligned slices under
+pseudonyms, with their masks.
 
     python data/prepare_hospital.py --dicom /data/export --out /data/prepared --dry-run    only say what would be taken
     python data/prepare_hospital.py --dicom /data/export --out /data/prepared
     python data/prepare_hospital.py --nifti /data/study --out /data/prepared
+    python data/prepare_hospital.py --dicomweb https://pacs.example/dicom-web --login login.toml --since 2026-01-31 \
+        --out /data/prepared
 
-Needs requirements-dicom.txt. Key, table of names and report stay beside the archive, in <archive>_private. A
-run that was broken off goes on; what is whole and unchanged is not made again.
+Needs requirements-dicom.txt. Key, table of names and report stay beside the export, in <export>_private, or
+for an archive in <out>_private; what is fetched lies there until it is prepared. A run that was broken off
+goes on; what is whole and unchanged is neither fetched nor made again.
 """
 
 import argparse
@@ -19,12 +22,22 @@ from escaping import terminal
 try:
     from tqdm import tqdm
 
-    from radiology.archive import PAGE, REPORT, Preparation
+    from radiology.archive import PAGE, REPORT, Made, Preparation
+    from radiology.connection import (
+        add_dimse_options,
+        add_login_option,
+        add_query_options,
+        connect,
+        read_query,
+    )
+    from radiology.ledger import Ledger
     from radiology.nifti import find_volumes
     from radiology.pseudonyms import Pseudonyms, check_folders
-    from radiology.rules import DEFAULT, load_rules
+    from radiology.retrieval import INCOMING, Archive, FoundStudy, Retrieval, ordered
+    from radiology.rules import DEFAULT, Rules, load_rules
     from radiology.series import Refused, Series, find_series
     from radiology.studies import Study, plan_studies
+    from radiology.worklist import prepare_studies
 except ModuleNotFoundError as error:
     missing = error.name
 else:
@@ -40,11 +53,19 @@ def parse() -> argparse.Namespace:
         type=Path,
         help="folder with a folder per patient, in it NIfTI volumes or a folder per study",
     )
+    source.add_argument(
+        "--dicomweb", metavar="URL", help="an archive's address, such as https://pacs.example/dicom-web"
+    )
+    source.add_argument(
+        "--dimse", metavar="TITLE@HOST:PORT", help="an archive that speaks classic DICOM only"
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the prepared patients; it can be handed on"
     )
     parser.add_argument(
-        "--private", type=Path, help="folder for key, table of names and report (default ARCHIVE_private)"
+        "--private",
+        type=Path,
+        help="folder for key, table of names and report (default EXPORT_private, or OUT_private)",
     )
     parser.add_argument(
         "--rules", type=Path, help="how series are told apart (default radiology/series_rules.toml)"
@@ -52,6 +73,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be taken and left out, and write nothing"
     )
+    if not missing:
+        add_query_options(parser)
+        add_login_option(parser)
+        add_dimse_options(parser)
     return parser.parse_args()
 
 
@@ -92,39 +117,86 @@ def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
     )
 
 
+def find_studies(archive: "Archive", arguments: argparse.Namespace) -> "list[FoundStudy]":
+    """The archive's studies that match. Raises MedFLError where none does."""
+    studies = ordered(archive.find_studies(read_query(arguments)))
+    if not studies:
+        raise MedFLError("the archive has no study that matches; check --patients, --query and --since")
+    return studies
+
+
+def from_archive(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Made], int] | None":
+    """Fetch and prepare an archive's studies: what became of those that could be prepared, and how many were
+    found. None after a dry run, which fetches headers only."""
+    archive = connect(arguments)
+    private = arguments.private
+    check_folders(private / INCOMING, arguments.out, private)
+    found = find_studies(archive, arguments)
+    retrieval = Retrieval(archive, rules, private)
+    if arguments.dry_run:
+        looked = tqdm(found, desc="reading headers", unit="study", disable=None)
+        print_plan([retrieval.plan(study) for study in looked], [])
+        return None
+    preparation = Preparation(arguments.out, Pseudonyms(private), rules, tell)
+    ledger = Ledger(private)
+    try:
+        bar = tqdm(found, desc="fetching and preparing", unit="study", disable=None)
+        prepare_studies(bar, retrieval, preparation, ledger, tell)
+    finally:
+        entries = ledger.of([study.uid for study in found])
+        made = preparation.write_overview_of(
+            [entry.name for entry in entries if entry.name], [row for entry in entries for row in entry.rows]
+        )
+    return made, len(found)
+
+
+def from_folder(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Made], int] | None":
+    """Prepare an export's studies: what became of those that could be prepared, and how many were found. None
+    after a dry run."""
+    check_folders(arguments.dicom or arguments.nifti, arguments.out, arguments.private)
+    found, refused = find(arguments)
+    studies = plan_studies(found, rules)
+    if arguments.dry_run:
+        print_plan(studies, refused)
+        return None
+    preparation = Preparation(arguments.out, Pseudonyms(arguments.private), rules, tell)
+    try:
+        preparation.run(studies)
+    finally:
+        preparation.write_overview(studies, refused)
+    return preparation.of(studies), len(studies)
+
+
+def tell(text: str) -> None:
+    """Say something beside the bar of progress."""
+    tqdm.write(terminal(text), file=sys.stderr)
+
+
 def main() -> None:
     arguments = parse()
     if missing:
         raise MedFLError(
             f"this needs {missing}, which is not installed; `pip install -r requirements-dicom.txt`"
         )
-    source = arguments.dicom or arguments.nifti
-    private = arguments.private or source.resolve().parent / f"{source.resolve().name}_private"
-    check_folders(source, arguments.out, private)
     rules = load_rules(arguments.rules or DEFAULT)
-    found, refused = find(arguments)
-    studies = plan_studies(found, rules)
-    if arguments.dry_run:
-        return print_plan(studies, refused)
-    preparation = Preparation(
-        arguments.out, Pseudonyms(private), rules, lambda text: tqdm.write(terminal(text), file=sys.stderr)
-    )
-    try:
-        preparation.run(studies)
-    finally:
-        preparation.write_overview(studies, refused)
-    masked, whole = sum(made.mask for made in preparation.of(studies)), len(preparation.of(studies))
-    if not whole:
+    export = arguments.dicom or arguments.nifti
+    beside = (export or arguments.out).resolve()
+    arguments.private = arguments.private or beside.parent / f"{beside.name}_private"
+    done = from_folder(arguments, rules) if export else from_archive(arguments, rules)
+    if done is None:
+        return
+    made, found = done
+    if not made:
         raise MedFLError(
-            f"none of {len(studies)} studies could be prepared; {private / REPORT} says why for each series"
+            f"none of {found} studies could be prepared; {arguments.private / REPORT} says why for each series"
         )
     print(
-        f"{whole} of {len(studies)} studies in {arguments.out}, {masked} with a mask; look through "
+        f"{len(made)} of {found} studies in {arguments.out}, {sum(m.mask for m in made)} with a mask; look through "
         f"{arguments.out / PAGE}"
     )
     print(
-        f"{private / REPORT} says of each series what became of it; that folder leads back to patients and "
-        f"stays here"
+        f"{arguments.private / REPORT} says of each series what became of it; that folder leads back to patients "
+        f"and stays here"
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import MedFLError, atomic_write
-from radiology.overview import SUFFIX, contact_sheet, write_page, write_report
+from radiology.overview import SUFFIX, contact_sheet, report_rows, write_page, write_report, write_rows
 from radiology.preparation import Prepared, prepare, write_study
 from radiology.pseudonyms import Pseudonyms
 from radiology.rules import FLAIR, Rules
@@ -54,9 +54,9 @@ class Preparation:
         self._made = self._read()
         self._left_out: dict[str, str] = {}  # by the FLAIR's uid
 
-    def run(self, studies: list[Study]) -> None:
+    def run(self, studies: list[Study], show: bool = True) -> None:
         """Prepare every study that has a FLAIR, one after the other; what is there already, from the same
-        files, stays.
+        files, stays. show: a bar of progress.
 
         The first study of a patient that has a mask trains. The others are kept apart, for a split is by
         folder, and a patient in two of them could be on both of its sides. Raises MedFLError where nothing
@@ -64,7 +64,7 @@ class Preparation:
         """
         for killed in self.out.glob(".preparing-*"):
             shutil.rmtree(killed, ignore_errors=True)
-        with tqdm(total=len(studies), desc="preparing", unit="study", disable=None) as bar:
+        with tqdm(total=len(studies), desc="preparing", unit="study", disable=None if show else True) as bar:
             for _, group in groupby(studies, lambda s: s.patient_id or s.uid):
                 of_patient = list(group)
                 trains = self._trains_already(of_patient)
@@ -83,7 +83,7 @@ class Preparation:
             and name not in names
             and made.mask
             and made.part == TRAINING
-            and self._is_whole(name)
+            and self.is_whole(name)
             for name, made in self._made.items()
         )
 
@@ -94,28 +94,44 @@ class Preparation:
     def write_overview(self, studies: list[Study], refused: list[Refused]) -> None:
         """Write the page over all prepared studies, and the report on every series."""
         there = self._there(studies)
-        if there:
-            write_page(
-                [
-                    {
-                        "name": name,
-                        "sheet": f"{SHEETS}/{name}{SUFFIX}",
-                        "slices": made.slices,
-                        "mask": made.mask,
-                        "part": PARTS[made.part],
-                        "notes": made.notes,
-                    }
-                    for name, _ in there
-                    for made in [self._made[name]]
-                ],
-                self.out / PAGE,
-            )
-        failures = {
-            uid: why for made in self.of(studies) for uid, why in made.failures.items()
-        } | self._left_out
+        self._write_page([name for name, _ in there])
         names = {(study.patient_id, study.uid): name for name, study in there}
         named = [(names.get((study.patient_id, study.uid), ""), study) for study in studies]
-        write_report(named, refused, failures, self.pseudonyms.folder / REPORT)
+        write_report(named, refused, self._failures(studies), self.pseudonyms.folder / REPORT)
+
+    def prepare_one(self, study: Study) -> tuple[str, list[list]]:
+        """Prepare a study by itself: its name, "" where it can't be prepared, and its lines in the report."""
+        self.run([study], show=False)
+        name = next((name for name, _ in self._there([study])), "")
+        return name, report_rows(name, study, self._failures([study]))
+
+    def write_overview_of(self, names: list[str], rows: list[list]) -> list[Made]:
+        """Write the page over prepared studies, and the report, by what `prepare_one` gave; what the studies
+        became."""
+        whole = [name for name in names if self.is_whole(name)]
+        self._write_page(whole)
+        write_rows(rows, self.pseudonyms.folder / REPORT)
+        return [self._made[name] for name in whole]
+
+    def _failures(self, studies: list[Study]) -> dict[str, str]:
+        """Why series that were chosen could not be used, by their uids."""
+        return {uid: why for made in self.of(studies) for uid, why in made.failures.items()} | self._left_out
+
+    def _write_page(self, names: list[str]) -> None:
+        entries = [
+            {
+                "name": name,
+                "sheet": f"{SHEETS}/{name}{SUFFIX}",
+                "slices": made.slices,
+                "mask": made.mask,
+                "part": PARTS[made.part],
+                "notes": made.notes,
+            }
+            for name in names
+            for made in [self._made[name]]
+        ]
+        if entries:
+            write_page(entries, self.out / PAGE)
 
     def _read(self) -> dict[str, Made]:
         try:
@@ -134,9 +150,10 @@ class Preparation:
         names = [
             (self.pseudonyms.name(study.patient_id, study.uid), study) for study in studies if study.channels
         ]
-        return [(n, s) for n, s in names if self._is_whole(n) and s.channels[FLAIR].uid not in self._left_out]
+        return [(n, s) for n, s in names if self.is_whole(n) and s.channels[FLAIR].uid not in self._left_out]
 
-    def _is_whole(self, name: str) -> bool:
+    def is_whole(self, name: str) -> bool:
+        """Whether a study of this name is prepared, and there."""
         made = self._made.get(name)
         return made is not None and (self.out / made.part / name / "volume.json").exists()
 
@@ -145,7 +162,7 @@ class Preparation:
         goes on."""
         name = self.pseudonyms.name(study.patient_id, study.uid)
         fingerprint = _fingerprint(study, self.rules)
-        if self._is_whole(name) and self._made[name].fingerprint == fingerprint:
+        if self.is_whole(name) and self._made[name].fingerprint == fingerprint:
             return name
         try:
             prepared = prepare(study, self.rules)

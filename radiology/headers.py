@@ -22,7 +22,8 @@ DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
 OTHER_MODALITY = (
     "it is of modality"  # how that problem begins: a segmentation has it, and is of use all the same
 )
-NOT_PICTURES = {"RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC", "RWV", "FID"}
+OUTLINES = ("SEG", "RTSTRUCT")  # modalities of masks, whose geometry is read with them
+NOT_PICTURES = {"RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC", "RWV", "FID"}
 TAGS = [  # what is read of a header
     "StudyDate",
     "StudyTime",
@@ -58,6 +59,7 @@ TAGS = [  # what is read of a header
     "Manufacturer",
     "ManufacturerModelName",
     "ReferencedSeriesSequence",
+    "ReferencedFrameOfReferenceSequence",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 ]
@@ -156,7 +158,7 @@ def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
         raise MedFLError("a DICOMDIR, the list of a medium's files; it is not needed")
     if header.get("Modality") in NOT_PICTURES:
         raise MedFLError(f"of modality {header.Modality}, which holds no pictures; it is not needed")
-    if not (header.get("Rows") and header.get("Columns")):
+    if header.get("Modality") != "RTSTRUCT" and not (header.get("Rows") and header.get("Columns")):
         raise MedFLError("holds no picture, or is cut off within its header; export it again if it should")
 
 
@@ -274,10 +276,17 @@ def _describe(header: pydicom.Dataset, uid: str) -> dict:
         or "SECONDARY" in kind[1:2]
         or bool(text("ConversionType")),
         when=text("StudyDate") + text("StudyTime"),
-        references=tuple(
-            str(r.get("SeriesInstanceUID", "")) for r in header.get("ReferencedSeriesSequence") or ()
-        ),
+        references=_references(header),
     )
+
+
+def _references(header: pydicom.Dataset) -> tuple[str, ...]:
+    """The series that a segmentation or a structure set is of."""
+    named = list(header.get("ReferencedSeriesSequence") or ())
+    for frame in header.get("ReferencedFrameOfReferenceSequence") or ():
+        for study in frame.get("RTReferencedStudySequence") or ():
+            named += study.get("RTReferencedSeriesSequence") or ()
+    return tuple(str(series.get("SeriesInstanceUID", "")) for series in named)
 
 
 def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[str]:
@@ -290,6 +299,8 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
         problems.append("it is a localizer")
     if (header.get("SamplesPerPixel") or 1) != 1:
         problems.append("it is in colour, a screen capture or a map, not a scan")
+    if modality == "RTSTRUCT":  # without pixels
+        return problems
     syntax = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     pixels = (
         header.Rows
@@ -307,6 +318,8 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
 
 def _slices_of(path: File, header: pydicom.Dataset) -> list[Slice]:
     """The slices of a file: one, or one for each frame, whose geometry stands in functional groups."""
+    if header.get("Modality") == "RTSTRUCT":
+        return [Slice(path, None, None, (0, 0), 0.0)]
     frames, matrix = int(header.get("NumberOfFrames") or 1), (int(header.Rows), int(header.Columns))
     shared, groups = (
         header.get("SharedFunctionalGroupsSequence"),

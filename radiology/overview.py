@@ -1,7 +1,7 @@
 """What a person looks through before training: a contact sheet per study, a page over all, and the report on
 every series."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -113,27 +113,35 @@ def write_report(
 
     studies: with their pseudonyms. failures: why a series that was chosen could not be used, by its uid.
     """
-    rows: list[Sequence] = [COLUMNS]
-    for name, study in studies:
-        for series, used_as, why in ((line.series, line.used_as, line.why) for line in study.lines):
-            if series.uid in failures:
-                used_as, why = "", failures[series.uid]
-            rows.append(
-                [
-                    name,
-                    study.patient_id,
-                    study.uid,
-                    series.number,
-                    series.description,
-                    series.modality,
-                    series.slices,
-                    series.rows,
-                    series.columns,
-                    *(f"{v:.4g}" for v in series.spacing),
-                    used_as,
-                    why,
-                ]
-            )
-    for one in refused:
-        rows.append(["", "", "", "", str(one.path), *[""] * 8, one.why])
-    write_csv(path, rows, private=True)
+    rows = [row for name, study in studies for row in report_rows(name, study, failures)]
+    write_rows([*rows, *(["", "", "", "", str(one.path), *[""] * 8, one.why] for one in refused)], path)
+
+
+def report_rows(name: str, study: Study, failures: dict[str, str]) -> list[list]:
+    """A study's lines in the report."""
+    rows = []
+    for series, used_as, why in ((line.series, line.used_as, line.why) for line in study.lines):
+        if series.uid in failures:
+            used_as, why = "", failures[series.uid]
+        rows.append(
+            [
+                name,
+                study.patient_id,
+                study.uid,
+                series.number,
+                series.description,
+                series.modality,
+                series.slices,
+                series.rows,
+                series.columns,
+                *(f"{v:.4g}" for v in series.spacing),
+                used_as,
+                why,
+            ]
+        )
+    return rows
+
+
+def write_rows(rows: list[list], path: Path) -> None:
+    """Write the report's lines."""
+    write_csv(path, [COLUMNS, *rows], private=True)

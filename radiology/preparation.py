@@ -9,6 +9,7 @@ import SimpleITK as sitk
 from PIL import Image
 
 from common import MedFLError, write_json
+from radiology.contours import read_structure_set
 from radiology.geometry import POOR, agreement, register, resample, resample_mask, to_axial, to_uint8
 from radiology.nifti import load_counted, read_labels
 from radiology.rules import CHANNELS, FLAIR, Rules
@@ -30,7 +31,7 @@ class Prepared:
 
     volume: (S, 256, 256, 3) uint8. mask: (S, 256, 256) uint8 0 or 255, or None. about: what volume.json
     holds. notes: what a person should know, in sentences without a word of the source. failures: why a series
-    could not be used after all, by its uid; these may name files.
+    could not be used after all, by its uid; these may name files. grid: an empty image where the slices lie.
     """
 
     volume: np.ndarray
@@ -38,6 +39,7 @@ class Prepared:
     about: dict
     notes: tuple[str, ...]
     failures: dict[str, str]
+    grid: sitk.Image
 
 
 def prepare(study: Study, rules: Rules) -> Prepared:
@@ -79,7 +81,9 @@ def prepare(study: Study, rules: Rules) -> Prepared:
             failures[study.mask.uid] = str(error)
             notes.append("its mask can't be used; the report says why")
     volume = np.stack([planes[channel] for channel in CHANNELS], axis=-1)
-    return Prepared(volume, mask, _about(study.channels[FLAIR], fixed), tuple(notes), failures)
+    return Prepared(
+        volume, mask, _about(study.channels[FLAIR], fixed), tuple(notes), failures, _grid_of(fixed)
+    )
 
 
 def _load(channel: str, series: Series) -> tuple[sitk.Image, list[str]]:
@@ -156,7 +160,8 @@ def _read_mask(
         channel = of
         if channel not in grids:
             raise MedFLError(f"it is a segmentation of the {channel} series, which can't be used")
-        labels = read_segmentation(series.files[0], grids[channel])
+        read = read_structure_set if series.modality == "RTSTRUCT" else read_segmentation
+        labels = read(series.files[0], grids[channel])
         if series.manufacturer == MANUFACTURER:
             notes.append("its mask was drawn by a network of MedFL, not by a person")
     mask = resample_mask(labels, fixed, transforms[channel])

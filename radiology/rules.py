@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import MedFLError
+from radiology.headers import OUTLINES
 from radiology.series import Series
 
 DEFAULT = Path(__file__).with_name("series_rules.toml")
@@ -97,7 +98,7 @@ def role_of(series: Series, rules: Rules) -> tuple[str | None, str]:
     The modality, problems and geometry play no part: `radiology.studies` weighs those.
     """
     own, rule = _words(f"{series.description} {series.sequence}"), rules.sections
-    if series.modality == "SEG":
+    if series.modality in OUTLINES:
         return MASK, "a segmentation"
     if series.modality == "NIfTI" and any(p.search(own) for p in rule["mask"].any):
         fits = rule["mask"].found_in(own)

@@ -19,7 +19,7 @@ from pydicom.uid import UID
 
 from common import MedFLError
 from limits import fits
-from radiology.headers import File, Place, Slice, read_header
+from radiology.headers import OUTLINES, File, Place, Slice, read_header
 
 SAME_PLACE = 0.01  # mm; nearer slices lie at one place
 UNEVEN = 0.05  # of the distance between slices; scanners round positions
@@ -121,7 +121,7 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
     first, problems = slices[0], list(dict.fromkeys(notes))
     files = tuple(dict.fromkeys(s.path for s in slices))
     rows, columns = first.matrix
-    if head["modality"] == "SEG":  # its frames are of several segments, and radiology.segmentation reads them
+    if head["modality"] in OUTLINES:  # their frames are of several segments, and other modules read them
         return Series(**head, files=files, rows=rows, columns=columns, problems=tuple(problems))
     if sizes := sorted({s.matrix for s in slices} - {first.matrix}):
         problems.append(f"its slices have different sizes, {columns}×{rows} and {sizes[0][1]}×{sizes[0][0]}")

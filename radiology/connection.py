@@ -1,0 +1,94 @@
+"""What scripts ask an engineer about an archive, as options, and the archive and the studies that the answers mean."""
+
+import argparse
+from datetime import date
+from pathlib import Path
+
+from pydicom.datadict import tag_for_keyword
+
+from common import MedFLError
+from radiology.dicomweb import DICOMweb
+from radiology.dimse import DIMSE
+from radiology.login import PROMPT, read_login
+from radiology.retrieval import Query
+
+
+def add_login_option(parser: argparse.ArgumentParser) -> None:
+    """Add --login."""
+    parser.add_argument(
+        "--login",
+        help="file with the login at the archive (docs/archive.md), readable by you only; or "
+        f'"{PROMPT}" for user and password at a prompt',
+    )
+
+
+def add_query_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which studies."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--patients", type=Path, help="file with patients' numbers (PatientID), a line each")
+    which.add_argument(
+        "--query",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the archive's studies have to match, by DICOM keyword, such as StudyDescription=*BRAIN*",
+    )
+    parser.add_argument("--since", metavar="DATE", help="only studies from this day on, such as 2026-01-31")
+
+
+def add_dimse_options(parser: argparse.ArgumentParser) -> None:
+    """Add our side of DIMSE."""
+    parser.add_argument("--aet", default="MEDFL", help="our title for DIMSE (default MEDFL)")
+    parser.add_argument(
+        "--move-port",
+        type=int,
+        metavar="PORT",
+        help="port of ours for C-MOVE, as the archive knows it (default: C-GET is used, which needs none)",
+    )
+
+
+def connect(arguments: argparse.Namespace) -> DICOMweb | DIMSE:
+    """The archive that the options name. Raises MedFLError for an address or a login that can't be right."""
+    login = read_login(arguments.login)
+    if arguments.dicomweb is not None:
+        return DICOMweb(arguments.dicomweb, login)
+    return DIMSE(arguments.dimse, login, arguments.aet, arguments.move_port)
+
+
+def read_query(arguments: argparse.Namespace) -> Query:
+    """The studies that the options mean. Raises MedFLError for a key that DICOM does not know, a day that is none, or a
+    file without a number."""
+    filters = []
+    for entry in arguments.query:
+        key, separator, value = entry.partition("=")
+        if not (separator and value) or tag_for_keyword(key) is None:
+            raise MedFLError(
+                f"--query {entry} is no KEY=VALUE with a DICOM keyword; write StudyDescription=*BRAIN*, for instance"
+            )
+        filters.append((key, value))
+    return Query(tuple(filters), _read_patients(arguments.patients), _day(arguments.since))
+
+
+def _read_patients(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise MedFLError(f"{path} can't be read as text; check --patients") from error
+    patients = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not patients:
+        raise MedFLError(f"{path} names no patient; write a number a line")
+    if any(set(patient) & set("*?\\") for patient in patients):
+        raise MedFLError(f"{path} holds a number with *, ? or \\, which would match others too; correct it")
+    return patients
+
+
+def _day(text: str | None) -> str:
+    if text is None:
+        return ""
+    try:
+        day = date.fromisoformat(text)
+    except ValueError as error:
+        raise MedFLError(f"--since {text} is no day; write 2026-01-31, for instance") from error
+    return f"{day:%Y%m%d}"

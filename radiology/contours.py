@@ -1,0 +1,256 @@
+"""Outlines of radiotherapy (RTSTRUCT): written over their source series, and read as the truth.
+
+Outlines run between the pixels that are marked and those that are not, so that a pixel is marked where its middle
+lies inside; what is written is read back pixel for pixel. Rings of one slice inside each other make holes.
+"""
+
+import warnings
+from collections.abc import Iterator
+from datetime import datetime
+
+import contourpy
+import highdicom
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+from pydicom.dataset import Dataset
+from pydicom.uid import UID, ExplicitVRLittleEndian, RTStructureSetStorage
+
+from common import MedFLError, __version__
+from radiology.geometry import OFF_GRID
+from radiology.headers import File
+from radiology.segmentation import EXPECTED, MANUFACTURER
+from radiology.series import Series
+
+STUDY_COMPONENT = (
+    "1.2.840.10008.3.1.2.3.1"  # the SOP class that a study is referred to by; retired, and asked for
+)
+TUMOUR = (
+    "gtv",
+    "tumor",
+    "tumour",
+    "glioma",
+    "lesion",
+)  # in the name of the outline that is meant, of several
+COLOUR = [255, 150, 0]
+
+
+def make_structure_set(
+    mask: np.ndarray, series: Series, series_uid: UID, instance_uid: UID, number: int
+) -> pydicom.Dataset:
+    """A mask as an RTSTRUCT of one outline, "tumour", that refers to its source series.
+
+    mask: (S, H, W), not 0 is tumour; the series' slices in its own order. Raises MedFLError for a series that names
+    no frame of reference.
+    """
+    if not series.frame_of_reference:
+        raise MedFLError(
+            "the series names no frame of reference, which an RTSTRUCT must refer to; export it whole"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of source tags that deviate from the standard, which are the scanner's
+        images = [_image_reference(series, index) for index in range(series.slices)]
+        made = _empty(series, series_uid, instance_uid, number)
+    made.ReferencedFrameOfReferenceSequence = [_frame_of_reference(series, images)]
+    made.StructureSetROISequence = [
+        _dataset(
+            ROINumber=1,
+            ReferencedFrameOfReferenceUID=series.frame_of_reference,
+            ROIName="tumour",
+            ROIGenerationAlgorithm="AUTOMATIC",
+        )
+    ]
+    made.ROIContourSequence = [
+        _dataset(
+            ROIDisplayColor=COLOUR, ContourSequence=_contours(mask, series, images), ReferencedROINumber=1
+        )
+    ]
+    made.RTROIObservationsSequence = [
+        _dataset(ObservationNumber=1, ReferencedROINumber=1, RTROIInterpretedType="", ROIInterpreter="")
+    ]
+    return made
+
+
+def _empty(series: Series, series_uid: UID, instance_uid: UID, number: int) -> pydicom.Dataset:
+    """A structure set of the series' patient and study, without an outline."""
+    source = pydicom.dcmread(series.files[0], stop_before_pixels=True)
+    told = {name: source.get(name) for name in EXPECTED}
+    now = datetime.now()
+    made = highdicom.base.SOPClass(
+        study_instance_uid=source.StudyInstanceUID,
+        series_instance_uid=series_uid,
+        series_number=number,
+        sop_instance_uid=instance_uid,
+        instance_number=1,
+        sop_class_uid=RTStructureSetStorage,
+        modality="RTSTRUCT",
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        manufacturer=MANUFACTURER,
+        manufacturer_model_name=MANUFACTURER,
+        software_versions=__version__,
+        device_serial_number="0",
+        patient_id=told["PatientID"],
+        patient_name=told["PatientName"],
+        patient_birth_date=told["PatientBirthDate"],
+        patient_sex=told["PatientSex"],
+        accession_number=told["AccessionNumber"],
+        study_id=told["StudyID"],
+        study_date=told["StudyDate"] or None,
+        study_time=told["StudyTime"] or None,
+        referring_physician_name=told["ReferringPhysicianName"],
+    )
+    made.OperatorsName = None
+    made.FrameOfReferenceUID = series.frame_of_reference
+    made.PositionReferenceIndicator = told["PositionReferenceIndicator"]
+    made.StructureSetLabel = MANUFACTURER
+    made.StructureSetDate, made.StructureSetTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
+    made.ApprovalStatus = "UNAPPROVED"
+    return made
+
+
+def _image_reference(series: Series, index: int) -> Dataset:
+    """The file, and its frame, that a slice is."""
+    header = pydicom.dcmread(
+        series.files[0 if series.frames else index],
+        stop_before_pixels=True,
+        specific_tags=["SOPClassUID", "SOPInstanceUID"],
+    )
+    reference = _dataset(
+        ReferencedSOPClassUID=header.SOPClassUID, ReferencedSOPInstanceUID=header.SOPInstanceUID
+    )
+    if series.frames:
+        reference.ReferencedFrameNumber = series.frames[index] + 1
+    return reference
+
+
+def _frame_of_reference(series: Series, images: list[Dataset]) -> Dataset:
+    whole = {str(image.ReferencedSOPInstanceUID): image for image in images}
+    named = [
+        _dataset(
+            ReferencedSOPClassUID=image.ReferencedSOPClassUID,
+            ReferencedSOPInstanceUID=image.ReferencedSOPInstanceUID,
+        )
+        for image in whole.values()
+    ]
+    study = _dataset(
+        ReferencedSOPClassUID=STUDY_COMPONENT,
+        ReferencedSOPInstanceUID=series.study_uid,
+        RTReferencedSeriesSequence=[_dataset(SeriesInstanceUID=series.uid, ContourImageSequence=named)],
+    )
+    return _dataset(FrameOfReferenceUID=series.frame_of_reference, RTReferencedStudySequence=[study])
+
+
+def _contours(mask: np.ndarray, series: Series, images: list[Dataset]) -> list[Dataset]:
+    """The outlines of every slice, in mm."""
+    between, row, column = series.spacing
+    across, down = np.array(series.orientation[:3]) * column, np.array(series.orientation[3:]) * row
+    contours: list[Dataset] = []
+    for index, pixels in enumerate(np.asarray(mask) != 0):
+        if not pixels.any():
+            continue
+        start = np.array(series.origin) + series.normal * between * index
+        lines = contourpy.contour_generator(z=np.pad(pixels, 1).astype(float)).lines(0.5)
+        for ring in map(np.asarray, lines):
+            points = (
+                start + (ring[:-1, :1] - 1) * across + (ring[:-1, 1:] - 1) * down
+            )  # the last is the first again
+            contours.append(
+                _dataset(
+                    ContourImageSequence=[images[index]],
+                    ContourGeometricType="CLOSED_PLANAR",
+                    NumberOfContourPoints=len(points),
+                    ContourNumber=len(contours) + 1,
+                    ContourData=[f"{value:.4f}" for value in points.ravel()],
+                )
+            )
+    return contours
+
+
+def _dataset(**tags) -> Dataset:
+    made = Dataset()
+    for name, value in tags.items():
+        setattr(made, name, value)
+    return made
+
+
+def read_structure_set(path: File, reference: sitk.Image) -> sitk.Image:
+    """The tumour's outline filled on the grid of its series, uint8 0 or 1.
+
+    Of several outlines the one is taken whose name says that it is the tumour. Raises MedFLError where none or
+    several do, for outlines off the series' slices, and for an empty one.
+    """
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stored = pydicom.dcmread(file)
+            number = _tumour(path, stored)
+            rings = list(_rings(stored, number))
+    except MedFLError:
+        raise
+    except Exception as error:  # pydicom raises many kinds for a damaged file
+        raise MedFLError(f"{path} can't be read as an RTSTRUCT; export it again") from error
+    filled = np.zeros(reference.GetSize()[::-1], bool)
+    for ring in rings:
+        places = np.array(
+            [reference.TransformPhysicalPointToContinuousIndex(point) for point in ring.tolist()]
+        )
+        index = round(float(places[:, 2].mean()))
+        if np.abs(places[:, 2] - index).max() > OFF_GRID or not 0 <= index < len(filled):
+            raise MedFLError(
+                f"{path} has outlines that lie off the slices of its series; draw them on the series itself"
+            )
+        filled[index] ^= fill(places[:, :2], filled.shape[1:])
+    if not filled.any():
+        raise MedFLError(f"{path} is empty: no pixel is marked as tumour")
+    image = sitk.GetImageFromArray(filled.astype(np.uint8))
+    image.CopyInformation(reference)
+    return image
+
+
+def _tumour(path: File, stored: pydicom.Dataset) -> int:
+    """The number of the outline that is the tumour."""
+    names = {
+        int(roi.ROINumber): str(roi.get("ROIName") or "")
+        for roi in stored.get("StructureSetROISequence") or ()
+    }
+    meant = (
+        names if len(names) == 1 else {n: t for n, t in names.items() if any(w in t.lower() for w in TUMOUR)}
+    )
+    if len(meant) != 1:
+        raise MedFLError(
+            f"{path} holds {len(names)} outlines, {len(meant)} of which are called GTV, tumour or lesion, and one "
+            "means tumour; export that one by itself"
+        )
+    return next(iter(meant))
+
+
+def _rings(stored: pydicom.Dataset, number: int) -> Iterator[np.ndarray]:
+    """An outline's closed rings, (points, 3) mm."""
+    for outline in stored.get("ROIContourSequence") or ():
+        if int(outline.ReferencedROINumber) == number:
+            for contour in outline.get("ContourSequence") or ():
+                points = np.array(contour.ContourData, float).reshape(-1, 3)
+                if not str(contour.ContourGeometricType).startswith("CLOSED") or len(points) < 3:
+                    raise MedFLError(
+                        "it holds points or open lines, which enclose nothing; draw closed outlines"
+                    )
+                yield points
+
+
+def fill(ring: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels of a slice whose middles lie inside of a ring, (H, W) bool.
+
+    ring: (points, 2), columns and rows, the first pixel's middle at 0. A row's crossings are taken in pairs.
+    """
+    filled = np.zeros(shape, bool)
+    start, end = ring, np.roll(ring, -1, axis=0)
+    lowest, highest = np.ceil(ring[:, 1].min()), np.floor(ring[:, 1].max())
+    for row in range(max(0, int(lowest)), min(shape[0] - 1, int(highest)) + 1):
+        crosses = (start[:, 1] <= row) != (end[:, 1] <= row)
+        share = (row - start[crosses, 1]) / (end[crosses, 1] - start[crosses, 1])
+        at = np.sort(start[crosses, 0] + share * (end[crosses, 0] - start[crosses, 0]))
+        for left, right in at.reshape(-1, 2):
+            filled[row, max(0, int(np.ceil(left))) : max(0, int(np.ceil(right)))] ^= True
+    return filled

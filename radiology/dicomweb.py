@@ -1,0 +1,213 @@
+"""An archive that speaks DICOMweb: studies found (QIDO-RS), series fetched (WADO-RS), objects sent (STOW-RS).
+
+Nothing in the archive is changed or deleted. Scans travel as they are stored, compressed or not.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import pydicom
+import requests
+import urllib3
+from dicomweb_client import DICOMwebClient
+
+from common import MedFLError, atomic_write
+from radiology.login import Login
+from radiology.retrieval import SUFFIX, Denied, FoundSeries, FoundStudy, Missing, Query, Unreachable
+
+WAITS = (1.0, 4.0, 15.0)  # s, before the archive is asked again after a fault
+TIMEOUT = (10, 120)  # s, to connect, and between two pieces of an answer
+PAGE = 200  # entries of a list that are asked for at a time
+AGAIN = {408, 425, 429, 500, 502, 503, 504}  # answers that another try can mend
+KEYS = (
+    "0020000D",
+    "0020000E",
+    "00080018",
+)  # of study, series and instance, which tell entries of a list apart
+AS_STORED = (("application/dicom", "*"),)
+HERE = {"localhost", "127.0.0.1", "::1"}
+UID = re.compile(r"[0-9]+(\.[0-9]+)*")
+T = TypeVar("T")
+
+
+class _Changed(Exception):
+    """A series got more files while it was fetched."""
+
+
+class DICOMweb:
+    """An archive at an address such as https://pacs.example/dicom-web. waits: seconds before each further try.
+
+    Raises MedFLError for an address that is none, that carries a password, or that is not encrypted and on
+    another machine.
+    """
+
+    def __init__(self, url: str, login: Login, waits: tuple[float, ...] = WAITS):
+        self.waits = waits
+        _check_address(url)
+        self._client = DICOMwebClient(url.rstrip("/"), session=login.session(), timeout=TIMEOUT)
+        self._client.set_http_retry_params(retry=False)  # its own retries don't know of broken connections
+
+    def find_studies(self, query: Query) -> list[FoundStudy]:
+        found = []
+        for filters in query.each():
+            for entry in self._list(self._client.search_for_studies, search_filters=filters):
+                uid, patient, when = (_text(entry, t) for t in ("0020000D", "00100020", "00080020"))
+                found.append(FoundStudy(_checked(uid), patient, when))
+        return found
+
+    def find_study(self, uid: str) -> FoundStudy:
+        """One study. Raises Missing where the archive has none of this UID."""
+        found = self.find_studies(Query((("StudyInstanceUID", _checked(uid)),)))
+        if not found:
+            raise Missing(f"the archive has no study {uid}; check --study")
+        return found[0]
+
+    def find_series(self, study: str) -> list[FoundSeries]:
+        fields = ["SeriesDescription", "NumberOfSeriesRelatedInstances"]
+        found = []
+        for entry in self._list(self._client.search_for_series, study, fields=fields):
+            number, count = _text(entry, "00200011"), _text(entry, "00201209")
+            uid = _checked(_text(entry, "0020000E"))
+            instances = int(count) if count.isdigit() else len(self._instances(study, uid))
+            found.append(
+                FoundSeries(
+                    uid,
+                    _text(entry, "00080060"),
+                    _text(entry, "0008103E"),
+                    int(number) if number.lstrip("-").isdigit() else None,
+                    instances,
+                )
+            )
+        return found
+
+    def header(self, study: str, series: str, folder: Path) -> pydicom.Dataset:
+        instances = self._list(self._client.search_for_instances, study, series, first_only=True)
+        if not instances:
+            raise Missing("the archive has no file of this series")
+        uid = _checked(_text(instances[0], "00080018"))
+        told: Any = self._patiently(lambda: self._client.retrieve_instance_metadata(study, series, uid))
+        entry = told[0] if isinstance(told, list) else told
+        return pydicom.Dataset.from_json(entry, bulk_data_uri_handler=lambda *_: None)
+
+    def fetch(self, study: str, series: str, folder: Path) -> None:
+        """Write the files of a series that `folder` does not hold yet, as FOLDER/UID.dcm. A series that grows
+        meanwhile is fetched until it stays the same. Raises as all do, and MedFLError where the disk is full."""
+        self._patiently(lambda: self._fetch_missing(study, series, folder))
+
+    def has(self, study: str, series: str, instance: str) -> bool:
+        """Whether the archive has an object."""
+        return instance in self._instances(study, series)
+
+    def send(self, study: str, objects: Sequence[pydicom.Dataset]) -> None:
+        """Store objects in the archive. Raises MedFLError where it does not take one of them."""
+        answer = self._patiently(lambda: self._client.store_instances(list(objects), study))
+        if failed := answer.get("FailedSOPSequence"):
+            reason = failed[0].get("FailureReason")
+            raise MedFLError(
+                f"the archive did not take {len(failed)} of {len(objects)} objects (reason {reason}); "
+                "its log tells more"
+            )
+
+    def _fetch_missing(self, study: str, series: str, folder: Path) -> None:
+        expected = self._instances(study, series)
+        if not expected:
+            raise Missing("the archive has no file of this series")
+        there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
+        if not there:
+            for content in self._client.iter_series(study, series, media_types=AS_STORED):
+                _save(content, folder)
+        else:
+            for uid in sorted(expected - there):
+                _save(self._client.retrieve_instance(study, series, uid, media_types=AS_STORED), folder)
+        there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
+        if self._instances(study, series) - there:
+            raise _Changed
+
+    def _instances(self, study: str, series: str) -> set[str]:
+        listed = self._list(self._client.search_for_instances, study, series)
+        return {_checked(_text(entry, "00080018")) for entry in listed}
+
+    def _list(self, search: Callable, *where: str, first_only: bool = False, **how: Any) -> list[dict]:
+        """A whole list of the archive's, page by page. Some archives ignore which page is asked for: the list
+        ends where nothing new comes."""
+        entries: dict[tuple[str, ...], dict] = {}
+        while True:
+            page = partial(search, *where, limit=1 if first_only else PAGE, offset=len(entries), **how)
+            before = len(entries)
+            for entry in self._patiently(page):
+                entries.setdefault(tuple(_text(entry, tag) for tag in KEYS), entry)
+            if first_only or len(entries) - before == 0:
+                return list(entries.values())
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """What `ask` returns; after a fault that time can mend it is asked again, a few times."""
+        for wait in (*self.waits, None):
+            try:
+                return ask()
+            except _Changed:
+                fault = "a series keeps growing while it is fetched; try again when the study is complete"
+            except requests.HTTPError as error:
+                fault = _judge(error)
+            except requests.exceptions.SSLError as error:
+                raise Denied(
+                    "the archive's certificate, or ours, does not stand the check of TLS; name who signed the "
+                    "archive's as authority in the login's file, or correct the address"
+                ) from error
+            except (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException, ConnectionError):
+                fault = "the archive can't be reached, or broke off; check the address and the network, and try again"
+            except (ValueError, KeyError) as error:  # of what is no DICOM in JSON or multipart
+                raise MedFLError("the archive's answer is not DICOMweb's; check the address") from error
+            if wait is None:
+                break
+            time.sleep(wait)
+        raise Unreachable(fault)
+
+
+def _check_address(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise MedFLError("the archive's address is no URL; give one such as https://pacs.example/dicom-web")
+    if parts.username or parts.password or parts.query:
+        raise MedFLError(
+            "the archive's address carries a login, which others can see there; put it into a --login file"
+        )
+    if parts.scheme == "http" and parts.hostname not in HERE:
+        raise MedFLError(
+            f"http://{parts.hostname} is not encrypted, and names would cross the network; use https://"
+        )
+
+
+def _judge(error: requests.HTTPError) -> str:
+    """What an error's status means, where it can be mended. Raises MedFLError where it can't."""
+    status = 0 if error.response is None else error.response.status_code
+    if status in (401, 403):
+        raise MedFLError(
+            f"the archive refuses the login ({status}); check --login and the account's rights"
+        ) from error
+    if status in (404, 410):
+        raise Missing("the archive does not have it, or the address is not that of DICOMweb (404)") from error
+    if status not in AGAIN:
+        raise MedFLError(f"the archive refuses the request ({status}); its log tells more") from error
+    return f"the archive has a fault of its own ({status}); try again later"
+
+
+def _text(entry: dict, tag: str) -> str:
+    values = entry.get(tag, {}).get("Value") or [""]
+    return "" if values[0] is None else str(values[0]).strip()
+
+
+def _checked(uid: str) -> str:
+    if not UID.fullmatch(uid) or len(uid) > 64:
+        raise MedFLError("a UID of the study is none; it has digits and points only")
+    return uid
+
+
+def _save(content: pydicom.Dataset, folder: Path) -> None:
+    with atomic_write(folder / f"{_checked(str(content.SOPInstanceUID))}{SUFFIX}", private=True) as file:
+        content.save_as(file)

@@ -1,0 +1,313 @@
+"""An archive that speaks classic DICOM (DIMSE): studies found (C-FIND), series fetched (C-GET, or C-MOVE to a port
+of ours). Nothing in the archive is changed or deleted.
+
+Over TLS where the login names certificates; without, names and scans cross the hospital's network in the clear,
+as they do between its scanners and the archive.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    EnhancedMRImageStorage,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    MRImageStorage,
+    RLELossless,
+    RTStructureSetStorage,
+    SegmentationStorage,
+)
+from pynetdicom import AE, build_context, build_role, evt
+from pynetdicom.association import Association
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made when it is imported
+    LegacyConvertedEnhancedMRImageStorage,
+    StudyRootQueryRetrieveInformationModelFind,
+    StudyRootQueryRetrieveInformationModelGet,
+    StudyRootQueryRetrieveInformationModelMove,
+)
+
+from common import MedFLError, atomic_write
+from radiology.login import Login
+from radiology.retrieval import SUFFIX, Denied, FoundSeries, FoundStudy, Missing, Query, Unreachable
+
+WAITS = (1.0, 4.0, 15.0)  # s, before the archive is asked again after a fault
+TIMEOUT = 120  # s, for an answer
+ADDRESS = re.compile(r"(?P<aet>[^@\\]{1,16})@(?P<host>\[[0-9a-fA-F:]+\]|[^@:]+):(?P<port>\d{1,5})")
+PENDING, SUCCESS, FULL = (0xFF00, 0xFF01), 0x0000, 0xA700
+KINDS = (
+    MRImageStorage,
+    EnhancedMRImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    SegmentationStorage,
+    RTStructureSetStorage,
+)
+COMPRESSED = (  # each is offered by itself, so that an archive sends what it has as it has it
+    JPEGLosslessSV1,
+    JPEGLossless,
+    JPEGLSLossless,
+    JPEG2000Lossless,
+    JPEG2000,
+    RLELossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+)
+PLAIN: list[str | UID] = [UID("1.2.840.10008.1.2.1"), UID("1.2.840.10008.1.2")]
+
+
+class DIMSE:
+    """An archive at AET@HOST:PORT, to which we are called `aet`. move_port: ours, to which the archive sends by C-MOVE;
+    None for C-GET. Raises MedFLError for an address of another form."""
+
+    def __init__(
+        self,
+        address: str,
+        login: Login,
+        aet: str = "MEDFL",
+        move_port: int | None = None,
+        waits: tuple[float, ...] = WAITS,
+    ):
+        parts = ADDRESS.fullmatch(address)
+        if parts is None or not 0 < int(parts["port"]) < 65536:
+            raise MedFLError(
+                "the archive's address for DIMSE is TITLE@HOST:PORT, such as PACS@10.0.0.5:104; correct it"
+            )
+        if login.token is not None or login.user is not None:
+            raise MedFLError(
+                "DIMSE knows no token and no user, only certificates; take them out of the login"
+            )
+        self._called, self._host, self._port = parts["aet"], parts["host"].strip("[]"), int(parts["port"])
+        self._aet, self._move_port, self._tls, self.waits = aet, move_port, login.tls(), waits
+
+    def find_studies(self, query: Query) -> list[FoundStudy]:
+        found = []
+        for filters in query.each():
+            asked = {"StudyInstanceUID": "", "PatientID": "", "StudyDate": "", **filters}
+            for answer in self._find("STUDY", **asked):
+                found.append(
+                    FoundStudy(
+                        str(answer.StudyInstanceUID), _text(answer, "PatientID"), _text(answer, "StudyDate")
+                    )
+                )
+        return found
+
+    def find_series(self, study: str) -> list[FoundSeries]:
+        names = (
+            "SeriesInstanceUID",
+            "Modality",
+            "SeriesDescription",
+            "SeriesNumber",
+            "NumberOfSeriesRelatedInstances",
+        )
+        found = []
+        for answer in self._find("SERIES", StudyInstanceUID=study, **dict.fromkeys(names, "")):
+            uid, number = str(answer.SeriesInstanceUID), _text(answer, "SeriesNumber")
+            count = _text(answer, "NumberOfSeriesRelatedInstances")
+            found.append(
+                FoundSeries(
+                    uid,
+                    _text(answer, "Modality"),
+                    _text(answer, "SeriesDescription"),
+                    int(number) if number.lstrip("-").isdigit() else None,
+                    int(count) if count.isdigit() else len(self._instances(study, uid)),
+                )
+            )
+        return found
+
+    def header(self, study: str, series: str, folder: Path) -> pydicom.Dataset:
+        """One file of the series, which stays in `folder`: this protocol sends no headers by themselves."""
+        if not any(folder.glob(f"*{SUFFIX}")):
+            instances = self._instances(study, series)
+            if not instances:
+                raise Missing("the archive has no file of this series")
+            self._patiently(lambda: self._receive(study, series, [min(instances)], folder))
+        path = next(iter(sorted(folder.glob(f"*{SUFFIX}"))), None)
+        if path is None:
+            raise Missing("the archive sends no file of this series")
+        return pydicom.dcmread(path, stop_before_pixels=True)
+
+    def fetch(self, study: str, series: str, folder: Path) -> None:
+        """Write the files of a series that `folder` does not hold yet, as FOLDER/UID.dcm. A series that grows
+        meanwhile is fetched until it stays the same. Raises as all do, and MedFLError where the disk is full."""
+
+        def fetch_missing() -> None:
+            there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
+            missing = self._instances(study, series) - there
+            if missing:
+                self._receive(study, series, sorted(missing) if there else [], folder)
+                there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
+                if self._instances(study, series) - there:
+                    raise Unreachable(
+                        "the archive did not send all of a series, or it keeps growing; try again later"
+                    )
+
+        self._patiently(fetch_missing)
+
+    def _instances(self, study: str, series: str) -> set[str]:
+        answers = self._find("IMAGE", StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID="")
+        return {str(answer.SOPInstanceUID) for answer in answers}
+
+    def _find(self, level: str, **asked: str) -> list[Dataset]:
+        def ask() -> list[Dataset]:
+            with self._associated([build_context(StudyRootQueryRetrieveInformationModelFind)]) as association:
+                answers = association.send_c_find(
+                    _identifier(level, **asked), StudyRootQueryRetrieveInformationModelFind
+                )
+                return [answer for status, answer in answers if _go_on(status) and answer is not None]
+
+        return self._patiently(ask)
+
+    def _receive(self, study: str, series: str, instances: list[str], folder: Path) -> None:
+        """Let the archive send a series, or some of its files, into a folder."""
+        asked: dict[str, Any] = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
+        if instances:
+            asked["SOPInstanceUID"] = instances
+        identifier = _identifier("IMAGE" if instances else "SERIES", **asked)
+        faults: list[MedFLError] = []
+        storing = [(evt.EVT_C_STORE, _storing(series, folder, faults))]
+        if self._move_port is None:
+            model = StudyRootQueryRetrieveInformationModelGet
+            roles = [build_role(kind, scp_role=True) for kind in KINDS]
+            with self._associated(
+                [build_context(model), *_offers()], ext_neg=roles, evt_handlers=storing
+            ) as association:
+                _drain(association.send_c_get(identifier, model), faults)
+        else:
+            model = StudyRootQueryRetrieveInformationModelMove
+            with self._listening(storing), self._associated([build_context(model)]) as association:
+                _drain(association.send_c_move(identifier, self._aet, model), faults)
+
+    @contextlib.contextmanager
+    def _listening(self, storing: list) -> Iterator[None]:
+        entity = AE(ae_title=self._aet)
+        entity.supported_contexts = [build_context(kind, [*PLAIN, *COMPRESSED]) for kind in KINDS]
+        try:
+            server = entity.start_server(("", self._move_port or 0), block=False, evt_handlers=storing)
+        except OSError as error:
+            raise MedFLError(
+                f"port {self._move_port} can't be listened on; choose another --move-port"
+            ) from error
+        try:
+            yield
+        finally:
+            if server is not None:
+                server.shutdown()
+
+    @contextlib.contextmanager
+    def _associated(self, contexts: list, **more: Any) -> Iterator[Association]:
+        entity = AE(ae_title=self._aet)
+        entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT
+        entity.connection_timeout = 10
+        association = entity.associate(
+            self._host,
+            self._port,
+            contexts,
+            ae_title=self._called,
+            tls_args=(self._tls, self._host) if self._tls else None,
+            **more,
+        )
+        if association.is_rejected:
+            raise Denied(
+                f"the archive refuses {self._aet}, or is not called {self._called}; let its engineer enter us"
+            )
+        if not association.is_established:
+            raise Unreachable(
+                "the archive can't be reached by DIMSE; check address, port and network, and try again"
+            )
+        if not association.accepted_contexts:
+            association.abort()
+            raise MedFLError(
+                "the archive does not offer this service of DIMSE; try with or without --move-port"
+            )
+        try:
+            yield association
+        finally:
+            if association.is_established:
+                association.release()
+
+    def _patiently(self, ask: Callable) -> Any:
+        """What `ask` returns; after a fault that time can mend it is asked again, a few times."""
+        for wait in self.waits:
+            try:
+                return ask()
+            except Unreachable:
+                time.sleep(wait)
+        return ask()
+
+
+def _offers() -> list:
+    """The kinds of files that we take, each way of compressing by itself."""
+    return [build_context(kind, PLAIN) for kind in KINDS] + [
+        build_context(kind, syntax) for kind in KINDS[:3] for syntax in COMPRESSED
+    ]
+
+
+def _identifier(level: str, **asked: Any) -> Dataset:
+    identifier = Dataset()
+    identifier.QueryRetrieveLevel = level
+    for name, value in asked.items():
+        setattr(identifier, name, value)
+    return identifier
+
+
+def _storing(series: str, folder: Path, faults: list[MedFLError]) -> Callable:
+    """What takes a file that the archive sends. Files of other series are refused."""
+
+    def store(event: Any) -> int:
+        try:
+            content = event.dataset
+            content.file_meta = event.file_meta
+            if str(content.SeriesInstanceUID) != series or not UID(content.SOPInstanceUID).is_valid:
+                return 0xA900  # not what was asked for
+            with atomic_write(folder / f"{content.SOPInstanceUID}{SUFFIX}", private=True) as file:
+                content.save_as(file, enforce_file_format=True)
+        except MedFLError as error:
+            faults.append(error)
+            return FULL
+        return SUCCESS
+
+    return store
+
+
+def _go_on(status: Dataset) -> bool:
+    """Whether an answer brings something; False at the end. Raises Unreachable where the connection broke, and
+    MedFLError where the archive refuses."""
+    if not status or "Status" not in status:
+        raise Unreachable("the archive broke off; check the network, and try again")
+    if status.Status in PENDING:
+        return True
+    if status.Status == SUCCESS:
+        return False
+    if status.Status in (0xA801,):
+        raise MedFLError(
+            "the archive does not know us as a target of C-MOVE; let its engineer enter name and port"
+        )
+    raise Unreachable(
+        f"the archive answers with status {status.Status:04X}; its log tells more, then try again"
+    )
+
+
+def _drain(answers: Iterator, faults: list[MedFLError]) -> None:
+    """Wait for the end of a transfer. Raises what went wrong on our side first."""
+    try:
+        for status, _ in answers:
+            _go_on(status)
+    except MedFLError as error:
+        raise faults[0] if faults else error from error
+    if faults:
+        raise faults[0]
+
+
+def _text(answer: Dataset, name: str) -> str:
+    return str(answer.get(name) or "").strip() if answer.get(name) != 0 else "0"

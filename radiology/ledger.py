@@ -1,0 +1,90 @@
+"""What became of an archive's studies, a line each, so that a run goes on where it was broken off, by whatever.
+
+Lies in the private folder, for it names studies. The last line about a study counts.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from common import MedFLError, atomic_write
+
+LEDGER = "archive.jsonl"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """state: of the study in the archive when it was dealt with, and of whatever else decides what becomes of it.
+    name: its pseudonym where it was prepared. rows: its lines in the report. why: it was left out."""
+
+    study: str
+    state: str
+    name: str = ""
+    rows: list[list] = field(default_factory=list)
+    why: str = ""
+
+
+class Ledger:
+    """The lines of a folder's ledger. Raises MedFLError for a damaged one."""
+
+    def __init__(self, folder: Path, name: str = LEDGER):
+        self._file = folder / name
+        self._entries = self._read()
+
+    def find(self, study: str, state: str) -> Entry | None:
+        """What became of a study in this state."""
+        entry = self._entries.get(study)
+        return entry if entry is not None and entry.state == state else None
+
+    def of_all(self) -> list[Entry]:
+        """What became of all studies."""
+        return list(self._entries.values())
+
+    def of(self, studies: list[str]) -> list[Entry]:
+        """What became of these studies, where anything did."""
+        return [self._entries[uid] for uid in studies if uid in self._entries]
+
+    def add(self, entry: Entry) -> None:
+        """Remember what became of a study; it is on the disk when this returns."""
+        self._entries[entry.study] = entry
+        line = json.dumps(asdict(entry)) + "\n"
+        try:
+            handle = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with os.fdopen(handle, "ab") as file:
+                before = os.fstat(file.fileno()).st_size
+                try:
+                    file.write(line.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self._file, before)  # half a line would spoil the next
+                    raise
+        except OSError as error:
+            raise MedFLError(
+                f"{self._file} can't be written ({error.strerror or error}); free the space or name another "
+                "folder"
+            ) from error
+
+    def _read(self) -> dict[str, Entry]:
+        """The file's entries. A last line that was cut off is dropped: that study is dealt with again."""
+        try:
+            text = self._file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise MedFLError(
+                f"{self._file} can't be read; move it away, and every study is seen as new"
+            ) from error
+        whole, _, cut = text.rpartition("\n")
+        try:
+            entries = [Entry(**json.loads(line)) for line in whole.splitlines()]
+        except (ValueError, TypeError) as error:
+            raise MedFLError(
+                f"{self._file} is damaged; move it away, and every study is seen as new"
+            ) from error
+        latest = {entry.study: entry for entry in entries}
+        if cut or len(latest) < len(entries):
+            with atomic_write(self._file, "w", private=True) as file:
+                file.writelines(json.dumps(asdict(entry)) + "\n" for entry in latest.values())
+        return latest

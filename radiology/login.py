@@ -1,0 +1,122 @@
+"""How one says who one is at an archive: token, password or client certificate, from a file or a prompt.
+
+    token = "..."                                            a bearer token, or
+    user = "..."                                             user and password
+    password = "..."
+    certificate = "client.pem"                               a client certificate and its key, with either or by itself
+    key = "client.key"
+    authority = "hospital-ca.pem"                            who signed the archive's certificate, if not a public one
+
+Secrets appear in no command line, message or file of MedFL.
+"""
+
+import getpass
+import os
+import ssl
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import requests
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, model_validator
+from requests.auth import HTTPBasicAuth
+
+from common import MedFLError
+
+PROMPT = "ask"  # instead of a file's name
+
+
+class Login(BaseModel):
+    """What an archive wants to see. Paths are absolute. Without an entry: nobody in particular."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    token: SecretStr | None = None
+    user: str | None = None
+    password: SecretStr | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    authority: Path | None = None
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> "Login":
+        if (self.user is None) != (self.password is None):
+            raise ValueError("user and password belong together")
+        if self.token is not None and self.user is not None:
+            raise ValueError("a token or a user, not both")
+        if self.key is not None and self.certificate is None:
+            raise ValueError("the key has no certificate")
+        return self
+
+    def session(self) -> requests.Session:
+        """A session of HTTP that logs in like this. Certificates are verified, always."""
+        session = requests.Session()
+        session.trust_env = False  # a proxy, ~/.netrc or other authorities than those named here
+        session.auth = self._sign
+        session.verify = str(self.authority) if self.authority else True
+        if self.certificate:
+            session.cert = (str(self.certificate), str(self.key)) if self.key else str(self.certificate)
+        return session
+
+    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """An `auth` of requests, which it takes away where an archive refers to another host."""
+        if self.token is not None:
+            request.headers["Authorization"] = f"Bearer {self.token.get_secret_value()}"
+        elif self.user is not None and self.password is not None:
+            HTTPBasicAuth(self.user.encode(), self.password.get_secret_value().encode())(request)
+        return request
+
+    def tls(self) -> ssl.SSLContext | None:
+        """A context for DIMSE over TLS, or None where the login names no certificate and no authority."""
+        if not (self.certificate or self.authority):
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.authority)
+            if self.certificate:
+                context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise MedFLError(
+                "the login's certificates can't be used; check that they are PEM files"
+            ) from error
+        return context
+
+
+def read_login(source: str | None) -> Login:
+    """The login in a file, or asked for at the terminal where `source` is "ask". Raises MedFLError for a file that is
+    missing, that others can read, or that says something else."""
+    if source is None:
+        return Login()
+    if source == PROMPT:
+        return _ask()
+    path = Path(source)
+    try:
+        if os.name != "nt" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise MedFLError(f"{path} can be read by others, and it opens the archive; chmod 600 {path}")
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name in {"certificate", "key", "authority"} & content.keys():
+            content[name] = (path.parent / str(content[name])).resolve()
+            if not content[name].is_file():
+                raise MedFLError(
+                    f"{path} names the {name} {content[name]}, and there is no such file; correct it"
+                )
+        return Login(**content)
+    except OSError as error:
+        raise MedFLError(
+            f"the login {path} can't be read ({error.strerror or error}); check --login"
+        ) from error
+    except ValidationError as error:  # its own text would be long; inputs are hidden in it
+        first = error.errors()[0]
+        about = ".".join(map(str, first["loc"])) or first["msg"].removeprefix("Value error, ")
+        raise MedFLError(
+            f"the login {path} is wrong at: {about}; docs/archive.md shows what it holds"
+        ) from error
+    except ValueError:  # of TOML, whose message can quote a secret
+        raise MedFLError(f"the login {path} is no TOML; docs/archive.md shows what it holds") from None
+
+
+def _ask() -> Login:
+    try:
+        return Login(user=input("user at the archive: "), password=SecretStr(getpass.getpass("password: ")))
+    except EOFError as error:
+        raise MedFLError("nobody is there to ask for the password; name a file with --login") from error

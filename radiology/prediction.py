@@ -1,0 +1,67 @@
+"""A model's proposal for a study, on the slices of its own FLAIR series, by the way that the training data took."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import SimpleITK as sitk
+
+from checkpoint import Checkpoint
+from common import MedFLError
+from inference import predict_volume, to_mask
+from radiology.preparation import prepare
+from radiology.rules import FLAIR, Rules
+from radiology.series import Series
+from radiology.studies import Study
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """mask: (S, H, W) uint8, 0 or 255, on the series' slices in its own order; empty where there seems to be no
+    tumour. sources: the series that the model saw. notes: what a reader should know of them."""
+
+    mask: np.ndarray
+    series: Series
+    sources: tuple[Series, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def volume_ml(self) -> float:
+        """What the mask marks, in millilitres."""
+        return float(np.count_nonzero(self.mask) * np.prod(self.series.spacing) / 1000)
+
+    @property
+    def largest_area_mm2(self) -> float:
+        """The largest area that it marks in one slice."""
+        return float(np.count_nonzero(self.mask, axis=(1, 2)).max() * np.prod(self.series.spacing[1:]))
+
+
+def propose(study: Study, checkpoint: Checkpoint, rules: Rules) -> Proposal:
+    """Prepare a study as for training, predict, and carry the probabilities back onto the FLAIR series' voxels.
+
+    Raises MedFLError for a study without a FLAIR that can be used.
+    """
+    if not study.channels:
+        reasons = "; ".join(dict.fromkeys(line.why for line in study.lines)) or "it has no series"
+        raise MedFLError(
+            f"the study has no FLAIR that can be used ({reasons}); check the rules, or choose another"
+        )
+    prepared = prepare(study, rules)
+    probabilities = sitk.GetImageFromArray(predict_volume(checkpoint.model, prepared.volume))
+    probabilities.CopyInformation(prepared.grid)
+    series = study.channels[FLAIR]
+    on_series = sitk.Resample(
+        probabilities, grid_of(series), sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkFloat32
+    )
+    mask = to_mask(sitk.GetArrayFromImage(on_series), checkpoint.threshold)
+    return Proposal(mask, series, tuple(study.channels.values()), prepared.notes)
+
+
+def grid_of(series: Series) -> sitk.Image:
+    """An empty image where a series' voxels lie."""
+    grid = sitk.Image(series.columns, series.rows, series.slices, sitk.sitkUInt8)
+    between, row, column = series.spacing
+    grid.SetSpacing((column, row, between))
+    grid.SetOrigin(series.origin)
+    directions = np.stack([series.orientation[:3], series.orientation[3:], series.normal], axis=1)
+    grid.SetDirection(directions.ravel().tolist())
+    return grid

@@ -1,0 +1,207 @@
+"""What goes back to an archive: a proposal as DICOM SEG and its measurements as a structured report (TID 1500),
+both marked as unverified research output, and the outline as RTSTRUCT where radiotherapy wants it.
+
+UIDs follow from model and source files, so the same proposal is the same object, however often it is made.
+"""
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import highdicom
+import pydicom
+from highdicom.sr import (
+    AlgorithmIdentification,
+    CodedConcept,
+    Comprehensive3DSR,
+    DeviceObserverIdentifyingAttributes,
+    FindingSite,
+    Measurement,
+    MeasurementReport,
+    MeasurementsAndQualitativeEvaluations,
+    ObservationContext,
+    ObserverContext,
+    QualitativeEvaluation,
+    ReferencedSegment,
+    SourceSeriesForSegmentation,
+    TrackingIdentifier,
+    VolumetricROIMeasurementsAndQualitativeEvaluations,
+)
+from pydicom.sr.codedict import codes
+from pydicom.uid import UID, generate_uid
+
+from checkpoint import Checkpoint
+from common import MedFLError, __version__
+from radiology.contours import make_structure_set
+from radiology.headers import File
+from radiology.prediction import Proposal
+from radiology.segmentation import EXPECTED, MANUFACTURER, SERIES_NUMBER, make_segmentation
+from radiology.series import Series
+
+NOTICE = "Unverified research output, not for diagnosis"
+SCHEME = "99MEDFL"  # of codes that DICOM has none for
+REPORT_NUMBER, STRUCTURE_NUMBER = SERIES_NUMBER + 1, SERIES_NUMBER + 2
+
+
+@dataclass(frozen=True)
+class Author:
+    """The model that drew. model: its file and architecture; sha256: of its file."""
+
+    model: str
+    sha256: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Author":
+        """The author that a checkpoint is."""
+        return cls(f"{checkpoint.path.name} (TransUNet {checkpoint.model.name})", checkpoint.sha256())
+
+
+def make_objects(proposal: Proposal, author: Author, structure_set: bool = False) -> list[pydicom.Dataset]:
+    """A proposal as DICOM objects: a SEG and a report that refers to it, and an RTSTRUCT if wanted; of an empty
+    proposal a report that says so. Raises MedFLError for a series that lacks what these have to say."""
+    digest = _digest(proposal, author)
+    objects: list[pydicom.Dataset] = []
+    if proposal.mask.any():
+        objects.append(_segmentation(proposal, author, digest))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of source tags that deviate from the standard
+            objects.append(_report(proposal, author, digest, objects[0] if objects else None))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise MedFLError(f"the source series lacks what a structured report needs ({error})") from error
+    if structure_set and proposal.mask.any():
+        made = make_structure_set(
+            proposal.mask,
+            proposal.series,
+            _uid(digest, "RTSTRUCT series"),
+            _uid(digest, "RTSTRUCT"),
+            STRUCTURE_NUMBER,
+        )
+        made.SeriesDescription = f"{MANUFACTURER} outline, unverified research output"
+        made.StructureSetDescription = (
+            f"{NOTICE}. {author.model}, MedFL {__version__}, SHA-256 {author.sha256}"
+        )
+        objects.append(made)
+    return objects
+
+
+def _digest(proposal: Proposal, author: Author) -> str:
+    """Of what the proposal follows from: model, version and the files that the model saw."""
+    files = sorted(str(_instance(file)) for series in proposal.sources for file in series.files)
+    return hashlib.sha256("\n".join([__version__, author.sha256, *files]).encode()).hexdigest()
+
+
+def _instance(file: File) -> UID:
+    return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
+
+
+def _uid(digest: str, what: str) -> UID:
+    return generate_uid(entropy_srcs=[digest, what])
+
+
+def _segmentation(proposal: Proposal, author: Author, digest: str) -> highdicom.seg.Segmentation:
+    """The mask as `make_segmentation` makes it, with its author and a mark."""
+    made = make_segmentation(proposal.mask, proposal.series)
+    made.SeriesInstanceUID, made.SOPInstanceUID = _uid(digest, "SEG series"), _uid(digest, "SEG")
+    made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID
+    made.ContentDescription = NOTICE
+    made.SegmentSequence[0].SegmentAlgorithmName = author.model[:64]
+    made.SegmentSequence[
+        0
+    ].SegmentationAlgorithmIdentificationSequence = highdicom.AlgorithmIdentificationSequence(
+        name=MANUFACTURER,
+        version=__version__,
+        family=codes.DCM.ArtificialIntelligence,
+        parameters={"model": author.model, "sha256": author.sha256},
+    )
+    return made
+
+
+def _report(
+    proposal: Proposal, author: Author, digest: str, segmentation: pydicom.Dataset | None
+) -> Comprehensive3DSR:
+    """The measurements as an unverified TID 1500 report."""
+    device = DeviceObserverIdentifyingAttributes(
+        uid=_uid(author.sha256, "model"),
+        name=MANUFACTURER,
+        manufacturer_name=MANUFACTURER,
+        model_name=author.model[:64],
+    )
+    content = MeasurementReport(
+        observation_context=ObservationContext(
+            observer_device_context=ObserverContext(
+                observer_type=codes.DCM.Device, observer_identifying_attributes=device
+            )
+        ),
+        procedure_reported=codes.LN.BrainMRI,
+        imaging_measurements=[_measurements(proposal, author, digest, segmentation)],
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    evidence = [_evidence(proposal.series, index) for index in range(len(proposal.series.files))]
+    made = Comprehensive3DSR(
+        evidence=([segmentation] if segmentation is not None else []) + evidence,
+        content=content,
+        series_instance_uid=_uid(digest, "SR series"),
+        series_number=REPORT_NUMBER,
+        sop_instance_uid=_uid(digest, "SR"),
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+        is_complete=True,
+        is_final=False,
+        is_verified=False,
+    )
+    made.SeriesDescription = f"{MANUFACTURER} measurements, unverified research output"
+    made.ManufacturerModelName, made.SoftwareVersions = MANUFACTURER, __version__
+    return made
+
+
+def _measurements(
+    proposal: Proposal, author: Author, digest: str, segmentation: pydicom.Dataset | None
+) -> MeasurementsAndQualitativeEvaluations | VolumetricROIMeasurementsAndQualitativeEvaluations:
+    """Volume and largest area of what the model takes for tumour."""
+    about: dict[str, Any] = dict(
+        tracking_identifier=TrackingIdentifier(uid=_uid(digest, "tumour"), identifier="tumour"),
+        algorithm_id=AlgorithmIdentification(
+            name=MANUFACTURER,
+            version=__version__,
+            parameters=[f"model {author.model}", f"sha256 {author.sha256}"],
+        ),
+        finding_type=codes.SCT.Neoplasm,
+        finding_sites=[FindingSite(anatomic_location=codes.SCT.Brain)],
+        measurements=[
+            Measurement(
+                name=codes.SCT.Volume, value=round(proposal.volume_ml, 3), unit=codes.UCUM.CubicCentimeter
+            ),
+            Measurement(
+                name=codes.SCT.AreaOfDefinedRegion,
+                value=round(proposal.largest_area_mm2, 1),
+                unit=codes.UCUM.SquareMillimeter,
+                derivation=codes.SCT.Maximum,
+            ),
+        ],
+        qualitative_evaluations=[
+            QualitativeEvaluation(
+                name=CodedConcept("status", SCHEME, "Status of this output"),
+                value=CodedConcept("unverified", SCHEME, NOTICE),
+            )
+        ],
+    )
+    if segmentation is None:
+        return MeasurementsAndQualitativeEvaluations(**about)
+    segment = ReferencedSegment(
+        segmentation.SOPClassUID,
+        segmentation.SOPInstanceUID,
+        segment_number=1,
+        source_series=SourceSeriesForSegmentation(proposal.series.uid),
+    )
+    return VolumetricROIMeasurementsAndQualitativeEvaluations(**about, referenced_segment=segment)
+
+
+def _evidence(series: Series, index: int) -> pydicom.Dataset:
+    """A source file's header; what anonymisers take away and a report has to have is empty."""
+    header = pydicom.dcmread(series.files[index], stop_before_pixels=True)
+    for name in EXPECTED:
+        if name not in header:
+            setattr(header, name, None)
+    return header

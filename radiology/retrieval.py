@@ -1,0 +1,271 @@
+"""From an archive that is asked over the network to a study as from a folder: which series the rules need, and
+their files, fetched into a folder that is removed when they were used.
+
+Nothing but headers crosses the network before the rules have chosen.
+"""
+
+import contextlib
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+import pydicom
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import RLELossless
+
+from common import MedFLError
+from radiology.headers import OTHER_MODALITY, OUTLINES, InMemory, read_header
+from radiology.rules import Rules
+from radiology.segmentation import MANUFACTURER
+from radiology.series import Series, find_series
+from radiology.studies import Line, Study, plan_studies
+
+INCOMING = "incoming"  # in the private folder
+SCANS = ("MR",)
+SUFFIX = ".dcm"
+
+
+class Missing(MedFLError):
+    """What was asked for is not in the archive."""
+
+
+class Denied(MedFLError):
+    """The archive does not let us do it, or we don't trust it: true of every study alike."""
+
+
+class Unreachable(MedFLError):
+    """The archive did not answer, or not whole, as often as it was asked."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which studies. filters: by DICOM keyword, each has to match. patients: their numbers; all where empty.
+    since: the first day, YYYYMMDD."""
+
+    filters: tuple[tuple[str, str], ...] = ()
+    patients: tuple[str, ...] = ()
+    since: str = ""
+
+    def each(self) -> Iterator[dict[str, str]]:
+        """What to ask the archive, one question for each patient."""
+        asked = dict(self.filters) | ({"StudyDate": f"{self.since}-"} if self.since else {})
+        for patient in self.patients:
+            yield asked | {"PatientID": patient}
+        if not self.patients:
+            yield asked
+
+
+@dataclass(frozen=True)
+class FoundStudy:
+    """A study that an archive has. when: its date as DICOM writes it."""
+
+    uid: str
+    patient_id: str
+    when: str
+
+
+@dataclass(frozen=True)
+class FoundSeries:
+    """A series that an archive has, as its list tells it. instances: how many files."""
+
+    uid: str
+    modality: str
+    description: str
+    number: int | None
+    instances: int
+
+
+class Archive(Protocol):
+    """What an archive can be asked for; each raises MedFLError for what it refuses (Denied for the
+    login), Missing for what it does not
+    have, and Unreachable where it does not answer."""
+
+    def find_studies(self, query: Query) -> list[FoundStudy]: ...
+
+    def find_series(self, study: str) -> list[FoundSeries]: ...
+
+    def header(self, study: str, series: str, folder: Path) -> pydicom.Dataset:
+        """The header of one of a series' files. folder: of the series, for an archive that can only send files."""
+        ...
+
+    def fetch(self, study: str, series: str, folder: Path) -> None:
+        """Write the files of a series that `folder` does not hold yet."""
+        ...
+
+
+def ordered(studies: list[FoundStudy]) -> list[FoundStudy]:
+    """Each study once, a patient's after each other, by date: the order in which they are prepared."""
+    return sorted(set(studies), key=lambda s: (s.patient_id, s.when, s.uid))
+
+
+class Retrieval:
+    """Fetches studies into `private`/incoming, for its owner's eyes only."""
+
+    def __init__(self, archive: Archive, rules: Rules, private: Path):
+        self.archive, self.rules = archive, rules
+        self.folder = private / INCOMING
+
+    def state_of(self, listed: list[FoundSeries]) -> str:
+        """A digest of the rules and of what the archive has of a study. It changes when a file comes to a series
+        that could be used; what MedFL sent back does not count."""
+        used = sorted(
+            f"{s.uid} {s.instances}"
+            for s in listed
+            if s.modality in SCANS + OUTLINES and not s.description.startswith(MANUFACTURER)
+        )
+        return hashlib.sha256("\n".join([self.rules.text, *used]).encode()).hexdigest()
+
+    def plan(self, study: FoundStudy) -> Study:
+        """What would be taken of a study, by the archive's list and a header of each series that could be used."""
+        with tempfile.TemporaryDirectory() as folder:  # only its owner can read it
+            listed = self.archive.find_series(study.uid)
+            return self._plan(study, {s.uid: self._described(study, s, Path(folder)) for s in listed})
+
+    @contextlib.contextmanager
+    def fetched(
+        self, study: FoundStudy, listed: list[FoundSeries], with_mask: bool = True
+    ) -> Iterator[Study]:
+        """A study as from a folder, those of its listed series fetched that the rules need. The files are gone
+        when the block ends; they stay for another try where it ends with an error that another try could mend.
+
+        A series that proves to be unusable once it is here gives way to the next that fits. Raises MedFLError
+        for a study that changes while it is fetched, again and again.
+        """
+        folder = self._folder_of(study)
+        try:
+            yield self._fetch(study, {s.uid: s for s in listed}, folder, with_mask)
+        except (Unreachable, KeyboardInterrupt):
+            raise
+        except MedFLError as error:
+            if not isinstance(error.__cause__, OSError):  # a full disk can be emptied
+                _remove(folder)
+            raise
+        _remove(folder)
+        with contextlib.suppress(OSError):  # other studies wait in it
+            self.folder.rmdir()
+
+    def _folder_of(self, study: FoundStudy) -> Path:
+        folder = self.folder / hashlib.sha256(study.uid.encode()).hexdigest()[:16]
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.chmod(0o700)
+        except OSError as error:
+            raise MedFLError(
+                f"{self.folder} can't be made ({error.strerror or error}); name another folder with --private"
+            ) from error
+        return folder
+
+    def _fetch(
+        self, study: FoundStudy, listed: dict[str, FoundSeries], folder: Path, with_mask: bool
+    ) -> Study:
+        if not listed:
+            raise Missing("the archive has no such study; check its UID")
+        known = {uid: self._described(study, s, folder) for uid, s in listed.items()}
+        here: set[str] = set()
+        while True:
+            plan = self._plan(study, known)
+            wanted = [*plan.channels.values(), *([plan.mask] if plan.mask and with_mask else [])]
+            if not (needed := [series for series in wanted if series.uid not in here]):
+                return plan
+            for series in needed:
+                place = _series_folder(folder, series.uid)
+                self.archive.fetch(study.uid, series.uid, place)
+                known[series.uid] = _read(place, listed[series.uid], known[series.uid])
+                here.add(series.uid)
+
+    def _plan(self, study: FoundStudy, known: dict[str, Series]) -> Study:
+        """The rules' choice; what MedFL drew itself is no truth."""
+        own = [s for s in known.values() if s.modality in OUTLINES and s.manufacturer == MANUFACTURER]
+        others = [
+            replace(s, patient_id=study.patient_id, study_uid=study.uid)
+            for s in known.values()
+            if s not in own
+        ]
+        lines = tuple(Line(s, "", "MedFL drew it, so it is no truth") for s in own)
+        if not others:
+            return Study(study.patient_id, study.uid, study.when, {}, None, None, lines)
+        (plan,) = plan_studies(others, self.rules)
+        return replace(plan, when=plan.when or study.when, lines=plan.lines + lines)
+
+    def _described(self, study: FoundStudy, listed: FoundSeries, folder: Path) -> Series:
+        """A series as its header tells it, with as many slices as the archive counts."""
+        if listed.modality not in SCANS + OUTLINES:
+            return _bare(listed, f"{OTHER_MODALITY} {listed.modality or 'unknown'}, not MR")
+        try:
+            header = self.archive.header(study.uid, listed.uid, _series_folder(folder, listed.uid))
+        except Missing:
+            return _bare(listed, "the archive lists it and has no file of it")
+        try:
+            return _from_header(header, listed)
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+        ):  # a header that pydicom can't write: the files will tell
+            return _bare(listed)
+
+
+def _series_folder(folder: Path, uid: str) -> Path:
+    return folder / hashlib.sha256(uid.encode()).hexdigest()[:16]
+
+
+def _bare(listed: FoundSeries, *problems: str) -> Series:
+    """A series as the archive's list tells it."""
+    return Series(
+        uid=listed.uid,
+        study_uid="",
+        patient_id="",
+        modality=listed.modality,
+        description=listed.description,
+        number=listed.number,
+        files=(Path(),) * listed.instances,
+        problems=problems,
+    )
+
+
+def _from_header(header: pydicom.Dataset, listed: FoundSeries) -> Series:
+    """A header to the series that its files would form, as far as one file can tell."""
+    header = pydicom.Dataset({e.tag: e for e in header if e.tag.group not in (0x0002, 0x7FE0)})
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = RLELossless  # nobody counts the bytes of compressed pixels
+    header.file_meta.MediaStorageSOPClassUID = header.get("SOPClassUID", "")
+    header.file_meta.MediaStorageSOPInstanceUID = header.get("SOPInstanceUID", "")
+    buffer = BytesIO()
+    pydicom.dcmwrite(buffer, header, implicit_vr=False, little_endian=True, enforce_file_format=True)
+    found, refused = find_series([InMemory(listed.uid, buffer.getvalue())])
+    if not found:
+        return _bare(listed, refused[0].why)
+    (series,) = found
+    if series.frames or series.modality in OUTLINES:
+        return series
+    of_file = read_header(
+        InMemory(listed.uid, buffer.getvalue())
+    ).problems  # one slice has no geometry to judge
+    return replace(series, files=(Path(),) * listed.instances, problems=tuple(of_file))
+
+
+def _read(folder: Path, listed: FoundSeries, described: Series) -> Series:
+    """The series that fetched files form."""
+    found, refused = find_series(sorted(folder.glob(f"*{SUFFIX}")))
+    mine = [series for series in found if series.uid == listed.uid]
+    if refused or not mine:
+        why = refused[0].why if refused else "the archive sent another series"
+        return replace(described, problems=(f"a file of it can't be used: {why}",))
+    return mine[0]
+
+
+def _remove(folder: Path) -> None:
+    """Remove fetched files. Raises MedFLError where they stay, for they name patients."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise MedFLError(
+            f"{folder} holds scans with names and can't be removed ({error.strerror or error}); remove it by hand"
+        ) from error
