@@ -23,12 +23,20 @@ import torch
 from tqdm import tqdm
 
 from batches import TrainingBatches
-from checkpoint import THRESHOLD, Checkpoint, describe, load_checkpoint, load_start, save_checkpoint
+from checkpoint import (
+    THRESHOLD,
+    Checkpoint,
+    describe,
+    load_checkpoint,
+    load_start,
+    save_checkpoint,
+    update_metadata,
+)
 from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from
 from dataset import Dataset, load_dataset
 from evaluation.curves import draw_curves
 from evaluation.metrics import summarise
-from evaluation.scoring import score_patients
+from evaluation.scoring import fit_temperature, score_patients
 from inference import choose_device
 from partition import add_partition_options, make_partition
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
@@ -164,7 +172,7 @@ class CentralTraining:
         self.saved_epoch = self.progress.epoch
 
     def run(self) -> None:
-        """Epochs until the settings' end, then the summary's files are complete."""
+        """Epochs until the settings' end, then the temperature of the best model's probabilities."""
         while not self._finished():
             self.learner.model.set_encoder_trainable(
                 self.progress.epoch >= self.settings.freeze_encoder_epochs
@@ -178,6 +186,9 @@ class CentralTraining:
             self.progress.seconds = time.monotonic() - self.began
             self._record(result, summarise(rows)["volume_dice"] if rows else None)
             self.progress.ending_seconds = time.monotonic() - trained
+        if self.split.val and self.best.exists():
+            best = load_checkpoint(self.best, self.learner.device).model
+            update_metadata(self.best, temperature=fit_temperature(best, self.dataset, self.split.val))
 
     def _finished(self) -> bool:
         done, settings = self.progress, self.settings
@@ -284,6 +295,7 @@ class CentralTraining:
             "seconds": round(self.progress.seconds, 1),
             "device": self.learner.device.type,
             "precision_used": str(self.learner.precision).removeprefix("torch."),
+            "weights": "averaged" if self.learner.average else "raw",
             "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model",
         }
         training["encoder_weights"] = training["encoder_weights"] and Path(training["encoder_weights"]).name

@@ -107,6 +107,7 @@ class TransUNet(nn.Module):
         encoder_weights: Path | str | None = None,
     ):
         super().__init__()
+        self.temperature = 1.0  # by what logits are divided before they are called probabilities
         if name not in ARCHITECTURES:
             raise MedFLError(f"there is no model {name}; choose one of {', '.join(ARCHITECTURES)}")
         if image_side < PATCH or image_side % PATCH:

@@ -113,7 +113,14 @@ class RunState:
     def save_best(self, weights: torch.Tensor, scores: Scores, number: int) -> None:
         """Write `transunet_federated_best.pth` from these weights, which round `number` gave. scores: by
         which they were chosen."""
-        save_checkpoint(self.best, unpack(weights, self.model.state_dict()), self.metadata(scores, number))
+        about = self.metadata(scores, number)
+        about["training"]["weights"] = "averaged" if self._is_average(weights) else "raw"
+        save_checkpoint(self.best, unpack(weights, self.model.state_dict()), about)
+
+    def _is_average(self, weights: torch.Tensor) -> bool:
+        """Whether weights, (n,) float32, are those averaged over the rounds, as they travel."""
+        sent = None if self.average is None else in_precision(self.average, self.federation.update_dtype)
+        return sent is not None and torch.equal(weights, sent)
 
     def save_last(self) -> None:
         """Write `transunet_federated_last.pth`: all that --resume needs."""
