@@ -18,7 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint
-from common import MedFLError, atomic_write, run_script
+from common import ROOT, MedFLError, atomic_write, run_script
+from deployment.app.card import find_checkpoints
 from inference import choose_device, predict_volume, to_mask
 from preprocessing import group_volumes, is_image, is_mask, read_volume, slice_number
 
@@ -34,7 +35,11 @@ def parse() -> argparse.Namespace:
         metavar="IN",
         help="slices, or folders of slices (also in sub-folders)",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="the model, a .pth file (default: the newest *_best.pth in models/, else the phantoms' one)",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="folder for the masks (default predictions)"
     )
@@ -93,7 +98,10 @@ def main() -> None:
             f"--out"
         )
     names = output_names(files)
-    checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
+    path = arguments.checkpoint or find_checkpoints(ROOT / "models")[0]
+    checkpoint = load_checkpoint(path, choose_device(arguments.device))
+    if arguments.checkpoint is None:
+        print(f"with {path}, trained on {checkpoint.metadata.get('data', {}).get('name', 'unknown data')}")
     rows: list[dict] = []
     for patient, slices in tqdm(group_volumes(files), desc="segmenting", unit="volume", disable=None):
         probabilities = predict_volume(checkpoint.model, read_volume(slices))

@@ -10,7 +10,8 @@ Writes into --out (default models/): transunet_centralized_best.pth, the weights
 validation patients; transunet_centralized_last.pth, what --resume needs; split.json; centralized_curves.png
 (with --cid "local" in all three names); and centralized_history.csv, a line per epoch: epoch, step, seconds
 (training and scoring so far), learning_rate, train_loss, train_dice (soft, of batches), val_dice and
-val_dice_median (mean and median volume Dice, empty if nothing is held out).
+val_dice_median (mean and median volume Dice, empty if nothing is held out), encoder (what it began with:
+pretrained, random, or a file's name).
 """
 
 import argparse
@@ -34,6 +35,7 @@ from checkpoint import (
 )
 from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from
 from dataset import Dataset, load_dataset
+from encoders import go_on_from, start_model
 from evaluation.curves import draw_curves
 from evaluation.metrics import summarise
 from evaluation.scoring import fit_temperature, score_patients
@@ -52,6 +54,7 @@ HISTORY = (
     "train_dice",
     "val_dice",
     "val_dice_median",
+    "encoder",
 )
 
 
@@ -136,11 +139,7 @@ class CentralTraining:
         self.dataset, self.split, self.settings, self.out = dataset, split, settings, out
         self.whole, self.origin = whole or split, origin or {"kind": "centralised"}
         self.name = "centralized" if whole is None else "local"
-        source = (False, None) if resume else (settings.pretrained, settings.encoder_weights)
-        model = (
-            start.model if start else TransUNet(settings.model, settings.image_size, settings.norm, *source)
-        )
-        self.learner = Learner(model, settings, device)
+        self.learner = Learner(self._model(start, resume), self.settings, device)
         self.batches = TrainingBatches(
             dataset, split.train, settings.image_size, settings.batch_size, settings.seed
         )
@@ -153,6 +152,19 @@ class CentralTraining:
         else:
             self.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
         self.began = time.monotonic() - self.progress.seconds
+
+    def _model(self, start: Checkpoint | None, resume: bool) -> TransUNet:
+        """The network to begin with; the settings then tell what its encoder holds."""
+        settings = self.settings
+        if resume:  # its weights come with the state
+            return TransUNet(settings.model, settings.image_size, settings.norm)
+        if start:
+            self.settings = go_on_from(start, settings)
+            return start.model
+        model, self.settings, note = start_model(settings)
+        if note:
+            print(note)
+        return model
 
     def _resume(self) -> None:
         """Take up the state that the last complete epoch left. Raises MedFLError where there is none, or
@@ -174,9 +186,7 @@ class CentralTraining:
     def run(self) -> None:
         """Epochs until the settings' end, then the temperature of the best model's probabilities."""
         while not self._finished():
-            self.learner.model.set_encoder_trainable(
-                self.progress.epoch >= self.settings.freeze_encoder_epochs
-            )
+            self.learner.model.set_encoder_trainable(self.progress.epoch >= self.settings.frozen_epochs)
             result = self._train()
             if not result.steps:
                 break
@@ -241,6 +251,7 @@ class CentralTraining:
                     result.dice,
                     val["mean"] if val else None,
                     val["median"] if val else None,
+                    self.settings.encoder,
                 ),
             )
         )
@@ -298,7 +309,6 @@ class CentralTraining:
             "weights": "averaged" if self.learner.average else "raw",
             "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model",
         }
-        training["encoder_weights"] = training["encoder_weights"] and Path(training["encoder_weights"]).name
         images = self.dataset.image_statistics(self.split.train)
         return describe(
             self.learner.weights_model,
@@ -366,7 +376,9 @@ def stored_settings(last: Path) -> TrainingSettings:
     """The settings of an interrupted run."""
     if not last.exists():
         raise MedFLError(f"there is no {last} to go on from; start without --resume")
-    stored = load_checkpoint(last).metadata["training"]
+    stored = dict(load_checkpoint(last).metadata["training"])
+    if "encoder" not in stored:  # a file of before --encoder
+        stored["encoder"] = "pretrained" if stored.get("pretrained") else "random"
     if "steps_done" not in stored:  # a file of before --steps, whose "steps" are those that were done
         stored = {**stored, "steps": None}
     return TrainingSettings(**{name: stored[name] for name in asdict(TrainingSettings()) if name in stored})
@@ -417,7 +429,8 @@ def main() -> None:
     )
     precision = str(training.learner.precision).removeprefix("torch.")
     print(
-        f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, "
+        f"{settings.model} at {settings.image_size} pixels, encoder {training.settings.encoder}, "
+        f"{device.type}, {precision}, "
         f"{len(training.batches)} steps an epoch"
     )
     try:

@@ -21,6 +21,7 @@ PAGE = Path(__file__).with_name("reference.md")
 SCRIPTS = (
     "train_centralized",
     "evaluate",
+    "cross_validate",
     "predict",
     "run_server",
     "run_client",

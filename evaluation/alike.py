@@ -46,7 +46,7 @@ def made(checkpoint: Checkpoint) -> Made:
         weights=training.get("weights", before),
         chosen=selected and ("validation" if "validation" in selected else "being the last"),
         passes=_passes(checkpoint),
-        encoder=training.get("encoder", "random" if "ema_decay" in training else None),
+        encoder=_encoder(training),
     )
 
 
@@ -64,3 +64,10 @@ def _passes(checkpoint: Checkpoint) -> float | None:
     if steps and slices:
         return steps * training["batch_size"] / slices
     return None if steps else training.get("epochs")
+
+
+def _encoder(training: dict) -> str | None:
+    """What the encoder began with; two other settings told it before --encoder."""
+    if "encoder" in training or "pretrained" not in training:
+        return training.get("encoder")
+    return training.get("encoder_weights") or ("pretrained" if training["pretrained"] else "random")
