@@ -19,6 +19,7 @@ from appearance.features import describe_volume, image_statistics
 from common import MedFLError, file_sha256, write_json
 from preprocessing import is_image, is_mask, numeric_order, read_mask, read_slice
 from spacing import NAME, read_spacing
+from tasks import Task, task_of
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
@@ -49,13 +50,14 @@ class Patient:
 class Dataset:
     """Patients with their pixels, read from the cache as they are needed.
 
-    Attributes: name ("LGG MRI segmentation", "phantoms" or "own data"), root, patients, table (pandas:
+    Attributes: name ("LGG MRI segmentation", "phantoms", "own data" or the task's title), task (of the folder's
+    task.toml, or None), root, patients, table (pandas:
     patient, site, slices, pixels, tumour_slices, tumour_pixels, tumour_share, one row per patient).
     """
 
     def __init__(self, root: Path, patients: list[Patient], cache: Path):
-        self.root, self.patients = root, patients
-        self.name = _dataset_name(patients)
+        self.root, self.patients, self.task = root, patients, task_of(root)
+        self.name = self.task.title if self.task else _dataset_name(patients)
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))["patients"]
         self._entries = {entry["patient"]: entry for entry in index}
         self._sites = {patient.name: patient.site for patient in patients}
@@ -119,7 +121,7 @@ def load_dataset(data_dir: Path, site: str | None = None, progress: bool = True)
     site: label of patients whose names carry no site code (default "own"). Raises MedFLError for wrong data.
     """
     root = find_dataset(Path(data_dir))
-    patients = read_patients(root, site or "own")
+    patients = read_patients(root, site or "own", task_of(root))
     return Dataset(root, patients, _cache_of(root, patients, progress))
 
 
@@ -177,9 +179,9 @@ def _patient_folders(folder: Path) -> frozenset[str]:
     )
 
 
-def read_patients(root: Path, site: str) -> list[Patient]:
-    """The patients in `root` by name, each slice paired with its mask. Raises MedFLError for a slice or mask
-    alone."""
+def read_patients(root: Path, site: str, task: Task | None = None) -> list[Patient]:
+    """The patients in `root` by name, each slice paired with its mask. task: whose names tell the site. Raises
+    MedFLError for a slice or mask alone."""
     patients = []
     for name in sorted(_patient_folders(root)):
         files = _children(root / name)
@@ -196,9 +198,8 @@ def read_patients(root: Path, site: str) -> list[Patient]:
         if alone:
             raise MedFLError(f"{masks[alone[0]]} has no slice ({alone[0]}.*); add it or take the mask away")
         found = SITE.match(name)
-        patients.append(
-            Patient(name, found[1] if found else site, tuple(images), tuple(masks[i.stem] for i in images))
-        )
+        known = task.site_of(name) if task else found and found[1]
+        patients.append(Patient(name, known or site, tuple(images), tuple(masks[i.stem] for i in images)))
     return patients
 
 

@@ -20,7 +20,10 @@ from training import TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
 
 PRETRAINED, RANDOM = "pretrained", "random"
-FILES = ("model.safetensors", "pytorch_model.bin")  # in one of which timm's weights lie on the hub
+FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # in which timm's weights lie: on the hub today in the first
 PATIENCE = 5.0  # seconds for the one try to reach the hub
 # Loaded weights are kept while the decoder learns from nothing, and then changed slowly (arXiv:2102.04306 trains
 # on from ImageNet weights); an encoder that knows nothing learns as the rest does.
@@ -77,12 +80,10 @@ def pretrained_weights(name: str) -> tuple[Path | None, str]:
             return Path(found), ""
     if constants.HF_HUB_OFFLINE or not _answers(f"{constants.ENDPOINT}/{repo}/resolve/main/{FILES[0]}"):
         return None, f"timm's weights ({repo}) are not in the cache, and the hub can't be reached"
-    for file in FILES:
-        try:
-            return Path(huggingface_hub.hf_hub_download(repo, file, etag_timeout=PATIENCE)), ""
-        except Exception as error:  # the hub's client and what is below it raise their own kinds
-            reason = type(error).__name__
-    return None, f"timm's weights ({repo}) can't be loaded from the hub ({reason})"
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, FILES[0], etag_timeout=PATIENCE)), ""
+    except Exception as error:  # the hub's client and what is below it raise their own kinds
+        return None, f"timm's weights ({repo}) can't be loaded from the hub ({type(error).__name__})"
 
 
 def _answers(url: str) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
 from common import SMALLEST_GROUP, MedFLError, atomic_write, counted, run_script, utc_now, write_json
 from dataset import Dataset, load_dataset
+from energy import Meter, in_words
 from evaluation.calibration import draw_reliability
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
 from evaluation.failures import as_lines, failures, without_sizes
@@ -68,6 +69,11 @@ def parse() -> argparse.Namespace:
         "--overlays",
         type=Path,
         help="write pictures of the best, the median and the worst patient to this folder",
+    )
+    parser.add_argument(
+        "--energy",
+        action="store_true",
+        help="measure the electricity of the scoring, and tell that of the training if the checkpoint knows it",
     )
     parser.add_argument("--reliability", type=Path, help="draw the reliability diagram into this PNG")
     parser.add_argument(
@@ -180,6 +186,17 @@ def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, fold
         print(f"wrote {path}")
 
 
+def print_energy(used: dict, checkpoint: Checkpoint, figures: dict) -> None:
+    """What the scoring used, a patient, and what the training used, by the Dice that it gave."""
+    share = {name: [value / figures["patients_scored"] for value in used[name]] for name in ("kwh", "co2_g")}
+    print(f"scoring: {in_words({**used, **share}).replace(' Wh ', ' Wh a patient ', 1)}")
+    trained = checkpoint.metadata.get("energy")
+    told = (
+        in_words(trained, figures["volume_dice"]["mean"]) if trained else "energy was not measured (--energy)"
+    )
+    print(f"training: {told}")
+
+
 def store_temperature(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkpoint) -> None:
     """Fit the temperature on the validation patients, and keep it in the model and its file. Raises MedFLError
     without such patients, or where another part is scored that was not split off."""
@@ -193,8 +210,8 @@ def store_temperature(arguments: argparse.Namespace, dataset: Dataset, checkpoin
 def compare_models(arguments: argparse.Namespace) -> None:
     """Print and write the table of several models. Raises MedFLError where they were not trained on one
     split."""
-    single = arguments.write_back, arguments.overlays, arguments.reliability, arguments.fit_temperature
-    if arguments.split != "test" or any(single):
+    single = "write_back", "overlays", "reliability", "fit_temperature", "energy"
+    if arguments.split != "test" or any(getattr(arguments, name) for name in single):
         raise MedFLError(
             "--compare scores test patients, and goes with --json, --csv and --plot; leave the other "
             "options out"
@@ -244,6 +261,7 @@ def main() -> None:
         patients = [p.name for p in dataset.patients]
     else:
         patients = list(split_of(arguments, dataset, checkpoint, arguments.split).part(arguments.split))
+    meter = Meter("inference", choose_device(arguments.device).type == "cuda") if arguments.energy else None
     rows = score_patients(
         checkpoint.model, dataset, patients, checkpoint.threshold, progress=True, closely=True
     )
@@ -251,6 +269,8 @@ def main() -> None:
     print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {counted(len(rows), 'patient')}")
     print_table(figures)
     print("", *as_lines(failed), sep="\n")
+    if meter:
+        print_energy(meter.record(), checkpoint, figures)
     if arguments.json:
         about = {
             "checkpoint": arguments.checkpoint.name,

@@ -36,6 +36,8 @@ from checkpoint import (
 from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from
 from dataset import Dataset, load_dataset
 from encoders import go_on_from, start_model
+from energy import NAME as ENERGY
+from energy import Meter, in_words, keep, summed
 from evaluation.curves import draw_curves
 from evaluation.metrics import summarise
 from evaluation.scoring import fit_temperature, score_patients
@@ -92,6 +94,11 @@ def parse() -> argparse.Namespace:
         "--resume",
         action="store_true",
         help="go on after the last complete epoch in --out, with its settings",
+    )
+    parser.add_argument(
+        "--energy",
+        action="store_true",
+        help=f"measure the electricity, and write it into {ENERGY} and the checkpoint, with the method",
     )
     add_settings(parser, TrainingSettings)
     return parser.parse_args()
@@ -317,6 +324,7 @@ class CentralTraining:
             origin=self.origin,
             data=data,
             scores=scores,
+            task=self.dataset.task.model_dump(mode="json") if self.dataset.task else None,
         )
 
 
@@ -433,15 +441,22 @@ def main() -> None:
         f"{device.type}, {precision}, "
         f"{len(training.batches)} steps an epoch"
     )
+    meter = Meter("training", device.type == "cuda") if arguments.energy else None
     try:
         training.run()
     except KeyboardInterrupt:
+        if meter:
+            keep(meter.record(), arguments.out, arguments.resume)
         saved = training.saved_epoch
         print(
             f"\nstopped in epoch {saved + 1}; "
             + (f"--resume goes on after epoch {saved}" if saved else "nothing to resume yet")
         )
         raise
+    if meter:
+        used = summed(keep(meter.record(), arguments.out, arguments.resume))
+        update_metadata(training.best, energy=used)
+        print(in_words(used))
     done = training.progress
     print(
         f"{training.best}: epoch {done.best_epoch}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from checkpoint import Checkpoint
 from common import MedFLError
+from energy import in_words
 
 LABELS = 8  # hospitals that are named
 PHANTOM_MODEL = Path(__file__).parent / "samples" / "phantom_model.pth"  # deployment/make_phantom_model.py
@@ -45,6 +46,7 @@ def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) ->
     about = checkpoint.metadata
     architecture, origin, training = about["architecture"], about.get("origin", {}), about.get("training", {})
     rows = [
+        ("Task", _task(about.get("task"))),
         ("Trained", _origin(origin)),
         ("Data", _data(about.get("data", {}))),
         (
@@ -60,6 +62,7 @@ def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) ->
         ),
         ("Calibration", _calibration(about)),
         ("Lesions", _lesions(about.get("scores", {}).get("test") or {})),
+        ("Energy", in_words(about["energy"]) if about.get("energy") else None),
         ("Threshold", f"{checkpoint.threshold:g}"),
         ("Device", device),
         ("File", f"{checkpoint.path.name}, {checkpoint.path.stat().st_size / 1e6:.1f} MB"),
@@ -67,6 +70,11 @@ def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) ->
         ("SHA-256", sha256),
     ]
     return [(subject, text) for subject, text in rows if text]
+
+
+def _task(task: dict | None) -> str | None:
+    """What the model outlines, where it is another task than the default."""
+    return f"{task['title']}: {task['region']}, of {', '.join(task['channels'])}" if task else None
 
 
 def _origin(origin: dict) -> str:
