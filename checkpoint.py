@@ -2,6 +2,7 @@
 reads."""
 
 import json
+import math
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def describe(model: TransUNet, training_images: dict | None = None, **more: Any)
         },
         "preprocessing": {**preprocessing.DESCRIPTION, "training_images": training_images},
         "threshold": THRESHOLD,
+        "temperature": model.temperature,
         "versions": {
             "medfl": __version__,
             "torch": torch.__version__,
@@ -136,6 +138,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
     _check_weights(plan, content["model"], path)
     model = TransUNet(plan.name, plan.image_side, plan.norm)
     load_weights(model, content["model"], path)
+    model.temperature = _temperature(metadata, path)
     model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's types leave memory_format out
     return Checkpoint(path, model, metadata, content.get("state"))
 
@@ -150,6 +153,7 @@ def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:
             f"{path} is {model.name} at {model.image_side} pixels with {model.norm} normalisation; "
             f"give --model {model.name} --image-size {model.image_side} --norm {model.norm}"
         )
+    model.temperature = 1.0  # the trained model gets its own
     return checkpoint
 
 
@@ -190,6 +194,14 @@ def _of_another(name: str, side: int, norm: str, source: Path) -> str:
         f"{source} holds weights of another architecture than {name} at {side} pixels with {norm} "
         "normalisation; choose a checkpoint of that model"
     )
+
+
+def _temperature(metadata: dict, path: Path) -> float:
+    """By what the logits are divided; files of before have none. Raises MedFLError for a value that is none."""
+    value = metadata.get("temperature", 1.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise MedFLError(f"{path} has the temperature {value!r}, and one is above 0; copy the file again")
+    return float(value)
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:

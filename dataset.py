@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +21,7 @@ from cohort import Cohort, Patient, cohort_name, find_cohort
 from common import MedFLError, counted, file_sha256, write_json
 from preprocessing import read_mask, read_slice
 from spacing import NAME, read_spacing
+from tasks import task_of
 
 CACHE_VERSION = 3
 ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
@@ -30,14 +32,15 @@ SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again get
 class Dataset:
     """Patients with their pixels, read from the cache as they are needed.
 
-    Attributes: name ("LGG MRI segmentation", "phantoms" or "own data"), root, patients, table (pandas:
-    patient, site, slices, pixels, tumour_slices, tumour_pixels, tumour_share, one row per patient), notes
-    (sentences that a user should read: what is not read, and what is odd).
+    Attributes: name ("LGG MRI segmentation", "phantoms", "own data" or the task's title), task (of the folder's
+    task.toml, or None), root, patients, table (pandas: patient, site, slices, pixels, tumour_slices,
+    tumour_pixels, tumour_share, one row per patient), notes (sentences that a user should read: what is not
+    read, and what is odd).
     """
 
     def __init__(self, root: Path, patients: list[Patient], cache: Path):
-        self.root, self.patients = root, patients
-        self.name = cohort_name(patients)
+        self.root, self.patients, self.task = root, patients, task_of(root)
+        self.name = self.task.title if self.task else cohort_name(patients)
         self._folders = {patient.name: patient.images[0].parent for patient in patients}
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))["patients"]
         self._entries = {entry["patient"]: entry for entry in index}
@@ -145,8 +148,12 @@ def read_patients(root: Path, site: str) -> list[Patient]:
 
 
 def _cohort(top: Path, site: str) -> Cohort:
+    """The patients below `top`; where the folder holds a task, its sites are those of the patients' names."""
     with Contents(top) as contents:
-        return find_cohort(top, site, contents.of)
+        found = find_cohort(top, site, contents.of)
+    if task := task_of(found.root):
+        found.patients[:] = [replace(p, site=task.site_of(p.name) or site) for p in found.patients]
+    return found
 
 
 def cache_folder() -> Path:

@@ -4,9 +4,9 @@
 
     python evaluate.py --compare models/transunet_federated_best.pth models/local_*/transunet_local_best.pth
 
-Prints a table per site and overall. Dice is the volume Dice of each patient, tumour slices and empty slices
-apart. Where a patient's folder holds a volume.json (data/prepare_hospital.py writes it), volumes in cm³ and
-HD95 in mm are added. With
+Prints a table per site and overall, then calibration, lesions, risk over coverage and the worst patients.
+Dice is the volume Dice of each patient, tumour slices and empty slices apart. Where a patient's folder holds a
+volume.json (data/prepare_hospital.py writes it), volumes in cm³, HD95 in mm and surface Dice are added. With
 --compare a row per model, a column per hospital, all on the same test patients (evaluation/comparison.py).
 """
 
@@ -17,10 +17,13 @@ import escaping
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
 from common import SMALLEST_GROUP, MedFLError, counted, run_script, tell, utc_now, write_csv, write_json
 from dataset import Dataset, load_dataset
+from energy import Meter, in_words
+from evaluation.calibration import draw_reliability
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
-from evaluation.metrics import report
+from evaluation.failures import as_lines, failures, without_sizes
+from evaluation.metrics import NO_INTERVAL, report
 from evaluation.overlays import draw_outlines
-from evaluation.scoring import score_patients
+from evaluation.scoring import fit_temperature, score_patients
 from inference import choose_device, predict_volume, to_mask
 from split import Split, load_split, make_split
 
@@ -68,13 +71,26 @@ def parse() -> argparse.Namespace:
         help="write pictures of the best, the median and the worst patient to this folder",
     )
     parser.add_argument(
+        "--energy",
+        action="store_true",
+        help="measure the electricity of the scoring, and tell that of the training if the checkpoint knows it",
+    )
+    parser.add_argument("--reliability", type=Path, help="draw the reliability diagram into this PNG")
+    parser.add_argument(
+        "--fit-temperature",
+        action="store_true",
+        help="first fit the temperature of the probabilities on the validation patients and store it in the "
+        "checkpoint (train_centralized.py has done so; for a federation's model)",
+    )
+    parser.add_argument(
         "--write-back", action="store_true", help="write the test scores into the checkpoint's metadata"
     )
     return parser.parse_args()
 
 
-def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkpoint) -> Split:
-    """The split that the model was trained on. Raises MedFLError for another, where it matters."""
+def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkpoint, part: str) -> Split:
+    """The split that the model was trained on. part: whom it is needed for. Raises MedFLError for another,
+    where it matters, and where nobody is in that part."""
     path = arguments.split_file or checkpoint.path.parent / "split.json"
     about = checkpoint.metadata.get("data", {})
     if about.get("split") and arguments.split_file is None:  # of a federation, whose server knows no patient
@@ -87,13 +103,13 @@ def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkp
     trained_on = about.get("split_sha256")
     if trained_on is None and about.get("split") and arguments.split_file:
         print(f"the model is of hospitals with own data; whether {path} is one of theirs can't be checked")
-    elif arguments.split in ("test", "val") and trained_on != split.sha256():
+    elif part in ("test", "val") and trained_on != split.sha256():
         raise MedFLError(
             f"{path} is not the split that {checkpoint.path} was trained on, so its test patients may have "
             "been trained on; name the training's own with --split-file, or take --split all"
         )
-    if not split.part(arguments.split):
-        raise MedFLError(f"{path} holds no {arguments.split} patients; choose another --split")
+    if not split.part(part):
+        raise MedFLError(f"{path} holds no {part} patients; choose another --split")
     return split
 
 
@@ -106,16 +122,17 @@ def print_table(figures: dict) -> None:
     """One line per site and one over all patients; where a spacing is known, the same in cm³ and mm."""
     print(
         f"{'site':8}{'patients':>9}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'IoU':>7}{'tumour slices':>15}"
-        f"{'false on empty':>16}{'HD95 px':>9}{'missed':>8}"
+        f"{'false on empty':>16}{'missed':>8}{'HD95 in the plane px':>22}{'slices of one only':>20}"
     )
     for site, row in [*figures["sites"].items(), ("all", figures)]:
         ci95 = row["volume_dice"]["ci95"]
-        interval = f"{ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else "under 3 patients"
+        interval = f"{ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else NO_INTERVAL
         print(
             f"{escaping.terminal(site):8}{row['patients_scored']:>9}{number(row['volume_dice']['mean']):>11}"
             f"{number(row['volume_dice']['median']):>8}{interval:>17}{number(row['volume_iou']['mean']):>7}"
             f"{number(row['slice_dice_tumour']):>15}{number(row['empty_slice_false_positive_rate']):>16}"
-            f"{number(row['hd95_px']['mean'], 1):>9}{row['missed_patients']:>8}"
+            f"{row['missed_patients']:>8}{number(row['hd95_in_plane_px']['mean'], 1):>22}"
+            f"{row['hd95_in_plane_px']['slices_with_one_mask']:>20}"
         )
     if "volume_cm3" in figures:
         print_table_in_mm(figures)
@@ -126,19 +143,20 @@ def print_table_in_mm(figures: dict) -> None:
     over all."""
     print(
         f"\n{'site':8}{'with mm':>9}{'truth cm³':>11}{'predicted':>11}{'difference':>12}"
-        f"{'|difference|':>14}{'HD95 mm':>9}"
+        f"{'|difference|':>14}{'HD95 mm':>9}{'undefined':>11}{'surface Dice 2 mm':>19}"
     )
     for site, row in [*figures["sites"].items(), ("all", figures)]:
         if volume := row.get("volume_cm3"):
             print(
                 f"{escaping.terminal(site):8}{volume['patients']:>9}{volume['truth']:>11.2f}{volume['prediction']:>11.2f}"
                 f"{volume['difference']:>+12.2f}{volume['absolute_difference']:>14.2f}"
-                f"{number(row['hd95_mm']['mean'], 1):>9}"
+                f"{number(row['hd95_mm']['mean'], 1):>9}{row['hd95_mm']['undefined']:>11}"
+                f"{number(row['surface_dice_2mm']['mean']):>19}"
             )
 
 
 def write_patients(figures: dict, path: Path) -> None:
-    """A line per patient: patient, site, slices, dice, iou, hd95_px, and `metrics.FIGURES_IN_MM` where a
+    """A line per patient: patient, site, slices, dice, iou, HD95 in the plane, and `metrics.FIGURES_IN_MM` where a
     spacing is known."""
     patients = figures["patients"]
     write_csv(path, [list(patients[0]), *(row.values() for row in patients)])
@@ -146,7 +164,11 @@ def write_patients(figures: dict, path: Path) -> None:
 
 def without_mm(figures: dict) -> dict:
     """Figures of `metrics.summarise` less those that need a spacing."""
-    return {name: value for name, value in figures.items() if name not in ("hd95_mm", "volume_cm3")}
+    return {
+        name: value
+        for name, value in figures.items()
+        if name not in ("hd95_mm", "surface_dice_2mm", "volume_cm3")
+    }
 
 
 def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, folder: Path) -> None:
@@ -162,10 +184,32 @@ def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, fold
         print(f"wrote {escaping.terminal(path)}")
 
 
+def print_energy(used: dict, checkpoint: Checkpoint, figures: dict) -> None:
+    """What the scoring used, a patient, and what the training used, by the Dice that it gave."""
+    share = {name: [value / figures["patients_scored"] for value in used[name]] for name in ("kwh", "co2_g")}
+    print(f"scoring: {in_words({**used, **share}).replace(' Wh ', ' Wh a patient ', 1)}")
+    trained = checkpoint.metadata.get("energy")
+    told = (
+        in_words(trained, figures["volume_dice"]["mean"]) if trained else "energy was not measured (--energy)"
+    )
+    print(f"training: {told}")
+
+
+def store_temperature(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    """Fit the temperature on the validation patients, and keep it in the model and its file. Raises MedFLError
+    without such patients, or where another part is scored that was not split off."""
+    patients = split_of(arguments, dataset, checkpoint, "val").val
+    checkpoint.model.temperature = fit_temperature(checkpoint.model, dataset, patients)
+    checkpoint.metadata["temperature"] = checkpoint.model.temperature
+    update_metadata(checkpoint.path, temperature=checkpoint.model.temperature)
+    print(f"temperature {checkpoint.model.temperature:.3f} of {counted(len(patients), 'validation patient')}")
+
+
 def compare_models(arguments: argparse.Namespace) -> None:
     """Print and write the table of several models. Raises MedFLError where they were not trained on one
     split."""
-    if arguments.split != "test" or arguments.write_back or arguments.overlays:
+    single = "write_back", "overlays", "reliability", "fit_temperature", "energy"
+    if arguments.split != "test" or any(getattr(arguments, name) for name in single):
         raise MedFLError(
             "--compare scores test patients, and goes with --json, --csv and --plot; leave the other "
             "options out"
@@ -173,7 +217,7 @@ def compare_models(arguments: argparse.Namespace) -> None:
     checkpoints = [load_checkpoint(path, choose_device(arguments.device)) for path in arguments.compare]
     dataset = load_dataset(arguments.data_dir)
     tell(dataset.notes)
-    splits = {checkpoint.path: split_of(arguments, dataset, checkpoint) for checkpoint in checkpoints}
+    splits = {checkpoint.path: split_of(arguments, dataset, checkpoint, "test") for checkpoint in checkpoints}
     first = splits[checkpoints[0].path]
     if other := [str(path) for path, split in splits.items() if split.sha256() != first.sha256()]:
         raise MedFLError(
@@ -210,14 +254,17 @@ def main() -> None:
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     dataset = load_dataset(arguments.data_dir)
     tell(dataset.notes)
+    if arguments.fit_temperature:
+        store_temperature(arguments, dataset, checkpoint)
     if arguments.split == "all" and arguments.split_file is None:
         patients = [p.name for p in dataset.patients]
     else:
-        patients = list(split_of(arguments, dataset, checkpoint).part(arguments.split))
+        patients = list(split_of(arguments, dataset, checkpoint, arguments.split).part(arguments.split))
+    meter = Meter("inference", choose_device(arguments.device).type == "cuda") if arguments.energy else None
     rows = score_patients(
-        checkpoint.model, dataset, patients, checkpoint.threshold, progress=True, in_mm=True
+        checkpoint.model, dataset, patients, checkpoint.threshold, progress=True, closely=True
     )
-    figures = report(rows)
+    figures, failed = report(rows), failures(rows)
     print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {counted(len(rows), 'patient')}")
     print_table(figures)
     if without := figures["patients_without_tumour"]:
@@ -225,6 +272,9 @@ def main() -> None:
             f"note: {without} of {counted(len(rows), 'patient')} have no tumour in their masks; their Dice is 1 where "
             "nothing was predicted and 0 elsewhere, and says nothing of how well tumours are found"
         )
+    print("", *as_lines(failed), sep="\n")
+    if meter:
+        print_energy(meter.record(), checkpoint, figures)
     if arguments.json:
         about = {
             "checkpoint": arguments.checkpoint.name,
@@ -232,13 +282,19 @@ def main() -> None:
             "data": dataset.name,
             "split": arguments.split,
             "threshold": checkpoint.threshold,
+            "temperature": checkpoint.model.temperature,
             "created": utc_now(),
         }
-        write_json(arguments.json, {**about, **figures})
+        write_json(arguments.json, {**about, **figures, **failed})
         print(f"wrote {arguments.json}")
     if arguments.csv:
         write_patients(figures, arguments.csv)
         print(f"wrote {arguments.csv}")
+    if arguments.reliability:
+        draw_reliability(
+            failed["calibration"], arguments.reliability, f"{dataset.name}: {counted(len(rows), 'patient')}"
+        )
+        print(f"wrote {arguments.reliability}")
     if arguments.overlays:
         write_overlays(figures, dataset, checkpoint, arguments.overlays)
     if arguments.write_back:
@@ -249,6 +305,7 @@ def main() -> None:
         }
         test = {
             **without_mm(figures),
+            **without_sizes(failed),
             "patients": len(rows),
             "sites": {site: without_mm(row) for site, row in told.items()},
         }

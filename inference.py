@@ -46,11 +46,12 @@ def predict_volume(model: TransUNet, volume: np.ndarray) -> np.ndarray:
 def probability(
     model: TransUNet, slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor
 ) -> torch.Tensor:
-    """Slices (B, H, W, 3) uint8 and their volume's statistics to probabilities (B, H, W) float32; torch
-    operations alone."""
+    """Slices (B, H, W, 3) uint8 and their volume's statistics to probabilities (B, H, W) float32, at the
+    model's temperature; torch operations only."""
     images = network_input(slices, mean, deviation, model.image_side)  # (B, 3, side, side)
     logits = model(images.contiguous(memory_format=torch.channels_last)).float()  # (B, 1, side, side)
-    return resize(logits, (slices.shape[1], slices.shape[2])).sigmoid()[:, 0]
+    logits = resize(logits, (slices.shape[1], slices.shape[2])) / model.temperature
+    return logits.sigmoid()[:, 0]
 
 
 def to_mask(probabilities: np.ndarray, threshold: float) -> np.ndarray:

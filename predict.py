@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint
-from common import MedFLError, atomic_write, counted, run_script, write_csv
+from common import ROOT, MedFLError, atomic_write, counted, run_script, write_csv
+from deployment.app.card import find_checkpoints
 from folders import refuse_dangling, walk
 from inference import choose_device, predict_volume, to_mask
 from pairing import pair
@@ -40,7 +41,11 @@ def parse() -> argparse.Namespace:
         metavar="IN",
         help="slices, or folders of slices (also in sub-folders)",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="the model, a .pth file (default: the newest *_best.pth in models/, else the phantoms' one)",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="folder for the masks (default predictions)"
     )
@@ -124,7 +129,10 @@ def predict_slices(arguments: argparse.Namespace) -> None:
             f"--out"
         )
     names, volumes = output_names(files), group_volumes(files, folders)
-    checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
+    path = arguments.checkpoint or find_checkpoints(ROOT / "models")[0]
+    checkpoint = load_checkpoint(path, choose_device(arguments.device))
+    if arguments.checkpoint is None:
+        print(f"with {path}, trained on {checkpoint.metadata.get('data', {}).get('name', 'unknown data')}")
     rows: list[tuple] = []
     for patient, slices in tqdm(volumes, desc="segmenting", unit="volume", disable=None):
         probabilities = predict_volume(checkpoint.model, read_volume(slices))

@@ -37,6 +37,7 @@ from common import (
     write_json,
 )
 from dataset import load_dataset
+from encoders import PRETRAINED, RANDOM, go_on_from, start_model
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.log import say
 from federation.protocol.messages import local_versions
@@ -158,27 +159,21 @@ def check_address(address: str, kit: Path | None, own_gateway: bool) -> tuple[st
 
 def starting_model(
     arguments: argparse.Namespace, training: TrainingSettings
-) -> tuple[TransUNet, str, str | None]:
-    """The model that round 1 begins with, in words where it comes from, and the SHA-256 of the split it was
-    trained on, if it was. Raises MedFLError for a file that doesn't fit."""
+) -> tuple[TransUNet, str, str | None, TrainingSettings]:
+    """The model that round 1 begins with, in words where it comes from, the SHA-256 of the split it was
+    trained on, if it was, and the settings with what its encoder holds. Raises MedFLError for a file that
+    doesn't fit."""
     torch.manual_seed(training.seed)
     if arguments.init is None:
-        model = TransUNet(
-            training.model, training.image_size, training.norm, training.pretrained, training.encoder_weights
-        )
-        name = Path(training.encoder_weights).name if training.encoder_weights else None
-        return (
-            model,
-            f"encoder weights {name}"
-            if name
-            else "timm's encoder"
-            if training.pretrained
-            else "random weights",
-            None,
-        )
+        model, training, note = start_model(training)
+        if note:
+            say(note)
+        words = {PRETRAINED: "timm's encoder", RANDOM: "random weights"}
+        return model, words.get(training.encoder, f"encoder weights {training.encoder}"), None, training
     checkpoint = load_start(arguments.init, training.model, training.image_size, training.norm)
     split = checkpoint.metadata.get("data", {}).get("split_sha256")
-    return checkpoint.model, f"checkpoint {arguments.init.name}", split
+    training = go_on_from(checkpoint, training)
+    return checkpoint.model, f"checkpoint {arguments.init.name}", split, training
 
 
 def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: TrainingSettings) -> None:
@@ -196,7 +191,7 @@ def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: Train
         f"{rounds} rounds at delta {settings.dp_delta:g}"
     )
     if warning := privacy.warning(
-        int(part_mask(model, settings.left_out(training.freeze_encoder_epochs >= rounds)).sum())
+        int(part_mask(model, settings.left_out(training.frozen_epochs >= rounds)).sum())
     ):
         say(warning)
 
@@ -225,7 +220,7 @@ def prepare_job(
             settings_from(arguments, FederationSettings),
         )
         check_together(training, federation)
-        model, started_from, init_split = starting_model(arguments, training)
+        model, started_from, init_split, training = starting_model(arguments, training)
         start = folder / "start.pth"
         save_checkpoint(start, model.state_dict(), describe(model))
         settings = to_json(training, federation)

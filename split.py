@@ -67,6 +67,29 @@ def make_split(
     return Split(seed, **{part: tuple(sorted(str(n) for n in names)) for part, names in parts.items()})
 
 
+def make_folds(
+    sites: dict[str, str], folds: int, seed: int, val_fraction: float = VAL_FRACTION
+) -> list[Split]:
+    """Splits of these patients (name to site) for a cross-validation: each patient is in the test of exactly one.
+
+    Each site is shuffled and dealt to the folds in turn, so that their sizes differ by one at most. Validation
+    patients are taken of the others as `make_split` does. Raises MedFLError for fewer than 2 folds, or more
+    than there are patients, and where nobody is left to train.
+    """
+    if not 2 <= folds <= len(sites):
+        raise MedFLError(f"{len(sites)} patients can't be dealt to {folds} folds; choose another number")
+    shuffle = np.random.default_rng(seed)
+    dealt: list[str] = []
+    for site in sorted(set(sites.values())):
+        dealt += [str(name) for name in shuffle.permutation([p for p in sorted(sites) if sites[p] == site])]
+    splits = []
+    for number in range(folds):
+        test = tuple(sorted(dealt[number::folds]))
+        rest = make_split({p: site for p, site in sites.items() if p not in test}, seed, val_fraction, 0.0)
+        splits.append(Split(seed, rest.train, rest.val, test))
+    return splits
+
+
 def _shares(room: dict[str, int], total: int) -> dict[str, int]:
     """`total` places given to the sites in proportion to their patients, by the largest remainders; one stays
     to train."""

@@ -10,7 +10,8 @@ Writes into --out (default models/): transunet_centralized_best.pth, the weights
 validation patients; transunet_centralized_last.pth, what --resume needs; split.json; centralized_curves.png
 (with --cid "local" in all three names); and centralized_history.csv, a line per epoch: epoch, step, seconds
 (training and scoring so far), learning_rate, train_loss, train_dice (soft, of batches), val_dice and
-val_dice_median (mean and median volume Dice, empty if nothing is held out).
+val_dice_median (mean and median volume Dice, empty if nothing is held out), encoder (what it began with:
+pretrained, random, or a file's name).
 """
 
 import argparse
@@ -24,12 +25,23 @@ from tqdm import tqdm
 
 import escaping
 from batches import TrainingBatches
-from checkpoint import THRESHOLD, Checkpoint, describe, load_checkpoint, load_start, save_checkpoint
+from checkpoint import (
+    THRESHOLD,
+    Checkpoint,
+    describe,
+    load_checkpoint,
+    load_start,
+    save_checkpoint,
+    update_metadata,
+)
 from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from, tell
 from dataset import Dataset, load_dataset
+from encoders import go_on_from, start_model
+from energy import NAME as ENERGY
+from energy import Meter, in_words, keep, summed
 from evaluation.curves import draw_curves
 from evaluation.metrics import summarise
-from evaluation.scoring import score_patients
+from evaluation.scoring import fit_temperature, score_patients
 from inference import choose_device
 from partition import add_partition_options, make_partition
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
@@ -45,6 +57,7 @@ HISTORY = (
     "train_dice",
     "val_dice",
     "val_dice_median",
+    "encoder",
 )
 
 
@@ -82,6 +95,11 @@ def parse() -> argparse.Namespace:
         "--resume",
         action="store_true",
         help="go on after the last complete epoch in --out, with its settings",
+    )
+    parser.add_argument(
+        "--energy",
+        action="store_true",
+        help=f"measure the electricity, and write it into {ENERGY} and the checkpoint, with the method",
     )
     add_settings(parser, TrainingSettings)
     return parser.parse_args()
@@ -131,11 +149,7 @@ class CentralTraining:
         self.dataset, self.split, self.settings, self.out = dataset, split, settings, out
         self.whole, self.origin = whole or split, origin or {"kind": "centralised"}
         self.name = "centralized" if whole is None else "local"
-        source = (False, None) if resume else (settings.pretrained, settings.encoder_weights)
-        model = (
-            start.model if start else TransUNet(settings.model, settings.image_size, settings.norm, *source)
-        )
-        self.learner = Learner(model, settings, device)
+        self.learner = Learner(self._model(start, resume), self.settings, device)
         self.batches = TrainingBatches(
             dataset, split.train, settings.image_size, settings.batch_size, settings.seed
         )
@@ -148,6 +162,19 @@ class CentralTraining:
         else:
             self.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
         self.began = time.monotonic() - self.progress.seconds
+
+    def _model(self, start: Checkpoint | None, resume: bool) -> TransUNet:
+        """The network to begin with; the settings then tell what its encoder holds."""
+        settings = self.settings
+        if resume:  # its weights come with the state
+            return TransUNet(settings.model, settings.image_size, settings.norm)
+        if start:
+            self.settings = go_on_from(start, settings)
+            return start.model
+        model, self.settings, note = start_model(settings)
+        if note:
+            print(note)
+        return model
 
     def _resume(self) -> None:
         """Take up the state that the last complete epoch left. Raises MedFLError where there is none, or
@@ -167,11 +194,9 @@ class CentralTraining:
         self.saved_epoch = self.progress.epoch
 
     def run(self) -> None:
-        """Epochs until the settings' end, then the summary's files are complete."""
+        """Epochs until the settings' end, then the temperature of the best model's probabilities."""
         while not self._finished():
-            self.learner.model.set_encoder_trainable(
-                self.progress.epoch >= self.settings.freeze_encoder_epochs
-            )
+            self.learner.model.set_encoder_trainable(self.progress.epoch >= self.settings.frozen_epochs)
             result = self._train()
             if not result.steps:
                 break
@@ -182,6 +207,9 @@ class CentralTraining:
             self.progress.seconds = time.monotonic() - self.began
             self._record(result, summarise(rows)["volume_dice"] if rows else None)
             self.progress.ending_seconds = time.monotonic() - trained
+        if self.split.val and self.best.exists():
+            best = load_checkpoint(self.best, self.learner.device).model
+            update_metadata(self.best, temperature=fit_temperature(best, self.dataset, self.split.val))
 
     def _finished(self) -> bool:
         done, settings = self.progress, self.settings
@@ -234,6 +262,7 @@ class CentralTraining:
                     result.dice,
                     val["mean"] if val else None,
                     val["median"] if val else None,
+                    self.settings.encoder,
                 ),
             )
         )
@@ -290,9 +319,9 @@ class CentralTraining:
             "seconds": round(self.progress.seconds, 1),
             "device": self.learner.device.type,
             "precision_used": str(self.learner.precision).removeprefix("torch."),
+            "weights": "averaged" if self.learner.average else "raw",
             "selected_by": "validation mean volume Dice" if val else "nothing: the last averaged model",
         }
-        training["encoder_weights"] = training["encoder_weights"] and Path(training["encoder_weights"]).name
         images = self.dataset.image_statistics(self.split.train)
         return describe(
             self.learner.weights_model,
@@ -301,6 +330,7 @@ class CentralTraining:
             origin=self.origin,
             data=data,
             scores=scores,
+            task=self.dataset.task.model_dump(mode="json") if self.dataset.task else None,
         )
 
 
@@ -360,7 +390,9 @@ def stored_settings(last: Path) -> TrainingSettings:
     """The settings of an interrupted run."""
     if not last.exists():
         raise MedFLError(f"there is no {last} to go on from; start without --resume")
-    stored = load_checkpoint(last).metadata["training"]
+    stored = dict(load_checkpoint(last).metadata["training"])
+    if "encoder" not in stored:  # a file of before --encoder
+        stored["encoder"] = "pretrained" if stored.get("pretrained") else "random"
     if "steps_done" not in stored:  # a file of before --steps, whose "steps" are those that were done
         stored = {**stored, "steps": None}
     return TrainingSettings(**{name: stored[name] for name in asdict(TrainingSettings()) if name in stored})
@@ -413,18 +445,26 @@ def main() -> None:
     )
     precision = str(training.learner.precision).removeprefix("torch.")
     print(
-        f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, "
+        f"{settings.model} at {settings.image_size} pixels, encoder {training.settings.encoder}, "
+        f"{device.type}, {precision}, "
         f"{len(training.batches)} steps an epoch"
     )
+    meter = Meter("training", device.type == "cuda") if arguments.energy else None
     try:
         training.run()
     except KeyboardInterrupt:
+        if meter:
+            keep(meter.record(), arguments.out, arguments.resume)
         saved = training.saved_epoch
         print(
             f"\nstopped in epoch {saved + 1}; "
             + (f"--resume goes on after epoch {saved}" if saved else "nothing to resume yet")
         )
         raise
+    if meter:
+        used = summed(keep(meter.record(), arguments.out, arguments.resume))
+        update_metadata(training.best, energy=used)
+        print(in_words(used))
     done = training.progress
     print(
         f"{training.best}: epoch {done.best_epoch}"

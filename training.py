@@ -27,12 +27,13 @@ FINAL_RATE = 0.01  # of the learning rate, at the end of the cosine
 class TrainingSettings:
     """Everything that decides how a model is trained, each default once."""
 
-    model: str = setting("tiny", "network: tiny, small or base", tuple(ARCHITECTURES))
+    model: str = setting("tiny", "network: mini (for first tries), tiny, small or base", tuple(ARCHITECTURES))
     image_size: int = setting(128, "side of the network's input in pixels, a multiple of 16")
     norm: str = setting("batch", "normalisation of the convolutions", ("batch", "group"))
-    pretrained: bool = setting(False, "start the encoder from timm's ImageNet weights")
-    encoder_weights: str | None = setting(
-        None, "file of encoder weights in timm's names, instead of the network", kind=str
+    encoder: str = setting(
+        "pretrained",
+        "what the encoder starts with: pretrained (timm's ImageNet weights, from the cache or the network; random "
+        "weights where neither has them), random, or a file of weights in timm's names",
     )
     epochs: int = setting(30, "passes over the training slices")
     minutes: float | None = setting(
@@ -41,15 +42,21 @@ class TrainingSettings:
     steps: int | None = setting(None, "train this many steps, schedule fitted, instead of --epochs", kind=int)
     batch_size: int = setting(16, "slices a step")
     lr: float = setting(1e-3, "learning rate of decoder and pyramid")
-    encoder_lr_factor: float = setting(
-        1.0, "learning rate of the encoder, as a factor of --lr (0.1 suits pretrained weights)"
+    encoder_lr_factor: float | None = setting(
+        None,
+        "learning rate of the encoder, as a factor of --lr; none takes 0.1 for loaded weights, 1 for random ones",
+        kind=float,
     )
     weight_decay: float = setting(0.05, "AdamW's weight decay")
     schedule: str = setting(
         "cosine", "warm-up and cosine, or halving on a plateau of the validation Dice", ("cosine", "plateau")
     )
     warmup: float = setting(0.05, "share of the run in which the learning rate rises to --lr, 0 to 0.5")
-    freeze_encoder_epochs: int = setting(0, "first epochs in which the encoder keeps its weights")
+    freeze_encoder_epochs: int | None = setting(
+        None,
+        "first epochs in which the encoder keeps its weights; none takes 3 for loaded weights, 0 for random ones",
+        kind=int,
+    )
     clip: float = setting(1.0, "largest norm of a step's gradient")
     ema_decay: float = setting(
         0.999, "weight of the past in the averaged weights, ramped up; 0 turns averaging off"
@@ -61,8 +68,8 @@ class TrainingSettings:
     seed: int = setting(0, "of weights, order and augmentation")
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "lr", "clip", "encoder_lr_factor") + tuple(
-            name for name in ("minutes", "steps") if getattr(self, name) is not None
+        positive = ("epochs", "batch_size", "lr", "clip") + tuple(
+            name for name in ("minutes", "steps", "encoder_lr_factor") if getattr(self, name) is not None
         )
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
@@ -70,7 +77,7 @@ class TrainingSettings:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0"
                 )
         for name in ("weight_decay", "freeze_encoder_epochs", "patience", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 0 or more")
         if self.minutes is not None and self.steps is not None:
             raise MedFLError("--minutes and --steps both say how long to train; give one of them")
@@ -78,6 +85,16 @@ class TrainingSettings:
             raise MedFLError(f"--warmup is {self.warmup}; choose a share of the run from 0 to 0.5")
         if not 0 <= self.ema_decay < 1:
             raise MedFLError(f"--ema-decay is {self.ema_decay}; choose a number from 0 to below 1")
+
+    @property
+    def encoder_rate(self) -> float:
+        """Learning rate of the encoder."""
+        return self.lr * (1.0 if self.encoder_lr_factor is None else self.encoder_lr_factor)
+
+    @property
+    def frozen_epochs(self) -> int:
+        """First epochs, or rounds, in which the encoder keeps its weights."""
+        return self.freeze_encoder_epochs or 0
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
@@ -126,7 +143,7 @@ def parameter_groups(model: TransUNet, settings: TrainingSettings) -> list[dict]
         {
             "params": [weight for weight in group["params"] if (id(weight) in encoder) == inside],
             "weight_decay": group["weight_decay"],
-            "lr": settings.lr * (settings.encoder_lr_factor if inside else 1.0),
+            "lr": settings.encoder_rate if inside else settings.lr,
         }
         for inside in (False, True)
         for group in groups

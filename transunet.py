@@ -30,14 +30,19 @@ PATCH = 16  # the encoder's; an image side is a multiple of it
 @dataclass(frozen=True)
 class Architecture:
     """What a named model is made of. pyramid: widths of the convolution pyramid at 1/2, 1/4, 1/8, 1/16, or
-    None where the encoder's own ResNet gives the skips; decoder: widths at 1/8, 1/4, 1/2."""
+    None where the encoder's own ResNet gives the skips; decoder: widths at 1/8, 1/4, 1/2; size: of the encoder,
+    where it is another than timm's, for which there are no pretrained weights."""
 
     encoder: str
     pyramid: tuple[int, int, int, int] | None
     decoder: tuple[int, int, int]
+    size: dict[str, int] | None = None
 
 
 ARCHITECTURES = {
+    "mini": Architecture(
+        "vit_tiny_patch16_224", (8, 16, 24, 48), (48, 24, 16), {"embed_dim": 96, "depth": 4, "num_heads": 3}
+    ),
     "tiny": Architecture("vit_tiny_patch16_224", (16, 32, 64, 128), (96, 48, 24)),
     "small": Architecture("vit_small_patch16_224", (24, 48, 96, 192), (128, 64, 32)),
     "base": Architecture("vit_base_r50_s16_224", None, (256, 128, 64)),
@@ -93,10 +98,10 @@ class DecoderBlock(nn.Module):
 class TransUNet(nn.Module):
     """A named model for square images of one side.
 
-    name: "tiny" (ViT-Ti/16), "small" (ViT-S/16), "base" (R50 + ViT-B/16, the paper's); image_side: pixels, a
-    multiple of 16; norm: "batch" or "group", of pyramid and decoder; pretrained: load timm's ImageNet weights
-    into the encoder; encoder_weights: take them from this file instead. Raises MedFLError for an unknown
-    name, side or weights file.
+    name: "mini" (for phantoms and first tries), "tiny" (ViT-Ti/16), "small" (ViT-S/16), "base" (R50 + ViT-B/16,
+    the paper's); image_side: pixels, a multiple of 16; norm: "batch" or "group", of pyramid and decoder;
+    encoder_weights: a file of the encoder's weights in timm's names, else they are random. Raises MedFLError
+    for an unknown name, side or weights file.
     """
 
     def __init__(
@@ -104,10 +109,10 @@ class TransUNet(nn.Module):
         name: str = "tiny",
         image_side: int = 128,
         norm: str = "batch",
-        pretrained: bool = False,
         encoder_weights: Path | str | None = None,
     ):
         super().__init__()
+        self.temperature = 1.0  # by what logits are divided before they are called probabilities
         if name not in ARCHITECTURES:
             raise MedFLError(f"there is no model {name}; choose one of {', '.join(ARCHITECTURES)}")
         if not PATCH <= image_side <= MAX_NETWORK_SIDE or image_side % PATCH:
@@ -119,7 +124,9 @@ class TransUNet(nn.Module):
             raise MedFLError(f"there is no normalisation {norm}; choose batch or group")
         plan = ARCHITECTURES[name]
         self.name, self.image_side, self.norm = name, image_side, norm
-        self.encoder = _encoder(plan.encoder, image_side, pretrained, encoder_weights)
+        self.encoder = _encoder(plan, image_side)
+        if encoder_weights is not None:
+            _load_encoder(self.encoder, Path(encoder_weights))
         self.pyramid = Pyramid(plan.pyramid, norm) if plan.pyramid else None
         *skips, deepest = plan.pyramid or RESNET_SKIPS
         inputs = (self.encoder.embed_dim + deepest, *plan.decoder[:-1])
@@ -168,23 +175,12 @@ class TransUNet(nn.Module):
         self.encoder.requires_grad_(trainable)
 
 
-def _encoder(name: str, side: int, pretrained: bool, weights: Path | str | None) -> VisionTransformer:
-    """timm's ViT without its classifier, from random weights, timm's own or a local file."""
-    try:
-        encoder = cast(
-            VisionTransformer,
-            timm.create_model(name, pretrained=pretrained and weights is None, img_size=side, num_classes=0),
-        )
-    except Exception as error:
-        if not pretrained:  # then nothing was loaded, and the fault is ours
-            raise
-        raise MedFLError(
-            f"the pretrained weights of {name} can't be loaded ({type(error).__name__}); connect to the "
-            "network, or give a file of them with --encoder-weights"
-        ) from error
-    if weights is not None:
-        _load_encoder(encoder, Path(weights))
-    return encoder
+def _encoder(plan: Architecture, side: int) -> VisionTransformer:
+    """timm's ViT without its classifier, from random weights."""
+    return cast(
+        VisionTransformer,
+        timm.create_model(plan.encoder, pretrained=False, img_size=side, num_classes=0, **(plan.size or {})),
+    )
 
 
 def _load_encoder(encoder: VisionTransformer, path: Path) -> None:
@@ -200,7 +196,7 @@ def _load_encoder(encoder: VisionTransformer, path: Path) -> None:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         encoder.load_state_dict(state)
     except FileNotFoundError as error:
-        raise MedFLError(f"there is no weights file {path}; check --encoder-weights") from error
+        raise MedFLError(f"there is no weights file {path}; check --encoder") from error
     except Exception as error:  # pickle, safetensors and timm each raise their own kinds for a foreign file
         raise MedFLError(
             f"{path} does not hold this encoder's weights; take the file of the same timm model"

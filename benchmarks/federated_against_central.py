@@ -96,7 +96,7 @@ def main() -> None:
     dataset = load_dataset(arguments.data_dir)
     split = make_split({p.name: p.site for p in dataset.patients}, 0)
     settings = TrainingSettings(image_size=arguments.image_size, epochs=arguments.rounds, ema_decay=0.0)
-    options = ["--image-size", str(settings.image_size), "--ema-decay", "0"]
+    options = ["--image-size", str(settings.image_size), "--ema-decay", "0", "--encoder", "random"]
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as folder:
         out, rounds = Path(folder), ["--rounds", str(arguments.rounds)]
         models = {

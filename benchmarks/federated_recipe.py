@@ -63,7 +63,10 @@ def federated(
 ) -> TransUNet:
     """The model that a federation of four hospitals by site ends with."""
     training = TrainingSettings(
-        image_size=side, seed=seed, **{name: options[name] for name in OF_TRAINING if name in options}
+        encoder="random",
+        image_size=side,
+        seed=seed,
+        **{name: options[name] for name in OF_TRAINING if name in options},
     )
     settings = FederationSettings(
         clients=4,
@@ -100,6 +103,8 @@ def central(
             str(dataset.root),
             "--out",
             str(folder),
+            "--encoder",
+            "random",
             "--epochs",
             str(rounds),
             "--seed",

@@ -3,7 +3,7 @@
     python deployment/serve_browser.py
     python deployment/serve_browser.py --checkpoint models/demo/transunet_centralized_best.pth --port 8600
 
-Without --checkpoint it is the newest model in models/.
+Without --checkpoint it is the newest model in models/, or the one that was trained on phantoms.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from deployment.staging import BROWSER, stage_browser
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--checkpoint", type=Path, help="the model, a .pth file (default: the newest *_best.pth in models/)"
+        "--checkpoint",
+        type=Path,
+        help="the model, a .pth file (default: the newest *_best.pth in models/, else the phantoms' one)",
     )
     parser.add_argument(
         "--half", action="store_true", help="store the weights in half precision: half the size"

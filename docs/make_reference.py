@@ -21,6 +21,8 @@ PAGE = Path(__file__).with_name("reference.md")
 SCRIPTS = (
     "train_centralized",
     "evaluate",
+    "cross_validate",
+    "pretrain",
     "predict",
     "run_server",
     "run_client",
@@ -29,6 +31,7 @@ SCRIPTS = (
     "data.make_phantoms",
     "data.download",
     "data.prepare_hospital",
+    "data.prepare_task",
     "deployment.export_onnx",
     "deployment.serve_browser",
     "deployment.push_to_space",

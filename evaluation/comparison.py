@@ -7,7 +7,7 @@ layers stayed there.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ import escaping
 from checkpoint import Checkpoint
 from common import MedFLError, atomic_write
 from dataset import Dataset
+from evaluation.alike import Made, made
 from evaluation.curves import BLUE, ORANGE
-from evaluation.metrics import FIGURES_OF_A_PATIENT, bootstrap_interval, paired_difference
+from evaluation.metrics import FIGURES_OF_A_PATIENT, NO_INTERVAL, mean_interval, paired_difference
 from evaluation.scoring import score_patients
 from partition import make_partition
 from split import Split
@@ -36,6 +37,7 @@ COLUMNS = (
     "difference",
     "difference_low",
     "difference_high",
+    "unlike",
 )
 
 
@@ -45,6 +47,7 @@ class Row:
 
     name: str
     patients: list[dict]
+    made: Made = field(default_factory=Made)
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
@@ -116,7 +119,8 @@ def make_rows(
     for checkpoint in checkpoints:
         kind, hospital = kind_of(checkpoint), checkpoint.metadata.get("origin", {}).get("hospital")
         if kind not in complete or kind == ALONE:
-            rows.append(Row(f"{hospital} {kind}" if hospital else kind, score(checkpoint, patients)))
+            name = f"{hospital} {kind}" if hospital else kind
+            rows.append(Row(name, score(checkpoint, patients), made(checkpoint)))
         if kind in complete and checkpoint is list(complete[kind].values())[-1]:
             figures = [
                 row
@@ -124,7 +128,7 @@ def make_rows(
                 if hospitals[label]
                 for row in score(member, list(hospitals[label]))
             ]
-            rows.append(Row(f"each hospital {kind}", figures))
+            rows.append(Row(f"each hospital {kind}", figures, made(checkpoint)))
     names = [row.name for row in rows]
     for row in rows:
         if names.count(row.name) > 1:
@@ -143,7 +147,7 @@ def compare(
 ) -> dict:
     """The comparison on the split's test patients: `columns` (label to number of patients), and `rows`: name,
     `scores` by column (mean, ci95, patients; None without patients), `difference` to the first row
-    (`metrics.paired_difference`), `patients`.
+    (`metrics.paired_difference`), `made` (`Made`), `unlike` (how it was made unlike the first row), `patients`.
 
     say: is told what is scored. Raises MedFLError where models can't be compared, or nobody is kept for the
     test.
@@ -169,7 +173,7 @@ def compare(
 def table_of(rows: list[Row], columns: dict[str, tuple[str, ...]]) -> dict:
     """The comparison's table as `compare` returns it, of scored rows. columns: patients by label."""
     first = rows[0].patients
-    told = []
+    told: list[dict] = []
     for row in rows:
         scores: dict[str, dict | None] = {}
         for label, patients in columns.items():
@@ -178,11 +182,20 @@ def table_of(rows: list[Row], columns: dict[str, tuple[str, ...]]) -> dict:
             if dice:
                 scores[label] = {
                     "mean": float(np.mean(dice)),
-                    "ci95": bootstrap_interval(dice),
+                    "ci95": mean_interval(dice),
                     "patients": len(dice),
                 }
         difference = paired_difference(first, row.patients)
-        told.append({"name": row.name, "scores": scores, "difference": difference, "patients": row.patients})
+        told.append(
+            {
+                "name": row.name,
+                "scores": scores,
+                "difference": difference,
+                "made": asdict(row.made),
+                "unlike": row.made.unlike(rows[0].made),
+                "patients": row.patients,
+            }
+        )
     return {"columns": {label: len(patients) for label, patients in columns.items()}, "rows": told}
 
 
@@ -197,7 +210,7 @@ def as_text(table: dict) -> str:
             for score in row["scores"].values()
         )
         interval, difference = row["scores"][ALL]["ci95"], row["difference"]
-        between = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "under 3 patients"
+        between = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else NO_INTERVAL
         beside = (
             f" ({difference['ci95'][0]:+.3f} to {difference['ci95'][1]:+.3f})" if difference["ci95"] else ""
         )
@@ -205,6 +218,9 @@ def as_text(table: dict) -> str:
             f"{row['name']:{width}}{cells}{between:>18}"
             + (f"{difference['mean']:+.3f}{beside}".rjust(28) if place else f"{'':28}").rstrip()
         )
+    unlike = [f"{row['name']}: {', '.join(row['unlike'])}" for row in table["rows"] if row["unlike"]]
+    if unlike:
+        lines += ["", "not made as the first row:", *unlike]
     return "\n".join(lines)
 
 
@@ -225,6 +241,7 @@ def lines_of(table: dict) -> list[list]:
                         *(score["ci95"] or (None, None)),
                         difference["mean"],
                         *(difference["ci95"] or (None, None)),
+                        "; ".join(row["unlike"]),
                     ]
                 )
     return lines

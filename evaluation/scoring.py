@@ -6,6 +6,8 @@ from tqdm import tqdm
 
 from dataset import Dataset
 from evaluation import metrics
+from evaluation.calibration import TemperatureFit, reliability
+from evaluation.failures import confidence, lesions
 from inference import predict_volume, to_mask
 from transunet import TransUNet
 
@@ -16,21 +18,40 @@ def score_patients(
     patients: Iterable[str],
     threshold: float,
     progress: bool = False,
-    in_mm: bool = False,
+    closely: bool = False,
 ) -> list[dict]:
     """A row of `metrics.score_patient` for each patient, the whole volume at its own size.
 
-    in_mm: add `metrics.score_in_mm` where the patient's spacing is known; evaluate.py alone asks, and no
-    hospital sends them.
+    closely: add reliability, lesions and confidence (evaluation/failures.py), and `metrics.score_in_mm` where
+    the patient's spacing is known; only the evaluation asks for them, and no hospital sends them.
     """
     rows, patients = [], list(patients)
-    spacings = {patient: dataset.spacing(patient) for patient in patients} if in_mm else {}
+    spacings = {patient: dataset.spacing(patient) for patient in patients} if closely else {}
     for patient in tqdm(
         patients, desc="scoring", unit="patient", disable=None if progress else True, leave=False
     ):
         volume, truth = dataset.volume(patient)
-        prediction = to_mask(predict_volume(model, volume), threshold)
+        probabilities = predict_volume(model, volume)
+        prediction = to_mask(probabilities, threshold)
         rows.append(metrics.score_patient(patient, dataset.site(patient), prediction, truth))
+        if closely:
+            rows[-1] |= lesions(prediction, truth)
+            rows[-1]["reliability"] = reliability(probabilities, truth)
+            rows[-1]["confidence"] = confidence(probabilities, prediction)
         if spacing := spacings.get(patient):
             rows[-1] |= metrics.score_in_mm(prediction, truth, spacing)
     return rows
+
+
+def fit_temperature(model: TransUNet, dataset: Dataset, patients: Iterable[str]) -> float:
+    """The temperature that makes the model's probabilities on these patients, of the validation, most likely
+    (`calibration.TemperatureFit`). The model's own is left as it is."""
+    fit, before = TemperatureFit(), model.temperature
+    model.temperature = 1.0
+    try:
+        for patient in patients:
+            volume, truth = dataset.volume(patient)
+            fit.add(predict_volume(model, volume), truth)
+    finally:
+        model.temperature = before
+    return fit.temperature()

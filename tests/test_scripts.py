@@ -15,7 +15,9 @@ from PIL import Image
 from running import ROOT, run_here, run_script
 
 from checkpoint import load_checkpoint, update_metadata
+from common import MedFLError
 from dataset import load_dataset
+from evaluation.metrics import FIGURES_OF_A_PATIENT
 from inference import predict_volume, to_mask
 from split import make_split
 
@@ -240,11 +242,13 @@ def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
         tmp_path / "s.csv",
         "--overlays",
         tmp_path / "o",
+        "--reliability",
+        tmp_path / "r.png",
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "s.json").read_text())
     assert figures["volume_dice"].keys() == {"mean", "median", "ci95"}
-    assert figures["hd95_px"].keys() == {"mean", "median", "undefined"}
+    assert figures["hd95_in_plane_px"].keys() == {"mean", "median", "undefined", "slices_with_one_mask"}
     assert {
         "pooled_dice",
         "slice_dice_tumour",
@@ -252,9 +256,11 @@ def test_evaluate_writes_the_figures(phantoms, trained, tmp_path):
         "missed_patients",
         "sites",
     } <= figures.keys()
-    assert all(
-        p.keys() == {"patient", "site", "slices", "dice", "iou", "hd95_px"} for p in figures["patients"]
-    )
+    assert all(set(p) == set(FIGURES_OF_A_PATIENT) for p in figures["patients"])
+    assert {"calibration", "lesions", "risk_coverage", "worst_patients"} <= figures.keys()
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+    worst = min(figures["patients"], key=lambda patient: patient["dice"])["patient"]
+    assert figures["worst_patients"][0]["patient"] == worst and f"worst: {worst}" in done.stdout
     assert {p["patient"] for p in figures["patients"]} == set(
         json.loads((trained / "split.json").read_text())["test"]
     )
@@ -273,6 +279,37 @@ def test_evaluate_writes_back_no_figure_of_one_patient(phantoms, trained, tmp_pa
     )
     scores = load_checkpoint(tmp_path / BEST).metadata["scores"]
     assert scores["test"]["patients"] == 2 and scores["test"]["sites"] == {} and "val" in scores
+    test = scores["test"]
+    assert (
+        set(test["calibration"]) == {"ece", "ece_all_pixels", "unseen_tumour"}
+        and "worst_patients" not in test
+    )
+    assert set(test["lesions"]) == {"found", "missed", "false"}
+
+
+def test_the_temperature_is_fitted_on_validation_patients_and_kept(phantoms, trained, tmp_path):
+    """By the training at its end, and again by evaluate.py, for a federation's model."""
+    for name in (BEST, "split.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    fitted = load_checkpoint(trained / BEST)
+    dataset = load_dataset(phantoms, progress=False)
+    assert fitted.model.temperature == fitted.metadata["temperature"] != 1.0
+    update_metadata(tmp_path / BEST, temperature=1.0)
+    plain = load_checkpoint(tmp_path / BEST)
+    patient = dataset.patients[0].name
+    volume = dataset.volume(patient)[0]
+    before, after = (predict_volume(c.model, volume) for c in (plain, fitted))
+    assert (to_mask(before, 0.5) == to_mask(after, 0.5)).all() and (before != after).any()
+    done = run_here(
+        "evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--fit-temperature"
+    )
+    assert done.returncode == 0 and "of 1 validation patient" in done.stdout, done.stderr
+    again = load_checkpoint(tmp_path / BEST)
+    assert again.model.temperature == pytest.approx(fitted.model.temperature)
+    for value in (0, -1.0, True, "1"):
+        update_metadata(tmp_path / BEST, temperature=value)
+        with pytest.raises(MedFLError, match="has the temperature"):
+            load_checkpoint(tmp_path / BEST)
 
 
 def test_evaluate_says_what_is_wrong(phantoms, trained, tmp_path):

@@ -63,37 +63,11 @@ def test_a_broken_one_is_one_sentence(tmp_path, content, sentence):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def brute_force_in_mm(prediction, truth, rows, columns):
-    """Over all pairs of boundary pixels, slice by slice, as metrics.md defines HD95."""
-    distances = []
-    for masks in zip(prediction, truth):
-        edges = [np.argwhere(mask & ~inner(mask)) * (rows, columns) for mask in masks]
-        if len(edges[0]) and len(edges[1]):
-            between = np.hypot(*np.moveaxis(edges[0][:, None] - edges[1][None], -1, 0))
-            distances += [*between.min(axis=0), *between.min(axis=1)]
-    return np.percentile(distances, 95)
-
-
-def inner(mask):
-    padded = np.pad(mask, 1)
-    return padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_hd95_in_mm_is_that_of_brute_force(seed):
-    prediction, truth = np.random.default_rng(seed).random((2, 3, 9, 11)) < 0.2
-    scored = metrics.score_in_mm(prediction, truth, (5.0, 0.5, 2.0))
-    assert scored["hd95_mm"] == pytest.approx(brute_force_in_mm(prediction, truth, 0.5, 2.0))
-    assert metrics.score_in_mm(prediction, truth, (9.0, 1.0, 1.0))["hd95_mm"] == metrics.hd95(
-        prediction, truth
-    )
-
-
 def test_volumes_by_hand_and_their_means():
     truth, prediction = np.zeros((2, 2, 10, 10), np.uint8)
     truth[0, :5, :4], prediction[:, 0, :5] = 255, 1
     scored = metrics.score_in_mm(prediction, truth, (5.0, 2.0, 1.0))
-    assert [scored[name] for name in metrics.FIGURES_IN_MM[1:]] == pytest.approx([0.2, 0.1, -0.1])
+    assert [scored[name] for name in metrics.FIGURES_IN_MM[2:]] == pytest.approx([0.2, 0.1, -0.1])
     rows = [
         {**metrics.score_patient(name, "CS", prediction, truth), **more}
         for name, more in (
@@ -156,19 +130,25 @@ def test_evaluate_adds_mm_where_they_are_known_and_changes_nothing_else(
     (plain, figures, lines, where), (text, more, rows, other) = told["without"], told["with"]
     table = plain.splitlines()[1:5]
     assert text.splitlines()[1:5] == table and "mm" not in "".join(table) and "cm³" not in plain
+    assert "HD95 in the plane px" in table[0] and "slices of one only" in table[0]
     assert list(lines[0]) == list(metrics.FIGURES_OF_A_PATIENT)
     assert [{name: row[name] for name in metrics.FIGURES_OF_A_PATIENT} for row in rows] == lines
     for name in figures.keys() - {"created", "sites", "patients", "checkpoint_sha256"}:
         assert more[name] == figures[name], name
-    assert more.keys() - figures.keys() == {"hd95_mm", "volume_cm3"} and more["volume_cm3"]["patients"] == 1
+    assert more.keys() - figures.keys() == {"hd95_mm", "surface_dice_2mm", "volume_cm3"}
+    assert more["volume_cm3"]["patients"] == 1
     known, unknown = sorted(rows, key=lambda row: row["patient"] != one)
     truth = load_dataset(folder, progress=False).volume(one)[1] > 0
     assert float(known["volume_truth_cm3"]) == pytest.approx(truth.sum() * 5 * 0.5 * 0.75 / 1000)
     assert float(known["volume_difference_cm3"]) == pytest.approx(
         float(known["volume_prediction_cm3"]) - float(known["volume_truth_cm3"])
     )
-    assert [unknown[name] for name in metrics.FIGURES_IN_MM] == [""] * 4
-    assert f"{float(known['volume_truth_cm3']):.2f}" in text.splitlines()[-4] and "HD95 mm" in text
+    assert [unknown[name] for name in metrics.FIGURES_IN_MM] == [""] * 5
+    assert (
+        f"{float(known['volume_truth_cm3']):.2f}" in text
+        and "HD95 mm" in text
+        and "surface Dice 2 mm" in text
+    )
     scores = [load_checkpoint(folder / BEST).metadata["scores"]["test"] for folder in (where, other)]
     assert scores[0] == scores[1]  # no word of the tumours' sizes in a checkpoint
 
@@ -180,4 +160,4 @@ def test_a_broken_one_is_told_before_anybody_is_scored(phantoms, tmp_path):
     assert dataset.spacing(names[-1]) is None
     (dataset.root / names[-1] / "volume.json").write_text("{")
     with pytest.raises(MedFLError, match="no volume.json of a prepared patient"):
-        score_patients(None, dataset, names, 0.5, in_mm=True)  # without a model nobody can be scored
+        score_patients(None, dataset, names, 0.5, closely=True)  # without a model nobody can be scored

@@ -5,14 +5,17 @@ from pathlib import Path
 
 from checkpoint import Checkpoint
 from common import MedFLError
+from energy import in_words
 
 LABELS = 8  # hospitals that are named
+PHANTOM_MODEL = Path(__file__).parent / "samples" / "phantom_model.pth"  # deployment/make_phantom_model.py
 NOTICE = "Research use only, not a medical device. No output may guide a diagnosis or a treatment."
 
 
 def find_checkpoints(models: Path) -> list[Path]:
     """The models to choose from, newest first: MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in
-    `models` and the folders in it. Raises MedFLError where there is none."""
+    `models` and the folders in it; without any, the one that was trained on phantoms. Raises MedFLError where
+    that is gone as well."""
     named = os.environ.get("MEDFL_CHECKPOINT")
     if named and not Path(named).is_file():
         raise MedFLError(
@@ -24,6 +27,8 @@ def find_checkpoints(models: Path) -> list[Path]:
         reverse=True,
     )
     every = list(dict.fromkeys(([Path(named)] if named else []) + found))
+    if not every and PHANTOM_MODEL.is_file():
+        return [PHANTOM_MODEL]
     if not every:
         raise MedFLError(
             f"there is no model in {models}; train one with `make demo` or train_centralized.py, or set "
@@ -50,6 +55,7 @@ def _rows(checkpoint: Checkpoint, sha256: str, device: str | None) -> list[tuple
     about = checkpoint.metadata
     architecture, origin, training = about["architecture"], about.get("origin", {}), about.get("training", {})
     rows = [
+        ("Task", _task(about.get("task"))),
         ("Trained", _origin(origin)),
         ("Data", _data(about.get("data", {}))),
         (
@@ -61,8 +67,11 @@ def _rows(checkpoint: Checkpoint, sha256: str, device: str | None) -> list[tuple
         (
             "Network",
             f"TransUNet {architecture['name']}, {architecture['parameters'] / 1e6:.1f} million parameters, "
-            f"input {architecture['image_side']}×{architecture['image_side']} pixels",
+            f"input {architecture['image_side']}×{architecture['image_side']} pixels" + _encoder(training),
         ),
+        ("Calibration", _calibration(about)),
+        ("Lesions", _lesions(about.get("scores", {}).get("test") or {})),
+        ("Energy", in_words(about["energy"]) if about.get("energy") else None),
         ("Threshold", f"{checkpoint.threshold:g}"),
         ("Device", device),
         ("File", f"{checkpoint.path.name}, {checkpoint.path.stat().st_size / 1e6:.1f} MB"),
@@ -70,6 +79,11 @@ def _rows(checkpoint: Checkpoint, sha256: str, device: str | None) -> list[tuple
         ("SHA-256", sha256),
     ]
     return [(subject, text) for subject, text in rows if text]
+
+
+def _task(task: dict | None) -> str | None:
+    """What the model outlines, where it is another task than the default."""
+    return f"{task['title']}: {task['region']}, of {', '.join(task['channels'])}" if task else None
 
 
 def _origin(origin: dict) -> str:
@@ -108,6 +122,13 @@ def _origin(origin: dict) -> str:
     return place + (f", from a model of {origin['started_from']}" if origin.get("started_from") else "")
 
 
+def _encoder(training: dict) -> str:
+    """What the encoder began with, if the file says it."""
+    encoder = training.get("encoder")
+    known = {"pretrained": "ImageNet weights", "random": "random weights"}
+    return f"; the encoder began with {known.get(encoder, encoder)}" if encoder else ""
+
+
 def _data(data: dict) -> str | None:
     if not data:
         return None
@@ -121,6 +142,26 @@ def _data(data: dict) -> str | None:
         ". Phantoms are painted, not measured: the model knows nothing of real scans" if phantoms else ""
     )
     return f"{data.get('name')}: {counts} patients{warning}"
+
+
+def _calibration(about: dict) -> str | None:
+    """How far the probabilities of the test patients can be trusted."""
+    measured = (about.get("scores", {}).get("test") or {}).get("calibration")
+    if not measured or measured["ece"] is None:
+        return None
+    fitted = f", temperature {about['temperature']:.2f}" if about.get("temperature", 1.0) != 1.0 else ""
+    return (
+        f"a probability of 1 % or more is off by {100 * measured['ece']:.0f} % on average "
+        f"(expected calibration error{fitted})"
+    )
+
+
+def _lesions(test: dict) -> str | None:
+    """How many lesions of the test patients were found."""
+    found = test.get("lesions")
+    if not found:
+        return None
+    return f"{found['found']} of {found['found'] + found['missed']} found, {found['false']} false ones"
 
 
 def score_text(score: dict | None, absent: str) -> str:

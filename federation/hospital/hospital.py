@@ -153,9 +153,7 @@ class Hospital:
             if own := self._norms(task.run).before(number):
                 weights[norm_mask(model)] = own.last
         model.load_state_dict(unpack(weights, model.state_dict()))
-        if (
-            self.federation.keep_norm_local or self.training.freeze_encoder_epochs
-        ):  # the next may bring only a part
+        if self.federation.keep_norm_local or self.training.frozen_epochs:  # the next may bring only a part
             with atomic_write(self.memory, private=True) as file:
                 torch.save(weights, file)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave memory_format out
@@ -206,7 +204,7 @@ class Hospital:
         self._refuse_what_was_not_agreed(task)
         seed = seed_of(self.training.seed, self.identity.label)
         learner, batches = self._learner(model, task, seed)
-        frozen, before = task.round <= self.training.freeze_encoder_epochs, pack(model.state_dict())
+        frozen, before = task.round <= self.training.frozen_epochs, pack(model.state_dict())
         model.set_encoder_trainable(not frozen)
         warmup = 0.0 if self.budget else self.training.warmup  # few steps, of a model that is trained already
         loss = train_round(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from common import MedFLError, setting
 from federation.protocol.secure_aggregation import LEAST
@@ -22,8 +23,7 @@ TRAINING_OPTIONS = [
     "model",
     "image_size",
     "norm",
-    "pretrained",
-    "encoder_weights",
+    "encoder",
     "batch_size",
     "lr",
     "encoder_lr_factor",
@@ -323,9 +323,8 @@ def to_json(training: TrainingSettings, federation: FederationSettings) -> str:
         {
             "training": {
                 **asdict(training),
-                "encoder_weights": None,
-                "pretrained": False,
-            },  # the server has loaded them
+                "encoder": Path(training.encoder).name,  # the server has loaded it, and tells no path
+            },
             "federation": asdict(federation),
         }
     )

@@ -57,7 +57,7 @@ class Collector:
         hospitals' one.
         """
         members = self.exchange.quorum()
-        left_out = self.settings.left_out(number <= self.state.training.freeze_encoder_epochs)
+        left_out = self.settings.left_out(number <= self.state.training.frozen_epochs)
         about = {
             "round": number,
             "rate": self.state.rate,

@@ -61,7 +61,6 @@ def _training(
 ) -> dict:
     return {
         **asdict(training),
-        "encoder_weights": None,
         **asdict(settings),
         "rounds_done": number,
         "seconds": round(done.seconds, 1),

@@ -4,7 +4,8 @@ Columns: round, site (the hospital's label), examples (training slices), train_l
 val_dice (mean volume Dice of the model that the round began with, over the hospital's validation patients),
 val_patients, seconds (of the hospital's own work), bytes_sent and bytes_received (the arrays' payload, seen
 from the server), patient_epsilon (what of its patients' privacy the hospital has spent, where it promises
-them any). After the last round R the final model is scored: rows of round R + 1 have no training columns.
+them any), encoder (what it began with). After the last round R the final model is scored: rows of round R + 1
+have no training columns.
 """
 
 from pathlib import Path
@@ -33,7 +34,7 @@ class Row(TypedDict):
     patient_epsilon: float | None
 
 
-COLUMNS = tuple(Row.__annotations__)
+COLUMNS = (*Row.__annotations__, "encoder")
 MARKS = "os^Dv<>ph*"
 NAMED = 12  # hospitals, beyond which a picture does not name each
 
@@ -45,9 +46,10 @@ def scores_of(rows: list[Row]) -> Scores:
     }
 
 
-def write_history(rows: list[Row], path: Path) -> None:
-    """All rows so far; whole or not at all."""
-    write_csv(path, [COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)])
+def write_history(rows: list[Row], path: Path, encoder: str) -> None:
+    """All rows so far; whole or not at all. encoder: what it began with."""
+    told = [{**row, "encoder": encoder} for row in rows]
+    write_csv(path, [COLUMNS, *([row.get(name) for name in COLUMNS] for row in told)])
 
 
 def table(rows: list[Row]) -> str:

@@ -110,7 +110,7 @@ class Record:
     def _write_pictures(self) -> None:
         done = self.state.progress
         try:
-            write_history(done.rows, self.out / "federated_history.csv")
+            write_history(done.rows, self.out / "federated_history.csv", self.state.training.encoder)
             draw_curves(
                 done.rows,
                 self.out / "federated_curves.png",

@@ -161,7 +161,7 @@ class Federation:
         self._robust = self.state.progress.collapses >= OFTEN and len(updates) >= COMPARED
         self.state.begin()
         if self.privacy:
-            left_out = self.settings.left_out(number <= self.training.freeze_encoder_epochs)
+            left_out = self.settings.left_out(number <= self.training.frozen_epochs)
             mean = self.privacy.private_mean(
                 updates.sent, updates.blocks, part_mask(self.state.model, left_out)
             )

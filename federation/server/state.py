@@ -1,6 +1,7 @@
 """What lasts over the rounds, and how it is kept: weights, averaged weights, plateau rule, history, the best
 so far, and the way back to the model before."""
 
+import json
 import secrets
 from pathlib import Path
 
@@ -113,7 +114,14 @@ class RunState:
     def save_best(self, weights: torch.Tensor, scores: Scores, number: int) -> None:
         """Write `transunet_federated_best.pth` from these weights, which round `number` gave. scores: by
         which they were chosen."""
-        save_checkpoint(self.best, unpack(weights, self.model.state_dict()), self.metadata(scores, number))
+        about = self.metadata(scores, number)
+        about["training"]["weights"] = "averaged" if self._is_average(weights) else "raw"
+        save_checkpoint(self.best, unpack(weights, self.model.state_dict()), about)
+
+    def _is_average(self, weights: torch.Tensor) -> bool:
+        """Whether weights, (n,) float32, are those averaged over the rounds, as they travel."""
+        sent = None if self.average is None else in_precision(self.average, self.federation.update_dtype)
+        return sent is not None and torch.equal(weights, sent)
 
     def save_last(self) -> None:
         """Write `transunet_federated_last.pth`: all that --resume needs."""
@@ -151,9 +159,20 @@ def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, Tra
         raise MedFLError(f"{last} holds a model but no federation to go on with; start without --resume")
     try:
         Progress.from_dict(checkpoint.state["progress"])
-        return *from_json(checkpoint.state["settings"]), checkpoint.state, checkpoint.model
+        settings = _as_now(checkpoint.state["settings"])
+        return *from_json(settings), {**checkpoint.state, "settings": settings}, checkpoint.model
     except (MedFLError, KeyError, TypeError, AttributeError) as error:
         raise MedFLError(
             f"{last} was written by another version of MedFL, whose run can't be gone on with; use that "
             f"version, or start a new run from its model with --init {last}"
         ) from error
+
+
+def _as_now(settings: str) -> str:
+    """Settings of a run of before --encoder, whose encoder was loaded or not by two other settings."""
+    content = json.loads(settings)
+    if "encoder" not in content["training"]:
+        content["training"].pop("encoder_weights", None)
+        loaded = content["training"].pop("pretrained", False)
+        content["training"]["encoder"] = "pretrained" if loaded else "random"
+    return json.dumps(content)

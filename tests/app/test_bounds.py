@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import subprocess
 
 import nibabel
 import numpy as np
@@ -12,7 +13,7 @@ from appearance.doubts import doubts
 from appearance.features import describe_volume
 from checkpoint import load_checkpoint
 from common import MedFLError
-from deployment.app import archives, cases, readout
+from deployment.app import archives, card, cases, readout
 from deployment.app.card import card_rows, find_checkpoints
 from deployment.app.case import Case
 from deployment.app.cases import add_truth, read_case
@@ -177,6 +178,8 @@ def test_the_bounds_of_size_and_shape(rows, columns, wanted):
 
 def test_the_newest_model_comes_first_and_a_named_one_before_it(tmp_path, monkeypatch):
     monkeypatch.delenv("MEDFL_CHECKPOINT", raising=False)
+    assert find_checkpoints(tmp_path) == [card.PHANTOM_MODEL]
+    monkeypatch.setattr(card, "PHANTOM_MODEL", tmp_path / "gone.pth")
     with pytest.raises(MedFLError, match="there is no model"):
         find_checkpoints(tmp_path)
     (tmp_path / "demo").mkdir()
@@ -188,6 +191,23 @@ def test_the_newest_model_comes_first_and_a_named_one_before_it(tmp_path, monkey
     assert find_checkpoints(tmp_path) == paths
     monkeypatch.setenv("MEDFL_CHECKPOINT", str(paths[2]))
     assert find_checkpoints(tmp_path) == [paths[2], *paths[:2]]
+
+
+def test_a_fresh_clone_has_a_model_of_phantoms_that_says_so():
+    """Small, outside of Git LFS, carded as a phantom's, and as good as one of phantoms can be."""
+    assert card.PHANTOM_MODEL.stat().st_size < 3_000_000
+    told = subprocess.run(
+        ["git", "check-attr", "filter", "diff", "--", card.PHANTOM_MODEL],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "lfs" not in told.stdout
+    checkpoint = load_checkpoint(card.PHANTOM_MODEL)
+    rows = dict(card_rows(checkpoint, "0" * 64))
+    assert checkpoint.metadata["data"]["name"] == "phantoms" and "painted, not measured" in rows["Data"]
+    assert "random weights" in rows["Network"] and "found" in rows["Lesions"] and "Calibration" in rows
+    assert checkpoint.metadata["scores"]["test"]["volume_dice"]["mean"] > 0.6
 
 
 def test_the_card_tells_privacy_and_names_eight_hospitals(trained):

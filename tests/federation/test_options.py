@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
         (("run_server.py", "--init", "missing.pth"), "there is no checkpoint"),
         (("run_server.py", "--resume"), "start without --resume"),
         (("run_server.py", "--schedule", "plateau", "--val-fraction", 0), "take --schedule cosine"),
-        (("run_server.py", "--encoder-weights", "missing.pth"), "there is no weights file"),
+        (("run_server.py", "--encoder", "missing.pth"), "there is no weights file"),
         (("run_server.py", "--image-size", 100), "multiple of 16"),
         (("run_server.py", "--local-steps", 0), "--local-steps is 0"),
         (("run_server.py", "--lr-factor", -1), "--lr-factor is -1"),

@@ -80,16 +80,11 @@ def test_messages_and_settings_come_back_as_they_were():
     with pytest.raises(ValueError, match="JSON"):
         message({"a": float("nan")})
     given = (
-        TrainingSettings(lr=0.5, pretrained=True, encoder_weights="/a/path.pth"),
+        TrainingSettings(lr=0.5, encoder="/a/path.pth"),
         FederationSettings(clients=4, min_clients=3),
     )
     training, federation = from_json(to_json(*given))
-    assert (
-        federation == given[1]
-        and training.lr == 0.5
-        and training.encoder_weights is None
-        and not training.pretrained
-    )
+    assert federation == given[1] and training.lr == 0.5 and training.encoder == "path.pth"
     for text in ("nonsense", "{}", '{"training": {}, "federation": {}}'):
         with pytest.raises(MedFLError, match="same version"):
             from_json(text)

@@ -134,6 +134,6 @@ def test_a_mistyped_hash_is_told_at_the_start(phantoms, home):
 
 def test_settings_as_they_travel_hold_no_path_of_the_server():
     settings = json.loads(
-        to_json(TrainingSettings(encoder_weights="/somewhere/vit.safetensors"), FederationSettings())
+        to_json(TrainingSettings(encoder="/somewhere/vit.safetensors"), FederationSettings())
     )
-    assert settings["training"]["encoder_weights"] is None
+    assert settings["training"]["encoder"] == "vit.safetensors"

@@ -1,0 +1,132 @@
+"""What pretraining on scans without masks gives, with all, half and a quarter of the training patients' masks.
+
+    python benchmarks/pretraining.py --data-dir data --seeds 0 1 2 --steps 2000 --pretrain-epochs 200
+
+For each seed an encoder is pretrained on the slices of all training patients, and a model is trained from it and one
+from random weights, on each share of the patients. Both are tested on the same patients; differences are paired, and
+a patient of several seeds counts once, with the mean. Goes on where it was interrupted. Writes table.json.
+"""
+
+import argparse
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autoencoder import MaskedAutoencoder, UnlabelledSlices
+from common import run_script, write_json
+from cross_validate import fold_rows
+from dataset import load_dataset
+from evaluation.metrics import mean_interval, paired_difference
+from inference import choose_device
+from pretrain import PretrainingSettings, train_epoch, write_encoder
+from split import Split, make_split
+from training import TrainingSettings
+
+SHARES = (1.0, 0.5, 0.25)  # of the training patients, with masks
+RANDOM, PRETRAINED = "random", "pretrained here"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with the scans")
+    parser.add_argument(
+        "--out", type=Path, default=Path("models/pretraining"), help="folder for what is written"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of split and weights")
+    parser.add_argument("--steps", type=int, default=2_000, help="of each training (default 2000)")
+    parser.add_argument("--pretrain-epochs", type=int, default=200, help="passes without masks (default 200)")
+    parser.add_argument("--model", default="tiny", choices=("mini", "tiny", "small"), help="(default tiny)")
+    parser.add_argument("--image-size", type=int, default=128, help="pixels (default 128)")
+    parser.add_argument("--test-fraction", type=float, default=0.4, help="of the patients (default 0.4)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    return parser.parse_args()
+
+
+def with_masks(split: Split, share: float) -> Split:
+    """The split with a share of its training patients, the first of a shuffle by its seed."""
+    shuffled = np.random.default_rng(split.seed).permutation(list(split.train))
+    kept = max(1, round(share * len(shuffled)))
+    return replace(split, train=tuple(sorted(str(name) for name in shuffled[:kept])))
+
+
+def pretrained(arguments: argparse.Namespace, root: Path, split: Split, device: torch.device) -> Path:
+    """The file of an encoder that learnt from all training patients' slices; made where it is not there."""
+    path = arguments.out / f"encoder_{split.seed}.safetensors"
+    if path.exists():
+        return path
+    settings = PretrainingSettings(
+        arguments.model, arguments.image_size, arguments.pretrain_epochs, seed=split.seed
+    )
+    torch.manual_seed(split.seed)
+    model = MaskedAutoencoder(settings.model, settings.image_size).to(device)
+    slices = UnlabelledSlices(root, settings.image_size, set(split.train))
+    optimiser = torch.optim.AdamW(
+        model.parameters(), settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
+    )
+    loss = 0.0
+    for epoch in range(1, settings.epochs + 1):
+        loss = train_epoch(model, slices, optimiser, settings, epoch)
+        print(f"pretraining, seed {split.seed}, epoch {epoch}: loss {loss:.4f}", flush=True)
+    write_encoder(model, {"loss": loss, "split_sha256": split.sha256()}, path)
+    return path
+
+
+def by_patient(runs: list[list[dict]]) -> list[dict]:
+    """Each patient once, with the mean Dice over the runs."""
+    dice: defaultdict[str, list[float]] = defaultdict(list)
+    for row in (row for rows in runs for row in rows):
+        dice[row["patient"]].append(row["dice"])
+    return [{"patient": name, "dice": float(np.mean(values))} for name, values in sorted(dice.items())]
+
+
+def main() -> None:
+    arguments = parse()
+    dataset, device = load_dataset(arguments.data_dir), choose_device(arguments.device)
+    sites = {patient.name: patient.site for patient in dataset.patients}
+    runs: defaultdict[tuple[float, str], list[list[dict]]] = defaultdict(list)
+    for seed in arguments.seeds:
+        split = make_split(sites, seed, test_fraction=arguments.test_fraction)
+        encoder = pretrained(arguments, dataset.root, split, device)
+        for share in SHARES:
+            for start, source in ((RANDOM, "random"), (PRETRAINED, str(encoder))):
+                settings = TrainingSettings(
+                    model=arguments.model,
+                    image_size=arguments.image_size,
+                    steps=arguments.steps,
+                    encoder=source,
+                    seed=seed,
+                )
+                out = arguments.out / f"seed_{seed}_{share:g}_{start.split()[0]}"
+                print(f"seed {seed}, {share:.0%} of the masks, {start}", flush=True)
+                runs[share, start].append(fold_rows(dataset, with_masks(split, share), settings, device, out))
+    table = []
+    for share in SHARES:
+        rows = {start: by_patient(runs[share, start]) for start in (RANDOM, PRETRAINED)}
+        for start, of in rows.items():
+            dice = [row["dice"] for row in of]
+            table.append(
+                {
+                    "masks": share,
+                    "start": start,
+                    "mean": float(np.mean(dice)),
+                    "median": float(np.median(dice)),
+                    "ci95": mean_interval(dice),
+                    "patients": len(dice),
+                    "difference": paired_difference(rows[RANDOM], of),
+                }
+            )
+    write_json(arguments.out / "table.json", table)
+    for row in table:
+        difference, interval = row["difference"], row["difference"]["ci95"]
+        between = f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
+        print(
+            f"{row['masks']:>5.0%} of the masks, {row['start']:16} mean {row['mean']:.3f} median {row['median']:.3f}  "
+            f"to random {difference['mean']:+.3f}{between}, {row['patients']} patients"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

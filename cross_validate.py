@@ -1,0 +1,122 @@
+"""Train and score K models, each on the patients that the others' tests leave, and pool their test patients.
+
+    python cross_validate.py --data-dir data --folds 5 --minutes 12
+
+Every patient is tested once, by a model that never saw the patient: the figure that can stand beside published
+ones. Give the same command again after an interruption: finished folds are kept, and the one that was interrupted
+goes on after its last epoch. Writes into --out (default models/cross_validation): plan.json, what is asked;
+fold_K/, as train_centralized.py writes it, with rows.json, the figures of its test patients; scores.json and
+patients.csv, over all.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_checkpoint
+from common import MedFLError, add_settings, counted, run_script, settings_from, utc_now, write_json
+from dataset import Dataset, load_dataset
+from evaluate import print_table, write_patients
+from evaluation.failures import as_lines, failures
+from evaluation.metrics import report
+from evaluation.scoring import score_patients
+from inference import choose_device
+from split import VAL_FRACTION, Split, make_folds, save_split
+from train_centralized import CentralTraining, stored_settings
+from training import TrainingSettings
+
+LAST = "transunet_centralized_last.pth"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help="folder with the scans (default data)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("models/cross_validation"),
+        help="folder for what is written (default models/cross_validation)",
+    )
+    parser.add_argument("--folds", type=int, default=5, help="models, and parts of the patients (default 5)")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=VAL_FRACTION,
+        help=f"share of a fold's other patients for validation (default {VAL_FRACTION})",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    add_settings(parser, TrainingSettings)
+    return parser.parse_args()
+
+
+def keep_plan(plan: dict, path: Path) -> None:
+    """Write what is asked for. Raises MedFLError where the folder holds folds of something else."""
+    if not path.exists():
+        return write_json(path, plan)
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MedFLError(f"{path} can't be read; choose another --out") from error
+    unlike = sorted(name for name in plan if before.get(name) != plan[name])
+    if unlike:
+        raise MedFLError(
+            f"{path.parent} holds folds of other {' and '.join(unlike)}; give the command that made them, or "
+            "choose another --out"
+        )
+
+
+def fold_rows(
+    dataset: Dataset, split: Split, settings: TrainingSettings, device: torch.device, out: Path
+) -> list[dict]:
+    """The figures of a fold's test patients; trains its model first, or goes on with it, where there are none."""
+    done = out / "rows.json"
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    save_split(split, out / "split.json")
+    resume = (out / LAST).exists()
+    if resume:
+        settings = stored_settings(out / LAST)
+    training = CentralTraining(dataset, split, settings, device, out, resume)
+    training.run()
+    best = load_checkpoint(training.best, device)
+    rows = score_patients(best.model, dataset, split.test, best.threshold, progress=True, closely=True)
+    write_json(done, rows)
+    return rows
+
+
+def main() -> None:
+    arguments = parse()
+    settings, device = settings_from(arguments, TrainingSettings), choose_device(arguments.device)
+    dataset = load_dataset(arguments.data_dir)
+    sites = {patient.name: patient.site for patient in dataset.patients}
+    splits = make_folds(sites, arguments.folds, settings.seed, arguments.val_fraction)
+    plan = {"patients": [split.sha256() for split in splits], "settings": asdict(settings)}
+    keep_plan(plan, arguments.out / "plan.json")
+    rows: list[dict] = []
+    for number, split in enumerate(splits, start=1):
+        print(
+            f"fold {number} of {len(splits)}: {counted(len(split.train), 'patient')} to train on, "
+            f"{len(split.val)} for validation, {len(split.test)} for the test",
+            flush=True,
+        )
+        rows += fold_rows(dataset, split, settings, device, arguments.out / f"fold_{number}")
+    figures, failed = report(rows), failures(rows)
+    print(
+        f"\n{dataset.name}, {counted(len(rows), 'patient')}, each by the one of {len(splits)} models that never "
+        "saw the patient"
+    )
+    print_table(figures)
+    print("", *as_lines(failed), sep="\n")
+    about = {"data": dataset.name, "folds": len(splits), "settings": asdict(settings), "created": utc_now()}
+    write_json(arguments.out / "scores.json", {**about, **figures, **failed})
+    write_patients(figures, arguments.out / "patients.csv")
+    print(f"wrote {arguments.out / 'scores.json'} and {arguments.out / 'patients.csv'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,134 @@
+"""Bring scans of another task into MedFL's layout: a folder per patient, a PNG per slice, its mask beside it.
+
+    python data/prepare_task.py --task hippocampus --source Task04_Hippocampus --out data/hippocampus
+    python data/prepare_task.py --task wounds --source photographs --out data/wounds
+    python train_centralized.py --data-dir data/hippocampus --out models/hippocampus
+
+--source holds images/ and labels/ with files of the same names: NIfTI volumes, or PNG, TIFF or JPEG pictures, each of
+which is a patient of one slice. The task's file goes with the slices, so that every script knows what they are.
+NIfTI needs nibabel (pip install nibabel).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common import MedFLError, atomic_write, counted, run_script, write_json
+from preprocessing import IMAGE_SUFFIXES, read_slice
+from spacing import NAME as SPACING
+from tasks import FOLDER, NAME, Task, known, named_task
+
+NIFTI = (".nii", ".nii.gz")
+ENDS = (0.5, 99.5)  # percentiles of the voxels above 0 that become black and white
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", required=True, help=f"one of {known()}, or a task file of your own")
+    parser.add_argument("--source", type=Path, required=True, help="folder with images/ and labels/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the patients; a new or empty one")
+    return parser.parse_args()
+
+
+def pairs(source: Path) -> list[tuple[str, Path, Path]]:
+    """Name, image and label of each patient. Raises MedFLError for one without the other, and for none."""
+    found: dict[str, dict[str, Path]] = {"images": {}, "labels": {}}
+    for kind, files in found.items():
+        if not (source / kind).is_dir():
+            raise MedFLError(f"there is no folder {source / kind}; --source holds images/ and labels/")
+        for path in sorted((source / kind).iterdir()):
+            suffix = next((s for s in (*NIFTI, *IMAGE_SUFFIXES) if path.name.lower().endswith(s)), None)
+            if suffix and not path.name.startswith("."):
+                files[path.name[: path.name.lower().index(suffix)]] = path
+    if odd := sorted(found["images"].keys() ^ found["labels"].keys()):
+        raise MedFLError(
+            f"{odd[0]} is in one of {source}'s images/ and labels/ only; add the other, or move it away"
+        )
+    if not found["images"]:
+        raise MedFLError(f"{source / 'images'} holds no NIfTI file and no picture; name another --source")
+    return [(name, image, found["labels"][name]) for name, image in found["images"].items()]
+
+
+def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """A NIfTI volume as axial slices (S, H, W) as a radiologist sees them (the patient's right at the left, front
+    up), and the mm between slices, rows and columns. Raises MedFLError for a file that is no volume."""
+    try:
+        import nibabel
+    except ImportError as error:
+        raise MedFLError("NIfTI files need nibabel; install it with `pip install nibabel`") from error
+    try:
+        image = nibabel.as_closest_canonical(nibabel.load(path))
+        values = np.asarray(image.get_fdata(dtype=np.float32))
+    except Exception as error:  # nibabel and what unpacks raise their own kinds
+        raise MedFLError(
+            f"{path} can't be read as NIfTI ({type(error).__name__}); export it again"
+        ) from error
+    if values.ndim != 3 or not np.isfinite(values).all():
+        raise MedFLError(f"{path} is no volume of finite values with three sides; export it again")
+    column, row, between = map(float, image.header.get_zooms()[:3])
+    return np.flip(values.transpose(2, 1, 0), axis=(1, 2)), (between, row, column)
+
+
+def to_8_bits(volume: np.ndarray) -> np.ndarray:
+    """Any intensities as uint8; what is not above 0 is black."""
+    above = volume[volume > 0]
+    if not above.size:
+        return np.zeros(volume.shape, np.uint8)
+    low, high = np.percentile(above, ENDS)
+    scaled = (volume - min(low, 0.0)) / max(high - min(low, 0.0), 1e-6)
+    return (255 * scaled.clip(0, 1)).round().astype(np.uint8)
+
+
+def region(labels: np.ndarray, task: Task, path: Path) -> np.ndarray:
+    """The task's region as a mask, uint8 0 or 255. Raises MedFLError for values that the task doesn't name."""
+    odd = np.setdiff1d(np.unique(labels), (0, *task.labels))
+    if odd.size:
+        raise MedFLError(
+            f"{path} has the value {odd[0]:g}, and the labels of {task.name} are "
+            f"{', '.join(map(str, task.labels))}; name all that are the region in the task file"
+        )
+    return np.where(labels != 0, np.uint8(255), np.uint8(0))
+
+
+def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) -> None:
+    """Write one patient's folder. Raises MedFLError where image and label don't fit."""
+    spacing = None
+    if image.name.lower().endswith(NIFTI):
+        (values, spacing), (labels, _) = read_nifti(image), read_nifti(label)
+        pixels = to_8_bits(values)
+    else:
+        pixels = read_slice(image)[None]
+        labels = np.asarray(Image.open(label).convert("L"))[None]
+    if pixels.shape[:3] != labels.shape:
+        raise MedFLError(f"{image} and {label} differ in size; export the label on the image's own grid")
+    masks = region(labels, task, label)
+    for number, (picture, mask) in enumerate(zip(pixels, masks), start=1):
+        for content, kind in ((picture, ""), (mask, "_mask")):
+            with atomic_write(out / name / f"{name}_{number}{kind}.png") as file:
+                Image.fromarray(content).save(file, format="PNG")
+    if spacing:
+        positions = [spacing[0] * k for k in range(len(masks))]
+        about = {"version": 1, "spacing_mm": list(spacing), "slice_positions_mm": positions}
+        write_json(out / name / SPACING, about)
+
+
+def main() -> None:
+    arguments = parse()
+    task = named_task(arguments.task)
+    if arguments.out.exists() and any(arguments.out.iterdir()):
+        raise MedFLError(f"{arguments.out} is not empty; name a new folder with --out")
+    found = pairs(arguments.source)
+    for name, image, label in tqdm(found, desc="preparing", unit="patient", disable=None):
+        write_patient(name, image, label, task, arguments.out)
+    path = FOLDER / f"{arguments.task}.toml"
+    content = (path if path.exists() else Path(arguments.task)).read_text(encoding="utf-8")
+    with atomic_write(arguments.out / NAME, "w") as file:
+        file.write(content)
+    print(f"{task.title}: {counted(len(found), 'patient')} in {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,157 @@
+"""Train an encoder on slices without masks, and write a file that `--encoder FILE` takes.
+
+    python pretrain.py --data-dir data --split-file models/split.json --out models/encoder.safetensors
+    python train_centralized.py --data-dir data --encoder models/encoder.safetensors
+
+Any folder of slices serves: the download, phantoms, what data/prepare_hospital.py wrote, without_masks/ as well.
+With --split-file only its training patients are read: an encoder that learns from test patients has seen them.
+The file holds the encoder in timm's names, and in its metadata what it was made of.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+
+from autoencoder import MaskedAutoencoder, UnlabelledSlices
+from common import (
+    MedFLError,
+    __version__,
+    add_settings,
+    atomic_write,
+    counted,
+    run_script,
+    setting,
+    settings_from,
+    utc_now,
+)
+from inference import choose_device
+from split import load_split
+from training import rate_scale
+
+
+@dataclass(frozen=True)
+class PretrainingSettings:
+    """Everything that decides how an encoder is pretrained, each default once."""
+
+    model: str = setting("tiny", "network whose encoder is trained", ("mini", "tiny", "small"))
+    image_size: int = setting(128, "side of the network's input in pixels, a multiple of 16")
+    epochs: int = setting(100, "passes over the slices")
+    batch_size: int = setting(64, "slices a step")
+    lr: float = setting(1e-3, "learning rate")
+    weight_decay: float = setting(0.05, "AdamW's weight decay")
+    warmup: float = setting(0.1, "share of the run in which the learning rate rises to --lr, 0 to 0.5")
+    hidden: float = setting(0.75, "share of the patches that is hidden")
+    seed: int = setting(0, "of weights, order, augmentation and what is hidden")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise MedFLError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0"
+                )
+        if not 0 < self.hidden < 1:
+            raise MedFLError(f"--hidden is {self.hidden}; choose a share between 0 and 1")
+        if not 0 <= self.warmup <= 0.5:
+            raise MedFLError(f"--warmup is {self.warmup}; choose a share of the run from 0 to 0.5")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of slices (default data)")
+    parser.add_argument("--split-file", type=Path, help="read only the training patients of this split.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("models/encoder.safetensors"),
+        help="the file to write (default models/encoder.safetensors)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    add_settings(parser, PretrainingSettings)
+    return parser.parse_args()
+
+
+def train_epoch(
+    model: MaskedAutoencoder,
+    slices: UnlabelledSlices,
+    optimiser: torch.optim.Optimizer,
+    settings: PretrainingSettings,
+    epoch: int,
+) -> float:
+    """One pass over the slices; the mean loss. Raises MedFLError on a loss that is not finite."""
+    device, losses = next(model.parameters()).device, []
+    random = torch.Generator().manual_seed(100_003 * settings.seed + epoch)
+    places = (settings.image_size // 16) ** 2
+    visible = max(1, round((1 - settings.hidden) * places))
+    steps = -(-len(slices) // settings.batch_size)
+    batches = slices.epoch(epoch, settings.batch_size, settings.seed)
+    for step, images in enumerate(tqdm(batches, total=steps, leave=False, disable=None)):
+        share = (epoch - 1 + step / steps) / settings.epochs
+        for group in optimiser.param_groups:
+            group["lr"] = settings.lr * rate_scale(share, settings.warmup)
+        order = torch.rand(len(images), places, generator=random).argsort(dim=1).to(device)
+        loss = model(images.to(device), order, visible)
+        if not math.isfinite(loss.item()):
+            raise MedFLError(f"the loss is {loss.item()}; lower --lr (now {settings.lr}) and start again")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+def write_encoder(model: MaskedAutoencoder, about: dict, path: Path) -> None:
+    """Write the encoder's weights in timm's names, with `about` as its metadata; whole or not at all."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.encoder.state_dict().items()}
+    with atomic_write(path) as file:
+        file.write(save(state, {"medfl": json.dumps(about, allow_nan=False)}))
+
+
+def main() -> None:
+    arguments = parse()
+    settings, device = settings_from(arguments, PretrainingSettings), choose_device(arguments.device)
+    if arguments.out.suffix != ".safetensors":
+        raise MedFLError(f"{arguments.out} is written as .safetensors; name it so")
+    if not arguments.data_dir.is_dir():
+        raise MedFLError(f"there is no folder {arguments.data_dir}; name another --data-dir")
+    torch.manual_seed(settings.seed)
+    model = MaskedAutoencoder(settings.model, settings.image_size).to(device)
+    patients, split = None, None
+    if arguments.split_file:
+        folders = {folder.name for folder in arguments.data_dir.rglob("*") if folder.is_dir()}
+        split = load_split(arguments.split_file, folders)
+        patients = set(split.train)
+    slices = UnlabelledSlices(arguments.data_dir, settings.image_size, patients)
+    print(
+        f"{settings.model} at {settings.image_size} pixels, {device.type}: {counted(len(slices), 'slice')} of "
+        f"{counted(slices.volumes, 'volume')}, no masks"
+    )
+    optimiser = torch.optim.AdamW(
+        model.parameters(), settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
+    )
+    for epoch in range(1, settings.epochs + 1):
+        loss = train_epoch(model, slices, optimiser, settings, epoch)
+        about = {
+            "medfl": __version__,
+            "method": "masked autoencoding",
+            "settings": asdict(settings),
+            "epochs_done": epoch,
+            "loss": loss,
+            "slices": len(slices),
+            "volumes": slices.volumes,
+            "split_sha256": split and split.sha256(),
+            "created": utc_now(),
+        }
+        write_encoder(model, about, arguments.out)
+        print(f"epoch {epoch:3d}  loss {loss:.4f}", flush=True)
+    print(f"wrote {arguments.out}; train with --encoder {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,99 @@
+"""What is segmented: a task is one small file in this folder, and a dataset may carry one of its own.
+
+name           of the file, and of --task
+title          of the dataset, in tables and on cards
+region         what is outlined: "tumour", "hippocampus"
+channels       one to three; one fills all three of the network's input
+labels         values of a mask that are the region; together, where there are several
+site           regular expression of a patient's name whose group is the site's code (optional)
+normalisation  of the pixels; there is one way (preprocessing.py)
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+import preprocessing
+from common import MedFLError
+
+FOLDER = Path(__file__).parent
+NAME = "task.toml"  # in a dataset's folder
+DEFAULT = "lgg"
+
+
+class Task(BaseModel):
+    """A task file's content."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")
+    title: str = Field(min_length=1, max_length=60)
+    region: str = Field(min_length=1, max_length=30)
+    channels: tuple[str, ...] = Field(min_length=1, max_length=3)
+    labels: tuple[int, ...] = Field(min_length=1)
+    site: str | None = None
+    normalisation: str
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, labels: tuple[int, ...]) -> tuple[int, ...]:
+        if not all(0 < label <= 255 for label in labels):
+            raise ValueError("labels lie from 1 to 255; 0 is what is not outlined")
+        return labels
+
+    @field_validator("site")
+    @classmethod
+    def _site(cls, site: str | None) -> str | None:
+        try:
+            groups = 1 if site is None else re.compile(site).groups
+        except re.error as error:
+            raise ValueError(f"site is no regular expression ({error})") from error
+        if groups != 1:
+            raise ValueError("site has one group, which is the site's code")
+        return site
+
+    @field_validator("normalisation")
+    @classmethod
+    def _normalisation(cls, name: str) -> str:
+        if name != preprocessing.DESCRIPTION["name"]:
+            raise ValueError(f"normalisation is {preprocessing.DESCRIPTION['name']}")
+        return name
+
+    def site_of(self, patient: str) -> str | None:
+        """The site's code in a patient's name, or None."""
+        found = re.match(self.site, patient) if self.site else None
+        return found[1] if found else None
+
+
+def read_task(path: Path) -> Task:
+    """The task in a file. Raises MedFLError for a file that can't be read or says something that can't be."""
+    try:
+        return Task(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise MedFLError(f"there is no task file {path}; the ones that come with MedFL: {known()}") from error
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise MedFLError(
+                f"{path}: {where}: {first['msg']}; correct it (tasks/lgg.toml shows one)"
+            ) from error
+        raise MedFLError(f"{path} is no task file ({error}); tasks/lgg.toml shows one") from error
+
+
+def named_task(name: str) -> Task:
+    """The task of that name, or in the file of that path."""
+    return read_task(FOLDER / f"{name}.toml" if re.fullmatch(r"[a-z0-9-]+", name) else Path(name))
+
+
+def known() -> str:
+    """The names of the tasks that come with MedFL."""
+    return ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml")))
+
+
+def task_of(root: Path) -> Task | None:
+    """The task that a dataset's folder carries, or None."""
+    path = root / NAME
+    return read_task(path) if path.exists() else None
