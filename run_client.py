@@ -11,7 +11,6 @@ hospital with own data keeps its split in models/NAME_split.json. Exit codes: 0 
 """
 
 import argparse
-import hashlib
 import os
 import re
 import shutil
@@ -19,19 +18,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_script
+from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, git_commit, run_script
 from dataset import load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
 from federation.protocol.answers import LABEL, PatientPrivacy
-from federation.runtime.bundle import make_bundle
+from federation.runtime.bundle import hospital_code
 from federation.runtime.connection import ServerGone, Watch, refuse
 from federation.runtime.flower import ask_admission
-from federation.runtime.kit import CA, HOSPITAL_KEY, hospital_label
+from federation.runtime.kit import CA, HOSPITAL_KEY, hold_kit, hospital_label
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
 from inference import choose_device
 
 MODELS = Path("models")  # for files of this hospital's own
+WAIT_HERE, WAIT_BEYOND = 300.0, 86_400.0  # seconds for a server on this machine, and on another
 DELTA = 1e-5  # of a promise to patients that names none
 HASH = re.compile("[0-9a-f]{64}")
 
@@ -60,8 +60,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--wait",
         type=float,
-        default=300.0,
-        help="seconds to wait for a server that is not there (default 300)",
+        help="seconds to wait for a server that is not there or of another version (default 300 on this "
+        "machine, a day for another)",
     )
     parser.add_argument(
         "--approve",
@@ -150,7 +150,8 @@ def identity(arguments: argparse.Namespace) -> Identity:
         device=arguments.device,
         medfl=__version__,
         models=MODELS,
-        code=hashlib.sha256(make_bundle()).hexdigest(),
+        code=hospital_code(),
+        commit=git_commit(),
         shared_cores=None if own else os.cpu_count() or 1,
         approved=None if arguments.approve is None else approved(arguments.approve),
         patient_privacy=privacy,
@@ -192,9 +193,17 @@ def main() -> None:
             f"{host} is another machine, and what scans taught a model does not travel unencrypted; make "
             "this hospital's keys with `python provision.py hospital --name LABEL`, and give them with --kit"
         )
+    if arguments.wait is None:
+        arguments.wait = WAIT_HERE if is_loopback(host) else WAIT_BEYOND
     who = identity(arguments)
+    only_one = hold_kit(arguments.kit) if arguments.kit else None
     if arguments.check:
         return check(host, port, arguments.server, arguments.kit)
+    if arguments.kit and only_one is None:
+        raise MedFLError(
+            f"{who.label} runs already: another process on this machine takes part with the key in "
+            f"{arguments.kit}; leave that one running, or end it first"
+        )
     folder = Path(tempfile.mkdtemp(prefix="medfl-hospital-"))
     try:
         who.save(folder)

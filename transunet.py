@@ -4,6 +4,8 @@ connections.
 image (B, 3, h, w) -> skips at 1/2, 1/4, 1/8 and ViT tokens at 1/16 -> decoder -> logits (B, 1, h, w)
 """
 
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,6 +16,8 @@ import torchvision_operators  # noqa: F401  must come before timm
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 from safetensors.torch import load_file
 from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -23,6 +27,8 @@ from common import MedFLError
 
 GROUPS = 8  # of a GroupNorm; every width below is divisible by it
 UPSCALE = 2  # from the decoder's last block to the logits
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # under which timm's weights are published
+HUB_TIME = 5.0  # seconds for their host to answer
 PATCH = 16  # the encoder's; an image side is a multiple of it
 
 
@@ -169,6 +175,8 @@ class TransUNet(nn.Module):
 
 def _encoder(name: str, side: int, pretrained: bool, weights: Path | str | None) -> VisionTransformer:
     """timm's ViT without its classifier, from random weights, timm's own or a local file."""
+    if pretrained and weights is None:
+        _look_for_weights(name)
     try:
         encoder = cast(
             VisionTransformer,
@@ -184,6 +192,23 @@ def _encoder(name: str, side: int, pretrained: bool, weights: Path | str | None)
     if weights is not None:
         _load_encoder(encoder, Path(weights))
     return encoder
+
+
+def _look_for_weights(name: str) -> None:
+    """Raises MedFLError where timm's weights are neither on this machine nor can be reached: the library would
+    try again for a minute."""
+    hub = timm.get_pretrained_cfg(name).hf_hub_id
+    if any(isinstance(try_to_load_from_cache(hub, file), str) for file in WEIGHT_FILES):
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=HUB_TIME).close()
+    except urllib.error.HTTPError:
+        return  # somebody answers
+    except OSError as error:
+        raise MedFLError(
+            f"the pretrained weights of {name} are not on this machine, and {ENDPOINT} can't be reached; connect "
+            "to the network, or give a file of them with --encoder-weights"
+        ) from error
 
 
 def _load_encoder(encoder: VisionTransformer, path: Path) -> None:

@@ -15,10 +15,10 @@ from flwr.clientapp import ClientApp
 
 from common import MedFLError, write_json
 from federation.hospital.hospital import Hospital, HospitalError
-from federation.hospital.identity import ENDED, Identity
+from federation.hospital.identity import ENDED, WAITING, Identity
 from federation.protocol.answers import Facts, Introduction, Kind, Result, Trained, Typed, parse
 from federation.protocol.log import say
-from federation.protocol.messages import ENDS, Failure, Query, message, read
+from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.requests import QUERIES, Join, Keys, Over, Score, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party
 from federation.protocol.settings import approval, from_json, unusual
@@ -65,9 +65,12 @@ def make_app(
             answer = secure_stage(asked, incoming.metadata.dst_node_id, context)
         elif isinstance(asked, Over):
             code, sentence = ENDS[asked.code]
-            write_json(
-                folder_of(context) / ENDED, {"exit": code, "sentence": sentence.format(detail=asked.detail)}
-            )
+            # another version may be mended at either side: the hospital stays
+            name = WAITING if asked.code == End.VERSION else ENDED
+            about = {"exit": code, "sentence": sentence.format(detail=asked.detail)}
+            if asked.code == End.VERSION and not (folder_of(context) / name).exists():
+                say(about["sentence"])
+            write_json(folder_of(context) / name, about)
         return Message(message(answer), reply_to=incoming)
 
     @app.train()
@@ -131,8 +134,9 @@ def check_consent(settings: str, identity: Identity) -> None:
 def app_for(code: str) -> ClientApp:
     """The app for messages of a server whose bundle has this SHA-256: this one, or, if it is not the bundle
     that the MedFL here makes, one that does nothing and says so."""
-    here = Identity.load(Path())
+    here, waiting = Identity.load(Path()), Path() / WAITING
     if code == here.code:
+        waiting.unlink(missing_ok=True)
         return app
 
     def refuse(incoming: Message, context: Context, handle: Handle) -> Message:
@@ -140,15 +144,31 @@ def app_for(code: str) -> ClientApp:
         if about.get("query") == Query.END:
             return handle(incoming, context)
         versions = about.get("versions")
-        theirs = str(versions.get("medfl"))[:32] if isinstance(versions, dict) else "of an unknown version"
-        raise HospitalError(
-            Failure.CODE,
-            f"the server's code is MedFL {theirs} ({code[:12]}...) and the one installed here is "
-            f"MedFL {here.medfl} ({here.code[:12]}...); nothing of it was run; install the server's version, "
-            "after a look at what changed",
+        versions = versions if isinstance(versions, dict) else {}
+        theirs = in_words(str(versions.get("medfl", "unknown"))[:32], versions.get("commit"), code)
+        sentence = (
+            f"the server's code is {theirs} and the one installed here is "
+            f"{in_words(here.medfl, here.commit, here.code)}; nothing of it was run: install the server's "
+            "version here, after a look at what changed, or ask the coordinator"
         )
+        new = not waiting.exists()
+        write_json(waiting, {"sentence": sentence})
+        if new:
+            raise HospitalError(Failure.CODE, sentence)
+        return Message(message(failed(Failure.CODE, here)), reply_to=incoming)
 
     return make_app(before=refuse)
+
+
+def in_words(version: str, commit: object, code: str) -> str:
+    """A MedFL by its version, its commit and what it runs at a hospital."""
+    of = f"commit {str(commit)[:12]}, " if commit else ""
+    return f"MedFL {version} ({of}code {code[:12]}...)"
+
+
+def failed(failure: Failure, identity: Identity) -> dict:
+    """What the server gets of a fault."""
+    return {"failure": failure, "label": identity.label, "session": identity.session}
 
 
 def guard(incoming: Message, context: Context, handle: Handle, identity: Identity) -> Message:
@@ -175,8 +195,7 @@ def guard(incoming: Message, context: Context, handle: Handle, identity: Identit
     except Exception:
         failure, text = Failure.BUG, traceback.format_exc()
     say(text)
-    about = {"failure": failure, "label": identity.label, "session": identity.session}
-    return Message(message(about), reply_to=incoming)
+    return Message(message(failed(failure, identity)), reply_to=incoming)
 
 
 def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital]) -> Introduction | Facts:

@@ -14,7 +14,7 @@ from common import EXIT_BAD_INPUT, MedFLError, write_json
 from federation.protocol.settings import from_json
 from federation.server.audit import AUDIT, AuditLog
 from federation.server.rounds import Federation
-from federation.server.state import RunState, load_run
+from federation.server.state import RunState, load_run, longer
 from federation.server.updates import remove_leftovers
 
 JOB, OUTCOME, NODES = Path("job.json"), Path("outcome.json"), Path("nodes.json")
@@ -28,6 +28,7 @@ def prepare(job: dict) -> RunState:
     remove_leftovers(out)
     if job["resume"]:
         training, federation, kept, model = load_run(out)
+        federation = longer(federation, job.get("rounds"))
         state = RunState(model, training, federation, out, job["commit"])
         state.restore(kept)
         return state

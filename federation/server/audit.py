@@ -79,3 +79,12 @@ def verify(path: Path) -> tuple[int, str]:
             )
         last = hashlib.sha256(line).hexdigest()
     return count, last
+
+
+def ended_well(path: Path) -> bool:
+    """Whether the last line of a log says that the run came to its end."""
+    try:
+        last = json.loads(Path(path).read_bytes().splitlines()[-1])
+        return last["event"] == "end" and last["exit"] == 0
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return False

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from common import MedFLError, counted
 from federation.protocol.answers import LABEL, Facts, Introduction, parse
-from federation.protocol.messages import End, Failure, Query
+from federation.protocol.messages import FAILURES, End, Failure, Query
 from federation.protocol.settings import FederationSettings
 from federation.server.audit import AuditLog
 from federation.server.mailbox import Answer, Mailbox
@@ -19,7 +19,6 @@ PING_TIME = 45.0  # seconds in which somebody who is there answers, also on a bu
 PURPOSES = ("join", "ping", "end")
 FINAL = (
     Failure.DATA,
-    Failure.CODE,
     Failure.CONSENT,
     Failure.PRIVACY,
 )  # reasons for not joining that asking again does not mend
@@ -174,6 +173,8 @@ class Membership:
     def _did_not_join(self, answer: Answer) -> None:
         """Bad data and a lack of consent are final; other trouble, Flower's own included, may pass."""
         label = str(answer.about.get("label", "a hospital"))
+        if answer.about.get("failure") == Failure.CODE:
+            return self._differs(answer.node, label, FAILURES[Failure.CODE])
         count = self._tries.get(answer.node, (0, 0.0))[0] + 1
         if answer.about.get("failure") in FINAL or count >= JOIN_TRIES:
             self.say(f"{label} can't take part: {answer.failure}")
@@ -185,6 +186,15 @@ class Membership:
         else:
             self._tries[answer.node] = (count, time.monotonic() + JOIN_AGAIN)
             self.say(f"{label} could not join: {answer.failure}; it is asked again")
+
+    def _differs(self, node: int, label: str, why: str) -> None:
+        """Another version is mended by a restart of either side, and then this hospital is asked again; it
+        waits for that."""
+        ours = self.about["versions"]
+        commit = f", commit {ours['commit'][:12]}" if ours.get("commit") else ""
+        self._tries.pop(node, None)
+        self.say(f"{label} does not take part: {why} (here: MedFL {ours.get('medfl')}{commit})")
+        self.audit.write("refused", hospital=label if LABEL.fullmatch(label) else None, why=why)
 
     def _pinged(self, answer: Answer) -> None:
         member = next((m for m in self.members.values() if m.node == answer.node), None)
@@ -234,7 +244,8 @@ class Membership:
             return Refusal(who.label, End.VERSION, ", ".join(other))
         if who.cid is not None and who.cid >= self.settings.clients:
             return Refusal(who.label, End.NUMBER, str(self.settings.clients))
-        if who.label not in self.members and len(self.members) >= self.settings.clients:
+        # with keys the list of admissions says who may come, now or in any later round
+        if known is None and who.label not in self.members and len(self.members) >= self.settings.clients:
             return Refusal(who.label, End.FULL)
         return None
 

@@ -2,6 +2,7 @@
 so far, and the way back to the model before."""
 
 import secrets
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from common import MedFLError
 from federation.protocol.settings import FederationSettings, from_json, to_json
 from federation.protocol.weights import in_precision, pack, statistics_mask, unpack
 from federation.server.aggregation import Aggregator
+from federation.server.audit import AUDIT, ended_well
 from federation.server.description import describe_run
 from federation.server.judging import Scores
 from federation.server.progress import Progress
@@ -140,6 +142,25 @@ class RunState:
         self.progress, self._before = Progress.from_dict(state["progress"]), state["before"] or {}
 
 
+def longer(federation: FederationSettings, rounds: int | None) -> FederationSettings:
+    """The settings of a run that goes on, with more rounds where more are asked for. Raises MedFLError where
+    its noise was worked out for as many as it had."""
+    if rounds is None or rounds <= federation.rounds:
+        return federation
+    if federation.private and federation.dp_noise_multiplier is None:
+        raise MedFLError(
+            f"the noise of this run was worked out from --dp-epsilon for {federation.rounds} rounds, and more "
+            "would spend more; start a new run from its model with --init"
+        )
+    return replace(federation, rounds=rounds)
+
+
+def nothing_left(out: Path, rounds: int | None) -> bool:
+    """Whether the run in `out` came to its end, as its log tells, and no more rounds are asked for."""
+    federation = load_run(out)[1]
+    return ended_well(out / AUDIT) and longer(federation, rounds) == federation
+
+
 def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, TransUNet]:
     """Settings, state and network of the run that `out` holds. Raises MedFLError where there is none to go on
     with."""
@@ -151,7 +172,7 @@ def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, Tra
         raise MedFLError(f"{last} holds a model but no federation to go on with; start without --resume")
     try:
         Progress.from_dict(checkpoint.state["progress"])
-        return *from_json(checkpoint.state["settings"]), checkpoint.state, checkpoint.model
+        return *from_json(checkpoint.state["settings"], stored=True), checkpoint.state, checkpoint.model
     except (MedFLError, KeyError, TypeError, AttributeError) as error:
         raise MedFLError(
             f"{last} was written by another version of MedFL, whose run can't be gone on with; use that "
