@@ -197,8 +197,9 @@ def _encoder(name: str, side: int, pretrained: bool, weights: Path | str | None)
 def _look_for_weights(name: str) -> None:
     """Raises MedFLError where timm's weights are neither on this machine nor can be reached: the library would
     try again for a minute."""
-    hub = timm.get_pretrained_cfg(name).hf_hub_id
-    if any(isinstance(try_to_load_from_cache(hub, file), str) for file in WEIGHT_FILES):
+    plan = timm.get_pretrained_cfg(name)
+    hub = plan.hf_hub_id if plan else None
+    if hub is None or any(isinstance(try_to_load_from_cache(hub, file), str) for file in WEIGHT_FILES):
         return
     try:
         urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=HUB_TIME).close()

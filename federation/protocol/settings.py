@@ -131,6 +131,9 @@ class FederationSettings:
     max_weight_ratio: float = setting(
         2.0, "a hospital counts at most this many times the median of the hospitals' slices"
     )
+    withhold_model: bool = setting(
+        False, "hospitals do not get the model at the end; else each gets the best and the last"
+    )
     min_clients: int | None = setting(
         None, "hospitals that a round needs, half of --clients if none is given", kind=int
     )

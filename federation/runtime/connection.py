@@ -81,7 +81,17 @@ class Connection:
 class Watch:
     """Keeps a hospital connected until the federation is over."""
 
-    def __init__(self, server: str, host: str, port: int, kit: Path | None, folder: Path, wait: float):
+    def __init__(
+        self,
+        server: str,
+        host: str,
+        port: int,
+        kit: Path | None,
+        folder: Path,
+        wait: float,
+        patient: bool = True,
+    ):
+        """patient: whether to wait for a server of the same version as well."""
         self.server, self.host, self.port, self.kit, self.folder, self.wait = (
             server,
             host,
@@ -90,6 +100,7 @@ class Watch:
             folder,
             wait,
         )
+        self.patient = patient
         self.connection: Connection | None = None
         self.seen = time.monotonic()  # the server, last time
         self.was_there, self.was_gone = False, False
@@ -103,8 +114,14 @@ class Watch:
     def run(self) -> tuple[int, str]:
         """Exit code and closing sentence."""
         ended = self.folder / ENDED
+        began = time.monotonic()
         try:
-            while not ended.exists():
+            while not ended.exists() or (self.folder / WAITING).exists():
+                if not self.patient and time.monotonic() - began > self.wait:
+                    raise MedFLError(
+                        f"the server did not say within {self.wait:.0f} s whether this hospital could join; it may "
+                        "be at the end of a round: try again"
+                    )
                 self._look_at_server()
                 self._look_at_children()
                 self._look_at_difference()
@@ -183,11 +200,14 @@ class Watch:
         if not waiting.exists():
             self.differs_from = None
             return
+        sentence = json.loads(waiting.read_text(encoding="utf-8"))["sentence"]
+        if not self.patient:
+            raise MedFLError(sentence)
         if self.differs_from is None:
             self.differs_from = time.monotonic()
             say(f"waiting up to {self.wait:.0f} s for a server of the same version")
         if time.monotonic() - self.differs_from > self.wait:
-            raise MedFLError(json.loads(waiting.read_text(encoding="utf-8"))["sentence"])
+            raise MedFLError(sentence)
 
     def _wait_for_the_former(self, refused: Connection) -> None:
         """Another process has this key, or had it and was killed: try again

@@ -62,7 +62,7 @@ class Exchange:
         while self._incomplete(resumed):
             for _ in self._attend():
                 pass
-            count, now = len(self.membership.members), time.monotonic()
+            count, now = len(self.membership.training), time.monotonic()
             said = f"{count} of {self.settings.clients} hospitals are here{self._why_not_all()}"
             if said != told or now - told_at > REMIND:
                 told, told_at = said, now
@@ -81,7 +81,7 @@ class Exchange:
 
     def _incomplete(self, resumed: bool) -> bool:
         """Whether to wait for more hospitals before the first round of this start."""
-        here, known = set(self.membership.members), set(self.known())
+        here, known = self.membership.training, set(self.known())
         if not (resumed and known):
             return len(here) < self.settings.clients
         admitted = self.membership.labels()
@@ -102,7 +102,7 @@ class Exchange:
     def missing(self) -> list[str]:
         """Labels that are expected and not there: those that took part before, then those whose keys are
         admitted, or numbers."""
-        here, admitted = set(self.membership.members), self.membership.labels()
+        here, admitted = self.membership.training, self.membership.labels()
         if admitted is None:
             expected = [*sorted(self.known()), *(f"hospital-{k}" for k in range(self.settings.clients))]
         else:  # whose key is revoked can't come

@@ -82,6 +82,20 @@ class Membership:
     @property
     def present(self) -> list[Member]:
         """The members that can be given work, by label."""
+        return [member for member in self._ready if member.facts.role == "train"]
+
+    @property
+    def observers(self) -> list[Member]:
+        """The members that score and do not train, by label."""
+        return [member for member in self._ready if member.facts.role == "observe"]
+
+    @property
+    def training(self) -> set[str]:
+        """The labels of the members that train, those that are behind among them."""
+        return {label for label, member in self.members.items() if member.facts.role == "train"}
+
+    @property
+    def _ready(self) -> list[Member]:
         return [self.members[label] for label in sorted(self.members) if not self.members[label].behind]
 
     @property
@@ -165,6 +179,10 @@ class Membership:
             self._refuse(answer.node, seen.code, seen.detail)
             return
         holder = self.members.get(seen.label)
+        if seen.role == "check":
+            self.say(f"{seen.label} asks whether it could join: {End.TAKEN if holder else 'it could'}")
+            self._refuse(answer.node, End.TAKEN if holder else End.FIT)
+            return
         if holder and holder.session != seen.session:
             self._rivals[answer.node] = seen  # the holder is asked whether it is still there
         else:
@@ -218,7 +236,7 @@ class Membership:
     def _look_at(self, node: int, about: dict) -> Facts | Refusal:
         """What a hospital says of itself, or why it can't be a member. Raises MedFLError where that makes no
         sense."""
-        who = parse(Introduction, {name: about.get(name) for name in Introduction.model_fields})
+        who = parse(Introduction, {name: about[name] for name in Introduction.model_fields if name in about})
         if not LABEL.fullmatch(who.label) or who.cid is not None and who.label != f"hospital-{who.cid}":
             raise MedFLError(
                 "its label is none that run_client.py gives; use the same version of MedFL everywhere"
@@ -245,7 +263,8 @@ class Membership:
         if who.cid is not None and who.cid >= self.settings.clients:
             return Refusal(who.label, End.NUMBER, str(self.settings.clients))
         # with keys the list of admissions says who may come, now or in any later round
-        if known is None and who.label not in self.members and len(self.members) >= self.settings.clients:
+        places = self.settings.clients if known is None and who.role != "observe" else None
+        if places is not None and who.label not in self.members and len(self.training) >= places:
             return Refusal(who.label, End.FULL)
         return None
 
@@ -265,6 +284,8 @@ class Membership:
         said += f"({counted(train.slices, 'slice')}), {val.patients} for validation{torch_note}"
         if promise:
             said += f"; it promises them epsilon {promise.epsilon:g} at delta {promise.delta:g}"
+        if facts.role == "observe":
+            said += "; it scores and does not train"
         self.say(said)
 
     def _remove(self, member: Member, why: str) -> None:

@@ -60,6 +60,11 @@ class RunState:
         """The weights that hospitals get: rounded, where they travel in half precision."""
         return in_precision(self.weights, self.federation.update_dtype)
 
+    @property
+    def weights_to_score(self) -> torch.Tensor:
+        """What the run ends with, rounded as it travels."""
+        return in_precision(self.final_weights, self.federation.update_dtype)
+
     def take(self, weights: torch.Tensor) -> None:
         """A round is complete and gave this model."""
         self.weights = weights
