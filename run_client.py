@@ -29,7 +29,7 @@ from federation.runtime.expiry import tell_expiry
 from federation.runtime.flower import ask_admission
 from federation.runtime.kit import CA, HOSPITAL_KEY, hold_kit, hospital_label, read_authority
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
-from federation.runtime.proxies import tell_proxies
+from federation.runtime.proxies import go_direct, tell_proxies
 from inference import choose_device
 
 MODELS = Path("models")  # for files of this hospital's own
@@ -84,6 +84,9 @@ def parse() -> argparse.Namespace:
         type=float,
         help="of --dp-sgd-epsilon: chance that the bound does not "
         "hold; far below 1 / patients (default 1e-5)",
+    )
+    parser.add_argument(
+        "--no-proxy", action="store_true", help="go to the server directly, whatever the environment says"
     )
     parser.add_argument(
         "--observer",
@@ -188,8 +191,6 @@ def approved(given: list[str]) -> list[str]:
 
 def check(host: str, port: int, server: str, kit: Path | None) -> None:
     """Say whether the server can be reached. Raises MedFLError if not."""
-    if kit:
-        tell_expiry(read_authority(kit), f"the authority in {kit}")
     tell_proxies(host)
     require_kit(host, port, kit)
     if not is_healthy(host, port, timeout=10, ca=kit and kit / CA):
@@ -205,6 +206,8 @@ def check(host: str, port: int, server: str, kit: Path | None) -> None:
 def main() -> None:
     arguments = parse()
     host, port = parse_address(arguments.server)
+    if arguments.no_proxy:
+        go_direct(host)
     if not is_loopback(host) and arguments.kit is None:
         raise MedFLError(
             f"{host} is another machine, and what scans taught a model does not travel unencrypted; make "
@@ -213,6 +216,8 @@ def main() -> None:
     if arguments.wait is None:
         arguments.wait = WAIT_HERE if is_loopback(host) else WAIT_BEYOND
     who = identity(arguments)
+    if arguments.kit:
+        tell_expiry(read_authority(arguments.kit), f"the authority in {arguments.kit}")
     only_one = hold_kit(arguments.kit) if arguments.kit else None
     if arguments.check:
         check(host, port, arguments.server, arguments.kit)

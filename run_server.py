@@ -20,11 +20,12 @@ import shutil
 import socket
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoint import describe, load_start, refuse_to_overwrite, save_checkpoint
+from checkpoint import describe, load_checkpoint, load_start, refuse_to_overwrite, save_checkpoint
 from common import (
     MedFLError,
     __version__,
@@ -53,11 +54,14 @@ from federation.runtime.processes import is_loopback, parse_address
 from federation.runtime.remembered import Remembered, remembered
 from federation.runtime.service import Service
 from federation.runtime.simulation import check_ray, simulate
+from federation.runtime.status_port import serve_status
 from federation.server.audit import AUDIT, verify
+from federation.server.events import Messenger
 from federation.server.state import BEST, LAST, SHARED, load_run, longer, nothing_left
 from inference import choose_device
 from partition import make_partition
 from split import make_split
+from tracking import add_tracking, check_installed
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -114,6 +118,25 @@ def parse() -> argparse.Namespace:
         default=os.cpu_count() or 1,
         help="of --simulate: cores to use, and so how many hospitals work at once (default all)",
     )
+    parser.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="MODEL",
+        help="train nothing: let the hospitals score this model on their test patients, into --out/evaluation",
+    )
+    parser.add_argument(
+        "--status-port",
+        type=int,
+        metavar="PORT",
+        help="show --out/status/index.html at this port of this machine (none by default)",
+    )
+    parser.add_argument(
+        "--notify", metavar="URL", help="post a JSON line there for what somebody should know"
+    )
+    parser.add_argument(
+        "--on-event", metavar="COMMAND", help="run this for it, with the line on its standard input"
+    )
+    add_tracking(parser)
     add_settings(parser, FederationSettings)
     add_settings(parser, TrainingSettings, TRAINING_OPTIONS)
     arguments = parser.parse_args()
@@ -180,6 +203,12 @@ def starting_model(
     return checkpoint.model, f"checkpoint {arguments.init.name}", split
 
 
+def network_of(path: Path) -> dict:
+    """The settings that say which network a checkpoint's is."""
+    model = load_checkpoint(path).model
+    return {"model": model.name, "image_size": model.image_side, "norm": model.norm}
+
+
 def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: TrainingSettings) -> None:
     """Say what is protected, and warn where the noise leaves nothing to learn."""
     settings = privacy.settings
@@ -204,8 +233,12 @@ def prepare_job(
     arguments: argparse.Namespace, folder: Path
 ) -> tuple[dict, TrainingSettings, FederationSettings]:
     """What the ServerApp needs, and both settings; every user's mistake is found here."""
+    if arguments.evaluate:
+        arguments.out = arguments.out / "evaluation"
     out = arguments.out.resolve()
-    job = {
+    job: dict = {
+        **{name: getattr(arguments, name) for name in ("notify", "on_event", "tensorboard", "mlflow")},
+        "evaluate": arguments.evaluate and arguments.evaluate.name,
         "out": str(out),
         "resume": arguments.resume,
         "commit": (commit := git_commit()),
@@ -225,6 +258,9 @@ def prepare_job(
             settings_from(arguments, TrainingSettings),
             settings_from(arguments, FederationSettings),
         )
+        if arguments.evaluate:
+            arguments.init = arguments.evaluate
+            training = replace(training, **network_of(arguments.evaluate))
         check_together(training, federation)
         model, started_from, init_split = starting_model(arguments, training)
         start = folder / "start.pth"
@@ -289,6 +325,8 @@ def run_simulated(arguments: argparse.Namespace) -> int:
 def take_up(arguments: argparse.Namespace) -> None:
     """Decide whether a run begins or goes on, and what it goes on with. Raises MedFLError where a former run
     would be overwritten. Ends the program where nothing is left to do."""
+    if arguments.evaluate:
+        return
     out = arguments.out
     there = (out / LAST).exists()
     if arguments.start_or_resume:
@@ -308,6 +346,7 @@ def take_up(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse()
+    check_installed(arguments.tensorboard, arguments.mlflow)
     take_up(arguments)
     if arguments.simulate is not None:
         sys.exit(run_simulated(arguments))
@@ -318,14 +357,17 @@ def main() -> None:
         job, _, federation = prepare_job(arguments, folder)
         Remembered(
             address=arguments.address, kit=kit and kit.resolve(), own_gateway=arguments.own_gateway
-        ).save(arguments.out)
+        ).save(Path(job["out"]))
         how = (
             f"python run_client.py --own-data FOLDER --kit KIT --server HOST:{port}"
             if kit
             else f"python run_client.py --cid 0 (to {federation.clients - 1}) --server {arguments.address}"
         )
+        told = Messenger(arguments.notify, arguments.on_event)
+        if arguments.status_port:
+            serve_status(Path(job["out"]) / "status", arguments.status_port)
         gated = kit is not None and not arguments.own_gateway
-        code = Service(host, port, kit, gated, job, folder).run(
+        code = Service(host, port, kit, gated, job, folder, told).run(
             f"listening on {arguments.address}; waiting for {federation.clients} hospitals: {how}"
         )
     finally:

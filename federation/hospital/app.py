@@ -75,12 +75,12 @@ def make_app(
         elif isinstance(asked, Over):
             code, sentence = ENDS[asked.code]
             about = {"exit": code, "sentence": sentence.format(detail=asked.detail)}
-            write_json(folder_of(context) / ENDED, about)
             if asked.code == End.VERSION:  # either side may mend that: the hospital stays
                 say(str(about["sentence"]))
                 write_json(folder_of(context) / WAITING, about)
             else:
                 (folder_of(context) / WAITING).unlink(missing_ok=True)
+            write_json(folder_of(context) / ENDED, about)
         return Message(message(answer), reply_to=incoming)
 
     @app.train()

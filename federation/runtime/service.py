@@ -10,14 +10,17 @@ from typing import NoReturn
 from common import MedFLError, write_json
 from federation.protocol.log import say
 from federation.runtime.bundle import make_bundle
+from federation.runtime.expiry import tell_kit
 from federation.runtime.flower import Control, TaskSource
 from federation.runtime.gateway import start_gateway
 from federation.runtime.kit import CA, SERVER, SERVER_KEY
 from federation.runtime.processes import Child, free_port, is_healthy, join_address, no_proxy
 from federation.runtime.registrar import Registrar
+from federation.server.events import Messenger
 from federation.server.state import LAST
 
 START_TIME = 90.0  # seconds for Flower's SuperLink to answer
+DAY = 86_400.0  # seconds between two looks at what of the kit ends soon
 STARTS = 5  # in a row that bring no round, before a run is given up
 
 
@@ -29,10 +32,19 @@ class Service:
     """A run's processes on HOST:PORT, from the first start to the run's end.
 
     kit: keys, None on loopback without them. gated: an nginx of ours stands before Flower. job: what the
-    server's app needs; folder: an empty one, for all of them.
+    server's app needs; folder: an empty one, for all of them. told: who hears what ends soon.
     """
 
-    def __init__(self, host: str, port: int, kit: Path | None, gated: bool, job: dict, folder: Path):
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        kit: Path | None,
+        gated: bool,
+        job: dict,
+        folder: Path,
+        told: Messenger | None = None,
+    ):
         self.host, self.port, self.kit, self.gated, self.job, self.folder = (
             host,
             port,
@@ -42,7 +54,7 @@ class Service:
             folder,
         )
         self.out = Path(job["out"])
-        self.starts = 0
+        self.starts, self.told, self.told_at = 0, told, 0.0
         self.children: list[Child] = []
 
     def run(self, announcement: str) -> int:
@@ -110,7 +122,16 @@ class Service:
                     self._broke(child)
             if registrar:
                 registrar.update()
+                self._tell_expiry()
             time.sleep(0.2)
+
+    def _tell_expiry(self) -> None:
+        """Say once a day what of the kit ends soon."""
+        if self.kit and time.time() - self.told_at > DAY:
+            self.told_at = time.time()
+            for text in tell_kit(self.kit):
+                if self.told:
+                    self.told("expiry", {"what": text})
 
     def _broke(self, child: Child) -> NoReturn:
         words = child.last_words()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import EXIT_NO_QUORUM
+from common import EXIT_NO_QUORUM, write_json
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.answers import Result, announced, parse
 from federation.protocol.log import say as say_on_the_terminal
@@ -17,7 +17,7 @@ from federation.protocol.weights import part_mask
 from federation.server.aggregation import ROBUST
 from federation.server.audit import AuditLog
 from federation.server.collector import Collected, Collector
-from federation.server.ending import Ending
+from federation.server.ending import TEST, Ending
 from federation.server.exchange import Exchange, NoQuorum
 from federation.server.history import Row, scores_of
 from federation.server.judging import Scores, collapsed, mean_dice
@@ -100,6 +100,19 @@ class Federation:
         self.membership.end(End.DONE, END_TIME)
         return 0
 
+    def evaluate(self, name: str) -> int:
+        """Score the model on the hospitals' test patients, and train nothing; the exit code."""
+        try:
+            self.exchange.assemble(resumed=False)
+            score = self.ending.score(name, self.state.weights, "model")
+        except NoQuorum as error:
+            self.say(str(error))
+            self.membership.end(End.QUORUM, END_TIME)
+            return EXIT_NO_QUORUM
+        write_json(self.out / TEST, {"model": name, "score": score})
+        self.membership.end(End.DONE, END_TIME)
+        return 0
+
     def _warn_of_another_split(self) -> None:
         split = next((m.facts.split_sha256 for m in self.membership.present if not m.facts.own_data), None)
         if split and self.state.progress.init_split not in (None, split):
@@ -124,6 +137,7 @@ class Federation:
             asked.updates.close()
             got = f"got {len(asked.told)} updates and needs {self.settings.quorum}"
             what = "has no sum" if self.settings.secure_aggregation else got
+            self.audit.write("failed", round=number, updates=len(asked.told), needed=self.settings.quorum)
             self.say(f"round {number} {what}" + ("; once more" if tries < TRIES else ""))
             if tries == TRIES:
                 raise NoQuorum(self.exchange.too_few(len(asked.told)))
