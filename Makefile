@@ -21,7 +21,7 @@ LIBRARIES := deployment/browser/node_modules/.package-lock.json
 
 demo: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
-	$(RUN) train_centralized.py --data-dir $(PHANTOMS) --out $(DEMO) --minutes 1.5
+	$(RUN) train_centralized.py --data-dir $(PHANTOMS) --out $(DEMO) --minutes 1.5 --overwrite
 	$(RUN) evaluate.py --checkpoint $(DEMO)/transunet_centralized_best.pth --data-dir $(PHANTOMS) --write-back \
 		--json $(DEMO)/scores.json --csv $(DEMO)/scores.csv --overlays $(DEMO)/overlays
 	rm -rf $(STUDY)
@@ -32,7 +32,7 @@ demo: $(VENV)/installed
 federated: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
 	@$(RUN) run_client.py --cid 0 --data-dir $(PHANTOMS) & one=$$!; $(RUN) run_client.py --cid 1 --data-dir $(PHANTOMS) & two=$$!; \
-	trap 'kill $$one $$two' INT TERM; $(RUN) run_server.py --out models/federated; code=$$?; \
+	trap 'kill $$one $$two' INT TERM; $(RUN) run_server.py --out models/federated --overwrite; code=$$?; \
 	[ $$code = 0 ] || kill $$one $$two; wait; exit $$code
 
 test: lint system

@@ -157,6 +157,37 @@ def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:
     return checkpoint
 
 
+def read_metadata(path: Path) -> dict:
+    """A checkpoint's metadata, without its network. Raises MedFLError where it is none."""
+    content = _read(Path(path))
+    if not (isinstance(content, dict) and isinstance(content.get("metadata"), str)):
+        raise MedFLError(f"{path} holds no model of MedFL; choose a file that train_centralized.py wrote")
+    return _metadata(content, Path(path))
+
+
+def validation_dice(metadata: dict) -> float | None:
+    """The mean volume Dice on validation patients that a checkpoint tells; None where it tells none."""
+    dice = ((metadata.get("scores") or {}).get("val") or {}).get("volume_dice") or {}
+    mean = dice.get("mean")
+    return float(mean) if isinstance(mean, int | float) else None
+
+
+def refuse_to_overwrite(files: list[Path]) -> None:
+    """Raises MedFLError where one of a run's files is there already, with what it is worth."""
+    there = next((path for path in files if path.exists()), None)
+    if there is None:
+        return
+    try:
+        dice = validation_dice(read_metadata(there))
+    except MedFLError:
+        dice = None
+    worth = "" if dice is None else f" with a validation Dice of {dice:.3f}"
+    raise MedFLError(
+        f"{there} is of a former run{worth}, and a new one would overwrite it; choose another --out, go on with "
+        "that run by --resume, or give it up with --overwrite"
+    )
+
+
 def _metadata(content: dict, path: Path) -> dict:
     """The metadata's JSON. Raises MedFLError where entries are missing that every checkpoint has, or can't be
     what they are to be."""

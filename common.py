@@ -264,6 +264,13 @@ def settings_from(arguments: argparse.Namespace, settings: type) -> Any:
     return settings(**{f.name: given[f.name] for f in dataclasses.fields(settings) if f.name in given})
 
 
+def given_options(parser: argparse.ArgumentParser) -> set[str]:
+    """The options that the command line names, in the names of their values: those that no default made."""
+    missing = object()
+    values = argparse.Namespace(**{action.dest: missing for action in parser._actions})
+    return {name for name, value in vars(parser.parse_args(namespace=values)).items() if value is not missing}
+
+
 def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()) -> list[str]:
     """The Python files of this repository that running these files imports, themselves included, as sorted
     paths below `root`.

@@ -11,7 +11,6 @@ hospital with own data keeps its split in models/NAME_split.json. Exit codes: 0 
 """
 
 import argparse
-import hashlib
 import os
 import re
 import shutil
@@ -19,19 +18,32 @@ import sys
 from pathlib import Path
 
 import escaping
-from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_folder, run_script, tell
+from common import (
+    EXIT_NO_QUORUM,
+    MedFLError,
+    __version__,
+    counted,
+    git_commit,
+    run_folder,
+    run_script,
+    tell,
+)
 from dataset import load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
 from federation.protocol.answers import LABEL, PatientPrivacy
-from federation.runtime.bundle import make_bundle
-from federation.runtime.connection import ServerGone, Watch, refuse
+from federation.runtime.bundle import hospital_code
+from federation.runtime.connection import ServerGone, Watch, refuse, require_kit
+from federation.runtime.expiry import tell_expiry
 from federation.runtime.flower import ask_admission
-from federation.runtime.kit import CA, HOSPITAL_KEY, hospital_label
+from federation.runtime.kit import CA, HOSPITAL_KEY, hold_kit, hospital_label, read_authority
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
+from federation.runtime.proxies import go_direct, tell_proxies
 from inference import choose_device
 
 MODELS = Path("models")  # for files of this hospital's own
+WAIT_HERE, WAIT_BEYOND = 300.0, 86_400.0  # seconds for a server on this machine, and on another
+CHECK_TIME = 60.0  # seconds for a server's answer to --check
 DELTA = 1e-5  # of a promise to patients that names none
 HASH = re.compile("[0-9a-f]{64}")
 
@@ -60,8 +72,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--wait",
         type=float,
-        default=300.0,
-        help="seconds to wait for a server that is not there (default 300)",
+        help="seconds to wait for a server that is not there or of another version (default 300 on this "
+        "machine, a day for another)",
     )
     parser.add_argument(
         "--approve",
@@ -82,7 +94,19 @@ def parse() -> argparse.Namespace:
         help="of --dp-sgd-epsilon: chance that the bound does not "
         "hold; far below 1 / patients (default 1e-5)",
     )
-    parser.add_argument("--check", action="store_true", help="look at data and connection, train nothing")
+    parser.add_argument(
+        "--no-proxy", action="store_true", help="go to the server directly, whatever the environment says"
+    )
+    parser.add_argument(
+        "--observer",
+        action="store_true",
+        help="score the rounds' models on this hospital's patients, and train nothing",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="look at data and connection, ask a running server whether this hospital could join, train nothing",
+    )
     return parser.parse_args()
 
 
@@ -152,10 +176,12 @@ def identity(arguments: argparse.Namespace) -> Identity:
         device=arguments.device,
         medfl=__version__,
         models=MODELS,
-        code=hashlib.sha256(make_bundle()).hexdigest(),
+        code=hospital_code(),
+        commit=git_commit(),
         shared_cores=None if own else os.cpu_count() or 1,
         approved=None if arguments.approve is None else approved(arguments.approve),
         patient_privacy=privacy,
+        role="check" if arguments.check else "observe" if arguments.observer else "train",
     )
 
 
@@ -176,6 +202,8 @@ def approved(given: list[str]) -> list[str]:
 
 def check(host: str, port: int, server: str, kit: Path | None) -> None:
     """Say whether the server can be reached. Raises MedFLError if not."""
+    tell_proxies(host)
+    require_kit(host, port, kit)
     if not is_healthy(host, port, timeout=10, ca=kit and kit / CA):
         raise MedFLError(
             f"the data are fine, but no server answers at {server}; start it with run_server.py, or check "
@@ -183,25 +211,41 @@ def check(host: str, port: int, server: str, kit: Path | None) -> None:
         )
     if kit:
         refuse(ask_admission(server, kit / CA, kit / HOSPITAL_KEY))
-    print(f"the server at {server} answers{' and admits this key' if kit else ''}; nothing was trained")
+    print(f"the server at {server} answers{' and admits this key' if kit else ''}", flush=True)
 
 
 def main() -> None:
     arguments = parse()
     host, port = parse_address(arguments.server)
+    if arguments.no_proxy:
+        go_direct(host)
     if not is_loopback(host) and arguments.kit is None:
         raise MedFLError(
             f"{host} is another machine, and what scans taught a model does not travel unencrypted; make "
             "this hospital's keys with `python provision.py hospital --name LABEL`, and give them with --kit"
         )
+    if arguments.wait is None:
+        arguments.wait = WAIT_HERE if is_loopback(host) else WAIT_BEYOND
     who = identity(arguments)
+    if arguments.kit:
+        tell_expiry(read_authority(arguments.kit), f"the authority in {arguments.kit}")
+    only_one = hold_kit(arguments.kit) if arguments.kit else None
     if arguments.check:
-        return check(host, port, arguments.server, arguments.kit)
+        check(host, port, arguments.server, arguments.kit)
+        if arguments.kit and only_one is None:
+            print(f"{who.label} takes part right now, in another process; nothing was trained")
+            return
+        arguments.wait = CHECK_TIME
+    elif arguments.kit and only_one is None:
+        raise MedFLError(
+            f"{who.label} runs already: another process on this machine takes part with the key in "
+            f"{arguments.kit}; leave that one running, or end it first"
+        )
     folder = run_folder("hospital")
     try:
         who.save(folder)
         code, sentence = Watch(
-            join_address(host, port), host, port, arguments.kit, folder, arguments.wait
+            join_address(host, port), host, port, arguments.kit, folder, arguments.wait, not arguments.check
         ).run()
     except ServerGone as error:
         code, sentence = EXIT_NO_QUORUM, str(error)

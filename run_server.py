@@ -3,6 +3,7 @@
     python run_server.py                                       two hospitals on this machine, 127.0.0.1:8080
     python run_server.py --clients 4 --rounds 15 --partition site
     python run_server.py --resume                              after the last complete round in --out
+    python run_server.py --start-or-resume                     the right one of the two: for a service
     python run_server.py --address 0.0.0.0:8443 --kit kit      for hospitals on other machines (keys: provision.py)
 
 Hospitals join with run_client.py, before or after. Writes into --out (default models/):
@@ -14,27 +15,26 @@ stopped.
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import socket
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoint import describe, load_start, save_checkpoint
+from checkpoint import describe, load_checkpoint, load_start, refuse_to_overwrite, save_checkpoint
 from common import (
     MedFLError,
     __version__,
     add_settings,
     git_commit,
+    given_options,
     run_folder,
     run_script,
     settings_from,
     tell,
-    write_json,
 )
 from dataset import load_dataset
 from encoders import PRETRAINED, RANDOM, go_on_from, start_model
@@ -49,30 +49,23 @@ from federation.protocol.settings import (
     to_json,
 )
 from federation.protocol.weights import part_mask
-from federation.runtime.bundle import make_bundle
-from federation.runtime.flower import Control, TaskSource
-from federation.runtime.gateway import find_nginx, start_gateway
-from federation.runtime.kit import CA, SERVER, SERVER_KEY, server_certificate
-from federation.runtime.processes import (
-    Child,
-    free_port,
-    is_healthy,
-    is_loopback,
-    join_address,
-    no_proxy,
-    parse_address,
-)
-from federation.runtime.registrar import Registrar
+from federation.runtime.bundle import hospital_code
+from federation.runtime.gateway import find_nginx
+from federation.runtime.kit import server_certificate
+from federation.runtime.processes import is_loopback, parse_address
+from federation.runtime.remembered import Remembered, remembered
+from federation.runtime.service import Service
 from federation.runtime.simulation import check_ray, simulate
+from federation.runtime.status_port import serve_status
 from federation.server.audit import AUDIT, verify
-from federation.server.state import load_run
+from federation.server.events import Messenger
+from federation.server.state import BEST, LAST, SHARED, load_run, longer, nothing_left
 from inference import choose_device
 from partition import make_partition
 from split import make_split
+from tracking import add_tracking, check_installed
 from training import TrainingSettings
 from transunet import TransUNet
-
-START_TIME = 90.0  # seconds for Flower's SuperLink to answer
 
 
 def parse() -> argparse.Namespace:
@@ -96,7 +89,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on after the last complete round in --out, with its settings",
+        help="go on after the last complete round in --out, with its settings, --address and --kit; more "
+        "--rounds make it longer",
+    )
+    parser.add_argument(
+        "--start-or-resume",
+        action="store_true",
+        help="for a service: go on with the run in --out, or start it where there is none",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start although --out holds a run, which is lost"
     )
     parser.add_argument(
         "--simulate",
@@ -118,9 +120,30 @@ def parse() -> argparse.Namespace:
         default=os.cpu_count() or 1,
         help="of --simulate: cores to use, and so how many hospitals work at once (default all)",
     )
+    parser.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="MODEL",
+        help="train nothing: let the hospitals score this model on their test patients, into --out/evaluation",
+    )
+    parser.add_argument(
+        "--status-port",
+        type=int,
+        metavar="PORT",
+        help="show --out/status/index.html at this port of this machine (none by default)",
+    )
+    parser.add_argument(
+        "--notify", metavar="URL", help="post a JSON line there for what somebody should know"
+    )
+    parser.add_argument(
+        "--on-event", metavar="COMMAND", help="run this for it, with the line on its standard input"
+    )
+    add_tracking(parser)
     add_settings(parser, FederationSettings)
     add_settings(parser, TrainingSettings, TRAINING_OPTIONS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.given = given_options(parser)
+    return arguments
 
 
 def check_address(address: str, kit: Path | None, own_gateway: bool) -> tuple[str, int]:
@@ -176,6 +199,12 @@ def starting_model(
     return checkpoint.model, f"checkpoint {arguments.init.name}", split, training
 
 
+def network_of(path: Path) -> dict:
+    """The settings that say which network a checkpoint's is."""
+    model = load_checkpoint(path).model
+    return {"model": model.name, "image_size": model.image_side, "norm": model.norm}
+
+
 def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: TrainingSettings) -> None:
     """Say what is protected, and warn where the noise leaves nothing to learn."""
     settings = privacy.settings
@@ -200,16 +229,22 @@ def prepare_job(
     arguments: argparse.Namespace, folder: Path
 ) -> tuple[dict, TrainingSettings, FederationSettings]:
     """What the ServerApp needs, and both settings; every user's mistake is found here."""
+    if arguments.evaluate:
+        arguments.out = arguments.out / "evaluation"
     out = arguments.out.resolve()
-    job = {
+    job: dict = {
+        **{name: getattr(arguments, name) for name in ("notify", "on_event", "tensorboard", "mlflow")},
+        "evaluate": arguments.evaluate and arguments.evaluate.name,
         "out": str(out),
         "resume": arguments.resume,
-        "commit": git_commit(),
-        "versions": local_versions(__version__),
+        "commit": (commit := git_commit()),
+        "versions": {**local_versions(__version__), **({"commit": commit} if commit else {})},
     }
     if arguments.resume:
         training, federation, state, model = load_run(out)
-        settings = state["settings"]
+        federation = longer(federation, arguments.rounds if "rounds" in arguments.given else None)
+        settings = to_json(training, federation)
+        job["rounds"] = federation.rounds
         say(
             f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own "
             "settings; other options are ignored"
@@ -219,6 +254,9 @@ def prepare_job(
             settings_from(arguments, TrainingSettings),
             settings_from(arguments, FederationSettings),
         )
+        if arguments.evaluate:
+            arguments.init = arguments.evaluate
+            training = replace(training, **network_of(arguments.evaluate))
         check_together(training, federation)
         model, started_from, init_split, training = starting_model(arguments, training)
         start = folder / "start.pth"
@@ -242,7 +280,7 @@ def prepare_job(
     if (out / AUDIT).exists():
         verify(out / AUDIT)
     job["audit"] = {
-        "code": hashlib.sha256(make_bundle()).hexdigest(),
+        "code": hospital_code(),
         "settings": hashlib.sha256(settings.encode()).hexdigest(),
         "versions": job["versions"],
         "commit": job["commit"],
@@ -253,61 +291,6 @@ def prepare_job(
         f"{approval(job['audit']['code'], settings)}"
     )
     return job, training, federation
-
-
-def start_superlink(host: str, port: int, kit: Path | None, folder: Path) -> Child:
-    """Flower's SuperLink, answering; with a kit it speaks TLS and asks every hospital for its key. Raises
-    MedFLError where it ends or stays silent."""
-    if kit is None:
-        transport = ["--insecure"]
-    else:
-        files = {"--ssl-certfile": SERVER, "--ssl-keyfile": SERVER_KEY, "--ssl-ca-certfile": CA}
-        transport = [part for option, name in files.items() for part in (option, str((kit / name).resolve()))]
-        transport.append("--enable-supernode-auth")
-    child = Child(
-        "superlink",
-        [
-            *transport,
-            "--host",
-            host,
-            "--port",
-            str(port),
-            "--isolation",
-            "process",
-            "--disable-runtime-dependency-installation",
-        ],
-        folder,
-        folder / "superlink.log",
-    )
-    until = time.monotonic() + START_TIME
-    while not is_healthy(host, port, ca=kit and kit / CA):
-        if child.exit_code is not None or time.monotonic() > until:
-            child.stop()
-            raise MedFLError(f"Flower's SuperLink did not start; its last lines:\n{child.last_words()}")
-        time.sleep(0.1)
-    return child
-
-
-def wait_for(app: Child, others: list[Child], registrar: Registrar | None, folder: Path) -> int:
-    """Wait for the run's end; its exit code. Meanwhile who is newly admitted is let in, and who is revoked put
-    out."""
-    while app.exit_code is None:
-        for child in others:
-            if child.exit_code is not None:
-                raise MedFLError(
-                    f"the {child.program} ended; the rounds so far are kept, go on with --resume. Its last "
-                    f"lines:\n"
-                    f"{child.last_words()}"
-                )
-        if registrar:
-            registrar.update()
-        time.sleep(0.2)
-    outcome = folder / "outcome.json"
-    if not outcome.exists():
-        raise MedFLError(
-            "the server's program ended before the run's end; the rounds so far are kept, go on with --resume"
-        )
-    return json.loads(outcome.read_text(encoding="utf-8"))["exit"]
 
 
 def run_simulated(arguments: argparse.Namespace) -> int:
@@ -336,44 +319,55 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def take_up(arguments: argparse.Namespace) -> None:
+    """Decide whether a run begins or goes on, and what it goes on with. Raises MedFLError where a former run
+    would be overwritten. Ends the program where nothing is left to do."""
+    if arguments.evaluate:
+        return
+    out = arguments.out
+    there = (out / LAST).exists()
+    if arguments.start_or_resume:
+        arguments.resume = there
+    if not arguments.resume:
+        if not arguments.overwrite:
+            refuse_to_overwrite([out / BEST, out / SHARED, out / LAST])
+        return
+    if before := remembered(out):
+        for name in ("address", "kit", "own_gateway"):
+            if name not in arguments.given:
+                setattr(arguments, name, getattr(before, name))
+    if there and nothing_left(out, arguments.rounds if "rounds" in arguments.given else None):
+        say(f"the run in {out} is over, nothing is left to do; more --rounds go on with it")
+        sys.exit(0)
+
+
 def main() -> None:
     arguments = parse()
+    check_installed(arguments.tensorboard, arguments.mlflow)
+    take_up(arguments)
     if arguments.simulate is not None:
         sys.exit(run_simulated(arguments))
     kit = arguments.kit
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
-    gated = kit is not None and not arguments.own_gateway
     folder = run_folder("server")
-    children: list[Child] = []
     try:
         job, _, federation = prepare_job(arguments, folder)
-        write_json(folder / "job.json", job)
-        inner_host, inner_port = ("127.0.0.1", free_port()) if gated else (host, port)
-        children.append(start_superlink(inner_host, inner_port, kit, folder))
-        inner, ca = join_address(inner_host, inner_port), kit and kit / CA
-        os.environ.update(no_proxy())
-        control = Control(inner, ca)
-        registrar = Registrar(control, kit, folder, say) if kit else None
-        if gated:
-            children.append(
-                start_gateway(host, port, inner_port, kit, folder, arguments.out.resolve() / "gateway.log")
-            )
+        Remembered(
+            address=arguments.address, kit=kit and kit.resolve(), own_gateway=arguments.own_gateway
+        ).save(Path(job["out"]))
         how = (
             f"python run_client.py --own-data FOLDER --kit KIT --server HOST:{port}"
             if kit
             else f"python run_client.py --cid 0 (to {federation.clients - 1}) --server {arguments.address}"
         )
-        say(f"listening on {arguments.address}; waiting for {federation.clients} hospitals: {how}")
-        source = TaskSource(inner, "flwr-serverapp", ca)
-        control.submit(make_bundle())
-        while (token := source.next_token()) is None:
-            time.sleep(0.1)
-        app = Child("serverapp", [inner, *([str(ca.resolve())] if ca else [])], folder, secret=token)
-        children.append(app)
-        code = wait_for(app, children[:-1], registrar, folder)
+        told = Messenger(arguments.notify, arguments.on_event)
+        if arguments.status_port:
+            serve_status(Path(job["out"]) / "status", arguments.status_port)
+        gated = kit is not None and not arguments.own_gateway
+        code = Service(host, port, kit, gated, job, folder, told).run(
+            f"listening on {arguments.address}; waiting for {federation.clients} hospitals: {how}"
+        )
     finally:
-        for child in reversed(children):
-            child.stop()
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(code)
 

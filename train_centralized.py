@@ -2,7 +2,7 @@
 
     python train_centralized.py --data-dir data --epochs 30
     python train_centralized.py --data-dir data --minutes 28
-    python train_centralized.py --resume
+    python train_centralized.py --resume                      --start-or-resume: the right one of the two
     python train_centralized.py --cid 0 --clients 4 --partition site --out models/local_0    one hospital by itself
     python train_centralized.py --cid 0 --clients 4 --init models/transunet_federated_best.pth --steps 50
 
@@ -31,6 +31,7 @@ from checkpoint import (
     describe,
     load_checkpoint,
     load_start,
+    refuse_to_overwrite,
     save_checkpoint,
     update_metadata,
 )
@@ -100,6 +101,14 @@ def parse() -> argparse.Namespace:
         "--energy",
         action="store_true",
         help=f"measure the electricity, and write it into {ENERGY} and the checkpoint, with the method",
+    )
+    parser.add_argument(
+        "--start-or-resume",
+        action="store_true",
+        help="for a service: go on with the run in --out, or start it where there is none",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start although --out holds a run, which is lost"
     )
     add_settings(parser, TrainingSettings)
     return parser.parse_args()
@@ -401,9 +410,13 @@ def stored_settings(last: Path) -> TrainingSettings:
 def main() -> None:
     arguments = parse()
     settings = settings_from(arguments, TrainingSettings)
+    name = "centralized" if arguments.cid is None else "local"
+    best, last = (arguments.out / f"transunet_{name}_{which}.pth" for which in ("best", "last"))
+    if arguments.start_or_resume:
+        arguments.resume = last.exists()
+    if not (arguments.resume or arguments.overwrite):
+        refuse_to_overwrite([best, last])
     if arguments.resume:
-        name = "centralized" if arguments.cid is None else "local"
-        last = arguments.out / f"transunet_{name}_last.pth"
         settings, kept = stored_settings(last), load_checkpoint(last).metadata["origin"]
         for option in ("partition", "clients", "alpha"):
             setattr(arguments, option, kept.get(option, getattr(arguments, option)))

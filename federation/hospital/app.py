@@ -15,14 +15,17 @@ from flwr.clientapp import ClientApp
 
 from common import MedFLError, write_json
 from federation.hospital.hospital import Hospital, HospitalError
-from federation.hospital.identity import ENDED, Identity
-from federation.protocol.answers import Facts, Introduction, Kind, Result, Trained, Typed, parse
+from federation.hospital.identity import ENDED, WAITING, Identity
+from federation.hospital.keeping import keep_model
+from federation.hospital.rehearsal import round_seconds
+from federation.protocol.answers import Facts, Introduction, Kind, Result, Tested, Trained, Typed, parse
 from federation.protocol.log import say
-from federation.protocol.messages import ENDS, Failure, Query, message, read
-from federation.protocol.requests import QUERIES, Join, Keys, Over, Score, Shares, Train, Unmask
+from federation.protocol.messages import ENDS, End, Failure, Query, message, read
+from federation.protocol.requests import QUERIES, Join, Keys, Model, Over, Score, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party
 from federation.protocol.settings import approval, from_json, unusual
 from federation.protocol.weights import Record, array_record, to_record
+from transunet import TransUNet
 
 MEMORY = "model.pt"
 # the record in Flower's memory of this hospital, where secrets of a round are kept between its messages
@@ -60,14 +63,24 @@ def make_app(
         answer: dict = {}
         if isinstance(asked, Join):
             identity = Identity.load(folder_of(context))
-            answer = introduce(asked, identity, lambda: hospital(asked.settings, context)).model_dump()
+            met = introduce(asked, identity, lambda: hospital(asked.settings, context))
+            answer = met.model_dump(exclude_defaults=True)
+        elif isinstance(asked, Model):
+            arrays = incoming.content["arrays"]
+            mine = hospital(asked.settings, context)
+            path = keep_model(mine, asked.which, arrays, asked.metadata, asked.sha256)
+            say(f"the federation's {asked.which} model: {path}")
         elif isinstance(asked, Keys | Shares | Unmask):
             answer = secure_stage(asked, incoming.metadata.dst_node_id, context)
         elif isinstance(asked, Over):
             code, sentence = ENDS[asked.code]
-            write_json(
-                folder_of(context) / ENDED, {"exit": code, "sentence": sentence.format(detail=asked.detail)}
-            )
+            about = {"exit": code, "sentence": sentence.format(detail=asked.detail)}
+            if asked.code == End.VERSION:  # either side may mend that: the hospital stays
+                say(str(about["sentence"]))
+                write_json(folder_of(context) / WAITING, about)
+            else:
+                (folder_of(context) / WAITING).unlink(missing_ok=True)
+            write_json(folder_of(context) / ENDED, about)
         return Message(message(answer), reply_to=incoming)
 
     @app.train()
@@ -84,12 +97,15 @@ def make_app(
 
     @app.evaluate()
     def evaluate(incoming: Message, context: Context) -> Message:
-        """Score the model that came, after the last round."""
+        """Score the model that came: after the last round, or, where this hospital only observes, in each."""
         task = request(Score, read(incoming.content))
         mine = hospital(task.settings, context)
-        score = mine.finish(mine.received(task, incoming.content["arrays"]), task)
+        model = mine.received(task, incoming.content["arrays"])
+        if task.part == "test":
+            return Message(message(tested(mine, model).model_dump()), reply_to=incoming)
+        score = mine.finish(model, task) if task.last else mine.score(model)
         if score.val_dice is not None:
-            say(f"last model: validation Dice {score.val_dice:.3f}")
+            say(f"{'last' if task.last else 'current'} model: validation Dice {score.val_dice:.3f}")
         return Message(message(Result(**asdict(mine.told(score))).model_dump()), reply_to=incoming)
 
     return app
@@ -131,8 +147,11 @@ def check_consent(settings: str, identity: Identity) -> None:
 def app_for(code: str) -> ClientApp:
     """The app for messages of a server whose bundle has this SHA-256: this one, or, if it is not the bundle
     that the MedFL here makes, one that does nothing and says so."""
-    here = Identity.load(Path())
+    here, waiting = Identity.load(Path()), Path() / WAITING
     if code == here.code:
+        if waiting.exists():
+            for path in (waiting, Path() / ENDED):
+                path.unlink(missing_ok=True)
         return app
 
     def refuse(incoming: Message, context: Context, handle: Handle) -> Message:
@@ -140,15 +159,31 @@ def app_for(code: str) -> ClientApp:
         if about.get("query") == Query.END:
             return handle(incoming, context)
         versions = about.get("versions")
-        theirs = str(versions.get("medfl"))[:32] if isinstance(versions, dict) else "of an unknown version"
-        raise HospitalError(
-            Failure.CODE,
-            f"the server's code is MedFL {theirs} ({code[:12]}...) and the one installed here is "
-            f"MedFL {here.medfl} ({here.code[:12]}...); nothing of it was run; install the server's version, "
-            "after a look at what changed",
+        versions = versions if isinstance(versions, dict) else {}
+        theirs = in_words(str(versions.get("medfl", "unknown"))[:32], versions.get("commit"), code)
+        sentence = (
+            f"the server's code is {theirs} and the one installed here is "
+            f"{in_words(here.medfl, here.commit, here.code)}; nothing of it was run: install the server's "
+            "version here, after a look at what changed, or ask the coordinator"
         )
+        new = not waiting.exists()
+        write_json(waiting, {"sentence": sentence})
+        if new:
+            raise HospitalError(Failure.CODE, sentence)
+        return Message(message(failed(Failure.CODE, here)), reply_to=incoming)
 
     return make_app(before=refuse)
+
+
+def in_words(version: str, commit: object, code: str) -> str:
+    """A MedFL by its version, its commit and what it runs at a hospital."""
+    of = f"commit {str(commit)[:12]}, " if commit else ""
+    return f"MedFL {version} ({of}code {code[:12]}...)"
+
+
+def failed(failure: Failure, identity: Identity) -> dict:
+    """What the server gets of a fault."""
+    return {"failure": failure, "label": identity.label, "session": identity.session}
 
 
 def guard(incoming: Message, context: Context, handle: Handle, identity: Identity) -> Message:
@@ -175,8 +210,7 @@ def guard(incoming: Message, context: Context, handle: Handle, identity: Identit
     except Exception:
         failure, text = Failure.BUG, traceback.format_exc()
     say(text)
-    about = {"failure": failure, "label": identity.label, "session": identity.session}
-    return Message(message(about), reply_to=incoming)
+    return Message(message(failed(failure, identity)), reply_to=incoming)
 
 
 def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital]) -> Introduction | Facts:
@@ -193,9 +227,19 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
     say(f"code and settings: {approval(identity.code, asked.settings)} (settings: {unusual(asked.settings)})")
     facts = mine.facts()
     parts = facts.parts
+    if identity.role == "check":
+        seconds, most = round_seconds(mine), mine.federation.round_timeout
+        say(
+            f"a round will take about {seconds:.0f} s here, of the {most:.0f} s that the server waits"
+            + (": it would be left out; ask the coordinator for a longer --round-timeout" * (seconds > most))
+        )
+        return facts
+    ends = "stays at the server" if mine.federation.withhold_model else "comes here"
+    say(f"at the end the federation's model {ends}")
     say(
         f"joined as {identity.label}: {facts.data}, patients: {parts['train'].patients} train, "
         f"{parts['val'].patients} validate, {parts['test'].patients} kept for the test; waiting for the first round"
+        + (" (it only observes: nothing is trained here)" if identity.role == "observe" else "")
     )
     if mine.budget:
         noise = mine.planned_noise(asked.run)
@@ -206,6 +250,15 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
             "server gets no scores"
         )
     return facts
+
+
+def tested(hospital: Hospital, model: TransUNet) -> Tested:
+    """What is told of a model's score on the patients that were kept for the test."""
+    score = hospital.score(model, "test")
+    if score.val_dice is not None:
+        say(f"Dice on this hospital's test patients: {score.val_dice:.3f} over {score.val_patients}")
+    told = hospital.told(score)
+    return Tested(test_dice=told.val_dice, test_patients=told.val_patients, seconds=told.seconds)
 
 
 def one_round(task: Train, hospital: Hospital, arrays: Record) -> tuple[Trained, torch.Tensor]:

@@ -48,7 +48,8 @@ class HospitalError(MedFLError):
 
 @dataclass(frozen=True)
 class Scored:
-    """Mean volume Dice over so many validation patients, None over none, and the seconds that it took."""
+    """Mean volume Dice over so many patients (of validation, where nothing else is said), None over none, and
+    the seconds that it took."""
 
     val_dice: float | None = None
     val_patients: int = 0
@@ -158,11 +159,11 @@ class Hospital:
                 torch.save(weights, file)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave memory_format out
 
-    def score(self, model: TransUNet) -> Scored:
-        """The model's mean volume Dice over the validation patients. Own data of fewer than 3 give none: a
-        mean of one or two is a figure of a patient. Nor do patients without any tumour, for whom an empty mask
-        is perfect."""
-        began, patients = time.monotonic(), self.data.split.val
+    def score(self, model: TransUNet, part: str = "val") -> Scored:
+        """The model's mean volume Dice over the patients of a part. Own data of fewer than 3 give none: a mean
+        of one or two is a figure of a patient. Nor do patients without any tumour, for whom an empty mask is
+        perfect."""
+        began, patients = time.monotonic(), self.data.split.part(part)
         if not self.data.dataset.with_tumour(patients) or (
             self.identity.own_data and len(patients) < SMALLEST_GROUP
         ):
@@ -201,6 +202,8 @@ class Hospital:
                 the patients' budget is spent, or the weights are not finite.
         """
         began, settings = time.monotonic(), self.federation
+        if self.identity.role != "train":
+            raise HospitalError(Failure.CONSENT, "this hospital only observes; nothing was trained")
         self._refuse_what_was_not_agreed(task)
         seed = seed_of(self.training.seed, self.identity.label)
         learner, batches = self._learner(model, task, seed)

@@ -10,10 +10,13 @@ from common import atomic_write
 from federation.protocol.answers import Introduction, PatientPrivacy
 from federation.protocol.messages import local_versions
 
-# in the folder that run_client.py makes for its app: who the hospital is, and how the federation ended for it
-IDENTITY, ENDED = "hospital.json", "ended.json"
+# in the folder that run_client.py makes for its app: who the hospital is, how the federation ended for it, and
+# why it waits for a server of the same version
+IDENTITY, ENDED, WAITING = "hospital.json", "ended.json", "waiting.json"
 
-OwnFile = Literal["split.json", "norms.pt", "federated_best.pth", "privacy.json", "optimiser.pt"]
+OwnFile = Literal[
+    "split.json", "norms.pt", "federated_best.pth", "federated_last.pth", "privacy.json", "optimiser.pt"
+]
 
 
 class Identity(BaseModel):
@@ -22,9 +25,10 @@ class Identity(BaseModel):
     label: its name in the federation. session: a random number of this start. cid: its share of a divided
     dataset, None with data of its own. data: the folder of its scans. medfl: the version installed here.
     models: the folder of its own files. shared_cores: those that it shares with the other simulated
-    hospitals, None with a machine of its own. code: SHA-256 of the bundle that the MedFL installed here
-    makes. approved: hashes of code and settings that it consents to, None for any settings of this code.
-    patient_privacy: what it promises its patients, None without.
+    hospitals, None with a machine of its own. code: SHA-256 of what runs at a hospital of the MedFL that is
+    installed here. commit: of its working copy, None outside one. approved: hashes of code and settings that
+    it consents to, None for any settings of this code. patient_privacy: what it promises its patients, None
+    without. role: whether it trains, only scores, or asks whether it could join.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,9 +40,11 @@ class Identity(BaseModel):
     medfl: str
     models: Path
     code: str
+    commit: str | None = None
     shared_cores: int | None = None
     approved: list[str] | None = None
     patient_privacy: PatientPrivacy | None = None
+    role: Literal["train", "observe", "check"] = "train"
     session: str = Field(default_factory=lambda: secrets.token_hex(8))
 
     @property
@@ -53,7 +59,11 @@ class Identity(BaseModel):
     def introduction(self) -> Introduction:
         """What the server learns before the data are looked at."""
         return Introduction(
-            label=self.label, session=self.session, cid=self.cid, versions=local_versions(self.medfl)
+            label=self.label,
+            session=self.session,
+            cid=self.cid,
+            versions=local_versions(self.medfl),
+            role=self.role,
         )
 
     def save(self, folder: Path) -> None:

@@ -6,7 +6,7 @@ on a hospital (no more patients than it announced) are looked at by who knows th
 """
 
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -31,12 +31,14 @@ class Typed(BaseModel):
 
 class Introduction(Typed):
     """Who a hospital is, before its data are looked at. session: a random number of its start; cid: its share
-    of a divided dataset, None with data of its own."""
+    of a divided dataset, None with data of its own; role: whether it trains, only scores, or asks whether it
+    could join."""
 
     label: Text
     session: Text
     cid: Annotated[int, Field(ge=0, le=1_000_000)] | None
     versions: Annotated[dict[Text, Text], Field(max_length=16)]
+    role: Literal["train", "observe", "check"] = "train"
 
 
 class Part(Typed):
@@ -105,6 +107,20 @@ class Result(Typed):
         return self
 
 
+class Tested(Typed):
+    """A model's score on the patients that a hospital kept for the test; None over none."""
+
+    test_dice: Share | None
+    test_patients: Count
+    seconds: Seconds
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Tested":
+        if (self.test_dice is None) != (self.test_patients == 0):
+            raise ValueError("a Dice without patients, or patients without one")
+        return self
+
+
 class Trained(Result):
     """What a hospital tells of a round's training, beside the update. examples: the training slices behind
     it."""
@@ -135,8 +151,10 @@ def parse(kind: type[Kind], about: object, what: str = "its answer") -> Kind:
         raise MedFLError(f"{what} has no usable {name}") from error
 
 
-def announced(result: Result, facts: Facts) -> None:
+def announced(result: Result | Tested, facts: Facts) -> None:
     """Raises MedFLError where a score is over more patients than the hospital announced."""
-    most = facts.parts["val"].patients
-    if result.val_patients > most:
-        raise MedFLError(f"its score counts {result.val_patients} patients, and it joined with {most}")
+    tested = isinstance(result, Tested)
+    count = result.test_patients if isinstance(result, Tested) else result.val_patients
+    most = facts.parts["test" if tested else "val"].patients
+    if count > most:
+        raise MedFLError(f"its score counts {count} patients, and it joined with {most}")

@@ -24,6 +24,7 @@ class Query(StrEnum):
     KEYS = "keys"  # secure aggregation: make new secrets for a round
     SHARES = "shares"  # secure aggregation: give the other hospitals their shares of them
     UNMASK = "unmask"  # secure aggregation: give the shares that uncover the sum
+    MODEL = "model"  # the federation's model, for you to keep
     END = "end"  # the federation is over for you; `code` says why
 
 
@@ -46,8 +47,8 @@ FAILURES: dict[str, str] = {
     Failure.TRAINING: "its training failed; its own terminal says why",
     Failure.RESOURCES: "it ran out of memory or disk",
     Failure.LATE: "it was not done within the round's time",
-    Failure.CODE: "it runs its own MedFL alone, and the server's code is another; install the same version "
-    "on both sides",
+    Failure.CODE: "it runs its own MedFL only, and the server's is another; it waits until both sides have "
+    "the same version",
     Failure.CONSENT: "it has not approved these settings; its own terminal says which they are",
     Failure.PRIVACY: "what it promises its patients does not allow that; its own terminal says why",
     Failure.PROTOCOL: "its update does not fit into the secure aggregation, or a step of that was not what "
@@ -68,6 +69,7 @@ class End(StrEnum):
     UNFIT = "unfit"
     FULL = "full"
     IDENTITY = "identity"
+    FIT = "fit"
 
 
 ENDS = {  # exit code and the sentence at the hospital
@@ -88,6 +90,7 @@ ENDS = {  # exit code and the sentence at the hospital
     ),
     End.UNFIT: (2, "this hospital can't take part; the lines above say why"),
     End.IDENTITY: (2, "refused: this key is {detail}'s; give that name, or a kit of your own with --kit"),
+    End.FIT: (0, "place, version, code and settings fit, this hospital can join; nothing was trained"),
     End.FULL: (2, "refused: all places of this federation are taken; start the server with more --clients"),
 }
 

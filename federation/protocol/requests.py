@@ -31,7 +31,11 @@ class Task(Typed):
 
 
 class Score(Task):
-    """Score the last model."""
+    """Score the model that came. part: on validation patients, or on those kept for the test; last: whether
+    training is over."""
+
+    part: Literal["val", "test"] = "val"
+    last: bool = True
 
 
 class Train(Task):
@@ -49,6 +53,17 @@ class Train(Task):
     partition: Text | None
     most: Count | None = None
     sealed: dict[Text, Secret] | None = None
+
+
+class Model(Typed):
+    """The federation's model, to be kept. metadata: what its file says of it, as JSON; sha256: of weights and
+    metadata (`weights.model_hash`)."""
+
+    query: Literal[Query.MODEL]
+    settings: Settings
+    which: Literal["best", "last"]
+    metadata: Annotated[str, Field(max_length=1_000_000)]
+    sha256: Text
 
 
 class Ping(Typed):
@@ -94,5 +109,6 @@ QUERIES: dict[Query, type[Typed]] = {
     Query.KEYS: Keys,
     Query.SHARES: Shares,
     Query.UNMASK: Unmask,
+    Query.MODEL: Model,
     Query.END: Over,
 }

@@ -131,6 +131,9 @@ class FederationSettings:
     max_weight_ratio: float = setting(
         2.0, "a hospital counts at most this many times the median of the hospitals' slices"
     )
+    withhold_model: bool = setting(
+        False, "hospitals do not get the model at the end; else each gets the best and the last"
+    )
     min_clients: int | None = setting(
         None, "hospitals that a round needs, half of --clients if none is given", kind=int
     )
@@ -347,13 +350,15 @@ def unusual(text: str) -> str:
     return ", ".join(told) or "all as by default"
 
 
-def from_json(text: str) -> tuple[TrainingSettings, FederationSettings]:
-    """The settings of a message. Raises MedFLError where they are another MedFL's or out of range."""
+def from_json(text: str, stored: bool = False) -> tuple[TrainingSettings, FederationSettings]:
+    """The settings of a message, or, stored, of a run's file: an earlier MedFL, which had fewer, did what the
+    defaults of later ones do. Raises MedFLError where they are another MedFL's or out of range."""
     try:
         content = json.loads(text)
         training, federation = content["training"], content["federation"]
         for kind, values in ((TrainingSettings, training), (FederationSettings, federation)):
-            if set(values) != {f.name for f in fields(kind)}:
+            known = {f.name for f in fields(kind)}
+            if set(values) - known or not stored and known - set(values):
                 raise KeyError("settings of another MedFL")
         return TrainingSettings(**training), FederationSettings(**federation)
     except (ValueError, KeyError, TypeError) as error:

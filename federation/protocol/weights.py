@@ -6,6 +6,7 @@ layers, or statistics. In half precision a hospital sends what it changed and no
 small, and keeps more of its digits that way.
 """
 
+import hashlib
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -136,6 +137,13 @@ def from_record(arrays: Record | None, precision: str = FULL) -> torch.Tensor:
     """The vector that a message carries, (n,) float32. Raises MedFLError where it carries anything else."""
     vector = torch.from_numpy(np.array(values_of(arrays, ON_THE_WAY[precision])))
     return (vector.view(torch.bfloat16) if precision == "bfloat16" else vector).float()
+
+
+def model_hash(vector: torch.Tensor, metadata: str) -> str:
+    """SHA-256, in hexadecimal, of weights, (n,) float32, and what is said of them."""
+    total = hashlib.sha256(vector.contiguous().numpy().data)
+    total.update(metadata.encode())
+    return total.hexdigest()
 
 
 def payload(arrays: ArrayRecord | None) -> int:

@@ -1,14 +1,59 @@
 """The bundle of code that the server sends to the hospitals: what both apps import of this repository, and
-nothing else."""
+nothing else. Hospitals compare with their own what of it runs at a hospital."""
+
+import functools
+import hashlib
+import io
+import zipfile
 
 from common import ROOT, __version__, files_needed
 from federation.runtime.flower import CLIENT_APP, SERVER_APP, build_bundle
 
+LARGEST = 1_000_000  # bytes of one file of code; a larger one is another program's
 
+
+def _entry(app: str) -> str:
+    return app.replace(".", "/") + ".py"
+
+
+def _content(name: str) -> bytes:
+    """A file as it travels: text with line feeds, whatever the checkout has."""
+    return (ROOT / name).read_bytes().replace(b"\r\n", b"\n")
+
+
+@functools.cache
 def make_bundle() -> bytes:
-    """The bundle; the same files give the same bytes. Text files travel with line feeds, whatever the
-    checkout has."""
-    names = ["LICENSE", *files_needed(*(app.replace(".", "/") + ".py" for app in (SERVER_APP, CLIENT_APP)))]
-    return build_bundle(
-        {name: (ROOT / name).read_bytes().replace(b"\r\n", b"\n") for name in names}, __version__
-    )
+    """The bundle; the same files give the same bytes."""
+    names = ["LICENSE", *files_needed(_entry(SERVER_APP), _entry(CLIENT_APP))]
+    return build_bundle({name: _content(name) for name in names}, __version__)
+
+
+@functools.cache
+def hospital_files() -> tuple[str, ...]:
+    """The files that run at a hospital."""
+    return tuple(files_needed(_entry(CLIENT_APP)))
+
+
+@functools.cache
+def hospital_code() -> str:
+    """SHA-256, in hexadecimal, of what runs at a hospital of the MedFL that is installed here."""
+    return _hash({name: _content(name) for name in hospital_files()})
+
+
+def code_in(bundle: bytes) -> str:
+    """The same of a bundle that came, by the files that run at a hospital here; nothing of it is run."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            there = [name for name in hospital_files() if sizes.get(name, LARGEST) < LARGEST]
+            return _hash({name: archive.read(name) for name in there})
+    except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, NotImplementedError):
+        return _hash({})
+
+
+def _hash(files: dict[str, bytes]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(files):
+        total.update(f"{name}\n{len(files[name])}\n".encode())
+        total.update(files[name])
+    return total.hexdigest()

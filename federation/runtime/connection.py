@@ -6,11 +6,20 @@ import time
 from pathlib import Path
 
 from common import MedFLError
-from federation.hospital.identity import ENDED
+from federation.hospital.identity import ENDED, WAITING
 from federation.protocol.log import say
 from federation.runtime.flower import ask_admission
 from federation.runtime.kit import CA, HOSPITAL_KEY
-from federation.runtime.processes import Child, free_port, is_healthy, is_loopback, parse_address
+from federation.runtime.processes import (
+    Child,
+    NotTls,
+    free_port,
+    is_healthy,
+    is_loopback,
+    join_address,
+    parse_address,
+    speaks_tls,
+)
 
 LOOK = 0.5  # seconds between two looks at children and server
 PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before
@@ -85,7 +94,17 @@ class Connection:
 class Watch:
     """Keeps a hospital connected until the federation is over."""
 
-    def __init__(self, server: str, host: str, port: int, kit: Path | None, folder: Path, wait: float):
+    def __init__(
+        self,
+        server: str,
+        host: str,
+        port: int,
+        kit: Path | None,
+        folder: Path,
+        wait: float,
+        patient: bool = True,
+    ):
+        """patient: whether to wait for a server of the same version as well."""
         self.server, self.host, self.port, self.kit, self.folder, self.wait = (
             server,
             host,
@@ -94,9 +113,12 @@ class Watch:
             folder,
             wait,
         )
+        self.patient = patient
         self.connection: Connection | None = None
         self.seen = time.monotonic()  # the server, last time
         self.was_there, self.was_gone = False, False
+        self.answers: bool | None = None  # what `is_healthy` said last
+        self.differs_from: float | None = None  # since when the server's code is another
         self.restarts = 0
         self.lingered_from: float | None = (
             None  # since when the server refuses this key because of a former connection
@@ -105,10 +127,17 @@ class Watch:
     def run(self) -> tuple[int, str]:
         """Exit code and closing sentence."""
         ended = self.folder / ENDED
+        began = time.monotonic()
         try:
-            while not ended.exists():
+            while not ended.exists() or (self.folder / WAITING).exists():
+                if not self.patient and time.monotonic() - began > self.wait:
+                    raise MedFLError(
+                        f"the server did not say within {self.wait:.0f} s whether this hospital could join; it may "
+                        "be at the end of a round: try again"
+                    )
                 self._look_at_server()
                 self._look_at_children()
+                self._look_at_difference()
                 time.sleep(LOOK)
             about = json.loads(ended.read_text(encoding="utf-8"))
             until = time.monotonic() + PARTING
@@ -120,12 +149,22 @@ class Watch:
                 self.connection.stop()
 
     def _health(self) -> bool | None:
-        return is_healthy(self.host, self.port, ca=self.kit and self.kit / CA)
+        try:
+            return is_healthy(self.host, self.port, ca=self.kit and self.kit / CA)
+        except NotTls:
+            if (
+                self.was_there
+            ):  # something else, such as a forwarder's page, stands in for a server that is away
+                return False
+            raise
 
     def _look_at_server(self) -> None:
         """Start the connection when the server is there, and anew when it was gone: it does not know the old
         one."""
         state, now = self._health(), time.monotonic()
+        self.answers = state
+        if not state and not self.was_there:
+            require_kit(self.host, self.port, self.kit)
         if state:
             self.seen = now
             if self.connection is None:
@@ -150,15 +189,15 @@ class Watch:
 
     def _look_at_children(self) -> None:
         connection = self.connection
-        if connection is None:
+        if connection is None or not self.answers:  # no connection holds where no server is
             return
-        if connection.broken and self.kit and not self.was_gone:
+        if connection.broken and self.kit:
             refuse(ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY))
             if connection.refused:
                 return self._wait_for_the_former(connection)
         if not connection.broken and time.monotonic() - connection.began > QUIET:
             self.restarts, self.lingered_from = 0, None  # it works
-        if connection.broken and not self.was_gone:
+        if connection.broken:
             self.restarts += 1
             if self.restarts > RESTARTS:
                 raise MedFLError(
@@ -167,6 +206,21 @@ class Watch:
                     f"{connection.supernode.last_words()}"
                 )
             self._renew(connection, "the connection ended")
+
+    def _look_at_difference(self) -> None:
+        """Give up where the server's code has been another for longer than this hospital waits."""
+        waiting = self.folder / WAITING
+        if not waiting.exists():
+            self.differs_from = None
+            return
+        sentence = json.loads(waiting.read_text(encoding="utf-8"))["sentence"]
+        if not self.patient:
+            raise MedFLError(sentence)
+        if self.differs_from is None:
+            self.differs_from = time.monotonic()
+            say(f"waiting up to {self.wait:.0f} s for a server of the same version")
+        if time.monotonic() - self.differs_from > self.wait:
+            raise MedFLError(sentence)
 
     def _wait_for_the_former(self, refused: Connection) -> None:
         """Another process has this key, or had it and was killed: try again
@@ -187,6 +241,15 @@ class Watch:
         say(f"{why}; connecting again")
         former.stop()
         self.connection = Connection(self.server, self.kit, self.folder)
+
+
+def require_kit(host: str, port: int, kit: Path | None) -> None:
+    """Raises MedFLError where a hospital without keys asks a server that wants them."""
+    if kit is None and speaks_tls(host, port):
+        raise MedFLError(
+            f"the server at {join_address(host, port)} speaks TLS and asks for keys; give this hospital's "
+            "with --kit"
+        )
 
 
 def refuse(said: str) -> None:

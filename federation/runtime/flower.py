@@ -233,11 +233,12 @@ def run_client_app(address: str, token: str) -> None:
     from flwr.app.error import Error
 
     from federation.hospital.app import app_for
+    from federation.runtime.bundle import code_in
 
     module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     came: list[str] = []
     vars(module).update(
-        install_from_fab=lambda content, **_: came.append(hashlib.sha256(content).hexdigest()),
+        install_from_fab=lambda content, **_: came.append(code_in(content)),
         get_load_client_app_fn=lambda **_: lambda *_: app_for(came[0]),
         Error=lambda code, reason: Error(code=code, reason="at the hospital"),
     )
@@ -258,6 +259,7 @@ def serve_hospital(address: str) -> None:
     """Run the app for each message that comes: in a fork that has all loaded already, or in a new process."""
     for module in (CLIENT_APP, "flwr.supernode.runtime.run_clientapp"):
         importlib.import_module(module)
+    importlib.import_module("federation.runtime.bundle").hospital_files()  # forks need not look for them
     source = TaskSource(address, "flwr-clientapp")
     while True:
         token = source.next_token()

@@ -11,9 +11,11 @@ import hashlib
 import ipaddress
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import IO
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -303,6 +305,23 @@ def make_hospital_key(kit: Path, label: str) -> str:
     )
     write_new(kit / HOSPITAL_PUBLIC, line.encode() + b"\n")
     return line
+
+
+def hold_kit(kit: Path) -> IO | None:
+    """The hospital's key, open and locked for as long as it is held; None where another process of this
+    machine holds it. Where the system has no such locks nobody is held off."""
+    file = open(kit / HOSPITAL_KEY, "rb")  # noqa: SIM115  closed with the process
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:  # a file system without locks
+            return file
+    return file
 
 
 def parse_public(line: str) -> tuple[str, str]:

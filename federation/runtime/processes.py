@@ -25,6 +25,21 @@ TRAINING = (
     "hospital",
     "clientapp",
 )  # where asking the system for each array would take time from the training
+# what TLS says where asking again does not help: the other side speaks another version, or no TLS at all. A
+# connection that was cut is none of these: a server that starts or dies behind a forwarder looks like that.
+NOT_TLS = {
+    "HTTP_REQUEST",
+    "HTTPS_PROXY_REQUEST",
+    "NO_PROTOCOLS_AVAILABLE",
+    "PACKET_LENGTH_TOO_LONG",
+    "RECORD_LAYER_FAILURE",
+    "TLSV1_UNRECOGNIZED_NAME",
+    "UNKNOWN_PROTOCOL",
+    "UNSUPPORTED_PROTOCOL",
+    "WRONG_SSL_VERSION",
+    "WRONG_VERSION_NUMBER",
+}
+ALERTS = ("PROTOCOL", "HANDSHAKE", "CERT", "NAME", "UNKNOWN_CA", "SECURITY")  # words in alerts that are final
 if sys.platform == "win32":
     OWN_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP
 else:
@@ -52,6 +67,10 @@ def no_proxy() -> dict[str, str]:
     what this machine says to itself."""
     local = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"]))
     return {"NO_PROXY": local, "no_proxy": local}
+
+
+class NotTls(MedFLError):
+    """What answers speaks no TLS, or none that is new enough."""
 
 
 class Child:
@@ -163,17 +182,40 @@ def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = Non
     except urllib.error.HTTPError:
         return None  # a gateway whose server is not there yet, or anymore
     except urllib.error.URLError as error:
-        if isinstance(error.reason, ssl.SSLCertVerificationError):
-            raise MedFLError(
-                f"the server at {join_address(host, port)} is not the one of this kit "
-                f"({error.reason.verify_message}); nothing was sent to it: check --server, --kit and this "
-                "machine's clock, and ask the coordinator for the right ca.pem"
-            ) from error
         if isinstance(error.reason, ssl.SSLError):
-            raise MedFLError(
-                f"what answers at {join_address(host, port)} does not speak TLS 1.3 ({error.reason.reason}); "
-                "check --server, or ask the coordinator"
-            ) from error
+            _refuse_tls(error.reason, join_address(host, port))
+            return False
         return False if isinstance(error.reason, ConnectionError) else None
+    except ssl.SSLError:  # cut while the answer came
+        return False
     except (OSError, http.client.HTTPException) as error:
         return False if isinstance(error, ConnectionError) else None
+
+
+def _refuse_tls(error: ssl.SSLError, where: str) -> None:
+    """Raises MedFLError where TLS failed for good; a connection that was only cut passes."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        raise MedFLError(
+            f"the server at {where} is not the one of this kit ({error.verify_message}); nothing was sent to "
+            "it: check --server, --kit and this machine's clock, and ask the coordinator for the right ca.pem"
+        ) from error
+    reason = error.reason or ""
+    if reason in NOT_TLS or "_ALERT_" in reason and any(word in reason for word in ALERTS):
+        raise NotTls(
+            f"what answers at {where} does not speak TLS 1.3 ({reason}); check --server, or ask the "
+            "coordinator"
+        ) from error
+
+
+def speaks_tls(host: str, port: int, timeout: float = 5.0) -> bool:
+    """Whether a TLS server answers there, whatever its certificate is."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection((host, port), timeout=timeout) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
+            return True
+    except (OSError, ValueError):  # ssl's errors are OSErrors
+        return False

@@ -13,9 +13,12 @@ import escaping
 from checkpoint import load_checkpoint
 from common import EXIT_BAD_INPUT, MedFLError, write_json
 from federation.protocol.settings import from_json
-from federation.server.audit import AUDIT, AuditLog
+from federation.server.audit import AUDIT
+from federation.server.events import Journal, Messenger
 from federation.server.rounds import Federation
-from federation.server.state import RunState, load_run
+from federation.server.state import RunState, load_run, longer
+from federation.server.status import Status
+from federation.server.tracking import trackers
 from federation.server.updates import remove_leftovers
 
 JOB, OUTCOME, NODES = Path("job.json"), Path("outcome.json"), Path("nodes.json")
@@ -29,11 +32,13 @@ def prepare(job: dict) -> RunState:
     remove_leftovers(out)
     if job["resume"]:
         training, federation, kept, model = load_run(out)
+        federation = longer(federation, job.get("rounds"))
         state = RunState(model, training, federation, out, job["commit"])
         state.restore(kept)
         return state
     state = RunState(load_checkpoint(job["start"]).model, *from_json(job["settings"]), out, job["commit"])
-    state.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
+    if not job.get("evaluate"):
+        state.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
     state.progress.started_from, state.progress.init_split = job["started_from"], job["init_split"]
     return state
 
@@ -56,13 +61,20 @@ def main(grid: Grid, context: Context) -> None:
 
 def run(grid: Grid, job: dict) -> int:
     """Run the federation that the job describes; its exit code."""
+    messenger = None
     try:
-        audit = AuditLog(Path(job["out"]) / AUDIT)
-        audit.write("start", resumed=job["resume"], **job["audit"])
-        code = Federation(
-            grid, prepare(job), job["versions"], Path(job["out"]), job["resume"], audit, labels
-        ).run()
-        audit.write("end", exit=code)
+        out = Path(job["out"])
+        journal = Journal(out / AUDIT)
+        journal.write("start", resumed=job["resume"], **job["audit"])
+        federation = Federation(grid, prepare(job), job["versions"], out, job["resume"], journal, labels)
+        journal.listeners.append(Status(federation, journal, out))
+        if job.get("notify") or job.get("on_event"):
+            messenger = Messenger(job.get("notify"), job.get("on_event"))
+            journal.listeners.append(messenger)
+        journal.listeners += trackers(federation, out, job.get("tensorboard", False), job.get("mlflow"))
+        journal.tell("start", {"resumed": job["resume"]})
+        code = federation.evaluate(job["evaluate"]) if job.get("evaluate") else federation.run()
+        journal.write("end", exit=code)
         return code
     except MedFLError as error:
         print(escaping.terminal(error), file=sys.stderr, flush=True)
@@ -70,3 +82,6 @@ def run(grid: Grid, job: dict) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+    finally:
+        if messenger:
+            messenger.close()

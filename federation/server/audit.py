@@ -8,8 +8,8 @@ elsewhere notices that the end was cut off, too.
 
 Events: start (settings and code by their SHA-256, versions, whether keys are asked for), joined, refused,
 left, round (with whom, and what was written), left_out (whose update, and why), statistics_left_out (whose
-statistics did not count, and why), checkpoint (the best so far),
-end (exit code).
+statistics did not count, and why), failed (a round that too few completed), collapse (a round's model that
+is taken back), checkpoint (the best so far), delivered (who has the model), end (exit code).
 """
 
 import hashlib
@@ -30,6 +30,11 @@ class AuditLog:
     def __init__(self, path: Path):
         self.path = path
         self._count, self._last = verify(path) if path.exists() else (0, NOTHING)
+
+    @property
+    def head(self) -> str:
+        """SHA-256 of the last line."""
+        return self._last
 
     def write(self, event: str, **about) -> None:
         """Append a line; it is on disk when this returns."""
@@ -79,3 +84,12 @@ def verify(path: Path) -> tuple[int, str]:
             )
         last = hashlib.sha256(line).hexdigest()
     return count, last
+
+
+def ended_well(path: Path) -> bool:
+    """Whether the last line of a log says that the run came to its end."""
+    try:
+        last = json.loads(Path(path).read_bytes().splitlines()[-1])
+        return last["event"] == "end" and last["exit"] == 0
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return False

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from common import MedFLError
-from federation.protocol.answers import Trained, announced, parse
+from federation.protocol.answers import Result, Trained, announced, parse
 from federation.protocol.weights import FULL, from_record, part_mask, variance_mask
 from federation.server.exchange import Exchange
 from federation.server.judging import Scores
@@ -22,13 +22,15 @@ from federation.server.updates import Updates
 class Collected:
     """What one try of a round brought.
 
-    told: what hospitals said of their training, by label. updates: those that may count. bytes: what went to
+    told: what hospitals said of their training, by label; observed: the scores of those that only observe.
+    updates: those that may count. bytes: what went to
     each hospital and what came back. failures: why hospitals have no part in it.
     """
 
     members: list[Member]
     updates: Updates
     told: dict[str, Trained] = field(default_factory=dict)
+    observed: dict[str, Result] = field(default_factory=dict)
     bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -76,7 +78,18 @@ class Collector:
             members = [member for member in members if member.label in own]
         sent = self.exchange.send("train", purpose, members, about, self.state.weights_as_sent, left_out, own)
 
+        observers = self.exchange.membership.observers
+        watched = {"part": "val", "last": False}
+        sent |= self.exchange.send(
+            "evaluate", purpose, observers, watched, self.state.weights_as_sent, self.settings.left_out(False)
+        )
+
         def take(member: Member, answer: Answer) -> None:
+            if member in observers:
+                seen = parse(Result, answer.about)
+                announced(seen, member.facts)
+                came.observed[member.label], came.bytes[member.label] = seen, (sent[member.label], 0)
+                return
             told = parse(Trained, answer.about)
             if told.round != number:
                 raise MedFLError(f"its update is of round {told.round}")
@@ -90,7 +103,7 @@ class Collector:
             self.exchange.holds(member)
 
         _, came.failures = self.exchange.wait(
-            purpose, members, f"round {number} of {self.settings.rounds}", take=take
+            purpose, [*members, *observers], f"round {number} of {self.settings.rounds}", take=take
         )
         if secure:
             mean = secure.mean(sorted(came.told), self.state.weights, travels)

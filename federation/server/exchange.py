@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import MedFLError
+from common import MedFLError, counted
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import part_mask, payload, to_record
 from federation.server.mailbox import NO_ANSWER, SPARE, Answer, Mailbox
 from federation.server.membership import PURPOSES, Member, Membership
 
 TICK = 0.2  # seconds between two looks for answers
+LATE_TIME = 120.0  # seconds in which the others may come to a run that goes on, once enough are there
 REMIND = 60.0  # seconds between two lines that say who is missing
 
 Take = Callable[
@@ -55,36 +56,59 @@ class Exchange:
         )  # sessions of hospitals that hold a whole model, so that parts of it are enough
 
     def assemble(self, resumed: bool) -> None:
-        """Wait for all hospitals; a resumed run waits no longer than a
-        round may take, if enough are there."""
-        began = time.monotonic()
-        told, told_at = -1, 0.0
-        while len(self.membership.members) < self.settings.clients:
+        """Wait for the hospitals that a run begins with. A resumed run waits for those that took part before
+        and may still come, and, once enough are there, not much longer."""
+        began, told, told_at, enough = time.monotonic(), "", 0.0, None
+        while self._incomplete(resumed):
             for _ in self._attend():
                 pass
-            count, now = len(self.membership.members), time.monotonic()
-            if count != told or now - told_at > REMIND:
-                told, told_at = count, now
-                missing = f"; missing: {', '.join(self.missing())}" if self.missing() else ""
-                self.say(f"{count} of {self.settings.clients} hospitals are here{missing}")
-            if resumed and now - began > self.settings.round_timeout:
-                if count < self.settings.beginners:
+            count, now = len(self.membership.training), time.monotonic()
+            said = f"{count} of {self.settings.clients} hospitals are here{self._why_not_all()}"
+            if said != told or now - told_at > REMIND:
+                told, told_at = said, now
+                self.say(said)
+            if count < self.settings.beginners:
+                enough = None
+                if resumed and now - began > self.settings.round_timeout:
                     raise NoQuorum(self.too_few(count))
+            elif enough is None:
+                enough = now
+            if resumed and enough and now - enough > min(LATE_TIME, self.settings.round_timeout):
                 break
             time.sleep(TICK)
         if self.missing():
             self.say("going on with those that are here")
 
+    def _incomplete(self, resumed: bool) -> bool:
+        """Whether to wait for more hospitals before the first round of this start."""
+        here, known = self.membership.training, set(self.known())
+        if not (resumed and known):
+            return len(here) < self.settings.clients
+        admitted = self.membership.labels()
+        may_come = known if admitted is None else known & set(admitted.values())
+        return bool(may_come - here) or len(here) < self.settings.beginners
+
+    def _why_not_all(self) -> str:
+        """Who is missing, and whether fewer keys are admitted than hospitals are waited for."""
+        said = f"; missing: {', '.join(self.missing())}" if self.missing() else ""
+        admitted = self.membership.labels()
+        if admitted is None or len(admitted) >= self.settings.clients:
+            return said
+        return (
+            f"{said}; {counted(len(admitted), 'key')} admitted and {self.settings.clients} hospitals are waited "
+            "for: admit more with `provision.py admit`, or start with fewer --clients"
+        )
+
     def missing(self) -> list[str]:
         """Labels that are expected and not there: those that took part before, then those whose keys are
         admitted, or numbers."""
-        here, admitted = set(self.membership.members), self.membership.labels()
-        others = (
-            [f"hospital-{k}" for k in range(self.settings.clients)]
-            if admitted is None
-            else sorted(admitted.values())
-        )
-        absent = [label for label in [*sorted(self.known()), *others] if label not in here]
+        here, admitted = self.membership.training, self.membership.labels()
+        if admitted is None:
+            expected = [*sorted(self.known()), *(f"hospital-{k}" for k in range(self.settings.clients))]
+        else:  # whose key is revoked can't come
+            names = set(admitted.values())
+            expected = [*sorted(names & set(self.known())), *sorted(names)]
+        absent = [label for label in expected if label not in here]
         return list(dict.fromkeys(absent))[: max(self.settings.clients - len(here), 0)]
 
     def too_few(self, count: int) -> str:

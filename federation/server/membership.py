@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from common import MedFLError, counted
 from federation.protocol.answers import LABEL, Facts, Introduction, parse
-from federation.protocol.messages import End, Failure, Query
+from federation.protocol.messages import FAILURES, End, Failure, Query
 from federation.protocol.settings import FederationSettings
 from federation.server.audit import AuditLog
 from federation.server.mailbox import Answer, Mailbox
@@ -19,7 +19,6 @@ PING_TIME = 45.0  # seconds in which somebody who is there answers, also on a bu
 PURPOSES = ("join", "ping", "end")
 FINAL = (
     Failure.DATA,
-    Failure.CODE,
     Failure.CONSENT,
     Failure.PRIVACY,
 )  # reasons for not joining that asking again does not mend
@@ -83,6 +82,20 @@ class Membership:
     @property
     def present(self) -> list[Member]:
         """The members that can be given work, by label."""
+        return [member for member in self._ready if member.facts.role == "train"]
+
+    @property
+    def observers(self) -> list[Member]:
+        """The members that score and do not train, by label."""
+        return [member for member in self._ready if member.facts.role == "observe"]
+
+    @property
+    def training(self) -> set[str]:
+        """The labels of the members that train, those that are behind among them."""
+        return {label for label, member in self.members.items() if member.facts.role == "train"}
+
+    @property
+    def _ready(self) -> list[Member]:
         return [self.members[label] for label in sorted(self.members) if not self.members[label].behind]
 
     @property
@@ -166,6 +179,10 @@ class Membership:
             self._refuse(answer.node, seen.code, seen.detail)
             return
         holder = self.members.get(seen.label)
+        if seen.role == "check":
+            self.say(f"{seen.label} asks whether it could join: {End.TAKEN if holder else 'it could'}")
+            self._refuse(answer.node, End.TAKEN if holder else End.FIT)
+            return
         if holder and holder.session != seen.session:
             self._rivals[answer.node] = seen  # the holder is asked whether it is still there
         else:
@@ -174,6 +191,8 @@ class Membership:
     def _did_not_join(self, answer: Answer) -> None:
         """Bad data and a lack of consent are final; other trouble, Flower's own included, may pass."""
         label = str(answer.about.get("label", "a hospital"))
+        if answer.about.get("failure") == Failure.CODE:
+            return self._differs(answer.node, label, FAILURES[Failure.CODE])
         count = self._tries.get(answer.node, (0, 0.0))[0] + 1
         if answer.about.get("failure") in FINAL or count >= JOIN_TRIES:
             self.say(f"{label} can't take part: {answer.failure}")
@@ -185,6 +204,15 @@ class Membership:
         else:
             self._tries[answer.node] = (count, time.monotonic() + JOIN_AGAIN)
             self.say(f"{label} could not join: {answer.failure}; it is asked again")
+
+    def _differs(self, node: int, label: str, why: str) -> None:
+        """Another version is mended by a restart of either side, and then this hospital is asked again; it
+        waits for that."""
+        ours = self.about["versions"]
+        commit = f", commit {ours['commit'][:12]}" if ours.get("commit") else ""
+        self._tries.pop(node, None)
+        self.say(f"{label} does not take part: {why} (here: MedFL {ours.get('medfl')}{commit})")
+        self.audit.write("refused", hospital=label if LABEL.fullmatch(label) else None, why=why)
 
     def _pinged(self, answer: Answer) -> None:
         member = next((m for m in self.members.values() if m.node == answer.node), None)
@@ -208,7 +236,7 @@ class Membership:
     def _look_at(self, node: int, about: dict) -> Facts | Refusal:
         """What a hospital says of itself, or why it can't be a member. Raises MedFLError where that makes no
         sense."""
-        who = parse(Introduction, {name: about.get(name) for name in Introduction.model_fields})
+        who = parse(Introduction, {name: about[name] for name in Introduction.model_fields if name in about})
         if not LABEL.fullmatch(who.label) or who.cid is not None and who.label != f"hospital-{who.cid}":
             raise MedFLError(
                 "its label is none that run_client.py gives; use the same version of MedFL everywhere"
@@ -234,7 +262,9 @@ class Membership:
             return Refusal(who.label, End.VERSION, ", ".join(other))
         if who.cid is not None and who.cid >= self.settings.clients:
             return Refusal(who.label, End.NUMBER, str(self.settings.clients))
-        if who.label not in self.members and len(self.members) >= self.settings.clients:
+        # with keys the list of admissions says who may come, now or in any later round
+        places = self.settings.clients if known is None and who.role != "observe" else None
+        if places is not None and who.label not in self.members and len(self.training) >= places:
             return Refusal(who.label, End.FULL)
         return None
 
@@ -254,6 +284,8 @@ class Membership:
         said += f"({counted(train.slices, 'slice')}), {val.patients} for validation{torch_note}"
         if promise:
             said += f"; it promises them epsilon {promise.epsilon:g} at delta {promise.delta:g}"
+        if facts.role == "observe":
+            said += "; it scores and does not train"
         self.say(said)
 
     def _remove(self, member: Member, why: str) -> None:

@@ -45,7 +45,10 @@ class Record:
     def round(self, number: int, rows: list[Row], sent: torch.Tensor, began: float) -> None:
         """Write what a round gave. The scores in its rows are of the model that was sent, (n,) float32;
         began: when, monotonic."""
-        done, scores = self.state.progress, scores_of(rows)
+        done = self.state.progress
+        scores = scores_of(
+            [row for row in rows if row["examples"] is not None]
+        )  # who observes chooses nothing
         if number == 1:
             self.state.best.unlink(missing_ok=True)  # of an earlier run
         done.rows = [row for row in done.rows if row["round"] < number] + rows

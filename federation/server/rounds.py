@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
-from common import EXIT_NO_QUORUM
+from common import EXIT_NO_QUORUM, write_json
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.answers import Result, announced, parse
 from federation.protocol.log import say as say_on_the_terminal
 from federation.protocol.messages import End
 from federation.protocol.settings import to_json
-from federation.protocol.weights import in_precision, part_mask
+from federation.protocol.weights import part_mask
 from federation.server.aggregation import ROBUST
 from federation.server.audit import AuditLog
 from federation.server.collector import Collected, Collector
+from federation.server.ending import TEST, Ending
 from federation.server.exchange import Exchange, NoQuorum
 from federation.server.history import Row, scores_of
 from federation.server.judging import Scores, collapsed, mean_dice
@@ -67,6 +68,7 @@ class Federation:
         self.privacy = HospitalPrivacy(self.settings) if self.settings.private else None
         self.record = Record(state, out, audit, say, chooses=self.privacy is None)
         self.collector = Collector(state, self.exchange, out)
+        self.ending = Ending(state, self.exchange, out, audit, say)
         # what the last round's model was made of, until hospitals have scored it
         self._last: Updates | None = None
         self._robust = False  # whether that was by the median
@@ -87,12 +89,27 @@ class Federation:
             if self.state.stopped_early:
                 self.say(f"no better validation Dice for {self.training.patience} rounds; stopped")
             self._final_score()
+            self.ending.test()
+            self.ending.deliver()
         except NoQuorum as error:
             self.say(str(error))
             self.membership.end(End.QUORUM, END_TIME)
             return EXIT_NO_QUORUM
         finally:
             self._forget_updates()
+        self.membership.end(End.DONE, END_TIME)
+        return 0
+
+    def evaluate(self, name: str) -> int:
+        """Score the model on the hospitals' test patients, and train nothing; the exit code."""
+        try:
+            self.exchange.assemble(resumed=False)
+            score = self.ending.score(name, self.state.weights, "model")
+        except NoQuorum as error:
+            self.say(str(error))
+            self.membership.end(End.QUORUM, END_TIME)
+            return EXIT_NO_QUORUM
+        write_json(self.out / TEST, {"model": name, "score": score})
         self.membership.end(End.DONE, END_TIME)
         return 0
 
@@ -120,17 +137,20 @@ class Federation:
             asked.updates.close()
             got = f"got {len(asked.told)} updates and needs {self.settings.quorum}"
             what = "has no sum" if self.settings.secure_aggregation else got
+            self.audit.write("failed", round=number, updates=len(asked.told), needed=self.settings.quorum)
             self.say(f"round {number} {what}" + ("; once more" if tries < TRIES else ""))
             if tries == TRIES:
                 raise NoQuorum(self.exchange.too_few(len(asked.told)))
+        new = asked.told.keys() - self.state.progress.hospitals.keys()
         for member in asked.members:
             if member.label in asked.told:
                 self.state.progress.hospitals[member.label] = member.facts
         self._sum(number, asked.updates)
-        rows = [
-            row_of(number, label, told, *asked.bytes[label]) for label, told in sorted(asked.told.items())
-        ]
+        told = {**asked.told, **asked.observed}
+        rows = [row_of(number, label, said, *asked.bytes[label]) for label, said in sorted(told.items())]
         self.record.round(number, rows, sent, began)
+        if number > 1 and new:
+            self.say(f"  new from this round on: {', '.join(sorted(new))}")
         behind = [label for label, member in self.membership.members.items() if member.behind]
         if absent := sorted({*self.exchange.missing(), *behind} - asked.failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
@@ -221,7 +241,7 @@ class Federation:
         """Score the model that the run ends with, and keep it if it is the best. If it collapsed, the last
         round is taken back."""
         for attempt in count(1):
-            weights = in_precision(self.state.final_weights, self.settings.update_dtype)
+            weights = self.state.weights_to_score
             rows = self._scored(weights, self.state.progress.round + 1, f"final.{attempt}")
             if not (self._collapsed(scores_of(rows)) and self._take_back(scores_of(rows))):
                 break

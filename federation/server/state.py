@@ -3,6 +3,7 @@ so far, and the way back to the model before."""
 
 import json
 import secrets
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from common import MedFLError
 from federation.protocol.settings import FederationSettings, from_json, to_json
 from federation.protocol.weights import in_precision, pack, statistics_mask, unpack
 from federation.server.aggregation import Aggregator
+from federation.server.audit import AUDIT, ended_well
 from federation.server.description import describe_run
 from federation.server.judging import Scores
 from federation.server.progress import Progress
@@ -58,6 +60,11 @@ class RunState:
     def weights_as_sent(self) -> torch.Tensor:
         """The weights that hospitals get: rounded, where they travel in half precision."""
         return in_precision(self.weights, self.federation.update_dtype)
+
+    @property
+    def weights_to_score(self) -> torch.Tensor:
+        """What the run ends with, rounded as it travels."""
+        return in_precision(self.final_weights, self.federation.update_dtype)
 
     def take(self, weights: torch.Tensor) -> None:
         """A round is complete and gave this model."""
@@ -148,6 +155,25 @@ class RunState:
         self.progress, self._before = Progress.from_dict(state["progress"]), state["before"] or {}
 
 
+def longer(federation: FederationSettings, rounds: int | None) -> FederationSettings:
+    """The settings of a run that goes on, with more rounds where more are asked for. Raises MedFLError where
+    its noise was worked out for as many as it had."""
+    if rounds is None or rounds <= federation.rounds:
+        return federation
+    if federation.private and federation.dp_noise_multiplier is None:
+        raise MedFLError(
+            f"the noise of this run was worked out from --dp-epsilon for {federation.rounds} rounds, and more "
+            "would spend more; start a new run from its model with --init"
+        )
+    return replace(federation, rounds=rounds)
+
+
+def nothing_left(out: Path, rounds: int | None) -> bool:
+    """Whether the run in `out` came to its end, as its log tells, and no more rounds are asked for."""
+    federation = load_run(out)[1]
+    return ended_well(out / AUDIT) and longer(federation, rounds) == federation
+
+
 def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, TransUNet]:
     """Settings, state and network of the run that `out` holds. Raises MedFLError where there is none to go on
     with."""
@@ -160,7 +186,7 @@ def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, Tra
     try:
         Progress.from_dict(checkpoint.state["progress"])
         settings = _as_now(checkpoint.state["settings"])
-        return *from_json(settings), {**checkpoint.state, "settings": settings}, checkpoint.model
+        return *from_json(settings, stored=True), {**checkpoint.state, "settings": settings}, checkpoint.model
     except (MedFLError, KeyError, TypeError, AttributeError) as error:
         raise MedFLError(
             f"{last} was written by another version of MedFL, whose run can't be gone on with; use that "

@@ -1,0 +1,32 @@
+"""How long a round will take at a hospital, tried before it joins."""
+
+import itertools
+import time
+from dataclasses import replace
+
+from batches import TrainingBatches
+from federation.hospital.hospital import Hospital
+from training import Learner
+from transunet import TransUNet
+
+TRIED = 3  # steps
+
+
+def round_seconds(hospital: Hospital) -> float:
+    """Seconds of a round's scoring and training, from scoring once and training a few steps of a new model."""
+    training, federation = hospital.training, hospital.federation
+    model = TransUNet(training.model, training.image_size, training.norm).to(hospital.device)
+    batches = TrainingBatches(
+        hospital.data.dataset,
+        hospital.data.split.train,
+        training.image_size,
+        federation.batch_of_one(training.batch_size),
+        training.seed,
+    )
+    learner = Learner(model, replace(training, ema_decay=0.0), hospital.device)
+    first, *others = itertools.islice(batches.epoch(1), TRIED + 1)
+    learner.train_epoch([first])  # takes longer than those that follow
+    others, began = others or [first], time.monotonic()
+    learner.train_epoch(others)
+    step = (time.monotonic() - began) / len(others)
+    return hospital.score(model).seconds + step * federation.steps_a_round(len(batches))

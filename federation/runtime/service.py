@@ -1,0 +1,171 @@
+"""The server's processes: Flower's SuperLink, the gateway before it and the server's app, started together,
+watched, and started again where one of them ended unasked."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from common import MedFLError, write_json
+from federation.protocol.log import say
+from federation.runtime.bundle import make_bundle
+from federation.runtime.expiry import tell_kit
+from federation.runtime.flower import Control, TaskSource
+from federation.runtime.gateway import start_gateway
+from federation.runtime.kit import CA, SERVER, SERVER_KEY
+from federation.runtime.processes import Child, free_port, is_healthy, join_address, no_proxy
+from federation.runtime.registrar import Registrar
+from federation.server.events import Messenger
+from federation.server.state import LAST
+
+START_TIME = 90.0  # seconds for Flower's SuperLink to answer
+DAY = 86_400.0  # seconds between two looks at what of the kit ends soon
+STARTS = 5  # in a row that bring no round, before a run is given up
+
+
+class Broken(MedFLError):
+    """One of the server's processes ended before the run did."""
+
+
+class Service:
+    """A run's processes on HOST:PORT, from the first start to the run's end.
+
+    kit: keys, None on loopback without them. gated: an nginx of ours stands before Flower. job: what the
+    server's app needs; folder: an empty one, for all of them. told: who hears what ends soon.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        kit: Path | None,
+        gated: bool,
+        job: dict,
+        folder: Path,
+        told: Messenger | None = None,
+    ):
+        self.host, self.port, self.kit, self.gated, self.job, self.folder = (
+            host,
+            port,
+            kit,
+            gated,
+            job,
+            folder,
+        )
+        self.out = Path(job["out"])
+        self.starts, self.told, self.told_at = 0, told, 0.0
+        self.children: list[Child] = []
+
+    def run(self, announcement: str) -> int:
+        """Start everything and wait for the run's end; its exit code. announcement: said once all is there.
+
+        A process that ended unasked (a machine that slept, a clock that was set, memory that ran out) ends
+        the others; then all start again after the last complete round. Raises MedFLError where five starts
+        in a row bring no round.
+        """
+        while True:
+            rounds = self._rounds()
+            try:
+                return self._run_once(self.folder / f"start-{self.starts}", announcement)
+            except Broken as error:
+                in_a_row = 1 if self._rounds() != rounds else self.starts + 1
+                if in_a_row >= STARTS:
+                    raise MedFLError(
+                        f"{error}\nthat was so {STARTS} times in a row; the rounds so far are kept, go on with "
+                        "--resume"
+                    ) from error
+                self.starts = in_a_row
+                self.job["resume"] = (self.out / LAST).exists()
+                say(f"{error}\nstarting again after the last complete round")
+            finally:
+                for child in reversed(self.children):
+                    child.stop()
+                self.children = []
+
+    def _rounds(self) -> int:
+        """What changes with each complete round: when the file that holds it was written."""
+        last = self.out / LAST
+        return last.stat().st_mtime_ns if last.exists() else 0
+
+    def _run_once(self, folder: Path, announcement: str) -> int:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "job.json", self.job)
+        outcome = folder / "outcome.json"
+        outcome.unlink(missing_ok=True)
+        inner_host, inner_port = ("127.0.0.1", free_port()) if self.gated else (self.host, self.port)
+        self.children.append(start_superlink(inner_host, inner_port, self.kit, folder))
+        inner, ca = join_address(inner_host, inner_port), self.kit and self.kit / CA
+        os.environ.update(no_proxy())
+        control = Control(inner, ca)
+        registrar = Registrar(control, self.kit, folder, say) if self.kit else None
+        if self.gated and self.kit:
+            log = self.out / "gateway.log"
+            self.children.append(start_gateway(self.host, self.port, inner_port, self.kit, folder, log))
+        say(announcement)
+        source = TaskSource(inner, "flwr-serverapp", ca)
+        control.submit(make_bundle())
+        while (token := source.next_token()) is None:
+            time.sleep(0.1)
+        app = Child("serverapp", [inner, *([str(ca.resolve())] if ca else [])], folder, secret=token)
+        self.children.append(app)
+        self._wait_for(app, registrar)
+        if not outcome.exists():
+            raise Broken("the server's program ended before the run's end")
+        return json.loads(outcome.read_text(encoding="utf-8"))["exit"]
+
+    def _wait_for(self, app: Child, registrar: Registrar | None) -> None:
+        """Wait for the app's end. Meanwhile who is newly admitted is let in, and who is revoked put out."""
+        while app.exit_code is None:
+            for child in self.children[:-1]:
+                if child.exit_code is not None:
+                    self._broke(child)
+            if registrar:
+                registrar.update()
+                self._tell_expiry()
+            time.sleep(0.2)
+
+    def _tell_expiry(self) -> None:
+        """Say once a day what of the kit ends soon."""
+        if self.kit and time.time() - self.told_at > DAY:
+            self.told_at = time.time()
+            for text in tell_kit(self.kit):
+                if self.told:
+                    self.told("expiry", {"what": text})
+
+    def _broke(self, child: Child) -> NoReturn:
+        words = child.last_words()
+        raise Broken(f"the {child.program} ended" + (f"; its last lines:\n{words}" if words else ""))
+
+
+def start_superlink(host: str, port: int, kit: Path | None, folder: Path) -> Child:
+    """Flower's SuperLink, answering; with a kit it speaks TLS and asks every hospital for its key. Raises
+    MedFLError where it ends or stays silent."""
+    if kit is None:
+        transport = ["--insecure"]
+    else:
+        files = {"--ssl-certfile": SERVER, "--ssl-keyfile": SERVER_KEY, "--ssl-ca-certfile": CA}
+        transport = [part for option, name in files.items() for part in (option, str((kit / name).resolve()))]
+        transport.append("--enable-supernode-auth")
+    child = Child(
+        "superlink",
+        [
+            *transport,
+            "--host",
+            host,
+            "--port",
+            str(port),
+            "--isolation",
+            "process",
+            "--disable-runtime-dependency-installation",
+        ],
+        folder,
+        folder / "superlink.log",
+    )
+    until = time.monotonic() + START_TIME
+    while not is_healthy(host, port, ca=kit and kit / CA):
+        if child.exit_code is not None or time.monotonic() > until:
+            child.stop()
+            raise MedFLError(f"Flower's SuperLink did not start; its last lines:\n{child.last_words()}")
+        time.sleep(0.1)
+    return child

@@ -1,0 +1,158 @@
+"""A hospital's connection: what is waited out and what ends it, what it asks for, and what it compares."""
+
+import json
+import socket
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+import transunet
+from common import MedFLError
+from federation.hospital.identity import ENDED, WAITING
+from federation.runtime import bundle, connection, proxies
+from federation.runtime.kit import hold_kit, make_authority, make_server_certificate
+from federation.runtime.processes import is_healthy
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kit")
+    make_authority(folder)
+    make_server_certificate(folder, ["fl.example.org"], 10)
+    return folder
+
+
+def answering(what) -> int:
+    """The port of a server that does this with each connection."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            near, _ = listener.accept()
+            with near:
+                what(near)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+def closes(near):
+    pass
+
+
+def resets(near):
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def says(content: bytes):
+    def what(near):
+        near.recv(65536)
+        near.sendall(content)
+
+    return what
+
+
+def alert(number: int):
+    return says(b"\x15\x03\x03\x00\x02\x02" + bytes([number]))
+
+
+@pytest.mark.parametrize(
+    "what", [closes, says(b""), resets, says(b"\x16\x03\x03\x00\x7a\x02\x00"), alert(80)], ids=range(5)
+)
+def test_a_connection_that_is_cut_is_waited_out(kit, what):
+    assert is_healthy("127.0.0.1", answering(what), ca=kit / "ca.pem") is False
+
+
+@pytest.mark.parametrize(
+    "what", [alert(70), alert(40), alert(112), says(b"HTTP/1.1 400 Bad Request\r\n\r\n")], ids=range(4)
+)
+def test_an_alert_is_final(kit, what):
+    with pytest.raises(MedFLError, match="does not speak TLS 1.3"):
+        is_healthy("127.0.0.1", answering(what), ca=kit / "ca.pem")
+
+
+@pytest.fixture
+def watch(monkeypatch, tmp_path):
+    made = connection.Watch("127.0.0.1:1", "127.0.0.1", 1, None, tmp_path, 0.2)
+    for name in ("LOOK", "PARTING"):
+        monkeypatch.setattr(connection, name, 0.01)
+    monkeypatch.setattr(
+        connection, "Connection", lambda *_: SimpleNamespace(broken=False, began=0.0, stop=lambda: None)
+    )
+    monkeypatch.setattr(connection, "is_healthy", lambda *_, **__: True)
+    return made
+
+
+def test_another_version_is_waited_for_and_not_for_ever(watch):
+    for name in (WAITING, ENDED):
+        (watch.folder / name).write_text(json.dumps({"exit": 2, "sentence": "another version"}))
+    with pytest.raises(MedFLError, match="another version"):
+        watch.run()
+    (watch.folder / WAITING).unlink()  # the server came back with the same version, and ended
+    assert watch.run() == (2, "another version")
+
+
+def test_no_connection_is_counted_as_broken_while_no_server_is_there(watch, monkeypatch):
+    monkeypatch.setattr(connection, "is_healthy", lambda *_, **__: None)
+    watch.connection, watch.was_there = SimpleNamespace(broken=True, refused=False, stop=lambda: None), True
+    with pytest.raises(connection.ServerGone):
+        watch.run()
+    assert watch.restarts == 0
+
+
+def test_a_server_that_wants_keys_says_so_at_once(monkeypatch):
+    monkeypatch.setattr(connection, "speaks_tls", lambda *_: True)
+    with pytest.raises(MedFLError, match="with --kit"):
+        connection.require_kit("fl.example.org", 8443, None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_a_key_is_held_by_one_process(tmp_path):
+    (tmp_path / "hospital.key").write_text("x")
+    held = hold_kit(tmp_path)
+    assert held is not None and hold_kit(tmp_path) is None
+    held.close()
+    again = hold_kit(tmp_path)
+    assert again is not None
+
+
+def test_the_hash_is_of_what_runs_at_a_hospital(monkeypatch):
+    """A comment in a file of the server only changes the bundle and not the hash."""
+    sent, before = bundle.make_bundle(), bundle.hospital_code()
+    assert bundle.code_in(sent) == before and bundle.code_in(b"no bundle") != before
+    content = bundle._content
+    for changed, same in {"federation/server/rounds.py": True, "training.py": False}.items():
+        monkeypatch.setattr(
+            bundle, "_content", lambda name, changed=changed: content(name) + b"# x\n" * (name == changed)
+        )
+        other = bundle.make_bundle.__wrapped__()
+        assert other != sent and (bundle.code_in(other) == before) is same, changed
+
+
+@pytest.mark.parametrize(
+    ("proxy", "text"),
+    [("http://user:secret@proxy:8080", "proxy:8080"), ("socks://127.0.0.1:1080", "no HTTP")],
+)
+def test_proxies_are_told(monkeypatch, capsys, proxy, text):
+    for name in ("no_proxy", "NO_PROXY", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", proxy)
+    if proxy.startswith("socks"):
+        with pytest.raises(MedFLError, match=text):
+            proxies.tell_proxies("fl.example.org")
+        return
+    proxies.tell_proxies("fl.example.org")
+    said = capsys.readouterr().out
+    assert text in said and "secret" not in said
+    monkeypatch.setenv("no_proxy", "")
+    proxies.go_direct("fl.example.org")
+    assert proxies.proxy_for("fl.example.org") is None
+
+
+def test_pretrained_weights_without_a_network_are_one_sentence_at_once(monkeypatch):
+    monkeypatch.setattr(transunet, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(transunet, "try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(MedFLError, match="can't be reached; connect"):
+        transunet.TransUNet("tiny", 32, pretrained=True)

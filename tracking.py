@@ -1,0 +1,123 @@
+"""TensorBoard and MLflow for those who use them: settings, curves, pictures and the model of a run.
+
+Neither is needed, and nothing is sent anywhere unless an MLflow server's address is given.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from common import MedFLError
+
+
+class Tracker(Protocol):
+    """Where a run is tracked."""
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """Keep the settings."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Keep figures of an epoch or a round."""
+
+    def picture(self, name: str, path: Path) -> None:
+        """Keep a picture from a file."""
+
+    def model(self, path: Path) -> None:
+        """Keep a checkpoint."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class TensorBoard:
+    """Event files in `folder`, for `tensorboard --logdir`."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        lines = "\n".join(f"    {name} = {value}" for name, value in sorted(values.items()))
+        self.writer.add_text("settings", lines)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def picture(self, name: str, path: Path) -> None:
+        with Image.open(path) as picture:
+            self.writer.add_image(name, np.asarray(picture.convert("RGB")), dataformats="HWC")
+
+    def model(self, path: Path) -> None:
+        self.writer.add_text("model", path.name)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class MLflow:
+    """A run at an MLflow tracking address: a folder, a database or a server."""
+
+    def __init__(self, address: str):
+        import mlflow
+
+        mlflow.set_tracking_uri(address)
+        mlflow.set_experiment("medfl")
+        self.mlflow = mlflow
+        self.run = mlflow.start_run()
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        self.mlflow.log_params({name: str(value)[:200] for name, value in values.items()})
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.mlflow.log_metrics({name: float(value) for name, value in values.items()}, step=step)
+
+    def picture(self, name: str, path: Path) -> None:
+        self.mlflow.log_artifact(str(path), "pictures")
+
+    def model(self, path: Path) -> None:
+        self.mlflow.log_artifact(str(path), "model")
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+def add_tracking(parser: argparse.ArgumentParser) -> None:
+    """Add the options of both trackers."""
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write TensorBoard's files into --out/tensorboard"
+    )
+    parser.add_argument(
+        "--mlflow",
+        nargs="?",
+        const="local",
+        metavar="URI",
+        help="track the run with MLflow, there or, without an address, in --out/mlruns",
+    )
+
+
+def check_installed(tensorboard: bool, mlflow: str | None) -> None:
+    """Raises MedFLError where a tracker is asked for that is not installed."""
+    for asked, package in ((tensorboard, "tensorboard"), (mlflow, "mlflow")):
+        if asked and importlib.util.find_spec(package) is None:
+            raise MedFLError(
+                f"--{package} needs {package}, which is not installed; run `pip install -r requirements.txt -r "
+                "requirements-tracking.txt`"
+            )
+
+
+def open_trackers(out: Path, tensorboard: bool, mlflow: str | None) -> list[Tracker]:
+    """The trackers that were asked for. mlflow: an address; "local" is a folder in `out`."""
+    opened: list[Tracker] = []
+    if tensorboard:
+        opened.append(TensorBoard(out / "tensorboard"))
+    if mlflow:
+        opened.append(MLflow((out / "mlruns").resolve().as_uri() if mlflow == "local" else mlflow))
+    return opened
