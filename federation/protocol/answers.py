@@ -15,11 +15,22 @@ from common import SMALLEST_GROUP, MedFLError
 from split import PARTS
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
+NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")  # of an entry that is named in a sentence
 
 Count = Annotated[int, Field(ge=0, le=100_000_000)]
 Seconds = Annotated[float, Field(ge=0, le=1e8)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(max_length=64)]
+
+
+def _printable(text: str) -> str:
+    """No line ends and no codes that a terminal would obey."""
+    if not text.isprintable():
+        raise ValueError("letters that can't be printed")
+    return text
+
+
+Text = Annotated[str, Field(max_length=64), AfterValidator(_printable)]
+Secret = Annotated[str, Field(max_length=100_000)]  # a key, or shares that are sealed
 Epsilon = Annotated[float, Field(ge=0, le=1e12)]
 
 
@@ -37,6 +48,14 @@ class Introduction(Typed):
     session: Text
     cid: Annotated[int, Field(ge=0, le=1_000_000)] | None
     versions: Annotated[dict[Text, Text], Field(max_length=16)]
+
+
+class Failed(Typed):
+    """Why a hospital could not do what it was asked, as one of `messages.Failure`."""
+
+    failure: Text
+    label: Text | None = None
+    session: Text | None = None
 
 
 class Part(Typed):
@@ -115,6 +134,24 @@ class Trained(Result):
     patient_epsilon: Epsilon | None
 
 
+class PublicKeys(Typed):
+    """Secure aggregation: a hospital's public keys of a round, for masks and for sealing."""
+
+    keys: Annotated[list[Secret], Field(min_length=2, max_length=2)]
+
+
+class SealedShares(Typed):
+    """Secure aggregation: what a hospital gives into the others' care, by their nodes."""
+
+    sealed: dict[Text, Secret]
+
+
+class OpenShares(Typed):
+    """Secure aggregation: the shares that uncover the sum, by the nodes whose secrets they are of."""
+
+    shares: dict[Text, Secret]
+
+
 Kind = TypeVar("Kind", bound=Typed)
 
 
@@ -125,14 +162,17 @@ def parse(kind: type[Kind], about: object, what: str = "its answer") -> Kind:
         return kind.model_validate(about)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        name, value = (
-            ".".join(str(part)[:32] for part in first["loc"][:4]) or "combination of entries",
-            first["input"],
-        )
+        # names that are none of ours come from elsewhere, and are not repeated
+        place = [str(part) for part in first["loc"][:4] if isinstance(part, int | str)]
+        known = all(NAME.fullmatch(part) for part in place)
+        name = (".".join(place) if known else "entry") or "combination of entries"
+        value = first["input"]
         if isinstance(value, int | float) and not isinstance(value, bool):
             said = f"{value:.6g}" if abs(value) < 1e300 else "a number beyond all bounds"
             raise MedFLError(f"{what} says {name} {said}") from error
         raise MedFLError(f"{what} has no usable {name}") from error
+    except Exception as error:  # nested too deep, or a number of too many digits
+        raise MedFLError(f"{what} can't be read") from error
 
 
 def announced(result: Result, facts: Facts) -> None:

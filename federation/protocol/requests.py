@@ -4,12 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from federation.protocol.answers import Count, Seconds, Share, Text, Typed
+from federation.protocol.answers import Count, Seconds, Secret, Share, Text, Typed
 from federation.protocol.messages import End, Query
 
 Round = Annotated[int, Field(ge=1, le=1_000_000)]
 Settings = Annotated[str, Field(max_length=10_000)]  # both kinds of settings, as JSON
-Secret = Annotated[str, Field(max_length=100_000)]  # a key, or shares that are sealed
 
 
 class Join(Typed):

@@ -10,13 +10,15 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 
 from common import MedFLError
+from federation.protocol.answers import Failed, parse
 from federation.protocol.messages import FAILURES, message, read
 from federation.protocol.weights import payload
+from federation.server.pulling import PULL_TIME, Puller, time_for
 
-AT_ONCE = 4  # answers that are taken out of Flower at a time, and so in memory together
 SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
 GONE, NO_ANSWER = 5, "no answer in time"
 UNREADABLE = "its answer can't be read"
+DRIPS = "its answer came piece by piece and was not whole within {seconds:.0f} s"
 FLOWER_SAYS = {
     3: NO_ANSWER,
     GONE: "it is not reachable",
@@ -42,13 +44,14 @@ class _Sent:
     node: int
     purpose: str
     lost_at: float
+    pull_time: float = PULL_TIME  # seconds in which the answer comes, from its first piece
 
 
 class Mailbox:
     """Sends messages over Flower's Grid and hands out the answers as they come."""
 
     def __init__(self, grid: Any):
-        self._grid = grid
+        self._grid, self._puller = grid, Puller(grid)
         self._open: dict[str, _Sent] = {}
         self._refused: list[Answer] = []
 
@@ -72,11 +75,11 @@ class Mailbox:
         messages = [
             Message(message(about, arrays), node, kind, ttl=timeout, group_id=purpose) for node in nodes
         ]
-        lost_at = time.monotonic() + timeout + SPARE
+        lost_at, pull_time = time.monotonic() + timeout + SPARE, time_for(payload(arrays))
         identities = list(self._grid.push_messages(messages))
         for identity, node in zip_longest(identities, nodes):
             if identity:
-                self._open[identity] = _Sent(node, purpose, lost_at)
+                self._open[identity] = _Sent(node, purpose, lost_at, pull_time)
             else:  # the node has left since we looked
                 self._refused.append(Answer(node, purpose, {}, failure=FLOWER_SAYS[GONE]))
 
@@ -88,48 +91,47 @@ class Mailbox:
         """Wait no longer for answers to messages of this purpose; later ones are ignored."""
         self._open = {identity: sent for identity, sent in self._open.items() if sent.purpose != purpose}
 
-    def collect(self) -> Iterator[Answer]:
+    def collect(self, last: bool = False) -> Iterator[Answer]:
         """The answers that have come, lost messages among them, a few at a time: the caller is to be done
-        with one before it takes the next, so that memory holds no more than `AT_ONCE`.
-
-        An answer whose tensors stop half way (a hospital killed while it sends) can hold Flower up for 3
-        minutes.
+        with one before it takes the next, so that memory holds few (pulling.py). last: nobody looks again, so
+        all are asked for at once.
         """
         refused, self._refused = self._refused, []
         yield from refused
-        waiting = list(self._open)
-        for start in range(0, len(waiting), AT_ONCE):
-            some = [identity for identity in waiting[start : start + AT_ONCE] if identity in self._open]
-            for reply in self._grid.pull_messages(some) if some else []:
-                sent = self._open.pop(
-                    reply.metadata.reply_to_message_id, None
-                )  # not by sender: Flower answers for the dead
-                if sent:
-                    yield _answer(sent, reply)
+        for pulled in self._puller.look(list(self._open), patient=not last):
+            if pulled.error is None and pulled.message is None:
+                continue
+            # by the message that was asked for and not by the sender: Flower answers for the dead
+            sent = self._open.pop(pulled.identity, None)
+            if sent and pulled.message is not None:
+                yield _answer(sent, pulled.message)
+            elif sent:
+                yield Answer(sent.node, sent.purpose, {}, failure=UNREADABLE)
         now = time.monotonic()
-        for identity in [identity for identity, sent in self._open.items() if now > sent.lost_at]:
-            sent = self._open.pop(identity)
-            yield Answer(sent.node, sent.purpose, {}, failure=NO_ANSWER)
+        for identity, sent in list(self._open.items()):
+            if self._puller.seconds(identity) > sent.pull_time:
+                del self._open[identity]
+                yield Answer(sent.node, sent.purpose, {}, failure=DRIPS.format(seconds=sent.pull_time))
+            elif now > sent.lost_at:
+                del self._open[identity]
+                yield Answer(sent.node, sent.purpose, {}, failure=NO_ANSWER)
 
 
 def _answer(sent: _Sent, reply: Message) -> Answer:
-    if reply.has_error():
-        return Answer(
-            sent.node,
-            sent.purpose,
-            {},
-            failure=FLOWER_SAYS.get(reply.error.code, "its program could not answer"),
-        )
+    """What a message says. Whatever it raises is the fault of who sent it."""
     try:
+        if reply.has_error():
+            said = FLOWER_SAYS.get(reply.error.code, "its program could not answer")
+            return Answer(sent.node, sent.purpose, {}, failure=said)
         about, arrays = read(reply.content), reply.content.get("arrays")
         if not (arrays is None or isinstance(arrays, ArrayRecord)):
             raise TypeError("another record in the arrays' place")
-        size = payload(arrays)
+        if "failure" in about:
+            failed = parse(Failed, about)
+            said = FAILURES.get(failed.failure, "it failed")
+            return Answer(sent.node, sent.purpose, about, failure=said)
+        return Answer(sent.node, sent.purpose, about, arrays, bytes=payload(arrays))
     except MedFLError as error:
         return Answer(sent.node, sent.purpose, {}, failure=str(error))
     except Exception:  # bytes from elsewhere: Flower and numpy each raise their own kinds
         return Answer(sent.node, sent.purpose, {}, failure=UNREADABLE)
-    code = about.get("failure")
-    if code is not None:
-        return Answer(sent.node, sent.purpose, about, failure=FAILURES.get(str(code)[:32], "it failed"))
-    return Answer(sent.node, sent.purpose, about, arrays, bytes=size)

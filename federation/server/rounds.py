@@ -1,5 +1,6 @@
 """The round loop: what the server does from the first hospital's joining to the last model."""
 
+import math
 import time
 from collections.abc import Callable
 from itertools import count
@@ -29,6 +30,7 @@ from federation.server.updates import Updates
 
 END_TIME = 15.0  # seconds in which hospitals may take note of the end
 TRIES = 2  # of a round that too few hospitals complete
+SHARE = 0.5  # of the hospitals that were asked: a round with fewer updates does not count, whatever --min-clients is
 OFTEN = 2  # collapses, after which every round is summed by the median
 
 
@@ -107,18 +109,22 @@ class Federation:
     def _round(self, number: int) -> None:
         """One round: enough updates, the new model, what is written. Raises NoQuorum after two tries."""
         began, tries, sent = time.monotonic(), 0, self.state.weights_as_sent
+        expected: set[str] = set()  # all that were asked in any try, and are still connected
         for attempt in count(1):
             asked = self.collector.collect(number, attempt, self.membership.partition)
+            expected |= {member.label for member in asked.members}
             if self._collapsed(asked.scores) and self._take_back(asked.scores):
                 asked.updates.close()
                 sent = self.state.weights_as_sent
                 continue
             self._look_through(number, asked)
-            if len(asked.updates) and len(asked.told) >= self.settings.quorum:
+            here = expected & {*self.membership.members, *asked.told}
+            needed = max(self.settings.quorum, math.ceil(SHARE * len(here)))
+            if len(asked.updates) and len(asked.told) >= needed:
                 break
             tries += 1
             asked.updates.close()
-            got = f"got {len(asked.told)} updates and needs {self.settings.quorum}"
+            got = f"got {len(asked.told)} updates and needs {needed}"
             what = "has no sum" if self.settings.secure_aggregation else got
             self.say(f"round {number} {what}" + ("; once more" if tries < TRIES else ""))
             if tries == TRIES:

@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord
 
 from common import MedFLError
-from federation.protocol.answers import Trained
+from federation.protocol.answers import OpenShares, PublicKeys, SealedShares, Trained, parse
 from federation.protocol.messages import Query
 from federation.protocol.secure_aggregation import LEAST, from_sum, threshold, unmasked
 from federation.protocol.settings import FederationSettings
@@ -67,7 +67,9 @@ class SecureRound:
             "shares",
             members,
             lambda member: {"query": Query.SHARES, "keys": public},
-            lambda about, member: _by_node(about, "sealed", self.public.keys() - {member.node}),
+            lambda about, member: _by_node(
+                parse(SealedShares, about).sealed, "sealed", self.public.keys() - {member.node}
+            ),
         )
         self.failures |= failures
         members = [member for member in members if member.label in sealed]
@@ -113,7 +115,7 @@ class SecureRound:
             "unmask",
             here,
             lambda member: {"query": Query.UNMASK, "summed": summed, "missing": missing},
-            lambda about, member: _by_node(about, "shares", {*summed, *missing}),
+            lambda about, member: _by_node(parse(OpenShares, about).shares, "shares", {*summed, *missing}),
         )
         shares = {node: [one[node] for one in given.values()] for node in (*summed, *missing)}
         try:
@@ -150,24 +152,18 @@ class SecureRound:
                     found[member.label] = read(answers[member.label].about, member)
                 except MedFLError as error:
                     failures[member.label] = str(error)
+                except Exception as error:  # whatever an answer raises is its hospital's failure
+                    failures[member.label] = f"its answer can't be used ({type(error).__name__})"
         return found, failures
 
 
 def _keys(about: dict, member: Member) -> list[str]:
     """A hospital's two public keys, as text. Raises MedFLError where they are anything else."""
-    keys = about.get("keys")
-    if not isinstance(keys, list) or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
-        raise MedFLError("it sent no keys for the secure aggregation")
-    return keys
+    return parse(PublicKeys, about, "its message of keys").keys
 
 
-def _by_node(about: dict, name: str, nodes: set[int]) -> dict[int, str]:
+def _by_node(texts: dict[str, str], name: str, nodes: set[int]) -> dict[int, str]:
     """A text for each of these nodes. Raises MedFLError where there are others, or fewer."""
-    texts = about.get(name)
-    if (
-        not isinstance(texts, dict)
-        or texts.keys() != {str(node) for node in nodes}
-        or not all(isinstance(text, str) for text in texts.values())
-    ):
+    if texts.keys() != {str(node) for node in nodes}:
         raise MedFLError(f"it sent no usable {name} in the secure aggregation")
     return {int(node): text for node, text in texts.items()}
