@@ -154,6 +154,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
         shared_cores=None if own else os.cpu_count() or 1,
         approved=None if arguments.approve is None else approved(arguments.approve),
         patient_privacy=privacy,
+        key=arguments.kit and arguments.kit / HOSPITAL_KEY,
     )
 
 

@@ -19,6 +19,7 @@ from federation.hospital.identity import ENDED, Identity
 from federation.protocol.answers import Facts, Introduction, Kind, Result, Trained, Typed, parse
 from federation.protocol.log import say
 from federation.protocol.messages import ENDS, Failure, Query, message, read
+from federation.protocol.proofs import sign_answer
 from federation.protocol.requests import QUERIES, Join, Keys, Over, Score, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party
 from federation.protocol.settings import approval, from_json, unusual
@@ -49,7 +50,11 @@ def make_app(
         return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY)
 
     def keep_errors_here(incoming: Message, context: Context, handle: Handle) -> Message:
-        return guard(incoming, context, handle, Identity.load(folder_of(context)))
+        identity = Identity.load(folder_of(context))
+        reply = guard(incoming, context, handle, identity)
+        if key := identity.private_key():
+            sign_answer(reply.content, text_of(incoming), key)
+        return reply
 
     app = ClientApp(mods=[keep_errors_here, before])
 
@@ -93,6 +98,14 @@ def make_app(
         return Message(message(Result(**asdict(mine.told(score))).model_dump()), reply_to=incoming)
 
     return app
+
+
+def text_of(incoming: Message) -> dict:
+    """The text of the server's message; empty where it has none, which the answer says."""
+    try:
+        return read(incoming.content)
+    except MedFLError:
+        return {}
 
 
 def request(kind: type[Kind], about: dict) -> Kind:

@@ -11,7 +11,13 @@ Round = Annotated[int, Field(ge=1, le=1_000_000)]
 Settings = Annotated[str, Field(max_length=10_000)]  # both kinds of settings, as JSON
 
 
-class Join(Typed):
+class Request(Typed):
+    """ticket: a random text that the answer returns, so that it answers nothing else."""
+
+    ticket: Text = ""
+
+
+class Join(Request):
     """Who are you, and what do you hold? hospitals: how many the federation has; versions: the server's."""
 
     query: Literal[Query.JOIN]
@@ -21,7 +27,7 @@ class Join(Typed):
     hospitals: Count
 
 
-class Task(Typed):
+class Task(Request):
     """What comes with weights. run: its random name; without: parts of the weights that are left out."""
 
     settings: Settings
@@ -50,19 +56,19 @@ class Train(Task):
     sealed: dict[Text, Secret] | None = None
 
 
-class Ping(Typed):
+class Ping(Request):
     """Are you there?"""
 
     query: Literal[Query.PING]
 
 
-class Keys(Typed):
+class Keys(Request):
     """Secure aggregation: make new secrets for a round, and give the public keys."""
 
     query: Literal[Query.KEYS]
 
 
-class Shares(Typed):
+class Shares(Request):
     """Secure aggregation: give the other hospitals their shares of your secrets. keys: each one's public
     keys, by node."""
 
@@ -70,7 +76,7 @@ class Shares(Typed):
     keys: dict[Text, Annotated[list[Secret], Field(min_length=2, max_length=2)]]
 
 
-class Unmask(Typed):
+class Unmask(Request):
     """Secure aggregation: give the shares that uncover the sum. summed, missing: nodes whose updates are in
     it, and nodes that gave shares and no update."""
 
@@ -79,7 +85,7 @@ class Unmask(Typed):
     missing: list[Annotated[int, Field(ge=0)]]
 
 
-class Over(Typed):
+class Over(Request):
     """The federation is over for you. detail: what the sentence of this code says besides."""
 
     query: Literal[Query.END]

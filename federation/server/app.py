@@ -18,6 +18,7 @@ from federation.server.state import RunState, load_run
 from federation.server.updates import remove_leftovers
 
 JOB, OUTCOME, NODES = Path("job.json"), Path("outcome.json"), Path("nodes.json")
+KEYS = Path("keys.json")
 
 app = ServerApp()
 
@@ -47,6 +48,15 @@ def labels() -> dict[int, str] | None:
     )
 
 
+def keys() -> dict[int, str] | None:
+    """The public key of each node, in the same way."""
+    return (
+        {int(node): key for node, key in json.loads(KEYS.read_text(encoding="utf-8")).items()}
+        if KEYS.exists()
+        else None
+    )
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation and leave its exit code in the outcome's file."""
@@ -59,7 +69,7 @@ def run(grid: Grid, job: dict) -> int:
         audit = AuditLog(Path(job["out"]) / AUDIT)
         audit.write("start", resumed=job["resume"], **job["audit"])
         code = Federation(
-            grid, prepare(job), job["versions"], Path(job["out"]), job["resume"], audit, labels
+            grid, prepare(job), job["versions"], Path(job["out"]), job["resume"], audit, labels, keys=keys
         ).run()
         audit.write("end", exit=code)
         return code

@@ -7,6 +7,7 @@ import torch
 
 from common import MedFLError
 from federation.protocol.answers import Trained, announced, parse
+from federation.protocol.proofs import Proof
 from federation.protocol.weights import FULL, from_record, part_mask, variance_mask
 from federation.server.exchange import Exchange
 from federation.server.judging import Scores
@@ -23,7 +24,7 @@ class Collected:
     """What one try of a round brought.
 
     told: what hospitals said of their training, by label. updates: those that may count. bytes: what went to
-    each hospital and what came back. failures: why hospitals have no part in it.
+    each hospital and what came back. failures: why hospitals have no part in it. proofs: what they signed.
     """
 
     members: list[Member]
@@ -31,6 +32,7 @@ class Collected:
     told: dict[str, Trained] = field(default_factory=dict)
     bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    proofs: dict[str, Proof] = field(default_factory=dict)
 
     @property
     def scores(self) -> Scores:
@@ -87,6 +89,8 @@ class Collector:
                 self._take(member, told, answer, came.updates, travels)
             came.told[member.label] = told
             came.bytes[member.label] = sent[member.label], answer.bytes
+            if answer.proof:
+                came.proofs[member.label] = answer.proof
             self.exchange.holds(member)
 
         _, came.failures = self.exchange.wait(

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -36,7 +37,7 @@ OFTEN = 2  # collapses, after which every round is summed by the median
 
 class Federation:
     """One run. resumed: it goes on with an earlier one, and need not wait for every hospital. labels: gives
-    the label that each node's key stands for, or None where no keys are asked for."""
+    the label that each node's key stands for, or None where no keys are asked for; keys: these keys."""
 
     def __init__(
         self,
@@ -48,12 +49,13 @@ class Federation:
         audit: AuditLog,
         labels: Callable[[], dict[int, str] | None] = lambda: None,
         say: Callable[[str], None] = say_on_the_terminal,
+        keys: Callable[[], dict[int, str] | None] = lambda: None,
     ):
         self.state, self.out, self.resumed, self.audit, self.say = state, out, resumed, audit, say
         self.training, self.settings = state.training, state.federation
         settings = {"settings": to_json(self.training, self.settings), "run": state.progress.run}
         join = {**settings, "versions": versions, "hospitals": self.settings.clients}
-        self.mailbox = Mailbox(grid)
+        self.mailbox = Mailbox(grid, keys)
         self.membership = Membership(
             self.mailbox, self.settings, join, state.progress.hospitals, say, audit, labels
         )
@@ -148,6 +150,8 @@ class Federation:
         # A secure sum has no single updates.
         if not self.privacy and not self.settings.secure_aggregation:
             self.collector.screen(asked)
+        for label, proof in sorted(asked.proofs.items()):
+            self.audit.write("signed", hospital=label, **asdict(proof), signature_sha256=proof.sha256)
         for update in asked.updates:
             if update.aside:
                 self.audit.write("statistics_left_out", round=number, hospital=update.label, why=update.aside)
