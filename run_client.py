@@ -27,7 +27,7 @@ from federation.protocol.answers import LABEL, PatientPrivacy
 from federation.runtime.bundle import make_bundle
 from federation.runtime.connection import ServerGone, Watch, refuse
 from federation.runtime.flower import ask_admission
-from federation.runtime.kit import CA, HOSPITAL_KEY, hospital_label
+from federation.runtime.kit import CA, HOSPITAL_KEY, hospital_label, read_members
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
 from inference import choose_device
 
@@ -155,6 +155,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
         approved=None if arguments.approve is None else approved(arguments.approve),
         patient_privacy=privacy,
         key=arguments.kit and arguments.kit / HOSPITAL_KEY,
+        members=arguments.kit and read_members(arguments.kit),
     )
 
 

@@ -16,12 +16,13 @@ from flwr.clientapp import ClientApp
 from common import MedFLError, write_json
 from federation.hospital.hospital import Hospital, HospitalError
 from federation.hospital.identity import ENDED, Identity
+from federation.hospital.sums import Sums
 from federation.protocol.answers import Facts, Introduction, Kind, Result, Trained, Typed, parse
 from federation.protocol.log import say
 from federation.protocol.messages import ENDS, Failure, Query, message, read
 from federation.protocol.proofs import sign_answer
 from federation.protocol.requests import QUERIES, Join, Keys, Over, Score, Shares, Train, Unmask
-from federation.protocol.secure_aggregation import Party
+from federation.protocol.secure_aggregation import Party, WrongShares, sha256_of
 from federation.protocol.settings import approval, from_json, unusual
 from federation.protocol.weights import Record, array_record, to_record
 
@@ -49,6 +50,9 @@ def make_app(
         check_consent(settings, identity)
         return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY)
 
+    def sums(context: Context) -> Sums:
+        return Sums(Identity.load(folder_of(context)), folder_of(context))
+
     def keep_errors_here(incoming: Message, context: Context, handle: Handle) -> Message:
         identity = Identity.load(folder_of(context))
         reply = guard(incoming, context, handle, identity)
@@ -66,8 +70,10 @@ def make_app(
         if isinstance(asked, Join):
             identity = Identity.load(folder_of(context))
             answer = introduce(asked, identity, lambda: hospital(asked.settings, context)).model_dump()
+            if from_json(asked.settings)[1].secure_aggregation:
+                fix_run(asked.run, sums(context))
         elif isinstance(asked, Keys | Shares | Unmask):
-            answer = secure_stage(asked, incoming.metadata.dst_node_id, context)
+            answer = secure_stage(asked, incoming.metadata.dst_node_id, context, sums(context))
         elif isinstance(asked, Over):
             code, sentence = ENDS[asked.code]
             write_json(
@@ -82,7 +88,10 @@ def make_app(
         mine = hospital(task.settings, context)
         told, update = one_round(task, mine, incoming.content["arrays"])
         if mine.federation.secure_aggregation:
-            arrays = array_record(masked(task, update, told.examples, mine.federation.secure_range, context))
+            limit, of = mine.federation.secure_range, mine.came
+            with refusing():
+                sums(context).check_run(task.run)
+            arrays = array_record(masked(task, update, told.examples, limit, context, of))
         else:
             arrays = to_record(update, mine.federation.update_dtype)
         return Message(message(told.model_dump(), arrays), reply_to=incoming)
@@ -166,10 +175,12 @@ def app_for(code: str) -> ClientApp:
 
 def guard(incoming: Message, context: Context, handle: Handle, identity: Identity) -> Message:
     """Whatever goes wrong is told on this terminal; the server gets a code."""
+    of = {}
     try:
         return handle(incoming, context)
     except HospitalError as error:
         failure, text = error.failure, str(error)
+        of = {"of": error.of} if error.of else {}
     except MedFLError as error:
         failure, text = Failure.TRAINING, str(error)
     except (MemoryError, OSError) as error:
@@ -188,7 +199,7 @@ def guard(incoming: Message, context: Context, handle: Handle, identity: Identit
     except Exception:
         failure, text = Failure.BUG, traceback.format_exc()
     say(text)
-    about = {"failure": failure, "label": identity.label, "session": identity.session}
+    about = {"failure": failure, "label": identity.label, "session": identity.session, **of}
     return Message(message(about), reply_to=incoming)
 
 
@@ -256,31 +267,59 @@ def party(context: Context) -> Iterator[Party]:
     )
     try:
         yield mine
+    except WrongShares as error:
+        raise HospitalError(Failure.PROTOCOL, str(error), of=str(error.node)) from error
     except MedFLError as error:
         raise HospitalError(Failure.PROTOCOL, str(error)) from error
     finally:
         context.state[SECRETS] = ConfigRecord({"json": json.dumps(mine.kept())})
 
 
-def secure_stage(asked: Keys | Shares | Unmask, node: int, context: Context) -> dict:
+@contextmanager
+def refusing(failure: Failure = Failure.PROTOCOL) -> Iterator[None]:
+    """Steps that this hospital refuses become HospitalErrors."""
+    try:
+        yield
+    except MedFLError as error:
+        raise HospitalError(failure, str(error)) from error
+
+
+def fix_run(run: str, sums: Sums) -> None:
+    """Join a run with secure aggregation, and no other until this hospital is started again."""
+    with refusing(Failure.CONSENT):
+        sums.join(run)
+
+
+def secure_stage(asked: Keys | Shares | Unmask, node: int, context: Context, sums: Sums) -> dict:
     """What is told in a stage of the secure aggregation that brings no update."""
+    if isinstance(asked, Keys | Shares):
+        with refusing():
+            sums.check_run(asked.run)
     with party(context) as mine:
         if isinstance(asked, Keys):
-            return {"keys": mine.keys(node)}
+            keys = mine.keys(node)
+            return {"keys": keys, "signature": sums.signature(asked.run, asked.round, keys)}
         if isinstance(asked, Shares):
-            return {"sealed": mine.share(asked.keys)}
-        return {"shares": mine.reveal(asked.summed, asked.missing)}
+            sealed = mine.share(*sums.participants(asked), [asked.run, asked.round])
+            return {"sealed": sealed, "promised": mine.promised, "seed": sha256_of(mine.seed)}
+        mine.given = sums.given()
+        shares = mine.reveal(asked.summed, asked.missing)
+        sums.remember(mine.given)
+        return {"shares": shares}
 
 
-def masked(task: Train, update: torch.Tensor, examples: int, limit: float, context: Context) -> np.ndarray:
-    """The weighted update under its masks, (n,) uint32. Raises HospitalError where the message does not say
-    what is needed."""
+def masked(
+    task: Train, update: torch.Tensor, examples: int, limit: float, context: Context, model: str
+) -> np.ndarray:
+    """The weighted update under its masks, (n,) uint32. model: SHA-256 of the weights that came. Raises
+    HospitalError where the message does not say what is needed."""
     if task.sealed is None or not task.most:
         raise HospitalError(
             Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares"
         )
+    share, of = min(1.0, examples / task.most), [task.run, task.round, task.most, model]
     with party(context) as mine:
-        return mine.masked(task.sealed, update, min(1.0, examples / task.most), limit, [task.run, task.round])
+        return mine.masked(task.sealed, update, share, limit, of, task.promised)
 
 
 app = make_app()

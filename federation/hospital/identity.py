@@ -15,7 +15,7 @@ from federation.protocol.messages import local_versions
 # in the folder that run_client.py makes for its app: who the hospital is, and how the federation ended for it
 IDENTITY, ENDED = "hospital.json", "ended.json"
 
-OwnFile = Literal["split.json", "norms.pt", "federated_best.pth", "privacy.json", "optimiser.pt"]
+OwnFile = Literal["split.json", "norms.pt", "federated_best.pth", "privacy.json", "optimiser.pt", "sums.json"]
 
 
 class Identity(BaseModel):
@@ -25,9 +25,10 @@ class Identity(BaseModel):
     dataset, None with data of its own. data: the folder of its scans. medfl: the version installed here.
     models: the folder of its own files. shared_cores: those that it shares with the other simulated
     hospitals, None with a machine of its own. code: SHA-256 of the bundle that the MedFL installed here
-    makes. key: the file of its private key, None without a kit. members: the public keys of the consortium's
-    hospitals by label, as this one knows them, None without a kit or a list. approved: hashes of code and settings that it consents to, None for any settings of this code.
-    patient_privacy: what it promises its patients, None without.
+    makes. key: the file of its private key, None without a kit. members: the public keys of the
+    consortium's hospitals by label, as this one knows them, None without a kit or a list. approved: hashes
+    of code and settings that it consents to, None for any settings of this code. patient_privacy: what it
+    promises its patients, None without.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -31,6 +31,10 @@ def _printable(text: str) -> str:
 
 Text = Annotated[str, Field(max_length=64), AfterValidator(_printable)]
 Secret = Annotated[str, Field(max_length=100_000)]  # a key, or shares that are sealed
+Hexadecimal = Annotated[Secret, Field(pattern=r"^([0-9a-f]{2})*$")]
+Text256 = Annotated[str, Field(max_length=256)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Promise = Annotated[list[Sha256], Field(min_length=2, max_length=2)]
 Epsilon = Annotated[float, Field(ge=0, le=1e12)]
 
 
@@ -51,11 +55,13 @@ class Introduction(Typed):
 
 
 class Failed(Typed):
-    """Why a hospital could not do what it was asked, as one of `messages.Failure`."""
+    """Why a hospital could not do what it was asked, as one of `messages.Failure`. of: the node of the hospital
+    whose shares it could not use."""
 
     failure: Text
     label: Text | None = None
     session: Text | None = None
+    of: Text | None = None
 
 
 class Part(Typed):
@@ -135,21 +141,26 @@ class Trained(Result):
 
 
 class PublicKeys(Typed):
-    """Secure aggregation: a hospital's public keys of a round, for masks and for sealing."""
+    """Secure aggregation: a hospital's public keys of a round, for masks and for sealing; signature: of its
+    consortium key, where it has one."""
 
     keys: Annotated[list[Secret], Field(min_length=2, max_length=2)]
+    signature: Text256 | None = None
 
 
 class SealedShares(Typed):
-    """Secure aggregation: what a hospital gives into the others' care, by their nodes."""
+    """Secure aggregation: what a hospital gives into the others' care, by their nodes; promised: SHA-256 of
+    each share, of its seed and of its key; seed: that of the seed itself."""
 
-    sealed: dict[Text, Secret]
+    sealed: dict[Text, Hexadecimal]
+    promised: dict[Text, Promise]
+    seed: Sha256
 
 
 class OpenShares(Typed):
     """Secure aggregation: the shares that uncover the sum, by the nodes whose secrets they are of."""
 
-    shares: dict[Text, Secret]
+    shares: dict[Text, Hexadecimal]
 
 
 Kind = TypeVar("Kind", bound=Typed)

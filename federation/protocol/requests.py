@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from federation.protocol.answers import Count, Seconds, Secret, Share, Text, Typed
+from federation.protocol.answers import Count, Promise, PublicKeys, Seconds, Secret, Share, Text, Typed
 from federation.protocol.messages import End, Query
 
 Round = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -44,8 +44,8 @@ class Train(Task):
 
     rate: a share of the learning rate, None where hospitals follow the cosine. seconds: the time there is.
     partition: its SHA-256, None where all have data of their own. most: slices that a hospital counts at
-    most, and sealed: the other hospitals' sealed shares, by their nodes; both of secure aggregation, None
-    without it.
+    most, sealed: the other hospitals' sealed shares, by their nodes, and promised: the SHA-256 of these; all
+    of secure aggregation, None without it.
     """
 
     round: Round
@@ -54,6 +54,7 @@ class Train(Task):
     partition: Text | None
     most: Count | None = None
     sealed: dict[Text, Secret] | None = None
+    promised: dict[Text, Promise] | None = None
 
 
 class Ping(Request):
@@ -66,14 +67,24 @@ class Keys(Request):
     """Secure aggregation: make new secrets for a round, and give the public keys."""
 
     query: Literal[Query.KEYS]
+    run: Text
+    round: Round
+
+
+class Participant(PublicKeys):
+    """A hospital's public keys of a round, and its label."""
+
+    label: Text
 
 
 class Shares(Request):
-    """Secure aggregation: give the other hospitals their shares of your secrets. keys: each one's public
-    keys, by node."""
+    """Secure aggregation: give the other hospitals their shares of your secrets. keys: the participants, by
+    node."""
 
     query: Literal[Query.SHARES]
-    keys: dict[Text, Annotated[list[Secret], Field(min_length=2, max_length=2)]]
+    run: Text
+    round: Round
+    keys: dict[Text, Participant]
 
 
 class Unmask(Request):

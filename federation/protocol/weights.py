@@ -6,6 +6,7 @@ layers, or statistics. In half precision a hospital sends what it changed and no
 small, and keeps more of its digits that way.
 """
 
+import hashlib
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -99,6 +100,17 @@ def part_mask(model: nn.Module, without: Collection[str]) -> torch.Tensor:
     if NORM in without:
         kept &= ~norm_mask(model)
     return kept
+
+
+def common_mask(model: nn.Module, norm_local: bool) -> torch.Tensor:
+    """Which values of the model's vector are the same at all hospitals, (n,) bool: all, or all but those of
+    normalisation layers where these stay."""
+    return part_mask(model, [NORM] if norm_local else [])
+
+
+def weights_sha256(weights: torch.Tensor, of: torch.Tensor) -> str:
+    """SHA-256, in hexadecimal, of these of the weights, (n,) float32. of: which, (n,) bool."""
+    return hashlib.sha256(weights[of].contiguous().numpy().tobytes()).hexdigest()
 
 
 def in_precision(vector: torch.Tensor, precision: str) -> torch.Tensor:

@@ -3,7 +3,8 @@
 A server's kit is a folder with `ca.pem` (the certificate authority, which every hospital gets), `ca.key`,
 `server.pem`, `server.key` and `hospitals.json` (who is admitted, with which public key, until when). A
 hospital's kit is a folder with `hospital.key`, which never leaves it, `hospital.pub`, and the server's
-`ca.pem`. Private files can be read by their owner alone.
+`ca.pem`; for secure aggregation also `members.pub`, the public keys of its consortium's hospitals. Private
+files can be read by their owner alone.
 """
 
 import base64
@@ -29,6 +30,9 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # the gateway and Flower speak 
 AUTHORITY_DAYS = 3_650
 CA, CA_KEY, SERVER, SERVER_KEY, HOSPITALS = "ca.pem", "ca.key", "server.pem", "server.key", "hospitals.json"
 HOSPITAL_KEY, HOSPITAL_PUBLIC = "hospital.key", "hospital.pub"
+MEMBERS = (
+    "members.pub"  # in a hospital's kit: the hospital.pub lines of its consortium, for secure aggregation
+)
 
 
 @dataclass
@@ -346,6 +350,37 @@ def hospital_label(kit: Path) -> str:
         )
     _read_certificate(kit / CA)
     return label
+
+
+def read_members(kit: Path) -> dict[str, str] | None:
+    """Public keys (OpenSSH's lines without the label) of the consortium's hospitals by label, this one's own
+    among them; None without a `members.pub`. Raises MedFLError for lines that are no keys, and for a label
+    that stands there with two."""
+    path = kit / MEMBERS
+    if not path.is_file():
+        return None
+    own = (kit / HOSPITAL_PUBLIC).read_text(encoding="utf-8", errors="replace")
+    members: dict[str, str] = {}
+    for line in [own, *path.read_text(encoding="utf-8", errors="replace").splitlines()]:
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            label, public = parse_public(line)
+        except MedFLError as error:
+            raise MedFLError(f"{path} has a line that is no hospital's public key; {error}") from error
+        if members.setdefault(label, public) != public:
+            raise MedFLError(f"{path} has two keys of {label}; ask that hospital which is its own")
+    if len(set(members.values())) < len(members):
+        raise MedFLError(f"{path} has one key for two hospitals; ask them which is whose")
+    return members
+
+
+def public_lines(kit: Path) -> list[str]:
+    """The `hospital.pub` lines of all who are admitted, for the hospitals' `members.pub`."""
+    admitted = sorted(read_admissions(kit).items())
+    return [
+        f"{admission.public_key} {label}" for label, admission in admitted if admission.state == "admitted"
+    ]
 
 
 def _read_certificate(path: Path) -> x509.Certificate:

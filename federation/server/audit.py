@@ -9,7 +9,8 @@ elsewhere notices that the end was cut off, too.
 Events: start (settings and code by their SHA-256, versions, whether keys are asked for), joined, refused,
 left, round (with whom, and what was written), left_out (whose update, and why), statistics_left_out (whose
 statistics did not count, and why), signed (an update that was taken: what its hospital signed of it, and the
-signature), checkpoint (the best so far),
+signature), blamed (who broke the secure aggregation, and how), lost (a round whose sum was made
+impossible, and what was written), checkpoint (the best so far),
 end (exit code).
 """
 

@@ -50,6 +50,7 @@ class Exchange:
             model,
         )
         self.known, self.say = known, say
+        self._complaints: dict[str, set[str]] = {}  # by node, of secure aggregation
         self._have: set[str] = (
             set()
         )  # sessions of hospitals that hold a whole model, so that parts of it are enough
@@ -189,6 +190,11 @@ class Exchange:
                 self.membership.fell_behind(member)
         return answers, failures
 
+    def complaints(self) -> dict[str, set[str]]:
+        """Who could not use the shares of which node since this was asked last."""
+        complaints, self._complaints = self._complaints, {}
+        return complaints
+
     def holds(self, member: Member) -> None:
         """Note that a member holds a whole model now."""
         self._have.add(member.session)
@@ -204,6 +210,8 @@ class Exchange:
         """Put an answer among the answers, or its failure among the failures."""
         if answer.failure:
             failures[member.label] = answer.failure
+            if isinstance(of := answer.about.get("of"), str):
+                self._complaints.setdefault(of, set()).add(member.label)
             if answer.failure == NO_ANSWER:
                 self.membership.fell_behind(member)
             return

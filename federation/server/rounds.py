@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common import EXIT_NO_QUORUM
+from common import EXIT_NO_QUORUM, file_sha256
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.answers import Result, announced, parse
 from federation.protocol.log import say as say_on_the_terminal
@@ -120,6 +120,8 @@ class Federation:
                 sent = self.state.weights_as_sent
                 continue
             self._look_through(number, asked)
+            if asked.lost:
+                return self._give_up(number, asked)
             here = expected & {*self.membership.members, *asked.told}
             needed = max(self.settings.quorum, math.ceil(SHARE * len(here)))
             if len(asked.updates) and len(asked.told) >= needed:
@@ -143,6 +145,17 @@ class Federation:
         if absent := sorted({*self.exchange.missing(), *behind} - asked.failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
 
+    def _give_up(self, number: int, asked: Collected) -> None:
+        """Count a round for nothing whose sum one hospital made impossible: the others have given their shares
+        and give none of this round again."""
+        asked.updates.close()
+        self._forget_updates()
+        self.state.begin()
+        self.state.take(self.state.weights)
+        self.state.save_last()
+        self.audit.write("lost", round=number, file=self.state.last.name, sha256=file_sha256(self.state.last))
+        self.say(f"round {number} is lost, and the model stays as it was before it")
+
     def _look_through(self, number: int, asked: Collected) -> None:
         """Screen the updates beside each other, and say who has no part in the round."""
         # Under differential privacy an update is not compared with the others: whether it is left out would
@@ -159,6 +172,9 @@ class Federation:
                     f"round {number}: what {update.label} changed of the statistics {update.aside}; "
                     "they don't count, its trained weights do"
                 )
+        for label, why in sorted(asked.blamed.items()):
+            self.audit.write("blamed", round=number, hospital=label, why=why)
+            self.say(f"round {number}: {label} broke the secure aggregation: {why}")
         for label, reason in sorted(asked.failures.items()):
             self.audit.write(
                 "left_out", round=number, hospital=label, why=reason.removesuffix("; it is left out")

@@ -222,7 +222,9 @@ def throw(server, kind: str, batch: list[dict]) -> None:
     elif kind == "score":
         server._scored(server.state.weights, 1, f"final.{next(grid.numbers)}")
     else:
-        stage = SecureRound(server.mailbox, server.exchange.wait, server.settings, 1, "round-1.1", 9)
+        stage = SecureRound(
+            server.mailbox, server.exchange.wait, server.settings, 1, "round-1.1", 9, "r", "m"
+        )
         stage.prepare(there)
 
 
