@@ -54,8 +54,8 @@ from federation.runtime.processes import (
 )
 from federation.runtime.registrar import Registrar
 from federation.runtime.simulation import check_ray, simulate
-from federation.server.audit import AUDIT, verify
-from federation.server.state import load_run
+from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
+from federation.server.state import LAST, claim, load_run
 from inference import choose_device
 from partition import make_partition
 from split import make_split
@@ -192,6 +192,18 @@ def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: Train
         say(warning)
 
 
+def check_log(log: Path, ends: Path | None, resume: bool) -> None:
+    """See that the audit log of former runs in the folder is whole; a half-written last line is cut, and told.
+    Raises MedFLError."""
+    if half := cut_half_line(log):
+        say(f"the last line of {log} was written half (a full disk?); its {half} bytes are cut off")
+    if log.exists():
+        verify(log)
+        check_end(log, ends)
+    elif resume and (log.parent / LAST).exists():
+        raise MedFLError(f"there is no {log} beside the run to go on with; put back a copy of it")
+
+
 def prepare_job(
     arguments: argparse.Namespace, folder: Path
 ) -> tuple[dict, TrainingSettings, FederationSettings]:
@@ -202,7 +214,9 @@ def prepare_job(
         "resume": arguments.resume,
         "commit": git_commit(),
         "versions": local_versions(__version__),
+        "ends": arguments.kit and str(arguments.kit.resolve() / ENDS),
     }
+    check_log(out / AUDIT, job["ends"] and Path(job["ends"]), arguments.resume)
     if arguments.resume:
         training, federation, state, model = load_run(out)
         settings = state["settings"]
@@ -235,8 +249,6 @@ def prepare_job(
         )
     if federation.private:
         announce_privacy(HospitalPrivacy(federation), model, training)
-    if (out / AUDIT).exists():
-        verify(out / AUDIT)
     job["audit"] = {
         "code": hashlib.sha256(make_bundle()).hexdigest(),
         "settings": hashlib.sha256(settings.encode()).hexdigest(),
@@ -315,6 +327,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
     if arguments.simulate < 1 or arguments.cores < 1:
         raise MedFLError("--simulate and --cores are 1 or more; choose others")
     dataset = load_dataset(arguments.data_dir)
+    claimed = claim(arguments.out)
     folder = Path(tempfile.mkdtemp(prefix="medfl-simulation-"))
     try:
         arguments.clients = arguments.simulate
@@ -328,6 +341,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         device = str(choose_device(arguments.device))
         return simulate(job, folder, federation.clients, arguments.data_dir, device, arguments.cores)
     finally:
+        claimed.release()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -338,6 +352,7 @@ def main() -> None:
     kit = arguments.kit
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
     gated = kit is not None and not arguments.own_gateway
+    claimed = claim(arguments.out)
     folder = Path(tempfile.mkdtemp(prefix="medfl-server-"))
     children: list[Child] = []
     try:
@@ -370,6 +385,7 @@ def main() -> None:
         for child in reversed(children):
             child.stop()
         shutil.rmtree(folder, ignore_errors=True)
+        claimed.release()
     sys.exit(code)
 
 

@@ -186,9 +186,26 @@ def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def check_modes(kit: Path) -> None:
+    """Raises MedFLError where others can change a kit, or read its private keys."""
+    if os.name != "posix" or not kit.is_dir():
+        return
+    for path in [kit, *sorted(kit.iterdir())]:
+        mode, private = path.stat().st_mode, path.name.endswith(".key")
+        if private and mode & 0o077:
+            raise MedFLError(
+                f"others can read {path}; run chmod 600 on it, and make a new key if somebody did"
+            )
+        if mode & 0o022:
+            raise MedFLError(
+                f"others can change {path}; run chmod go-w on it, after a look at whether somebody did"
+            )
+
+
 def server_certificate(kit: Path) -> x509.Certificate:
     """The server's certificate, checked: it and its authority are valid now and belong together, and so does
     its key. Raises MedFLError for what is missing, broken, expired or mismatched."""
+    check_modes(kit)
     authority, certificate = _read_certificate(kit / CA), _read_certificate(kit / SERVER)
     for path, one in ((kit / CA, authority), (kit / SERVER, certificate)):
         if not one.not_valid_before_utc <= datetime.now(UTC) < one.not_valid_after_utc:
@@ -338,15 +355,12 @@ def hospital_label(kit: Path) -> str:
     ):
         if not (kit / name).is_file():
             raise MedFLError(f"there is no {kit / name}; {remedy}")
+    check_modes(kit)
     label, public = parse_public((kit / HOSPITAL_PUBLIC).read_text(encoding="utf-8", errors="replace"))
     own = _read_private(kit / HOSPITAL_KEY).public_key()
     if own != serialization.load_ssh_public_key(public.encode()):
         raise MedFLError(
             f"{kit / HOSPITAL_KEY} and {kit / HOSPITAL_PUBLIC} don't belong together; make a new kit"
-        )
-    if os.name == "posix" and (kit / HOSPITAL_KEY).stat().st_mode & 0o077:
-        raise MedFLError(
-            f"others can read {kit / HOSPITAL_KEY}; run chmod 600 on it, and make a new key if somebody did"
         )
     _read_certificate(kit / CA)
     return label

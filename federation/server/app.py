@@ -66,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
 def run(grid: Grid, job: dict) -> int:
     """Run the federation that the job describes; its exit code."""
     try:
-        audit = AuditLog(Path(job["out"]) / AUDIT)
+        audit = AuditLog(Path(job["out"]) / AUDIT, job.get("ends") and Path(job["ends"]))
         audit.write("start", resumed=job["resume"], **job["audit"])
         code = Federation(
             grid, prepare(job), job["versions"], Path(job["out"]), job["resume"], audit, labels, keys=keys

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common import EXIT_NO_QUORUM, file_sha256
+from common import EXIT_NO_QUORUM
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.answers import Result, announced, parse
 from federation.protocol.log import say as say_on_the_terminal
@@ -26,7 +26,7 @@ from federation.server.mailbox import Answer, Mailbox
 from federation.server.membership import Member, Membership
 from federation.server.record import Record, row_of
 from federation.server.screening import COMPARED
-from federation.server.state import RunState
+from federation.server.state import RunState, keep_last
 from federation.server.updates import Updates
 
 END_TIME = 15.0  # seconds in which hospitals may take note of the end
@@ -152,8 +152,7 @@ class Federation:
         self._forget_updates()
         self.state.begin()
         self.state.take(self.state.weights)
-        self.state.save_last()
-        self.audit.write("lost", round=number, file=self.state.last.name, sha256=file_sha256(self.state.last))
+        keep_last(self.state, self.audit, "lost", round=number)
         self.say(f"round {number} is lost, and the model stays as it was before it")
 
     def _look_through(self, number: int, asked: Collected) -> None:
@@ -237,10 +236,15 @@ class Federation:
             + what
             + ("; from now on every round is summed by the median" if done.collapses == OFTEN else "")
         )
-        self.audit.write(
-            "collapse", round=number, dice_before=round(before, 4), dice_after=round(after, 4), then=what
+        keep_last(
+            self.state,
+            self.audit,
+            "collapse",
+            round=number,
+            dice_before=round(before, 4),
+            dice_after=round(after, 4),
+            then=what,
         )
-        self.state.save_last()
         return True
 
     def _final_score(self) -> None:
