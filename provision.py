@@ -5,10 +5,13 @@
     python provision.py admit hospital.pub                        the coordinator: let that hospital in
     python provision.py revoke mercy  ... and out again, also while a federation runs
     python provision.py list                                      who is admitted, and what expires when
+    python provision.py members > members.pub                     all admitted keys, for secure aggregation
     python provision.py audit models/audit.jsonl                  whether a federation's log was changed
 
 The hospital sends its hospital.pub (it is no secret) and tells its fingerprint by another way, such as the
-telephone; the coordinator sends back kit/ca.pem, which the hospital puts into its own kit.
+telephone; the coordinator sends back kit/ca.pem, which the hospital puts into its own kit. For secure
+aggregation it also puts members.pub there, whose fingerprints it compares with those hospitals, not with the
+coordinator: the server can then neither exchange keys nor invent hospitals.
 """
 
 import argparse
@@ -54,6 +57,9 @@ def parse() -> argparse.Namespace:
     revoke = commands.add_parser("revoke", parents=[common], help="end a hospital's admission")
     revoke.add_argument("name", metavar="LABEL", help="the hospital's label")
     commands.add_parser("list", parents=[common], help="show who is admitted and what expires when")
+    commands.add_parser(
+        "members", parents=[common], help="print all admitted public keys, for the hospitals' members.pub"
+    )
     audit = commands.add_parser("audit", help="check a federation's log")
     audit.add_argument("log", type=Path, metavar="FILE", help="the audit.jsonl that run_server.py wrote")
     return parser.parse_args()
@@ -125,6 +131,11 @@ def show(arguments: argparse.Namespace) -> None:
         print(f"{label:20}{admission.state} {since}, {admission.fingerprint}")
 
 
+def show_members(arguments: argparse.Namespace) -> None:
+    kits.server_certificate(arguments.kit)
+    print("\n".join(kits.public_lines(arguments.kit)))
+
+
 def check_log(arguments: argparse.Namespace) -> None:
     count, last = verify(arguments.log)
     print(f"{count} lines, each following from the one before it; the last one's SHA-256 is {last}")
@@ -139,6 +150,7 @@ def main() -> None:
         "admit": admit,
         "revoke": revoke,
         "list": show,
+        "members": show_members,
         "audit": check_log,
     }
     commands[arguments.command](arguments)

@@ -36,7 +36,14 @@ from federation.runtime.bundle import hospital_code
 from federation.runtime.connection import ServerGone, Watch, refuse, require_kit
 from federation.runtime.expiry import tell_expiry
 from federation.runtime.flower import ask_admission
-from federation.runtime.kit import CA, HOSPITAL_KEY, hold_kit, hospital_label, read_authority
+from federation.runtime.kit import (
+    CA,
+    HOSPITAL_KEY,
+    hold_kit,
+    hospital_label,
+    read_authority,
+    read_members,
+)
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
 from federation.runtime.proxies import go_direct, tell_proxies
 from inference import choose_device
@@ -182,6 +189,8 @@ def identity(arguments: argparse.Namespace) -> Identity:
         approved=None if arguments.approve is None else approved(arguments.approve),
         patient_privacy=privacy,
         role="check" if arguments.check else "observe" if arguments.observer else "train",
+        key=arguments.kit and arguments.kit / HOSPITAL_KEY,
+        members=arguments.kit and read_members(arguments.kit),
     )
 
 

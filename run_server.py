@@ -57,9 +57,9 @@ from federation.runtime.remembered import Remembered, remembered
 from federation.runtime.service import Service
 from federation.runtime.simulation import check_ray, simulate
 from federation.runtime.status_port import serve_status
-from federation.server.audit import AUDIT, verify
+from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
 from federation.server.events import Messenger
-from federation.server.state import BEST, LAST, SHARED, load_run, longer, nothing_left
+from federation.server.state import BEST, LAST, SHARED, claim, load_run, longer, nothing_left
 from inference import choose_device
 from partition import make_partition
 from split import make_split
@@ -225,6 +225,18 @@ def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: Train
         say(warning)
 
 
+def check_log(log: Path, ends: Path | None, resume: bool) -> None:
+    """See that the audit log of former runs in the folder is whole; a half-written last line is cut, and told.
+    Raises MedFLError."""
+    if half := cut_half_line(log):
+        say(f"the last line of {log} was written half (a full disk?); its {half} bytes are cut off")
+    if log.exists():
+        verify(log)
+        check_end(log, ends)
+    elif resume and (log.parent / LAST).exists():
+        raise MedFLError(f"there is no {log} beside the run to go on with; put back a copy of it")
+
+
 def prepare_job(
     arguments: argparse.Namespace, folder: Path
 ) -> tuple[dict, TrainingSettings, FederationSettings]:
@@ -239,7 +251,9 @@ def prepare_job(
         "resume": arguments.resume,
         "commit": (commit := git_commit()),
         "versions": {**local_versions(__version__), **({"commit": commit} if commit else {})},
+        "ends": arguments.kit and str(arguments.kit.resolve() / ENDS),
     }
+    check_log(out / AUDIT, job["ends"] and Path(job["ends"]), arguments.resume)
     if arguments.resume:
         training, federation, state, model = load_run(out)
         federation = longer(federation, arguments.rounds if "rounds" in arguments.given else None)
@@ -277,8 +291,6 @@ def prepare_job(
         )
     if federation.private:
         announce_privacy(HospitalPrivacy(federation), model, training)
-    if (out / AUDIT).exists():
-        verify(out / AUDIT)
     job["audit"] = {
         "code": hospital_code(),
         "settings": hashlib.sha256(settings.encode()).hexdigest(),
@@ -303,6 +315,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         raise MedFLError("--simulate and --cores are 1 or more; choose others")
     dataset = load_dataset(arguments.data_dir)
     tell(dataset.notes)
+    claimed = claim(arguments.out)
     folder = run_folder("simulation")
     try:
         arguments.clients = arguments.simulate
@@ -316,6 +329,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         device = str(choose_device(arguments.device))
         return simulate(job, folder, federation.clients, arguments.data_dir, device, arguments.cores)
     finally:
+        claimed.release()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -349,6 +363,7 @@ def main() -> None:
         sys.exit(run_simulated(arguments))
     kit = arguments.kit
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
+    claimed = claim(arguments.out)
     folder = run_folder("server")
     try:
         job, _, federation = prepare_job(arguments, folder)
@@ -369,6 +384,7 @@ def main() -> None:
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        claimed.release()
     sys.exit(code)
 
 

@@ -18,11 +18,13 @@ from federation.hospital.hospital import Hospital, HospitalError
 from federation.hospital.identity import ENDED, WAITING, Identity
 from federation.hospital.keeping import keep_model
 from federation.hospital.rehearsal import round_seconds
+from federation.hospital.sums import Sums
 from federation.protocol.answers import Facts, Introduction, Kind, Result, Tested, Trained, Typed, parse
 from federation.protocol.log import say
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
+from federation.protocol.proofs import sign_answer
 from federation.protocol.requests import QUERIES, Join, Keys, Model, Over, Score, Shares, Train, Unmask
-from federation.protocol.secure_aggregation import Party
+from federation.protocol.secure_aggregation import Party, WrongShares, sha256_of
 from federation.protocol.settings import approval, from_json, unusual
 from federation.protocol.weights import Record, array_record, to_record
 from transunet import TransUNet
@@ -51,8 +53,15 @@ def make_app(
         check_consent(settings, identity)
         return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY)
 
+    def sums(context: Context) -> Sums:
+        return Sums(Identity.load(folder_of(context)), folder_of(context))
+
     def keep_errors_here(incoming: Message, context: Context, handle: Handle) -> Message:
-        return guard(incoming, context, handle, Identity.load(folder_of(context)))
+        identity = Identity.load(folder_of(context))
+        reply = guard(incoming, context, handle, identity)
+        if key := identity.private_key():
+            sign_answer(reply.content, text_of(incoming), key)
+        return reply
 
     app = ClientApp(mods=[keep_errors_here, before])
 
@@ -65,13 +74,15 @@ def make_app(
             identity = Identity.load(folder_of(context))
             met = introduce(asked, identity, lambda: hospital(asked.settings, context))
             answer = met.model_dump(exclude_defaults=True)
+            if from_json(asked.settings)[1].secure_aggregation:
+                fix_run(asked.run, sums(context))
         elif isinstance(asked, Model):
             arrays = incoming.content["arrays"]
             mine = hospital(asked.settings, context)
             path = keep_model(mine, asked.which, arrays, asked.metadata, asked.sha256)
             say(f"the federation's {asked.which} model: {path}")
         elif isinstance(asked, Keys | Shares | Unmask):
-            answer = secure_stage(asked, incoming.metadata.dst_node_id, context)
+            answer = secure_stage(asked, incoming.metadata.dst_node_id, context, sums(context))
         elif isinstance(asked, Over):
             code, sentence = ENDS[asked.code]
             about = {"exit": code, "sentence": sentence.format(detail=asked.detail)}
@@ -90,7 +101,10 @@ def make_app(
         mine = hospital(task.settings, context)
         told, update = one_round(task, mine, incoming.content["arrays"])
         if mine.federation.secure_aggregation:
-            arrays = array_record(masked(task, update, told.examples, mine.federation.secure_range, context))
+            limit, of = mine.federation.secure_range, mine.came
+            with refusing():
+                sums(context).check_run(task.run)
+            arrays = array_record(masked(task, update, told.examples, limit, context, of))
         else:
             arrays = to_record(update, mine.federation.update_dtype)
         return Message(message(told.model_dump(), arrays), reply_to=incoming)
@@ -109,6 +123,14 @@ def make_app(
         return Message(message(Result(**asdict(mine.told(score))).model_dump()), reply_to=incoming)
 
     return app
+
+
+def text_of(incoming: Message) -> dict:
+    """The text of the server's message; empty where it has none, which the answer says."""
+    try:
+        return read(incoming.content)
+    except MedFLError:
+        return {}
 
 
 def request(kind: type[Kind], about: dict) -> Kind:
@@ -188,10 +210,12 @@ def failed(failure: Failure, identity: Identity) -> dict:
 
 def guard(incoming: Message, context: Context, handle: Handle, identity: Identity) -> Message:
     """Whatever goes wrong is told on this terminal; the server gets a code."""
+    of = {}
     try:
         return handle(incoming, context)
     except HospitalError as error:
         failure, text = error.failure, str(error)
+        of = {"of": error.of} if error.of else {}
     except MedFLError as error:
         failure, text = Failure.TRAINING, str(error)
     except (MemoryError, OSError) as error:
@@ -210,7 +234,7 @@ def guard(incoming: Message, context: Context, handle: Handle, identity: Identit
     except Exception:
         failure, text = Failure.BUG, traceback.format_exc()
     say(text)
-    return Message(message(failed(failure, identity)), reply_to=incoming)
+    return Message(message({**failed(failure, identity), **of}), reply_to=incoming)
 
 
 def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital]) -> Introduction | Facts:
@@ -296,31 +320,59 @@ def party(context: Context) -> Iterator[Party]:
     )
     try:
         yield mine
+    except WrongShares as error:
+        raise HospitalError(Failure.PROTOCOL, str(error), of=str(error.node)) from error
     except MedFLError as error:
         raise HospitalError(Failure.PROTOCOL, str(error)) from error
     finally:
         context.state[SECRETS] = ConfigRecord({"json": json.dumps(mine.kept())})
 
 
-def secure_stage(asked: Keys | Shares | Unmask, node: int, context: Context) -> dict:
+@contextmanager
+def refusing(failure: Failure = Failure.PROTOCOL) -> Iterator[None]:
+    """Steps that this hospital refuses become HospitalErrors."""
+    try:
+        yield
+    except MedFLError as error:
+        raise HospitalError(failure, str(error)) from error
+
+
+def fix_run(run: str, sums: Sums) -> None:
+    """Join a run with secure aggregation, and no other until this hospital is started again."""
+    with refusing(Failure.CONSENT):
+        sums.join(run)
+
+
+def secure_stage(asked: Keys | Shares | Unmask, node: int, context: Context, sums: Sums) -> dict:
     """What is told in a stage of the secure aggregation that brings no update."""
+    if isinstance(asked, Keys | Shares):
+        with refusing():
+            sums.check_run(asked.run)
     with party(context) as mine:
         if isinstance(asked, Keys):
-            return {"keys": mine.keys(node)}
+            keys = mine.keys(node)
+            return {"keys": keys, "signature": sums.signature(asked.run, asked.round, keys)}
         if isinstance(asked, Shares):
-            return {"sealed": mine.share(asked.keys)}
-        return {"shares": mine.reveal(asked.summed, asked.missing)}
+            sealed = mine.share(*sums.participants(asked), [asked.run, asked.round])
+            return {"sealed": sealed, "promised": mine.promised, "seed": sha256_of(mine.seed)}
+        mine.given = sums.given()
+        shares = mine.reveal(asked.summed, asked.missing)
+        sums.remember(mine.given)
+        return {"shares": shares}
 
 
-def masked(task: Train, update: torch.Tensor, examples: int, limit: float, context: Context) -> np.ndarray:
-    """The weighted update under its masks, (n,) uint32. Raises HospitalError where the message does not say
-    what is needed."""
+def masked(
+    task: Train, update: torch.Tensor, examples: int, limit: float, context: Context, model: str
+) -> np.ndarray:
+    """The weighted update under its masks, (n,) uint32. model: SHA-256 of the weights that came. Raises
+    HospitalError where the message does not say what is needed."""
     if task.sealed is None or not task.most:
         raise HospitalError(
             Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares"
         )
+    share, of = min(1.0, examples / task.most), [task.run, task.round, task.most, model]
     with party(context) as mine:
-        return mine.masked(task.sealed, update, min(1.0, examples / task.most), limit, [task.run, task.round])
+        return mine.masked(task.sealed, update, share, limit, of, task.promised)
 
 
 app = make_app()

@@ -26,12 +26,14 @@ from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import (
     FULL,
     Record,
+    common_mask,
     from_record,
     in_precision,
     norm_mask,
     pack,
     part_mask,
     unpack,
+    weights_sha256,
 )
 from inference import choose_device
 from training import Learner, TrainingSettings
@@ -39,11 +41,12 @@ from transunet import TransUNet
 
 
 class HospitalError(MedFLError):
-    """A fault with the code that the server gets to know; the sentence stays here."""
+    """A fault with the code that the server gets to know; the sentence stays here. of: the node of another
+    hospital whose shares are at fault."""
 
-    def __init__(self, failure: Failure, sentence: str):
+    def __init__(self, failure: Failure, sentence: str, of: str | None = None):
         super().__init__(sentence)
-        self.failure = failure
+        self.failure, self.of = failure, of
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Hospital:
     def __init__(
         self, identity: Identity, training: TrainingSettings, federation: FederationSettings, memory: Path
     ):
-        self.began = time.monotonic()
+        self.began, self.came = time.monotonic(), ""  # SHA-256 of the weights that came
         self.identity, self.training, self.federation, self.memory = identity, training, federation, memory
         if identity.shared_cores:  # more threads than cores slow all down
             torch.set_num_threads(max(1, identity.shared_cores // federation.clients))
@@ -149,6 +152,7 @@ class Hospital:
         if task.without:
             came, weights = weights, torch.load(self.memory, weights_only=True)
             weights[part_mask(model, task.without)] = came
+        self.came = weights_sha256(weights, common_mask(model, self.federation.keep_norm_local))
         if self.federation.keep_norm_local:
             number = task.round if isinstance(task, Train) else None
             if own := self._norms(task.run).before(number):

@@ -2,8 +2,10 @@
 
 import secrets
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field
 
 from common import atomic_write
@@ -15,7 +17,13 @@ from federation.protocol.messages import local_versions
 IDENTITY, ENDED, WAITING = "hospital.json", "ended.json", "waiting.json"
 
 OwnFile = Literal[
-    "split.json", "norms.pt", "federated_best.pth", "federated_last.pth", "privacy.json", "optimiser.pt"
+    "split.json",
+    "norms.pt",
+    "federated_best.pth",
+    "federated_last.pth",
+    "privacy.json",
+    "optimiser.pt",
+    "sums.json",
 ]
 
 
@@ -26,9 +34,11 @@ class Identity(BaseModel):
     dataset, None with data of its own. data: the folder of its scans. medfl: the version installed here.
     models: the folder of its own files. shared_cores: those that it shares with the other simulated
     hospitals, None with a machine of its own. code: SHA-256 of what runs at a hospital of the MedFL that is
-    installed here. commit: of its working copy, None outside one. approved: hashes of code and settings that
-    it consents to, None for any settings of this code. patient_privacy: what it promises its patients, None
-    without. role: whether it trains, only scores, or asks whether it could join.
+    installed here. commit: of its working copy, None outside one. key: the file of its private key, None
+    without a kit. members: the public keys of the consortium's hospitals by label, as this one knows them,
+    None without a kit or a list. approved: hashes of code and settings that it consents to, None for any
+    settings of this code. patient_privacy: what it promises its patients, None without. role: whether it
+    trains, only scores, or asks whether it could join.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +52,8 @@ class Identity(BaseModel):
     code: str
     commit: str | None = None
     shared_cores: int | None = None
+    key: Path | None = None
+    members: dict[str, str] | None = None
     approved: list[str] | None = None
     patient_privacy: PatientPrivacy | None = None
     role: Literal["train", "observe", "check"] = "train"
@@ -56,6 +68,14 @@ class Identity(BaseModel):
         """Where a file of this hospital's own lies."""
         return self.models / f"{self.label}_{name}"
 
+    def private_key(self) -> ec.EllipticCurvePrivateKey | None:
+        """The key with which it signs what it says; None without a kit."""
+        if self.key is None:
+            return None
+        return cast(
+            ec.EllipticCurvePrivateKey, serialization.load_ssh_private_key(self.key.read_bytes(), None)
+        )
+
     def introduction(self) -> Introduction:
         """What the server learns before the data are looked at."""
         return Introduction(
@@ -68,7 +88,8 @@ class Identity(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write it into the folder in which the app runs."""
-        resolved = self.model_copy(update={"data": self.data.resolve(), "models": self.models.resolve()})
+        places = {"data": self.data, "models": self.models, "key": self.key}
+        resolved = self.model_copy(update={name: path and path.resolve() for name, path in places.items()})
         with atomic_write(folder / IDENTITY, "w") as file:
             file.write(resolved.model_dump_json(indent=2))
 

@@ -15,11 +15,26 @@ from common import SMALLEST_GROUP, MedFLError
 from split import PARTS
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
+NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")  # of an entry that is named in a sentence
 
 Count = Annotated[int, Field(ge=0, le=100_000_000)]
 Seconds = Annotated[float, Field(ge=0, le=1e8)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(max_length=64)]
+
+
+def _printable(text: str) -> str:
+    """No line ends and no codes that a terminal would obey."""
+    if not text.isprintable():
+        raise ValueError("letters that can't be printed")
+    return text
+
+
+Text = Annotated[str, Field(max_length=64), AfterValidator(_printable)]
+Secret = Annotated[str, Field(max_length=100_000)]  # a key, or shares that are sealed
+Hexadecimal = Annotated[Secret, Field(pattern=r"^([0-9a-f]{2})*$")]
+Text256 = Annotated[str, Field(max_length=256)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Promise = Annotated[list[Sha256], Field(min_length=2, max_length=2)]
 Epsilon = Annotated[float, Field(ge=0, le=1e12)]
 
 
@@ -39,6 +54,16 @@ class Introduction(Typed):
     cid: Annotated[int, Field(ge=0, le=1_000_000)] | None
     versions: Annotated[dict[Text, Text], Field(max_length=16)]
     role: Literal["train", "observe", "check"] = "train"
+
+
+class Failed(Typed):
+    """Why a hospital could not do what it was asked, as one of `messages.Failure`. of: the node of the hospital
+    whose shares it could not use."""
+
+    failure: Text
+    label: Text | None = None
+    session: Text | None = None
+    of: Text | None = None
 
 
 class Part(Typed):
@@ -131,6 +156,29 @@ class Trained(Result):
     patient_epsilon: Epsilon | None
 
 
+class PublicKeys(Typed):
+    """Secure aggregation: a hospital's public keys of a round, for masks and for sealing; signature: of its
+    consortium key, where it has one."""
+
+    keys: Annotated[list[Secret], Field(min_length=2, max_length=2)]
+    signature: Text256 | None = None
+
+
+class SealedShares(Typed):
+    """Secure aggregation: what a hospital gives into the others' care, by their nodes; promised: SHA-256 of
+    each share, of its seed and of its key; seed: that of the seed itself."""
+
+    sealed: dict[Text, Hexadecimal]
+    promised: dict[Text, Promise]
+    seed: Sha256
+
+
+class OpenShares(Typed):
+    """Secure aggregation: the shares that uncover the sum, by the nodes whose secrets they are of."""
+
+    shares: dict[Text, Hexadecimal]
+
+
 Kind = TypeVar("Kind", bound=Typed)
 
 
@@ -141,14 +189,17 @@ def parse(kind: type[Kind], about: object, what: str = "its answer") -> Kind:
         return kind.model_validate(about)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        name, value = (
-            ".".join(str(part)[:32] for part in first["loc"][:4]) or "combination of entries",
-            first["input"],
-        )
+        # names that are none of ours come from elsewhere, and are not repeated
+        place = [str(part) for part in first["loc"][:4] if isinstance(part, int | str)]
+        known = all(NAME.fullmatch(part) for part in place)
+        name = (".".join(place) if known else "entry") or "combination of entries"
+        value = first["input"]
         if isinstance(value, int | float) and not isinstance(value, bool):
             said = f"{value:.6g}" if abs(value) < 1e300 else "a number beyond all bounds"
             raise MedFLError(f"{what} says {name} {said}") from error
         raise MedFLError(f"{what} has no usable {name}") from error
+    except Exception as error:  # nested too deep, or a number of too many digits
+        raise MedFLError(f"{what} can't be read") from error
 
 
 def announced(result: Result | Tested, facts: Facts) -> None:

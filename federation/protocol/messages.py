@@ -15,6 +15,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common import MedFLError
 
+MOST_TEXT = 4_000_000  # letters of a message's text: the sealed shares of a thousand hospitals fit
+
 
 class Query(StrEnum):
     """What a `query` message wants."""
@@ -107,10 +109,10 @@ def read(content: RecordDict) -> dict:
     """The `about` of a message. Raises MedFLError where there is none."""
     try:
         text = content["about"]["json"]
-        if not isinstance(text, str | bytes):
-            raise TypeError("no text")
+        if not isinstance(text, str | bytes) or len(text) > MOST_TEXT:
+            raise TypeError("no text, or one that is too long")
         about = json.loads(text)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError, AttributeError) as error:
         raise MedFLError(
             "a message came without its text; use the same version of MedFL on both sides"
         ) from error

@@ -4,15 +4,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from federation.protocol.answers import Count, Seconds, Share, Text, Typed
+from federation.protocol.answers import Count, Promise, PublicKeys, Seconds, Secret, Share, Text, Typed
 from federation.protocol.messages import End, Query
 
 Round = Annotated[int, Field(ge=1, le=1_000_000)]
 Settings = Annotated[str, Field(max_length=10_000)]  # both kinds of settings, as JSON
-Secret = Annotated[str, Field(max_length=100_000)]  # a key, or shares that are sealed
 
 
-class Join(Typed):
+class Request(Typed):
+    """ticket: a random text that the answer returns, so that it answers nothing else."""
+
+    ticket: Text = ""
+
+
+class Join(Request):
     """Who are you, and what do you hold? hospitals: how many the federation has; versions: the server's."""
 
     query: Literal[Query.JOIN]
@@ -22,7 +27,7 @@ class Join(Typed):
     hospitals: Count
 
 
-class Task(Typed):
+class Task(Request):
     """What comes with weights. run: its random name; without: parts of the weights that are left out."""
 
     settings: Settings
@@ -43,8 +48,8 @@ class Train(Task):
 
     rate: a share of the learning rate, None where hospitals follow the cosine. seconds: the time there is.
     partition: its SHA-256, None where all have data of their own. most: slices that a hospital counts at
-    most, and sealed: the other hospitals' sealed shares, by their nodes; both of secure aggregation, None
-    without it.
+    most, sealed: the other hospitals' sealed shares, by their nodes, and promised: the SHA-256 of these; all
+    of secure aggregation, None without it.
     """
 
     round: Round
@@ -53,9 +58,10 @@ class Train(Task):
     partition: Text | None
     most: Count | None = None
     sealed: dict[Text, Secret] | None = None
+    promised: dict[Text, Promise] | None = None
 
 
-class Model(Typed):
+class Model(Request):
     """The federation's model, to be kept. metadata: what its file says of it, as JSON; sha256: of weights and
     metadata (`weights.model_hash`)."""
 
@@ -66,27 +72,37 @@ class Model(Typed):
     sha256: Text
 
 
-class Ping(Typed):
+class Ping(Request):
     """Are you there?"""
 
     query: Literal[Query.PING]
 
 
-class Keys(Typed):
+class Keys(Request):
     """Secure aggregation: make new secrets for a round, and give the public keys."""
 
     query: Literal[Query.KEYS]
+    run: Text
+    round: Round
 
 
-class Shares(Typed):
-    """Secure aggregation: give the other hospitals their shares of your secrets. keys: each one's public
-    keys, by node."""
+class Participant(PublicKeys):
+    """A hospital's public keys of a round, and its label."""
+
+    label: Text
+
+
+class Shares(Request):
+    """Secure aggregation: give the other hospitals their shares of your secrets. keys: the participants, by
+    node."""
 
     query: Literal[Query.SHARES]
-    keys: dict[Text, Annotated[list[Secret], Field(min_length=2, max_length=2)]]
+    run: Text
+    round: Round
+    keys: dict[Text, Participant]
 
 
-class Unmask(Typed):
+class Unmask(Request):
     """Secure aggregation: give the shares that uncover the sum. summed, missing: nodes whose updates are in
     it, and nodes that gave shares and no update."""
 
@@ -95,7 +111,7 @@ class Unmask(Typed):
     missing: list[Annotated[int, Field(ge=0)]]
 
 
-class Over(Typed):
+class Over(Request):
     """The federation is over for you. detail: what the sentence of this code says besides."""
 
     query: Literal[Query.END]

@@ -7,6 +7,10 @@ masks; they give the shares that take the masks off the sum. A hospital's own ma
 its seed; the masks between two hospitals cancel, and those with one that dropped out come off by the shares
 of its key. What the server would need for one hospital's update is never given out together.
 
+Against a server that tells hospitals different things, all masks are made of a hash of run, round, total,
+model and participants (`binding`) that every hospital computes itself: where two hospitals were told different
+ones, their masks don't cancel. Hashes of all shares (`Party.promised`) show who gave wrong ones.
+
 Keys, agreement, sealing and shares are Flower's; its `secaggplus_mod` and `SecAggPlusWorkflow` (1.41) are not
 used: they fold each mask's key into 32 bits for a generator that is not cryptographic, so that masks can be
 found by search; a hospital that drops out in the first two stages ends the round; values out of range are cut
@@ -14,13 +18,17 @@ and counts above a limit overflow in silence; and a hospital would give both sec
 """
 
 import base64
+import hashlib
+import json
 import secrets
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
-from cryptography.fernet import InvalidToken
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, encrypt, generate_shared_key
 from flwr.common.secure_aggregation.secaggplus_utils import (
@@ -38,6 +46,14 @@ from flwr.supercore.primitives.asymmetric import (
 from common import MedFLError
 
 LEAST = 3  # hospitals: of two, each knows the other's update from the sum
+
+
+class WrongShares(MedFLError):
+    """Shares that are not what they should be. node: of the hospital that made them."""
+
+    def __init__(self, sentence: str, node: int):
+        super().__init__(sentence)
+        self.node = node
 
 
 def threshold(hospitals: int) -> int:
@@ -91,6 +107,34 @@ def from_sum(total: np.ndarray, summands: int, limit: float, hospitals: int) -> 
     return torch.from_numpy(total.astype(np.float64) * (2 * limit / steps(hospitals)) - summands * limit)
 
 
+def binding(of: list, public: dict[str, list[str]], names: dict[str, str]) -> bytes:
+    """What the masks of a round are bound to: SHA-256 of run, round, the total that counts are divided by, and
+    the model's hash (`of`), and of all participants: nodes, public keys and the hospitals' names."""
+    who = sorted([names.get(node, ""), node, *keys] for node, keys in public.items())
+    return hashlib.sha256(json.dumps([*of, who]).encode()).digest()
+
+
+def bound_key(secret: bytes, bound: bytes) -> bytes:
+    """A mask's key, 32 bytes, of a secret, for what it is bound to (HKDF, RFC 5869)."""
+    return HKDF(hashes.SHA256(), 32, salt=None, info=b"MedFL mask 1" + bound).derive(secret)
+
+
+def check_keys(keys: list[str]) -> None:
+    """Raises MedFLError where a hospital's public keys, hexadecimal, are none, of another curve, or twice the
+    same."""
+    try:
+        curves = [bytes_to_public_key(bytes.fromhex(key)).curve for key in keys]
+    except Exception as error:  # cryptography raises many kinds for what is no key
+        raise MedFLError("it sent keys for the secure aggregation that are none") from error
+    if len(set(keys)) < len(keys) or not all(isinstance(curve, ec.SECP384R1) for curve in curves):
+        raise MedFLError("it sent keys for the secure aggregation that can't be used")
+
+
+def sha256_of(share: str) -> str:
+    """SHA-256 of a share or secret, both in hexadecimal."""
+    return hashlib.sha256(bytes.fromhex(share)).hexdigest()
+
+
 def mask(key: bytes, length: int) -> np.ndarray:
     """Numbers that nobody can tell from random ones without the key of 32 bytes, (length,) uint32: ChaCha20's
     stream. A key is used for one mask."""
@@ -98,33 +142,36 @@ def mask(key: bytes, length: int) -> np.ndarray:
     return np.frombuffer(stream.update(bytes(4 * length)), dtype="<u4")
 
 
-def shared_mask(private: bytes, public: bytes, length: int) -> np.ndarray:
-    """The mask between two hospitals, (length,) uint32, by one's private and the other's public key."""
+def shared_mask(private: bytes, public: bytes, length: int, bound: bytes) -> np.ndarray:
+    """The mask between two hospitals, (length,) uint32, by one's private and the other's public key. bound: to
+    what (`binding`)."""
     key = generate_shared_key(bytes_to_private_key(private), bytes_to_public_key(public))
-    return mask(base64.urlsafe_b64decode(key), length)
+    return mask(bound_key(base64.urlsafe_b64decode(key), bound), length)
 
 
 @dataclass
 class Party:
     """A hospital's part: one try of one round at a time.
 
-    stage: the last one that it took part in. given: the round for which it gave shares last, and who was
-    summed. Binary values are kept as hexadecimal text, so that JSON holds them between two messages; nodes
-    are keys as text. Each function raises MedFLError where the server asks for what it must not have.
+    stage: the last one that it took part in. names: of the hospitals, by node. promised: SHA-256 of the
+    shares that it made of its seed and of its key, by node. given: who was summed in each round for which
+    it gave shares, the round as JSON of the run's name and its number. Binary values are kept as
+    hexadecimal text, so that JSON holds them between two messages; nodes are keys as text. Each function
+    raises MedFLError where the server asks for what it must not have.
     """
 
     node: int = 0
     stage: str = ""
     private: list[str] = field(default_factory=list)  # for masks, for sealing
     public: dict[str, list[str]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    promised: dict[str, list[str]] = field(default_factory=dict)
     seed: str = ""
     shares: dict[str, list[str]] = field(
         default_factory=dict
     )  # that others gave into care: of their seed, of their key
-    round: list = field(
-        default_factory=list
-    )  # of the update that was masked: the run's name, the round's number
-    given: dict = field(default_factory=dict)
+    round: list = field(default_factory=list)  # that the keys are for: the run's name, the round's number
+    given: dict[str, list[str]] = field(default_factory=dict)
 
     def keys(self, node: int) -> list[str]:
         """Stage 1: a new try, with new secrets; the public keys, for masks and for sealing."""
@@ -134,9 +181,11 @@ class Party:
         self.seed, self.stage = secrets.token_bytes(32).hex(), "keys"
         return [public_key_to_bytes(public).hex() for _, public in pairs]
 
-    def share(self, public: dict[str, list[str]]) -> dict[str, str]:
+    def share(
+        self, public: dict[str, list[str]], names: dict[str, str] | None = None, of: list | None = None
+    ) -> dict[str, str]:
         """Stage 2: everybody's public keys came; for each other hospital its shares of this one's secrets,
-        sealed."""
+        sealed. names: of the hospitals, by node; of: run and round that the keys are for."""
         self._expect("keys")
         own = [
             public_key_to_bytes(bytes_to_private_key(bytes.fromhex(key)).public_key()).hex()
@@ -148,13 +197,14 @@ class Party:
                 f"the server's list of keys is not what it should be ({len(public)} hospitals); nothing was "
                 f"given"
             )
-        self.public, self.stage = public, "shares"
+        self.public, self.names, self.round, self.stage = public, names or {}, of or [], "shares"
         secret = [
             create_shares(bytes.fromhex(one), threshold(len(public)), len(public))
             for one in (self.seed, self.private[0])
         ]
         sealed = {}
         for node, of_seed, of_key in zip(public, *secret):
+            self.promised[node] = [sha256_of(share.hex()) for share in (of_seed, of_key)]
             if node == str(self.node):
                 self.shares[node] = [of_seed.hex(), of_key.hex()]
             else:
@@ -164,10 +214,17 @@ class Party:
         return sealed
 
     def masked(
-        self, sealed: dict[str, str], change: torch.Tensor, weight: float, limit: float, of: list
+        self,
+        sealed: dict[str, str],
+        change: torch.Tensor,
+        weight: float,
+        limit: float,
+        of: list,
+        promised: dict[str, list[str]] | None = None,
     ) -> np.ndarray:
         """Stage 3: the others' shares came; this hospital's weighted change under its masks, (n,) uint32. of:
-        run and round."""
+        run, round, and what else the masks are bound to (`binding`); promised: SHA-256 of the shares that are
+        sealed. Raises WrongShares where one is not what it should be."""
         self._expect("shares")
         others = self.public.keys() - {str(self.node)}
         if not sealed.keys() <= others or len(sealed) + 1 < threshold(len(self.public)):
@@ -179,21 +236,31 @@ class Party:
                 source, target, of_seed, of_key = share_keys_plaintext_separate(
                     decrypt(self._seal(node), bytes.fromhex(text))
                 )
-            except (InvalidToken, ValueError) as error:
-                raise MedFLError("another hospital's shares can't be opened; nothing was sent") from error
+            except Exception as error:  # bytes from elsewhere
+                raise WrongShares(
+                    "another hospital's shares can't be opened; nothing was sent", int(node)
+                ) from error
             if (source, target) != (int(node), self.node):
-                raise MedFLError("another hospital's shares were meant for somebody else; nothing was sent")
+                raise WrongShares(
+                    "another hospital's shares were meant for somebody else; nothing was sent", int(node)
+                )
             self.shares[node] = [of_seed.hex(), of_key.hex()]
+            if promised and promised.get(node) != [sha256_of(share) for share in self.shares[node]]:
+                raise WrongShares(
+                    "another hospital's shares are not those that it promised; nothing was sent", int(node)
+                )
+        if self.round and self.round != of[:2]:
+            raise MedFLError("the server asked for the update of another round than the keys are for")
+        bound = binding(of, self.public, self.names)
         values = quantise(change, weight, limit, len(self.public))
-        values += mask(
-            bytes.fromhex(self.seed), len(values)
-        )  # numbers of 32 bits begin again at 0, as they should
+        # numbers of 32 bits begin again at 0, as they should
+        values += mask(bound_key(bytes.fromhex(self.seed), bound), len(values))
         for node in sealed:
             between = shared_mask(
-                bytes.fromhex(self.private[0]), bytes.fromhex(self.public[node][0]), len(values)
+                bytes.fromhex(self.private[0]), bytes.fromhex(self.public[node][0]), len(values), bound
             )
             values = values + between if self.node > int(node) else values - between
-        self.round, self.stage = of, "masked"
+        self.round, self.stage = of[:2], "masked"
         return values
 
     def reveal(self, summed: list[int], missing: list[int]) -> dict[str, str]:
@@ -211,13 +278,15 @@ class Party:
             raise MedFLError(
                 "the server asked for shares that together would uncover an update; nothing was given"
             )
-        if self.given.get("round") == self.round and self.given["summed"] != sorted(summed):
+        this = json.dumps(self.round)
+        names = sorted(self.names.get(str(node), str(node)) for node in summed)
+        if self.given.get(this, names) != names:
             raise MedFLError(
                 "the server asked for another sum of a round that was summed already, and two of them would "
                 "differ by an update; nothing was given; let the same hospitals take part, or begin the "
                 "federation again"
             )
-        self.given = {"round": self.round, "summed": sorted(summed)}
+        self.given = {**self.given, this: names}
         return {str(node): self.shares[str(node)][node not in summed] for node in all_of_them}
 
     def _expect(self, stage: str) -> None:
@@ -239,27 +308,37 @@ class Party:
 
 
 def unmasked(
-    total: np.ndarray, shares: dict[int, list[str]], summed: list[int], public: dict[int, list[str]]
+    total: np.ndarray,
+    shares: dict[int, list[str]],
+    summed: list[int],
+    public: dict[int, list[str]],
+    bound: bytes,
+    seeds: dict[int, str] | None = None,
 ) -> np.ndarray:
     """The sum of masked vectors, (n,) uint32, without the masks.
 
     shares: what hospitals gave for each that shared its secrets: of the seed for those in the sum, of the key
-    for those missing. Raises MedFLError where shares are too few, or don't give the key that they should.
+    for those missing. bound: what the masks are bound to (`binding`). seeds: SHA-256 of the seeds, as far as
+    they are known. Raises MedFLError where shares are too few, and WrongShares where they don't give the
+    secret that they should.
     """
     for node, given in shares.items():
         if len(given) < threshold(len(public)):
             raise MedFLError("too few hospitals gave their shares")
         try:
             secret = combine_shares([bytes.fromhex(share) for share in given])
+            found = hashlib.sha256(secret).hexdigest()
             if node in summed:
-                total = total - mask(secret, len(total))
+                if (seeds or {}).get(node, found) != found:
+                    raise ValueError("another seed")
+                total = total - mask(bound_key(secret, bound), len(total))
                 continue
             if public_key_to_bytes(bytes_to_private_key(secret).public_key()).hex() != public[node][0]:
                 raise ValueError("another key")
-        except (ValueError, IndexError) as error:
-            raise MedFLError("somebody gave wrong shares") from error
+        except Exception as error:  # bytes from elsewhere: Flower and cryptography raise their own kinds
+            raise WrongShares("somebody gave wrong shares", node) from error
         for other in summed:
-            between = shared_mask(secret, bytes.fromhex(public[other][0]), len(total))
+            between = shared_mask(secret, bytes.fromhex(public[other][0]), len(total), bound)
             # the hospital in the sum has added or taken away its side of it
             total = total - between if other > node else total + between
     return total

@@ -102,6 +102,17 @@ def part_mask(model: nn.Module, without: Collection[str]) -> torch.Tensor:
     return kept
 
 
+def common_mask(model: nn.Module, norm_local: bool) -> torch.Tensor:
+    """Which values of the model's vector are the same at all hospitals, (n,) bool: all, or all but those of
+    normalisation layers where these stay."""
+    return part_mask(model, [NORM] if norm_local else [])
+
+
+def weights_sha256(weights: torch.Tensor, of: torch.Tensor) -> str:
+    """SHA-256, in hexadecimal, of these of the weights, (n,) float32. of: which, (n,) bool."""
+    return hashlib.sha256(weights[of].contiguous().numpy().tobytes()).hexdigest()
+
+
 def in_precision(vector: torch.Tensor, precision: str) -> torch.Tensor:
     """The vector, float32, as it is after travelling in this
     precision ("float32", "float16" or "bfloat16")."""

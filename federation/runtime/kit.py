@@ -3,7 +3,8 @@
 A server's kit is a folder with `ca.pem` (the certificate authority, which every hospital gets), `ca.key`,
 `server.pem`, `server.key` and `hospitals.json` (who is admitted, with which public key, until when). A
 hospital's kit is a folder with `hospital.key`, which never leaves it, `hospital.pub`, and the server's
-`ca.pem`. Private files can be read by their owner alone.
+`ca.pem`; for secure aggregation also `members.pub`, the public keys of its consortium's hospitals. Private
+files can be read by their owner alone.
 """
 
 import base64
@@ -31,6 +32,9 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # the gateway and Flower speak 
 AUTHORITY_DAYS = 3_650
 CA, CA_KEY, SERVER, SERVER_KEY, HOSPITALS = "ca.pem", "ca.key", "server.pem", "server.key", "hospitals.json"
 HOSPITAL_KEY, HOSPITAL_PUBLIC = "hospital.key", "hospital.pub"
+MEMBERS = (
+    "members.pub"  # in a hospital's kit: the hospital.pub lines of its consortium, for secure aggregation
+)
 
 
 @dataclass
@@ -184,9 +188,26 @@ def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def check_modes(kit: Path) -> None:
+    """Raises MedFLError where others can change a kit, or read its private keys."""
+    if os.name != "posix" or not kit.is_dir():
+        return
+    for path in [kit, *sorted(kit.iterdir())]:
+        mode, private = path.stat().st_mode, path.name.endswith(".key")
+        if private and mode & 0o077:
+            raise MedFLError(
+                f"others can read {path}; run chmod 600 on it, and make a new key if somebody did"
+            )
+        if mode & 0o022:
+            raise MedFLError(
+                f"others can change {path}; run chmod go-w on it, after a look at whether somebody did"
+            )
+
+
 def server_certificate(kit: Path) -> x509.Certificate:
     """The server's certificate, checked: it and its authority are valid now and belong together, and so does
     its key. Raises MedFLError for what is missing, broken, expired or mismatched."""
+    check_modes(kit)
     authority, certificate = _read_certificate(kit / CA), _read_certificate(kit / SERVER)
     for path, one in ((kit / CA, authority), (kit / SERVER, certificate)):
         if not one.not_valid_before_utc <= datetime.now(UTC) < one.not_valid_after_utc:
@@ -353,18 +374,46 @@ def hospital_label(kit: Path) -> str:
     ):
         if not (kit / name).is_file():
             raise MedFLError(f"there is no {kit / name}; {remedy}")
+    check_modes(kit)
     label, public = parse_public((kit / HOSPITAL_PUBLIC).read_text(encoding="utf-8", errors="replace"))
     own = _read_private(kit / HOSPITAL_KEY).public_key()
     if own != serialization.load_ssh_public_key(public.encode()):
         raise MedFLError(
             f"{kit / HOSPITAL_KEY} and {kit / HOSPITAL_PUBLIC} don't belong together; make a new kit"
         )
-    if os.name == "posix" and (kit / HOSPITAL_KEY).stat().st_mode & 0o077:
-        raise MedFLError(
-            f"others can read {kit / HOSPITAL_KEY}; run chmod 600 on it, and make a new key if somebody did"
-        )
     _read_certificate(kit / CA)
     return label
+
+
+def read_members(kit: Path) -> dict[str, str] | None:
+    """Public keys (OpenSSH's lines without the label) of the consortium's hospitals by label, this one's own
+    among them; None without a `members.pub`. Raises MedFLError for lines that are no keys, and for a label
+    that stands there with two."""
+    path = kit / MEMBERS
+    if not path.is_file():
+        return None
+    own = (kit / HOSPITAL_PUBLIC).read_text(encoding="utf-8", errors="replace")
+    members: dict[str, str] = {}
+    for line in [own, *path.read_text(encoding="utf-8", errors="replace").splitlines()]:
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            label, public = parse_public(line)
+        except MedFLError as error:
+            raise MedFLError(f"{path} has a line that is no hospital's public key; {error}") from error
+        if members.setdefault(label, public) != public:
+            raise MedFLError(f"{path} has two keys of {label}; ask that hospital which is its own")
+    if len(set(members.values())) < len(members):
+        raise MedFLError(f"{path} has one key for two hospitals; ask them which is whose")
+    return members
+
+
+def public_lines(kit: Path) -> list[str]:
+    """The `hospital.pub` lines of all who are admitted, for the hospitals' `members.pub`."""
+    admitted = sorted(read_admissions(kit).items())
+    return [
+        f"{admission.public_key} {label}" for label, admission in admitted if admission.state == "admitted"
+    ]
 
 
 def _read_certificate(path: Path) -> x509.Certificate:

@@ -8,7 +8,8 @@ from common import MedFLError, write_json
 from federation.runtime.flower import Control
 from federation.runtime.kit import HOSPITALS, read_admissions
 
-NODES = "nodes.json"  # {node id: label}, for the server's app
+# for the server's app: {node id: label}, and {node id: public key}
+NODES, KEYS = "nodes.json", "keys.json"
 
 
 class Registrar:
@@ -50,4 +51,6 @@ class Registrar:
             )
             changed = True
         if changed:
+            keys = {str(node): key for key, node in self._open.values()}
+            write_json(self.nodes_file.with_name(KEYS), keys)
             write_json(self.nodes_file, {str(node): label for label, (_, node) in self._open.items()})

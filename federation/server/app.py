@@ -22,6 +22,7 @@ from federation.server.tracking import trackers
 from federation.server.updates import remove_leftovers
 
 JOB, OUTCOME, NODES = Path("job.json"), Path("outcome.json"), Path("nodes.json")
+KEYS = Path("keys.json")
 
 app = ServerApp()
 
@@ -53,6 +54,15 @@ def labels() -> dict[int, str] | None:
     )
 
 
+def keys() -> dict[int, str] | None:
+    """The public key of each node, in the same way."""
+    return (
+        {int(node): key for node, key in json.loads(KEYS.read_text(encoding="utf-8")).items()}
+        if KEYS.exists()
+        else None
+    )
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation and leave its exit code in the outcome's file."""
@@ -64,9 +74,11 @@ def run(grid: Grid, job: dict) -> int:
     messenger = None
     try:
         out = Path(job["out"])
-        journal = Journal(out / AUDIT)
+        journal = Journal(out / AUDIT, job.get("ends") and Path(job["ends"]))
         journal.write("start", resumed=job["resume"], **job["audit"])
-        federation = Federation(grid, prepare(job), job["versions"], out, job["resume"], journal, labels)
+        federation = Federation(
+            grid, prepare(job), job["versions"], out, job["resume"], journal, labels, keys=keys
+        )
         journal.listeners.append(Status(federation, journal, out))
         if job.get("notify") or job.get("on_event"):
             messenger = Messenger(job.get("notify"), job.get("on_event"))

@@ -4,32 +4,49 @@ unnoticed.
 `audit.jsonl` is appended to only. Each line is JSON: `n` (its number, from 1), `time` (UTC), `event`, what
 belongs to it, and `before`: the SHA-256 of the line before (of 64 zeros for the first). No figure of a
 patient or slice, no name of a patient or a file, and no path is written. Who holds the last line's hash
-elsewhere notices that the end was cut off, too.
+elsewhere notices that the end was cut off, too; a server with a kit keeps it there.
 
 Events: start (settings and code by their SHA-256, versions, whether keys are asked for), joined, refused,
 left, round (with whom, and what was written), left_out (whose update, and why), statistics_left_out (whose
 statistics did not count, and why), failed (a round that too few completed), collapse (a round's model that
-is taken back), checkpoint (the best so far), delivered (who has the model), end (exit code).
+is taken back), signed (an update that was taken: what its hospital signed of it, and the signature), blamed
+(who broke the secure aggregation, and how), lost (a round whose sum was made impossible, and what was
+written), cut (a line that a full disk had left half), checkpoint (the best so far), delivered (who has the
+model), end (exit code).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 
-from common import MedFLError, utc_now
+from common import MedFLError, atomic_write, file_sha256, utc_now
 
 AUDIT = "audit.jsonl"  # in the folder that a run writes
 NOTHING = "0" * 64
 
 
-class AuditLog:
-    """Appends to the log in `path`. Raises MedFLError where what is there
-    was changed, or can't be written."""
+ENDS = "audit_ends.json"  # in the server's kit: {path of a log: [lines, SHA-256 of the last]}
 
-    def __init__(self, path: Path):
-        self.path = path
+
+class AuditLog:
+    """Appends to the log in `path`; a last line that was written half is cut, and the log says so. ends: the
+    file beside the kit's keys in which the log's end is kept as well, None without a kit. Raises MedFLError
+    where what is there was changed, or can't be written."""
+
+    def __init__(self, path: Path, ends: Path | None = None):
+        self.path, self.ends = path, ends
+        half = cut_half_line(path)
         self._count, self._last = verify(path) if path.exists() else (0, NOTHING)
+        check_end(path, ends)
+        if half:
+            self.write("cut", bytes=half)
+
+    @property
+    def end(self) -> tuple[int, str]:
+        """The number of lines and the SHA-256 of the last."""
+        return self._count, self._last
 
     @property
     def head(self) -> str:
@@ -50,11 +67,69 @@ class AuditLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            with contextlib.suppress(OSError):
+                cut_half_line(self.path)
             raise MedFLError(
                 f"{self.path} can't be written ({error.strerror or error}); free the space, then go on with "
                 "--resume"
             ) from error
         self._count, self._last = self._count + 1, hashlib.sha256(line.encode()).hexdigest()
+        if self.ends:
+            kept = {**_read_ends(self.ends), str(self.path.resolve()): [self._count, self._last]}
+            with atomic_write(self.ends, "w", private=True) as file:
+                json.dump(kept, file, indent=2)
+
+
+def cut_half_line(path: Path) -> int:
+    """Cut what a full disk left of a last line; how many bytes that was."""
+    if not path.exists() or (content := path.read_bytes()).endswith(b"\n") or not content:
+        return 0
+    whole = content.rfind(b"\n") + 1
+    os.truncate(path, whole)
+    return len(content) - whole
+
+
+def check_end(path: Path, ends: Path | None) -> None:
+    """Raises MedFLError where the log in `path` does not hold the line that was its last, by the copy of its
+    end."""
+    kept = _read_ends(ends).get(str(path.resolve())) if ends else None
+    if kept is None or not path.exists():
+        return
+    check_line(path, *kept, f"the copy of its end in {ends}")
+
+
+def check_line(path: Path, number: int, sha256: str, by: str) -> None:
+    """Raises MedFLError where line `number` of the log, from 1, has another SHA-256. by: who says that."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    if number and (len(lines) < number or hashlib.sha256(lines[number - 1]).hexdigest() != sha256):
+        raise MedFLError(
+            f"{path} has not the line {number} that {by} names: the log was cut off, written anew or taken "
+            "away; put back a copy, and find out who can write there"
+        )
+
+
+def check_file(path: Path, log: Path) -> None:
+    """Raises MedFLError where a file is another than the log says that it was when it was written last."""
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else []
+    said = [line["sha256"] for line in lines if line.get("file") == path.name]
+    if said and file_sha256(path) != said[-1]:
+        raise MedFLError(
+            f"{path} is not the file whose hash stands in {log}: it was changed; put back a copy of both, or "
+            f"start a new run elsewhere"
+        )
+
+
+def _read_ends(ends: Path) -> dict:
+    """What is kept of the ends of logs."""
+    if not ends.exists():
+        return {}
+    try:
+        return dict(json.loads(ends.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise MedFLError(
+            f"{ends}, which keeps the ends of logs, is damaged; put back a copy, or remove it if you know that "
+            "no log was changed"
+        ) from error
 
 
 def verify(path: Path) -> tuple[int, str]:

@@ -7,7 +7,15 @@ import torch
 
 from common import MedFLError
 from federation.protocol.answers import Result, Trained, announced, parse
-from federation.protocol.weights import FULL, from_record, part_mask, variance_mask
+from federation.protocol.proofs import Proof
+from federation.protocol.weights import (
+    FULL,
+    common_mask,
+    from_record,
+    part_mask,
+    variance_mask,
+    weights_sha256,
+)
 from federation.server.exchange import Exchange
 from federation.server.judging import Scores
 from federation.server.mailbox import Answer
@@ -23,8 +31,9 @@ class Collected:
     """What one try of a round brought.
 
     told: what hospitals said of their training, by label; observed: the scores of those that only observe.
-    updates: those that may count. bytes: what went to
-    each hospital and what came back. failures: why hospitals have no part in it.
+    updates: those that may count. bytes: what went to each hospital and what came back. failures: why
+    hospitals have no part in it. proofs: what they signed. blamed: who broke the secure aggregation, and how,
+    also where it counts all the same. lost: a hospital's wrong secret makes a sum of this round impossible.
     """
 
     members: list[Member]
@@ -33,6 +42,9 @@ class Collected:
     observed: dict[str, Result] = field(default_factory=dict)
     bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    proofs: dict[str, Proof] = field(default_factory=dict)
+    blamed: dict[str, str] = field(default_factory=dict)
+    lost: bool = False
 
     @property
     def scores(self) -> Scores:
@@ -51,6 +63,9 @@ class Collector:
         self.state, self.exchange, self.out = state, exchange, out
         self.settings = state.federation
         self.variances = variance_mask(state.model)
+        # of secure aggregation: a round and who broke the protocol in it; who lost one
+        self._accused: tuple[int, set[str]] = (0, set())
+        self._banned: set[str] = set()
 
     def collect(self, number: int, attempt: int, partition: str | None) -> Collected:
         """Send the model, and take in the hospitals' answers as they come.
@@ -71,8 +86,19 @@ class Collector:
         travels = part_mask(self.state.model, left_out)
         secure, own = None, None
         if self.settings.secure_aggregation:
+            members = self._without_the_accused(number, members)
+            model = weights_sha256(
+                self.state.weights_as_sent, common_mask(self.state.model, self.settings.keep_norm_local)
+            )
             secure = SecureRound(
-                self.exchange.mailbox, self.exchange.wait, self.settings, number, purpose, int(travels.sum())
+                self.exchange.mailbox,
+                self.exchange.wait,
+                self.settings,
+                number,
+                purpose,
+                int(travels.sum()),
+                self.state.progress.run,
+                model,
             )
             own = secure.prepare(members)
             members = [member for member in members if member.label in own]
@@ -100,6 +126,8 @@ class Collector:
                 self._take(member, told, answer, came.updates, travels)
             came.told[member.label] = told
             came.bytes[member.label] = sent[member.label], answer.bytes
+            if answer.proof:
+                came.proofs[member.label] = answer.proof
             self.exchange.holds(member)
 
         _, came.failures = self.exchange.wait(
@@ -110,9 +138,31 @@ class Collector:
             for label in secure.failures.keys() & came.told.keys():
                 del came.told[label]
             came.failures |= secure.failures
+            came.lost = secure.lost
+            came.blamed = secure.blamed | self._accuse(number, secure)
             if mean is not None:
                 came.updates.add("the mean", mean, 1)
         return came
+
+    def _without_the_accused(self, number: int, members: list[Member]) -> list[Member]:
+        """The members without those who broke the protocol in a former try of this round, or lost one."""
+        if self._accused[0] != number:
+            self._accused = number, set()
+        return [member for member in members if member.label not in self._accused[1] | self._banned]
+
+    def _accuse(self, number: int, secure: SecureRound) -> dict[str, str]:
+        """Who made shares that more than half of the other hospitals can't use, by label; they have no part in
+        the next tries of this round, and who made a round impossible in none of this run. One hospital's word
+        is not enough: it may lie, and drops out itself."""
+        found = {}
+        for node, by in self.exchange.complaints().items():
+            label, others = secure.names.get(node), {*secure.shared} - {secure.names.get(node)}
+            if label and 2 * len(by & others) > len(others):
+                found[label] = f"its shares can't be used ({', '.join(sorted(by))} said so)"
+        self._accused[1].update(found)
+        if secure.lost:
+            self._banned |= secure.blamed.keys()
+        return found
 
     def screen(self, came: Collected) -> None:
         """Leave out the updates that stand out among the others."""

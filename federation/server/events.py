@@ -40,9 +40,9 @@ Listener = Callable[[str, dict], None]
 class Journal(AuditLog):
     """The audit log, and those who listen to what is written there."""
 
-    def __init__(self, path: Path):
-        super().__init__(path)
+    def __init__(self, path: Path, ends: Path | None = None):
         self.listeners: list[Listener] = []
+        super().__init__(path, ends)
 
     def write(self, event: str, **about: Any) -> None:
         """Append a line to the log, then tell it."""

@@ -51,6 +51,7 @@ class Exchange:
             model,
         )
         self.known, self.say = known, say
+        self._complaints: dict[str, set[str]] = {}  # by node, of secure aggregation
         self._have: set[str] = (
             set()
         )  # sessions of hospitals that hold a whole model, so that parts of it are enough
@@ -190,8 +191,10 @@ class Exchange:
         limit = limit or self.settings.round_timeout
         until = time.monotonic() + limit
         with tqdm(total=len(members), desc=title, unit="hospital", leave=False, disable=None) as bar:
-            while len(answers) + len(failures) < len(members) and time.monotonic() < until:
-                for answer in self._attend():
+            over = False
+            while len(answers) + len(failures) < len(members) and not over:
+                over = time.monotonic() > until  # then whatever is there is still taken in
+                for answer in self._attend(over):
                     member = by_node.get(answer.node) if answer.purpose == purpose else None
                     if member is None or member.label in failures:
                         continue
@@ -211,6 +214,11 @@ class Exchange:
                 self.membership.fell_behind(member)
         return answers, failures
 
+    def complaints(self) -> dict[str, set[str]]:
+        """Who could not use the shares of which node since this was asked last."""
+        complaints, self._complaints = self._complaints, {}
+        return complaints
+
     def holds(self, member: Member) -> None:
         """Note that a member holds a whole model now."""
         self._have.add(member.session)
@@ -226,6 +234,8 @@ class Exchange:
         """Put an answer among the answers, or its failure among the failures."""
         if answer.failure:
             failures[member.label] = answer.failure
+            if isinstance(of := answer.about.get("of"), str):
+                self._complaints.setdefault(of, set()).add(member.label)
             if answer.failure == NO_ANSWER:
                 self.membership.fell_behind(member)
             return
@@ -235,15 +245,20 @@ class Exchange:
             except MedFLError as error:
                 failures[member.label] = f"{error}; it is left out"
                 return
+            except (
+                Exception
+            ) as error:  # whatever an answer raises is its hospital's failure, and the round goes on
+                failures[member.label] = f"its answer can't be used ({type(error).__name__}); it is left out"
+                return
             finally:
                 answer.arrays = None
         answers[member.label] = answer
 
-    def _attend(self) -> Iterator[Answer]:
+    def _attend(self, last: bool = False) -> Iterator[Answer]:
         """One look at who comes and goes, and at the answers; those
-        to other questions than the membership's."""
+        to other questions than the membership's. last: see Mailbox.collect."""
         self.membership.poll()
-        for answer in self.mailbox.collect():
+        for answer in self.mailbox.collect(last):
             if answer.purpose in PURPOSES:
                 self.membership.handle(answer)
             else:

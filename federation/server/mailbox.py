@@ -1,8 +1,9 @@
 """Messages on their way: sent to hospitals and collected without waiting, each with a time after which it
 counts as lost."""
 
+import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 
 from common import MedFLError
+from federation.protocol.answers import Failed, parse
 from federation.protocol.messages import FAILURES, message, read
+from federation.protocol.proofs import Asked, Proof, asked, check_answer
 from federation.protocol.weights import payload
+from federation.server.pulling import PULL_TIME, Puller, time_for
 
-AT_ONCE = 4  # answers that are taken out of Flower at a time, and so in memory together
 SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
 GONE, NO_ANSWER = 5, "no answer in time"
 UNREADABLE = "its answer can't be read"
+DRIPS = "its answer came piece by piece and was not whole within {seconds:.0f} s"
 FLOWER_SAYS = {
     3: NO_ANSWER,
     GONE: "it is not reachable",
@@ -27,7 +31,7 @@ FLOWER_SAYS = {
 @dataclass
 class Answer:
     """What came back for a message: `about` and arrays, or the reason why there is nothing. bytes: of the
-    arrays' numbers."""
+    arrays' numbers; proof: what the hospital signed, where keys are asked for."""
 
     node: int
     purpose: str
@@ -35,6 +39,7 @@ class Answer:
     arrays: ArrayRecord | None = None
     failure: str | None = None
     bytes: int = 0
+    proof: Proof | None = None
 
 
 @dataclass
@@ -42,13 +47,19 @@ class _Sent:
     node: int
     purpose: str
     lost_at: float
+    pull_time: float = PULL_TIME  # seconds in which the answer comes, from its first piece
+    asked: Asked = Asked("")
 
 
 class Mailbox:
-    """Sends messages over Flower's Grid and hands out the answers as they come."""
+    """Sends messages over Flower's Grid and hands out the answers as they come.
 
-    def __init__(self, grid: Any):
-        self._grid = grid
+    keys: gives the public key (OpenSSH's line) of each node, with which it has to sign its answers; None where
+    no keys are asked for.
+    """
+
+    def __init__(self, grid: Any, keys: Callable[[], dict[int, str] | None] = lambda: None):
+        self._grid, self._puller, self._keys = grid, Puller(grid), keys
         self._open: dict[str, _Sent] = {}
         self._refused: list[Answer] = []
 
@@ -66,17 +77,19 @@ class Mailbox:
         arrays: ArrayRecord | None = None,
     ) -> None:
         """Send each node the same message of Flower's `kind` (train, evaluate or query), to be answered
-        within `timeout` s."""
+        within `timeout` s. Each has a ticket of its own, so that no other node can know the message."""
         if not nodes:
             return
+        texts = [{**about, "ticket": secrets.token_hex(16)} for _ in nodes]
         messages = [
-            Message(message(about, arrays), node, kind, ttl=timeout, group_id=purpose) for node in nodes
+            Message(message(text, arrays), node, kind, ttl=timeout, group_id=purpose)
+            for node, text in zip(nodes, texts)
         ]
-        lost_at = time.monotonic() + timeout + SPARE
+        lost_at, pull_time = time.monotonic() + timeout + SPARE, time_for(payload(arrays))
         identities = list(self._grid.push_messages(messages))
-        for identity, node in zip_longest(identities, nodes):
+        for identity, node, text in zip_longest(identities, nodes, texts):
             if identity:
-                self._open[identity] = _Sent(node, purpose, lost_at)
+                self._open[identity] = _Sent(node, purpose, lost_at, pull_time, asked(text))
             else:  # the node has left since we looked
                 self._refused.append(Answer(node, purpose, {}, failure=FLOWER_SAYS[GONE]))
 
@@ -88,48 +101,49 @@ class Mailbox:
         """Wait no longer for answers to messages of this purpose; later ones are ignored."""
         self._open = {identity: sent for identity, sent in self._open.items() if sent.purpose != purpose}
 
-    def collect(self) -> Iterator[Answer]:
+    def collect(self, last: bool = False) -> Iterator[Answer]:
         """The answers that have come, lost messages among them, a few at a time: the caller is to be done
-        with one before it takes the next, so that memory holds no more than `AT_ONCE`.
-
-        An answer whose tensors stop half way (a hospital killed while it sends) can hold Flower up for 3
-        minutes.
+        with one before it takes the next, so that memory holds few (pulling.py). last: nobody looks again, so
+        all are asked for at once.
         """
         refused, self._refused = self._refused, []
         yield from refused
-        waiting = list(self._open)
-        for start in range(0, len(waiting), AT_ONCE):
-            some = [identity for identity in waiting[start : start + AT_ONCE] if identity in self._open]
-            for reply in self._grid.pull_messages(some) if some else []:
-                sent = self._open.pop(
-                    reply.metadata.reply_to_message_id, None
-                )  # not by sender: Flower answers for the dead
-                if sent:
-                    yield _answer(sent, reply)
+        for pulled in self._puller.look(list(self._open), patient=not last):
+            if pulled.error is None and pulled.message is None:
+                continue
+            # by the message that was asked for and not by the sender: Flower answers for the dead
+            sent = self._open.pop(pulled.identity, None)
+            if sent and pulled.message is not None:
+                yield self._answer(sent, pulled.message)
+            elif sent:
+                yield Answer(sent.node, sent.purpose, {}, failure=UNREADABLE)
         now = time.monotonic()
-        for identity in [identity for identity, sent in self._open.items() if now > sent.lost_at]:
-            sent = self._open.pop(identity)
-            yield Answer(sent.node, sent.purpose, {}, failure=NO_ANSWER)
+        for identity, sent in list(self._open.items()):
+            if self._puller.seconds(identity) > sent.pull_time:
+                del self._open[identity]
+                yield Answer(sent.node, sent.purpose, {}, failure=DRIPS.format(seconds=sent.pull_time))
+            elif now > sent.lost_at:
+                del self._open[identity]
+                yield Answer(sent.node, sent.purpose, {}, failure=NO_ANSWER)
 
-
-def _answer(sent: _Sent, reply: Message) -> Answer:
-    if reply.has_error():
-        return Answer(
-            sent.node,
-            sent.purpose,
-            {},
-            failure=FLOWER_SAYS.get(reply.error.code, "its program could not answer"),
-        )
-    try:
-        about, arrays = read(reply.content), reply.content.get("arrays")
-        if not (arrays is None or isinstance(arrays, ArrayRecord)):
-            raise TypeError("another record in the arrays' place")
-        size = payload(arrays)
-    except MedFLError as error:
-        return Answer(sent.node, sent.purpose, {}, failure=str(error))
-    except Exception:  # bytes from elsewhere: Flower and numpy each raise their own kinds
-        return Answer(sent.node, sent.purpose, {}, failure=UNREADABLE)
-    code = about.get("failure")
-    if code is not None:
-        return Answer(sent.node, sent.purpose, about, failure=FAILURES.get(str(code)[:32], "it failed"))
-    return Answer(sent.node, sent.purpose, about, arrays, bytes=size)
+    def _answer(self, sent: _Sent, reply: Message) -> Answer:
+        """What a message says. Whatever it raises is the fault of who sent it."""
+        try:
+            if reply.has_error():
+                said = FLOWER_SAYS.get(reply.error.code, "its program could not answer")
+                return Answer(sent.node, sent.purpose, {}, failure=said)
+            keys, proof = self._keys(), None
+            if keys is not None:
+                proof = check_answer(reply.content, sent.asked, keys.get(sent.node, ""))
+            about, arrays = read(reply.content), reply.content.get("arrays")
+            if not (arrays is None or isinstance(arrays, ArrayRecord)):
+                raise TypeError("another record in the arrays' place")
+            if "failure" in about:
+                failed = parse(Failed, about)
+                said = FAILURES.get(failed.failure, "it failed")
+                return Answer(sent.node, sent.purpose, about, failure=said)
+            return Answer(sent.node, sent.purpose, about, arrays, bytes=payload(arrays), proof=proof)
+        except MedFLError as error:
+            return Answer(sent.node, sent.purpose, {}, failure=str(error))
+        except Exception:  # bytes from elsewhere: Flower and numpy each raise their own kinds
+            return Answer(sent.node, sent.purpose, {}, failure=UNREADABLE)

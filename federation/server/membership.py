@@ -169,9 +169,10 @@ class Membership:
         try:
             seen = self._look_at(answer.node, answer.about)
         except MedFLError as error:
-            self.say(f"a hospital is refused: {error}")
-            self.audit.write("refused", hospital=None, why=str(error))
-            self._refuse(answer.node, End.UNFIT)
+            self._unfit(answer, str(error))
+            return
+        except Exception as error:  # whatever an introduction raises is its hospital's failure
+            self._unfit(answer, f"its answer can't be used ({type(error).__name__})")
             return
         if isinstance(seen, Refusal):
             self.say(f"{seen.label} refused: {seen.code}{' (' + seen.detail + ')' if seen.detail else ''}")
@@ -195,15 +196,25 @@ class Membership:
             return self._differs(answer.node, label, FAILURES[Failure.CODE])
         count = self._tries.get(answer.node, (0, 0.0))[0] + 1
         if answer.about.get("failure") in FINAL or count >= JOIN_TRIES:
-            self.say(f"{label} can't take part: {answer.failure}")
-            self.audit.write(
-                "refused", hospital=label if LABEL.fullmatch(label) else None, why=answer.failure
-            )
             self._tries.pop(answer.node, None)
-            self._refuse(answer.node, End.UNFIT)
+            self._unfit(answer, str(answer.failure))
         else:
             self._tries[answer.node] = (count, time.monotonic() + JOIN_AGAIN)
-            self.say(f"{label} could not join: {answer.failure}; it is asked again")
+            who = self._name(answer) or "a hospital"
+            self.say(f"{who} could not join: {answer.failure}; it is asked again")
+
+    def _unfit(self, answer: Answer, why: str) -> None:
+        """Refuse who can't take part, and write down who it is as far as that is known."""
+        name = self._name(answer)
+        self.say(f"{name or 'a hospital'} can't take part: {why}")
+        self.audit.write("refused", hospital=name, node=str(answer.node), why=why)
+        self._refuse(answer.node, End.UNFIT)
+
+    def _name(self, answer: Answer) -> str | None:
+        """The label of a node's key, where keys are asked for, else the one that its answer gives."""
+        known = self.labels()
+        label = answer.about.get("label") if known is None else known.get(answer.node)
+        return label if isinstance(label, str) and LABEL.fullmatch(label) else None
 
     def _differs(self, node: int, label: str, why: str) -> None:
         """Another version is mended by a restart of either side, and then this hospital is asked again; it

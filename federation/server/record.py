@@ -12,7 +12,7 @@ from federation.protocol.answers import Result, Trained
 from federation.server.audit import AuditLog
 from federation.server.history import Row, draw_curves, scores_of, table, write_history
 from federation.server.judging import Scores, mean_dice
-from federation.server.state import RunState
+from federation.server.state import RunState, keep_last
 
 
 def row_of(number: int, label: str, told: Result, sent: int, received: int) -> Row:
@@ -58,7 +58,8 @@ class Record:
         better = from_a_model and self._judge(sent, scores, number - 1)
         done.before = scores
         done.seconds += time.monotonic() - began
-        self.state.save_last()
+        hospitals = [row["site"] for row in rows]
+        keep_last(self.state, self.audit, "round", round=number, hospitals=hospitals)
         self._write_pictures()
         seconds, work = time.monotonic() - began, max(row["seconds"] for row in rows)
         spent = "" if done.epsilon is None else f"; epsilon {done.epsilon:.3g} of a hospital is spent"
@@ -66,13 +67,6 @@ class Record:
             f"round {number} of {self.state.federation.rounds}: {seconds:.1f} s, of which {work:.1f} s the "
             f"longest hospital's "
             f"work; the model before it: {_in_words(scores)}{' (best so far)' * better}{spent}\n{table(rows)}"
-        )
-        self.audit.write(
-            "round",
-            round=number,
-            hospitals=[row["site"] for row in rows],
-            file=self.state.last.name,
-            sha256=file_sha256(self.state.last),
         )
 
     def end(self, rows: list[Row], weights: torch.Tensor) -> None:

@@ -1,7 +1,9 @@
 """The round loop: what the server does from the first hospital's joining to the last model."""
 
+import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -25,17 +27,18 @@ from federation.server.mailbox import Answer, Mailbox
 from federation.server.membership import Member, Membership
 from federation.server.record import Record, row_of
 from federation.server.screening import COMPARED
-from federation.server.state import RunState
+from federation.server.state import RunState, keep_last
 from federation.server.updates import Updates
 
 END_TIME = 15.0  # seconds in which hospitals may take note of the end
 TRIES = 2  # of a round that too few hospitals complete
+SHARE = 0.5  # of the hospitals that were asked: a round with fewer updates does not count, whatever --min-clients is
 OFTEN = 2  # collapses, after which every round is summed by the median
 
 
 class Federation:
     """One run. resumed: it goes on with an earlier one, and need not wait for every hospital. labels: gives
-    the label that each node's key stands for, or None where no keys are asked for."""
+    the label that each node's key stands for, or None where no keys are asked for; keys: these keys."""
 
     def __init__(
         self,
@@ -47,12 +50,13 @@ class Federation:
         audit: AuditLog,
         labels: Callable[[], dict[int, str] | None] = lambda: None,
         say: Callable[[str], None] = say_on_the_terminal,
+        keys: Callable[[], dict[int, str] | None] = lambda: None,
     ):
         self.state, self.out, self.resumed, self.audit, self.say = state, out, resumed, audit, say
         self.training, self.settings = state.training, state.federation
         settings = {"settings": to_json(self.training, self.settings), "run": state.progress.run}
         join = {**settings, "versions": versions, "hospitals": self.settings.clients}
-        self.mailbox = Mailbox(grid)
+        self.mailbox = Mailbox(grid, keys)
         self.membership = Membership(
             self.mailbox, self.settings, join, state.progress.hospitals, say, audit, labels
         )
@@ -124,18 +128,24 @@ class Federation:
     def _round(self, number: int) -> None:
         """One round: enough updates, the new model, what is written. Raises NoQuorum after two tries."""
         began, tries, sent = time.monotonic(), 0, self.state.weights_as_sent
+        expected: set[str] = set()  # all that were asked in any try, and are still connected
         for attempt in count(1):
             asked = self.collector.collect(number, attempt, self.membership.partition)
+            expected |= {member.label for member in asked.members}
             if self._collapsed(asked.scores) and self._take_back(asked.scores):
                 asked.updates.close()
                 sent = self.state.weights_as_sent
                 continue
             self._look_through(number, asked)
-            if len(asked.updates) and len(asked.told) >= self.settings.quorum:
+            if asked.lost:
+                return self._give_up(number, asked)
+            here = expected & {*self.membership.members, *asked.told}
+            needed = max(self.settings.quorum, math.ceil(SHARE * len(here)))
+            if len(asked.updates) and len(asked.told) >= needed:
                 break
             tries += 1
             asked.updates.close()
-            got = f"got {len(asked.told)} updates and needs {self.settings.quorum}"
+            got = f"got {len(asked.told)} updates and needs {needed}"
             what = "has no sum" if self.settings.secure_aggregation else got
             self.audit.write("failed", round=number, updates=len(asked.told), needed=self.settings.quorum)
             self.say(f"round {number} {what}" + ("; once more" if tries < TRIES else ""))
@@ -155,6 +165,16 @@ class Federation:
         if absent := sorted({*self.exchange.missing(), *behind} - asked.failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
 
+    def _give_up(self, number: int, asked: Collected) -> None:
+        """Count a round for nothing whose sum one hospital made impossible: the others have given their shares
+        and give none of this round again."""
+        asked.updates.close()
+        self._forget_updates()
+        self.state.begin()
+        self.state.take(self.state.weights)
+        keep_last(self.state, self.audit, "lost", round=number)
+        self.say(f"round {number} is lost, and the model stays as it was before it")
+
     def _look_through(self, number: int, asked: Collected) -> None:
         """Screen the updates beside each other, and say who has no part in the round."""
         # Under differential privacy an update is not compared with the others: whether it is left out would
@@ -162,6 +182,8 @@ class Federation:
         # A secure sum has no single updates.
         if not self.privacy and not self.settings.secure_aggregation:
             self.collector.screen(asked)
+        for label, proof in sorted(asked.proofs.items()):
+            self.audit.write("signed", hospital=label, **asdict(proof), signature_sha256=proof.sha256)
         for update in asked.updates:
             if update.aside:
                 self.audit.write("statistics_left_out", round=number, hospital=update.label, why=update.aside)
@@ -169,6 +191,9 @@ class Federation:
                     f"round {number}: what {update.label} changed of the statistics {update.aside}; "
                     "they don't count, its trained weights do"
                 )
+        for label, why in sorted(asked.blamed.items()):
+            self.audit.write("blamed", round=number, hospital=label, why=why)
+            self.say(f"round {number}: {label} broke the secure aggregation: {why}")
         for label, reason in sorted(asked.failures.items()):
             self.audit.write(
                 "left_out", round=number, hospital=label, why=reason.removesuffix("; it is left out")
@@ -231,10 +256,15 @@ class Federation:
             + what
             + ("; from now on every round is summed by the median" if done.collapses == OFTEN else "")
         )
-        self.audit.write(
-            "collapse", round=number, dice_before=round(before, 4), dice_after=round(after, 4), then=what
+        keep_last(
+            self.state,
+            self.audit,
+            "collapse",
+            round=number,
+            dice_before=round(before, 4),
+            dice_after=round(after, 4),
+            then=what,
         )
-        self.state.save_last()
         return True
 
     def _final_score(self) -> None:

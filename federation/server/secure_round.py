@@ -1,7 +1,8 @@
 """The server's side of a round with secure aggregation: relays keys and sealed shares, adds masked updates
 up, unmasks the sum."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import numpy as np
@@ -9,9 +10,18 @@ import torch
 from flwr.app import ArrayRecord
 
 from common import MedFLError
-from federation.protocol.answers import Trained
+from federation.protocol.answers import OpenShares, PublicKeys, SealedShares, Trained, parse
 from federation.protocol.messages import Query
-from federation.protocol.secure_aggregation import LEAST, from_sum, threshold, unmasked
+from federation.protocol.secure_aggregation import (
+    LEAST,
+    WrongShares,
+    binding,
+    check_keys,
+    from_sum,
+    sha256_of,
+    threshold,
+    unmasked,
+)
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import values_of
 from federation.server.mailbox import Answer, Mailbox
@@ -29,7 +39,8 @@ class SecureRound:
 
     wait: waits for the answers to a purpose from members, with a title and a limit in seconds; answers, and
     reasons for none, by label. purpose: a name for the try, unlike any other's. length: values of an update.
-    Masked updates are added up as they come, so memory holds their sum and none of them.
+    run: the run's name; model: SHA-256 of the weights that are sent. Masked updates are added up as they come,
+    so memory holds their sum and none of them.
     """
 
     def __init__(
@@ -40,6 +51,8 @@ class SecureRound:
         number: int,
         purpose: str,
         length: int,
+        run: str,
+        model: str,
     ):
         self.mailbox, self.wait, self.settings, self.number, self.purpose = (
             mailbox,
@@ -48,40 +61,56 @@ class SecureRound:
             number,
             purpose,
         )
+        self.run, self.model = run, model
         self.total, self.examples = np.zeros(length, np.uint32), 0.0
         self.most = 0  # slices that count at most
         self.public: dict[int, list[str]] = {}  # keys, by node
+        self.names: dict[str, str] = {}  # labels, by node
+        self.promised: dict[int, SealedShares] = {}  # what hospitals said of their shares, by node
         self.shared: dict[str, Member] = {}  # those who gave shares to the others, by label
         self.failures: dict[str, str] = {}  # why hospitals dropped out, by label
+        self.blamed: dict[
+            str, str
+        ] = {}  # who broke the protocol after its update was taken, and how, by label
 
     def prepare(self, members: list[Member]) -> dict[str, dict]:
         """The first two stages: what the message that asks for the update says besides, by label; nothing if
         too few are left."""
-        keys, self.failures = self._ask("keys", members, lambda member: {"query": Query.KEYS}, _keys)
+        this = {"run": self.run, "round": self.number}
+        keys, self.failures = self._ask("keys", members, lambda member: {"query": Query.KEYS, **this}, _keys)
+        for label in _alike(keys):
+            self.failures[label] = "it sent keys for the secure aggregation that another hospital has"
+            del keys[label]
         members = [member for member in members if member.label in keys]
         if len(members) < LEAST:
             return {}
-        self.public = {member.node: keys[member.label] for member in members}
-        public = {str(node): pair for node, pair in self.public.items()}
-        sealed, failures = self._ask(
+        self.public = {member.node: keys[member.label].keys for member in members}
+        self.names = {str(member.node): member.label for member in members}
+        participants = {
+            str(member.node): {"label": member.label, **keys[member.label].model_dump()} for member in members
+        }
+        promised, failures = self._ask(
             "shares",
             members,
-            lambda member: {"query": Query.SHARES, "keys": public},
-            lambda about, member: _by_node(about, "sealed", self.public.keys() - {member.node}),
+            lambda member: {"query": Query.SHARES, "keys": participants, **this},
+            lambda about, member: _sealed(about, self.public.keys(), member.node),
         )
         self.failures |= failures
-        members = [member for member in members if member.label in sealed]
+        members = [member for member in members if member.label in promised]
         if len(members) < threshold(len(self.public)):
             return {}
         self.shared = {member.label: member for member in members}
+        self.promised = {member.node: promised[member.label] for member in members}
         slices = [member.facts.parts["train"].slices for member in members]
         self.most = max(1, int(max(capped(slices, self.settings.max_weight_ratio))))
+        return {to.label: {"most": self.most, **self._for(to.node)} for to in members}
+
+    def _for(self, node: int) -> dict[str, dict]:
+        """What the others gave into this node's care, and what they promised of it."""
+        others = {str(by): promised for by, promised in self.promised.items() if by != node}
         return {
-            to.label: {
-                "most": self.most,
-                "sealed": {str(by.node): sealed[by.label][to.node] for by in members if by is not to},
-            }
-            for to in members
+            "sealed": {by: promised.sealed[str(node)] for by, promised in others.items()},
+            "promised": {by: promised.promised[str(node)] for by, promised in others.items()},
         }
 
     def take(self, member: Member, told: Trained, arrays: ArrayRecord | None) -> None:
@@ -113,20 +142,40 @@ class SecureRound:
             "unmask",
             here,
             lambda member: {"query": Query.UNMASK, "summed": summed, "missing": missing},
-            lambda about, member: _by_node(about, "shares", {*summed, *missing}),
+            lambda about, member: self._opened(about, member, summed, missing),
         )
+        self.blamed |= failures
         shares = {node: [one[node] for one in given.values()] for node in (*summed, *missing)}
+        seeds = {node: promised.seed for node, promised in self.promised.items()}
         try:
-            total = unmasked(self.total, shares, summed, self.public)
+            total = unmasked(self.total, shares, summed, self.public, self._bound, seeds)
             change = from_sum(total, len(summed), self.settings.secure_range, hospitals)
         except MedFLError as error:
             self.failures |= failures | {
                 "the sum": str(error)
             }  # without it a hospital that gave no shares is counted all the same
+            if isinstance(error, WrongShares):
+                self.lost = True
+                self.blamed[self.names[str(error.node)]] = "the secret that its shares give is not its own"
             return None
         weights = sent.double()
         weights[travels] += change * (self.most / self.examples)
         return weights.float()
+
+    @property
+    def _bound(self) -> bytes:
+        """What the hospitals' masks are bound to."""
+        of = [self.run, self.number, self.most, self.model]
+        return binding(of, {str(node): keys for node, keys in self.public.items()}, self.names)
+
+    def _opened(self, about: dict, member: Member, summed: list[int], missing: list[int]) -> dict[int, str]:
+        """The shares that a hospital gives, by the nodes whose secrets they are of. Raises MedFLError where
+        one is not what was given into its care."""
+        shares = _by_node(parse(OpenShares, about).shares, "shares", {*summed, *missing})
+        for node, share in shares.items():
+            if sha256_of(share) != self.promised[node].promised[str(member.node)][node in missing]:
+                raise MedFLError(f"it gave another share of {self.names[str(node)]} than it had got")
+        return shares
 
     def _ask(
         self,
@@ -150,24 +199,35 @@ class SecureRound:
                     found[member.label] = read(answers[member.label].about, member)
                 except MedFLError as error:
                     failures[member.label] = str(error)
+                except Exception as error:  # whatever an answer raises is its hospital's failure
+                    failures[member.label] = f"its answer can't be used ({type(error).__name__})"
         return found, failures
 
 
-def _keys(about: dict, member: Member) -> list[str]:
-    """A hospital's two public keys, as text. Raises MedFLError where they are anything else."""
-    keys = about.get("keys")
-    if not isinstance(keys, list) or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
-        raise MedFLError("it sent no keys for the secure aggregation")
+def _keys(about: dict, member: Member) -> PublicKeys:
+    """A hospital's two public keys. Raises MedFLError where they are anything else."""
+    keys = parse(PublicKeys, about, "its message of keys")
+    check_keys(keys.keys)
     return keys
 
 
-def _by_node(about: dict, name: str, nodes: set[int]) -> dict[int, str]:
+def _alike(keys: dict[str, PublicKeys]) -> list[str]:
+    """The labels of those who sent a key that another sent as well."""
+    count = Counter(key for one in keys.values() for key in one.keys)
+    return [label for label, one in keys.items() if any(count[key] > 1 for key in one.keys)]
+
+
+def _sealed(about: dict, nodes: Collection[int], own: int) -> SealedShares:
+    """What a hospital gives into the others' care. Raises MedFLError where it is for other nodes, or fewer."""
+    given = parse(SealedShares, about, "its message of sealed shares")
+    _by_node(given.sealed, "sealed", {*nodes} - {own})
+    if given.promised.keys() != {str(node) for node in nodes}:
+        raise MedFLError("it sent no usable promises in the secure aggregation")
+    return given
+
+
+def _by_node(texts: dict[str, str], name: str, nodes: set[int]) -> dict[int, str]:
     """A text for each of these nodes. Raises MedFLError where there are others, or fewer."""
-    texts = about.get(name)
-    if (
-        not isinstance(texts, dict)
-        or texts.keys() != {str(node) for node in nodes}
-        or not all(isinstance(text, str) for text in texts.values())
-    ):
+    if texts.keys() != {str(node) for node in nodes}:
         raise MedFLError(f"it sent no usable {name} in the secure aggregation")
     return {int(node): text for node, text in texts.items()}

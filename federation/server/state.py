@@ -2,18 +2,20 @@
 so far, and the way back to the model before."""
 
 import json
+import os
 import secrets
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from checkpoint import load_checkpoint, save_checkpoint
-from common import MedFLError
+from common import MedFLError, file_sha256
 from federation.protocol.settings import FederationSettings, from_json, to_json
 from federation.protocol.weights import in_precision, pack, statistics_mask, unpack
 from federation.server.aggregation import Aggregator
-from federation.server.audit import AUDIT, ended_well
+from federation.server.audit import AUDIT, AuditLog, check_file, check_line, ended_well
 from federation.server.description import describe_run
 from federation.server.judging import Scores
 from federation.server.progress import Progress
@@ -43,6 +45,7 @@ class RunState:
         self.aggregator = Aggregator(federation, self.is_statistic)
         self.weights = pack(model.state_dict())  # (n,) float32, as all weights here
         self.average: torch.Tensor | None = None
+        self.audited: tuple[int, str] | None = None  # the audit log's end when this was kept
         self._before: dict = {}  # what the last round began with; empty where that is not known
         self.plateau = plateau(torch.optim.SGD([torch.zeros(1)], lr=1.0))  # of a share of --lr
 
@@ -130,8 +133,8 @@ class RunState:
         sent = None if self.average is None else in_precision(self.average, self.federation.update_dtype)
         return sent is not None and torch.equal(weights, sent)
 
-    def save_last(self) -> None:
-        """Write `transunet_federated_last.pth`: all that --resume needs."""
+    def save_last(self, path: Path | None = None) -> None:
+        """Write `transunet_federated_last.pth`, or another file: all that --resume needs."""
         state = {
             "weights": self.weights,
             "average": self.average,
@@ -141,9 +144,10 @@ class RunState:
             "progress": self.progress.to_dict(),
             "before": self._before or None,
             "settings": to_json(self.training, self.federation),
+            "audited": self.audited,
         }
         about = self.metadata({}, self.progress.round)
-        save_checkpoint(self.last, unpack(self.final_weights, self.model.state_dict()), about, state)
+        save_checkpoint(path or self.last, unpack(self.final_weights, self.model.state_dict()), about, state)
 
     def restore(self, state: dict) -> None:
         """Go on from what `save_last` kept."""
@@ -174,15 +178,62 @@ def nothing_left(out: Path, rounds: int | None) -> bool:
     return ended_well(out / AUDIT) and longer(federation, rounds) == federation
 
 
+def keep_last(state: RunState, audit: AuditLog, event: str, **about) -> None:
+    """Write `transunet_federated_last.pth`, and its hash into the audit log first: a server that is killed
+    between the two finishes when it goes on."""
+    state.audited, new = audit.end, _beside(state.last)
+    state.save_last(new)
+    audit.write(event, **about, file=state.last.name, sha256=file_sha256(new))
+    os.replace(new, state.last)
+
+
+def finish_keeping(last: Path, log: Path) -> None:
+    """Put the file that a killed server had written, and whose hash stands in the log, in its place."""
+    new = _beside(last)
+    if not new.exists():
+        return
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else []
+    said = [line["sha256"] for line in lines if line.get("file") == last.name]
+    if said and said[-1] == file_sha256(new):
+        os.replace(new, last)
+    new.unlink(missing_ok=True)
+
+
+def _beside(last: Path) -> Path:
+    return last.with_name(f".new-{last.name}")
+
+
+def claim(out: Path) -> FileLock:
+    """The lock of a folder for as long as it is kept: one server at a time writes there. Raises MedFLError
+    where another does."""
+    lock = FileLock(out / ".server.lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MedFLError(
+            f"another server writes into {out}; wait for its end, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise MedFLError(
+            f"{out} can't be written ({error.strerror or error}); free it, or choose another --out"
+        ) from error
+    return lock
+
+
 def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, TransUNet]:
     """Settings, state and network of the run that `out` holds. Raises MedFLError where there is none to go on
     with."""
     last = out / LAST
     if not last.exists():
         raise MedFLError(f"there is no {last} to go on from; start without --resume")
+    finish_keeping(last, out / AUDIT)
+    check_file(last, out / AUDIT)
     checkpoint = load_checkpoint(last, whole=False)
     if not checkpoint.state or "progress" not in checkpoint.state:
         raise MedFLError(f"{last} holds a model but no federation to go on with; start without --resume")
+    if checkpoint.state.get("audited"):
+        check_line(out / AUDIT, *checkpoint.state["audited"], str(last))
     try:
         Progress.from_dict(checkpoint.state["progress"])
         settings = _as_now(checkpoint.state["settings"])

@@ -114,10 +114,12 @@ def federate(
     weights: torch.Tensor | None = None,
     federation: dict | None = None,
     resume: bool = False,
+    keys: dict[int, str] | None = None,
     **training,
 ) -> tuple[int, RunState, list[str]]:
     """Exit code, final state and spoken lines of a federation of these hospitals. weights: numbers to start
-    from in the place of a model, none of which is a variance; federation: more of its settings."""
+    from in the place of a model, none of which is a variance; federation: more of its settings; keys: public
+    keys by node, where they are asked for."""
     settings = FederationSettings(
         **{"clients": len(workers), "rounds": rounds, "round_timeout": 20.0, **(federation or {})}
     )
@@ -130,7 +132,18 @@ def federate(
         state.restore(load_run(out)[2])
     said, grid = [], Grid()
     grid.nodes = dict(enumerate(workers, 1))
-    subject = Federation(grid, state, VERSIONS, out, resume, AuditLog(out / "audit.jsonl"), say=said.append)
+    labels = keys and {node: worker.introduction["label"] for node, worker in grid.nodes.items()}
+    subject = Federation(
+        grid,
+        state,
+        VERSIONS,
+        out,
+        resume,
+        AuditLog(out / "audit.jsonl"),
+        lambda: labels,
+        said.append,
+        lambda: keys,
+    )
     if weights is not None:
         subject.collector.variances = torch.zeros_like(subject.collector.variances)
     code = subject.run()

@@ -1,6 +1,8 @@
 """The audit log holds together, and every way to change it is found."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from running import run_here, run_script
@@ -52,10 +54,50 @@ def test_a_change_is_found(log, name):
         AuditLog(log)
 
 
-def test_a_line_that_is_cut_off_is_told(log):
+def test_a_line_that_a_full_disk_left_half_is_cut_and_told(log):
+    """The check of a finished log tells it; a server that goes on cuts it, and writes that down."""
     log.write_bytes(log.read_bytes()[:-9])
     with pytest.raises(MedFLError, match="cut off"):
-        AuditLog(log)
+        verify(log)
+    AuditLog(log).write("start")
+    events = [json.loads(line)["event"] for line in log.read_text(encoding="utf-8").splitlines()]
+    assert events == ["start", "joined", "round", "cut", "start"] and verify(log)[0] == 5
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here to play a full disk")
+def test_a_line_that_does_not_fit_leaves_nothing_behind(log, monkeypatch):
+    audit, whole, real = AuditLog(log), log.read_bytes(), os.fsync
+
+    def full(file):
+        os.write(file, b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(MedFLError, match="free the space"):
+        audit.write("round")
+    monkeypatch.setattr("os.fsync", real)
+    assert log.read_bytes().startswith(whole) and verify(log)[0] in (4, 5)
+
+
+def test_the_copy_of_the_end_beside_the_kit_shows_a_log_that_was_cut_or_written_anew(tmp_path):
+    path, ends = tmp_path / "audit.jsonl", tmp_path / "kit" / "audit_ends.json"
+    audit = AuditLog(path, ends)
+    for event in ("start", "joined", "round"):
+        audit.write(event)
+    AuditLog(path, ends).write("end")
+    assert ends.stat().st_mode & 0o077 == 0
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    with pytest.raises(MedFLError, match="cut off, written anew or taken away"):
+        AuditLog(path, ends)
+    path.unlink()
+    for event in ("start", "joined", "round", "end"):
+        AuditLog(path).write(event, by="somebody")
+    with pytest.raises(MedFLError, match="cut off, written anew or taken away"):
+        AuditLog(path, ends)
+    path.write_bytes(whole)
+    AuditLog(path).write("killed before the copy was written")
+    AuditLog(path, ends)
 
 
 def test_the_end_that_was_cut_off_shows_in_the_hash_that_the_command_prints(log):

@@ -12,7 +12,16 @@ from in_process import RealHospital
 import federation.server.secure_round
 from common import MedFLError
 from federation.protocol.messages import message
-from federation.protocol.secure_aggregation import Party, from_sum, mask, quantise, steps, threshold, unmasked
+from federation.protocol.secure_aggregation import (
+    Party,
+    binding,
+    from_sum,
+    mask,
+    quantise,
+    steps,
+    threshold,
+    unmasked,
+)
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack
 from transunet import TransUNet
@@ -39,6 +48,10 @@ class Group:
         given = [self.parties[node].reveal(summed, missing) for node in summed]
         return {node: [one[str(node)] for one in given] for node in (*summed, *missing)}
 
+    @property
+    def bound(self) -> bytes:
+        return binding(["run", 1], self.public, {})
+
     def keys(self) -> dict[int, list[str]]:
         return {int(node): keys for node, keys in self.public.items()}
 
@@ -53,7 +66,7 @@ def test_masks_cancel_in_the_sum_whoever_is_missing(late, dead):
     vectors = {node: group.masked(node, change, 0.25) for node, change in changes.items() if node not in dead}
     summed, missing = list(vectors), [node for node in dead if node in group.sealed]
     total = sum(vectors.values(), np.zeros(LENGTH, np.uint32))
-    bare = unmasked(total, group.shares(summed, missing), summed, group.keys())
+    bare = unmasked(total, group.shares(summed, missing), summed, group.keys(), group.bound)
     wanted = 0.25 * sum(changes[node].double() for node in summed)
     assert torch.allclose(
         from_sum(bare, len(summed), LIMIT, len(NODES)),
@@ -186,6 +199,7 @@ def test_shares_that_are_too_few_open_nothing():
             {**shares, 7: shares[7][:2]},
             list(NODES),
             group.keys(),
+            group.bound,
         )
 
 
@@ -200,6 +214,7 @@ def test_another_hospitals_key_in_the_place_of_a_missing_one_is_noticed():
             shares,
             list(vectors),
             {**public, 40: public[7]},
+            group.bound,
         )
 
 
@@ -212,7 +227,11 @@ def test_wrong_shares_are_noticed():
         shares[node][0] = shares[node][0][:8] + "00" * 16 + shares[node][0][40:]
         with pytest.raises(MedFLError, match="wrong shares|still masked"):
             total = unmasked(
-                sum(vectors.values(), np.zeros(LENGTH, np.uint32)), shares, list(vectors), group.keys()
+                sum(vectors.values(), np.zeros(LENGTH, np.uint32)),
+                shares,
+                list(vectors),
+                group.keys(),
+                group.bound,
             )
             from_sum(total, len(vectors), LIMIT, 4)
 

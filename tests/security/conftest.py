@@ -3,6 +3,7 @@
 import pytest
 from consortium import Consortium
 from federations import scene  # noqa: F401  a fixture
+from in_process import federate  # noqa: F401  a fixture
 
 
 @pytest.fixture

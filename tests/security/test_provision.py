@@ -171,3 +171,21 @@ def test_the_authority_signs_nothing_but_servers(consortium):
         True, 0
     )
     assert server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
+
+
+def test_members_of_a_consortium_are_read_and_damaged_lists_refused(consortium):
+    """What `provision.py members` prints is what hospitals put into their kits."""
+    anna, bert = consortium.hospital("anna"), consortium.hospital("bert")
+    printed = consortium.provision("members", "--kit", consortium.kit).stdout
+    assert kits.read_members(anna) is None
+    (anna / "members.pub").write_text(f"# compared by telephone\n{printed}", encoding="utf-8")
+    lines = [(kit / "hospital.pub").read_text().split() for kit in (anna, bert)]
+    assert kits.read_members(anna) == {label: f"{kind} {key}" for kind, key, label in lines}
+    for damaged, sentence in (
+        (printed.replace(lines[0][1], lines[1][1]), "two keys of anna"),
+        (printed.replace(lines[1][1], lines[0][1]), "one key for two hospitals"),
+        ("bert", "is no hospital's public key"),
+    ):
+        (anna / "members.pub").write_text(damaged, encoding="utf-8")
+        with pytest.raises(MedFLError, match=sentence):
+            kits.read_members(anna)

@@ -1,0 +1,286 @@
+"""An active server tries to get one hospital's update out of the secure aggregation: it tells hospitals different
+things, sums a round twice, exchanges keys and invents hospitals. Hospitals that break the protocol are named.
+
+The hospitals' own functions are asked, as their app asks them; what a server would send is made by hand.
+"""
+
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Context, RecordDict
+from in_process import RealHospital
+
+import federation.server.secure_round
+from common import MedFLError
+from federation.hospital.app import masked, secure_stage
+from federation.hospital.hospital import HospitalError
+from federation.hospital.identity import Identity
+from federation.hospital.sums import Sums
+from federation.protocol.messages import message
+from federation.protocol.requests import Keys, Shares, Train, Unmask
+from federation.protocol.secure_aggregation import Party, binding, from_sum, unmasked
+
+LIMIT, LENGTH, MOST = 2.0, 500, 100
+LABELS = ("anna", "bert", "cleo")
+OPENSSH = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+
+
+class Consorts:
+    """Three hospitals that take part, and a server that asks them what it likes."""
+
+    def __init__(self, folder, kits: bool = False):
+        self.folder, self.updates = folder, {label: 0.1 * torch.randn(LENGTH) for label in LABELS}
+        keys = {label: ec.generate_private_key(ec.SECP384R1()) for label in LABELS} if kits else {}
+        members = {label: key.public_key().public_bytes(*OPENSSH).decode() for label, key in keys.items()}
+        self.identities = {label: self._identity(label, keys.get(label), members or None) for label in LABELS}
+        self.starts = itertools.count()
+        for label in LABELS:
+            self.start(label)
+
+    def _identity(self, label, key, members) -> Identity:
+        path = self.folder / f"{label}.key"
+        if key:
+            form = (
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.OpenSSH,
+                serialization.NoEncryption(),
+            )
+            path.write_bytes(key.private_bytes(*form))
+        return Identity(
+            label=label,
+            cid=None,
+            data=self.folder,
+            device="cpu",
+            medfl="1",
+            models=self.folder / "models",
+            code="",
+            key=path if key else None,
+            members=members,
+        )
+
+    def start(self, label: str, run: str = "run") -> None:
+        """Start a hospital, perhaps again, and have it join a run."""
+        home = self.folder / f"{label}-{next(self.starts)}"
+        home.mkdir()
+        self.__dict__.setdefault("sums", {})[label] = Sums(self.identities[label], home)
+        self.__dict__.setdefault("contexts", {})[label] = Context(1, 1, {}, RecordDict(), {})
+        self.sums[label].join(run)
+
+    def ask(self, label: str, asked) -> dict:
+        node = LABELS.index(label) + 1
+        return secure_stage(asked, node, self.contexts[label], self.sums[label])
+
+    def participants(self, run: str = "run", number: int = 1) -> dict:
+        """Everybody's keys, as the server relays them."""
+        return {
+            str(node): {"label": label, **self.ask(label, Keys(query="keys", run=run, round=number))}
+            for node, label in enumerate(LABELS, 1)
+        }
+
+    def sum_of(
+        self, labels=LABELS, run="run", number=1, told=lambda label: {}, forge=lambda keys: None
+    ) -> torch.Tensor:
+        """A sum of these hospitals' updates. told: what a hospital is told otherwise than the others; forge:
+        changes the list of keys."""
+        participants = self.participants(run, number)
+        forge(participants)
+        shares = Shares.model_validate({"query": "shares", "run": run, "round": number, "keys": participants})
+        sealed = {label: self.ask(label, shares)["sealed"] for label in LABELS}
+        total, model = np.zeros(LENGTH, np.uint32), "m"
+        for node, label in enumerate(LABELS, 1):
+            theirs = {
+                str(by): sealed[other][str(node)] for by, other in enumerate(LABELS, 1) if other != label
+            }
+            about = {"run": run, "round": number, "most": MOST, "model": model, **told(label)}
+            model_of = about.pop("model")
+            task = Train(
+                settings="", without=[], rate=None, seconds=9, partition=None, sealed=theirs, **about
+            )
+            if label in labels:
+                vector = masked(task, self.updates[label], 50, LIMIT, self.contexts[label], model_of)
+                total = total + vector
+        summed = [node for node, label in enumerate(LABELS, 1) if label in labels]
+        missing = [node for node in (1, 2, 3) if node not in summed]
+        given = [
+            self.ask(label, Unmask(query="unmask", summed=summed, missing=missing))["shares"]
+            for label in labels
+        ]
+        public = {int(node): one["keys"] for node, one in participants.items()}
+        names = {node: one["label"] for node, one in participants.items()}
+        bound = binding(
+            [run, number, MOST, model], {node: one["keys"] for node, one in participants.items()}, names
+        )
+        every = {node: [one[str(node)] for one in given] for node in (1, 2, 3)}
+        return from_sum(unmasked(total, every, summed, public, bound), len(summed), LIMIT, 3)
+
+
+@pytest.fixture
+def three(tmp_path):
+    return Consorts(tmp_path)
+
+
+def test_an_honest_server_gets_the_sum(three):
+    wanted = 0.5 * sum(three.updates[label].double() for label in LABELS)
+    assert torch.allclose(three.sum_of(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", [{"most": 10**7}, {"model": "another"}], ids=str)
+def test_hospitals_that_were_told_different_things_give_no_sum(three, other):
+    """With totals of its own for the others, the sum was the victim's update to 2e-6; a model in which the
+    others learn nothing would do the same."""
+    with pytest.raises(MedFLError, match="still masked"):
+        three.sum_of(told=lambda label: other if label == "cleo" else {})
+
+
+def test_keys_told_to_some_otherwise_give_no_sum():
+    """The masks are bound to all participants."""
+    parties = {node: Party() for node in (1, 2, 3)}
+    public = {str(node): party.keys(node) for node, party in parties.items()}
+    other = {**public, "4": Party().keys(4)}
+    assert binding(["run", 1], public, {}) != binding(["run", 1], other, {})
+    assert binding(["run", 1], public, {"1": "anna"}) != binding(["run", 1], public, {"1": "bert"})
+
+
+@pytest.mark.parametrize("stage", ["keys", "shares", "update"])
+def test_no_stage_is_answered_for_a_run_that_was_not_joined(three, stage):
+    """A round that is summed under two runs' names, with a hospital and without it, gives its update."""
+    asked = {"run": "another", "round": 1}
+    with pytest.raises(MedFLError, match="another run than the one that was joined"):
+        if stage == "keys":
+            three.ask("anna", Keys(query="keys", **asked))
+        elif stage == "shares":
+            keys = three.participants()
+            three.ask("anna", Shares.model_validate({"query": "shares", "keys": keys, **asked}))
+        else:
+            three.sums["anna"].check_run("another")  # as the app does before each update
+
+
+def test_the_run_is_fixed_for_as_long_as_the_hospital_runs(three):
+    with pytest.raises(MedFLError, match="another run than the one that was joined"):
+        three.sums["anna"].join("another")
+    three.start("anna", "another")  # by its people
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_rounds_1_2_1_give_no_second_sum_also_after_a_restart(three, restart):
+    three.sum_of()
+    three.sum_of(number=2)
+    if restart:
+        for label in LABELS:
+            three.start(label)
+    with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
+        three.sum_of(("anna", "bert"))
+    three.sum_of()  # of the same hospitals: a server that was killed before it saved
+
+
+def test_keys_of_one_round_are_not_used_in_another(three):
+    with pytest.raises(MedFLError, match="another round than the keys are for"):
+        three.sum_of(number=1, told=lambda label: {"round": 2})
+
+
+def swapped(keys):
+    """A key of the server's in the place of a hospital's, to read what is sealed for it."""
+    keys["3"]["keys"] = Party().keys(3)
+
+
+def invented(keys):
+    keys["4"] = {"label": "dora", "keys": Party().keys(4), "signature": None}
+
+
+def renamed(keys):
+    keys["4"] = {**keys["3"], "label": "dora", "keys": Party().keys(4)}
+
+
+def unsigned(keys):
+    keys["2"]["signature"] = None
+
+
+@pytest.mark.parametrize("forge", [swapped, invented, renamed, unsigned], ids=lambda forge: forge.__name__)
+def test_with_kits_the_server_can_neither_exchange_keys_nor_invent_hospitals(tmp_path, forge):
+    with pytest.raises(HospitalError, match="not signed by it|not in this hospital's members.pub"):
+        Consorts(tmp_path, kits=True).sum_of(forge=forge)
+
+
+def test_with_kits_keys_of_a_former_round_are_refused(tmp_path):
+    three = Consorts(tmp_path, kits=True)
+    former = three.participants(number=1)["2"]
+    with pytest.raises(HospitalError, match="bert's are not signed by it"):
+        three.sum_of(number=2, forge=lambda keys: keys.update({"2": former}))
+
+
+def test_with_kits_an_honest_server_gets_the_sum(tmp_path):
+    three = Consorts(tmp_path, kits=True)
+    wanted = 0.5 * sum(three.updates[label].double() for label in LABELS)
+    assert torch.allclose(three.sum_of(), wanted, atol=1e-6)
+
+
+def test_a_kit_without_the_consortiums_keys_does_not_join_a_secure_aggregation(tmp_path):
+    three = Consorts(tmp_path, kits=True)
+    three.identities["anna"] = three.identities["anna"].model_copy(update={"members": None})
+    with pytest.raises(MedFLError, match="members.pub"):
+        three.start("anna")
+
+
+class Spoiling(RealHospital):
+    """Changes what it says in a stage of secure aggregation."""
+
+    def __init__(self, *where, stage: str, spoil):
+        super().__init__(*where)
+        self.stage, self.spoil = stage, spoil
+
+    def answer(self, incoming):
+        about = json.loads(incoming.content["about"]["json"])
+        reply = super().answer(incoming)
+        if about.get("query") != self.stage:
+            return reply
+        said = json.loads(reply.content["about"]["json"])
+        self.spoil(said)
+        return type(incoming)(message(said), reply_to=incoming)
+
+
+def garbage(texts: dict) -> None:
+    for node in texts:
+        texts[node] = "ab" * 60
+
+
+def twice(said: dict) -> None:
+    said["keys"] = [said["keys"][0]] * 2
+
+
+SPOILT = {
+    "keys that are none": ("keys", lambda said: said.update(keys=["00" * 90, "11" * 90]), "keys .* that are none"),
+    "one key twice": ("keys", twice, "keys .* that can't be used"),
+    "shares that can't be opened": ("shares", lambda said: garbage(said["sealed"]), "shares can't be used"),
+    "shares of another secret": ("shares", lambda said: said.update(seed="0" * 64), "is not its own"),
+    "another's shares changed": ("unmask", lambda said: garbage(said["shares"]), "another share of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_who_breaks_the_protocol_is_named_and_the_round_goes_on(
+    federate,
+    monkeypatch,
+    phantoms,
+    tmp_path,
+    name,
+):
+    monkeypatch.setattr(federation.server.secure_round, "STAGE_TIME", 5.0)
+    stage, spoil, why = SPOILT[name]
+    hospitals = [RealHospital(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    hospitals.append(Spoiling(tmp_path / "out", 3, phantoms, stage=stage, spoil=spoil))
+    settings = {"clients": 4, "partition": "iid", "val_fraction": 0.0, "secure_aggregation": True}
+    lost = stage == "shares" and "another secret" in name  # found when shares were given: that round is over
+    state, _, _ = federate(1 + lost, hospitals=hospitals, **settings)
+    log = (tmp_path / "out" / "audit.jsonl").read_text(encoding="utf-8")
+    events = [json.loads(line) for line in log.splitlines()]
+    named = [event for event in events if event["event"] in ("left_out", "blamed")]
+    of_it = [event["why"] for event in named if event["hospital"] == "hospital-3"]
+    assert any(re.search(why, said) for said in of_it), named
+    counted = {row["site"] for row in state.progress.rows if row["round"] == 1 + lost}
+    assert counted == {f"hospital-{k}" for k in range(4 if stage == "unmask" else 3)}

@@ -1,0 +1,89 @@
+"""What --resume trusts: a changed checkpoint, a log that was cut or taken away, a second server in the folder, and a
+kit that others can change are refused."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from scripted import Worker, federate, make_fast
+
+from common import MedFLError
+from federation.runtime import kit as kits
+from federation.server.state import LAST, claim, finish_keeping, load_run
+
+
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    """The folder of a run of two rounds."""
+    make_fast(monkeypatch)
+    workers = [Worker(f"hospital-{k}", [0.5] * 9) for k in range(2)]
+    assert federate(workers, 2, tmp_path)[0] == 0
+    load_run(tmp_path)
+    return tmp_path
+
+
+def poisoned(out) -> None:
+    content = torch.load(out / LAST, weights_only=True)
+    content["state"]["weights"] = content["state"]["weights"] * 0 + 3.0
+    torch.save(content, out / LAST)
+
+
+def cut(out) -> None:
+    lines = (out / "audit.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "audit.jsonl").write_bytes(b"".join(lines[:2]))
+
+
+def deleted(out) -> None:
+    (out / "audit.jsonl").unlink()
+
+
+@pytest.mark.parametrize("harm", [poisoned, cut, deleted], ids=lambda harm: harm.__name__)
+def test_a_changed_checkpoint_or_log_is_not_gone_on_with(ran, harm):
+    harm(ran)
+    with pytest.raises(MedFLError, match="it was changed|cut off, written anew or taken away"):
+        load_run(ran)
+
+
+def test_a_server_that_is_killed_between_log_and_file_goes_on(ran, monkeypatch):
+    """The log has the new file's hash, and the file waits beside the old one."""
+    new, old = ran / f".new-{LAST}", ran / "old.pth"
+    shutil.copy(ran / LAST, new)
+    old.write_bytes(b"of the round before")
+    shutil.copy(old, ran / LAST)
+    load_run(ran)
+    assert not new.exists()
+    new.write_bytes(b"half")
+    finish_keeping(ran / LAST, ran / "audit.jsonl")
+    assert not new.exists() and load_run(ran)
+
+
+def test_one_server_at_a_time_writes_into_a_folder(tmp_path):
+    first = claim(tmp_path / "out")
+    with pytest.raises(MedFLError, match="another server writes into"):
+        claim(tmp_path / "out")
+    first.release()
+    claim(tmp_path / "out").release()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX systems")
+@pytest.mark.parametrize(
+    ("name", "mode", "sentence"),
+    [
+        ("ca.key", 0o640, "others can read"),
+        ("server.key", 0o604, "others can read"),
+        ("hospitals.json", 0o666, "others can change"),
+        ("ca.pem", 0o646, "others can change"),
+        ("", 0o777, "others can change"),
+    ],
+)
+def test_a_kit_that_others_can_read_or_change_is_refused(consortium, name, mode, sentence):
+    mercy = consortium.hospital("mercy")
+    assert kits.server_certificate(consortium.kit) and kits.hospital_label(mercy) == "mercy"
+    (consortium.kit / name).chmod(mode)
+    with pytest.raises(MedFLError, match=sentence):
+        kits.server_certificate(consortium.kit)
+    if name in ("ca.pem", ""):
+        (mercy / name).chmod(mode)
+        with pytest.raises(MedFLError, match=sentence):
+            kits.hospital_label(mercy)
