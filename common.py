@@ -29,7 +29,10 @@ SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "MPS backend out of memory")  # as torch says it
-TORN = ("PytorchStreamWriter", "inline_container")  # torch's words in the error of a file that it could not write
+TORN = (
+    "PytorchStreamWriter",
+    "inline_container",
+)  # torch's words in the error of a file that it could not write
 
 EXIT_BAD_INPUT = 2
 EXIT_NO_QUORUM = 3

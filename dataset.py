@@ -1,7 +1,10 @@
 """The scans on disk: find them, check them, and hold them as one memory-mapped cache."""
 
+import argparse
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -21,6 +24,7 @@ from common import MedFLError, counted, file_sha256, write_json
 from preprocessing import read_mask, read_slice
 from spacing import NAME, read_spacing
 
+CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
 CACHE_VERSION = 3
 ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
 DAY = 86_400.0  # seconds; no build takes as long
@@ -149,16 +153,34 @@ def _cohort(top: Path, site: str) -> Cohort:
         return find_cohort(top, site, contents.of)
 
 
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """The option that puts the cache elsewhere."""
+    parser.add_argument(
+        "--cache", type=Path, help="folder for decoded scans, instead of ~/.cache/medfl (a copy of the scans)"
+    )
+
+
+def choose_cache(folder: Path | None) -> None:
+    """Keep caches in this folder, in this process and those that it starts; None leaves the usual one."""
+    if folder is not None:
+        os.environ[CACHE] = str(folder.resolve())
+
+
 def cache_folder() -> Path:
-    """Where caches lie: outside of every dataset, in the user's own cache
-    folder, readable by the user alone."""
-    folder = Path.home() / ".cache" / "medfl"
+    """Where caches lie: outside of every dataset, in the folder that `choose_cache` named or the user's own
+    cache folder, readable by the user alone. Raises MedFLError where it can't be used."""
+    elsewhere = "name a folder of your own with --cache"
     try:
+        folder = Path(os.environ[CACHE]) if os.environ.get(CACHE) else Path.home() / ".cache" / "medfl"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except RuntimeError as error:  # neither HOME is set nor has this user one
+        raise MedFLError(f"there is no home folder to keep decoded scans in; {elsewhere}") from error
     except OSError as error:
         raise MedFLError(
-            f"the cache folder {folder} can't be made ({error.strerror}); make it or free the disk"
+            f"the cache folder {folder} can't be made ({error.strerror}); {elsewhere}, or free the disk"
         ) from error
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise MedFLError(f"the cache folder {folder} is not yours to write; {elsewhere}")
     return folder
 
 
@@ -234,9 +256,11 @@ def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
     """The cache of these files' content, whatever their folder or the site's label is called. Built beside
     and renamed: of two processes that build at once, the first one's stays."""
     folder = cache_folder() / _content(root, patients)
-    if (folder / "index.json").exists():
-        os.utime(folder)  # in use
+    if _is_whole(folder):
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # in use
         return folder
+    shutil.rmtree(folder, ignore_errors=True)  # a cleaner or a full disk damaged it
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
         _build_cache(beside, patients, progress)
@@ -250,12 +274,25 @@ def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
                 raise
     except OSError as error:
         raise MedFLError(
-            f"the cache in {folder.parent} can't be written ({error.strerror}); free the disk"
+            f"the cache in {folder.parent} can't be written ({error.strerror}); free the disk, or name another "
+            "folder with --cache"
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     _remove_stale(folder, root)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache's files are there, and as large as its index says."""
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))["patients"]
+        pixels = sum(math.prod(entry["shape"]) for entry in index)
+        sizes = [(folder / name).stat().st_size for name in ("images.bin", "masks.bin")]
+        starts = [entry["start"] for entry in index if entry["measured"] and entry["tumour_pixels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return len(starts) == len(index) > 0 and sizes == [3 * pixels, pixels]
 
 
 def _remove_stale(folder: Path, root: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
 from common import SMALLEST_GROUP, MedFLError, atomic_write, counted, run_script, tell, utc_now, write_json
-from dataset import Dataset, load_dataset
+from dataset import Dataset, add_cache_option, choose_cache, load_dataset
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
 from evaluation.metrics import report
 from evaluation.overlays import draw_outlines
@@ -70,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--write-back", action="store_true", help="write the test scores into the checkpoint's metadata"
     )
+    add_cache_option(parser)
     return parser.parse_args()
 
 
@@ -204,6 +205,7 @@ def compare_models(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse()
+    choose_cache(arguments.cache)
     if arguments.compare:
         return compare_models(arguments)
     if arguments.plot:

@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.spatial.distance import jensenshannon
 
 from common import MedFLError, atomic_write, run_script, tell, write_json
-from dataset import load_dataset
+from dataset import add_cache_option, choose_cache, load_dataset
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
 
 KINDS = ("iid", "site", "dirichlet", "quantity", "tumour-size")
@@ -253,7 +253,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of split and partition (default 0)")
     parser.add_argument("--plot", type=Path, help="draw the partition into this PNG")
     parser.add_argument("--json", type=Path, help="write the partition to this file; it names the patients")
+    add_cache_option(parser)
     arguments = parser.parse_args()
+    choose_cache(arguments.cache)
     dataset = load_dataset(arguments.data_dir)
     tell(dataset.notes)
     split = make_split(

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from common import EXIT_NO_QUORUM, MedFLError, __version__, counted, run_folder, run_script, tell
-from dataset import load_dataset
+from dataset import add_cache_option, choose_cache, load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
 from federation.protocol.answers import LABEL, PatientPrivacy
@@ -27,7 +27,13 @@ from federation.runtime.bundle import make_bundle
 from federation.runtime.connection import ServerGone, Watch, refuse
 from federation.runtime.flower import ask_admission
 from federation.runtime.kit import CA, HOSPITAL_KEY, hospital_label
-from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
+from federation.runtime.processes import (
+    drop_unusable_proxies,
+    is_healthy,
+    is_loopback,
+    join_address,
+    parse_address,
+)
 from inference import choose_device
 
 MODELS = Path("models")  # for files of this hospital's own
@@ -82,6 +88,7 @@ def parse() -> argparse.Namespace:
         "hold; far below 1 / patients (default 1e-5)",
     )
     parser.add_argument("--check", action="store_true", help="look at data and connection, train nothing")
+    add_cache_option(parser)
     return parser.parse_args()
 
 
@@ -187,6 +194,8 @@ def check(host: str, port: int, server: str, kit: Path | None) -> None:
 
 def main() -> None:
     arguments = parse()
+    choose_cache(arguments.cache)
+    tell(drop_unusable_proxies())
     host, port = parse_address(arguments.server)
     if not is_loopback(host) and arguments.kit is None:
         raise MedFLError(

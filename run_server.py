@@ -36,7 +36,7 @@ from common import (
     tell,
     write_json,
 )
-from dataset import load_dataset
+from dataset import add_cache_option, choose_cache, load_dataset
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.log import say
 from federation.protocol.messages import local_versions
@@ -54,6 +54,7 @@ from federation.runtime.gateway import find_nginx, start_gateway
 from federation.runtime.kit import CA, SERVER, SERVER_KEY, server_certificate
 from federation.runtime.processes import (
     Child,
+    drop_unusable_proxies,
     free_port,
     is_healthy,
     is_loopback,
@@ -119,6 +120,7 @@ def parse() -> argparse.Namespace:
     )
     add_settings(parser, FederationSettings)
     add_settings(parser, TrainingSettings, TRAINING_OPTIONS)
+    add_cache_option(parser)
     return parser.parse_args()
 
 
@@ -215,9 +217,13 @@ def prepare_job(
     if arguments.resume:
         training, federation, state, model = load_run(out)
         settings = state["settings"]
+        done = state["progress"]["round"]
         say(
-            f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own "
-            "settings; other options are ignored"
+            f"going on after round {done} of {federation.rounds}, with that run's own settings; other options are "
+            "ignored"
+            if done < federation.rounds
+            else f"all {federation.rounds} rounds of this run are done; what is left is to score the model and to "
+            "tell the hospitals the end (for a new run leave --resume out)"
         )
     else:
         training, federation = (
@@ -343,9 +349,11 @@ def run_simulated(arguments: argparse.Namespace) -> int:
 
 def main() -> None:
     arguments = parse()
+    choose_cache(arguments.cache)
     if arguments.simulate is not None:
         sys.exit(run_simulated(arguments))
     kit = arguments.kit
+    tell(drop_unusable_proxies())
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
     gated = kit is not None and not arguments.own_gateway
     folder = run_folder("server")

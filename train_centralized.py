@@ -25,7 +25,7 @@ from tqdm import tqdm
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, Checkpoint, describe, load_checkpoint, load_start, save_checkpoint
 from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from, tell
-from dataset import Dataset, load_dataset
+from dataset import Dataset, add_cache_option, choose_cache, load_dataset
 from evaluation.curves import draw_curves
 from evaluation.metrics import summarise
 from evaluation.scoring import score_patients
@@ -83,6 +83,7 @@ def parse() -> argparse.Namespace:
         help="go on after the last complete epoch in --out, with its settings",
     )
     add_settings(parser, TrainingSettings)
+    add_cache_option(parser)
     return parser.parse_args()
 
 
@@ -189,9 +190,14 @@ class CentralTraining:
                 f"no better validation Dice for {settings.patience} epochs; stopped after epoch {done.epoch}"
             )
             return True
-        return (
-            self._share_done() >= 1 if settings.minutes or settings.steps else done.epoch >= settings.epochs
-        )
+        return self.is_complete
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has done all that its settings ask for."""
+        if self.settings.minutes or self.settings.steps:
+            return self._share_done() >= 1
+        return self.progress.epoch >= self.settings.epochs
 
     def _share_done(self) -> float:
         """Share of the run that is over, 0 to 1: of its steps, or of its minutes less what the last epoch's
@@ -367,6 +373,7 @@ def stored_settings(last: Path) -> TrainingSettings:
 
 def main() -> None:
     arguments = parse()
+    choose_cache(arguments.cache)
     settings = settings_from(arguments, TrainingSettings)
     if arguments.resume:
         name = "centralized" if arguments.cid is None else "local"
@@ -374,7 +381,7 @@ def main() -> None:
         settings, kept = stored_settings(last), load_checkpoint(last).metadata["origin"]
         for option in ("partition", "clients", "alpha"):
             setattr(arguments, option, kept.get(option, getattr(arguments, option)))
-        print("going on with the interrupted run's own settings; other training options are ignored")
+        print("the settings are those of the run in --out; other training options are ignored")
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data_dir)
     tell(dataset.notes)
@@ -414,6 +421,11 @@ def main() -> None:
         f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, "
         f"{len(training.batches)} steps an epoch"
     )
+    if arguments.resume and training.is_complete:
+        print(
+            f"this run is finished ({counted(training.progress.epoch, 'epoch')}); nothing was trained. Start a new one "
+            f"in another --out, with --init {training.best} to train its model further"
+        )
     try:
         training.run()
     except KeyboardInterrupt:
