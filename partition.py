@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import jensenshannon
 
-from common import MedFLError, atomic_write, run_script, tell, write_json
+from common import MedFLError, atomic_write, counted, run_script, tell, write_json
 from dataset import add_cache_option, choose_cache, load_dataset
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
 
@@ -75,8 +75,8 @@ def make_partition(
         raise MedFLError("a partition needs 1 hospital or more and an --alpha above 0; choose others")
     if len(split.train) < MIN_TRAIN * clients:
         raise MedFLError(
-            f"{len(split.train)} training patients are too few for {clients} hospitals of {MIN_TRAIN} or "
-            "more; lower --clients"
+            f"{counted(len(split.train), 'training patient')} are too few for {counted(clients, 'hospital')} of "
+            f"{MIN_TRAIN} or more; lower --clients"
         )
     table = table[table["patient"].isin(split.part("all"))].sort_values("patient", ignore_index=True)
     shuffle = np.random.default_rng([seed, clients])

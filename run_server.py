@@ -29,6 +29,7 @@ from common import (
     MedFLError,
     __version__,
     add_settings,
+    counted,
     git_commit,
     run_folder,
     run_script,
@@ -195,7 +196,7 @@ def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: Train
     say(
         "differential privacy: the protected unit is the hospital, and not the patient; noise "
         f"{privacy.multiplier:.3g} x clip {settings.dp_clip:g}, epsilon {privacy.spent(rounds):.3g} after "
-        f"{rounds} rounds at delta {settings.dp_delta:g}"
+        f"{counted(rounds, 'round')} at delta {settings.dp_delta:g}"
     )
     if warning := privacy.warning(
         int(part_mask(model, settings.left_out(training.freeze_encoder_epochs >= rounds)).sum())
@@ -376,7 +377,7 @@ def main() -> None:
             if kit
             else f"python run_client.py --cid 0 (to {federation.clients - 1}) --server {arguments.address}"
         )
-        say(f"listening on {arguments.address}; waiting for {federation.clients} hospitals: {how}")
+        say(f"listening on {arguments.address}; waiting for {counted(federation.clients, 'hospital')}: {how}")
         source = TaskSource(inner, "flwr-serverapp", ca)
         control.submit(make_bundle())
         while (token := source.next_token()) is None:

@@ -187,7 +187,7 @@ class CentralTraining:
         done, settings = self.progress, self.settings
         if settings.patience and self.chooses and done.epoch - done.best_epoch >= settings.patience:
             print(
-                f"no better validation Dice for {settings.patience} epochs; stopped after epoch {done.epoch}"
+                f"no better validation Dice for {counted(settings.patience, 'epoch')}; stopped after epoch {done.epoch}"
             )
             return True
         return self.is_complete

@@ -19,7 +19,7 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from common import MedFLError
+from common import MedFLError, in_words
 
 GROUPS = 8  # of a GroupNorm; every width below is divisible by it
 UPSCALE = 2  # from the decoder's last block to the logits
@@ -178,8 +178,10 @@ def _encoder(name: str, side: int, pretrained: bool, weights: Path | str | None)
         if not pretrained:  # then nothing was loaded, and the fault is ours
             raise
         raise MedFLError(
-            f"the pretrained weights of {name} can't be loaded ({type(error).__name__}); connect to the "
-            "network, or give a file of them with --encoder-weights"
+            in_words(error)
+            or f"the pretrained weights of {name} could not be fetched from huggingface.co ({type(error).__name__}); "
+            "let this machine reach it (https_proxy names a proxy), or fetch them elsewhere and give the file "
+            "with --encoder-weights"
         ) from error
     if weights is not None:
         _load_encoder(encoder, Path(weights))

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from checkpoint import Checkpoint
-from common import MedFLError, atomic_write
+from common import MedFLError, atomic_write, counted
 from dataset import Dataset
 from evaluation.curves import BLUE, ORANGE
 from evaluation.metrics import FIGURES_OF_A_PATIENT, bootstrap_interval, paired_difference
@@ -156,7 +156,7 @@ def compare(
     def score(checkpoint: Checkpoint, patients: list[str]) -> list[dict]:
         missing = [p for p in patients if (checkpoint.path, p) not in known]
         if missing:
-            say(f"scoring {checkpoint.path}: {len(missing)} patients")
+            say(f"scoring {checkpoint.path}: {counted(len(missing), 'patient')}")
         for row in score_patients(checkpoint.model, dataset, missing, checkpoint.threshold):
             known[(checkpoint.path, row["patient"])] = {name: row[name] for name in FIGURES_OF_A_PATIENT}
         return [known[(checkpoint.path, p)] for p in patients]

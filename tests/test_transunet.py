@@ -114,7 +114,7 @@ def test_pretrained_without_network_names_both_remedies(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "SENTENCE" in done.stdout, done.stderr
-    assert "connect to the network" in done.stdout and "--encoder-weights" in done.stdout
+    assert "could not be fetched from huggingface.co" in done.stdout and "--encoder-weights" in done.stdout
 
 
 def test_timm_imports_and_a_matching_torchvision_is_left_alone():

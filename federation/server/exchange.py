@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import MedFLError
+from common import MedFLError, counted
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import part_mask, payload, to_record
 from federation.server.mailbox import NO_ANSWER, SPARE, Answer, Mailbox
@@ -66,7 +66,8 @@ class Exchange:
             if count != told or now - told_at > REMIND:
                 told, told_at = count, now
                 missing = f"; missing: {', '.join(self.missing())}" if self.missing() else ""
-                self.say(f"{count} of {self.settings.clients} hospitals are here{missing}")
+                whom = counted(self.settings.clients, "hospital")
+                self.say(f"{count} of {whom} {'is' if self.settings.clients == 1 else 'are'} here{missing}")
             if resumed and now - began > self.settings.round_timeout:
                 if count < self.settings.beginners:
                     raise NoQuorum(self.too_few(count))
@@ -77,21 +78,22 @@ class Exchange:
 
     def missing(self) -> list[str]:
         """Labels that are expected and not there: those that took part before, then those whose keys are
-        admitted, or numbers."""
-        here, admitted = set(self.membership.members), self.membership.labels()
-        others = (
-            [f"hospital-{k}" for k in range(self.settings.clients)]
-            if admitted is None
-            else sorted(admitted.values())
-        )
-        absent = [label for label in [*sorted(self.known()), *others] if label not in here]
-        return list(dict.fromkeys(absent))[: max(self.settings.clients - len(here), 0)]
+        admitted, or numbers; of the latter none where more could come than are waited for, or where hospitals
+        with own data chose their names."""
+        members, admitted = self.membership.members, self.membership.labels()
+        absent = [label for label in sorted(self.known()) if label not in members]
+        others = sorted(admitted.values()) if admitted else []
+        if admitted is None and not any(member.facts.own_data for member in members.values()):
+            others = [f"hospital-{k}" for k in range(self.settings.clients)]
+        room = max(self.settings.clients - len(members), 0)
+        more = [label for label in others if label not in members and label not in absent]
+        return [*absent, *(more if len(absent) + len(more) <= room else [])][:room]
 
     def too_few(self, count: int) -> str:
         """The sentence about a round that only so many hospitals took part in."""
         missing = f" (missing: {', '.join(self.missing())})" if self.missing() else ""
         return (
-            f"{count} of {self.settings.clients} hospitals took part and a round needs "
+            f"{count} of {counted(self.settings.clients, 'hospital')} took part and a round needs "
             f"{self.settings.beginners}{missing}; see to them and go on with --resume"
         )
 
@@ -102,7 +104,7 @@ class Exchange:
         while len(present := self.membership.present) < self.settings.beginners or self.membership.disputed:
             if not told and not self.membership.disputed:
                 self.say(
-                    f"{len(present)} of {self.settings.clients} hospitals can work, a round needs "
+                    f"{len(present)} of {counted(self.settings.clients, 'hospital')} can work, a round needs "
                     f"{self.settings.beginners}; waiting up to {self.settings.round_timeout:.0f} s for "
                     f"{', '.join(self.missing()) or 'those behind'}"
                 )
