@@ -21,11 +21,11 @@ from tqdm import tqdm
 from appearance.features import describe_volume, image_statistics
 from cohort import Cohort, Patient, cohort_name, find_cohort
 from common import MedFLError, counted, file_sha256, write_json
-from preprocessing import read_mask, read_slice
+from preprocessing import read_mask_and_form, read_slice
 from spacing import NAME, read_spacing
 
 CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
 DAY = 86_400.0  # seconds; no build takes as long
 SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again gets another time
@@ -67,12 +67,14 @@ class Dataset:
 
     def _oddities(self) -> list[str]:
         """What is odd about the patients, in sentences with numbers."""
-        without = int((self.table["tumour_pixels"] == 0).sum())
-        return (
-            [f"no tumour in any mask of {without} of {counted(len(self.table), 'patient')}"]
-            if without
-            else []
-        )
+        odd = []
+        if without := int((self.table["tumour_pixels"] == 0).sum()):
+            odd.append(f"no tumour in any mask of {without} of {counted(len(self.table), 'patient')}")
+        if other := sum(entry["other_forms"] for entry in self._entries.values()):
+            odd.append(
+                f"{counted(other, 'mask')} with 0 and 1, or a palette, in the place of 0 and 255: 1 is read as tumour"
+            )
+        return odd
 
     def site(self, patient: str) -> str:
         """The patient's site code."""
@@ -318,7 +320,7 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
         for patient in tqdm(
             patients, desc="reading scans", unit="patient", disable=None if progress else True
         ):
-            volume, truth = _read_pair(patient)
+            volume, truth, other_forms = _read_pair(patient)
             images.write(volume.tobytes())
             masks.write(truth.tobytes())
             index.append(
@@ -327,6 +329,7 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
                     "shape": list(truth.shape),
                     "start": start,
                     "measured": describe_volume(torch.from_numpy(volume)),
+                    "other_forms": other_forms,
                     "tumour_pixels": np.count_nonzero(truth, axis=(1, 2)).tolist(),
                 }
             )
@@ -334,16 +337,21 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
     (folder / "index.json").write_text(json.dumps({"patients": index}), encoding="utf-8")
 
 
-def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray]:
-    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8. Raises MedFLError where a size differs."""
-    volume, truth = [], []
+def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
+    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8, and how many masks have another form than 0
+    and 255. Raises MedFLError where a size differs."""
+    volume: list[np.ndarray] = []
+    truth: list[np.ndarray] = []
+    other_forms = 0
     for image, mask in zip(patient.images, patient.masks):
         volume.append(read_slice(image))
-        truth.append(read_mask(mask))
+        pixels, other = read_mask_and_form(mask)
+        truth.append(pixels)
+        other_forms += other
         for path, pixels in ((image, volume[-1]), (mask, truth[-1])):
             if pixels.shape[:2] != volume[0].shape[:2]:
                 raise MedFLError(
                     f"{path} is {pixels.shape[1]}×{pixels.shape[0]} pixels and {patient.images[0].name} is "
                     f"{volume[0].shape[1]}×{volume[0].shape[0]}; a patient's slices and masks have one size"
                 )
-    return np.stack(volume), np.stack(truth)
+    return np.stack(volume), np.stack(truth), other_forms

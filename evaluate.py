@@ -259,6 +259,9 @@ def main() -> None:
         }
         update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
         print(f"wrote the test scores into {arguments.checkpoint}")
+    print(
+        f"next: python predict.py FOLDER --checkpoint {arguments.checkpoint}, or look at scans with `make app`"
+    )
 
 
 if __name__ == "__main__":

@@ -205,6 +205,11 @@ def test_one_slice_of_16_pixels_and_a_finished_run_are_told(scans, tmp_path):
     run = ("train_centralized.py", "--data-dir", scans, "--out", tmp_path / "o", "--image-size", 16)
     done = run_here(*run, "--batch-size", 2, "--epochs", 1, "--val-fraction", 0, "--test-fraction", 0)
     assert done.returncode == 0, done.stderr
+    assert (
+        "steps/s, " in done.stdout
+        and " of training steps, " in done.stdout
+        and "GiB of memory" in done.stdout
+    )
     again = run_here(*run, "--resume")
     assert again.returncode == 0 and "this run is finished (1 epoch); nothing was trained" in again.stdout
     assert "going on" not in again.stdout

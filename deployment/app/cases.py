@@ -18,7 +18,7 @@ from pairing import pair
 from preprocessing import (
     IMAGE_SUFFIXES,
     group_volumes,
-    read_mask,
+    read_mask_and_form,
     read_slice,
     slice_number,
     volume_name,
@@ -27,6 +27,7 @@ from spacing import NAME, read_spacing
 
 NIFTI = (".nii", ".nii.gz")
 DICOM = (".dcm", ".dicom", ".ima")  # or any other name, where the content says so
+ONES = "{masks} with 1, or a palette, in the place of 255: 1 is read as tumour."
 KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "json"]  # that the page's upload offers
 
 
@@ -111,7 +112,7 @@ def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
     )
     if any(known):
         case.truth = _read_masks(
-            order, [None if mask is None else (mask, paths[mask]) for mask in known], case.volume.shape
+            case, order, [None if mask is None else (mask, paths[mask]) for mask in known]
         )
     if not case.is_volume:
         case.notes.append(LONE_SLICE)
@@ -175,24 +176,27 @@ def _check_sizes(order: list[PurePosixPath], pixels: list[np.ndarray]) -> None:
 
 
 def _read_masks(
-    order: list[PurePosixPath], masks: Sequence[tuple[PurePosixPath, bytes] | None], shape: tuple
+    case: Case, order: list[PurePosixPath], masks: Sequence[tuple[PurePosixPath, bytes] | None]
 ) -> np.ndarray:
-    """The truth of each slice, (S, H, W) uint8. Raises MedFLError where
-    one is missing or has another size."""
-    truth = []
+    """The truth of each slice, (S, H, W) uint8; a note where masks hold 1 in the place of 255. Raises
+    MedFLError where one is missing or has another size."""
+    truth, other_forms, shape = [], 0, case.volume.shape
     for path, mask in zip(order, masks):
         if mask is None:
             raise MedFLError(
                 f"{short(path.name)} has no mask and other slices have; add {short(path.stem)}_mask, or "
                 "leave all masks out"
             )
-        pixels = read_mask(*mask)
+        pixels, other = read_mask_and_form(*mask)
+        other_forms += other
         if pixels.shape != shape[1:3]:
             raise MedFLError(
                 f"{short(mask[0].name)} is {pixels.shape[1]}×{pixels.shape[0]} pixels and its slice is "
                 f"{shape[2]}×{shape[1]}; choose masks of the slices' size"
             )
         truth.append(pixels)
+    if other_forms:
+        case.notes.append(ONES.format(masks=counted(other_forms, "mask")))
     return np.stack(truth)
 
 
@@ -209,7 +213,7 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
             return read_nifti_mask(case, str(path), content)
     order = [PurePosixPath(name) for name in case.slices]
     if len(order) == len(given) == 1:
-        return _read_masks(order, given, case.volume.shape)
+        return _read_masks(case, order, given)
     masks: dict[str, tuple[PurePosixPath, bytes]] = {}
     for path, content in given:
         name = path.stem.lower().removesuffix("_mask")
@@ -222,4 +226,4 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
         raise MedFLError(
             "no mask has the name of a slice with _mask at its end; rename the masks, or choose others"
         )
-    return _read_masks(order, [masks.get(path.stem.lower()) for path in order], case.volume.shape)
+    return _read_masks(case, order, [masks.get(path.stem.lower()) for path in order])
