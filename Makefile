@@ -7,6 +7,7 @@
 # make browser-demo  set up, then the page that runs the newest model in the browser, at http://127.0.0.1:8600 (needs Node.js)
 # make docs        the site of docs/, in site/
 # make benchmark   throughput, memory and input pipeline of a training, measured here
+# make help        this list
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,12 @@ STUDY := models/study
 
 LIBRARIES := deployment/browser/node_modules/.package-lock.json
 
-.PHONY: demo federated app browser-demo browser-libraries test test-quick lint system docs benchmark
+.DEFAULT_GOAL := demo
+
+help:
+	@sed -n 's/^# \(make .*\|   .*\)/\1/p' Makefile
+
+.PHONY: help demo federated app browser-demo browser-libraries test test-quick lint system docs benchmark
 
 demo: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)

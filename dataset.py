@@ -1,7 +1,10 @@
 """The scans on disk: find them, check them, and hold them as one memory-mapped cache."""
 
+import argparse
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,11 +22,12 @@ from tqdm import tqdm
 from appearance.features import describe_volume, image_statistics
 from cohort import Cohort, Patient, cohort_name, find_cohort
 from common import MedFLError, counted, file_sha256, write_json
-from preprocessing import read_mask, read_slice
+from preprocessing import read_mask_and_form, read_slice
 from spacing import NAME, read_spacing
 from tasks import task_of
 
-CACHE_VERSION = 3
+CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
+CACHE_VERSION = 4
 ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
 DAY = 86_400.0  # seconds; no build takes as long
 SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again gets another time
@@ -66,12 +70,14 @@ class Dataset:
 
     def _oddities(self) -> list[str]:
         """What is odd about the patients, in sentences with numbers."""
-        without = int((self.table["tumour_pixels"] == 0).sum())
-        return (
-            [f"no tumour in any mask of {without} of {counted(len(self.table), 'patient')}"]
-            if without
-            else []
-        )
+        odd = []
+        if without := int((self.table["tumour_pixels"] == 0).sum()):
+            odd.append(f"no tumour in any mask of {without} of {counted(len(self.table), 'patient')}")
+        if other := sum(entry["other_forms"] for entry in self._entries.values()):
+            odd.append(
+                f"{counted(other, 'mask')} with 0 and 1, or a palette, in the place of 0 and 255: 1 is read as tumour"
+            )
+        return odd
 
     def site(self, patient: str) -> str:
         """The patient's site code."""
@@ -156,16 +162,34 @@ def _cohort(top: Path, site: str) -> Cohort:
     return found
 
 
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """The option that puts the cache elsewhere."""
+    parser.add_argument(
+        "--cache", type=Path, help="folder for decoded scans, instead of ~/.cache/medfl (a copy of the scans)"
+    )
+
+
+def choose_cache(folder: Path | None) -> None:
+    """Keep caches in this folder, in this process and those that it starts; None leaves the usual one."""
+    if folder is not None:
+        os.environ[CACHE] = str(folder.resolve())
+
+
 def cache_folder() -> Path:
-    """Where caches lie: outside of every dataset, in the user's own cache
-    folder, readable by the user alone."""
-    folder = Path.home() / ".cache" / "medfl"
+    """Where caches lie: outside of every dataset, in the folder that `choose_cache` named or the user's own
+    cache folder, readable by the user alone. Raises MedFLError where it can't be used."""
+    elsewhere = "name a folder of your own with --cache"
     try:
+        folder = Path(os.environ[CACHE]) if os.environ.get(CACHE) else Path.home() / ".cache" / "medfl"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except RuntimeError as error:  # neither HOME is set nor has this user one
+        raise MedFLError(f"there is no home folder to keep decoded scans in; {elsewhere}") from error
     except OSError as error:
         raise MedFLError(
-            f"the cache folder {folder} can't be made ({error.strerror}); make it or free the disk"
+            f"the cache folder {folder} can't be made ({error.strerror}); {elsewhere}, or free the disk"
         ) from error
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise MedFLError(f"the cache folder {folder} is not yours to write; {elsewhere}")
     return folder
 
 
@@ -241,9 +265,11 @@ def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
     """The cache of these files' content, whatever their folder or the site's label is called. Built beside
     and renamed: of two processes that build at once, the first one's stays."""
     folder = cache_folder() / _content(root, patients)
-    if (folder / "index.json").exists():
-        os.utime(folder)  # in use
+    if _is_whole(folder):
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # in use
         return folder
+    shutil.rmtree(folder, ignore_errors=True)  # a cleaner or a full disk damaged it
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
         _build_cache(beside, patients, progress)
@@ -257,12 +283,25 @@ def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
                 raise
     except OSError as error:
         raise MedFLError(
-            f"the cache in {folder.parent} can't be written ({error.strerror}); free the disk"
+            f"the cache in {folder.parent} can't be written ({error.strerror}); free the disk, or name another "
+            "folder with --cache"
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     _remove_stale(folder, root)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache's files are there, and as large as its index says."""
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))["patients"]
+        pixels = sum(math.prod(entry["shape"]) for entry in index)
+        sizes = [(folder / name).stat().st_size for name in ("images.bin", "masks.bin")]
+        starts = [entry["start"] for entry in index if entry["measured"] and entry["tumour_pixels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return len(starts) == len(index) > 0 and sizes == [3 * pixels, pixels]
 
 
 def _remove_stale(folder: Path, root: Path) -> None:
@@ -288,7 +327,7 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
         for patient in tqdm(
             patients, desc="reading scans", unit="patient", disable=None if progress else True
         ):
-            volume, truth = _read_pair(patient)
+            volume, truth, other_forms = _read_pair(patient)
             images.write(volume.tobytes())
             masks.write(truth.tobytes())
             index.append(
@@ -297,6 +336,7 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
                     "shape": list(truth.shape),
                     "start": start,
                     "measured": describe_volume(torch.from_numpy(volume)),
+                    "other_forms": other_forms,
                     "tumour_pixels": np.count_nonzero(truth, axis=(1, 2)).tolist(),
                 }
             )
@@ -304,16 +344,21 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
     (folder / "index.json").write_text(json.dumps({"patients": index}), encoding="utf-8")
 
 
-def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray]:
-    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8. Raises MedFLError where a size differs."""
-    volume, truth = [], []
+def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
+    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8, and how many masks have another form than 0
+    and 255. Raises MedFLError where a size differs."""
+    volume: list[np.ndarray] = []
+    truth: list[np.ndarray] = []
+    other_forms = 0
     for image, mask in zip(patient.images, patient.masks):
         volume.append(read_slice(image))
-        truth.append(read_mask(mask))
+        pixels, other = read_mask_and_form(mask)
+        truth.append(pixels)
+        other_forms += other
         for path, pixels in ((image, volume[-1]), (mask, truth[-1])):
             if pixels.shape[:2] != volume[0].shape[:2]:
                 raise MedFLError(
                     f"{path} is {pixels.shape[1]}×{pixels.shape[0]} pixels and {patient.images[0].name} is "
                     f"{volume[0].shape[1]}×{volume[0].shape[0]}; a patient's slices and masks have one size"
                 )
-    return np.stack(volume), np.stack(truth)
+    return np.stack(volume), np.stack(truth), other_forms

@@ -16,7 +16,7 @@ from pathlib import Path
 import escaping
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
 from common import SMALLEST_GROUP, MedFLError, counted, run_script, tell, utc_now, write_csv, write_json
-from dataset import Dataset, load_dataset
+from dataset import Dataset, add_cache_option, choose_cache, load_dataset
 from energy import Meter, in_words
 from evaluation.calibration import draw_reliability
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
@@ -85,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--write-back", action="store_true", help="write the test scores into the checkpoint's metadata"
     )
+    add_cache_option(parser)
     return parser.parse_args()
 
 
@@ -245,6 +246,7 @@ def compare_models(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse()
+    choose_cache(arguments.cache)
     if arguments.compare:
         return compare_models(arguments)
     if arguments.plot:
@@ -311,6 +313,9 @@ def main() -> None:
         }
         update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
         print(f"wrote the test scores into {arguments.checkpoint}")
+    print(
+        f"next: python predict.py FOLDER --checkpoint {arguments.checkpoint}, or look at scans with `make app`"
+    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import pandas as pd
 from scipy.spatial.distance import jensenshannon
 
 import escaping
-from common import MedFLError, atomic_write, run_script, tell, write_json
-from dataset import load_dataset
+from common import MedFLError, atomic_write, counted, run_script, tell, write_json
+from dataset import add_cache_option, choose_cache, load_dataset
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
 
 KINDS = ("iid", "site", "dirichlet", "quantity", "tumour-size")
@@ -76,8 +76,8 @@ def make_partition(
         raise MedFLError("a partition needs 1 hospital or more and an --alpha above 0; choose others")
     if len(split.train) < MIN_TRAIN * clients:
         raise MedFLError(
-            f"{len(split.train)} training patients are too few for {clients} hospitals of {MIN_TRAIN} or "
-            "more; lower --clients"
+            f"{counted(len(split.train), 'training patient')} are too few for {counted(clients, 'hospital')} of "
+            f"{MIN_TRAIN} or more; lower --clients"
         )
     table = table[table["patient"].isin(split.part("all"))].sort_values("patient", ignore_index=True)
     shuffle = np.random.default_rng([seed, clients])
@@ -254,7 +254,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of split and partition (default 0)")
     parser.add_argument("--plot", type=Path, help="draw the partition into this PNG")
     parser.add_argument("--json", type=Path, help="write the partition to this file; it names the patients")
+    add_cache_option(parser)
     arguments = parser.parse_args()
+    choose_cache(arguments.cache)
     dataset = load_dataset(arguments.data_dir)
     tell(dataset.notes)
     split = make_split(

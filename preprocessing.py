@@ -155,21 +155,29 @@ def read_slice(path: PurePath, content: bytes | None = None) -> np.ndarray:
 
 
 def read_mask(path: PurePath, content: bytes | None = None) -> np.ndarray:
-    """A mask's pixels, (H, W) uint8, 0 or 255. Raises MedFLError for any other value and what `read_slice`
-    refuses."""
+    """A mask's pixels, (H, W) uint8, 0 or 255, as `read_mask_and_form` reads them."""
+    return read_mask_and_form(path, content)[0]
+
+
+def read_mask_and_form(path: PurePath, content: bytes | None = None) -> tuple[np.ndarray, bool]:
+    """A mask's pixels, (H, W) uint8, 0 or 255, and whether it was stored in another plain form: as 0 and 1,
+    or with a palette of two. Raises MedFLError for any other value and what `read_slice` refuses."""
     picture = _open(path, content)
-    if picture.mode not in ("L", "1", "RGB"):
+    if picture.mode not in ("L", "1", "RGB", "P"):
         raise MedFLError(
             f"{path} has pixels of type {picture.mode}, and a mask is 8-bit grey; convert it first"
         )
     mask = np.asarray(picture.convert("L"))
-    if not np.isin(mask, (0, 255)).all():
-        odd = int(mask[(mask != 0) & (mask != 255)][0])
-        raise MedFLError(
-            f"{path} has the value {odd}, and a mask holds 0 (no tumour) and 255 (tumour) only; write it "
-            f"again"
-        )
-    return mask
+    if np.isin(mask, (0, 255)).all():
+        return mask, False
+    numbers = np.asarray(picture) if picture.mode == "P" else mask
+    if numbers.max() == 1:
+        return numbers * np.uint8(255), True
+    odd = int(numbers[(numbers != 0) & (numbers != (1 if picture.mode == "P" else 255))][0])
+    raise MedFLError(
+        f"{path} has the value {odd}, and a mask holds 0 (no tumour) and 255 (tumour) only, or 0 and 1; write it "
+        "again, with 255 for what is tumour"
+    )
 
 
 def picture_size(path: PurePath, content: bytes | None = None) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from common import (
     run_script,
     tell,
 )
-from dataset import load_dataset
+from dataset import add_cache_option, choose_cache, load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
 from federation.protocol.answers import LABEL, PatientPrivacy
@@ -44,7 +44,13 @@ from federation.runtime.kit import (
     read_authority,
     read_members,
 )
-from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
+from federation.runtime.processes import (
+    drop_unusable_proxies,
+    is_healthy,
+    is_loopback,
+    join_address,
+    parse_address,
+)
 from federation.runtime.proxies import go_direct, tell_proxies
 from inference import choose_device
 
@@ -114,6 +120,7 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="look at data and connection, ask a running server whether this hospital could join, train nothing",
     )
+    add_cache_option(parser)
     return parser.parse_args()
 
 
@@ -225,6 +232,8 @@ def check(host: str, port: int, server: str, kit: Path | None) -> None:
 
 def main() -> None:
     arguments = parse()
+    choose_cache(arguments.cache)
+    tell(drop_unusable_proxies())
     host, port = parse_address(arguments.server)
     if arguments.no_proxy:
         go_direct(host)

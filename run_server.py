@@ -29,6 +29,7 @@ from common import (
     MedFLError,
     __version__,
     add_settings,
+    counted,
     git_commit,
     given_options,
     run_folder,
@@ -36,7 +37,7 @@ from common import (
     settings_from,
     tell,
 )
-from dataset import load_dataset
+from dataset import add_cache_option, choose_cache, load_dataset
 from encoders import PRETRAINED, RANDOM, go_on_from, start_model
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.log import say
@@ -52,7 +53,7 @@ from federation.protocol.weights import part_mask
 from federation.runtime.bundle import hospital_code
 from federation.runtime.gateway import find_nginx
 from federation.runtime.kit import server_certificate
-from federation.runtime.processes import is_loopback, parse_address
+from federation.runtime.processes import drop_unusable_proxies, is_loopback, parse_address
 from federation.runtime.remembered import Remembered, remembered
 from federation.runtime.service import Service
 from federation.runtime.simulation import check_ray, simulate
@@ -141,6 +142,7 @@ def parse() -> argparse.Namespace:
     add_tracking(parser)
     add_settings(parser, FederationSettings)
     add_settings(parser, TrainingSettings, TRAINING_OPTIONS)
+    add_cache_option(parser)
     arguments = parser.parse_args()
     arguments.given = given_options(parser)
     return arguments
@@ -217,7 +219,7 @@ def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: Train
     say(
         "differential privacy: the protected unit is the hospital, and not the patient; noise "
         f"{privacy.multiplier:.3g} x clip {settings.dp_clip:g}, epsilon {privacy.spent(rounds):.3g} after "
-        f"{rounds} rounds at delta {settings.dp_delta:g}"
+        f"{counted(rounds, 'round')} at delta {settings.dp_delta:g}"
     )
     if warning := privacy.warning(
         int(part_mask(model, settings.left_out(training.frozen_epochs >= rounds)).sum())
@@ -259,9 +261,13 @@ def prepare_job(
         federation = longer(federation, arguments.rounds if "rounds" in arguments.given else None)
         settings = to_json(training, federation)
         job["rounds"] = federation.rounds
+        done = state["progress"]["round"]
         say(
-            f"going on after round {state['progress']['round']} of {federation.rounds}, with that run's own "
-            "settings; other options are ignored"
+            f"going on after round {done} of {federation.rounds}, with that run's own settings; other options are "
+            "ignored"
+            if done < federation.rounds
+            else f"all {federation.rounds} rounds of this run are done; what is left is to score the model and to "
+            "tell the hospitals the end (for a new run leave --resume out)"
         )
     else:
         training, federation = (
@@ -357,11 +363,13 @@ def take_up(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse()
+    choose_cache(arguments.cache)
     check_installed(arguments.tensorboard, arguments.mlflow)
     take_up(arguments)
     if arguments.simulate is not None:
         sys.exit(run_simulated(arguments))
     kit = arguments.kit
+    tell(drop_unusable_proxies())
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
     claimed = claim(arguments.out)
     folder = run_folder("server")
@@ -380,7 +388,7 @@ def main() -> None:
             serve_status(Path(job["out"]) / "status", arguments.status_port)
         gated = kit is not None and not arguments.own_gateway
         code = Service(host, port, kit, gated, job, folder, told).run(
-            f"listening on {arguments.address}; waiting for {federation.clients} hospitals: {how}"
+            f"listening on {arguments.address}; waiting for {counted(federation.clients, 'hospital')}: {how}"
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

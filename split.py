@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import MedFLError, write_json
+from common import MedFLError, counted, write_json
 from limits import read_json
 
 PARTS = ("train", "val", "test")
@@ -61,7 +61,7 @@ def make_split(
         parts["train"] += names[test[site] + val[site] :]
     if not parts["train"]:
         raise MedFLError(
-            f"the split leaves none of {len(sites)} patients to train; lower --val-fraction or "
+            f"the split leaves none of {counted(len(sites), 'patient')} to train; lower --val-fraction or "
             f"--test-fraction"
         )
     return Split(seed, **{part: tuple(sorted(str(n) for n in names)) for part, names in parts.items()})

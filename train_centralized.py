@@ -16,6 +16,7 @@ pretrained, random, or a file's name).
 
 import argparse
 import csv
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from checkpoint import (
     update_metadata,
 )
 from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from, tell
-from dataset import Dataset, load_dataset
+from dataset import Dataset, add_cache_option, choose_cache, load_dataset
 from encoders import go_on_from, start_model
 from energy import NAME as ENERGY
 from energy import Meter, in_words, keep, summed
@@ -48,6 +49,8 @@ from partition import add_partition_options, make_partition
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
 from training import EpochResult, Learner, TrainingSettings, plateau, rate_scale
 from transunet import TransUNet
+
+LOG_SECONDS = 60.0  # between two lines in a log file
 
 HISTORY = (
     "epoch",
@@ -111,6 +114,7 @@ def parse() -> argparse.Namespace:
         "--overwrite", action="store_true", help="start although --out holds a run, which is lost"
     )
     add_settings(parser, TrainingSettings)
+    add_cache_option(parser)
     return parser.parse_args()
 
 
@@ -171,6 +175,8 @@ class CentralTraining:
         else:
             self.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
         self.began = time.monotonic() - self.progress.seconds
+        self.started, self.training_seconds, self.steps_a_second = time.monotonic(), 0.0, 0.0
+        self.started_at = self._share_done()
 
     def _model(self, start: Checkpoint | None, resume: bool) -> TransUNet:
         """The network to begin with; the settings then tell what its encoder holds."""
@@ -206,10 +212,13 @@ class CentralTraining:
         """Epochs until the settings' end, then the temperature of the best model's probabilities."""
         while not self._finished():
             self.learner.model.set_encoder_trainable(self.progress.epoch >= self.settings.frozen_epochs)
+            epoch_began = time.monotonic()
             result = self._train()
             if not result.steps:
                 break
             trained = time.monotonic()
+            self.steps_a_second = result.steps / max(trained - epoch_began, 1e-9)
+            self.training_seconds += trained - epoch_began
             val = self.split.val if self.chooses else ()
             rows = score_patients(self.learner.weights_model, self.dataset, val, THRESHOLD)
             self.progress.epoch += 1
@@ -224,12 +233,17 @@ class CentralTraining:
         done, settings = self.progress, self.settings
         if settings.patience and self.chooses and done.epoch - done.best_epoch >= settings.patience:
             print(
-                f"no better validation Dice for {settings.patience} epochs; stopped after epoch {done.epoch}"
+                f"no better validation Dice for {counted(settings.patience, 'epoch')}; stopped after epoch {done.epoch}"
             )
             return True
-        return (
-            self._share_done() >= 1 if settings.minutes or settings.steps else done.epoch >= settings.epochs
-        )
+        return self.is_complete
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has done all that its settings ask for."""
+        if self.settings.minutes or self.settings.steps:
+            return self._share_done() >= 1
+        return self.progress.epoch >= self.settings.epochs
 
     def _share_done(self) -> float:
         """Share of the run that is over, 0 to 1: of its steps, or of its minutes less what the last epoch's
@@ -239,11 +253,41 @@ class CentralTraining:
         room = max(60 * self.settings.minutes - 1.5 * self.progress.ending_seconds, 1.0)
         return (time.monotonic() - self.began) / room
 
+    def _time_left(self) -> str:
+        """How long the whole run will still take, in words, at the speed that it had since it was started."""
+        share = min(self._share_done(), 1.0)
+        if share <= self.started_at:
+            return "time left not known yet"
+        left = (time.monotonic() - self.started) * (1 - share) / (share - self.started_at)
+        return f"{in_time(left)} left of the run"
+
+    def told_at_the_end(self) -> str:
+        """Where the time went since this process began the run, and the most memory that it took."""
+        whole = time.monotonic() - self.started
+        memory = f"; at most {peak_memory() / 2**30:.1f} GiB of memory" if peak_memory() else ""
+        if self.learner.device.type == "cuda":
+            memory += f", {torch.cuda.max_memory_allocated(self.learner.device) / 2**30:.1f} GiB on the GPU"
+        return (
+            f"{in_time(whole)}: {in_time(self.training_seconds)} of training steps, "
+            f"{in_time(whole - self.training_seconds)} of scoring and saving{memory}"
+        )
+
     def _train(self) -> EpochResult:
         """One epoch's steps, under a progress bar."""
 
-        def before_step(_: int) -> bool:
+        began, first = time.monotonic(), self.learner.step_count
+        told = began
+
+        def before_step(step: int) -> bool:
+            nonlocal told
             share = self._share_done()
+            if time.monotonic() - told > LOG_SECONDS and not sys.stderr.isatty():  # where no bar is drawn
+                told = time.monotonic()
+                print(
+                    f"epoch {epoch}: step {step - first} of {len(self.batches)}, "
+                    f"{(step - first) / (told - began):.2f} steps/s, {self._time_left()}",
+                    flush=True,
+                )
             if not self.plateau:
                 self.learner.set_rate(rate_scale(share, self.settings.warmup))
             return share < 1 or not (self.settings.minutes or self.settings.steps)
@@ -310,7 +354,7 @@ class CentralTraining:
         )
         print(
             f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice "
-            f"{result.dice:.3f}  {scored}",
+            f"{result.dice:.3f}  {scored}  {self.steps_a_second:.2f} steps/s, {self._time_left()}",
             flush=True,
         )
 
@@ -341,6 +385,24 @@ class CentralTraining:
             scores=scores,
             task=self.dataset.task.model_dump(mode="json") if self.dataset.task else None,
         )
+
+
+def in_time(seconds: float) -> str:
+    """Seconds as a person says them: "40 s", "12 min", "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 def write_history(rows: list[dict], path: Path) -> None:
@@ -409,6 +471,7 @@ def stored_settings(last: Path) -> TrainingSettings:
 
 def main() -> None:
     arguments = parse()
+    choose_cache(arguments.cache)
     settings = settings_from(arguments, TrainingSettings)
     name = "centralized" if arguments.cid is None else "local"
     best, last = (arguments.out / f"transunet_{name}_{which}.pth" for which in ("best", "last"))
@@ -420,7 +483,7 @@ def main() -> None:
         settings, kept = stored_settings(last), load_checkpoint(last).metadata["origin"]
         for option in ("partition", "clients", "alpha"):
             setattr(arguments, option, kept.get(option, getattr(arguments, option)))
-        print("going on with the interrupted run's own settings; other training options are ignored")
+        print("the settings are those of the run in --out; other training options are ignored")
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data_dir)
     tell(dataset.notes)
@@ -463,6 +526,11 @@ def main() -> None:
         f"{len(training.batches)} steps an epoch"
     )
     meter = Meter("training", device.type == "cuda") if arguments.energy else None
+    if arguments.resume and training.is_complete:
+        print(
+            f"this run is finished ({counted(training.progress.epoch, 'epoch')}); nothing was trained. Start a new one "
+            f"in another --out, with --init {training.best} to train its model further"
+        )
     try:
         training.run()
     except KeyboardInterrupt:
@@ -483,6 +551,9 @@ def main() -> None:
         f"{training.best}: epoch {done.best_epoch}"
         + (f", validation Dice {done.best:.3f}" if training.chooses else ", the last: nothing was chosen")
     )
+    print(training.told_at_the_end())
+    if share.test:
+        print(f"next: python evaluate.py --checkpoint {training.best} --data-dir {arguments.data_dir}")
 
 
 if __name__ == "__main__":

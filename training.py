@@ -81,6 +81,11 @@ class TrainingSettings:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 0 or more")
         if self.minutes is not None and self.steps is not None:
             raise MedFLError("--minutes and --steps both say how long to train; give one of them")
+        if self.norm == "batch" and self.batch_size == 1 and self.image_size == 16:
+            raise MedFLError(
+                "--norm batch needs more than one value a channel, and one slice of 16 pixels leaves one; take "
+                "--batch-size 2, --image-size 32 or --norm group"
+            )
         if not 0 <= self.warmup <= 0.5:  # more, and a run would end before it reached its learning rate
             raise MedFLError(f"--warmup is {self.warmup}; choose a share of the run from 0 to 0.5")
         if not 0 <= self.ema_decay < 1:

@@ -9,7 +9,7 @@ A phantom is painted, not measured: a score on phantoms says nothing about real 
 import argparse
 from pathlib import Path
 
-from common import run_script
+from common import counted, run_script
 from phantoms import make_phantoms
 
 
@@ -31,7 +31,8 @@ def main() -> None:
         )
     arguments = parser.parse_args()
     root = make_phantoms(**vars(arguments), progress=True)
-    print(f"{arguments.patients} phantoms in {root}")
+    print(f"{counted(arguments.patients, 'phantom')} in {root}")
+    print(f"next: python train_centralized.py --data-dir {arguments.out}")
 
 
 if __name__ == "__main__":

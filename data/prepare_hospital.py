@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import MedFLError, run_script
+from common import MedFLError, counted, run_script
 from escaping import terminal
 
 try:
@@ -113,7 +113,7 @@ def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
     whole = sum(bool(study.channels) for study in studies)
     print(
         f"\n{whole} of {len(studies)} studies would be prepared, {sum(s.mask is not None for s in studies)} "
-        f"with a mask; {len(refused)} files belong to none; nothing was written"
+        f"with a mask; {counted(len(refused), 'file')} of no patient; nothing was written"
     )
 
 

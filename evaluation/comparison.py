@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import escaping
 from checkpoint import Checkpoint
-from common import MedFLError, atomic_write
+from common import MedFLError, atomic_write, counted
 from dataset import Dataset
 from evaluation.alike import Made, made
 from evaluation.curves import BLUE, ORANGE
@@ -161,7 +161,7 @@ def compare(
     def score(checkpoint: Checkpoint, patients: list[str]) -> list[dict]:
         missing = [p for p in patients if (checkpoint.path, p) not in known]
         if missing:
-            say(f"scoring {checkpoint.path}: {len(missing)} patients")
+            say(f"scoring {checkpoint.path}: {counted(len(missing), 'patient')}")
         for row in score_patients(checkpoint.model, dataset, missing, checkpoint.threshold):
             known[(checkpoint.path, row["patient"])] = {name: row[name] for name in FIGURES_OF_A_PATIENT}
         return [known[(checkpoint.path, p)] for p in patients]

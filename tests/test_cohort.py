@@ -361,3 +361,22 @@ def test_a_folder_is_predicted_as_one_volume_whatever_its_slices_are_called(tmp_
     for given in (path.parent, path):
         done = run_here("predict.py", given, *options, tmp_path / "e")
         assert done.returncode == 2 and "is a link to gone" in done.stderr
+
+
+def test_masks_of_0_and_1_and_with_a_palette_are_read_and_told(tmp_path):
+    patient(tmp_path / "anna", 1)
+    before = load_dataset(tmp_path, progress=False).volume("anna")[1].copy()
+    for k, truth in enumerate(before, start=1):
+        picture = Image.fromarray((truth // 255).astype(np.uint8))
+        if k == 2:
+            picture = Image.fromarray(truth // 255, mode="P")
+            picture.putpalette([0, 0, 0, 200, 30, 30])
+        picture.save(tmp_path / "anna" / f"p_{k}_mask.png")
+    found = load_dataset(tmp_path, progress=False)
+    assert np.array_equal(found.volume("anna")[1], before)
+    assert found.notes == [
+        "2 masks with 0 and 1, or a palette, in the place of 0 and 255: 1 is read as tumour"
+    ]
+    save(tmp_path / "anna" / "p_3_mask.png", np.full((16, 16), 2, np.uint8))
+    with pytest.raises(MedFLError, match="p_3_mask.png has the value 2, .* with 255 for what is tumour"):
+        load(tmp_path)

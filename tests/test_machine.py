@@ -3,18 +3,25 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from running import run_here
+from test_cohort import patient
 
 import common
 from checkpoint import save_checkpoint
 from common import MedFLError, atomic_write, in_words, run_folder
+from dataset import cache_folder, load_dataset
+from federation.runtime.processes import drop_unusable_proxies, no_proxy
+from training import TrainingSettings
 
 ROOT = Path(common.__file__).parent
 
@@ -119,3 +126,90 @@ def test_what_a_killed_run_left_is_removed_at_the_next(tmp_path, monkeypatch):
     with atomic_write(tmp_path / "m.pth") as file:
         file.write(b"whole")
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["m.pth"]
+
+
+@pytest.fixture
+def scans(tmp_path, monkeypatch):
+    """Three patients, and a home of the test's own."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    monkeypatch.delenv("MEDFL_CACHE", raising=False)
+    monkeypatch.setenv("MEDFL_CACHE", "")  # so that what a script sets is taken back
+    for k in range(3):
+        patient(tmp_path / "scans" / f"pat{k}", k)
+    return tmp_path / "scans"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda cache: (cache / "images.bin").unlink(),
+        lambda cache: os.truncate(cache / "images.bin", 50),
+        lambda cache: os.truncate(cache / "masks.bin", 0),
+        lambda cache: os.truncate(cache / "index.json", 0),
+        lambda cache: (cache / "index.json").write_text('{"patients": [{}]}'),
+        lambda cache: (cache / "index.json").write_text("[1]"),
+        lambda cache: (shutil.rmtree(cache), cache.mkdir(), (cache / "index.json").write_text("{}")),
+    ],
+)
+def test_a_damaged_cache_is_built_again(scans, damage):
+    before = load_dataset(scans, progress=False).volume("pat1")[0].copy()
+    (cache,) = (path for path in cache_folder().iterdir() if path.is_dir())
+    damage(cache)
+    for _ in range(2):
+        assert np.array_equal(load_dataset(scans, progress=False).volume("pat1")[0], before)
+    assert [path for path in cache_folder().iterdir() if path.is_dir()] == [cache]
+
+
+def test_a_cache_that_cannot_be_had_is_told_and_can_lie_elsewhere(scans, tmp_path, monkeypatch):
+    check = ("run_client.py", "--own-data", scans, "--name", "mercy", "--check", "--server", "127.0.0.1:9")
+    (tmp_path / "home").write_text("a file where a folder would be")
+    done = run_here(*check)
+    assert done.returncode == 2 and "can't be made" in done.stderr and "--cache" in done.stderr
+    done = run_here(*check, "--cache", tmp_path / "cache")
+    assert "no server answers" in done.stderr and any((tmp_path / "cache").iterdir())
+    monkeypatch.setenv("MEDFL_CACHE", "")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    done = run_here(*check)
+    assert done.returncode == 2 and "there is no home folder" in done.stderr
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(MedFLError, match="is not yours to write; name a folder of your own with --cache"):
+        monkeypatch.setenv("MEDFL_CACHE", str(tmp_path / "cache"))
+        cache_folder()
+
+
+def test_proxies_of_a_desktop_are_dropped_or_kept(monkeypatch):
+    for name in ("all_proxy", "http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("all_proxy", "socks://127.0.0.1:1080/")
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "fl.example.org,localhost")
+    monkeypatch.setenv("NO_PROXY", ".intern")
+    (told,) = drop_unusable_proxies()
+    assert "all_proxy" in told and "socks" in told and "all_proxy" not in os.environ
+    assert os.environ["https_proxy"] == "http://proxy:3128" and drop_unusable_proxies() == []
+    assert (
+        no_proxy()["no_proxy"] == no_proxy()["NO_PROXY"] == ".intern,fl.example.org,localhost,127.0.0.1,::1"
+    )
+
+
+def test_one_slice_of_16_pixels_and_a_finished_run_are_told(scans, tmp_path):
+    with pytest.raises(MedFLError, match="--batch-size 2, --image-size 32 or --norm group"):
+        TrainingSettings(image_size=16, batch_size=1)
+    assert TrainingSettings(image_size=16, batch_size=1, norm="group").batch_size == 1
+    run = ("train_centralized.py", "--data-dir", scans, "--out", tmp_path / "o", "--image-size", 16)
+    done = run_here(*run, "--batch-size", 2, "--epochs", 1, "--val-fraction", 0, "--test-fraction", 0)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "steps/s, " in done.stdout
+        and " of training steps, " in done.stdout
+        and "GiB of memory" in done.stdout
+    )
+    again = run_here(*run, "--resume")
+    assert again.returncode == 0 and "this run is finished (1 epoch); nothing was trained" in again.stdout
+    assert "going on" not in again.stdout

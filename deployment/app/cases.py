@@ -23,7 +23,7 @@ from preprocessing import (
     IMAGE_SUFFIXES,
     group_volumes,
     picture_size,
-    read_mask,
+    read_mask_and_form,
     read_slice,
     slice_number,
     volume_name,
@@ -31,18 +31,9 @@ from preprocessing import (
 from spacing import NAME, read_spacing
 
 DICOM = (".dcm", ".dicom", ".ima")  # or any other name, where the content says so
-KINDS = [
-    "tif",
-    "tiff",
-    "png",
-    "jpg",
-    "jpeg",
-    "zip",
-    "nii",
-    "gz",
-    "nrrd",
-    "json",
-]  # that the page's upload offers
+ONES = "{masks} with 1, or a palette, in the place of 255: 1 is read as tumour."
+# that the page's upload offers
+KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "nrrd", "json"]
 
 
 def read_case(files: list[tuple[str, bytes]]) -> Case:
@@ -126,7 +117,7 @@ def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
     )
     if any(known):
         case.truth = _read_masks(
-            order, [None if mask is None else (mask, paths[mask]) for mask in known], case.volume.shape
+            case, order, [None if mask is None else (mask, paths[mask]) for mask in known]
         )
     if not case.is_volume:
         case.notes.append(LONE_SLICE)
@@ -205,24 +196,27 @@ def _one_each(masks: list[tuple[str, PurePosixPath]]) -> dict[str, PurePosixPath
 
 
 def _read_masks(
-    order: list[PurePosixPath], masks: Sequence[tuple[PurePosixPath, bytes] | None], shape: tuple
+    case: Case, order: list[PurePosixPath], masks: Sequence[tuple[PurePosixPath, bytes] | None]
 ) -> np.ndarray:
-    """The truth of each slice, (S, H, W) uint8. Raises MedFLError where
-    one is missing or has another size."""
-    truth = []
+    """The truth of each slice, (S, H, W) uint8; a note where masks hold 1 in the place of 255. Raises
+    MedFLError where one is missing or has another size."""
+    truth, other_forms, shape = [], 0, case.volume.shape
     for path, mask in zip(order, masks):
         if mask is None:
             raise MedFLError(
                 f"{short(path.name)} has no mask and other slices have; add {short(path.stem)}_mask, or "
                 "leave all masks out"
             )
-        pixels = read_mask(*mask)
+        pixels, other = read_mask_and_form(*mask)
+        other_forms += other
         if pixels.shape != shape[1:3]:
             raise MedFLError(
                 f"{short(mask[0].name)} is {pixels.shape[1]}×{pixels.shape[0]} pixels and its slice is "
                 f"{shape[2]}×{shape[1]}; choose masks of the slices' size"
             )
         truth.append(pixels)
+    if other_forms:
+        case.notes.append(ONES.format(masks=counted(other_forms, "mask")))
     return np.stack(truth)
 
 
@@ -240,7 +234,7 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
             return read_nifti_mask(case, str(path), content)
     order = [PurePosixPath(name) for name in case.slices]
     if len(order) == len(given) == 1:
-        return _read_masks(order, given, case.volume.shape)
+        return _read_masks(case, order, given)
     named = [
         (name, path)
         for path, _ in given
@@ -253,6 +247,4 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     check_names(str(path) for path, _ in given)
     masks, contents = _one_each(named), dict(given)
     chosen = [masks.get(path.stem.lower()) for path in order]
-    return _read_masks(
-        order, [None if path is None else (path, contents[path]) for path in chosen], case.volume.shape
-    )
+    return _read_masks(case, order, [None if path is None else (path, contents[path]) for path in chosen])

@@ -215,6 +215,7 @@ async function readAll(order) {
 async function readTruth(opened, masks) {
   const { count, height, width } = opened;
   const truth = new Uint8Array(count * height * width);
+  let otherForms = 0;
   for (const [k, mask] of masks.entries()) {
     const name = opened.slices[k];
     if (!mask) {
@@ -226,7 +227,9 @@ async function readTruth(opened, masks) {
         "choose masks of the slices' size");
     }
     truth.set(one.pixels, k * height * width);
+    otherForms += one.otherForm;
   }
+  if (otherForms) opened.notes.push(`${counted(otherForms, "mask")} with 1, or a palette, in the place of 255: 1 is read as tumour.`);
   return truth;
 }
 

@@ -21,17 +21,24 @@ export async function readSlice(name, bytes) {
   return { width, height, pixels };
 }
 
-/** A mask: {width, height, pixels: Uint8Array of height × width, 0 or 255}. */
+/** A mask: {width, height, pixels: Uint8Array of height × width, 0 or 255, otherForm: whether it was stored as 0 and 1}. */
 export async function readMask(name, bytes) {
   const { width, height, channels, data } = await decoded(name, bytes);
   const pixels = new Uint8Array(width * height);
   for (let k = 0; k < pixels.length; k++) {
     pixels[k] = data[k * channels];
-    if (pixels[k] !== 0 && pixels[k] !== 255) {
-      throw new UserError(`${short(name)} has the value ${pixels[k]}, and a mask holds 0 (no tumour) and 255 (tumour) only; write it again`);
+    if (channels > 2 && (data[k * channels + 1] !== pixels[k] || data[k * channels + 2] !== pixels[k])) {
+      throw new UserError(`${short(name)} has colours, and a mask is grey: 0 (no tumour) and 255 (tumour); write it again`);
     }
   }
-  return { width, height, pixels };
+  const most = pixels.reduce((one, other) => Math.max(one, other), 0);
+  if (most === 1) return { width, height, pixels: pixels.map((value) => 255 * value), otherForm: true };
+  const odd = pixels.find((value) => value !== 0 && value !== 255);
+  if (odd !== undefined) {
+    throw new UserError(`${short(name)} has the value ${odd}, and a mask holds 0 (no tumour) and 255 (tumour) only, or 0 and 1; write it ` +
+      "again, with 255 for what is tumour");
+  }
+  return { width, height, pixels, otherForm: false };
 }
 
 /** A mask's pixels, width × height of 0 or 255, as the bytes of a PNG. */

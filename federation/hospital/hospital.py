@@ -10,7 +10,7 @@ import torch
 
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, describe, save_checkpoint
-from common import SMALLEST_GROUP, MedFLError, atomic_write
+from common import SMALLEST_GROUP, MedFLError, atomic_write, counted
 from evaluation.scoring import score_patients
 from federation.hospital.data import HospitalData
 from federation.hospital.identity import Identity
@@ -114,7 +114,7 @@ class Hospital:
             raise HospitalError(
                 Failure.PRIVACY,
                 f"--dp-sgd-delta {budget.delta:g} would allow to tell all of one of the "
-                f"{len(self.data.split.train)} patients; choose one far below 1 / patients",
+                f"{counted(len(self.data.split.train), 'patient')}; choose one far below 1 / patients",
             )
         return budget
 

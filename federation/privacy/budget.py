@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from common import MedFLError, write_json
+from common import MedFLError, counted, write_json
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
 
 LEAST = 1e-3  # multiplier
@@ -79,7 +79,7 @@ class PatientBudget:
         if not begins or spent((*self.done, loudest), self.delta) > self.epsilon:
             raise MedFLError(
                 f"too little is left of the patients' privacy: epsilon {already:.3g} of {self.epsilon:g} "
-                f"is spent, in {len(self.rounds)} rounds ({self.ledger}); take no part, or promise less "
+                f"is spent, in {counted(len(self.rounds), 'round')} ({self.ledger}); take no part, or promise less "
                 "with a larger --dp-sgd-epsilon"
             )
         least = multiplier_for(self.epsilon, steps, self.delta, chance, self.done)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from common import counted
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
 from federation.protocol.settings import FederationSettings
 
@@ -78,7 +79,7 @@ class HospitalPrivacy:
             return None
         needed = math.ceil(ratio * self.settings.clients)
         return (
-            f"note: with {self.settings.clients} hospitals a round's noise is about {ratio:.0f} times as "
+            f"note: with {counted(self.settings.clients, 'hospital')} a round's noise is about {ratio:.0f} times as "
             f"long as the longest mean update, and may drown it; this model needs about {needed:,} hospitals "
             "for as much update as noise, or a larger epsilon, or fewer trained weights "
             "(--freeze-encoder-epochs)"

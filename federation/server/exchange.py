@@ -64,7 +64,9 @@ class Exchange:
             for _ in self._attend():
                 pass
             count, now = len(self.membership.training), time.monotonic()
-            said = f"{count} of {self.settings.clients} hospitals are here{self._why_not_all()}"
+            whom = counted(self.settings.clients, "hospital")
+            are = "is" if self.settings.clients == 1 else "are"
+            said = f"{count} of {whom} {are} here{self._why_not_all()}"
             if said != told or now - told_at > REMIND:
                 told, told_at = said, now
                 self.say(said)
@@ -102,21 +104,25 @@ class Exchange:
 
     def missing(self) -> list[str]:
         """Labels that are expected and not there: those that took part before, then those whose keys are
-        admitted, or numbers."""
+        admitted, or numbers; of the latter none where more could come than are waited for, or where hospitals
+        with own data chose their names. A hospital whose key is revoked can't come."""
         here, admitted = self.membership.training, self.membership.labels()
-        if admitted is None:
-            expected = [*sorted(self.known()), *(f"hospital-{k}" for k in range(self.settings.clients))]
-        else:  # whose key is revoked can't come
-            names = set(admitted.values())
-            expected = [*sorted(names & set(self.known())), *sorted(names)]
-        absent = [label for label in expected if label not in here]
-        return list(dict.fromkeys(absent))[: max(self.settings.clients - len(here), 0)]
+        keys = None if admitted is None else set(admitted.values())
+        absent = [
+            label for label in sorted(self.known()) if label not in here and (keys is None or label in keys)
+        ]
+        others = sorted(keys or ())
+        if admitted is None and not any(self.membership.members[label].facts.own_data for label in here):
+            others = [f"hospital-{k}" for k in range(self.settings.clients)]
+        room = max(self.settings.clients - len(here), 0)
+        more = [label for label in others if label not in here and label not in absent]
+        return [*absent, *(more if len(absent) + len(more) <= room else [])][:room]
 
     def too_few(self, count: int) -> str:
         """The sentence about a round that only so many hospitals took part in."""
         missing = f" (missing: {', '.join(self.missing())})" if self.missing() else ""
         return (
-            f"{count} of {self.settings.clients} hospitals took part and a round needs "
+            f"{count} of {counted(self.settings.clients, 'hospital')} took part and a round needs "
             f"{self.settings.beginners}{missing}; see to them and go on with --resume"
         )
 
@@ -127,7 +133,7 @@ class Exchange:
         while len(present := self.membership.present) < self.settings.beginners or self.membership.disputed:
             if not told and not self.membership.disputed:
                 self.say(
-                    f"{len(present)} of {self.settings.clients} hospitals can work, a round needs "
+                    f"{len(present)} of {counted(self.settings.clients, 'hospital')} can work, a round needs "
                     f"{self.settings.beginners}; waiting up to {self.settings.round_timeout:.0f} s for "
                     f"{', '.join(self.missing()) or 'those behind'}"
                 )

@@ -14,7 +14,7 @@ from typing import TypedDict
 from matplotlib.figure import Figure
 
 import escaping
-from common import write_csv
+from common import counted, write_csv
 from evaluation.curves import save_curves
 from federation.server.judging import Scores, mean_dice
 
@@ -87,7 +87,11 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
             "label": escaping.drawn(site),
         }
         if len(sites) > NAMED:
-            mark = {"color": "0.7", "linewidth": 0.6, "label": "" if number else f"{len(sites)} hospitals"}
+            mark = {
+                "color": "0.7",
+                "linewidth": 0.6,
+                "label": "" if number else counted(len(sites), "hospital"),
+            }
         mine = [row for row in rows if row["site"] == site]
         losses = [(row["round"], row["train_loss"]) for row in mine if row["train_loss"] is not None]
         # of the model before the round

@@ -111,7 +111,7 @@ class Record:
             draw_curves(
                 done.rows,
                 self.out / "federated_curves.png",
-                f"Federated training, {self.state.federation.strategy}, {len(done.hospitals)} hospitals",
+                f"Federated training, {self.state.federation.strategy}, {counted(len(done.hospitals), 'hospital')}",
             )
         except MedFLError as error:  # a viewer may hold the file; both are written again after the next round
             self.say(f"not this time: {error}")

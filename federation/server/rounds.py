@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common import EXIT_NO_QUORUM, write_json
+from common import EXIT_NO_QUORUM, counted, write_json
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.answers import Result, announced, parse
 from federation.protocol.log import say as say_on_the_terminal
@@ -91,7 +91,7 @@ class Federation:
                     break
                 self._round(self.state.progress.round + 1)
             if self.state.stopped_early:
-                self.say(f"no better validation Dice for {self.training.patience} rounds; stopped")
+                self.say(f"no better validation Dice for {counted(self.training.patience, 'round')}; stopped")
             self._final_score()
             self.ending.test()
             self.ending.deliver()

@@ -170,6 +170,10 @@ READ = (
             *((f"p/images/{name}", content) for name, content in VOLUME),
             *((f"p/masks/{name.replace('_mask', '')}", content) for name, content in MASKS),
         ],
+        "a mask of 0 and 1": [
+            VOLUME[0],
+            ("anna_1_mask.png", picture(np.greater(GREY, 20).astype(np.uint8))),
+        ],
         "a mask too many": [*VOLUME, ("bert_1_mask.png", MASKS[0][1])],
         "capitals": [("ANNA_1.TIF", VOLUME[0][1])],
     }
