@@ -213,4 +213,6 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     check_names(str(path) for path, _ in given)
     masks, contents = _one_each(named), dict(given)
     chosen = [masks.get(path.stem.lower()) for path in order]
-    return _read_masks(order, [path and (path, contents[path]) for path in chosen], case.volume.shape)
+    return _read_masks(
+        order, [None if path is None else (path, contents[path]) for path in chosen], case.volume.shape
+    )

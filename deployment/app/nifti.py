@@ -102,7 +102,7 @@ def _load(name: str, content: bytes):
     try:
         stored = nibabel.Nifti1Image.from_stream(io.BytesIO(content))
         values = math.prod(stored.shape) * stored.get_data_dtype().itemsize
-        if stored.dataobj.offset + values > len(content):
+        if stored.header["vox_offset"] + values > len(content):
             raise ValueError("truncated")
         turned = nibabel.as_closest_canonical(stored)
         np.asarray(turned.dataobj)

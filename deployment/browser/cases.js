@@ -1,7 +1,7 @@
 // From the files that a reader opens to a case, by the rules of deployment/app/cases.py.
 
-import { checkNumber, unpackZip } from "./archives.js";
-import { UserError, counted, short } from "./common.js";
+import { checkNames, checkNumber, unpackZip } from "./archives.js";
+import { UserError, counted, isSizeMm, short, SIZES_MM } from "./common.js";
 import { isNifti, readNifti, readNiftiMask } from "./nifti.js";
 import { readMask, readSlice } from "./slices.js";
 
@@ -29,6 +29,7 @@ export async function readCase(files) {
     files = unpackZip(archive.name, archive.bytes);
   }
   checkNumber(files.length);
+  checkNames(files.map(({ name }) => name));
   return files.some(({ name }) => isNifti(name)) ? readNifti(files) : readSlices(files);
 }
 
@@ -40,7 +41,7 @@ const number = (name) => stem(name).match(NUMBER)?.[1];
 
 async function readSlices(files) {
   const images = files.filter(({ name }) => IMAGE.test(name) && !MASK.test(name) && !SHEET.test(name) && !hidden(name));
-  const masks = new Map(files.filter(({ name }) => MASK.test(name) && !hidden(name))
+  const masks = oneEach(files.filter(({ name }) => MASK.test(name) && !hidden(name))
     .map((mask) => [folder(mask.name) + stem(mask.name).slice(0, -"_mask".length), mask]));
   if (!images.length) {
     throw new UserError("there is no slice among the files (TIFF, PNG or JPEG, not a _mask file); choose other files");
@@ -59,6 +60,11 @@ async function readSlices(files) {
     throw new UserError(`${short(odd.name)} has no slice number at its end and others have; open it by itself`);
   }
   const order = numbered.length ? numbered.sort((a, b) => number(a.name) - number(b.name) || (a.name < b.name ? -1 : 1)) : images;
+  const twice = order.findIndex((one, k) => k > 0 && numbered.length && Number(number(one.name)) === Number(number(order[k - 1].name)));
+  if (twice > 0) {
+    throw new UserError(`${short(order[twice - 1].name)} and ${short(order[twice].name)} have one slice number, and which one counts ` +
+      "can't be told; leave one out");
+  }
   const { width, height, pixels } = await readAll(order);
   const opened = {
     name: [...patients.values()][0] || stem(order[0].name), slices: order.map(({ name }) => file(name)), count: order.length,
@@ -85,6 +91,19 @@ async function readSlices(files) {
   return opened;
 }
 
+/** A map of [slice, mask]. Throws UserError where two masks are of one slice. */
+function oneEach(masks) {
+  const found = new Map();
+  for (const [slice, mask] of masks) {
+    if (found.has(slice)) {
+      throw new UserError(`${short(found.get(slice).name)} and ${short(mask.name)} are masks of one slice, and which one counts can't be ` +
+        "told; leave one out");
+    }
+    found.set(slice, mask);
+  }
+  return found;
+}
+
 /** Millimetres between rows, columns and slices, from the volume.json of a patient of so many slices. */
 function readSpacing({ name, bytes }, slices) {
   const again = "make it again with data/prepare_hospital.py, or leave it out to do without millimetres";
@@ -97,8 +116,8 @@ function readSpacing({ name, bytes }, slices) {
   }
   if (told.version !== 1) throw new UserError(`${short(name)} is of version ${short(`${told.version}`)}, and this page reads 1; ${again}`);
   const { spacing_mm: spacing, slice_positions_mm: positions } = told;
-  if (!(Array.isArray(spacing) && spacing.length === 3 && spacing.every((value) => Number.isFinite(value) && value > 0))) {
-    throw new UserError(`${short(name)} holds no three sizes above 0 as spacing_mm (between slices, row, column); ${again}`);
+  if (!(Array.isArray(spacing) && spacing.length === 3 && spacing.every(isSizeMm))) {
+    throw new UserError(`${short(name)} holds no three sizes of ${SIZES_MM.join(" to ")} mm as spacing_mm (between slices, row, column); ${again}`);
   }
   if (!Array.isArray(positions) || positions.length !== slices) {
     throw new UserError(`${short(name)} tells of ${positions?.length ?? 0} slices, and the patient has ${slices}; ${again}`);
@@ -155,12 +174,13 @@ export async function readMasks(opened, files) {
   checkNumber(files.length);
   if (files.length === 1 && isNifti(files[0].name)) return readNiftiMask(opened, files[0]);
   if (files.length === 1 && opened.count === 1) return readTruth(opened, files);
-  const masks = new Map(files.map((mask) => [stem(mask.name).toLowerCase().replace(/_mask$/, ""), mask]));
-  const known = opened.slices.map((name) => masks.get(stem(name).toLowerCase()));
-  if (!known.some(Boolean)) {
+  const named = files.map((mask) => [stem(mask.name).toLowerCase().replace(/_mask$/, ""), mask]);
+  const slices = opened.slices.map((name) => stem(name).toLowerCase());
+  if (!named.some(([slice]) => slices.includes(slice))) {
     throw new UserError("no mask has the name of a slice with _mask at its end; rename the masks, or choose others");
   }
-  return readTruth(opened, known);
+  const masks = oneEach(named);
+  return readTruth(opened, slices.map((slice) => masks.get(slice)));
 }
 
 /** The name of a slice's mask, as predict.py gives it. */

@@ -4,7 +4,7 @@ import { isNIFTI1, readHeader, Utils } from "nifti-reader-js";
 
 import { packGzip, unpackGzip } from "./archives.js";
 import { MAX_PIXELS, MIN_SIDE } from "./cases.js";
-import { UserError, short } from "./common.js";
+import { UserError, isSizeMm, short } from "./common.js";
 
 const BRIGHTEST = 0.999; // quantile of the voxels above 0 that becomes 255
 const HEADER = 348; // bytes
@@ -48,9 +48,15 @@ export function readNifti(files) {
   const [columns, rows, between] = stored.turned.axes.map((axis) => Math.abs(header.pixDims[axis + 1]));
   const opened = {
     name: base, slices: Array.from({ length: count }, (_, k) => `${base}_${k + 1}`), count, height, width, pixels, together: true,
-    truth: null, spacing: [rows, columns, between], measured: true, notes: [],
+    truth: null, spacing: null, measured: false, notes: [],
     nifti: { head: stored.head, header, turned: stored.turned },
   };
+  if ([rows, columns, between].every(isSizeMm)) {
+    Object.assign(opened, { spacing: [rows, columns, between], measured: true });
+  } else {
+    opened.notes.push(`The file tells voxels of ${columns} × ${rows} × ${between} mm, which can't be right: there are no figures in mm ` +
+      "unless you give the sizes.");
+  }
   if (!stored.isBytes) {
     opened.notes.push("The intensities of each sequence were scaled to 0–255: 0 and below become 0, and the " +
       `${100 * BRIGHTEST} % percentile of the rest becomes 255.`);
@@ -79,6 +85,7 @@ function load({ name, bytes }) {
   const data = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
   if (bytes.length < HEADER || !isNIFTI1(data)) throw broken;
   const header = readHeader(data);
+  if (!header?.dims) throw broken;
   const dimensions = header.dims[0];
   if (dimensions < 3) throw new UserError(`${short(name)} has ${dimensions} dimensions, and a scan has three; choose another file`);
   const shape = header.dims.slice(1, 4);
