@@ -151,9 +151,9 @@ def test_figures_and_history_hold_no_formula(tmp_path):
     write_history([{**row, "site": name} for name in names], tmp_path / "history.csv")
     assert not runs_in_a_spreadsheet((tmp_path / "history.csv").read_text(encoding="utf-8"))
     pixels = np.zeros((8, 8, 3), np.uint8)
-    for name in names:
-        made = draw_report(name, [(name, pixels)] * 2, rows[:1], [(name, name)], [("Data", name)], [name])
-        assert made[1:4] == b"PNG"
+    name = names[10]  # half a formula of matplotlib, which it could not draw
+    made = draw_report(name, [(name, pixels)] * 2, rows[:1], [(name, name)], [("Data", name)], [name])
+    assert made[1:4] == b"PNG"
 
 
 def test_a_models_words_stay_words_in_its_card(model):
@@ -178,7 +178,7 @@ def test_the_page_shows_names_as_text(page):
 
     cards = " ".join(str(element.proto) for element in page.sidebar)
     assert not page.exception and "<img src=x" not in cards and "<b>x" not in cards
-    for name in (name.replace("/", "&#47;").replace("\\", "") for name in NAMES):
+    for name in (name.replace("/", "&#47;").replace("\\", "") for name in NAMES[:6]):
         slices = [(f"{name}_{k}.png", picture((32, 32))) for k in (1, 2)]
         refused = [(f"{name}_1.png", picture((32, 32))), ("b_1.png", picture((32, 32)))]
         damaged = [(f"{name}.png", b"")]
@@ -187,7 +187,7 @@ def test_the_page_shows_names_as_text(page):
             packed = io.BytesIO()
             with zipfile.ZipFile(packed, "w") as archive:
                 for path, content in files:
-                    archive.writestr(path.encode("utf-8", "replace").decode(), content)
+                    archive.writestr("scan/" + path.encode("utf-8", "replace").decode(), content)
             uploader.set_value([("a.zip", packed.getvalue(), "application/zip")]).run()
             assert not page.exception
             for text in said():
