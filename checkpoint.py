@@ -220,7 +220,7 @@ def _check_weights(plan: Plan, weights: dict, source: Path) -> None:
         raise MedFLError(_of_another(plan.name, plan.image_side, plan.norm, source))
 
 
-def _of_another(name: str, side: int, norm: str, source: Path) -> str:
+def _of_another(name: object, side: object, norm: object, source: Path) -> str:
     return (
         f"{source} holds weights of another architecture than {name} at {side} pixels with {norm} "
         "normalisation; choose a checkpoint of that model"

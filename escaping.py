@@ -12,8 +12,9 @@ from typing import Any
 # control codes, invisible marks and those that turn the direction, halves of a character, line separators
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINER = "\u2060"  # a character without a width; it ends what Markdown would take for an address or a sign
-_MARKS = re.compile(r"([\\*_\[\]<>|~$^])")  # not `: what it encloses is text
-_BEGINS = re.compile(r"^(\s*)(?:([#+=-])|(\d+)([.)]))")
+# not ` and a _ within a word: what the one encloses is text, and the other means nothing
+_MARKS = re.compile(r"([\\*\[\]<>|~$^]|(?<![^\W_])_|_(?![^\W_]))")
+_BEGINS = re.compile(r"^(\s*)(?:(#|[+=-](?![\w.]))|(\d+)([.)])(?=\s|$))")  # a heading, a list, a line
 # Excel takes a cell for a formula that begins so, and where ; separates cells, each part of it as well. Full
 # width signs count too.
 _FORMULA = re.compile(r"(^|[;,|]|\\[trn])(\s*)(?=[=+\-@＝＋－＠])")

@@ -19,6 +19,7 @@ from pydicom.uid import UID
 
 from common import MedFLError
 from limits import fits
+from radiology.codestreams import check_frame
 from radiology.headers import OUTLINES, File, Place, Slice, read_header
 
 SAME_PLACE = 0.01  # mm; nearer slices lie at one place
@@ -254,6 +255,7 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
                     f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
                     "`pip install -r requirements-dicom.txt`, or export without compression"
                 )
+            check_frame(content, frame)
             stored = pixel_array(content, index=frame)
             if content.PhotometricInterpretation == "MONOCHROME1":
                 stored = (-1 if content.PixelRepresentation else 2**content.BitsStored - 1) - stored.astype(

@@ -20,7 +20,14 @@ import torch
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, MRImageStorage, RLELossless
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    MRImageStorage,
+    RLELossless,
+)
 
 from checkpoint import describe, load_checkpoint, update_metadata
 from common import MedFLError
@@ -180,6 +187,14 @@ def dicom_of_elements(count: int, behind: bool) -> bytes:
     return plain[:ends] + elements + plain[ends:]
 
 
+def large_j2k() -> bytes:
+    return b"\xff\x4f\xff\x51" + struct.pack(">HH4I", 47, 0, 60_000, 60_000, 0, 0) + bytes(400)
+
+
+def large_jpeg() -> bytes:
+    return b"\xff\xd8\xff\xc3" + struct.pack(">HBHHB", 11, 16, 60_000, 60_000, 1) + bytes(400)
+
+
 def checkpoint(folder: Path, name: str, change: Callable[[dict], None], packed: bool = False) -> Path:
     """A tiny model's file, with its content changed first."""
     torch.manual_seed(0)
@@ -297,6 +312,12 @@ def bombs(folder: Path) -> dict[str, Callable[[], object]]:
         "the same of undefined length": page(("a.dcm", dicom_of_items(2_000_000, undefined=True))),
         "a DICOM of a million elements": page(("a.dcm", dicom_of_elements(1_100_000, behind=False))),
         "the same behind the pixels": page(("a.dcm", dicom_of_elements(1_100_000, behind=True))),
+        "a frame of JPEG 2000 of 60,000×60,000": lambda: prepared(
+            written(folder / "j.dcm", stored(dicom(syntax=JPEG2000Lossless, PixelData=encapsulate([large_j2k()]))))
+        ),
+        "a frame of JPEG of 60,000×60,000": lambda: prepared(
+            written(folder / "k.dcm", stored(dicom(syntax=JPEGLosslessSV1, PixelData=encapsulate([large_jpeg()]))))
+        ),
         "a DICOM mask of 2³¹ frames": lambda: read_segmentation(
             InMemory("m.dcm", stored(dicom(2**31 - 1, Modality="SEG"))), None
         ),

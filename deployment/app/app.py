@@ -34,6 +34,11 @@ from inference import choose_device
 MODELS = ROOT / "models"
 SAMPLES = Path(__file__).parent / "samples"
 ARENA_MAX = -8  # glibc's M_ARENA_MAX: threads share their heaps, so what one frees another can use
+SAMPLE = "This is a phantom: painted, not measured."
+PHANTOMS_ONLY = (
+    "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its outline "
+    "of one means nothing."
+)
 STYLE = """
 <style>
   .block-container {padding-top: 4rem; max-width: 78rem}
@@ -110,13 +115,16 @@ def _of_glibc(name: str, *numbers: int) -> None:
         ctypes.CDLL(None)[name](*numbers)
 
 
-def open_case(files: list[tuple[str, bytes]]) -> None:
-    """Make these files the case that is shown; or keep the reason why they can't be."""
+def open_case(files: list[tuple[str, bytes]], sample: bool = False) -> None:
+    """Make these files the case that is shown; or keep the reason why they can't be. sample: whether they are
+    the page's own phantoms."""
     state = st.session_state
     state.uploads = state.get("uploads", 0) + 1  # a new uploader, which is empty
     close_case()
     try:
         state.case = read_case(files)
+        if sample:
+            state.case.notes.append(SAMPLE)
     except MedFLError as error:
         state.refusal = f"{error}."
 
@@ -134,6 +142,9 @@ def close_case() -> None:
         "pixel_size",
         "slice_distance",
         "side",
+        "level",
+        "width",
+        "opacity",
     ):
         st.session_state.pop(name, None)
     forget_media()
@@ -162,7 +173,7 @@ def choose_case() -> None:
                 if st.button(
                     path.stem.replace("_", " ").capitalize(), key=path.stem, icon=":material/neurology:"
                 ):
-                    open_case([(path.name, path.read_bytes())])
+                    open_case([(path.name, path.read_bytes())], sample=True)
                     st.rerun()
     # archives name DICOM files as they like, mostly without an ending
     kinds, also = (None, "DICOM, a ZIP of either") if takes_dicom else (KINDS, "a ZIP of them")
@@ -197,6 +208,9 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
 
         seen = as_prepared(case.volume)
     state.doubts = doubts(seen, checkpoint.metadata["preprocessing"].get("training_images"))
+    data = checkpoint.metadata.get("data") or {}
+    if data.get("name") == "phantoms" and SAMPLE not in case.notes:
+        state.doubts.insert(0, PHANTOMS_ONLY)
     with st.spinner(f"segmenting {counted(len(case.slices), 'slice')}"):
         state.prediction = predict_case(checkpoint.model, case)
     state.predicted_by = sha256

@@ -104,7 +104,8 @@ def _is_full(scope: Scope) -> bool:
         return False
     session = scope["path"].split(UPLOADS)[1].split("/")[0]
     held = list(manager.file_storage.items())
-    length = int(dict(scope["headers"]).get(b"content-length", b"0"))
+    told = dict(scope["headers"]).get(b"content-length", b"0")
+    length = int(told) if told.isdigit() else 0  # Streamlit refuses what is no number
     return (
         len(dict(held).get(session, ())) > MAX_FILES
         or sum(len(file.data) for _, files in held for file in list(files.values())) + length > BUDGET // 2

@@ -97,6 +97,11 @@ def outline(
     return out.round().astype(np.uint8)
 
 
+def blended(picture: np.ndarray, over: np.ndarray, opacity: float) -> np.ndarray:
+    """A picture (h, w, 3) uint8 under another of its size; opacity of the upper one, 0 to 1."""
+    return ((1 - opacity) * picture.astype(np.float32) + opacity * over).round().astype(np.uint8)
+
+
 def probability_picture(probability: np.ndarray) -> np.ndarray:
     """Probabilities (H, W) 0 to 1, enlarged, in the colours of cividis: dark blue 0, yellow 1. (h, w, 3)
     uint8."""

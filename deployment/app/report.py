@@ -65,6 +65,6 @@ def _table(
     height = top - 0.02
     for subject, text in rows:
         lines = textwrap.wrap(str(text), width) or [""]
-        page.text(left, height, subject, fontsize=8, color="#444444", va="top")
+        page.text(left, height, drawn(subject), fontsize=8, color="#444444", va="top")
         page.text(left + indent, height, "\n".join(map(drawn, lines)), fontsize=8, va="top")
         height -= 0.0135 * len(lines) + 0.004

@@ -22,6 +22,7 @@ from deployment.app.pictures import (
     ORANGE,
     VIEWS,
     base_picture,
+    blended,
     comparison,
     fill,
     marked,
@@ -41,6 +42,7 @@ from deployment.app.readout import (
 from deployment.app.report import draw_report
 from escaping import markdown, plain
 from inference import to_mask
+from limits import is_size_mm
 from orientation import UNKNOWN
 from transunet import TransUNet
 
@@ -51,7 +53,7 @@ OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "trut
 LEGENDS = {
     OUTLINE: "Solid orange line: what the model takes for tumour.",
     FILL: "Orange: what the model takes for tumour.",
-    PROBABILITY: "Dark blue is probability 0, yellow is 1.",
+    PROBABILITY: "Over the slice: dark blue is probability 0, yellow is 1.",
     COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone.",
 }
 MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "nrrd", "dcm"]
@@ -117,8 +119,8 @@ def controls(case: Case, default_threshold: float) -> dict:
         0.5,
         0.05,
         key="opacity",
-        disabled=overlay not in (FILL, COMPARISON),
-        help="Of the overlays fill and truth.",
+        disabled=overlay not in (FILL, PROBABILITY, COMPARISON),
+        help="Of the overlays fill, probability and truth.",
     )
     threshold = st.slider(
         "Threshold of the probability",
@@ -186,13 +188,13 @@ def _css(colour: tuple[int, int, int]) -> str:
 
 def draw(case: Case, prediction: Prediction, masks: np.ndarray, index: int, look: dict) -> np.ndarray:
     """The picture of slice `index`, from 0, as the reader wants it, (h, w, 3) uint8."""
-    if look["overlay"] == PROBABILITY and not look["hidden"]:
-        return probability_picture(prediction.probability[index])
     picture = base_picture(case.volume[index], look["view"], look["level"], look["width"])
     if look["hidden"]:
         return picture
     if look["overlay"] == COMPARISON and case.truth is not None:
         return comparison(picture, masks[index], case.truth[index], look["opacity"])
+    if look["overlay"] == PROBABILITY:
+        return blended(picture, probability_picture(prediction.probability[index]), look["opacity"])
     if look["overlay"] == FILL:
         return fill(picture, masks[index], ORANGE, look["opacity"])
     return outline(picture, masks[index], ORANGE)
@@ -261,7 +263,8 @@ def take_spacing() -> None:
     """The pixel size that was typed in becomes the case's, once both numbers are there."""
     state = st.session_state
     plane, between = state.pixel_size, state.slice_distance
-    state.case.spacing = (plane, plane, between) if plane and between else None
+    sizes = (plane, plane, between)
+    state.case.spacing = sizes if all(map(is_size_mm, sizes)) else None
 
 
 def take_side() -> None:

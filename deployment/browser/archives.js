@@ -9,6 +9,30 @@ export const MAX_UNPACKED = 256 * 2 ** 20; // bytes
 
 const tooLarge = (name) => new UserError(`${short(name)} unpacks to more than ${MAX_UNPACKED >> 20} MB; pack one patient at a time`);
 
+// The remainders of all bytes for the checksum of ZIP and gzip, which fflate does not compare.
+const CRC = Uint32Array.from({ length: 256 }, (_, byte) => {
+  for (let bit = 0; bit < 8; bit++) byte = byte & 1 ? (byte >>> 1) ^ 0xedb88320 : byte >>> 1;
+  return byte;
+});
+
+/** CRC-32 of bytes, going on from that of those before. */
+export function crc32(bytes, before = 0) {
+  let crc = ~before;
+  for (let k = 0; k < bytes.length; k++) crc = CRC[(crc ^ bytes[k]) & 255] ^ (crc >>> 8);
+  return ~crc >>> 0;
+}
+
+/** Throws UserError for a name that is there twice: one of the two files would be lost. */
+export function checkNames(names) {
+  const seen = new Set();
+  for (const name of names) {
+    if (seen.has(name)) {
+      throw new UserError(`${short(name)} is there more than once, and which one counts can't be told; give each file a name of its own`);
+    }
+    seen.add(name);
+  }
+}
+
 export function checkNumber(files) {
   if (files > MAX_FILES) throw new UserError(`${files} files are more than the ${MAX_FILES} of one case; open one patient at a time`);
 }
@@ -16,7 +40,9 @@ export function checkNumber(files) {
 /** The files of a ZIP, [{name, bytes}], folders and hidden ones left out. */
 export function unpackZip(name, bytes) {
   let entries = 0, total = 0;
+  const told = new Map(), directory = entriesOf(bytes);
   const wanted = ({ name: path, originalSize }) => {
+    const crc = directory();
     const parts = path.replaceAll("\\", "/").split("/");
     if (parts[0] === "" || parts[0].includes(":") || parts.includes("..")) {
       throw new UserError(`${short(name)} holds a name that points out of the archive; pack the slices again`);
@@ -25,11 +51,18 @@ export function unpackZip(name, bytes) {
     checkNumber(++entries);
     total += originalSize;
     if (total > MAX_UNPACKED) throw tooLarge(name);
-    return !parts.some((part) => part.startsWith(".") || part.startsWith("__MACOSX"));
+    if (parts.some((part) => part.startsWith(".") || part.startsWith("__MACOSX"))) return false;
+    checkNames([...told.keys(), path]);
+    told.set(path, { crc, size: originalSize });
+    return true;
   };
   let unpacked;
   try {
     unpacked = unzipSync(bytes, { filter: wanted });
+    for (const [path, content] of Object.entries(unpacked)) {
+      const { crc, size } = told.get(path);
+      if (content.length !== size || crc32(content) !== crc) throw new Error("damaged");
+    }
   } catch (error) {
     if (error instanceof UserError) throw error;
     throw new UserError(`${short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it again`);
@@ -39,21 +72,47 @@ export function unpackZip(name, bytes) {
   return files;
 }
 
+/** A function that gives the checksum of one entry of a ZIP after the other, in the order of its directory. */
+function entriesOf(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  let at = null;
+  return () => {
+    if (at === null) {
+      let end = bytes.length - 22;
+      while (view.getUint32(end, true) !== 0x06054b50) end--;
+      at = view.getUint32(end + 16, true);
+      if (at === 0xffffffff) at = Number(view.getBigUint64(view.getUint32(end - 12, true) + 48, true)); // a directory of 64 bits
+    }
+    const crc = view.getUint32(at + 16, true);
+    at += 46 + view.getUint16(at + 28, true) + view.getUint16(at + 30, true) + view.getUint16(at + 32, true);
+    return crc;
+  };
+}
+
 /** What a .gz file holds. */
 export function unpackGzip(name, bytes) {
   const pieces = [];
-  let length = 0, ended = false;
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  let length = 0, ended = false, crc = 0, size = 0;
+  const check = (end) => { // of a member, whose last 8 bytes tell its checksum and its length
+    if (view.getUint32(end - 8, true) !== crc || view.getUint32(end - 4, true) !== size % 2 ** 32) throw new Error("damaged");
+    crc = size = 0;
+  };
   try {
     const stream = new Gunzip((piece, final) => {
       pieces.push(piece);
       length += piece.length;
+      size += piece.length;
       ended = final;
       if (length > MAX_UNPACKED) throw tooLarge(name);
+      crc = crc32(piece, crc);
     });
+    stream.onmember = check;
     for (let at = 0; at < bytes.length; at += 2 ** 16) { // piece by piece, so that a bomb is noticed before it fills the memory
       stream.push(bytes.subarray(at, at + 2 ** 16), at + 2 ** 16 >= bytes.length);
     }
     if (!ended) throw new Error("truncated");
+    check(bytes.length);
   } catch (error) {
     if (error instanceof UserError) throw error;
     throw new UserError(`${short(name)} can't be unpacked; copy it again`);

@@ -1,7 +1,7 @@
 // From the files that a reader opens to a case, by the rules of deployment/app/cases.py.
 
-import { checkNumber, unpackZip } from "./archives.js";
-import { UserError, counted, short } from "./common.js";
+import { checkNames, checkNumber, unpackZip } from "./archives.js";
+import { UserError, counted, isSizeMm, short, SIZES_MM } from "./common.js";
 import { isNifti, readNifti, readNiftiMask } from "./nifti.js";
 import { readMask, readSlice } from "./slices.js";
 
@@ -35,6 +35,7 @@ export async function readCase(files) {
     files = unpackZip(archive.name, archive.bytes);
   }
   checkNumber(files.length);
+  checkNames(files.map(({ name }) => name));
   const other = Object.keys(OTHERS).find((ending) => files.some(({ name }) => name.toLowerCase().endsWith(ending)));
   if (other && !files.some(({ name }) => isNifti(name))) throw new UserError(`a ${other} file ${OTHERS[other]}`);
   return files.some(({ name }) => isNifti(name)) ? readNifti(files) : readSlices(files, Boolean(archive));
@@ -118,8 +119,6 @@ async function readSlices(files, archive) {
   if (!images.length) {
     throw new UserError("there is no slice among the files (TIFF, PNG or JPEG, not a _mask file); choose other files");
   }
-  const twice = files.find(({ name }, k) => files.findIndex((other) => other.name === name) !== k);
-  if (twice) throw new UserError(`two files are called ${short(twice.name)}; open one patient at a time, its folder as a ZIP`);
   const folders = new Set(images.map(({ name }) => folder(name)).filter((place) => archive || place));
   const volumes = groupVolumes(images, (place) => folders.has(place));
   const together = number(volumes[0][0].name) !== undefined || folders.size > 0;
@@ -166,6 +165,19 @@ function refuseSeveral(volumes, folders) {
   }
 }
 
+/** A map of [slice, mask]. Throws UserError where two masks are of one slice. */
+function oneEach(masks) {
+  const found = new Map();
+  for (const [slice, mask] of masks) {
+    if (found.has(slice)) {
+      throw new UserError(`${short(found.get(slice).name)} and ${short(mask.name)} are masks of one slice, and which one counts can't be ` +
+        "told; leave one out");
+    }
+    found.set(slice, mask);
+  }
+  return found;
+}
+
 /** Millimetres between rows, columns and slices, from the volume.json of a patient of so many slices. */
 function readSpacing({ name, bytes }, slices) {
   const again = "make it again with data/prepare_hospital.py, or leave it out to do without millimetres";
@@ -178,8 +190,8 @@ function readSpacing({ name, bytes }, slices) {
   }
   if (told.version !== 1) throw new UserError(`${short(name)} is of version ${short(`${told.version}`)}, and this page reads 1; ${again}`);
   const { spacing_mm: spacing, slice_positions_mm: positions } = told;
-  if (!(Array.isArray(spacing) && spacing.length === 3 && spacing.every((value) => Number.isFinite(value) && value > 0))) {
-    throw new UserError(`${short(name)} holds no three sizes above 0 as spacing_mm (between slices, row, column); ${again}`);
+  if (!(Array.isArray(spacing) && spacing.length === 3 && spacing.every(isSizeMm))) {
+    throw new UserError(`${short(name)} holds no three sizes of ${SIZES_MM.join(" to ")} mm as spacing_mm (between slices, row, column); ${again}`);
   }
   if (!Array.isArray(positions) || positions.length !== slices) {
     throw new UserError(`${short(name)} tells of ${positions?.length ?? 0} slices, and the patient has ${slices}; ${again}`);
@@ -239,19 +251,13 @@ export async function readMasks(opened, files) {
   checkNumber(files.length);
   if (files.length === 1 && isNifti(files[0].name)) return readNiftiMask(opened, files[0]);
   if (files.length === 1 && opened.count === 1) return readTruth(opened, files);
-  const masks = new Map();
-  for (const mask of files) {
-    const slice = stem(mask.name).toLowerCase().replace(/_mask$/, "");
-    if (masks.has(slice) && opened.slices.some((name) => stem(name).toLowerCase() === slice)) {
-      throw new UserError(`${short(masks.get(slice).name)} and ${short(mask.name)} are two masks of one slice; choose one`);
-    }
-    masks.set(slice, mask);
-  }
-  const known = opened.slices.map((name) => masks.get(stem(name).toLowerCase()));
-  if (!known.some(Boolean)) {
+  const named = files.map((mask) => [stem(mask.name).toLowerCase().replace(/_mask$/, ""), mask]);
+  const slices = opened.slices.map((name) => stem(name).toLowerCase());
+  if (!named.some(([slice]) => slices.includes(slice))) {
     throw new UserError("no mask has the name of a slice with _mask at its end; rename the masks, or choose others");
   }
-  return readTruth(opened, known);
+  const masks = oneEach(named.filter(([slice]) => slices.includes(slice)));
+  return readTruth(opened, slices.map((slice) => masks.get(slice)));
 }
 
 /** The name of a slice's mask, as predict.py gives it. */

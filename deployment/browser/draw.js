@@ -37,20 +37,22 @@ function drawSlice(canvas, opened, probability, index, look) {
   canvas.height = height * times;
   const context = canvas.getContext("2d");
   const shown = probability.subarray(index * area, (index + 1) * area);
-  context.imageSmoothingEnabled = look.hidden || look.overlay !== "probability";
+  context.imageSmoothingEnabled = true;
   context.imageSmoothingQuality = "high";
-  const picture = context.imageSmoothingEnabled ? basePicture(opened, index, look) : probabilityPicture(shown);
-  context.drawImage(onCanvas(picture, width, height), 0, 0, canvas.width, canvas.height);
-  if (look.hidden || look.overlay === "probability") return;
+  context.drawImage(onCanvas(basePicture(opened, index, look), width, height), 0, 0, canvas.width, canvas.height);
+  if (look.hidden) return;
   const limit = Math.fround(look.threshold);
   const marked = (k) => shown[k] >= limit;
-  const paint = (inside, colour) => {
+  const lay = (pixels) => {
     context.imageSmoothingEnabled = false;
+    context.globalAlpha = look.opacity;
+    context.drawImage(onCanvas(pixels, width, height), 0, 0, canvas.width, canvas.height);
+    context.globalAlpha = 1;
+  };
+  const paint = (inside, colour) => {
     const flat = new Uint8ClampedArray(4 * area);
     for (let k = 0; k < area; k++) if (inside(k)) flat.set([...colour, 255], 4 * k);
-    context.globalAlpha = look.opacity;
-    context.drawImage(onCanvas(flat, width, height), 0, 0, canvas.width, canvas.height);
-    context.globalAlpha = 1;
+    lay(flat);
   };
   const line = (inside, colour, dash = []) => {
     context.lineWidth = Math.max(2, Math.round(canvas.width / 220));
@@ -58,6 +60,7 @@ function drawSlice(canvas, opened, probability, index, look) {
     context.setLineDash(dash);
     context.stroke(edges(inside, width, height, times));
   };
+  if (look.overlay === "probability") lay(probabilityPicture(shown));
   if (look.overlay === "fill") paint(marked, ORANGE);
   if (look.overlay === "outline") line(marked, ORANGE);
   if (look.overlay === "truth") {

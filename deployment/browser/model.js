@@ -84,27 +84,40 @@ export class Network {
     this.threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
     // A worker from a blob is bound by the page's own content security policy; one from a file would not be.
     const source = `import ${JSON.stringify(new URL("worker.js", import.meta.url).href)};`;
-    this.worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })), { type: "module" });
+    this.address = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
+    this.worker = new Worker(this.address, { type: "module" });
   }
 
   /** Loads the model; resolves when the network is ready. */
   load(bytes) {
-    return this.#ask({ kind: "load", bytes, threads: this.threads }, [bytes.buffer]);
+    this.model = new Blob([bytes]); // to begin again after a cancellation
+    return this.#load(bytes);
+  }
+
+  #load(bytes) {
+    this.loaded = this.#ask({ kind: "load", bytes, threads: this.threads }, [bytes.buffer]);
+    return this.loaded;
   }
 
   /** The probability of tumour in each pixel of a case, Float32Array of count × height × width, or null if it was cancelled.
       `progress` is told how many slices are done. */
-  segment({ pixels, count, height, width, together }, progress) {
+  async segment({ pixels, count, height, width, together }, progress) {
+    await this.loaded;
     return this.#ask({ kind: "segment", pixels, count, height, width, together }, [], progress);
   }
 
-  /** Ends a segmentation after the block that is under way. */
-  cancel() {
-    this.worker.postMessage({ kind: "cancel" });
+  /** Ends a segmentation at once; the network gets ready again meanwhile. */
+  async cancel() {
+    this.worker.terminate(); // what computes hears nothing until a block of slices is done, which can take seconds
+    this.stop?.(null);
+    this.worker = new Worker(this.address, { type: "module" });
+    this.loaded = this.model.arrayBuffer().then((buffer) => this.#load(new Uint8Array(buffer)));
+    await this.loaded;
   }
 
   #ask(message, transfer, progress) {
     return new Promise((resolve, reject) => {
+      this.stop = resolve;
       this.worker.onerror = (event) => reject(new UserError(`the network can't run here (${event.message || "no worker"}); reload the page`));
       this.worker.onmessage = ({ data }) => {
         if ("done" in data) progress?.(data.done);

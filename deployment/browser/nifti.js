@@ -4,7 +4,7 @@ import { readHeader, Utils } from "nifti-reader-js";
 
 import { packGzip, unpackGzip } from "./archives.js";
 import { MAX_PIXELS, MIN_SIDE } from "./cases.js";
-import { UserError, short } from "./common.js";
+import { UserError, isSizeMm, short } from "./common.js";
 
 const BRIGHTEST = 0.999; // quantile of the voxels above 0 that becomes 255
 const BELOW = 0.25, DARKEST = 0.005; // more of what is not 0 lies below it: 0 is not the black; the quantile that is
@@ -59,9 +59,15 @@ export function readNifti(files) {
   const [columns, rows, between] = stored.turned.axes.map((axis) => Math.abs(header.pixDims[axis + 1]));
   const opened = {
     name: base, slices: Array.from({ length: count }, (_, k) => `${base}_${k + 1}`), count, height, width, pixels, together: true,
-    truth: null, spacing: [rows, columns, between], measured: true, oriented: !stored.doubt, notes,
+    truth: null, spacing: null, measured: false, oriented: !stored.doubt, notes,
     nifti: { head: stored.head, header, turned: stored.turned },
   };
+  if ([rows, columns, between].every(isSizeMm)) {
+    Object.assign(opened, { spacing: [rows, columns, between], measured: true });
+  } else {
+    notes.push(`The file tells voxels of ${columns} × ${rows} × ${between} mm, which can't be right: there are no figures in mm ` +
+      "unless you give the sizes.");
+  }
   if (odd) notes.push(`${odd} values were not finite, and were taken for background.`);
   if (centred) {
     notes.push("Many values lie below 0, as after a z-score: they were brought into range, from the least to the greatest, and the " +
@@ -114,6 +120,7 @@ function load({ name, bytes }) {
   const data = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
   refuseOthers(name, bytes, broken);
   const header = readHeader(data);
+  if (!header?.dims) throw broken;
   const dimensions = header.dims[0];
   if (dimensions < 3) throw new UserError(`${short(name)} has ${dimensions} dimensions, and a scan has three; choose another file`);
   const shape = header.dims.slice(1, 4);

@@ -2,7 +2,7 @@
 
 import { packZip } from "./archives.js";
 import { maskName, readCase, readMasks } from "./cases.js";
-import { UserError, fixed } from "./common.js";
+import { SIZES_MM, UserError, counted, fixed, isSizeMm, plain } from "./common.js";
 import { UNKNOWN, VIEWS, chart, draw } from "./draw.js";
 import { dropped, take } from "./files.js";
 import { Network, checkBrowser, download, readProperties } from "./model.js";
@@ -14,11 +14,13 @@ import { maskPng } from "./slices.js";
 const SAMPLES = ["phantom_1", "phantom_2", "phantom_3"];
 const LEGENDS = {
   outline: "Solid orange line: what the model takes for tumour.", fill: "Orange: what the model takes for tumour.",
-  probability: "Dark blue is probability 0, yellow is 1.",
+  probability: "Over the slice: dark blue is probability 0, yellow is 1.",
   truth: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone.",
 };
+const PHANTOMS_ONLY = "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its outline of one " +
+  "means nothing.";
 const $ = (id) => document.getElementById(id);
-const state = { model: null, network: null, opened: null, probability: null, rows: null, number: 1, hidden: false, busy: false };
+const state = { model: null, network: null, opened: null, probability: null, rows: null, number: 1, hidden: false, busy: false, cancelled: false };
 
 // ---- words ----
 
@@ -60,7 +62,7 @@ async function start() {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = name.replace("_", " ").replace("p", "P");
-    button.onclick = () => attempt(async () => open([{ name: `${name}.zip`, bytes: await download(`samples/${name}.zip`) }]));
+    button.onclick = () => attempt(async () => open([{ name: `${name}.zip`, bytes: await download(`samples/${name}.zip`) }], true));
     $("samples").append(button);
   }
   say("Loading the model …");
@@ -103,15 +105,24 @@ function showCard(size) {
 
 // ---- opening and closing ----
 
-/** Segment the files of a case and show it. */
-async function open(files) {
+/** Segment the files of a case and show it. sample: whether they are this page's own phantoms. */
+async function open(files, sample = false) {
   if (state.busy || !state.network) return;
-  state.busy = true;
+  Object.assign(state, { busy: true, cancelled: false });
+  say("Reading the files …");
   try {
+    await drawn(); // reading is one piece of work: without a pause the page would still say that it is ready
     const opened = await readCase(files);
+    opened.sample = sample;
     files.length = 0; // their bytes are not needed any more
     showParts();
+    say(`Segmenting ${counted(opened.count, "slice")} …`);
+    await drawn();
+    if (state.cancelled) return ready("Cancelled.");
     await segment(opened);
+  } catch (error) {
+    ready("Ready.");
+    throw error;
   } finally {
     state.busy = false;
     showParts();
@@ -124,7 +135,7 @@ async function segment(opened) {
     say(`Segmenting: slice ${done} of ${opened.count}.`);
     progress(done / opened.count);
   });
-  if (!probability) return ready("Cancelled.");
+  if (!probability || state.cancelled) return ready("Cancelled.");
   Object.assign(state, { opened, probability, hidden: false });
   showCase();
   ready(`${opened.count === 1 ? "One slice" : `${opened.count} slices`} in ${((performance.now() - begun) / 1000).toFixed(1)} s.`);
@@ -137,7 +148,7 @@ async function takeSide(left) {
   opened.oriented = true;
   if (!left) return showCase();
   mirror(opened);
-  state.busy = true;
+  Object.assign(state, { busy: true, cancelled: false });
   try {
     await segment(opened);
     if (state.probability === probability) close(); // cancelled: what is shown would not be what was segmented
@@ -146,6 +157,9 @@ async function takeSide(left) {
     showParts();
   }
 }
+
+/** Resolves once the browser had the time to show what was said. */
+const drawn = () => new Promise((done) => setTimeout(done, 20));
 
 function close() {
   Object.assign(state, { opened: null, probability: null, rows: null });
@@ -176,10 +190,14 @@ function choices(box, name, values, first) {
 function showCase() {
   const { opened, model } = state;
   showParts();
-  $("name").textContent = opened.name;
+  $("name").textContent = plain(opened.name);
   choices($("views"), "view", Object.keys(VIEWS), chosen("view") ?? "FLAIR");
   $("threshold").value = model.metadata.threshold;
+  for (const id of ["level", "width", "opacity"]) $(id).value = $(id).defaultValue; // those of the patient before say nothing of this one
+  const ofPhantoms = model.metadata.data?.name === "phantoms";
+  const words = opened.sample ? ["This is a phantom: painted, not measured."] : ofPhantoms ? [PHANTOMS_ONLY] : [];
   $("doubts").replaceChildren(
+    ...words.map((text) => message(opened.sample ? "note" : "doubt", text)),
     ...doubts(opened, model.plausibility, model.metadata.preprocessing.training_images).map((text) => message("doubt", text)),
     ...opened.notes.map((text) => message("note", text)));
   $("slice").max = opened.count;
@@ -227,14 +245,14 @@ function showSlice() {
   const row = rows[number - 1];
   draw($("picture"), opened, probability, number - 1, seen);
   const said = row.pixels ? `${row.pixels.toLocaleString("en")} pixels marked as tumour` : "no tumour found";
-  $("picture").setAttribute("aria-label", `${opened.name}, slice ${number} of ${opened.count}, ${seen.view}: ${said}; ` +
+  $("picture").setAttribute("aria-label", `${plain(opened.name)}, slice ${number} of ${opened.count}, ${seen.view}: ${said}; ` +
     (opened.oriented ? "the patient's left is on the right" : UNKNOWN));
-  $("caption").textContent = `Slice ${number} of ${opened.count} (${row.file}): ${said}. ` +
+  $("caption").textContent = `Slice ${number} of ${opened.count} (${plain(row.file)}): ${said}. ` +
     (seen.hidden ? "Overlay hidden (press o)." : LEGENDS[seen.overlay]);
   $("slice").value = number;
   $("slice-value").textContent = number;
   $("hide").textContent = seen.hidden ? "Show the overlay (o)" : "Hide the overlay (o)";
-  $("opacity").disabled = !["fill", "truth"].includes(seen.overlay);
+  $("opacity").disabled = !["fill", "probability", "truth"].includes(seen.overlay);
   chart($("chart"), rows, number, (slice) => turnTo(slice));
   const parts = [`${row.pixels.toLocaleString("en")} pixels`, `${row.diameter.toFixed(1)} pixels across`];
   if (row.mean !== null) parts.push(`mean probability inside of the mask ${fixed(row.mean, 2)}`);
@@ -300,7 +318,15 @@ $("drop").ondrop = (event) => {
   const files = dropped(event.dataTransfer.items); // the list is gone once this function has returned
   attempt(async () => open(await take(await files)));
 };
-$("cancel").onclick = () => state.network.cancel();
+// a drop beside the field would leave the page for the file
+document.ondragover = document.ondrop = (event) => event.preventDefault();
+$("cancel").onclick = () => attempt(async () => {
+  state.cancelled = true;
+  await state.network.cancel();
+});
+window.onbeforeunload = (event) => {
+  if (state.opened || state.busy) event.preventDefault(); // the browser asks
+};
 $("close").onclick = close;
 $("slice").oninput = () => turnTo(Number($("slice").value));
 $("hide").onclick = () => {
@@ -315,9 +341,15 @@ $("threshold").oninput = () => {
 for (const id of ["pixel-size", "slice-distance"]) {
   $(id).onchange = () => {
     const [plane, between] = [Number($("pixel-size").value), Number($("slice-distance").value)];
-    state.opened.spacing = plane > 0 && between > 0 ? [plane, plane, between] : null;
+    const all = [plane, between].every(isSizeMm);
+    state.opened.spacing = all ? [plane, plane, between] : null;
     measure();
     showSlice();
+    attempt(() => {
+      if (!all && [plane, between].some((value) => value && !isSizeMm(value))) {
+        throw new UserError(`sizes lie between ${SIZES_MM.join(" and ")} mm; give the side of a pixel and the distance of slices again`);
+      }
+    });
   };
 }
 $("side-right").onclick = () => attempt(() => takeSide(false));

@@ -1,5 +1,7 @@
 // The figures beside the picture, by the rules of evaluation/metrics.py and deployment/app/readout.py.
 
+import { cell } from "./common.js";
+
 const FLAIR = 1; // channel
 
 /** For each slice: how many pixels reach the threshold, the longest line within one part of them in pixels and in mm (null
@@ -135,12 +137,10 @@ export function maskOf(probability, threshold) {
 
 /** The slices' rows as CSV, with the columns of the app's. */
 export function csvText(rows) {
-  const columns = { slice: (r) => r.slice, file: (r) => quoted(r.file), tumour_pixels: (r) => r.pixels, share_of_slice: (r) => r.share,
+  const columns = { slice: (r) => r.slice, file: (r) => cell(r.file), tumour_pixels: (r) => r.pixels, share_of_slice: (r) => r.share,
     largest_diameter_px: (r) => r.diameter, mean_probability: (r) => r.mean };
   if (rows[0].squareMm !== null) Object.assign(columns, { tumour_mm2: (r) => r.squareMm, largest_diameter_mm: (r) => r.diameterMm });
   if (rows[0].tally) Object.assign(columns, { dice: (r) => agreement(r.tally).dice, iou: (r) => agreement(r.tally).iou });
   const lines = rows.map((row) => Object.values(columns).map((value) => value(row) ?? "").join(","));
   return [Object.keys(columns).join(","), ...lines, ""].join("\n");
 }
-
-const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);

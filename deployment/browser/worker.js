@@ -2,11 +2,11 @@
 
 import * as ort from "./libs/onnxruntime/ort.js";
 
-// Slices a pass: after each the progress is told, and a cancellation is heard. Each pass looks at the whole volume again for its
+// Slices a pass: after each the progress is told. Each pass looks at the whole volume again for its
 // statistics, so a long volume gets fewer.
 const BLOCK = 4, PASSES = 16;
 
-let session, cancelled;
+let session;
 
 async function load({ bytes, threads }) {
   ort.env.wasm.numThreads = threads;
@@ -20,7 +20,6 @@ const integer = (value) => new ort.Tensor("int64", BigInt64Array.of(BigInt(value
 
 /** The statistics of the normalisation come from the whole volume: all slices if they are one patient's, else each slice's own. */
 async function segment({ pixels, count, height, width, together }) {
-  cancelled = false;
   const probability = new Float32Array(count * height * width);
   const volume = (first, slices) => new ort.Tensor("uint8", pixels.subarray(first * height * width * 3, (first + slices) * height * width * 3),
     [slices, height, width, 3]);
@@ -33,17 +32,11 @@ async function segment({ pixels, count, height, width, together }) {
     probability.set(output.data, first * height * width);
     output.dispose();
     postMessage({ done: first + slices });
-    await new Promise((heard) => setTimeout(heard)); // a message that says cancel is taken now
-    if (cancelled) return null;
   }
   return probability;
 }
 
 onmessage = async ({ data }) => {
-  if (data.kind === "cancel") {
-    cancelled = true;
-    return;
-  }
   try {
     const result = await (data.kind === "load" ? load(data) : segment(data));
     postMessage({ result }, result ? [result.buffer] : []);

@@ -6,7 +6,7 @@ import test from "node:test";
 const here = new URL("../../deployment/browser/", import.meta.url);
 const { agreement, csvText, largestDiameters, maskOf, sliceRows, summary } = await import(new URL("readout.js", here));
 const { readProperties } = await import(new URL("model.js", here));
-const { listed, short } = await import(new URL("common.js", here));
+const { cell, listed, plain, short } = await import(new URL("common.js", here));
 
 const grid = (text) => Uint8Array.from(text.replaceAll(/\s/g, ""), (mark) => (mark === "#" ? 1 : 0));
 
@@ -16,6 +16,15 @@ test("the largest diameter is that of one part, corners connect, and a lone pixe
   assert.equal(largestDiameters(grid("##### ....."), 2, 5, [2, 3])[1], 12);
   assert.equal(largestDiameters(grid("#.... #.... #...."), 3, 5, [2, 3])[1], 4);
   assert.equal(largestDiameters(grid("##### #...# #####"), 3, 5, null)[0], Math.hypot(2, 4));
+});
+
+test("names of others are no formulas in a CSV, and hide nothing", () => {
+  for (const name of ["=cmd|'/C calc'!A0", "+1", "-1+2", "@SUM(1)", "＝1", "\t=1", "a;=1", "a,=1", "a\n=1"]) {
+    const made = cell(name).replaceAll('"', "");
+    assert.ok(!/(^|[;,\n])\s*[=+\-@＝]/u.test(made), made);
+  }
+  assert.equal(cell("anna_1.tif"), "anna_1.tif");
+  assert.equal(plain("\u202egnp.\u001b[31m"), "\\u202egnp.\\x1b[31m");
 });
 
 test("Dice and IoU are undefined where both masks are empty", () => {

@@ -76,6 +76,13 @@ def test_what_is_no_case_gets_one_sentence_in_both(ask):
 
 TOLD = {
     "ZIP bomb": "unpacks to more than 256 MB",
+    "a hole in a ZIP that packs nothing": "can't be unpacked",
+    "a hole in a gzip": "can't be unpacked",
+    "a checksum that is another's": "can't be unpacked",
+    "two files of one name in a ZIP": "more than once",
+    "two masks of one slice": "masks of one slice",
+    "two slices of one number": "one slice number",
+    "slices 10⁹ mm apart": "0.01 to 100 mm",
     "gzip bomb": "unpacks to more than 256 MB",
     "too many": "2000 files are more",
     "too many pixels": "more than this page can hold",

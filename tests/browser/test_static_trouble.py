@@ -115,3 +115,36 @@ def test_drops_of_folders_are_taken(browser, address, patient):
     shown(page, len(pictures))
     assert page.locator("#name").inner_text() == patient[0].name and page.failures == []
     page.close()
+
+
+def test_an_open_case_is_not_left_in_silence_and_the_next_begins_anew(browser, address, patient):
+    page = opened(browser, address)
+    page.get_by_text("Ready.").wait_for()
+    leaves = "!window.dispatchEvent(new Event('beforeunload', { cancelable: true }))"
+    assert page.evaluate(leaves) is False
+    choose(page, list(patient[0].images))
+    shown(page, len(patient[0].images))
+    assert page.evaluate(leaves) is True  # the browser asks
+    page.get_by_text("This model learned from phantoms only").wait_for()
+    drop = "!document.body.dispatchEvent(new Event('drop', { bubbles: true, cancelable: true }))"
+    assert page.evaluate(drop) is True  # a drop beside the field does not open the file in the page's place
+    page.get_by_text("probability", exact=True).click()
+    pictures = []
+    for opacity in ("0", "0.5", "1"):
+        page.locator("#opacity").fill(opacity)
+        pictures.append(page.locator("#picture").evaluate("canvas => canvas.toDataURL()"))
+    assert len(set(pictures)) == 3, "the anatomy is not seen under the probability"
+    page.get_by_text("Window and level").click()
+    page.locator("#level").fill("60")
+    page.get_by_text("Pixel size in mm").click()
+    page.get_by_label("Side of a pixel").fill("0.5")
+    page.get_by_label("Distance of slices").fill("1000000000")
+    page.keyboard.press("Tab")
+    page.get_by_role("alert").get_by_text("sizes lie between").wait_for()
+    assert "cm³" not in page.locator("#figures").inner_text()
+    page.get_by_role("button", name="Close this case").click()
+    page.get_by_role("button", name="Phantom 1").click()
+    page.get_by_text("This is a phantom: painted, not measured.").wait_for()
+    assert page.locator("#name").inner_text() == "phantom_1" and page.locator("#level").input_value() == "128"
+    assert page.failures == []
+    page.close()

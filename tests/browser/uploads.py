@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import warnings
 import zipfile
 
 import nibabel
@@ -106,9 +107,9 @@ SCANS = {
 }
 
 
-def zipped(files) -> bytes:
+def zipped(files, kind=zipfile.ZIP_DEFLATED) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", kind) as archive:
         for name, content in files:
             archive.writestr(name, content)
     return file.getvalue()
@@ -178,6 +179,28 @@ READ = (
         "capitals": [("ANNA_1.TIF", VOLUME[0][1])],
     }
 )
+
+
+def with_hole(content: bytes, size: int = 200) -> bytes:
+    """The same bytes with zeros in the middle, as a bad disk or a broken copy leaves them."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(size) + content[middle + size :]
+
+
+def changed(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place:][1:]
+
+
+def twice(name: str) -> bytes:
+    """A ZIP that holds two files of one name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return zipped([(name, VOLUME[0][1]), (name, VOLUME[1][1])])
+
+
+STORED = gzip.compress(
+    SCANS["int16"], 0
+)  # damage within does not end the unpacking: only the checksum tells it
 FLIPPED = bytearray(picture(COLOURS, compress_level=0))
 FLIPPED[len(FLIPPED) // 2] ^= 1
 FLIPPED = bytes(FLIPPED)
@@ -221,6 +244,17 @@ BROKEN = {
     "broken ZIP": [("p.zip", b"PK\3\4 and no more")],
     "empty ZIP": [("p.zip", zipped([]))],
     "ZIP and more": [("p.zip", zipped(VOLUME)), VOLUME[0]],
+    "a hole in a ZIP": [("p.zip", with_hole(zipped(VOLUME)))],
+    "a hole in a ZIP that packs nothing": [("p.zip", with_hole(zipped(VOLUME, zipfile.ZIP_STORED)))],
+    "a hole in a gzip": [("s.nii.gz", with_hole(STORED))],
+    "a checksum that is another's": [("s.nii.gz", changed(STORED, -6))],
+    "a length that is another's": [("s.nii.gz", changed(STORED, -2))],
+    "a hole in the second part of a gzip": [("s.nii.gz", gzip.compress(b"") + with_hole(STORED))],
+    "two files of one name": [VOLUME[0], VOLUME[0]],
+    "two files of one name in a ZIP": [("p.zip", twice("p/anna_1.tif"))],
+    "two masks of one slice": [VOLUME[0], MASKS[0], ("anna_1_mask.tif", picture(GREY * 0, "TIFF"))],
+    "two slices of one number": [*VOLUME[:2], ("anna_02.png", picture(COLOURS))],
+    "slices 10⁹ mm apart": [*VOLUME, ("volume.json", MEASURED.replace(b"5.0", b"1e9"))],
     "climbing ZIP": [("p.zip", zipped([("../../etc/a_1.tif", VOLUME[0][1])]))],
     "ZIP of a disk": [("p.zip", zipped([("C:/a_1.tif", b"")]))],
     "ZIP bomb": [("p.zip", zipped([("a_1.tif", bytes(300 << 20))]))],
