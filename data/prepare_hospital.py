@@ -23,7 +23,7 @@ try:
     from radiology.pseudonyms import Pseudonyms, check_folders
     from radiology.rules import DEFAULT, load_rules
     from radiology.series import Refused, Series, find_series
-    from radiology.studies import Study, plan_studies
+    from radiology.studies import Study, plan_studies, shared_numbers
 except ModuleNotFoundError as error:
     missing = error.name
 else:
@@ -101,6 +101,9 @@ def main() -> None:
     rules = load_rules(arguments.rules or DEFAULT)
     found, refused = find(arguments)
     studies = plan_studies(found, rules)
+    for number, told in shared_numbers(found).items():
+        named = f" ({number or 'none'})" if arguments.dry_run else "; --dry-run names it"
+        print(f"{told}{named}", file=sys.stderr)
     if arguments.dry_run:
         return print_plan(studies, refused)
     preparation = Preparation(

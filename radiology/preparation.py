@@ -44,6 +44,7 @@ def prepare(study: Study, rules: Rules) -> Prepared:
     """A study's series, read, aligned and in 8 bits. Raises MedFLError where its FLAIR can't be read or is
     blank."""
     flair, notes = _load(FLAIR, study.channels[FLAIR])
+    notes += [f"{line.used_as} was taken {line.why}" for line in study.lines if ", though" in line.why]
     fixed, told = to_axial(flair)
     notes += ([f"FLAIR was {told}"] if told else []) + _text_notes(FLAIR, study.channels[FLAIR], flair)
     grids, transforms, failures = {FLAIR: _grid_of(flair)}, {FLAIR: sitk.Transform()}, {}
@@ -156,7 +157,7 @@ def _read_mask(
         channel = of
         if channel not in grids:
             raise MedFLError(f"it is a segmentation of the {channel} series, which can't be used")
-        labels = read_segmentation(series.files[0], grids[channel])
+        labels = read_segmentation(series.files[0], grids[channel], rules.labels)
         if series.manufacturer == MANUFACTURER:
             notes.append("its mask was drawn by a network of MedFL, not by a person")
     mask = resample_mask(labels, fixed, transforms[channel])
