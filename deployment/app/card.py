@@ -55,6 +55,12 @@ def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) ->
             f"input {architecture['image_side']}×{architecture['image_side']} pixels",
         ),
         ("Threshold", f"{checkpoint.threshold:g}"),
+        (
+            "Slices",
+            "shrunk without antialiasing when it was trained, before 0.3.0: its figures differ a little here"
+            if checkpoint.shrunk_otherwise
+            else None,
+        ),
         ("Device", device),
         ("File", f"{checkpoint.path.name}, {checkpoint.path.stat().st_size / 1e6:.1f} MB"),
         ("Made", about.get("created")),

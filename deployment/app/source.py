@@ -45,12 +45,13 @@ class Source:
     def onto_series(self, mask: np.ndarray) -> np.ndarray:
         """A mask (S, H, W) uint8 of the case on the series' own slices, rows and columns, in its order, 1 where
         there is tumour."""
-        shown = (self.within(mask) > 0).astype(np.float32)
-        return (_moved(shown, self.page, self.grid) >= 0.5).astype(np.uint8)
+        return _moved(self.within(mask) > 0, self.page, self.grid, sitk.sitkNearestNeighbor)
 
 
-def _moved(values: np.ndarray, grid: sitk.Image, onto: sitk.Image) -> np.ndarray:
-    """Values on one grid, linear on another, 0 outside."""
+def _moved(values: np.ndarray, grid: sitk.Image, onto: sitk.Image, how: int = sitk.sitkLinear) -> np.ndarray:
+    """Values on one grid (bool becomes uint8) on another, 0 outside."""
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
     image = sitk.GetImageFromArray(np.ascontiguousarray(values))
     image.CopyInformation(grid)
-    return sitk.GetArrayFromImage(sitk.Resample(image, onto, sitk.Transform(), sitk.sitkLinear, 0.0))
+    return sitk.GetArrayFromImage(sitk.Resample(image, onto, sitk.Transform(), how, 0.0))
