@@ -9,18 +9,21 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pydicom
 import SimpleITK as sitk
+from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder, pixel_array
 from pydicom.pixels.processing import apply_modality_lut
-from pydicom.uid import UID
+from pydicom.uid import UID, JPEGExtended12Bit
 
 from common import MedFLError
 from radiology.headers import File, Place, Slice, read_header
 
 MAX_VOXELS = 2**27  # of a series: 512 MiB as float32
+END_OF_JPEG = b"\xff\xd9"
 SAME_PLACE = 0.01  # mm; nearer slices lie at one place
 UNEVEN = 0.05  # of the distance between slices; scanners round positions
 TURNED = 1e-3  # in direction cosines, which are written with six digits or so
@@ -260,7 +263,12 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
                     f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
                     "`pip install -r requirements-dicom.txt`, or export without compression"
                 )
-            stored = pixel_array(content, index=frame)
+            try:
+                stored = pixel_array(content, index=frame)
+            except RuntimeError:
+                if syntax != JPEGExtended12Bit or frame or not isinstance(path, Path):
+                    raise
+                return _by_gdcm(path, content)
             if content.PhotometricInterpretation == "MONOCHROME1":
                 stored = (-1 if content.PixelRepresentation else 2**content.BitsStored - 1) - stored.astype(
                     np.int64
@@ -270,6 +278,16 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds for a damaged file
         raise MedFLError(f"{path} can't be decoded (truncated or damaged); export it again") from error
+
+
+def _by_gdcm(path: Path, content: pydicom.Dataset) -> np.ndarray:
+    """One slice's values as GDCM reads them, rescaled, (rows, columns) float32: some of JPEG Extended no decoder
+    of pydicom takes. Raises ValueError for a stream without an end, which GDCM would read in part."""
+    stream = get_frame(content.PixelData, 0, number_of_frames=1)
+    if not stream.rstrip(b"\0").endswith(END_OF_JPEG) or content.PhotometricInterpretation != "MONOCHROME2":
+        raise ValueError("cut off")
+    image = sitk.ReadImage(str(path), sitk.sitkFloat32, imageIO="GDCMImageIO")
+    return sitk.GetArrayFromImage(image).reshape(content.Rows, content.Columns)
 
 
 def _can_decode(syntax: UID) -> bool:

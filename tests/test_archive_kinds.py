@@ -11,8 +11,9 @@ import pytest
 import SimpleITK as sitk
 from dicom_phantoms import image_of, item, write_enhanced_mr, write_series
 from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
+from pydicom.data import get_testdata_file
 from pydicom.sr.codedict import codes
-from pydicom.uid import UID, generate_uid
+from pydicom.uid import UID, MRImageStorage, generate_uid
 
 from common import MedFLError
 from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
@@ -234,3 +235,23 @@ def test_label_maps_and_several_segments_are_read_by_the_labels_of_the_rules(tmp
                 read_segmentation(tmp_path / "seg", image)
         found = read_segmentation(tmp_path / "seg", image, (1, 2))
         assert np.array_equal(sitk.GetArrayFromImage(found), mask > 0)
+
+
+def test_jpeg_extended_that_pydicom_can_not_decode_is_read_by_gdcm_and_a_cut_one_by_none(tmp_path):
+    file = pydicom.dcmread(get_testdata_file("JPEG-lossy.dcm", download=False))
+    with pytest.raises(RuntimeError):
+        file.pixel_array  # noqa: B018  pydicom's decoders don't take it
+    file.Modality, file.SOPClassUID = "MR", MRImageStorage
+    file.PixelSpacing, file.SliceThickness = [1, 1], 2
+    file.ImagePositionPatient, file.ImageOrientationPatient = [0, 0, 0], [1, 0, 0, 0, 1, 0]
+    for name in ("NumberOfFrames", "DetectorInformationSequence"):
+        file.pop(name, None)
+    file.save_as(tmp_path / "whole")
+    found = sitk.GetArrayFromImage(load_series(only([tmp_path / "whole"])))
+    assert found.shape == (1, file.Rows, file.Columns) and found.max() > found.min()
+    (frame,) = pydicom.encaps.generate_frames(file.PixelData, number_of_frames=1)
+    file.PixelData = pydicom.encaps.encapsulate([frame[: len(frame) // 2]])
+    file.SOPInstanceUID = generate_uid()
+    file.save_as(tmp_path / "cut")
+    with pytest.raises(MedFLError, match="can't be decoded"):
+        load_series(only([tmp_path / "cut"]))
