@@ -284,7 +284,7 @@ def _by_gdcm(path: Path, content: pydicom.Dataset) -> np.ndarray:
     """One slice's values as GDCM reads them, rescaled, (rows, columns) float32: some of JPEG Extended no decoder
     of pydicom takes. Raises ValueError for a stream without an end, which GDCM would read in part."""
     stream = get_frame(content.PixelData, 0, number_of_frames=1)
-    if not stream.rstrip(b"\0").endswith(END_OF_JPEG) or content.PhotometricInterpretation != "MONOCHROME2":
+    if END_OF_JPEG not in stream[-4:] or content.PhotometricInterpretation != "MONOCHROME2":
         raise ValueError("cut off")
     image = sitk.ReadImage(str(path), sitk.sitkFloat32, imageIO="GDCMImageIO")
     return sitk.GetArrayFromImage(image).reshape(content.Rows, content.Columns)
