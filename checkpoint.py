@@ -57,6 +57,11 @@ class Checkpoint:
     def threshold(self) -> float:
         return float(self.metadata["threshold"])
 
+    @property
+    def shrunk_otherwise(self) -> bool:
+        """Whether it was trained on slices that were shrunk without antialiasing: its figures differ a little."""
+        return _was_shrunk_otherwise(self.metadata)
+
     def sha256(self) -> str:
         """SHA-256 of the file."""
         return file_sha256(self.path)
@@ -73,7 +78,7 @@ def describe(model: TransUNet, training_images: dict | None = None, **more: Any)
             "norm": model.norm,
             "parameters": sum(p.numel() for p in model.parameters()),
         },
-        "preprocessing": {**preprocessing.DESCRIPTION, "training_images": training_images},
+        "preprocessing": {**preprocessing.description(model.image_side), "training_images": training_images},
         "threshold": THRESHOLD,
         "temperature": model.temperature,
         "versions": {
@@ -123,7 +128,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
             f"{path} has checkpoint format {metadata.get('format')}, and this MedFL reads {FORMAT}; update "
             f"MedFL"
         )
-    if {**metadata["preprocessing"], **preprocessing.DESCRIPTION} != metadata["preprocessing"]:
+    if not (_is_of_today(metadata) or _was_shrunk_otherwise(metadata)):
         raise MedFLError(
             f"{path} was trained on other preprocessing ({metadata['preprocessing'].get('name')}); use its "
             f"MedFL"
@@ -141,6 +146,18 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
     model.temperature = _temperature(metadata, path)
     model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's types leave memory_format out
     return Checkpoint(path, model, metadata, content.get("state"))
+
+
+def _is_of_today(metadata: dict) -> bool:
+    """Whether a model was trained on the preprocessing that `preprocessing` does for images of its side."""
+    today = preprocessing.description(metadata["architecture"]["image_side"])
+    return {**metadata["preprocessing"], **today} == metadata["preprocessing"]
+
+
+def _was_shrunk_otherwise(metadata: dict) -> bool:
+    """Whether the only difference is that slices were shrunk without antialiasing, as before 0.3.0."""
+    former = {**metadata["preprocessing"], **preprocessing.DESCRIPTION} == metadata["preprocessing"]
+    return former and not _is_of_today(metadata)
 
 
 def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:

@@ -46,6 +46,18 @@ DESCRIPTION = {
     "clip": CLIP,
     "resize": "bilinear",
 }
+SLICE_SIDE = 256  # pixels, of the dataset's and of prepared slices
+
+
+def description(side: int) -> dict:
+    """What a checkpoint of a network with images of `side` pixels stores.
+
+    Averaging over areas gives the figures of former versions where slices of 256 are halved, or not shrunk. At
+    other sides it does not, and has a name of its own.
+    """
+    if side >= SLICE_SIDE or 2 * side == SLICE_SIDE:
+        return DESCRIPTION
+    return {**DESCRIPTION, "name": "volume-foreground-v2", "resize": "area where it shrinks, else bilinear"}
 
 
 def is_image(path: PurePath) -> bool:
@@ -323,8 +335,28 @@ def apply_statistics(slices: torch.Tensor, mean: torch.Tensor, deviation: torch.
 
 
 def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, C, h, w) float32 to (B, C, *size), bilinear. From 256 to 128 this is the mean of each 2×2 block."""
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    """(B, C, h, w) float32 to (B, C, *size): averaged over the area of each new pixel where it shrinks, so that
+    no pixel is skipped, and bilinear where it enlarges.
+
+    From 256 to 128 this is the mean of each 2×2 block. Where sizes are known and bilinear is the same, torch's
+    own is taken, which is faster; the products of matrices also export to ONNX with any h and w.
+    """
+    if all(isinstance(n, int) and (n <= m or n == 2 * m) for n, m in zip(images.shape[2:], size)):
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    rows, columns = (
+        _weights(length, wanted, images.device) for length, wanted in zip(images.shape[2:], size)
+    )
+    return torch.matmul(rows, torch.matmul(images, columns.T))
+
+
+def _weights(length: int, size: int, device: torch.device) -> torch.Tensor:
+    """How much of each of `length` old pixels goes into each of `size` new ones, (size, length) float32."""
+    old = torch.arange(length, device=device, dtype=torch.float32)[None]
+    new = torch.arange(size, device=device, dtype=torch.float32)[:, None]
+    step = torch.full((), length / size, device=device)  # old pixels a new one; a tensor, as h and w may be
+    covered = torch.minimum((new + 1) * step, old + 1) - torch.maximum(new * step, old)
+    centre = ((new + 0.5) * step - 0.5).clamp(min=0).minimum(old.max())
+    return torch.where(step > 1, covered.clamp(min=0) / step, (1 - (centre - old).abs()).clamp(min=0))
 
 
 def network_input(

@@ -36,7 +36,7 @@ try:
     from radiology.retrieval import INCOMING, Archive, FoundStudy, Retrieval, ordered
     from radiology.rules import DEFAULT, Rules, load_rules
     from radiology.series import Refused, Series, find_series
-    from radiology.studies import Study, plan_studies
+    from radiology.studies import Study, plan_studies, shared_numbers
     from radiology.worklist import prepare_studies
 except ModuleNotFoundError as error:
     missing = error.name
@@ -156,6 +156,8 @@ def from_folder(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Ma
     check_folders(arguments.dicom or arguments.nifti, arguments.out, arguments.private)
     found, refused = find(arguments)
     studies = plan_studies(found, rules)
+    for number, told in shared_numbers(found).items():
+        tell(told + (f" ({number or 'none'})" if arguments.dry_run else "; --dry-run names it"))
     if arguments.dry_run:
         print_plan(studies, refused)
         return None

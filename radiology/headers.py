@@ -23,8 +23,12 @@ OTHER_MODALITY = (
     "it is of modality"  # how that problem begins: a segmentation has it, and is of use all the same
 )
 OUTLINES = ("SEG", "RTSTRUCT")  # modalities of masks, whose geometry is read with them
+# how classes of pictures, and of outlines on them, are called
+PICTURES = ("Image Storage", "Segmentation Storage", "Standalone Overlay Storage", "RT Structure Set Storage")
+MOSAIC = (0x0019, 0x100A)  # Siemens: the number of pictures in a mosaic, where its block is reserved
+MOSAIC_OWNER = (0x0019, 0x0010), "SIEMENS MR HEADER"
 NOT_PICTURES = {"RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC", "RWV", "FID"}
-TAGS = [  # what is read of a header
+TAGS: list = [  # what is read of a header
     "StudyDate",
     "StudyTime",
     "SOPClassUID",
@@ -32,6 +36,9 @@ TAGS = [  # what is read of a header
     "SeriesInstanceUID",
     "StudyInstanceUID",
     "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
     "Modality",
     "SeriesDescription",
     "ProtocolName",
@@ -39,6 +46,7 @@ TAGS = [  # what is read of a header
     "SeriesNumber",
     "ImageType",
     "ContrastBolusAgent",
+    "ContrastBolusAgentSequence",
     "RepetitionTime",
     "EchoTime",
     "InversionTime",
@@ -62,6 +70,8 @@ TAGS = [  # what is read of a header
     "ReferencedFrameOfReferenceSequence",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
+    MOSAIC,
+    MOSAIC_OWNER[0],
 ]
 
 
@@ -156,6 +166,11 @@ def read_header(path: File) -> Header:
 def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
     if str(header.file_meta.get("MediaStorageSOPClassUID", "")) == DIRECTORY:
         raise MedFLError("a DICOMDIR, the list of a medium's files; it is not needed")
+    kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
+    if kind.type == "SOP Class" and not kind.name.endswith(PICTURES):
+        raise MedFLError(
+            f"{kind.name.removesuffix(' Storage')}, which is no picture of a scan; it is not needed"
+        )
     if header.get("Modality") in NOT_PICTURES:
         raise MedFLError(f"of modality {header.Modality}, which holds no pictures; it is not needed")
     if header.get("Modality") != "RTSTRUCT" and not (header.get("Rows") and header.get("Columns")):
@@ -249,7 +264,7 @@ def _place(position: Any, orientation: Any, pixel_spacing: Any) -> Place | None:
 
 def _describe(header: pydicom.Dataset, uid: str) -> dict:
     """The fields of a Series that its first file tells."""
-    kind, number = tuple(map(str, header.get("ImageType") or ())), _number(header.get("SeriesNumber"))
+    kind, number = tuple(map(str, _several(header.get("ImageType")))), _number(header.get("SeriesNumber"))
 
     def text(name: str) -> str:
         return str(header.get(name) or "").strip()
@@ -264,14 +279,17 @@ def _describe(header: pydicom.Dataset, uid: str) -> dict:
         protocol=text("ProtocolName"),
         sequence=text("SequenceName"),
         image_type=kind,
-        contrast_agent=text("ContrastBolusAgent"),
-        repetition_time=_number(header.get("RepetitionTime")),
-        echo_time=_number(header.get("EchoTime")),
-        inversion_time=_number(header.get("InversionTime")),
+        contrast_agent=text("ContrastBolusAgent") or _agent(header),
+        repetition_time=_time(
+            header, "RepetitionTime", "MRTimingAndRelatedParametersSequence", "RepetitionTime"
+        ),
+        echo_time=_time(header, "EchoTime", "MREchoSequence", "EffectiveEchoTime"),
+        inversion_time=_time(header, "InversionTime", "MRModifierSequence", "InversionTimes"),
         field_strength=_number(header.get("MagneticFieldStrength")),
         manufacturer=text("Manufacturer"),
         model=text("ManufacturerModelName"),
         frame_of_reference=text("FrameOfReferenceUID"),
+        person=(text("PatientName"), text("PatientBirthDate"), text("PatientSex")),
         burnt_in=text("BurnedInAnnotation").upper() == "YES"
         or "SECONDARY" in kind[1:2]
         or bool(text("ConversionType")),
@@ -289,6 +307,34 @@ def _references(header: pydicom.Dataset) -> tuple[str, ...]:
     return tuple(str(series.get("SeriesInstanceUID", "")) for series in named)
 
 
+def _several(value: Any) -> tuple:
+    """A tag's values, one or more."""
+    if value is None or value == "":
+        return ()
+    return tuple(value) if isinstance(value, pydicom.multival.MultiValue) else (value,)
+
+
+def _look_up(header: pydicom.Dataset, frame: int, macro: str, name: str) -> Any:
+    """What the functional groups of a multi-frame object say of a frame: its own go before the shared."""
+    for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        sequence = header.get(groups) or ()
+        if index < len(sequence) and sequence[index].get(macro):
+            return sequence[index][macro].value[0].get(name)
+    return None
+
+
+def _time(header: pydicom.Dataset, name: str, macro: str, within: str) -> float | None:
+    """A time in ms, from its own tag or from the functional groups."""
+    classic = _number(header.get(name))
+    return _number(_look_up(header, 0, macro, within)) if classic is None else classic
+
+
+def _agent(header: pydicom.Dataset) -> str:
+    """The contrast agent of an enhanced object, "" where there is none."""
+    agents = header.get("ContrastBolusAgentSequence") or ()
+    return "; ".join(str(a.get("CodeMeaning") or a.get("CodeValue") or "unnamed") for a in agents)
+
+
 def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[str]:
     """What is wrong with a file by itself, a sentence each; left: bytes from its pixels on."""
     problems = []
@@ -299,9 +345,20 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
         problems.append("it is a localizer")
     if (header.get("SamplesPerPixel") or 1) != 1:
         problems.append("it is in colour, a screen capture or a map, not a scan")
+    if _is_mosaic(header):
+        problems.append(
+            "it is a mosaic, many slices in one picture; export it as an enhanced series, or convert it with dcm2niix"
+        )
     if modality == "RTSTRUCT":  # without pixels
         return problems
     syntax = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
+    if not syntax.is_transfer_syntax or syntax.is_private:
+        name = "" if syntax.name == syntax else f" ({syntax.name})"
+        problems.append(
+            f"its pixels are stored by the transfer syntax {syntax}{name}, which nothing here knows; export it as "
+            "Explicit VR Little Endian"
+        )
+        return problems
     pixels = (
         header.Rows
         * header.Columns
@@ -316,16 +373,20 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
     return problems
 
 
+def _is_mosaic(header: pydicom.Dataset) -> bool:
+    if "MOSAIC" in (str(part).upper() for part in _several(header.get("ImageType"))):
+        return True
+    owner, name = MOSAIC_OWNER
+    owned = owner in header and str(header[owner].value) == name
+    return bool(owned and MOSAIC in header and (_number(header[MOSAIC].value) or 0) > 1)
+
+
 def _slices_of(path: File, header: pydicom.Dataset) -> list[Slice]:
     """The slices of a file: one, or one for each frame, whose geometry stands in functional groups."""
     if header.get("Modality") == "RTSTRUCT":
         return [Slice(path, None, None, (0, 0), 0.0)]
     frames, matrix = int(header.get("NumberOfFrames") or 1), (int(header.Rows), int(header.Columns))
-    shared, groups = (
-        header.get("SharedFunctionalGroupsSequence"),
-        header.get("PerFrameFunctionalGroupsSequence"),
-    )
-    if frames == 1 and not groups:
+    if frames == 1 and not header.get("PerFrameFunctionalGroupsSequence"):
         thickness = (
             _number(header.get("SpacingBetweenSlices")) or _number(header.get("SliceThickness")) or 0.0
         )
@@ -335,25 +396,17 @@ def _slices_of(path: File, header: pydicom.Dataset) -> list[Slice]:
             header.get("PixelSpacing"),
         )
         return [Slice(path, None, place, matrix, thickness)]
-
-    def look_up(group: pydicom.Dataset | None, macro: str, name: str) -> Any:
-        for where in (group, shared[0] if shared else None):
-            if where is not None and where.get(macro):
-                return where[macro].value[0].get(name)
-        return None
-
     found = []
     for frame in range(frames):
-        group = groups[frame] if groups and frame < len(groups) else None
         thickness = (
-            _number(look_up(group, "PixelMeasuresSequence", "SpacingBetweenSlices"))
-            or _number(look_up(group, "PixelMeasuresSequence", "SliceThickness"))
+            _number(_look_up(header, frame, "PixelMeasuresSequence", "SpacingBetweenSlices"))
+            or _number(_look_up(header, frame, "PixelMeasuresSequence", "SliceThickness"))
             or 0.0
         )
         place = _place(
-            look_up(group, "PlanePositionSequence", "ImagePositionPatient"),
-            look_up(group, "PlaneOrientationSequence", "ImageOrientationPatient"),
-            look_up(group, "PixelMeasuresSequence", "PixelSpacing"),
+            _look_up(header, frame, "PlanePositionSequence", "ImagePositionPatient"),
+            _look_up(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient"),
+            _look_up(header, frame, "PixelMeasuresSequence", "PixelSpacing"),
         )
         found.append(Slice(path, frame, place, matrix, thickness))
     return found

@@ -46,6 +46,7 @@ def prepare(study: Study, rules: Rules) -> Prepared:
     """A study's series, read, aligned and in 8 bits. Raises MedFLError where its FLAIR can't be read or is
     blank."""
     flair, notes = _load(FLAIR, study.channels[FLAIR])
+    notes += [f"{line.used_as} was taken {line.why}" for line in study.lines if ", though" in line.why]
     fixed, told = to_axial(flair)
     notes += ([f"FLAIR was {told}"] if told else []) + _text_notes(FLAIR, study.channels[FLAIR], flair)
     grids, transforms, failures = {FLAIR: _grid_of(flair)}, {FLAIR: sitk.Transform()}, {}
@@ -160,8 +161,11 @@ def _read_mask(
         channel = of
         if channel not in grids:
             raise MedFLError(f"it is a segmentation of the {channel} series, which can't be used")
-        read = read_structure_set if series.modality == "RTSTRUCT" else read_segmentation
-        labels = read(series.files[0], grids[channel])
+        file, grid = series.files[0], grids[channel]
+        if series.modality == "RTSTRUCT":
+            labels = read_structure_set(file, grid)
+        else:
+            labels = read_segmentation(file, grid, rules.labels)
         if series.manufacturer == MANUFACTURER:
             notes.append("its mask was drawn by a network of MedFL, not by a person")
     mask = resample_mask(labels, fixed, transforms[channel])

@@ -1,19 +1,24 @@
 """Masks as DICOM SEG: written over their source series, so that a viewer lays them over it, and read back
 onto its grid."""
 
+import re
 import warnings
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import highdicom
 import numpy as np
 import pydicom
 import SimpleITK as sitk
 from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription, segread
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
-from pydicom.uid import generate_uid
+from pydicom.uid import MRImageStorage, generate_uid
 
 from common import MedFLError, __version__, atomic_write
-from radiology.geometry import on_grid
+from radiology.geometry import OFF_GRID
 from radiology.headers import File, check_bounds
 from radiology.series import Series
 
@@ -28,6 +33,10 @@ EXPECTED = (
     "AccessionNumber",
     "ReferringPhysicianName",
     "PositionReferenceIndicator",
+)
+FRAMED = ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+BESIDE = (
+    0.3  # slices by which a frame may lie beside its series' even grid, whose slices may be uneven by 5 %
 )
 MANUFACTURER = "MedFL"
 SERIES_NUMBER = 9001  # far from the scanner's own
@@ -60,9 +69,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
         raise MedFLError(
             "the mask is empty, and a DICOM SEG without a pixel can't be shown; there is nothing to write"
         )
-    sources = [_source(file, series.spacing[0]) for file in series.files]
-    if series.frames:  # highdicom takes frames in the file's order
-        mask = mask[np.argsort(series.frames)]
+    sources, frames = _sources(series)
     tumour = SegmentDescription(
         segment_number=1,
         segment_label="tumour",
@@ -78,7 +85,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
             warnings.simplefilter(
                 "ignore"
             )  # of source tags that deviate from the standard, which are the scanner's
-            return highdicom.seg.Segmentation(
+            segmentation = highdicom.seg.Segmentation(
                 source_images=sources,
                 pixel_array=mask,
                 segmentation_type=SegmentationTypeValues.BINARY,
@@ -93,69 +100,195 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
                 device_serial_number="0",
                 series_description="MedFL tumour, research use only",
             )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a tag that is missing
+    except Exception as error:  # of a tag that is missing, for instance; highdicom raises many kinds
         raise MedFLError(
             f"the series “{series.description}” lacks what a DICOM SEG needs ({error}); export it without "
             "taking tags away"
         ) from error
+    if frames:
+        _name_frames(segmentation, frames)
+    return segmentation
 
 
-def _source(path: File, thickness: float) -> pydicom.Dataset:
-    """A source file's header, where what anonymisers take away and a SEG has to have is put back, empty if it
-    may be."""
-    header = pydicom.dcmread(path, stop_before_pixels=True)
+def refusal(series: Series) -> str | None:
+    """Why a series gets no DICOM SEG, or None where it does: found by making one of a single pixel."""
+    pixel = np.zeros((series.slices, series.rows, series.columns), bool)
+    pixel[0, 0, 0] = True
+    try:
+        make_segmentation(pixel, series)
+    except MedFLError as error:
+        return str(error)
+    return None
+
+
+def _sources(series: Series) -> tuple[list[pydicom.Dataset], dict[str, tuple[str, str, int]]]:
+    """A header for each slice of a series, as highdicom takes them, and what stands for a frame.
+
+    Headers are copies, in which what is only cosmetic is put right: directions that differ in their last
+    digit, dates and times of old forms, and what anonymisers take away and a SEG has to have. A frame of a
+    multi-frame file is given as a slice with a number of its own, by which `_name_frames` finds it.
+    """
+    headers: dict[File, pydicom.Dataset] = {}
+    sources, frames = [], {}
+    for index in range(series.slices):
+        path, frame = series.place_of(index)
+        if path not in headers:
+            headers[path] = _header(path)
+        source = pydicom.Dataset()
+        source.update(headers[path])
+        changed: dict[str, Any] = {
+            "ImageOrientationPatient": list(series.orientation),
+            "PixelSpacing": list(series.spacing[1:]),
+            "SliceThickness": source.get("SliceThickness") or series.spacing[0],
+        }
+        if frame is not None:
+            for name in FRAMED:
+                if name in source:
+                    delattr(source, name)
+            stands = generate_uid()
+            frames[stands] = (str(source.SOPClassUID), str(source.SOPInstanceUID), frame + 1)
+            along = series.positions[index] - series.positions[0]
+            place = np.array(series.origin) + along * series.normal
+            changed |= {
+                "SOPClassUID": MRImageStorage,
+                "SOPInstanceUID": stands,
+                "ImagePositionPatient": [round(v, 6) for v in place.tolist()],
+            }
+        for name, value in changed.items():  # new elements: those of the header are shared by all its copies
+            tag = tag_for_keyword(name)
+            source.add_new(tag, dictionary_VR(tag), value)
+        sources.append(source)
+    return sources, frames
+
+
+def _header(path: File) -> pydicom.Dataset:
+    """A file's header, with dates, times and sex in DICOM's forms or empty."""
+    with path.open("rb") as file:
+        header = pydicom.dcmread(file, stop_before_pixels=True)
+    for element in header:
+        if element.VR in ("DA", "TM", "DT") and isinstance(element.value, str):
+            element.value = _in_dicoms_form(element.VR, element.value)
     for name in EXPECTED:
         if name not in header:
             setattr(header, name, None)
-    if "NumberOfFrames" not in header and not header.get("SliceThickness"):
-        header.SliceThickness = thickness
+    if str(header.PatientSex or "") not in ("M", "F", "O"):
+        header.PatientSex = None
     return header
 
 
-def read_segmentation(path: File, reference: sitk.Image) -> sitk.Image:
-    """The tumour of a DICOM SEG on the grid of its source series, uint8 0 or 1.
+def _in_dicoms_form(kind: str, text: str) -> str:
+    """A date or time without the separators of old forms; "" where it is none."""
+    digits = re.sub(r"[^0-9]", "", text.split(".")[0] if kind == "TM" else text)
+    form, count = ("%Y%m%d", 8) if kind == "DA" else ("%H%M%S", 6)
+    if kind == "DT":
+        return text if re.fullmatch(r"\d{4,14}(\.\d{1,6})?([+-]\d{4})?", text) else ""
+    try:
+        datetime.strptime(digits[:count], form[: 2 * (len(digits[:count]) // 2)] if kind == "TM" else form)
+    except ValueError:
+        return ""
+    return digits[:count]
 
-    reference: the source series, as `load_series` gives it. Raises MedFLError for a file that is no binary
-    SEG of one segment, for one that lies on another grid, and for an empty one.
+
+def _name_frames(dataset: pydicom.Dataset, frames: dict[str, tuple[str, str, int]]) -> None:
+    """Put files and frame numbers in the place of the numbers that stand for them, each file once where no
+    frame is meant."""
+    for element in dataset:
+        if element.VR != "SQ":
+            continue
+        kept: list[pydicom.Dataset] = []
+        for item in element.value:
+            meant = frames.get(str(item.get("ReferencedSOPInstanceUID", "")))
+            if meant is not None:
+                item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = meant[:2]
+                if element.keyword == "SourceImageSequence" and "PurposeOfReferenceCodeSequence" in item:
+                    item.ReferencedFrameNumber = meant[2]
+                elif any(other.ReferencedSOPInstanceUID == meant[1] for other in kept):
+                    continue
+            else:
+                _name_frames(item, frames)
+            kept.append(item)
+        element.value = kept
+
+
+def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...] = (1,)) -> sitk.Image:
+    """The tumour of a DICOM SEG, binary or a label map, on the grid of its source series, uint8 0 or 1.
+
+    reference: the source series, as `load_series` gives it. labels: of several segments the numbers that mean
+    tumour, as the rules name them; one alone is the tumour whatever its number. Raises MedFLError for shares
+    of tumour, for segments that the labels do not name, for a file that lies on another grid, and for an
+    empty one.
     """
     check_bounds(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             stored = segread(path)
-            names = [str(stored.get_segment_description(n).segment_label) for n in stored.segment_numbers]
-            binary = stored.segmentation_type == SegmentationTypeValues.BINARY
-            one = binary and len(names) == 1
-            volume = stored.get_volume(combine_segments=True, allow_missing_positions=True) if one else None
+            kind = stored.segmentation_type
+            names = {
+                int(n): str(stored.get_segment_description(n).segment_label)
+                for n in stored.segment_numbers
+                if n
+            }
+            frames = pixel_array(stored) if kind != SegmentationTypeValues.FRACTIONAL else None
     except Exception as error:  # highdicom and pydicom raise many kinds for a damaged or unusual file
         raise MedFLError(
             f"{path} can't be read as a DICOM SEG whose frames lie in parallel; export it again"
         ) from error
-    if not binary:
+    if frames is None:
         raise MedFLError(f"{path} holds shares of tumour, not a mask; export it as a binary segmentation")
-    if volume is None:
+    if len(names) > 1 and not names.keys() <= set(labels):
         raise MedFLError(
-            f"{path} holds {len(names)} segments ({', '.join(names)}), and one means tumour; export that "
-            f"one alone"
+            f"{path} holds {len(names)} segments ({', '.join(names.values())}), numbers "
+            f"{', '.join(map(str, names))}, and tumour is {', '.join(map(str, labels))}; name all that mean tumour "
+            f"in the rules (mask, labels), or export the tumour's segment only"
         )
-    labels = _image(volume)
-    if not sitk.GetArrayViewFromImage(labels).any():
+    if not frames.any():
         raise MedFLError(f"{path} is empty: no pixel is marked as tumour")
-    if labels.GetSize()[:2] != reference.GetSize()[:2] or not on_grid(labels, reference):
-        raise MedFLError(
-            f"{path} lies on another grid than its series; draw or export the mask on the series itself"
-        )
-    return sitk.Resample(labels, reference, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
+    tumour = np.zeros(reference.GetSize()[::-1], np.uint8)
+    for number, frame in enumerate(frames.reshape(-1, *frames.shape[-2:])):
+        if not _draw(tumour, frame > 0, _corners(stored, number), reference):
+            raise MedFLError(
+                f"{path} lies on another grid than its series; draw or export the mask on the series itself"
+            )
+    image = sitk.GetImageFromArray(tumour)
+    image.CopyInformation(reference)
+    return image
+
+
+def _corners(stored: pydicom.Dataset, number: int) -> np.ndarray:
+    """Where three corners of a frame lie: the first pixel, the last of the first row and of the first column,
+    (3, 3) mm."""
+
+    def group(macro: str) -> pydicom.Dataset:
+        own = stored.PerFrameFunctionalGroupsSequence[number]
+        return (own if macro in own else stored.SharedFunctionalGroupsSequence[0])[macro].value[0]
+
+    first = np.array(group("PlanePositionSequence").ImagePositionPatient, float)
+    directions = np.array(group("PlaneOrientationSequence").ImageOrientationPatient, float)
+    down, across = map(float, group("PixelMeasuresSequence").PixelSpacing)
+    row = first + directions[:3] * across * (stored.Columns - 1)
+    return np.array([first, row, first + directions[3:] * down * (stored.Rows - 1)])
+
+
+def _draw(tumour: np.ndarray, frame: np.ndarray, corners: np.ndarray, reference: sitk.Image) -> bool:
+    """Mark a frame's pixels (rows, columns) bool in `tumour` (S, H, W); False where they are none of the
+    reference's."""
+    index = np.array(
+        [reference.TransformPhysicalPointToContinuousIndex(corner.tolist()) for corner in corners]
+    )
+    nearest = index.round()
+    beside = np.abs(index - nearest).max(axis=0)
+    columns, rows, slices = reference.GetSize()
+    if frame.shape != (rows, columns) or beside[:2].max() > OFF_GRID or beside[2] > BESIDE:
+        return False
+    if not (sorted({*nearest[:, 0]}) == sorted({0, columns - 1}) and len({*nearest[:, 2]}) == 1):
+        return False
+    if sorted({*nearest[:, 1]}) != sorted({0, rows - 1}) or not 0 <= nearest[0, 2] < slices:
+        return False
+    turned = frame[:: -1 if nearest[0, 1] else 1, :: -1 if nearest[0, 0] else 1]
+    tumour[int(nearest[0, 2])] |= turned.astype(np.uint8)
+    return True
 
 
 def _size(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
-
-
-def _image(volume: highdicom.Volume) -> sitk.Image:
-    """A volume of highdicom, whose axes are slices, rows, columns, as an image of SimpleITK."""
-    image = sitk.GetImageFromArray((volume.array > 0).astype(np.uint8))
-    image.SetSpacing([float(step) for step in volume.spacing[::-1]])
-    image.SetOrigin([float(place) for place in volume.position])
-    image.SetDirection(np.stack(volume.unit_vectors()[::-1], axis=1).ravel().tolist())
-    return image

@@ -9,19 +9,22 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pydicom
 import SimpleITK as sitk
+from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder, pixel_array
 from pydicom.pixels.processing import apply_modality_lut
-from pydicom.uid import UID
+from pydicom.uid import UID, JPEGExtended12Bit
 
 from common import MedFLError
 from limits import fits
 from radiology.codestreams import check_frame
 from radiology.headers import OUTLINES, File, Place, Slice, read_header
 
+END_OF_JPEG = b"\xff\xd9"
 SAME_PLACE = 0.01  # mm; nearer slices lie at one place
 UNEVEN = 0.05  # of the distance between slices; scanners round positions
 TURNED = 1e-3  # in direction cosines, which are written with six digits or so
@@ -32,10 +35,11 @@ class Series:
     """One series of an archive.
 
     files: along the normal of the slices, one per slice, or the one file of a multi-frame series, whose
-    slices are then `frames` of it, in order. spacing: mm between slices, rows and columns. positions: mm
-    along the normal, one per slice. problems: why it can't be used, a sentence each; empty where it can.
-    references: the series that a segmentation is of. when: the study's date and time as DICOM writes them, to
-    put studies in order.
+    slices are then `frames` of it, in order; of several multi-frame files, the file of each frame. spacing:
+    mm between slices, rows and columns. positions: mm along the normal, one per slice. problems: why it can't
+    be used, a sentence each; empty where it can. references: the series that a segmentation is of. when: the
+    study's date and time as DICOM writes them, to put studies in order. person: name, birth date and sex, to
+    notice a number that several people have.
     """
 
     uid: str
@@ -67,11 +71,17 @@ class Series:
     burnt_in: bool = False
     references: tuple[str, ...] = ()
     when: str = ""
+    person: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def slices(self) -> int:
         """How many slices it has."""
         return len(self.frames) or len(self.files)
+
+    def place_of(self, index: int) -> tuple[File, int | None]:
+        """The file of a slice, and its frame in it, or None where the file is the slice."""
+        frame = self.frames[index] if self.frames else None
+        return self.files[index if len(self.files) > 1 else 0], frame
 
     @property
     def normal(self) -> np.ndarray:
@@ -127,7 +137,7 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
     if sizes := sorted({s.matrix for s in slices} - {first.matrix}):
         problems.append(f"its slices have different sizes, {columns}×{rows} and {sizes[0][1]}×{sizes[0][0]}")
     geometry = problem = None
-    if len(files) > 1 and any(s.frame is not None for s in slices):
+    if len({s.frame is None for s in slices}) > 1:
         problem = "it mixes files of several frames with others; export it as one kind"
     elif len(places := [s.place for s in slices if s.place is not None]) < len(slices):
         problem = "it does not say where its slices lie (position, orientation or pixel spacing is missing)"
@@ -143,10 +153,9 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
     if geometry is None:
         return Series(**head, files=files, rows=rows, columns=columns, problems=tuple(problems))
     order = geometry.pop("order")
-    if first.frame is None:
-        files, frames = tuple(slices[i].path for i in order), ()
-    else:
-        frames = tuple(slices[i].frame for i in order)
+    frames: tuple[int, ...] = tuple(f for i in order if (f := slices[i].frame) is not None)
+    if not frames or len(files) > 1:
+        files = tuple(slices[i].path for i in order)
     return Series(
         **head, **geometry, files=files, frames=frames, rows=rows, columns=columns, problems=tuple(problems)
     )
@@ -229,10 +238,10 @@ def load_series(series: Series) -> sitk.Image:
     if series.problems:
         raise MedFLError(f"the series “{series.description}” can't be used: {'; '.join(series.problems)}")
     volume = np.empty((series.slices, series.rows, series.columns), np.float32)
-    whole = pydicom.dcmread(series.files[0]) if series.frames else None
+    whole = {path: pydicom.dcmread(path) for path in dict.fromkeys(series.files)} if series.frames else {}
     for index in range(series.slices):
-        path = series.files[0 if series.frames else index]
-        volume[index] = _decode(path, whole, series.frames[index] if series.frames else 0)
+        path, frame = series.place_of(index)
+        volume[index] = _decode(path, whole.get(path), frame or 0)
     image = sitk.GetImageFromArray(volume)
     between, row, column = series.spacing
     image.SetSpacing((column, row, between))
@@ -256,7 +265,12 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
                     "`pip install -r requirements-dicom.txt`, or export without compression"
                 )
             check_frame(content, frame)
-            stored = pixel_array(content, index=frame)
+            try:
+                stored = pixel_array(content, index=frame)
+            except RuntimeError:
+                if syntax != JPEGExtended12Bit or frame or not isinstance(path, Path):
+                    raise
+                return _by_gdcm(path, content)
             if content.PhotometricInterpretation == "MONOCHROME1":
                 stored = (-1 if content.PixelRepresentation else 2**content.BitsStored - 1) - stored.astype(
                     np.int64
@@ -266,6 +280,16 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds for a damaged file
         raise MedFLError(f"{path} can't be decoded (truncated or damaged); export it again") from error
+
+
+def _by_gdcm(path: Path, content: pydicom.Dataset) -> np.ndarray:
+    """One slice's values as GDCM reads them, rescaled, (rows, columns) float32: some of JPEG Extended no decoder
+    of pydicom takes. Raises ValueError for a stream without an end, which GDCM would read in part."""
+    stream = get_frame(content.PixelData, 0, number_of_frames=1)
+    if END_OF_JPEG not in stream[-4:] or content.PhotometricInterpretation != "MONOCHROME2":
+        raise ValueError("cut off")
+    image = sitk.ReadImage(str(path), sitk.sitkFloat32, imageIO="GDCMImageIO")
+    return sitk.GetArrayFromImage(image).reshape(content.Rows, content.Columns)
 
 
 def _can_decode(syntax: UID) -> bool:

@@ -77,6 +77,24 @@ def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study
     return Study(patient_id, uid, when, channels, mask, mask_of, tuple(lines[s.uid] for s in group))
 
 
+def shared_numbers(found: list[Series]) -> dict[str, str]:
+    """Patient numbers that stand for several people, as "ANONYMOUS" may, and what differs: a sentence each."""
+    people = defaultdict(set)
+    for series in found:
+        if series.person:
+            people[series.patient_id].add(series.person)
+    told = {}
+    for number, persons in people.items():
+        known = [{value for value in values if value} for values in zip(*persons)]
+        what = [name for name, values in zip(("names", "birth dates", "sexes"), known) if len(values) > 1]
+        if what:
+            told[number] = (
+                f"one patient number stands for series with different {' and '.join(what)}: only one study of them "
+                f"trains; give each patient a number of their own in the export"
+            )
+    return told
+
+
 def _label(series: Series) -> str:
     """How a series is called in a sentence."""
     return series.description if series.number is None else f"{series.number} ({series.description})"

@@ -114,6 +114,10 @@ def test_newer_format_and_other_preprocessing(saved, tmp_path):
     )
 
 
+def test_a_model_is_of_todays_preprocessing_and_says_so(saved):
+    assert not load_checkpoint(saved[0]).shrunk_otherwise
+
+
 def test_another_architecture(saved, tmp_path):
     plan = {"name": "tiny", "image_side": 64, "norm": "batch"}
     assert "another architecture" in changed(saved, tmp_path / "a.pth", architecture=plan)

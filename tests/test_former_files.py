@@ -41,6 +41,7 @@ def test_a_checkpoint(tmp_path):
     )
     assert checkpoint.model.image_side == 32 and checkpoint.threshold == 0.5
     assert checkpoint.metadata["versions"]["medfl"] == "0.2.0"
+    assert checkpoint.shrunk_otherwise  # slices of 256 come out otherwise at 32 pixels, and the card says so
     assert checkpoint.metadata["data"]["name"] == "phantoms"
     assert checkpoint.metadata["preprocessing"]["training_images"] is not None
 

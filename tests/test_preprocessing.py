@@ -12,8 +12,10 @@ from PIL import Image
 from common import MedFLError
 from preprocessing import (
     CLIP,
+    DESCRIPTION,
     MAX_SIDE,
     apply_statistics,
+    description,
     is_image,
     is_mask,
     network_input,
@@ -301,6 +303,49 @@ def test_resizing_256_to_128_is_the_mean_of_each_2_by_2_block():
     images = torch.rand(1, 2, 256, 256, generator=torch.Generator().manual_seed(0))
     blocks = images.reshape(1, 2, 128, 2, 128, 2).mean(dim=(3, 5))
     torch.testing.assert_close(resize(images, (128, 128)), blocks, atol=1e-6, rtol=0)
+
+
+def former(images, size):
+    return torch.nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+
+def test_halving_and_enlarging_keep_the_figures_of_former_checkpoints_bit_for_bit():
+    images = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    for size in ((128, 128), (256, 256), (300, 257)):
+        assert torch.equal(resize(images, size), former(images, size)), size
+    assert description(128) == description(256) == DESCRIPTION
+    assert description(64)["name"] != DESCRIPTION["name"] != description(96)["name"]
+
+
+def test_a_stripe_of_one_pixel_in_four_does_not_vanish():
+    stripes = torch.zeros(1, 1, 512, 512)
+    stripes[..., ::4] = 1
+    assert former(stripes, (128, 128)).max() == 0
+    assert torch.equal(resize(stripes, (128, 128)), torch.full((1, 1, 128, 128), 0.25))
+
+
+@pytest.mark.parametrize(
+    "length, size", [(512, 128), (240, 128), (256, 64), (300, 128), (97, 64), (130, 128)]
+)
+def test_shrinking_averages_over_areas(length, size):
+    """Against each pixel repeated `size` times and averaged over blocks of `length`, which is the same area."""
+    line = torch.rand(length, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
+    wanted = line.repeat_interleave(size).reshape(size, length).mean(dim=1)
+    images = line.float().expand(1, 1, size, length)
+    torch.testing.assert_close(resize(images, (size, size))[0, 0, 0].double(), wanted, atol=2e-6, rtol=0)
+
+
+class AnySize(torch.nn.Module):
+    def forward(self, images):
+        return resize(images, (64, 64))
+
+
+def test_every_size_goes_the_same_way_when_it_is_exported():
+    sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    graph = torch.export.export(AnySize(), (torch.rand(1, 2, 200, 168),), dynamic_shapes=(sizes,)).module()
+    for shape in ((200, 168), (128, 128), (48, 240), (64, 64), (32, 300)):
+        images = torch.rand(1, 2, *shape)
+        torch.testing.assert_close(graph(images), AnySize()(images), atol=1e-6, rtol=0)
 
 
 class Preprocessing(torch.nn.Module):

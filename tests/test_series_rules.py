@@ -5,7 +5,7 @@ import pytest
 from common import MedFLError
 from radiology.rules import CHANNELS, DEFAULT, FLAIR, MASK, POST, PRE, load_rules, role_of
 from radiology.series import Series
-from radiology.studies import plan_studies
+from radiology.studies import plan_studies, shared_numbers
 
 RULES = load_rules()
 AXIAL, SAGITTAL = (1.0, 0, 0, 0, 1, 0), (0, 1.0, 0, 0, 0, -1)
@@ -90,6 +90,64 @@ def test_a_named_contrast_agent_makes_a_t1_post_contrast_unless_it_says_otherwis
     assert role_of(series("AX T1", contrast_agent="Gadovist 7 ml"), RULES)[0] == POST
     assert role_of(series("AX T1 PRE", contrast_agent="Gadovist 7 ml"), RULES)[0] == PRE
     assert role_of(series("AX T1", contrast_agent="NONE"), RULES)[0] == PRE
+
+
+@pytest.mark.parametrize(
+    "exam",
+    [
+        "",
+        "BRAIN W/WO CONTRAST",
+        "BRAIN TUMOR W PERFUSION",
+        "BRAIN MRI/MRA",
+        "BRAIN WITH CONTRAST",
+        "Brain Tumor DTI",
+        "T1sagknee",
+        "PRO DCE W_T1 MAPPING AN/",
+    ],
+)
+def test_the_exams_name_does_not_decide_over_a_series_own(exam):
+    for description, agent, role in (
+        ("AX T1", "", PRE),
+        ("AX T2 FLAIR", "", FLAIR),
+        ("AX T1 POST", "Gadavist", POST),
+        ("AX T1 +C", "", POST),
+        ("AX T2", "", None),
+        ("ADC", "", None),
+    ):
+        assert role_of(series(description, protocol=exam, contrast_agent=agent), RULES)[0] == role, (
+            description
+        )
+
+
+def test_the_protocols_name_speaks_where_nothing_else_does():
+    assert role_of(series("", protocol="t2_tirm_tra_dark-fluid"), RULES) == (FLAIR, "by its protocol's name")
+    assert role_of(series("5", protocol="t1_se_tra KM"), RULES)[0] == POST
+    assert role_of(series("5", protocol="ep2d_diff"), RULES)[0] is None
+    t1 = {"repetition_time": 500.0, "echo_time": 12.0}
+    assert role_of(series("5", protocol="t2_tirm_tra_dark-fluid", **t1), RULES) == (PRE, "by its times")
+
+
+def test_what_contradicts_a_description_is_told():
+    flair = {"inversion_time": 2500.0, "echo_time": 120.0, "repetition_time": 9000.0}
+    assert "though its times are those of a FLAIR" in role_of(series("AX T1", **flair), RULES)[1]
+    assert "though a contrast agent is named" in role_of(series("T1 PRE", contrast_agent="Gd"), RULES)[1]
+    assert "though it says that no contrast" in role_of(series("T1 POST", contrast_agent="NO"), RULES)[1]
+    assert "though" not in role_of(series("AX FLAIR", **flair), RULES)[1]
+
+
+def test_one_number_of_several_people_is_noticed():
+    def of(uid, number, *person):
+        return series("FLAIR", uid=uid, patient_id=number, person=person)
+
+    told = shared_numbers(
+        [
+            of("1", "ANONYMOUS", "A^B", "19500101", "F"),
+            of("2", "ANONYMOUS", "C^D", "19500101", "F"),
+            of("3", "7", "E^F", "", "M"),
+            of("4", "7", "E^F", "19600101", "M"),
+        ]
+    )
+    assert told.keys() == {"ANONYMOUS"} and "different names:" in told["ANONYMOUS"]
 
 
 @pytest.mark.parametrize(

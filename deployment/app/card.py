@@ -73,6 +73,12 @@ def _rows(checkpoint: Checkpoint, sha256: str, device: str | None) -> list[tuple
         ("Lesions", _lesions(about.get("scores", {}).get("test") or {})),
         ("Energy", in_words(about["energy"]) if about.get("energy") else None),
         ("Threshold", f"{checkpoint.threshold:g}"),
+        (
+            "Slices",
+            "shrunk without antialiasing when it was trained, before 0.3.0: its figures differ a little here"
+            if checkpoint.shrunk_otherwise
+            else None,
+        ),
         ("Device", device),
         ("File", f"{checkpoint.path.name}, {checkpoint.path.stat().st_size / 1e6:.1f} MB"),
         ("Made", about.get("created")),

@@ -16,20 +16,25 @@ from deployment.app.nifti import nifti_bytes
 from deployment.app.source import Source
 from limits import MAX_PIXELS
 from preprocessing import CHANNELS
-from radiology.geometry import POOR, SIDE, agreement, register, resample, to_uint8
+from radiology.geometry import (
+    POOR,
+    SIDE,
+    agreement,
+    as_shown,
+    register,
+    resample,
+    resample_mask,
+    to_axial,
+    to_uint8,
+)
 from radiology.headers import File, InMemory
 from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
-from radiology.segmentation import make_segmentation, read_segmentation
+from radiology.segmentation import make_segmentation, read_segmentation, refusal
 from radiology.series import Refused, Series, find_series, load_series
 from radiology.studies import plan_studies
 
 LONGEST = 2.0  # sides of a pixel, longer to shorter, that a page can show and a network can judge
-ACQUIRED = {
-    "L": "sagittal",
-    "R": "sagittal",
-    "A": "coronal",
-    "P": "coronal",
-}  # by the direction in which the slices follow
+ACQUIRED = ("sagittal", "coronal", None)  # by the axis that slices follow
 
 
 def read_dicom(files: list[tuple[str, bytes]]) -> Case:
@@ -45,27 +50,29 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     scans = [series for series in found if series not in masks]
     channels, notes = _choose(scans, masks, refused)
     flair = channels[FLAIR]
-    _check_size(flair.slices, flair.rows, flair.columns)
+    if min(flair.rows, flair.columns) < MIN_SIDE:
+        raise MedFLError(_too_large(flair.slices, flair.rows, flair.columns))
     image = _load(flair)
-    oriented = sitk.DICOMOrient(image, "LPS")
+    oriented = as_shown(image)
     _check_pixels(*oriented.GetSpacing()[:2])
-    grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)
-    grid.CopyInformation(image)
-    source = Source(flair, grid, _margins(oriented))
-    planes = {FLAIR: _onto_page(oriented, source)}
+    fixed, _ = to_axial(image)
+    page, margins = _page(oriented, fixed)
+    source = Source(flair, _grid(image), _grid(page), margins, np.empty(0), _grid(fixed), refusal(flair))
+    fed, shown = {FLAIR: fixed}, {FLAIR: page}
     for channel in (PRE, POST):
         if channel in channels:
             try:
-                planes[channel] = _onto_page(_laid_over(channels[channel], flair, oriented, notes), source)
+                fed[channel], shown[channel] = _laid_over(channels[channel], flair, fixed, page, notes)
             except MedFLError as error:
                 notes.append(f"The series for {channel} was ignored: {error}.")
-    if missing := [channel for channel in (PRE, POST) if channel not in planes]:
+    if missing := [channel for channel in (PRE, POST) if channel not in fed]:
         notes.append(
             f"FLAIR stands in for {' and '.join(missing)}, as in the training set where one was missing."
         )
-    volume = np.stack([to_uint8(planes.get(channel, planes[FLAIR])) for channel in CHANNELS], axis=-1)
-    _check_size(*volume.shape[:3])
-    columns, rows, between = oriented.GetSpacing()
+    source.fed = _volume({channel: sitk.GetArrayViewFromImage(plane) for channel, plane in fed.items()})
+    framed = {c: sitk.GetArrayViewFromImage(plane) for c, plane in shown.items()}
+    volume = _volume({c: source.framed(plane, plane.min()) for c, plane in framed.items()})
+    columns, rows, between = page.GetSpacing()
     case = Case(
         name="DICOM series",
         slices=[f"slice_{k + 1}" for k in range(len(volume))],
@@ -75,7 +82,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
         measured=True,
         oriented=True,
         dicom=source,
-        notes=notes + _notes_on(flair, image, oriented),
+        notes=notes + _notes_on(source, image),
     )
     own = [series for series in masks if flair.uid in series.references]
     if len(own) == 1:
@@ -141,12 +148,36 @@ def _reasons(series: list[Series], refused: list[Refused]) -> str:
     return "; ".join(list(dict.fromkeys(told))[:3])
 
 
-def _check_size(slices: int, rows: int, columns: int) -> None:
-    if min(rows, columns) < MIN_SIDE or slices * rows * columns > MAX_PIXELS:
-        raise MedFLError(
-            f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; prepare "
-            "it with data/prepare_hospital.py and open the slices"
-        )
+def _too_large(slices: int, rows: int, columns: int) -> str:
+    return (
+        f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; prepare it with "
+        "data/prepare_hospital.py and open the slices"
+    )
+
+
+def _page(oriented: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Image, tuple[int, int, int, int]]:
+    """The slices that are shown, and their margins: the series' own where they are not too many, and otherwise
+    those that the network is given."""
+    columns, rows, slices = oriented.GetSize()
+    above, left, below, right = margins = _margins(oriented)
+    if slices * (above + rows + below) * (left + columns + right) <= MAX_PIXELS:
+        return oriented, margins
+    if fixed.GetSize()[2] * SIDE * SIDE > MAX_PIXELS:
+        raise MedFLError(_too_large(slices, rows, columns))
+    return fixed, (0, 0, 0, 0)
+
+
+def _grid(image: sitk.Image) -> sitk.Image:
+    """An empty image on an image's grid."""
+    grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)
+    grid.CopyInformation(image)
+    return grid
+
+
+def _volume(planes: dict[str, np.ndarray]) -> np.ndarray:
+    """Channels of one shape, (S, H, W) float32, as (S, H, W, 3) uint8, FLAIR in the place of what is missing."""
+    each = {channel: to_uint8(plane) for channel, plane in planes.items()}
+    return np.stack([each.get(channel, each[FLAIR]) for channel in CHANNELS], axis=-1)
 
 
 def _check_pixels(across: float, down: float) -> None:
@@ -169,18 +200,21 @@ def _rewind(series: Series) -> None:
             file.seek(0)
 
 
-def _laid_over(series: Series, flair: Series, fixed: sitk.Image, notes: list[str]) -> sitk.Image:
-    """Another series of the study, registered to FLAIR and on its grid. Adds to `notes` where it does not
-    fit."""
+def _laid_over(
+    series: Series, flair: Series, fixed: sitk.Image, page: sitk.Image, notes: list[str]
+) -> tuple[sitk.Image, sitk.Image]:
+    """Another series of the study, registered to FLAIR: as the network is given it, and as it is shown. Adds to
+    `notes` where it does not fit."""
     moving = _load(series)
     same = bool(flair.frame_of_reference) and series.frame_of_reference == flair.frame_of_reference
-    moved = resample(moving, fixed, register(moving, fixed, same))
+    transform = register(moving, fixed, same)
+    moved = resample(moving, fixed, transform)
     if agreement(moved, fixed) < POOR:
         notes.append(
             "A series lies poorly over FLAIR, even after it was registered: look at the channels before you "
             "trust the mask."
         )
-    return moved
+    return moved, resample(moving, page, transform)
 
 
 def _margins(oriented: sitk.Image) -> tuple[int, int, int, int]:
@@ -192,38 +226,35 @@ def _margins(oriented: sitk.Image) -> tuple[int, int, int, int]:
     return more_rows // 2, more_columns // 2, more_rows - more_rows // 2, more_columns - more_columns // 2
 
 
-def _notes_on(series: Series, image: sitk.Image, oriented: sitk.Image) -> list[str]:
+def _notes_on(source: Source, image: sitk.Image) -> list[str]:
     """What a reader should know of the series that the slices are of."""
-    notes = [
-        "The mask as DICOM SEG carries the patient's name and number from the series, as a viewer needs "
-        "them; the page shows neither, and no other download holds them."
-    ]
+    series, notes = source.series, []
     if not series.frame_of_reference:
-        notes = [
+        notes.append(
             "The series names no frame of reference, which a DICOM SEG must refer to: there is no mask in "
             "this form."
-        ]
-    follows = _orientation(image)[2]
-    if follows in ACQUIRED:
-        across, down = oriented.GetSpacing()[:2]
+        )
+    elif source.refusal:
+        notes.append(f"There is no mask as DICOM SEG: {source.refusal}.")
+    else:
         notes.append(
-            f"The series was acquired {ACQUIRED[follows]}; its axial slices have pixels of {across:.1f} × "
-            f"{down:.1f} mm."
+            "The mask as DICOM SEG carries the patient's name and number from the series, as a viewer needs "
+            "them; the page shows neither, and no other download holds them."
+        )
+    across, down, between = source.page.GetSpacing()
+    acquired = ACQUIRED[int(np.abs(np.array(image.GetDirection()).reshape(3, 3)[:, 2]).argmax())]
+    if acquired:
+        notes.append(
+            f"The series was acquired {acquired}; its axial slices have pixels of {across:.1f} × {down:.1f} mm."
+        )
+    if source.page.GetSize()[:2] == (SIDE, SIDE) != as_shown(image).GetSize()[:2]:
+        notes.append(
+            f"The series is larger than this page shows: its slices were resampled to {SIDE}×{SIDE} pixels, "
+            f"{between:.1f} mm apart, as data/prepare_hospital.py does it. Masks go back onto its own grid."
         )
     if series.slices == 1:
         notes.append(LONE_SLICE)
     return notes
-
-
-def _orientation(image: sitk.Image) -> str:
-    """Where an image's columns, rows and slices lead to, a letter each, such as LPS."""
-    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-
-
-def _onto_page(oriented: sitk.Image, source: Source) -> np.ndarray:
-    """Axial slices (S, H, W) with the source's margins, black."""
-    above, left, below, right = source.margins
-    return np.pad(sitk.GetArrayViewFromImage(oriented), ((0, 0), (above, below), (left, right)))
 
 
 def read_dicom_mask(source: Source, name: str, content: bytes) -> np.ndarray:
@@ -233,16 +264,14 @@ def read_dicom_mask(source: Source, name: str, content: bytes) -> np.ndarray:
 
 
 def _mask_on_page(source: Source, file: File) -> np.ndarray:
-    labels = sitk.DICOMOrient(read_segmentation(file, source.grid), "LPS")
-    return _onto_page(labels, source) * np.uint8(255)
+    labels = read_segmentation(file, source.grid, load_rules().labels)
+    return source.framed(resample_mask(labels, source.page, sitk.Transform()))
 
 
 def on_series(source: Source, mask: np.ndarray) -> np.ndarray:
     """A mask (S, H, W) uint8 of the case on the source series' own slices, rows and columns, in its order, 1
     where there is tumour."""
-    oriented = sitk.GetImageFromArray((source.within(mask) > 0).astype(np.uint8))
-    oriented.CopyInformation(sitk.DICOMOrient(source.grid, "LPS"))
-    return sitk.GetArrayFromImage(sitk.DICOMOrient(oriented, _orientation(source.grid)))
+    return source.onto_series(mask)
 
 
 def write_segmentation(source: Source, mask: np.ndarray) -> bytes:
@@ -261,19 +290,6 @@ def write_series_nifti(source: Source, mask: np.ndarray) -> bytes:
     affine[:3, 3] = grid.GetOrigin()
     affine[:2] *= -1  # DICOM counts to the left and back, NIfTI to the right and front
     return nifti_bytes(on_series(source, mask).transpose(2, 1, 0), affine)
-
-
-def as_prepared(volume: np.ndarray) -> np.ndarray:
-    """Slices (S, H, W, 3) uint8 as square ones of about the side that prepared slices have: what a scan looks
-    like is measured there. Scanners often write 512×512 pixels that are smooth because they were
-    interpolated."""
-    side = max(volume.shape[1:3])
-    rows, columns = (np.arange(side) * length // side for length in volume.shape[1:3])
-    times = max(1, side // SIDE)
-    inside = side // times * times
-    square = volume[:, rows[:inside]][:, :, columns[:inside]]
-    blocks = square.reshape(len(volume), inside // times, times, inside // times, times, 3)
-    return blocks.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
 
 
 def has_nifti() -> bool:

@@ -36,23 +36,26 @@ class Prediction:
 
 def predict_case(model: TransUNet, case: Case) -> Prediction:
     """One pass of the model over the case; slices are normalised with those of their group, as predict.py
-    does it. In the black margins of a DICOM series, which are no scan, there is no tumour."""
-    probability = _probability(model, case.volume, case.groups)
-    if case.dicom is not None:
-        inside, probability = probability, np.zeros_like(probability)
-        case.dicom.within(probability)[:] = case.dicom.within(inside)
-    return Prediction(probability)
+    does it. A DICOM study is given to the network as it is prepared for training. In the black margins, which
+    are no scan, there is no tumour."""
+    return Prediction(_probability(model, case))
 
 
-def _probability(model: TransUNet, volume: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    return np.concatenate([predict_volume(model, volume[groups == group]) for group in np.unique(groups)])
+def _probability(model: TransUNet, case: Case, step: int = 1) -> np.ndarray:
+    """step: -1 shows the slices mirrored, and turns the answer back."""
+    fed = case.volume if case.dicom is None else case.dicom.fed
+    groups = case.groups if case.dicom is None else np.zeros(len(fed), int)
+    volume = np.ascontiguousarray(fed[:, :, ::step])
+    parts = [predict_volume(model, volume[groups == group]) for group in np.unique(groups)]
+    probability = np.concatenate(parts)[:, :, ::step]
+    return probability if case.dicom is None else case.dicom.onto_page(probability)
 
 
 def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.ndarray:
     """For each slice, (S,) float32: how far the probability changes on average when the slice is shown
     mirrored, over the pixels where either reading is above 0.05; 0 where there is none. It needs a second
     pass."""
-    mirrored = _probability(model, np.ascontiguousarray(case.volume[:, :, ::-1]), case.groups)[:, :, ::-1]
+    mirrored = _probability(model, case, step=-1)
     spread = np.zeros(len(probability), np.float32)
     for number, (one, other) in enumerate(zip(probability, mirrored)):
         asked = np.maximum(one, other) > SPREAD_FLOOR

@@ -392,7 +392,7 @@ def dicom_offers(
     )  # radiology/ is optional
 
     offers: list[tuple[str, Callable[[], bytes], str, str]] = []
-    if masks.any() and source.series.frame_of_reference:  # an empty DICOM SEG can't be shown
+    if masks.any() and source.refusal is None:  # an empty DICOM SEG can't be shown
         offers.append(
             (
                 "Mask (DICOM SEG)",
