@@ -100,8 +100,9 @@ def _places(top: Path, left_out: list[str]) -> dict[Path, Slices]:
     places: dict[Path, Slices] = {}
     loose = 0
     for folder, images in by_folder.items():
-        related = any(folder in other.parents or other in folder.parents for other in masked)
-        if folder not in masked and (related or folder == top and masked):
+        if folder not in masked and any(
+            folder in other.parents or other in folder.parents for other in masked
+        ):
             loose += len(images)
             continue
         masks = {image: _mask_of(image, pairing) for image in images}
