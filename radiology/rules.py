@@ -106,6 +106,7 @@ def role_of(series: Series, rules: Rules) -> tuple[str | None, str]:
     if rule["leave_out"].found_in(own):
         return None, LEFT_OUT
     named, timed = _kind_by_name(own, rule), _kind_by_times(series, rule)
+    kind: str | None = None
     if named:
         kind, text, how = named, own, "by its description"
     elif timed:
@@ -115,8 +116,6 @@ def role_of(series: Series, rules: Rules) -> tuple[str | None, str]:
         if rule["leave_out"].found_in(text):
             return None, LEFT_OUT
         kind = _kind_by_name(text, rule)
-    else:
-        kind = None
     if kind is None:
         return None, "neither its description nor its times are those of a FLAIR or a T1"
     if named and timed and timed != named:

@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription, segread
-from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.datadict import dictionary_VR
 from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
 from pydicom.uid import MRImageStorage, generate_uid
@@ -145,7 +145,7 @@ def _sources(series: Series) -> tuple[list[pydicom.Dataset], dict[str, tuple[str
             for name in FRAMED:
                 if name in source:
                     delattr(source, name)
-            stands = generate_uid()
+            stands = str(generate_uid())
             frames[stands] = (str(source.SOPClassUID), str(source.SOPInstanceUID), frame + 1)
             along = series.positions[index] - series.positions[0]
             place = np.array(series.origin) + along * series.normal
@@ -155,8 +155,7 @@ def _sources(series: Series) -> tuple[list[pydicom.Dataset], dict[str, tuple[str
                 "ImagePositionPatient": [round(v, 6) for v in place.tolist()],
             }
         for name, value in changed.items():  # new elements: those of the header are shared by all its copies
-            tag = tag_for_keyword(name)
-            source.add_new(tag, dictionary_VR(tag), value)
+            source.add_new(name, dictionary_VR(name), value)
         sources.append(source)
     return sources, frames
 

@@ -218,7 +218,7 @@ def _load(name: str, content: bytes):
 
 def centred(values: np.ndarray) -> bool:
     """Whether so many values lie below 0 that 0 is not the black of a sequence."""
-    return values.dtype != np.uint8 and np.count_nonzero(values < 0) > BELOW * np.count_nonzero(values)
+    return values.dtype != np.uint8 and bool((values < 0).sum() > BELOW * np.count_nonzero(values))
 
 
 def _check_size(content: bytes) -> None:
