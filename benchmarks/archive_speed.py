@@ -93,8 +93,8 @@ def main() -> None:
                 seconds, memory = measure(source, folder / f"out_{name}")
                 usual = usual or seconds
                 print(
-                    f"{name}: {seconds:.1f} s for {arguments.patients} studies, {seconds / usual:.2f} times the folder's, "
-                    f"at most {memory:.0f} MiB",
+                    f"{name}: {seconds:.1f} s for {arguments.patients} studies, {seconds / usual:.2f} times "
+                    f"the folder's, at most {memory:.0f} MiB",
                     flush=True,
                 )
             small = [*asked, "--query", "PatientID=small*"]

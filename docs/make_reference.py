@@ -29,6 +29,7 @@ SCRIPTS = (
     "data.make_phantoms",
     "data.download",
     "data.prepare_hospital",
+    "data.watch_archive",
     "deployment.export_onnx",
     "deployment.serve_browser",
     "deployment.push_to_space",

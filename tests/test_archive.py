@@ -334,6 +334,8 @@ def test_studies_are_chosen_by_patient_by_key_and_by_day(archive, login, tmp_pat
 
     (tmp_path / "patients.txt").write_text("QX-axial\n\nQX-sagittal\n")
     assert "2 of 2 studies would be" in planned("--patients", tmp_path / "patients.txt")
+    assert "1 of 1 studies would be" in planned("--query", "PatientID=QX-?????")
+    assert "2 of 2 studies would be" in planned("--query", "PatientID=QX-*a*")
     assert "1 of 1 studies would be" in planned("--query", "PatientID=QX-e*", "StudyDate=20260103")
     assert "1 of 2 studies would be" in planned("--since", "2026-01-04")
     assert "no study that matches" in planned("--query", "PatientID=nobody")
