@@ -11,11 +11,14 @@ import pytest
 from dicom_phantoms import phantom, write_series
 from orthanc import PASSWORD, Orthanc, executable
 from running import run_here, run_script
+from streamlit.testing.v1 import AppTest
 from test_prediction import save_untrained
 
 import radiology.watch
 from checkpoint import load_checkpoint
 from data import watch_archive
+from deployment.app.cases import read_case
+from deployment.app.sending import options
 from radiology.prediction import propose
 from radiology.retrieval import Unreachable
 from radiology.rules import load_rules
@@ -130,6 +133,35 @@ def test_sending_twice_makes_no_second_copy_and_rtstruct_is_an_option(archive, p
     (structures,) = stored(archive, "RTSTRUCT")
     assert structures.ApprovalStatus == "UNAPPROVED"
     assert len(files(archive)) == len(once) + 1
+
+
+def test_the_pages_button_sends_the_mask_on_the_page(archive, model, tmp_path, monkeypatch):
+    content = [(path.name, path.read_bytes()) for path in sorted((archive.folder.parent / "scan").iterdir())]
+    case = read_case(content)
+    login = archive.write_login(tmp_path)
+    about = ["--dicomweb", archive.url, "--login", str(login)]
+    monkeypatch.setattr(sys, "argv", ["app.py", *about])
+    checkpoint, masks = load_checkpoint(model), np.zeros(case.volume.shape[:3], np.uint8)
+    masks[3, 20:30, 24:44] = 255
+
+    def press() -> AppTest:
+        def page(source, masks, checkpoint):
+            from deployment.app.sending import send_button
+
+            send_button(source, masks, 0.5, checkpoint)
+
+        shown = AppTest.from_function(page, args=(case.dicom, masks, checkpoint), default_timeout=120).run()
+        return shown.button(key="send").click().run()
+
+    assert press().success[0].value == "2 objects sent."
+    (made,) = [o for o in stored(archive, "SEG") if o.NumberOfFrames == 1]
+    assert made.pixel_array.sum() == 200
+    after = files(archive)
+    assert press().success[0].value == "The archive has it already." and files(archive) == after
+    login.write_text('user = "reader"\npassword = "wrong"\n')
+    assert "refuses the login" in press().error[0].value
+    monkeypatch.setattr(sys, "argv", ["app.py"])  # started without an archive, the page has no such button
+    assert options().dicomweb is None
 
 
 def test_a_study_that_is_missing_and_one_without_rights_are_told(archive, model, tmp_path):
