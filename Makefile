@@ -5,6 +5,7 @@
 # make federated   set up, then a server and two hospitals on the phantoms
 # make app         set up, then the web page for a clinician, at http://localhost:8501
 # make browser-demo  set up, then the page that runs the newest model in the browser, at http://127.0.0.1:8600 (needs Node.js)
+# make archive-demo  set up, then a hospital's archive (Debian's Orthanc) with phantoms: prepare from it, predict, send back
 # make docs        the site of docs/, in site/
 # make benchmark   throughput, memory and input pipeline of a training, measured here
 # make help        this list
@@ -23,7 +24,7 @@ LIBRARIES := deployment/browser/node_modules/.package-lock.json
 help:
 	@sed -n 's/^# \(make .*\|   .*\)/\1/p' Makefile
 
-.PHONY: help demo federated app browser-demo browser-libraries test test-quick lint system docs benchmark
+.PHONY: help demo federated app archive-demo browser-demo browser-libraries test test-quick lint system orthanc docs benchmark
 
 demo: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
@@ -46,8 +47,8 @@ test: lint system
 		|| echo "no Node.js here, or no package registry: the tests of the page in the browser will be skipped"
 	$(RUN) -m pytest
 
-# A Chromium for the pages' tests, an nginx for the gateway's: taken if they are there, installed where that is allowed (Debian,
-# as root), else done without. Where services run, nginx is left to you: its package would start one at port 80.
+# A Chromium for the pages' tests, an nginx for the gateway's, an Orthanc and a checker of DICOM for the archive's: taken if they are there, installed where that is allowed (Debian,
+# as root), else done without. Where services run, nginx and Orthanc are left to you: their packages would start them.
 INSTALL := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update \
 	&& DEBIAN_FRONTEND=noninteractive apt-get -qq install -y >/dev/null
 system:
@@ -55,6 +56,20 @@ system:
 		|| echo "no Chromium here: the browser tests will be skipped"
 	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v nginx >/dev/null || { [ ! -d /run/systemd/system ] && $(INSTALL) nginx; } \
 		|| echo "no nginx here: the gateway's tests will be skipped"
+	@$(MAKE) --no-print-directory orthanc || echo "no Orthanc here: the tests against an archive will be skipped"
+	@command -v dciodvfy >/dev/null || { $(INSTALL) --no-install-recommends dicom3tools; } \
+		|| echo "no dciodvfy here: the form of what goes back to an archive will not be checked"
+
+orthanc:
+	@[ -e /usr/share/orthanc/plugins/libOrthancDicomWeb.so ] \
+		|| { [ ! -d /run/systemd/system ] && $(INSTALL) --no-install-recommends orthanc orthanc-dicomweb; }
+
+archive-demo: $(VENV)/installed-dev
+	@$(MAKE) --no-print-directory orthanc || { echo "install Debian's orthanc and orthanc-dicomweb"; exit 2; }
+	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
+	[ -e $(DEMO)/transunet_centralized_best.pth ] \
+		|| $(RUN) train_centralized.py --data-dir $(PHANTOMS) --out $(DEMO) --minutes 1.5
+	$(RUN) benchmarks/archive_demo.py --checkpoint $(DEMO)/transunet_centralized_best.pth
 
 app: $(VENV)/installed
 	$(RUN) -m streamlit run deployment/app/app.py

@@ -3,7 +3,7 @@
     python benchmarks/archive_speed.py [--patients 4] [--growth 200]
 
 Needs Debian's orthanc and orthanc-dicomweb. A study is three DICOM series of 512×512×40 and a mask, as in
-benchmarks/prepare_speed.py. Growth is measured with small studies (FLAIR alone, 64×64×8), by the resident set of the
+benchmarks/prepare_speed.py. Growth is measured with small studies (FLAIR alone, 64×64×4), by the resident set of the
 script while it runs. Linux.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
             write_study(folder / "export" / str(number), number)
         make_foreign(folder / "export")
         for number in range(arguments.growth):
-            images, _ = phantom(number % 4, slices=8, size=64)
+            images, _ = phantom(number % 4, slices=4, size=64)
             who = {"PatientID": f"small {number}"}
             write_series(
                 folder / "small" / str(number),
@@ -93,9 +93,8 @@ def main() -> None:
                 seconds, memory = measure(source, folder / f"out_{name}")
                 usual = usual or seconds
                 print(
-                    f"{name}: {seconds:.1f} s for {arguments.patients} studies, "
-                    f"{seconds / usual:.2f} times the folder's, "
-                    f"at most {memory:.0f} MiB",
+                    f"{name}: {seconds:.1f} s for {arguments.patients} studies, {seconds / usual:.2f} times "
+                    f"the folder's, at most {memory:.0f} MiB",
                     flush=True,
                 )
             small = [*asked, "--query", "PatientID=small*"]

@@ -32,6 +32,7 @@ SCRIPTS = (
     "data.download",
     "data.prepare_hospital",
     "data.prepare_task",
+    "data.watch_archive",
     "deployment.export_onnx",
     "deployment.serve_browser",
     "deployment.push_to_space",

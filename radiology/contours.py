@@ -75,7 +75,8 @@ def make_structure_set(
 
 def _empty(series: Series, series_uid: UID, instance_uid: UID, number: int) -> pydicom.Dataset:
     """A structure set of the series' patient and study, without an outline."""
-    source = pydicom.dcmread(series.files[0], stop_before_pixels=True)
+    with series.files[0].open("rb") as content:
+        source = pydicom.dcmread(content, stop_before_pixels=True)
     told = {name: source.get(name) for name in EXPECTED}
     now = datetime.now()
     made = highdicom.base.SOPClass(
@@ -112,11 +113,10 @@ def _empty(series: Series, series_uid: UID, instance_uid: UID, number: int) -> p
 
 def _image_reference(series: Series, index: int) -> Dataset:
     """The file, and its frame, that a slice is."""
-    header = pydicom.dcmread(
-        series.files[0 if series.frames else index],
-        stop_before_pixels=True,
-        specific_tags=["SOPClassUID", "SOPInstanceUID"],
-    )
+    with series.files[0 if series.frames else index].open("rb") as content:
+        header = pydicom.dcmread(
+            content, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"]
+        )
     reference = _dataset(
         ReferencedSOPClassUID=header.SOPClassUID, ReferencedSOPInstanceUID=header.SOPInstanceUID
     )

@@ -16,6 +16,7 @@ import pydicom
 import requests
 import urllib3
 from dicomweb_client import DICOMwebClient
+from requests.adapters import HTTPAdapter
 
 from common import MedFLError, atomic_write
 from radiology.login import Login
@@ -40,6 +41,15 @@ class _Changed(Exception):
     """A series got more files while it was fetched."""
 
 
+class _WildcardsAsTheyAre(HTTPAdapter):
+    """Sends * and ? of a question unescaped, which a URL's query may hold: Orthanc 1.10 finds nothing otherwise."""
+
+    def send(self, request: requests.PreparedRequest, *more: Any, **how: Any) -> requests.Response:
+        address, mark, query = (request.url or "").partition("?")
+        request.url = address + mark + query.replace("%2A", "*").replace("%3F", "?")
+        return super().send(request, *more, **how)
+
+
 class DICOMweb:
     """An archive at an address such as https://pacs.example/dicom-web. waits: seconds before each further try.
 
@@ -50,7 +60,9 @@ class DICOMweb:
     def __init__(self, url: str, login: Login, waits: tuple[float, ...] = WAITS):
         self.waits = waits
         _check_address(url)
-        self._client = DICOMwebClient(url.rstrip("/"), session=login.session(), timeout=TIMEOUT)
+        session = login.session()
+        session.mount(url, _WildcardsAsTheyAre())
+        self._client = DICOMwebClient(url.rstrip("/"), session=session, timeout=TIMEOUT)
         self._client.set_http_retry_params(retry=False)  # its own retries don't know of broken connections
 
     def find_studies(self, query: Query) -> list[FoundStudy]:

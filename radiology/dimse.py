@@ -300,13 +300,16 @@ def _go_on(status: Dataset) -> bool:
 
 def _drain(answers: Iterator, faults: list[MedFLError]) -> None:
     """Wait for the end of a transfer. Raises what went wrong on our side first."""
+    failed = None
     try:
         for status, _ in answers:
             _go_on(status)
     except MedFLError as error:
-        raise faults[0] if faults else error from error
+        failed = error
     if faults:
-        raise faults[0]
+        raise faults[0]  # it knows whether the disk was full
+    if failed:
+        raise failed
 
 
 def _text(answer: Dataset, name: str) -> str:

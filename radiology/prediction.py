@@ -17,12 +17,14 @@ from radiology.studies import Study
 @dataclass(frozen=True)
 class Proposal:
     """mask: (S, H, W) uint8, 0 or 255, on the series' slices in its own order; empty where there seems to be no
-    tumour. sources: the series that the model saw. notes: what a reader should know of them."""
+    tumour. sources: the series that the model saw. notes: what a reader should know of them. way: how it was made, if
+    not by `propose`."""
 
     mask: np.ndarray
     series: Series
     sources: tuple[Series, ...]
     notes: tuple[str, ...]
+    way: str = ""
 
     @property
     def volume_ml(self) -> float:

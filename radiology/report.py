@@ -87,13 +87,16 @@ def make_objects(proposal: Proposal, author: Author, structure_set: bool = False
 
 
 def _digest(proposal: Proposal, author: Author) -> str:
-    """Of what the proposal follows from: model, version and the files that the model saw."""
+    """Of what the proposal follows from: model, version, the way it was made, and the files that the model saw."""
     files = sorted(str(_instance(file)) for series in proposal.sources for file in series.files)
-    return hashlib.sha256("\n".join([__version__, author.sha256, *files]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([__version__, author.sha256, proposal.way, *files]).encode()).hexdigest()
 
 
 def _instance(file: File) -> UID:
-    return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
+    with file.open("rb") as content:
+        return pydicom.dcmread(
+            content, stop_before_pixels=True, specific_tags=["SOPInstanceUID"]
+        ).SOPInstanceUID
 
 
 def _uid(digest: str, what: str) -> UID:
@@ -200,7 +203,8 @@ def _measurements(
 
 def _evidence(series: Series, index: int) -> pydicom.Dataset:
     """A source file's header; what anonymisers take away and a report has to have is empty."""
-    header = pydicom.dcmread(series.files[index], stop_before_pixels=True)
+    with series.files[index].open("rb") as content:
+        header = pydicom.dcmread(content, stop_before_pixels=True)
     for name in EXPECTED:
         if name not in header:
             setattr(header, name, None)

@@ -11,11 +11,14 @@ import pytest
 from dicom_phantoms import phantom, write_series
 from orthanc import PASSWORD, Orthanc, executable
 from running import run_here, run_script
+from streamlit.testing.v1 import AppTest
 from test_prediction import save_untrained
 
 import radiology.watch
 from checkpoint import load_checkpoint
 from data import watch_archive
+from deployment.app.cases import read_case
+from deployment.app.sending import options
 from radiology.prediction import propose
 from radiology.retrieval import Unreachable
 from radiology.rules import load_rules
@@ -52,17 +55,25 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def archive(tmp_path):
-    """An Orthanc of the test's own, with one study."""
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """An Orthanc with one study; the tests use it one after the other, and nothing in it changes."""
     if executable() is None:
         pytest.skip(
             "no Orthanc for the tests against an archive: install Debian's orthanc and orthanc-dicomweb"
         )
-    running = Orthanc(tmp_path / "orthanc").start()
-    running.add(*write_flair(tmp_path / "scan", STUDY, "QX-1"))
+    root = tmp_path_factory.mktemp("archive")
+    running = Orthanc(root / "orthanc").start()
+    running.add(*write_flair(root / "scan", STUDY, "QX-1"))
     yield running
     running.kill()
+
+
+@pytest.fixture(scope="module")
+def predicted(archive, model, tmp_path_factory):
+    """What the archive held before a prediction, and what predict.py said of it."""
+    before = files(archive)
+    return before, predict(archive, model, tmp_path_factory.mktemp("login"))
 
 
 def stored(archive: Orthanc, modality: str) -> list[pydicom.Dataset]:
@@ -84,13 +95,12 @@ def predict(archive: Orthanc, model: Path, folder: Path, *more):
     return run_here("predict.py", *options, "--device", "cpu", *more)
 
 
-def test_a_prediction_is_found_in_the_archive_where_its_series_lies(archive, model, tmp_path):
-    before = files(archive)
-    done = predict(archive, model, tmp_path)
+def test_a_prediction_is_found_in_the_archive_where_its_series_lies(archive, predicted, model):
+    before, done = predicted
     assert done.returncode == 0, done.stderr
     assert "proposed as tumour; 2 objects were sent" in done.stdout
     assert NAME not in done.stdout + done.stderr and "QX-1" not in done.stdout + done.stderr
-    (series,), _ = find_series(sorted((tmp_path / "scan").iterdir()))
+    (series,), _ = find_series(sorted((archive.folder.parent / "scan").iterdir()))
     (study,) = plan_studies([series], load_rules())
     expected = propose(study, load_checkpoint(model), load_rules()).mask > 0
     (made,) = stored(archive, "SEG")
@@ -113,8 +123,7 @@ def test_a_prediction_is_found_in_the_archive_where_its_series_lies(archive, mod
     assert files(archive).items() > before.items()
 
 
-def test_sending_twice_makes_no_second_copy_and_rtstruct_is_an_option(archive, model, tmp_path):
-    predict(archive, model, tmp_path)
+def test_sending_twice_makes_no_second_copy_and_rtstruct_is_an_option(archive, predicted, model, tmp_path):
     once = files(archive)
     again = predict(archive, model, tmp_path)
     assert again.returncode == 0 and "has it from this model already" in again.stdout
@@ -124,6 +133,35 @@ def test_sending_twice_makes_no_second_copy_and_rtstruct_is_an_option(archive, m
     (structures,) = stored(archive, "RTSTRUCT")
     assert structures.ApprovalStatus == "UNAPPROVED"
     assert len(files(archive)) == len(once) + 1
+
+
+def test_the_pages_button_sends_the_mask_on_the_page(archive, model, tmp_path, monkeypatch):
+    content = [(path.name, path.read_bytes()) for path in sorted((archive.folder.parent / "scan").iterdir())]
+    case = read_case(content)
+    login = archive.write_login(tmp_path)
+    about = ["--dicomweb", archive.url, "--login", str(login)]
+    monkeypatch.setattr(sys, "argv", ["app.py", *about])
+    checkpoint, masks = load_checkpoint(model), np.zeros(case.volume.shape[:3], np.uint8)
+    masks[3, 20:30, 24:44] = 255
+
+    def press() -> AppTest:
+        def page(source, masks, checkpoint):
+            from deployment.app.sending import send_button
+
+            send_button(source, masks, 0.5, checkpoint)
+
+        shown = AppTest.from_function(page, args=(case.dicom, masks, checkpoint), default_timeout=120).run()
+        return shown.button(key="send").click().run()
+
+    assert press().success[0].value == "2 objects sent."
+    (made,) = [o for o in stored(archive, "SEG") if o.NumberOfFrames == 1]
+    assert made.pixel_array.sum() == 200
+    after = files(archive)
+    assert press().success[0].value == "The archive has it already." and files(archive) == after
+    login.write_text('user = "reader"\npassword = "wrong"\n')
+    assert "refuses the login" in press().error[0].value
+    monkeypatch.setattr(sys, "argv", ["app.py"])  # started without an archive, the page has no such button
+    assert options().dicomweb is None
 
 
 def test_a_study_that_is_missing_and_one_without_rights_are_told(archive, model, tmp_path):
@@ -149,7 +187,8 @@ def worker(archive: Orthanc, folder: Path, monkeypatch, *options) -> Watch:
 def test_the_worker_survives_restarts_of_both_sides_and_does_each_study_once(
     archive, model, tmp_path, monkeypatch, capsys
 ):
-    options = ["--checkpoint", model, "--quiet", 0, "--device", "cpu"]
+    options = ["--checkpoint", model, "--quiet", 0, "--device", "cpu", "--query", "PatientID=QX-W*"]
+    archive.add(*write_flair(tmp_path / "first", "1.2.840.78.4", "QX-W1"))
     before = files(archive)
     watching = worker(archive, tmp_path, monkeypatch, *options)
     assert (watching.look(), watching.look()) == (1, 0)
@@ -161,12 +200,12 @@ def test_the_worker_survives_restarts_of_both_sides_and_does_each_study_once(
     archive.start()
     assert watching.look() == 0
     assert worker(archive, tmp_path, monkeypatch, *options).look() == 0
-    archive.add(*write_flair(tmp_path / "second", "1.2.840.78.2", "QX-2"))
+    archive.add(*write_flair(tmp_path / "second", "1.2.840.78.2", "QX-W2"))
     assert worker(archive, tmp_path, monkeypatch, *options).look() == 1
-    assert files(archive).items() > once.items() and len(archive.instances("SEG")) == 2
+    assert files(archive).items() > once.items() and len(files(archive)) == len(once) + 10
     said = capsys.readouterr().err
     assert said.count("predicted, 2 objects sent") == 2
-    assert not [secret for secret in (PASSWORD, NAME, "QX-1", "QX-2") if secret in said]
+    assert not [secret for secret in (PASSWORD, NAME, "QX-W1", "QX-W2") if secret in said]
     assert not (tmp_path / "worker" / "incoming").exists()
     assert (tmp_path / "worker").stat().st_mode & 0o077 == 0
 
@@ -190,12 +229,14 @@ def test_the_worker_waits_until_a_study_is_quiet_and_remembers_what_it_can_not_u
         looks.append(watching.look())
     assert looks == [0, 0, 0, 1, 0] and watching.waiting == 0
     assert "a study is left out: the study has no FLAIR" in capsys.readouterr().err
-    assert not archive.instances("SEG") and not archive.instances("SR")
+    assert "1.2.840.78.3" not in {o.StudyInstanceUID for o in stored(archive, "SR")}
 
 
 def test_the_worker_can_only_prepare(archive, tmp_path):
     login, out = archive.write_login(tmp_path), tmp_path / "out"
     about = ["--dicomweb", archive.url, "--login", login, "--private", tmp_path / "worker"]
+    about += ["--query", "PatientID=QX-1"]
+    before = files(archive)
     done = run_script(
         "data/watch_archive.py",
         *about,
@@ -211,6 +252,6 @@ def test_the_worker_can_only_prepare(archive, tmp_path):
     assert done.returncode == 0, done.stderr
     (study,) = out.rglob("volume.json")
     assert len(list(study.parent.glob("*.tif"))) == 8 and (out / "index.html").exists()
-    assert not archive.instances("SEG") and not archive.instances("SR")
+    assert files(archive) == before
     again = run_here("data/prepare_hospital.py", *about, "--out", out)
     assert again.returncode == 0 and "1 of 1 studies" in again.stdout

@@ -14,9 +14,12 @@ from dicom_phantoms import phantom, scan, write_series
 from common import MedFLError
 from radiology.contours import fill, make_structure_set, read_structure_set
 from radiology.prediction import Proposal, grid_of
+from radiology.preparation import prepare
 from radiology.report import NOTICE, Author, make_objects
-from radiology.segmentation import read_segmentation
+from radiology.rules import load_rules
+from radiology.segmentation import make_segmentation, read_segmentation
 from radiology.series import find_series
+from radiology.studies import plan_studies
 
 AUTHOR = Author("model_best.pth (TransUNet tiny)", "ab" * 32)
 SAGITTAL = [[0, 0, -1], [1, 0, 0], [0, -1, 0]]
@@ -149,3 +152,19 @@ def test_outlines_off_the_slices_are_refused(proposal, tmp_path):
     made.save_as(tmp_path / "rt.dcm", enforce_file_format=True)
     with pytest.raises(MedFLError, match="off the slices"):
         read_structure_set(tmp_path / "rt.dcm", grid_of(proposal.series))
+
+
+def test_an_rtstruct_is_the_truth_in_the_preparation_as_a_seg_is(proposal, tmp_path):
+    outline = make_structure_set(proposal.mask, proposal.series, "1.2.5", "1.2.6", 1)
+    segmentation = make_segmentation(proposal.mask, proposal.series)
+    prepared = []
+    for made in (outline, segmentation):
+        path = tmp_path / f"{made.Modality}.dcm"
+        made.save_as(path, enforce_file_format=True)
+        found, refused = find_series([*proposal.series.files, path])
+        assert not refused
+        (study,) = plan_studies(found, load_rules())
+        prepared.append(prepare(study, load_rules()))
+    assert prepared[0].mask is not None and not prepared[0].failures
+    assert np.array_equal(prepared[0].mask, prepared[1].mask)
+    assert [line.used_as for line in study.lines] == ["FLAIR", "mask"]

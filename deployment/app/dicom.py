@@ -6,6 +6,7 @@ the geometry.
 
 import importlib.util
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 import SimpleITK as sitk
@@ -32,6 +33,9 @@ from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
 from radiology.segmentation import make_segmentation, read_segmentation, refusal
 from radiology.series import Refused, Series, find_series, load_series
 from radiology.studies import plan_studies
+
+if TYPE_CHECKING:
+    from radiology.prediction import Proposal
 
 LONGEST = 2.0  # sides of a pixel, longer to shorter, that a page can show and a network can judge
 ACQUIRED = ("sagittal", "coronal", None)  # by the axis that slices follow
@@ -280,6 +284,14 @@ def write_segmentation(source: Source, mask: np.ndarray) -> bytes:
     file = io.BytesIO()
     make_segmentation(on_series(source, mask), source.series).save_as(file)
     return file.getvalue()
+
+
+def as_proposal(source: Source, mask: np.ndarray, way: str) -> "Proposal":
+    """A mask of the case as a proposal for its source series. way: how it was made, so that another is another."""
+    from radiology.prediction import Proposal
+
+    _rewind(source.series)
+    return Proposal(on_series(source, mask) * np.uint8(255), source.series, (source.series,), (), way)
 
 
 def write_series_nifti(source: Source, mask: np.ndarray) -> bytes:

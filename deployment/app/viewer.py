@@ -40,6 +40,7 @@ from deployment.app.readout import (
     zip_masks,
 )
 from deployment.app.report import draw_report
+from deployment.app.sending import send_button
 from escaping import markdown, plain
 from inference import to_mask
 from limits import is_size_mm
@@ -96,6 +97,8 @@ def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
         more(checkpoint, case, prediction)
         texts = [*figure_texts(case, figures), ("Threshold", f"{look['threshold']:.2f}")]
         downloads(case, prediction.probability, masks, rows, texts, number, card, state.doubts)
+        if case.dicom is not None:
+            send_button(case.dicom, masks, look["threshold"], checkpoint)
 
 
 def controls(case: Case, default_threshold: float) -> dict:

@@ -1,0 +1,66 @@
+"""A button that sends the mask on the page back to the archive that whoever started the page named:
+
+    streamlit run deployment/app/app.py -- --dicomweb https://pacs.example/dicom-web --login login.toml
+
+Without these options the page sends nothing anywhere. The archive is asked for nothing before the button is pressed.
+"""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import streamlit as st
+
+from checkpoint import Checkpoint
+from common import MedFLError, counted
+
+if TYPE_CHECKING:  # radiology/ is optional
+    from deployment.app.source import Source
+
+
+def options() -> argparse.Namespace:
+    """The archive that the page was started with; its address is None without one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dicomweb")
+    parser.add_argument("--login")
+    return parser.parse_known_args(sys.argv[1:])[0]
+
+
+def send_button(source: "Source", masks: np.ndarray, threshold: float, checkpoint: Checkpoint) -> None:
+    """Where an archive was named: the button, and what came of it. masks: (S, H, W) uint8 of the case."""
+    archive = options()
+    if archive.dicomweb is None:
+        return
+    pressed = st.button(
+        "Send to the archive",
+        key="send",
+        icon=":material/upload:",
+        help="As DICOM SEG and structured report, marked as unverified research output.",
+    )
+    if not pressed:
+        return
+    try:
+        with st.spinner("sending"):
+            sent = send(archive, source, masks, threshold, checkpoint)
+    except MedFLError as error:
+        st.error(f"{error}.")
+    else:
+        st.success(f"{counted(sent, 'object')} sent." if sent else "The archive has it already.")
+
+
+def send(
+    archive: argparse.Namespace, source: "Source", masks: np.ndarray, threshold: float, checkpoint: Checkpoint
+) -> int:
+    """Send the mask over its source series, and a report: how many objects the archive did not have. Raises MedFLError
+    where the archive does not have the study, or does not take them."""
+    from deployment.app.dicom import as_proposal
+    from radiology.delivery import send_new
+    from radiology.dicomweb import DICOMweb
+    from radiology.login import read_login
+    from radiology.report import Author, make_objects
+
+    there = DICOMweb(archive.dicomweb, read_login(archive.login))
+    study = there.find_study(source.series.study_uid)
+    proposal = as_proposal(source, masks, f"page, threshold {threshold:.2f}")
+    return send_new(there, study.uid, make_objects(proposal, Author.of(checkpoint)))
