@@ -303,7 +303,7 @@ def _surface_distances(
     either = predicted | actual
     # Both surfaces lie inside the crop, so the distances stay exact while the transforms see far fewer voxels.
     places = [np.flatnonzero(either.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
-    crop = tuple(slice(where[0], where[-1] + 1) for where in places)
+    crop: tuple[slice, ...] = tuple(slice(where[0], where[-1] + 1) for where in places)
     first, second = (_surface(mask[crop], in_plane) for mask in (predicted, actual))
     return np.concatenate(
         [
