@@ -12,7 +12,7 @@ from evaluation.metrics import mean_interval
 COUNTS = (5, 8, 15, 23, 40)
 DRAWS, RESAMPLES = 20_000, 1_000
 BETAS = ((4, 1.5), (8, 2), (6, 1), (2, 0.5), (1, 6))
-FAILURES = (
+FAILURES: tuple[tuple[float, tuple[float, float], tuple[float, float]], ...] = (
     (0.05, (2, 6), (20, 4)),
     (0.1, (2, 6), (14, 2.5)),
     (0.2, (1, 4), (20, 3)),
@@ -21,7 +21,8 @@ FAILURES = (
 
 def covered(draws: np.ndarray, true: float) -> float:
     """The share of rows (draws, patients) whose interval holds the true mean."""
-    return float(np.mean([low <= true <= high for low, high in map(mean_interval, draws)]))
+    intervals = [interval for row in draws.tolist() if (interval := mean_interval(row))]
+    return float(np.mean([low <= true <= high for low, high in intervals]))
 
 
 def bootstrapped(draws: np.ndarray, true: float, random: np.random.Generator) -> float:

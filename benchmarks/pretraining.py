@@ -102,7 +102,7 @@ def main() -> None:
                 out = arguments.out / f"seed_{seed}_{share:g}_{start.split()[0]}"
                 print(f"seed {seed}, {share:.0%} of the masks, {start}", flush=True)
                 runs[share, start].append(fold_rows(dataset, with_masks(split, share), settings, device, out))
-    table = []
+    table: list[dict] = []
     for share in SHARES:
         rows = {start: by_patient(runs[share, start]) for start in (RANDOM, PRETRAINED)}
         for start, of in rows.items():

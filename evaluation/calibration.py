@@ -23,7 +23,8 @@ def reliability(probabilities: np.ndarray, truth: np.ndarray) -> list[list[float
 
     probabilities: float32, 0 to 1; truth: the same shape, any dtype, non-zero is tumour.
     """
-    values, tumour = probabilities.ravel().astype(np.float64), truth.ravel() != 0
+    values: np.ndarray = probabilities.ravel().astype(np.float64)
+    tumour = truth.ravel() != 0
     bins = np.digitize(values, EDGES[1:-1])
     sums = [np.bincount(bins, weights, len(EDGES) - 1) for weights in (None, values, tumour.astype(float))]
     return np.stack(sums, axis=1).tolist()
