@@ -40,6 +40,7 @@ from evaluation.scoring import score_patients
 from inference import choose_device
 from partition import add_partition_options, make_partition
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
+from tracking import Tracker, add_tracking, check_installed, open_trackers
 from training import EpochResult, Learner, TrainingSettings, plateau, rate_scale
 from transunet import TransUNet
 
@@ -98,6 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="start although --out holds a run, which is lost"
     )
+    add_tracking(parser)
     add_settings(parser, TrainingSettings)
     return parser.parse_args()
 
@@ -156,6 +158,7 @@ class CentralTraining:
         self.progress = Progress()
         self.best, self.last = (out / f"transunet_{self.name}_{which}.pth" for which in ("best", "last"))
         self.saved_epoch = 0
+        self.trackers: list[Tracker] = []
         if resume:
             self._resume()
         else:
@@ -275,6 +278,9 @@ class CentralTraining:
             draw_curves(done.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}")
         except MedFLError as error:  # a viewer may hold the file; both are written again after the next epoch
             print(f"not this time: {error}")
+        figures = {n: float(v) for n, v in row.items() if n not in ("epoch", "step") and v is not None}
+        for tracker in self.trackers:
+            tracker.scalars(figures, done.epoch)
         scored = (
             f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}"
             if val
@@ -378,6 +384,7 @@ def stored_settings(last: Path) -> TrainingSettings:
 
 def main() -> None:
     arguments = parse()
+    check_installed(arguments.tensorboard, arguments.mlflow)
     settings = settings_from(arguments, TrainingSettings)
     name = "centralized" if arguments.cid is None else "local"
     best, last = (arguments.out / f"transunet_{name}_{which}.pth" for which in ("best", "last"))
@@ -423,6 +430,9 @@ def main() -> None:
         origin,
         start,
     )
+    training.trackers = open_trackers(arguments.out, arguments.tensorboard, arguments.mlflow)
+    for tracker in training.trackers:
+        tracker.settings(asdict(settings))
     precision = str(training.learner.precision).removeprefix("torch.")
     print(
         f"{settings.model} at {settings.image_size} pixels, {device.type}, {precision}, "
@@ -438,6 +448,10 @@ def main() -> None:
         )
         raise
     done = training.progress
+    for tracker in training.trackers:
+        tracker.picture("curves", arguments.out / f"{name}_curves.png")
+        tracker.model(training.best)
+        tracker.close()
     print(
         f"{training.best}: epoch {done.best_epoch}"
         + (f", validation Dice {done.best:.3f}" if share.val else "")

@@ -70,4 +70,3 @@ def test_a_run_that_is_watched_by_nobody(scene, phantoms):
     longer = scene.server("--resume", "--rounds", 4)
     longer.wait_for("going on after round 3 of 4")
     longer.wait_for("admitted: grace, hope, mercy")  # the kit is remembered
-
