@@ -1,17 +1,19 @@
 """Which models there are, and what the model card says of one."""
 
+import functools
 import os
 from pathlib import Path
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, read_metadata, validation_dice
 from common import MedFLError
 
+UNTRAINED = 0.1  # validation Dice, below which a model hardly learnt anything
 LABELS = 8  # hospitals that are named
 NOTICE = "Research use only, not a medical device. No output may guide a diagnosis or a treatment."
 
 
 def find_checkpoints(models: Path) -> list[Path]:
-    """The models to choose from, newest first: MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in
+    """The models to choose from, the best by their validation Dice first, of equal ones the newest: MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in
     `models` and the folders in it. Raises MedFLError where there is none."""
     named = os.environ.get("MEDFL_CHECKPOINT")
     if named and not Path(named).is_file():
@@ -20,7 +22,7 @@ def find_checkpoints(models: Path) -> list[Path]:
         )
     found = sorted(
         [*models.glob("*_best.pth"), *models.glob("*/*_best.pth")],
-        key=lambda path: path.stat().st_mtime,
+        key=lambda path: (_dice(path), path.stat().st_mtime),
         reverse=True,
     )
     every = list(dict.fromkeys(([Path(named)] if named else []) + found))
@@ -32,6 +34,27 @@ def find_checkpoints(models: Path) -> list[Path]:
     return every
 
 
+@functools.cache
+def _dice_at(path: Path, _: float) -> float:
+    try:
+        return validation_dice(read_metadata(path)) or 0.0
+    except MedFLError:
+        return 0.0
+
+
+def _dice(path: Path) -> float:
+    """A file's validation Dice; 0 where it tells none, or is no checkpoint."""
+    return _dice_at(path, path.stat().st_mtime)
+
+
+def warning(metadata: dict) -> str | None:
+    """What is to be said of a model that hardly learnt anything; None of others."""
+    dice = validation_dice(metadata)
+    if dice is None or dice >= UNTRAINED:
+        return None
+    return f"This model is as good as untrained (validation Dice {dice:.3f}): its outlines mean nothing."
+
+
 def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) -> list[tuple[str, str]]:
     """What the model card says, as (subject, text), from the checkpoint's metadata; what it doesn't tell is
     left out.
@@ -41,6 +64,7 @@ def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) ->
     about = checkpoint.metadata
     architecture, origin, training = about["architecture"], about.get("origin", {}), about.get("training", {})
     rows = [
+        ("Warning", warning(about)),
         ("Trained", _origin(origin)),
         ("Data", _data(about.get("data", {}))),
         (

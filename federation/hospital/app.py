@@ -1,6 +1,7 @@
 """The hospital's side of a federation: Flower's ClientApp. It runs in the folder that run_client.py made for
 it."""
 
+import contextlib
 import json
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from federation.hospital.hospital import Hospital, HospitalError
 from federation.hospital.identity import ENDED, WAITING, Identity
 from federation.hospital.keeping import keep_model
 from federation.hospital.rehearsal import round_seconds
+from federation.hospital.status import shown
 from federation.protocol.answers import Facts, Introduction, Kind, Result, Tested, Trained, Typed, parse
 from federation.protocol.log import say
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
@@ -52,7 +54,10 @@ def make_app(
         return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY)
 
     def keep_errors_here(incoming: Message, context: Context, handle: Handle) -> Message:
-        return guard(incoming, context, handle, Identity.load(folder_of(context)))
+        identity, folder = Identity.load(folder_of(context)), folder_of(context)
+        # hospitals that share one dataset share a terminal as well
+        with shown(identity, folder) if identity.own_data else contextlib.nullcontext():
+            return guard(incoming, context, handle, identity)
 
     app = ClientApp(mods=[keep_errors_here, before])
 
