@@ -51,6 +51,7 @@ from federation.runtime.bundle import hospital_code
 from federation.runtime.gateway import find_nginx
 from federation.runtime.kit import server_certificate
 from federation.runtime.processes import is_loopback, parse_address
+from federation.runtime.proxies import leave_out_odd
 from federation.runtime.remembered import Remembered, remembered
 from federation.runtime.service import Service
 from federation.runtime.simulation import check_ray, simulate
@@ -346,6 +347,7 @@ def take_up(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse()
+    leave_out_odd()
     check_installed(arguments.tensorboard, arguments.mlflow)
     take_up(arguments)
     if arguments.simulate is not None:

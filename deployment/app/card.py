@@ -13,8 +13,9 @@ NOTICE = "Research use only, not a medical device. No output may guide a diagnos
 
 
 def find_checkpoints(models: Path) -> list[Path]:
-    """The models to choose from, the best by their validation Dice first, of equal ones the newest: MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in
-    `models` and the folders in it. Raises MedFLError where there is none."""
+    """The models to choose from, the best by their validation Dice first, of equal ones the newest:
+    MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in `models` and the folders in it. Raises MedFLError
+    where there is none."""
     named = os.environ.get("MEDFL_CHECKPOINT")
     if named and not Path(named).is_file():
         raise MedFLError(

@@ -58,7 +58,8 @@ def environment(home: Path) -> dict[str, str]:
 def no_proxy() -> dict[str, str]:
     """Environment variables that keep a proxy, usual in hospitals, out of
     what this machine says to itself."""
-    local = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"]))
+    named = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"]
+    local = ",".join(dict.fromkeys(filter(None, named)))
     return {"NO_PROXY": local, "no_proxy": local}
 
 
@@ -163,7 +164,9 @@ def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = Non
 
     Raises MedFLError where another server answers, or one whose certificate is not for that name, or expired.
     """
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    here = host == "localhost" or host.startswith("127.") or host == "::1"
+    # to another machine the way that Flower's part takes as well
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({} if here else None)]
     if ca:
         context = ssl.create_default_context(cafile=ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
