@@ -390,8 +390,6 @@ def main() -> None:
     best, last = (arguments.out / f"transunet_{name}_{which}.pth" for which in ("best", "last"))
     if arguments.start_or_resume:
         arguments.resume = last.exists()
-    if not (arguments.resume or arguments.overwrite):
-        refuse_to_overwrite([best, last])
     if arguments.resume:
         settings, kept = stored_settings(last), load_checkpoint(last).metadata["origin"]
         for option in ("partition", "clients", "alpha"):
@@ -400,6 +398,8 @@ def main() -> None:
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data_dir)
     split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
+    if not (arguments.resume or arguments.overwrite):
+        refuse_to_overwrite([best, last])
     share, origin = split, {"kind": "centralised"}
     if arguments.cid is not None:
         share, origin = share_of(arguments, dataset, split, settings.seed)
