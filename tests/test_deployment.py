@@ -71,7 +71,7 @@ def test_what_an_image_starts_runs_from_what_it_holds(image, side):
         cwd=image,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0 and "--kit" in done.stdout, done.stderr
     assert (
