@@ -168,7 +168,7 @@ def app_for(code: str) -> ClientApp:
         theirs = in_words(str(versions.get("medfl", "unknown"))[:32], versions.get("commit"), code)
         sentence = (
             f"the server's code is {theirs} and the one installed here is "
-            f"{in_words(here.medfl, here.commit, here.code)}; nothing of it was run: install the server's "
+            f"{in_words(here.medfl, here.commit, here.code)}; nothing of it was run; install the server's "
             "version here, after a look at what changed, or ask the coordinator"
         )
         new = not waiting.exists()
