@@ -14,7 +14,7 @@ from scripted import VERSIONS, Grid, Worker, facts, make_fast
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from federation.protocol import page
-from federation.protocol.answers import Tested
+from federation.protocol.answers import Tested as HospitalScore
 from federation.protocol.messages import read
 from federation.protocol.settings import FederationSettings, to_json
 from federation.runtime.status_port import serve_status
@@ -164,8 +164,8 @@ def test_a_listener_that_fails_ends_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.count("ZeroDivisionError") == 1 and not journal.listeners
 
 
-def score_of(dice: float | None, patients: int) -> Tested:
-    return Tested(test_dice=dice, test_patients=patients, seconds=1.0)
+def score_of(dice: float | None, patients: int) -> HospitalScore:
+    return HospitalScore(test_dice=dice, test_patients=patients, seconds=1.0)
 
 
 def test_the_pooled_score_weighs_patients_and_draws_hospitals():
