@@ -39,6 +39,7 @@ def test_a_run_that_is_watched_by_nobody(scene, phantoms):
     server.wait_for("2 keys admitted and 3 hospitals are waited for")
     server.kill()  # before any round: the next start begins it, with as many hospitals as there are keys
     server = scene.server("--start-or-resume", *service[:2], "--clients", 2, *service[4:])
+    server.wait_for("listening on")
     hospitals = [join("mercy")]
     consortium.provision("admit", kits["grace"] / "hospital.pub", "--kit", consortium.kit)
     looks = join("grace", "--check")
