@@ -44,14 +44,8 @@ from federation.runtime.kit import (
     read_authority,
     read_members,
 )
-from federation.runtime.processes import (
-    drop_unusable_proxies,
-    is_healthy,
-    is_loopback,
-    join_address,
-    parse_address,
-)
-from federation.runtime.proxies import go_direct, tell_proxies
+from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
+from federation.runtime.proxies import go_direct, leave_out_odd, tell_proxies
 from inference import choose_device
 
 MODELS = Path("models")  # for files of this hospital's own
@@ -218,7 +212,6 @@ def approved(given: list[str]) -> list[str]:
 
 def check(host: str, port: int, server: str, kit: Path | None) -> None:
     """Say whether the server can be reached. Raises MedFLError if not."""
-    tell_proxies(host)
     require_kit(host, port, kit)
     if not is_healthy(host, port, timeout=10, ca=kit and kit / CA):
         raise MedFLError(
@@ -233,10 +226,12 @@ def check(host: str, port: int, server: str, kit: Path | None) -> None:
 def main() -> None:
     arguments = parse()
     choose_cache(arguments.cache)
-    tell(drop_unusable_proxies())
     host, port = parse_address(arguments.server)
+    leave_out_odd()
     if arguments.no_proxy:
         go_direct(host)
+    elif not is_loopback(host):
+        tell_proxies(host)
     if not is_loopback(host) and arguments.kit is None:
         raise MedFLError(
             f"{host} is another machine, and what scans taught a model does not travel unencrypted; make "

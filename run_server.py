@@ -53,7 +53,8 @@ from federation.protocol.weights import part_mask
 from federation.runtime.bundle import hospital_code
 from federation.runtime.gateway import find_nginx
 from federation.runtime.kit import server_certificate
-from federation.runtime.processes import drop_unusable_proxies, is_loopback, parse_address
+from federation.runtime.processes import is_loopback, parse_address
+from federation.runtime.proxies import leave_out_odd
 from federation.runtime.remembered import Remembered, remembered
 from federation.runtime.service import Service
 from federation.runtime.simulation import check_ray, simulate
@@ -364,12 +365,12 @@ def take_up(arguments: argparse.Namespace) -> None:
 def main() -> None:
     arguments = parse()
     choose_cache(arguments.cache)
+    leave_out_odd()
     check_installed(arguments.tensorboard, arguments.mlflow)
     take_up(arguments)
     if arguments.simulate is not None:
         sys.exit(run_simulated(arguments))
     kit = arguments.kit
-    tell(drop_unusable_proxies())
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
     claimed = claim(arguments.out)
     folder = run_folder("server")

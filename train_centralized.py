@@ -47,6 +47,7 @@ from evaluation.scoring import fit_temperature, score_patients
 from inference import choose_device
 from partition import add_partition_options, make_partition
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
+from tracking import Tracker, add_tracking, check_installed, open_trackers
 from training import EpochResult, Learner, TrainingSettings, plateau, rate_scale
 from transunet import TransUNet
 
@@ -113,6 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="start although --out holds a run, which is lost"
     )
+    add_tracking(parser)
     add_settings(parser, TrainingSettings)
     add_cache_option(parser)
     return parser.parse_args()
@@ -170,6 +172,7 @@ class CentralTraining:
         self.progress = Progress()
         self.best, self.last = (out / f"transunet_{self.name}_{which}.pth" for which in ("best", "last"))
         self.saved_epoch = 0
+        self.trackers: list[Tracker] = []
         if resume:
             self._resume()
         else:
@@ -345,6 +348,9 @@ class CentralTraining:
             draw_curves(done.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}")
         except MedFLError as error:  # a viewer may hold the file; both are written again after the next epoch
             print(f"not this time: {escaping.terminal(error)}")
+        figures = {n: float(v) for n, v in row.items() if n not in ("epoch", "step") and v is not None}
+        for tracker in self.trackers:
+            tracker.scalars(figures, done.epoch)
         scored = (
             f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}"
             if val
@@ -472,13 +478,12 @@ def stored_settings(last: Path) -> TrainingSettings:
 def main() -> None:
     arguments = parse()
     choose_cache(arguments.cache)
+    check_installed(arguments.tensorboard, arguments.mlflow)
     settings = settings_from(arguments, TrainingSettings)
     name = "centralized" if arguments.cid is None else "local"
     best, last = (arguments.out / f"transunet_{name}_{which}.pth" for which in ("best", "last"))
     if arguments.start_or_resume:
         arguments.resume = last.exists()
-    if not (arguments.resume or arguments.overwrite):
-        refuse_to_overwrite([best, last])
     if arguments.resume:
         settings, kept = stored_settings(last), load_checkpoint(last).metadata["origin"]
         for option in ("partition", "clients", "alpha"):
@@ -488,6 +493,8 @@ def main() -> None:
     dataset = load_dataset(arguments.data_dir)
     tell(dataset.notes)
     split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
+    if not (arguments.resume or arguments.overwrite):
+        refuse_to_overwrite([best, last])
     share, origin = split, {"kind": "centralised"}
     if arguments.cid is not None:
         share, origin = share_of(arguments, dataset, split, settings.seed)
@@ -519,6 +526,9 @@ def main() -> None:
         origin,
         start,
     )
+    training.trackers = open_trackers(arguments.out, arguments.tensorboard, arguments.mlflow)
+    for tracker in training.trackers:
+        tracker.settings(asdict(settings))
     precision = str(training.learner.precision).removeprefix("torch.")
     print(
         f"{settings.model} at {settings.image_size} pixels, encoder {training.settings.encoder}, "
@@ -547,6 +557,10 @@ def main() -> None:
         update_metadata(training.best, energy=used)
         print(in_words(used))
     done = training.progress
+    for tracker in training.trackers:
+        tracker.picture("curves", arguments.out / f"{name}_curves.png")
+        tracker.model(training.best)
+        tracker.close()
     print(
         f"{training.best}: epoch {done.best_epoch}"
         + (f", validation Dice {done.best:.3f}" if training.chooses else ", the last: nothing was chosen")

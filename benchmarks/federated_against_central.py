@@ -52,6 +52,7 @@ def run_federation(data_dir: Path, out: Path, options: list[str]) -> TransUNet:
         [
             sys.executable,
             str(ROOT / "run_server.py"),
+            "--overwrite",
             "--clients",
             "1",
             "--address",
@@ -107,6 +108,7 @@ def main() -> None:
             [
                 sys.executable,
                 str(ROOT / "train_centralized.py"),
+                "--overwrite",
                 "--data-dir",
                 str(arguments.data_dir),
                 "--out",

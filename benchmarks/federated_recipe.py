@@ -99,6 +99,7 @@ def central(
         [
             sys.executable,
             str(script),
+            "--overwrite",
             "--data-dir",
             str(dataset.root),
             "--out",

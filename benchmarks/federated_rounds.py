@@ -66,6 +66,7 @@ def main() -> None:
                 sys.executable,
                 "-u",
                 str(ROOT / "run_server.py"),
+                "--overwrite",
                 *(f"--{name}={value}" for name, value in options.items()),
             ],
             stdout=subprocess.PIPE,

@@ -157,7 +157,7 @@ def trained(
         finished(
             out / name,
             f"{where}, {what}, {steps} steps",
-            [["train_centralized.py", *common, "--out", ".", "--steps", str(steps), *options]],
+            [["train_centralized.py", *common, "--overwrite", "--out", ".", "--steps", str(steps), *options]],
         )
         return out / name / (LOCAL if "--cid" in options else CENTRAL)
 
@@ -165,6 +165,7 @@ def trained(
         address = f"127.0.0.1:{free_port()}"
         server = [
             "run_server.py",
+            "--overwrite",
             *common[2:],
             *divided,
             "--rounds",

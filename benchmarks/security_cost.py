@@ -60,6 +60,7 @@ def rounds(
     server = [
         sys.executable,
         str(ROOT / "run_server.py"),
+        "--overwrite",
         "--address",
         address,
         "--out",

@@ -78,7 +78,10 @@ def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
             path: path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}" for path in paths
         }
         path = st.selectbox(
-            "Checkpoint", paths, format_func=lambda one: names.get(one, ""), help="The newest comes first."
+            "Checkpoint",
+            paths,
+            format_func=lambda one: names.get(one, ""),
+            help="The best by validation comes first.",
         )
     try:
         checkpoint, sha256 = load_model(path, path.stat().st_mtime)

@@ -1,21 +1,23 @@
 """Which models there are, and what the model card says of one."""
 
+import functools
 import os
 from pathlib import Path
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, read_metadata, validation_dice
 from common import MedFLError
 from energy import in_words
 
+UNTRAINED = 0.1  # validation Dice, below which a model hardly learnt anything
 LABELS = 8  # hospitals that are named
 PHANTOM_MODEL = Path(__file__).parent / "samples" / "phantom_model.pth"  # deployment/make_phantom_model.py
 NOTICE = "Research use only, not a medical device. No output may guide a diagnosis or a treatment."
 
 
 def find_checkpoints(models: Path) -> list[Path]:
-    """The models to choose from, newest first: MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in
-    `models` and the folders in it; without any, the one that was trained on phantoms. Raises MedFLError where
-    that is gone as well."""
+    """The models to choose from, the best by their validation Dice first, of equal ones the newest:
+    MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in `models` and the folders in it; without any, the
+    one that was trained on phantoms. Raises MedFLError where that is gone as well."""
     named = os.environ.get("MEDFL_CHECKPOINT")
     if named and not Path(named).is_file():
         raise MedFLError(
@@ -23,7 +25,7 @@ def find_checkpoints(models: Path) -> list[Path]:
         )
     found = sorted(
         [*models.glob("*_best.pth"), *models.glob("*/*_best.pth")],
-        key=lambda path: path.stat().st_mtime,
+        key=lambda path: (_dice(path), path.stat().st_mtime),
         reverse=True,
     )
     every = list(dict.fromkeys(([Path(named)] if named else []) + found))
@@ -35,6 +37,27 @@ def find_checkpoints(models: Path) -> list[Path]:
             "MEDFL_CHECKPOINT to a .pth file"
         )
     return every
+
+
+@functools.cache
+def _dice_at(path: Path, _: float) -> float:
+    try:
+        return validation_dice(read_metadata(path)) or 0.0
+    except MedFLError:
+        return 0.0
+
+
+def _dice(path: Path) -> float:
+    """A file's validation Dice; 0 where it tells none, or is no checkpoint."""
+    return _dice_at(path, path.stat().st_mtime)
+
+
+def warning(metadata: dict) -> str | None:
+    """What is to be said of a model that hardly learnt anything; None of others."""
+    dice = validation_dice(metadata)
+    if dice is None or dice >= UNTRAINED:
+        return None
+    return f"This model is as good as untrained (validation Dice {dice:.3f}): its outlines mean nothing."
 
 
 def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) -> list[tuple[str, str]]:
@@ -55,6 +78,7 @@ def _rows(checkpoint: Checkpoint, sha256: str, device: str | None) -> list[tuple
     about = checkpoint.metadata
     architecture, origin, training = about["architecture"], about.get("origin", {}), about.get("training", {})
     rows = [
+        ("Warning", warning(about)),
         ("Task", _task(about.get("task"))),
         ("Trained", _origin(origin)),
         ("Data", _data(about.get("data", {}))),

@@ -1,6 +1,7 @@
 """The hospital's side of a federation: Flower's ClientApp. It runs in the folder that run_client.py made for
 it."""
 
+import contextlib
 import json
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from federation.hospital.hospital import Hospital, HospitalError
 from federation.hospital.identity import ENDED, WAITING, Identity
 from federation.hospital.keeping import keep_model
 from federation.hospital.rehearsal import round_seconds
+from federation.hospital.status import shown
 from federation.hospital.sums import Sums
 from federation.protocol.answers import Facts, Introduction, Kind, Result, Tested, Trained, Typed, parse
 from federation.protocol.log import say
@@ -57,8 +59,10 @@ def make_app(
         return Sums(Identity.load(folder_of(context)), folder_of(context))
 
     def keep_errors_here(incoming: Message, context: Context, handle: Handle) -> Message:
-        identity = Identity.load(folder_of(context))
-        reply = guard(incoming, context, handle, identity)
+        identity, folder = Identity.load(folder_of(context)), folder_of(context)
+        # hospitals that share one dataset share a terminal as well
+        with shown(identity, folder) if identity.own_data else contextlib.nullcontext():
+            reply = guard(incoming, context, handle, identity)
         if key := identity.private_key():
             sign_answer(reply.content, text_of(incoming), key)
         return reply
@@ -185,7 +189,7 @@ def app_for(code: str) -> ClientApp:
         theirs = in_words(str(versions.get("medfl", "unknown"))[:32], versions.get("commit"), code)
         sentence = (
             f"the server's code is {theirs} and the one installed here is "
-            f"{in_words(here.medfl, here.commit, here.code)}; nothing of it was run: install the server's "
+            f"{in_words(here.medfl, here.commit, here.code)}; nothing of it was run; install the server's "
             "version here, after a look at what changed, or ask the coordinator"
         )
         new = not waiting.exists()

@@ -49,8 +49,8 @@ FAILURES: dict[str, str] = {
     Failure.TRAINING: "its training failed; its own terminal says why",
     Failure.RESOURCES: "it ran out of memory or disk",
     Failure.LATE: "it was not done within the round's time",
-    Failure.CODE: "it runs its own MedFL only, and the server's is another; it waits until both sides have "
-    "the same version",
+    Failure.CODE: "it runs its own MedFL alone, and the server's code is another; it waits until both "
+    "sides have the same version",
     Failure.CONSENT: "it has not approved these settings; its own terminal says which they are",
     Failure.PRIVACY: "what it promises its patients does not allow that; its own terminal says why",
     Failure.PROTOCOL: "its update does not fit into the secure aggregation, or a step of that was not what "

@@ -17,7 +17,6 @@ from common import ROOT, MedFLError
 from federation.runtime.flower import PROGRAM
 
 GRACE = 5.0  # seconds between asking a child to end and making it
-PROXY_SCHEMES = ("http", "https")  # of those that need no further package
 LAST_LINES = 15  # of a child's log, shown when it ended unasked
 # For programs that hold weights but don't train: glibc gives every array above 1 MiB back to the system as soon
 # as it is freed. By its own rule it keeps them, and the holes between them let a server grow with every round.
@@ -69,23 +68,6 @@ def no_proxy() -> dict[str, str]:
     told = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"]
     local = ",".join(dict.fromkeys(host for part in told if part for host in part.split(",")))
     return {"NO_PROXY": local, "no_proxy": local}
-
-
-def drop_unusable_proxies() -> list[str]:
-    """Take proxies out of the environment that Flower's HTTP client would end on, as `socks://` that desktops
-    set; what was taken out, in words."""
-    dropped = []
-    for name in ("all_proxy", "http_proxy", "https_proxy"):
-        for spelling in (name, name.upper()):
-            value = os.environ.get(spelling, "")
-            scheme = value.partition("://")[0].lower() if "://" in value else "http"
-            if value and scheme not in PROXY_SCHEMES:
-                del os.environ[spelling]
-                dropped.append(
-                    f"{spelling} names a proxy of the kind {scheme}, which can't be used and is ignored; set "
-                    "https_proxy to an HTTP proxy if the server is behind one"
-                )
-    return dropped
 
 
 class NotTls(MedFLError):
@@ -189,7 +171,9 @@ def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = Non
 
     Raises MedFLError where another server answers, or one whose certificate is not for that name, or expired.
     """
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    here = host == "localhost" or host.startswith("127.") or host == "::1"
+    # to another machine the way that Flower's part takes as well
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({} if here else None)]
     if ca:
         context = ssl.create_default_context(cafile=ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -3,8 +3,9 @@
 import os
 import urllib.request
 
-from common import MedFLError
 from federation.protocol.log import say
+
+NAMES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def proxy_for(host: str) -> str | None:
@@ -16,16 +17,18 @@ def proxy_for(host: str) -> str | None:
 
 
 def tell_proxies(host: str) -> None:
-    """Say through which proxy the host is reached. Raises MedFLError for one that only speaks SOCKS."""
-    proxy = proxy_for(host)
-    if proxy is None:
-        return
-    if not proxy.startswith(("http://", "https://")):
-        raise MedFLError(
-            f"the environment names the proxy {_plain(proxy)}, which is no HTTP proxy; start with --no-proxy, or "
-            "set https_proxy to an HTTP one"
-        )
-    say(f"the way to {host} leads through the proxy {_plain(proxy)}; --no-proxy goes there directly")
+    """Say through which proxy the host is reached, if through any."""
+    if (proxy := proxy_for(host)) is not None:
+        say(f"the way to {host} leads through the proxy {_plain(proxy)}; --no-proxy goes there directly")
+
+
+def leave_out_odd() -> None:
+    """Take proxies of another kind than HTTP out of the environment of this process and its children, and say
+    it: desktops name SOCKS there, and the library that Flower uses would fail at the mere name."""
+    for name, value in list(os.environ.items()):
+        if name.lower() in NAMES and "://" in value and not value.startswith(("http://", "https://")):
+            say(f"{name} names {_plain(value)}, which is no HTTP proxy; it is not used")
+            del os.environ[name]
 
 
 def go_direct(host: str) -> None:

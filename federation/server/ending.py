@@ -98,7 +98,8 @@ class Ending:
         if not any(scores.values()):
             return
         write_json(self.out / TEST, scores)
-        if scores["best"] and self.state.best.exists():
+        # no noise covers a score, so none goes out with a model that is to be private
+        if scores["best"] and self.state.best.exists() and not self.state.federation.private:
             about = read_metadata(self.state.best)
             update_metadata(self.state.best, scores={**about.get("scores", {}), "test": scores["best"]})
             self.audit.write(

@@ -222,7 +222,7 @@ class Membership:
         ours = self.about["versions"]
         commit = f", commit {ours['commit'][:12]}" if ours.get("commit") else ""
         self._tries.pop(node, None)
-        self.say(f"{label} does not take part: {why} (here: MedFL {ours.get('medfl')}{commit})")
+        self.say(f"{label} can't take part: {why} (here: MedFL {ours.get('medfl')}{commit})")
         self.audit.write("refused", hospital=label if LABEL.fullmatch(label) else None, why=why)
 
     def _pinged(self, answer: Answer) -> None:

@@ -35,7 +35,7 @@ class RealHospital(LocalHospital):
     def answer(self, incoming: Message) -> Message:
         about, arrays = json.loads(incoming.content["about"]["json"]), incoming.content.get("arrays")
         reply = super().answer(incoming)
-        if arrays is not None:
+        if arrays is not None and about.get("part") != "test":
             self.asked.append({**about, "values": arrays["weights"].shape[0], "bytes": payload(arrays)})
         return reply
 

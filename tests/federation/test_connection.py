@@ -1,6 +1,7 @@
 """A hospital's connection: what is waited out and what ends it, what it asks for, and what it compares."""
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -11,9 +12,9 @@ import pytest
 import transunet
 from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
-from federation.runtime import bundle, connection, proxies
-from federation.runtime.kit import hold_kit, make_authority, make_server_certificate
-from federation.runtime.processes import is_healthy
+from federation.runtime import bundle, connection, expiry, proxies
+from federation.runtime.kit import admit, hold_kit, make_authority, make_hospital_key, make_server_certificate
+from federation.runtime.processes import is_healthy, no_proxy
 
 
 @pytest.fixture(scope="module")
@@ -131,24 +132,52 @@ def test_the_hash_is_of_what_runs_at_a_hospital(monkeypatch):
         assert other != sent and (bundle.code_in(other) == before) is same, changed
 
 
-@pytest.mark.parametrize(
-    ("proxy", "text"),
-    [("http://user:secret@proxy:8080", "proxy:8080"), ("socks://127.0.0.1:1080", "no HTTP")],
-)
-def test_proxies_are_told(monkeypatch, capsys, proxy, text):
-    for name in ("no_proxy", "NO_PROXY", "HTTPS_PROXY", "https_proxy"):
+@pytest.fixture
+def no_proxies(monkeypatch):
+    for name in ("no_proxy", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("https_proxy", proxy)
-    if proxy.startswith("socks"):
-        with pytest.raises(MedFLError, match=text):
-            proxies.tell_proxies("fl.example.org")
-        return
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch
+
+
+def test_a_proxy_is_told_without_its_password_and_can_be_left_out(no_proxies, capsys):
+    no_proxies.setenv("https_proxy", "http://user:secret@proxy:8080")
     proxies.tell_proxies("fl.example.org")
     said = capsys.readouterr().out
-    assert text in said and "secret" not in said
-    monkeypatch.setenv("no_proxy", "")
+    assert "proxy:8080" in said and "secret" not in said
+    no_proxies.setenv("no_proxy", "")
+    no_proxies.setenv("NO_PROXY", "")
     proxies.go_direct("fl.example.org")
     assert proxies.proxy_for("fl.example.org") is None
+
+
+def test_a_proxy_that_is_none_of_http_is_not_used(no_proxies, capsys):
+    no_proxies.setenv("all_proxy", "socks://127.0.0.1:1080/")
+    proxies.leave_out_odd()
+    assert "no HTTP proxy" in capsys.readouterr().out and "all_proxy" not in os.environ
+    proxies.tell_proxies("fl.example.org")
+    assert not capsys.readouterr().out
+
+
+def test_addresses_that_need_no_proxy_are_read_in_both_spellings(no_proxies):
+    no_proxies.setenv("no_proxy", "fl.example.org")
+    assert no_proxy()["NO_PROXY"] == no_proxy()["no_proxy"] == "fl.example.org,127.0.0.1,localhost,::1"
+
+
+def test_the_server_is_looked_for_on_the_way_that_flower_takes(no_proxies, kit):
+    """Through a proxy, by CONNECT, and not where the address is this machine's own."""
+    asked = []
+
+    def proxy(near):
+        asked.append(near.recv(65536).split(b"\r\n")[0])
+        near.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+
+    no_proxies.setenv("https_proxy", f"http://127.0.0.1:{answering(proxy)}")
+    assert is_healthy("fl.example.org", 8443, ca=kit / "ca.pem") is None
+    assert asked == [b"CONNECT fl.example.org:8443 HTTP/1.1"] or asked == [
+        b"CONNECT fl.example.org:8443 HTTP/1.0"
+    ]
+    assert is_healthy("127.0.0.1", answering(closes), ca=kit / "ca.pem") is False and len(asked) == 1
 
 
 def test_pretrained_weights_without_a_network_are_one_sentence_at_once(monkeypatch):
@@ -156,3 +185,15 @@ def test_pretrained_weights_without_a_network_are_one_sentence_at_once(monkeypat
     monkeypatch.setattr(transunet, "try_to_load_from_cache", lambda *_: None)
     with pytest.raises(MedFLError, match="can't be reached; connect"):
         transunet.TransUNet("tiny", 32, pretrained=True)
+
+
+def test_certificates_and_admissions_that_end_soon_are_told(kit, tmp_path, capsys):
+    told = expiry.tell_kit(kit)
+    assert len(told) == 1 and told[0].startswith("the server's certificate ends on")
+    make_authority(tmp_path)
+    make_server_certificate(tmp_path, ["fl.example.org"], 365)
+    assert expiry.tell_kit(tmp_path) == []
+    for label, days in {"mercy": 5, "hope": 300}.items():
+        admit(tmp_path, make_hospital_key(tmp_path / label, label), days)
+    assert [text.split(" ends")[0] for text in expiry.tell_kit(tmp_path)] == ["mercy's admission"]
+    assert "renew it before" in capsys.readouterr().out

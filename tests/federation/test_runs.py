@@ -107,8 +107,16 @@ def test_no_message_and_no_file_names_a_patient(whole, phantoms):
     scene, server, _, _, _, tap = whole
     dataset = load_dataset(phantoms, progress=False)
     secrets = [p.name for p in dataset.patients] + [str(phantoms), dataset.patients[0].images[0].name]
-    files = {p.name: p.read_bytes() for p in scene.out.iterdir()}
-    assert {BEST, LAST, "federated_history.csv", "federated_curves.png", "audit.jsonl"} == set(files)
+    files = {p.name: p.read_bytes() for p in scene.out.rglob("*") if p.is_file()}
+    written = {
+        BEST,
+        LAST,
+        "federated_history.csv",
+        "federated_curves.png",
+        "federated_test.json",
+        "audit.jsonl",
+    }
+    assert written | {"server.json", "index.html"} == set(files)
     places = {
         "hospital to server": bytes(tap.said),
         "server to hospital": bytes(tap.answered),
@@ -156,6 +164,8 @@ def test_no_message_and_no_file_names_a_patient(whole, phantoms):
         b"train_loss",
         b"patient_privacy",
         b"patient_epsilon",
+        b"test_dice",
+        b"test_patients",
     }
     assert {b"val_dice", b"label", b"split_sha256", b"foreground_mean"} <= keys
 

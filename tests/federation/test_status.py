@@ -14,7 +14,7 @@ from scripted import VERSIONS, Grid, Worker, facts, make_fast
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from federation.protocol import page
-from federation.protocol.answers import Tested
+from federation.protocol.answers import Tested as HospitalScore
 from federation.protocol.messages import read
 from federation.protocol.settings import FederationSettings, to_json
 from federation.runtime.status_port import serve_status
@@ -164,17 +164,19 @@ def test_a_listener_that_fails_ends_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.count("ZeroDivisionError") == 1 and not journal.listeners
 
 
-def tested(dice: float | None, patients: int) -> Tested:
-    return Tested(test_dice=dice, test_patients=patients, seconds=1.0)
+def score_of(dice: float | None, patients: int) -> HospitalScore:
+    return HospitalScore(test_dice=dice, test_patients=patients, seconds=1.0)
 
 
 def test_the_pooled_score_weighs_patients_and_draws_hospitals():
-    score = pooled({"a": tested(0.8, 30), "b": tested(0.5, 10), "c": tested(0.6, 10), "d": tested(None, 0)})
+    score = pooled(
+        {"a": score_of(0.8, 30), "b": score_of(0.5, 10), "c": score_of(0.6, 10), "d": score_of(None, 0)}
+    )
     assert score["volume_dice"]["mean"] == pytest.approx(0.7) and score["patients"] == 50
     low, high = score["volume_dice"]["ci95"]
     assert 0.5 <= low < 0.7 < high <= 0.8 and score["worst"] == "b"
-    assert pooled({"a": tested(0.8, 3), "b": tested(0.7, 3)})["volume_dice"]["ci95"] is None
-    assert pooled({"a": tested(None, 0)}) is None
+    assert pooled({"a": score_of(0.8, 3), "b": score_of(0.7, 3)})["volume_dice"]["ci95"] is None
+    assert pooled({"a": score_of(None, 0)}) is None
     assert asdict(FederationSettings())["withhold_model"] is False
 
 

@@ -133,7 +133,7 @@ def test_who_is_refused_is_told_why(scene, phantoms, tmp_path):
         "another hospital has this label": scene.hospital("twin", "--cid", 0, "--data-dir", phantoms),
         "the server has 3 hospitals": scene.hospital("ninth", "--cid", 8, "--data-dir", phantoms),
         "the one installed here is MedFL 0.0.9": scene.hospital(
-            "old", "--cid", 1, "--data-dir", phantoms, root=other
+            "old", "--cid", 1, "--data-dir", phantoms, "--wait", 5, root=other
         ),
         "divide another dataset": scene.hospital("fewer", "--cid", 2, "--data-dir", fewer),
     }

@@ -36,7 +36,7 @@ def test_the_code_of_a_server_that_was_changed_does_not_run(scene: Scene, phanto
     server = scene.server("--clients", 2, *SMALL, root=evil)
     server.wait_for("waiting for 2 hospitals")
     mark.unlink(missing_ok=True)
-    hospital = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms)
+    hospital = scene.hospital("hospital-0", "--cid", 0, "--data-dir", phantoms, "--wait", 5)
     assert hospital.end() == 2, hospital.output
     assert "nothing of it was run; install the server's version" in hospital.output
     server.wait_for(
@@ -60,7 +60,7 @@ def test_a_hospital_trains_what_it_approved_and_nothing_else(scene: Scene, phant
     assert (server.end(), agreeing.end()) == (0, 0), agreeing.output
     assert "round 1 of 1" in agreeing.output
 
-    other = scene.server("--clients", 1, "--rounds", 1, "--lr", 0.0006, *SMALL)
+    other = scene.server("--overwrite", "--clients", 1, "--rounds", 1, "--lr", 0.0006, *SMALL)
     refusing = scene.hospital("refusing", *options, "--approve", wanted)
     assert refusing.end() == 2 and f"start again with --approve {wanted}" not in refusing.output, (
         refusing.output
