@@ -15,7 +15,9 @@ from federation.protocol.messages import local_versions
 # in the folder that run_client.py makes for its app: who the hospital is, and how the federation ended for it
 IDENTITY, ENDED = "hospital.json", "ended.json"
 
-OwnFile = Literal["split.json", "norms.pt", "federated_best.pth", "privacy.json", "optimiser.pt", "sums.json"]
+OwnFile = Literal[
+    "split.json", "norms.pt", "federated_best.pth", "privacy.json", "optimiser.pt", "sums.json", "images.json"
+]
 
 
 class Identity(BaseModel):
