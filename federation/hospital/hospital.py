@@ -16,10 +16,11 @@ from federation.hospital.data import HospitalData
 from federation.hospital.identity import Identity
 from federation.hospital.moments import Moments
 from federation.hospital.norms import OwnNorms
+from federation.hospital.statistics import ToldStatistics
 from federation.hospital.training import proximal_pull, rate_in_a_round, seed_of, train_round
 from federation.privacy.budget import PatientBudget
 from federation.privacy.patients import CHANCE, STEPS, PatientBatches, PrivateLearner
-from federation.protocol.answers import Facts
+from federation.protocol.answers import Facts, Images
 from federation.protocol.messages import Failure
 from federation.protocol.requests import Task, Train
 from federation.protocol.settings import FederationSettings
@@ -137,12 +138,19 @@ class Hospital:
             own_data=self.identity.own_data,
             data=self.data.dataset.name,
             parts=self.data.parts(),
-            images=None if self.budget else self.data.images(),
+            images=self._images_told(),
             device=self.device.type,
             split_sha256=self.data.split_sha256,
             partition_sha256=self.data.partition_sha256,
             patient_privacy=self.identity.patient_privacy,
         )
+
+    def _images_told(self) -> Images | None:
+        """What the server learns of the images. A share of a public dataset has no secret."""
+        if self.budget or not self.identity.own_data:
+            return None if self.budget else self.data.images()
+        told = ToldStatistics(self.identity.file("images.json"))
+        return told.tell(tuple(self.data.split.train), self.data.images())
 
     def received(self, task: Task, arrays: Record) -> TransUNet:
         """The network with the weights that came; parts that the message is

@@ -24,6 +24,7 @@ OwnFile = Literal[
     "privacy.json",
     "optimiser.pt",
     "sums.json",
+    "images.json",
 ]
 
 

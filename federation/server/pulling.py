@@ -19,6 +19,7 @@ from flwr.app import Message
 AT_ONCE = 4  # answers that are taken out of Flower at a time, and so in memory together
 SLOW = 10.0  # seconds after which an answer that still comes makes room for another
 LOOK = 0.2  # seconds for which a look waits for what it has asked for
+LAST = 5.0  # the same for a last look, also on a busy machine
 PULL_TIME = 60.0  # seconds in which an answer's pieces come, and longer for many bytes:
 BYTES_A_SECOND = 125_000  # 1 Mbit/s
 
@@ -44,7 +45,7 @@ class Puller:
         """Ask for the answers to these messages that are not asked for already, and hand out what came, and
         what former looks asked for. patient: no more than `AT_ONCE` at a time; else all, for a last look."""
         waiting = [identity for identity in identities if identity not in self._began]
-        until = time.monotonic() + LOOK
+        until = time.monotonic() + (LOOK if patient else LAST)
         while True:
             while waiting and (not patient or self._busy() < AT_ONCE):
                 self._start(waiting.pop(0))

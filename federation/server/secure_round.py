@@ -69,6 +69,9 @@ class SecureRound:
         self.promised: dict[int, SealedShares] = {}  # what hospitals said of their shares, by node
         self.shared: dict[str, Member] = {}  # those who gave shares to the others, by label
         self.failures: dict[str, str] = {}  # why hospitals dropped out, by label
+        self.lost = (
+            False  # shares were given, and there is no sum: the hospitals give none of this round again
+        )
         self.blamed: dict[
             str, str
         ] = {}  # who broke the protocol after its update was taken, and how, by label

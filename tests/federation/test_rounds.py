@@ -105,7 +105,8 @@ def test_a_run_that_is_killed_before_its_first_round_leaves_nothing_to_go_on_wit
 def test_a_run_of_another_version_is_refused_with_what_to_do(run, tmp_path):
     _, state, _ = run([Worker("hospital-0", [0.5] * 2)], 1)
     kept = load_checkpoint(state.last, whole=False)
-    del kept.state["progress"]["judge"]
+    del kept.state["progress"]["judge"], kept.state["audited"]
+    (tmp_path / "audit.jsonl").unlink()  # which says that the file was changed
     save_checkpoint(state.last, kept.model.state_dict(), kept.metadata, kept.state)
     with pytest.raises(MedFLError, match="another version of MedFL.*--init"):
         load_run(tmp_path)
