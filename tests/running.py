@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 def copy_of_medfl(folder: Path) -> Path:
     """The scripts and what they import in another folder, for a test to change."""
     packages = [
-        path for name in ("appearance", "evaluation", "federation", "tasks") for path in (ROOT / name).rglob("*.py")
+        path
+        for name in ("appearance", "evaluation", "federation", "tasks")
+        for path in (ROOT / name).rglob("*.py")
     ]
     for path in [ROOT / "LICENSE", *ROOT.glob("*.py"), *packages]:
         target = folder / path.relative_to(ROOT)

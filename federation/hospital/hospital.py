@@ -153,9 +153,7 @@ class Hospital:
             if own := self._norms(task.run).before(number):
                 weights[norm_mask(model)] = own.last
         model.load_state_dict(unpack(weights, model.state_dict()))
-        if (
-            self.federation.keep_norm_local or self.training.frozen_epochs
-        ):  # the next may bring only a part
+        if self.federation.keep_norm_local or self.training.frozen_epochs:  # the next may bring only a part
             with atomic_write(self.memory, private=True) as file:
                 torch.save(weights, file)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave memory_format out
