@@ -52,6 +52,7 @@ class MaskedAutoencoder(nn.Module):
         which the first `visible` are shown.
         """
         vit = self.encoder
+        assert vit.pos_embed is not None and vit.cls_token is not None  # our encoders have both
         tokens = vit.patch_embed(images) + vit.pos_embed[:, vit.num_prefix_tokens :]  # (B, n, d)
         shown = tokens.gather(1, order[:, :visible, None].expand(-1, -1, tokens.shape[2]))
         first = (vit.cls_token + vit.pos_embed[:, : vit.num_prefix_tokens]).expand(len(images), -1, -1)

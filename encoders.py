@@ -71,7 +71,8 @@ def pretrained_weights(name: str) -> tuple[Path | None, str]:
     """The file of timm's weights for a named model's encoder, from the hub's cache or the hub; or None, and
     why. Tries the network once, for `PATIENCE` seconds."""
     plan = ARCHITECTURES[name]
-    repo = "" if plan.size else timm.get_pretrained_cfg(plan.encoder).hf_hub_id
+    known = None if plan.size else timm.get_pretrained_cfg(plan.encoder)
+    repo = known.hf_hub_id if known else None
     if not repo:
         return None, f"there are no pretrained weights for {name}"
     for file in FILES:

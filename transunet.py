@@ -6,7 +6,7 @@ image (B, 3, h, w) -> skips at 1/2, 1/4, 1/8 and ViT tokens at 1/16 -> decoder -
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torchvision_operators  # noqa: F401  must come before timm
 
@@ -36,7 +36,7 @@ class Architecture:
     encoder: str
     pyramid: tuple[int, int, int, int] | None
     decoder: tuple[int, int, int]
-    size: dict[str, int] | None = None
+    size: dict[str, Any] | None = None
 
 
 ARCHITECTURES = {
