@@ -9,6 +9,7 @@ from pathlib import Path
 from common import MedFLError, utc_now, write_json
 from federation.hospital.identity import Identity
 from federation.protocol import page
+from federation.protocol.log import terminal
 
 KEPT = 50  # lines
 
@@ -31,7 +32,7 @@ def shown(identity: Identity, folder: Path) -> Iterator[None]:
 
     folder: where the lines so far are kept.
     """
-    heard, log = _Lines(), logging.getLogger("medfl")
+    heard, log = _Lines(), terminal()  # which shows the lines as well
     log.addHandler(heard)
     try:
         yield

@@ -19,7 +19,8 @@ class _Terminal(logging.Handler):
             self.handleError(record)
 
 
-def _terminal() -> logging.Logger:
+def terminal() -> logging.Logger:
+    """The logger whose lines are shown there."""
     log = logging.getLogger("medfl")
     if not log.handlers:
         handler = _Terminal()
@@ -32,4 +33,4 @@ def _terminal() -> logging.Logger:
 
 def say(text: str) -> None:
     """Write a text of one or more lines; the first has the time."""
-    _terminal().info("%s", text)
+    terminal().info("%s", text)

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -197,3 +198,16 @@ def test_certificates_and_admissions_that_end_soon_are_told(kit, tmp_path, capsy
         admit(tmp_path, make_hospital_key(tmp_path / label, label), days)
     assert [text.split(" ends")[0] for text in expiry.tell_kit(tmp_path)] == ["mercy's admission"]
     assert "renew it before" in capsys.readouterr().out
+
+
+def test_a_hospitals_lines_are_on_its_terminal_and_on_its_page(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from federation.hospital.identity import Identity\n"
+        "from federation.hospital.status import shown; from federation.protocol.log import say\n"
+        "folder = Path(sys.argv[1])\n"
+        "who = Identity(label='mercy', cid=None, data=folder, device='cpu', medfl='1', models=folder, code='c')\n"
+        "with shown(who, folder): say('round 1 <b>')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
+    assert "round 1 <b>" in done.stdout, done.stderr
+    assert "round 1 &lt;b&gt;" in (tmp_path / "status" / "mercy.html").read_text(encoding="utf-8")
