@@ -48,7 +48,7 @@ class Sums:
     def signature(self, run: str, number: int, keys: list[str]) -> str | None:
         """Of this hospital's public keys in a round; None without a key of the consortium."""
         key = self.identity.private_key()
-        return key and sign(key, "keys", _statement(run, number, self.identity.label, keys))
+        return sign(key, "keys", _statement(run, number, self.identity.label, keys)) if key else None
 
     def participants(self, asked: Shares) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Public keys and labels of a round's participants, by node. With a kit each must have signed its keys

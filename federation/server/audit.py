@@ -89,7 +89,8 @@ def check_end(path: Path, ends: Path | None) -> None:
     kept = _read_ends(ends).get(str(path.resolve())) if ends else None
     if kept is None or not path.exists():
         return
-    check_line(path, *kept, f"the copy of its end in {ends}")
+    number, sha256 = kept
+    check_line(path, number, sha256, f"the copy of its end in {ends}")
 
 
 def check_line(path: Path, number: int, sha256: str, by: str) -> None:

@@ -200,8 +200,9 @@ def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, Tra
     checkpoint = load_checkpoint(last, whole=False)
     if not checkpoint.state or "progress" not in checkpoint.state:
         raise MedFLError(f"{last} holds a model but no federation to go on with; start without --resume")
-    if checkpoint.state.get("audited"):
-        check_line(out / AUDIT, *checkpoint.state["audited"], str(last))
+    if audited := checkpoint.state.get("audited"):
+        number, sha256 = audited
+        check_line(out / AUDIT, number, sha256, str(last))
     try:
         Progress.from_dict(checkpoint.state["progress"])
         return *from_json(checkpoint.state["settings"]), checkpoint.state, checkpoint.model
