@@ -348,7 +348,9 @@ class CentralTraining:
             draw_curves(done.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}")
         except MedFLError as error:  # a viewer may hold the file; both are written again after the next epoch
             print(f"not this time: {escaping.terminal(error)}")
-        figures = {n: float(v) for n, v in row.items() if n not in ("epoch", "step") and v is not None}
+        figures = {
+            n: float(v) for n, v in row.items() if n not in ("epoch", "step") and isinstance(v, int | float)
+        }
         for tracker in self.trackers:
             tracker.scalars(figures, done.epoch)
         scored = (

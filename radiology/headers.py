@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset
-from pydicom.uid import UID, ImplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from common import MedFLError
 from limits import MAX_HEADER, MAX_ITEMS, MAX_SIDE, MAX_UNPACKED, fits
@@ -140,7 +140,8 @@ def read_header(path: File) -> Header:
             header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=TAGS)
             _refuse_what_is_no_picture(header)
             left = path.stat().st_size - beginning.tell()
-            _check_size(path, header, left)
+            if header.get("Modality") != "RTSTRUCT":  # which has no pixels
+                _check_size(path, header, left)
             uid = str(header.get("SeriesInstanceUID") or path)
             return Header(
                 str(header.get("SOPInstanceUID") or path),
@@ -201,7 +202,7 @@ def _beginning(path: File, file: Any) -> Any:
     deflated = False
     if file.read(PREAMBLE)[128:] == b"DICM":
         meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != META)
-        deflated = UID(meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)).is_deflated
+        deflated = meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
     content = _inflated(file.read()) if deflated else b""
     file.seek(0)
     if not deflated and path.stat().st_size > 2 * len(ITEM) * MAX_ITEMS:  # smaller ones can't hold so many
@@ -231,7 +232,7 @@ def _check_size(path: File, header: pydicom.Dataset, left: int) -> None:
             f"smaller series"
         )
     pixels = frames * rows * columns * 8 * (header.get("SamplesPerPixel") or 1)
-    deflated = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)).is_deflated
+    deflated = header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
     if not deflated and (left > pixels + MAX_HEADER or path.stat().st_size - left >= MAX_HEADER):
         raise MedFLError("holds far more than its picture; export it again without what was added to it")
 

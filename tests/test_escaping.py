@@ -148,7 +148,7 @@ def test_figures_and_history_hold_no_formula(tmp_path):
     rows = slice_rows(case, Prediction(np.zeros((len(names), 32, 32), np.float32)), 0.5)
     assert not runs_in_a_spreadsheet(csv_text(rows))
     row = dict.fromkeys(COLUMNS, 1)
-    write_history([{**row, "site": name} for name in names], tmp_path / "history.csv")
+    write_history([{**row, "site": name} for name in names], tmp_path / "history.csv", "random")
     assert not runs_in_a_spreadsheet((tmp_path / "history.csv").read_text(encoding="utf-8"))
     pixels = np.zeros((8, 8, 3), np.uint8)
     name = names[10]  # half a formula of matplotlib, which it could not draw

@@ -190,6 +190,6 @@ def test_a_file_that_may_not_be_read_is_not_called_truncated(tmp_path):
 def test_nobody_is_missed_whom_nobody_expects(here, admitted, clients, known, missing):
     members = {label: SimpleNamespace(facts=SimpleNamespace(own_data=label == "mercy")) for label in here}
     labels = None if admitted is None else dict(enumerate(admitted))
-    membership = SimpleNamespace(members=members, labels=lambda: labels)
+    membership = SimpleNamespace(members=members, training=set(members), labels=lambda: labels)
     exchange = Exchange(None, membership, SimpleNamespace(clients=clients), {}, None, lambda: known, print)
     assert exchange.missing() == missing

@@ -81,7 +81,7 @@ TOLD = {
     "a checksum that is another's": "can't be unpacked",
     "two files of one name in a ZIP": "more than once",
     "two masks of one slice": "masks of one slice",
-    "two slices of one number": "one slice number",
+    "two slices of one number": "the same slice twice",
     "slices 10⁹ mm apart": "0.01 to 100 mm",
     "gzip bomb": "unpacks to more than 256 MB",
     "too many": "2000 files are more",

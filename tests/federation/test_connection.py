@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import transunet
 from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
 from federation.runtime import bundle, connection, expiry, proxies
@@ -179,13 +178,6 @@ def test_the_server_is_looked_for_on_the_way_that_flower_takes(no_proxies, kit):
         b"CONNECT fl.example.org:8443 HTTP/1.0"
     ]
     assert is_healthy("127.0.0.1", answering(closes), ca=kit / "ca.pem") is False and len(asked) == 1
-
-
-def test_pretrained_weights_without_a_network_are_one_sentence_at_once(monkeypatch):
-    monkeypatch.setattr(transunet, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(transunet, "try_to_load_from_cache", lambda *_: None)
-    with pytest.raises(MedFLError, match="can't be reached; connect"):
-        transunet.TransUNet("tiny", 32, pretrained=True)
 
 
 def test_certificates_and_admissions_that_end_soon_are_told(kit, tmp_path, capsys):
