@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from common import MedFLError
 from limits import MAX_HEADER, MAX_ITEMS, MAX_SIDE, MAX_UNPACKED, fits
@@ -353,7 +353,7 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
     if modality == "RTSTRUCT":  # without pixels
         return problems
     syntax = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
-    if not syntax.is_transfer_syntax or syntax.is_private:
+    if syntax not in AllTransferSyntaxes:  # and not those that another package registered
         name = "" if syntax.name == syntax else f" ({syntax.name})"
         problems.append(
             f"its pixels are stored by the transfer syntax {syntax}{name}, which nothing here knows; export it as "

@@ -160,6 +160,8 @@ def test_random_weights_are_said_in_one_line(phantoms, home, tmp_path):
     options = ("--data-dir", phantoms, "--image-size", 32, "--steps", 1, "--batch-size", 4, "--out", tmp_path)
     told = run_here("train_centralized.py", *options, "--model", "mini")
     assert told.returncode == 0 and told.stdout.count("random weights") == 1, told.stderr
-    silent = run_here("train_centralized.py", *options, "--model", "mini", "--encoder", "random")
+    silent = run_here(
+        "train_centralized.py", *options, "--model", "mini", "--encoder", "random", "--overwrite"
+    )
     assert silent.returncode == 0 and "random weights" not in silent.stdout
     assert isinstance(load_checkpoint(tmp_path / "transunet_centralized_best.pth").model, TransUNet)
