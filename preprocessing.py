@@ -341,7 +341,9 @@ def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     From 256 to 128 this is the mean of each 2×2 block. Where sizes are known and bilinear is the same, torch's
     own is taken, which is faster; the products of matrices also export to ONNX with any h and w.
     """
-    if all(isinstance(n, int) and (n <= m or n == 2 * m) for n, m in zip(images.shape[2:], size)):
+    sides = list(zip(images.shape[2:], size))
+    known = all(isinstance(n, int) and isinstance(m, int) for n, m in sides)  # not in a graph for every size
+    if known and all(n <= m or n == 2 * m for n, m in sides):
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
     rows, columns = (
         _weights(length, wanted, images.device) for length, wanted in zip(images.shape[2:], size)

@@ -131,6 +131,7 @@ def test_a_new_run_leaves_nothing_to_resume_of_the_old(phantoms, trained, tmp_pa
         3,
         "--clip",
         1e30,
+        "--overwrite",
     )
     expect_sentence(done, "lower --lr")
     assert (

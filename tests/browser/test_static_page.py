@@ -116,8 +116,8 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
 
     volume = np.stack(
         [np.asarray(Image.open(path)) for path in one.images]
-    )  # as NIfTI: x, y, z with the front at the end of y
-    values = np.moveaxis(volume[:, ::-1], (0, 1, 2), (2, 1, 0))
+    )  # as NIfTI: x, y, z with the right at the end of x, the front at the end of y
+    values = np.moveaxis(volume[:, ::-1, ::-1], (0, 1, 2), (2, 1, 0))
     scan = nibabel.Nifti1Image(np.ascontiguousarray(values), np.diag([1, 1, 3, 1.0]))
     choose(page, [("brain.nii.gz", gzip.compress(scan.to_bytes()))])
     shown(page, len(expected))
@@ -125,7 +125,7 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
     name, content = fetched(page, "Mask (NIfTI)")
     mask = np.asarray(nibabel.Nifti1Image.from_bytes(gzip.decompress(content)).dataobj)
     assert name == "brain_mask.nii.gz" and mask.shape == values.shape[:3]
-    assert_equal_masks(list(np.moveaxis(mask * 255, (2, 1, 0), (0, 1, 2))[:, ::-1]), expected, "NIfTI")
+    assert_equal_masks(list(np.moveaxis(mask * 255, (2, 1, 0), (0, 1, 2))[:, ::-1, ::-1]), expected, "NIfTI")
     page.get_by_role("button", name="Close this case").click()
 
     choose(page, [one.images[3]])  # alone, as predict.py reads it alone

@@ -116,7 +116,7 @@ def test_no_message_and_no_file_names_a_patient(whole, phantoms):
         "federated_test.json",
         "audit.jsonl",
     }
-    assert written | {"server.json", "index.html"} == set(files)
+    assert written | {"server.json", "index.html", ".server.lock"} == set(files)
     places = {
         "hospital to server": bytes(tap.said),
         "server to hospital": bytes(tap.answered),

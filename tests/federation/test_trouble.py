@@ -71,11 +71,11 @@ def own_folder(phantoms, folder, patients):
 
 
 def contents(folder: Path) -> list[bytes]:
-    """What is in the files of a server's folder, but for its split; files
-    of a round under way come and go."""
+    """What is in the files of a server's folder, but for its split, and for the hospitals' own pages, which lie
+    there where both run in one place; files of a round under way come and go."""
     found = []
     for path in folder.rglob("*"):
-        if "split" not in path.name:
+        if "split" not in path.name and path.name not in ("mercy.html", "hope.html"):
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 found.append(path.read_bytes())
     return found
