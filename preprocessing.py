@@ -342,8 +342,8 @@ def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     own is taken, which is faster; the products of matrices also export to ONNX with any h and w.
     """
     sides = list(zip(images.shape[2:], size))
-    known = all(isinstance(n, int) and isinstance(m, int) for n, m in sides)  # not in a graph for every size
-    if known and all(n <= m or n == 2 * m for n, m in sides):
+    # a graph holds for every size, so that no branch may depend on the one that it is traced with
+    if not torch.compiler.is_exporting() and all(n <= m or n == 2 * m for n, m in sides):
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
     rows, columns = (
         _weights(length, wanted, images.device) for length, wanted in zip(images.shape[2:], size)
