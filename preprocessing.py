@@ -342,13 +342,22 @@ def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     own is taken, which is faster; the products of matrices also export to ONNX with any h and w.
     """
     sides = list(zip(images.shape[2:], size))
-    # a graph holds for every size, so that no branch may depend on the one that it is traced with
-    if not torch.compiler.is_exporting() and all(n <= m or n == 2 * m for n, m in sides):
+    if all(_holds(n <= m) or _holds(n == 2 * m) for n, m in sides):
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
     rows, columns = (
         _weights(length, wanted, images.device) for length, wanted in zip(images.shape[2:], size)
     )
     return torch.matmul(rows, torch.matmul(images, columns.T))
+
+
+def _holds(fact: bool) -> bool:
+    """Whether something is true of two sizes: in an exported graph, whatever sizes it will get, and not only of
+    those that it is traced with."""
+    if torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(fact)
+    return fact
 
 
 def _weights(length: int, size: int, device: torch.device) -> torch.Tensor:
