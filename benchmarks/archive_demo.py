@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import ROOT, MedFLError, run_script
 from tests.dicom_phantoms import phantom, scan, write_series
-from tests.orthanc import PASSWORD, USER, Orthanc, executable
+from tests.orthanc import PASSWORD, USER, Orthanc, need_orthanc
 
 SAGITTAL = [[0, 0, -1], [1, 0, 0], [0, -1, 0]]
 STUDY = "1.2.840.99.{}"
@@ -48,7 +48,7 @@ def call(script: str, *options: object) -> None:
     """Run a script as a user does, and show the command."""
     command = [script, *map(str, options)]
     print("\n$ python " + " ".join(command), flush=True)
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+    if subprocess.run([sys.need_orthanc, *command], cwd=ROOT).returncode:
         raise MedFLError(f"{script} failed; see its message above")
 
 
@@ -58,10 +58,7 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=2, help="in the archive, 1 to 9 (default 2)")
     parser.add_argument("--end", action="store_true", help="end when all is sent, and don't wait for Ctrl-C")
     arguments = parser.parse_args()
-    if executable() is None:
-        raise MedFLError(
-            "there is no Orthanc with DICOMweb here; install Debian's orthanc and orthanc-dicomweb"
-        )
+    need_orthanc()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print(f"painting {arguments.patients} patients", flush=True)

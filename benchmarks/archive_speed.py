@@ -19,7 +19,7 @@ import pydicom
 from benchmarks.prepare_speed import measure, write_study
 from common import ROOT, MedFLError, run_script
 from tests.dicom_phantoms import phantom, write_series
-from tests.orthanc import Orthanc, executable
+from tests.orthanc import Orthanc, need_orthanc
 
 
 def make_foreign(folder: Path) -> None:
@@ -38,7 +38,7 @@ def resident(pid: int) -> float:
 
 def growth(source: list[str], out: Path, studies: int) -> list[tuple[int, float]]:
     """Studies that are done and MiB in memory, several times during a preparation. Raises MedFLError where it fails."""
-    command = [sys.executable, str(ROOT / "data" / "prepare_hospital.py"), *source, "--out", str(out)]
+    command = [sys.need_orthanc, str(ROOT / "data" / "prepare_hospital.py"), *source, "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ledger, told, points = out.parent / f"{out.name}_private" / "archive.jsonl", -1, []
     while process.poll() is None:
@@ -59,10 +59,7 @@ def main() -> None:
         "--growth", type=int, default=200, help="small studies one after the other (default 200)"
     )
     arguments = parser.parse_args()
-    if executable() is None:
-        raise MedFLError(
-            "there is no Orthanc with DICOMweb here; install Debian's orthanc and orthanc-dicomweb"
-        )
+    need_orthanc()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for number in range(arguments.patients):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import requests
 
+from common import MedFLError
+
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 USER, PASSWORD = "reader", "quite-secret-48151623"
 AET, OURS = "ORTHANC", "MEDFL"  # the archive's name among DIMSE's peers, and our own
@@ -21,6 +23,14 @@ def executable() -> str | None:
     """Orthanc's program, or None where it or its plugin is not installed."""
     path = os.environ.get("PATH", os.defpath) + os.pathsep + "/usr/sbin"
     return shutil.which("Orthanc", path=path) if PLUGIN.exists() else None
+
+
+def need_orthanc() -> None:
+    """Raises MedFLError where there is none."""
+    if executable() is None:
+        raise MedFLError(
+            "there is no Orthanc with DICOMweb here; install Debian's orthanc and orthanc-dicomweb"
+        )
 
 
 def free_port() -> int:

@@ -111,7 +111,11 @@ class Ending:
 
     def score(self, what: str, weights: torch.Tensor, purpose: str) -> dict | None:
         """The pooled score of these weights, (n,) float32, on the hospitals' test patients; None of none."""
-        members = [*self.exchange.membership.present, *self.exchange.membership.observers]
+        everybody = [*self.exchange.membership.present, *self.exchange.membership.observers]
+        members = [member for member in everybody if member.facts.parts["test"].patients]
+        if not members:  # nobody is asked in vain
+            self.say(f"{what}: no test patients")
+            return None
         sent = in_precision(weights, self.state.federation.update_dtype)
         purpose = f"test-{purpose}"
         self.exchange.send("evaluate", purpose, members, {"part": "test"}, sent, [])
