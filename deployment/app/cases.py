@@ -5,7 +5,6 @@ Everything stays in memory; nothing is written to disk.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import PurePosixPath
 from types import ModuleType
 
@@ -99,12 +98,6 @@ def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
     if len(volumes) > 1:
         _refuse_several(volumes, folders)
     order = [path for _, slices in volumes for path in slices]
-    for one, other in pairwise(order):
-        if slice_number(one) is not None and slice_number(one) == slice_number(other):
-            raise MedFLError(
-                f"{short(one.name)} and {short(other.name)} have one slice number, and which one counts can't "
-                f"be told; leave one out"
-            )
     _check_sizes(order, [picture_size(path, paths[path]) for path in order])
     pixels = [read_slice(path, paths[path]) for path in order]
     known = [masks.get(path) for path in order]
