@@ -48,7 +48,7 @@ def call(script: str, *options: object) -> None:
     """Run a script as a user does, and show the command."""
     command = [script, *map(str, options)]
     print("\n$ python " + " ".join(command), flush=True)
-    if subprocess.run([sys.need_orthanc, *command], cwd=ROOT).returncode:
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
         raise MedFLError(f"{script} failed; see its message above")
 
 

@@ -38,7 +38,7 @@ def resident(pid: int) -> float:
 
 def growth(source: list[str], out: Path, studies: int) -> list[tuple[int, float]]:
     """Studies that are done and MiB in memory, several times during a preparation. Raises MedFLError where it fails."""
-    command = [sys.need_orthanc, str(ROOT / "data" / "prepare_hospital.py"), *source, "--out", str(out)]
+    command = [sys.executable, str(ROOT / "data" / "prepare_hospital.py"), *source, "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ledger, told, points = out.parent / f"{out.name}_private" / "archive.jsonl", -1, []
     while process.poll() is None:

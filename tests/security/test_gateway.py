@@ -19,7 +19,7 @@ import pytest
 from consortium import Consortium, Secured, call, tls
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from federations import BEST, SMALL, Scene, children
+from federations import BEST, DEADLINE, SMALL, Scene, children
 from flwr.proto.control_pb2 import ListRunsRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -232,19 +232,22 @@ def test_200_connections_held_open_stop_nobody(scene):
 
 
 def test_too_many_calls_are_slowed_down(scene):
-    """From one address; others are not touched."""
+    """From one address; others are not touched. A busy machine may answer so slowly that the calls are not too
+    many yet: they go on until one is refused."""
     statuses = []
+    until = time.monotonic() + DEADLINE
 
     def hammer():
         plain = socket.create_connection(
             ("127.0.0.1", scene.port), timeout=30, source_address=("127.0.0.3", 0)
         )
         raw = tls(scene).wrap_socket(plain, server_hostname="localhost")
-        raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
-        answer = b""
-        while answer.count(b"HTTP/1.1 ") < 600 and (more := raw.recv(1 << 20)):
-            answer += more
-        statuses.extend(re.findall(rb"HTTP/1.1 (\d+)", answer))
+        while b"429" not in statuses and time.monotonic() < until:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+            answer = b""
+            while answer.count(b"HTTP/1.1 ") < 600 and (more := raw.recv(1 << 20)):
+                answer += more
+            statuses.extend(re.findall(rb"HTTP/1.1 (\d+)", answer))
         raw.close()
 
     threads = [threading.Thread(target=hammer) for _ in range(3)]
