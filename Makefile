@@ -1,5 +1,5 @@
 # make demo        set up, make phantoms, train on them, score the model, then compare hospitals alone, a federation and one
-#                  central model (Linux and macOS; the README has Windows' commands)
+#                  central model (Linux and macOS; docs/tutorial.md has the steps for Windows)
 # make test        set up, then linter, types and every test
 # make test-quick  linter, types and the fast tests, for daily work
 # make federated   set up, then a server and two hospitals on the phantoms

@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from appearance.features import describe_volume, image_statistics
-from cohort import Cohort, Patient, cohort_name, find_cohort
 from common import MedFLError, counted, file_sha256, write_json
 from preprocessing import read_mask_and_form, read_slice
-from spacing import NAME, read_spacing
+from scans.cohort import Cohort, Patient, cohort_name, find_cohort
+from scans.spacing import NAME, read_spacing
 from tasks import task_of
 
 CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from checkpoint import load_checkpoint
 from common import ROOT, MedFLError, atomic_write, counted, run_script, write_csv
 from deployment.app.card import find_checkpoints
-from folders import refuse_dangling, walk
 from inference import choose_device, predict_volume, to_mask
-from pairing import pair
 from preprocessing import group_volumes, is_image, is_mask, read_volume, slice_number
+from scans.folders import refuse_dangling, walk
+from scans.pairing import pair
 
 COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
 

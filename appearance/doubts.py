@@ -10,7 +10,7 @@ import torch
 from appearance.features import APPEARANCE, FLAIR, MEASURES, describe_volume
 from preprocessing import CHANNELS, EPSILON
 
-LIMIT = 4.0  # deviations between patients; the README gives the rates of false alarms and of misses
+LIMIT = 4.0  # deviations between patients; docs/apps.md gives the rates of false alarms and of misses
 LIMIT_ALONE = 6.0  # of a lone slice: at the top of a head slices differ more than patients do
 SIDES = (64, 1024)  # pixels; the training's slices have 256
 ASPECT = 1.3  # longer to shorter side

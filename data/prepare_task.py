@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import MedFLError, atomic_write, counted, run_script, write_json
 from preprocessing import IMAGE_SUFFIXES, read_slice
-from spacing import NAME as SPACING
+from scans.spacing import NAME as SPACING
 from tasks import FOLDER, NAME, Task, known, named_task
 
 NIFTI = (".nii", ".nii.gz")

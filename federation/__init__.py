@@ -1,1 +1,1 @@
-"""What only the federated path needs; see README.md, section C."""
+"""What only the federated path needs: docs/federation.md starts one, docs/architecture.md shows how it works."""

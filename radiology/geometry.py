@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from common import MedFLError
-from orientation import closest_axes
+from scans.orientation import closest_axes
 
 SIDE = 256  # pixels, of the dataset's slices
 AS_ACQUIRED = 20.0  # degrees; slices tilted less, as technicians do along the skull's base, stay as they are
@@ -28,7 +28,7 @@ BINS, SAMPLES, SEED = 48, 60_000, 1
 STEPS = 150  # of the optimiser, at most
 LONGEST, SHORTEST = (4.0, 2.0, 0.5), 0.005  # mm, its first step for each factor, and its last
 EDGE = 2.0  # mm, over which edges are measured
-POOR = 0.75  # agreement of edges; README.md tells how often real pairs lie below
+POOR = 0.75  # agreement of edges; docs/archive.md tells how often real pairs lie below
 
 
 def as_shown(image: sitk.Image) -> sitk.Image:

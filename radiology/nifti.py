@@ -20,14 +20,14 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-import nifti_file
 from common import MedFLError
 from limits import fits
-from nifti_file import GZIP, NRRD, SUFFIXES
-from orientation import mirrored
 from radiology.geometry import on_grid
 from radiology.headers import File
 from radiology.series import Refused, Series
+from scans import nifti_file
+from scans.nifti_file import GZIP, NRRD, SUFFIXES
+from scans.orientation import mirrored
 
 DERIVATIVES = "derivatives"
 KINDS_OF_SCAN = ("anat",)  # BIDS's folders of a session that say what was scanned, not whose it is

@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common import atomic_write, write_csv
 from escaping import web
-from orientation import EDGES
 from radiology.series import Refused
 from radiology.studies import Study
+from scans.orientation import EDGES
 
 TILE, ACROSS = 128, 10  # pixels of a slice's side, and slices in a row
 OUTLINE, MARK = (255, 150, 0), (255, 255, 255)

@@ -38,7 +38,7 @@ from radiology.headers import InMemory
 from radiology.nifti import find_volumes, load_volume
 from radiology.segmentation import read_segmentation
 from radiology.series import find_series, load_series
-from spacing import read_spacing
+from scans.spacing import read_spacing
 from split import load_split
 from transunet import TransUNet
 

@@ -1,4 +1,4 @@
-"""cohort.py, pairing.py and folders.py: nobody vanishes without a word, and no mask is taken by chance."""
+"""The cohort, pairing and folders of scans/: nobody vanishes without a word, and no mask is taken by chance."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from running import run_here
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from dataset import load_dataset
-from pairing import pair
 from preprocessing import group_volumes, read_mask, read_slice
+from scans.pairing import pair
 from split import make_split
 from transunet import TransUNet
 

@@ -18,11 +18,11 @@ from deployment.app.dicom import on_series
 from deployment.app.dicom import write_series_nifti as write_dicom_mask
 from deployment.app.nifti import mirror, write_nifti
 from deployment.app.pictures import marked
-from nifti_file import doubt
-from orientation import closest_axes, mirrored
 from radiology.geometry import as_shown, to_axial
 from radiology.nifti import find_volumes, load_volume
 from radiology.series import find_series
+from scans.nifti_file import doubt
+from scans.orientation import closest_axes, mirrored
 
 RAS = np.array([[2.0, 0, 0, -40], [0, 2.0, 0, -44], [0, 0, 5.0, -30], [0, 0, 0, 1]])
 SHAPE = (40, 44, 18)

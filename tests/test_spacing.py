@@ -15,7 +15,7 @@ from common import MedFLError
 from dataset import load_dataset
 from evaluation import metrics
 from evaluation.scoring import score_patients
-from spacing import read_spacing
+from scans.spacing import read_spacing
 
 BEST = "transunet_centralized_best.pth"
 GOOD = {

@@ -15,9 +15,6 @@ from deployment.app.archives import check_names, check_number, unpack_zip
 from deployment.app.case import LONE_SLICE, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
 from limits import MAX_PIXELS
-from nifti_file import SUFFIXES as NIFTI
-from nifti_file import other_format
-from pairing import pair
 from preprocessing import (
     IMAGE_SUFFIXES,
     group_volumes,
@@ -27,7 +24,10 @@ from preprocessing import (
     slice_number,
     volume_name,
 )
-from spacing import NAME, read_spacing
+from scans.nifti_file import SUFFIXES as NIFTI
+from scans.nifti_file import other_format
+from scans.pairing import pair
+from scans.spacing import NAME, read_spacing
 
 DICOM = (".dcm", ".dicom", ".ima")  # or any other name, where the content says so
 ONES = "{masks} with 1, or a palette, in the place of 255: 1 is read as tumour."

@@ -11,7 +11,8 @@ from common import MedFLError
 from deployment.app.archives import gzip_begins_with, unpack_gzip
 from deployment.app.case import MIN_SIDE, Case
 from limits import MAX_PIXELS, SIZES_MM, fits, is_size_mm
-from nifti_file import (
+from preprocessing import CHANNELS
+from scans.nifti_file import (
     GZIP,
     HEAD,
     NRRD,
@@ -24,7 +25,7 @@ from nifti_file import (
     read_image,
     stem,
 )
-from orientation import (
+from scans.orientation import (
     UNKNOWN,
     closest_axes,
     distance_apart,
@@ -33,7 +34,6 @@ from orientation import (
     shown_affine,
     to_shown,
 )
-from preprocessing import CHANNELS
 
 if TYPE_CHECKING:
     import nibabel

@@ -12,8 +12,8 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
-from orientation import EDGES, UNKNOWN
 from preprocessing import CHANNELS
+from scans.orientation import EDGES, UNKNOWN
 
 VIEWS = {
     "pre": CHANNELS.index("pre-contrast"),

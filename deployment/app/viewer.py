@@ -44,7 +44,7 @@ from deployment.app.sending import send_button
 from escaping import markdown, plain
 from inference import to_mask
 from limits import is_size_mm
-from orientation import UNKNOWN
+from scans.orientation import UNKNOWN
 from transunet import TransUNet
 
 if TYPE_CHECKING:  # radiology/ is optional

@@ -11,10 +11,10 @@ export const MIN_SIDE = 16; // pixels
 const IMAGE = /\.(tiff?|png|jpe?g)$/i;
 const MASK = /_mask\.(tiff?|png|jpe?g)$/i;
 const SHEET = /_contact_sheet\.[^.]*$/; // of a prepared patient, to look through
-const MEASURES = "volume.json"; // of a prepared patient, by the rules of spacing.py
+const MEASURES = "volume.json"; // of a prepared patient, by the rules of scans/spacing.py
 const NUMBER = /[_\-. (]*(?<!\d)(\d{1,18})\)?$/; // of a slice, by the rules of preprocessing.py
 const KIND_OF_SCAN = /(?:^|[^a-z])t[12]$/i;
-const IMAGE_TREE = /^(images?|imagestr)$/i, MASK_TREE = /^(masks?|labels?|labelstr)$/i; // by the rules of pairing.py
+const IMAGE_TREE = /^(images?|imagestr)$/i, MASK_TREE = /^(masks?|labels?|labelstr)$/i; // by the rules of scans/pairing.py
 
 const convert = "is another format of volumes; convert it to .nii.gz", half = "is half of a pair (.hdr and .img); convert the pair to one .nii.gz file";
 const OTHERS = { ".mgz": convert, ".mgh": convert, ".nrrd": convert, ".mha": convert, ".mhd": convert, ".img": half, ".hdr": half };
@@ -50,7 +50,7 @@ const volumeName = (name) => (number(name) === undefined ? stem(name) : stem(nam
 const parent = (name) => folder(name).split("/").at(-2) ?? "";
 const isPicture = ({ name }) => IMAGE.test(name) && !SHEET.test(name) && !hidden(name);
 
-/** Slices, the mask of each, and masks without a slice, as pairing.py pairs them. */
+/** Slices, the mask of each, and masks without a slice, as scans/pairing.py pairs them. */
 function pair(files) {
   const pictures = files.filter(isPicture);
   const trees = new Set(pictures.flatMap(({ name }) => treesOf(name, IMAGE_TREE).map(({ tree }) => tree)));

@@ -1,4 +1,4 @@
-// NIfTI scans in and masks out, by the rules of deployment/app/nifti.py, nifti_file.py and orientation.py.
+// NIfTI scans in and masks out, by the rules of deployment/app/nifti.py, scans/nifti_file.py and scans/orientation.py.
 
 import { readHeader, Utils } from "nifti-reader-js";
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import MedFLError, counted
-from folders import walk
-from pairing import TREES_OF_IMAGES, Pairing, pair
 from preprocessing import group_volumes, slice_number
+from scans.folders import walk
+from scans.pairing import TREES_OF_IMAGES, Pairing, pair
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")

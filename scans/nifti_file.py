@@ -16,7 +16,7 @@ import numpy as np
 
 from common import MedFLError
 from limits import MAX_UNPACKED, fits
-from orientation import APART, distance_apart, is_sheared
+from scans.orientation import APART, distance_apart, is_sheared
 
 SUFFIXES = (".nii", ".nii.gz", ".nrrd")
 GZIP, NRRD = b"\x1f\x8b", b"NRRD"
