@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from checkpoint import load_checkpoint
 from common import ROOT, MedFLError, run_script
@@ -92,6 +98,8 @@ def publish(repo: str, kind: Kind) -> str:
         ) from error
     except HfHubHTTPError as error:
         raise MedFLError(_reason(error, repo, kind)) from error
+    except OfflineModeIsEnabled as error:
+        raise MedFLError("HF_HUB_OFFLINE keeps this machine off the network; unset HF_HUB_OFFLINE") from error
     except HTTPError as error:
         raise MedFLError(
             f"Hugging Face can't be reached ({type(error).__name__}); check the network, or run the page "

@@ -19,7 +19,7 @@ def copy_of_medfl(folder: Path) -> Path:
     """The scripts and what they import in another folder, for a test to change."""
     packages = [
         path
-        for name in ("appearance", "evaluation", "federation", "tasks")
+        for name in ("appearance", "evaluation", "federation", "scans", "tasks")
         for path in (ROOT / name).rglob("*.py")
     ]
     for path in [ROOT / "LICENSE", *ROOT.glob("*.py"), *packages]:

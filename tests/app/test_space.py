@@ -1,6 +1,7 @@
 """What is pushed to a Space: the staged folder starts by itself, and each refusal of the hub gets its
 sentence."""
 
+import functools
 import http.server
 import json
 import os
@@ -10,10 +11,13 @@ import sys
 import sysconfig
 import threading
 
+import huggingface_hub
 import pytest
-from running import ROOT
+from huggingface_hub import HfApi
+from running import ROOT, run_here
 
 from benchmarks.serving import served
+from deployment import push_to_space
 
 pytestmark = pytest.mark.slow
 BEST = "transunet_centralized_best.pth"
@@ -115,7 +119,8 @@ def test_a_dry_run_shows_what_would_be_sent(trained):
 
 
 def test_half_precision_is_for_the_page_in_the_browser(trained):
-    done = push("--repo", "someone/medfl", "--checkpoint", trained / BEST, "--half", "--dry-run")
+    options = ("--repo", "someone/medfl", "--checkpoint", trained / BEST, "--half", "--dry-run")
+    done = run_here("deployment/push_to_space.py", *options)
     assert done.returncode == 2 and "add --static" in done.stderr
 
 
@@ -175,9 +180,12 @@ def hub():
     ],
     ids=str,
 )
-def test_each_refusal_gets_a_sentence(hub, trained, home, codes, space, sentence):
+def test_each_refusal_gets_a_sentence(hub, trained, home, codes, space, sentence, monkeypatch):
     Hub.codes, Hub.space = codes, space
-    done = push("--repo", "medfl", "--checkpoint", trained / BEST, HF_ENDPOINT=hub, HF_TOKEN="hf_" + "a" * 34)
+    api = functools.partial(HfApi, endpoint=hub, token="hf_" + "a" * 34)
+    monkeypatch.setattr(push_to_space, "HfApi", api)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    done = run_here("deployment/push_to_space.py", "--repo", "medfl", "--checkpoint", trained / BEST)
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -189,5 +197,7 @@ def test_no_token_no_network_and_no_name(hub, trained, home):
     token = {"HF_TOKEN": "hf_" + "a" * 34}
     done = push("--repo", "medfl", *common, HF_ENDPOINT="http://127.0.0.1:9", **token)
     assert done.returncode == 2 and "can't be reached" in done.stderr, done.stderr
+    done = push("--repo", "medfl", *common, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1", **token)
+    assert done.returncode == 2 and "unset HF_HUB_OFFLINE" in done.stderr, done.stderr
     done = push("--repo", "no good/name/at all", *common, HF_ENDPOINT=hub, **token)
     assert done.returncode == 2 and "no name for a Space" in done.stderr, done.stderr
