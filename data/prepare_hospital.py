@@ -115,6 +115,7 @@ def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
         f"\n{whole} of {len(studies)} studies would be prepared, {sum(s.mask is not None for s in studies)} "
         f"with a mask; {counted(len(refused), 'file')} of no patient; nothing was written"
     )
+    print("next: the same command without --dry-run")
 
 
 def find_studies(archive: "Archive", arguments: argparse.Namespace) -> "list[FoundStudy]":
@@ -200,6 +201,7 @@ def main() -> None:
         f"{arguments.private / REPORT} says of each series what became of it; that folder leads back to patients "
         f"and stays here"
     )
+    print(f"next: python run_client.py --own-data {arguments.out} --name LABEL --check")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def main() -> None:
     with atomic_write(arguments.out / NAME, "w") as file:
         file.write(content)
     print(f"{task.title}: {counted(len(found), 'patient')} in {arguments.out}")
+    print(f"next: python train_centralized.py --data-dir {arguments.out}")
 
 
 if __name__ == "__main__":
