@@ -39,7 +39,7 @@ class Series:
     mm between slices, rows and columns. positions: mm along the normal, one per slice. problems: why it can't
     be used, a sentence each; empty where it can. references: the series that a segmentation is of. when: the
     study's date and time as DICOM writes them, to put studies in order. person: name, birth date and sex, to
-    notice a number that several people have.
+    notice a number that several people have. volume: which one of a NIfTI file that holds several, or None.
     """
 
     uid: str
@@ -72,6 +72,7 @@ class Series:
     references: tuple[str, ...] = ()
     when: str = ""
     person: tuple[str, ...] = field(default=(), repr=False)
+    volume: int | None = None
 
     @property
     def slices(self) -> int:
