@@ -173,8 +173,8 @@ def _mask_of(image: Path, pairing: Pairing, mask_suffix: str) -> Path:
     ends = {longer[len(shorter) :] for shorter, longer in beside if longer.startswith(shorter)}
     if mark := min(filter(MARK.match, ends), default=None):
         raise MedFLError(
-            f"{image} has no mask ({image.stem}{mask_suffix}{image.suffix}), and names beside it end in {mark}; if "
-            f"those are the masks, say --mask-suffix {mark}"
+            f"{image.parent} holds slices without masks (names that end in {mask_suffix}), and names there end in "
+            f"{mark}; if those are the masks, say --mask-suffix={mark}"
         )
     raise MedFLError(
         f"{image} has no mask ({image.stem}{mask_suffix}{image.suffix}); add it or take the slice away"

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from appearance.features import describe_volume, image_statistics
-from cohort import Cohort, Patient, cohort_name, find_cohort
+from cohort import SITE, Cohort, Patient, cohort_name, find_cohort
 from common import MedFLError, counted, file_sha256, write_json
 from preprocessing import IMAGE_SUFFIXES, MASK_SUFFIX, read_mask_and_form, read_slice
 from spacing import NAME, read_spacing
@@ -117,6 +117,11 @@ class Dataset:
         MedFLError for a broken one."""
         path = self._folders[patient] / NAME
         return read_spacing(path, self._entries[patient]["shape"][0]) if path.exists() else None
+
+    def is_oriented(self, patient: str) -> bool:
+        """Whether it is known that the patient's left is on the right of each slice: of the public set and
+        phantoms, and of what was prepared, which takes no scan that does not say so."""
+        return (self._folders[patient] / NAME).exists() or bool(SITE.match(patient.rpartition("/")[2]))
 
     def statistics(self, patient: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The volume's mean and deviation per channel, (3,) and (3,) float32, as

@@ -180,9 +180,8 @@ def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, fold
         volume, truth = dataset.volume(row["patient"])
         prediction = to_mask(predict_volume(checkpoint.model, volume), checkpoint.threshold)
         path = folder / f"{rank}_{row['patient'].replace('/', '_')}.png"
-        draw_outlines(
-            volume, truth, prediction, f"{rank}: {row['patient']}, volume Dice {row['dice']:.3f}", path
-        )
+        title = f"{rank}: {row['patient']}, volume Dice {row['dice']:.3f}"
+        draw_outlines(volume, truth, prediction, title, path, dataset.is_oriented(row["patient"]))
         print(f"wrote {escaping.terminal(path)}")
 
 

@@ -416,13 +416,14 @@ def test_who_has_no_visits_keeps_the_name(tmp_path):
 def test_masks_of_another_name_are_read_where_it_is_said_and_asked_about_where_not(tmp_path, suffix):
     patient(tmp_path / "anna", 1, mask="{}" + suffix)
     with pytest.raises(
-        MedFLError, match=f"p_1.png has no mask .*if those are the masks, say --mask-suffix {suffix}"
+        MedFLError,
+        match=f"anna holds slices without masks .*if those are the masks, say --mask-suffix={suffix}",
     ):
         load(tmp_path)
     found = load_dataset(tmp_path, progress=False, mask_suffix=suffix)
     assert found.table["tumour_pixels"].tolist() == [9]
     done = run_here(
-        "run_client.py", "--own-data", tmp_path, "--name", "mercy", "--check", "--mask-suffix", suffix,
+        "run_client.py", "--own-data", tmp_path, "--name", "mercy", "--check", f"--mask-suffix={suffix}",
         "--server", "127.0.0.1:9",
     )  # fmt: skip
     assert "1 patient, 3 slices" in done.stdout and "the data are fine" in done.stderr
