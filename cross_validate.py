@@ -78,7 +78,10 @@ def fold_rows(
     """The figures of a fold's test patients; trains its model first, or goes on with it, where there are none."""
     done = out / "rows.json"
     if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+        try:
+            return json.loads(done.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MedFLError(f"{done} can't be read; delete it, and the fold is scored again") from error
     save_split(split, out / "split.json")
     resume = (out / LAST).exists()
     if resume:

@@ -201,7 +201,12 @@ def approved(given: list[str]) -> list[str]:
     """The hashes that the option names. Raises MedFLError for what is neither a hash nor a file of hashes."""
     hashes = []
     for entry in given:
-        lines = Path(entry).read_text(encoding="utf-8").splitlines() if Path(entry).is_file() else [entry]
+        try:
+            lines = Path(entry).read_text(encoding="utf-8").splitlines() if Path(entry).is_file() else [entry]
+        except (OSError, ValueError) as error:
+            raise MedFLError(
+                f"{entry} can't be read as a text of hashes; name the file with --approve, or give the hash itself"
+            ) from error
         hashes += [line.split("#")[0].strip() for line in lines]
     hashes = [entry for entry in hashes if entry]
     if wrong := [entry for entry in hashes if not HASH.fullmatch(entry)]:
