@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from batches import augment
 from common import MedFLError
-from preprocessing import group_volumes, is_image, network_input, read_volume, volume_statistics
+from preprocessing import MASK_SUFFIX, group_volumes, network_input, read_volume, volume_statistics
+from scans.folders import walk
+from scans.pairing import pair
 from transunet import ARCHITECTURES, PATCH, TransUNet
 
 WIDTH, DEPTH, HEADS = 96, 2, 3  # of the decoder, which is thrown away
@@ -77,16 +79,26 @@ def patches(images: Tensor) -> Tensor:
 class UnlabelledSlices:
     """The slices below a folder, prepared as for a training, in memory: (n, 3, side, side) float16.
 
-    patients: those whose folders are read; all where None. Masks are not opened. Raises MedFLError where there
-    is no slice.
+    patients: those that are read, by their names in a split; all where None. Masks, as their names or their
+    tree tell them, are not opened. Raises MedFLError where there is no slice.
     """
 
-    def __init__(self, folder: Path, side: int, patients: set[str] | None = None):
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and is_image(file)]
-        files = [file for file in files if patients is None or file.parent.name in patients]
-        if not files:
+    def __init__(
+        self,
+        folder: Path,
+        side: int,
+        patients: set[str] | None = None,
+        mask_suffix: str = MASK_SUFFIX,
+    ):
+        inside = dict(walk(folder))
+        files = pair((file for found in inside.values() for file in found), mask_suffix).images
+        volumes = [
+            (name, slices)
+            for name, slices in group_volumes(files, inside)
+            if patients is None or any(_is_of(name, slices[0].parent, patient) for patient in patients)
+        ]
+        if not volumes:
             raise MedFLError(f"there are no slices in {folder} to learn from; name another --data-dir")
-        volumes = group_volumes(files)
         prepared = []
         for _, slices in volumes:
             pixels = torch.from_numpy(read_volume(slices).copy())
@@ -104,3 +116,10 @@ class UnlabelledSlices:
         for numbers in np.array_split(draw.permutation(len(self)), -(-len(self) // batch_size)):
             images = self.images[torch.from_numpy(numbers)].float()
             yield augment(images, torch.zeros(len(images), 1, *images.shape[2:]), random)[0]
+
+
+def _is_of(volume: str, folder: Path, patient: str) -> bool:
+    """Whether a volume is a patient's, whose name in a split is the end of the folder's path, or the volume's
+    own in a flat tree."""
+    names = Path(patient).parts
+    return folder.parts[-len(names) :] == names or volume == patient

@@ -123,6 +123,11 @@ def in_words(error: Exception) -> str | None:
         return (
             f"the disk is full ({error.filename or 'where a file was written'}); free space and start again"
         )
+    if isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike):
+        return (
+            f"{error.filename} can't be read or written ({error.strerror}); check the name, its permissions and "
+            "that its disk is there"
+        )
     return None
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_checkpoint
-from common import MedFLError, add_settings, counted, run_script, settings_from, utc_now, write_json
-from dataset import Dataset, load_dataset
+from common import MedFLError, add_settings, counted, run_script, settings_from, tell, utc_now, write_json
+from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
 from evaluate import print_table, write_patients
 from evaluation.failures import as_lines, failures
 from evaluation.metrics import report
@@ -51,6 +51,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     add_settings(parser, TrainingSettings)
+    add_cache_option(parser)
+    add_mask_option(parser)
     return parser.parse_args()
 
 
@@ -76,7 +78,10 @@ def fold_rows(
     """The figures of a fold's test patients; trains its model first, or goes on with it, where there are none."""
     done = out / "rows.json"
     if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+        try:
+            return json.loads(done.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MedFLError(f"{done} can't be read; delete it, and the fold is scored again") from error
     save_split(split, out / "split.json")
     resume = (out / LAST).exists()
     if resume:
@@ -92,7 +97,9 @@ def fold_rows(
 def main() -> None:
     arguments = parse()
     settings, device = settings_from(arguments, TrainingSettings), choose_device(arguments.device)
-    dataset = load_dataset(arguments.data_dir)
+    choose_cache(arguments.cache)
+    dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
+    tell(dataset.notes)
     sites = {patient.name: patient.site for patient in dataset.patients}
     splits = make_folds(sites, arguments.folds, settings.seed, arguments.val_fraction)
     plan = {"patients": [split.sha256() for split in splits], "settings": asdict(settings)}
@@ -116,6 +123,7 @@ def main() -> None:
     write_json(arguments.out / "scores.json", {**about, **figures, **failed})
     write_patients(figures, arguments.out / "patients.csv")
     print(f"wrote {arguments.out / 'scores.json'} and {arguments.out / 'patients.csv'}")
+    print(f"next: python train_centralized.py --data-dir {arguments.data_dir}, for one model to use")
 
 
 if __name__ == "__main__":

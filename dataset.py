@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from appearance.features import describe_volume, image_statistics
 from common import MedFLError, counted, file_sha256, write_json
-from preprocessing import read_mask_and_form, read_slice
-from scans.cohort import Cohort, Patient, cohort_name, find_cohort
+from preprocessing import IMAGE_SUFFIXES, MASK_SUFFIX, read_mask_and_form, read_slice
+from scans.cohort import SITE, Cohort, Patient, cohort_name, find_cohort
 from scans.spacing import NAME, read_spacing
 from tasks import task_of
 
@@ -118,6 +118,11 @@ class Dataset:
         path = self._folders[patient] / NAME
         return read_spacing(path, self._entries[patient]["shape"][0]) if path.exists() else None
 
+    def is_oriented(self, patient: str) -> bool:
+        """Whether it is known that the patient's left is on the right of each slice: of the public set and
+        phantoms, and of what was prepared, which takes no scan that does not say so."""
+        return (self._folders[patient] / NAME).exists() or bool(SITE.match(patient.rpartition("/")[2]))
+
     def statistics(self, patient: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The volume's mean and deviation per channel, (3,) and (3,) float32, as
         `preprocessing.volume_statistics` gives."""
@@ -129,13 +134,16 @@ class Dataset:
         return image_statistics([self._entries[patient]["measured"] for patient in patients])
 
 
-def load_dataset(data_dir: Path, site: str | None = None, progress: bool = True) -> Dataset:
+def load_dataset(
+    data_dir: Path, site: str | None = None, progress: bool = True, mask_suffix: str = MASK_SUFFIX
+) -> Dataset:
     """The dataset at or below `data_dir`, checked; its cache is built first where there is none or the files
     changed.
 
-    site: label of patients whose names carry no site code (default "own"). Raises MedFLError for wrong data.
+    site: label of patients whose names carry no site code (default "own"). mask_suffix: what ends a mask's
+    name. Raises MedFLError for wrong data.
     """
-    found = _cohort(Path(data_dir), site or "own")
+    found = _cohort(Path(data_dir), site or "own", mask_suffix)
     dataset = Dataset(found.root, found.patients, _cache_of(found.root, found.patients, progress))
     dataset.notes = [*found.left_out, *dataset.notes]
     return dataset
@@ -153,10 +161,10 @@ def read_patients(root: Path, site: str) -> list[Patient]:
     return _cohort(Path(root), site).patients
 
 
-def _cohort(top: Path, site: str) -> Cohort:
+def _cohort(top: Path, site: str, mask_suffix: str = MASK_SUFFIX) -> Cohort:
     """The patients below `top`; where the folder holds a task, its sites are those of the patients' names."""
     with Contents(top) as contents:
-        found = find_cohort(top, site, contents.of)
+        found = find_cohort(top, site, contents.of, mask_suffix)
     if task := task_of(found.root):
         found.patients[:] = [replace(p, site=task.site_of(p.name) or site) for p in found.patients]
     return found
@@ -167,6 +175,22 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", type=Path, help="folder for decoded scans, instead of ~/.cache/medfl (a copy of the scans)"
     )
+
+
+def add_mask_option(parser: argparse.ArgumentParser) -> None:
+    """The option for masks of other names."""
+    parser.add_argument(
+        "--mask-suffix",
+        default=MASK_SUFFIX,
+        type=_mask_suffix,
+        help=f"what a mask's name has after its slice's (default {MASK_SUFFIX})",
+    )
+
+
+def _mask_suffix(text: str) -> str:
+    if not text or text.lower().endswith(IMAGE_SUFFIXES) or set("/\\") & set(text):
+        raise argparse.ArgumentTypeError("give the end of a mask's name without its .png, such as _seg")
+    return text
 
 
 def choose_cache(folder: Path | None) -> None:

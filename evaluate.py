@@ -16,7 +16,7 @@ from pathlib import Path
 import escaping
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
 from common import SMALLEST_GROUP, MedFLError, counted, run_script, tell, utc_now, write_csv, write_json
-from dataset import Dataset, add_cache_option, choose_cache, load_dataset
+from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
 from energy import Meter, in_words
 from evaluation.calibration import draw_reliability
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
@@ -86,6 +86,7 @@ def parse() -> argparse.Namespace:
         "--write-back", action="store_true", help="write the test scores into the checkpoint's metadata"
     )
     add_cache_option(parser)
+    add_mask_option(parser)
     return parser.parse_args()
 
 
@@ -179,9 +180,8 @@ def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, fold
         volume, truth = dataset.volume(row["patient"])
         prediction = to_mask(predict_volume(checkpoint.model, volume), checkpoint.threshold)
         path = folder / f"{rank}_{row['patient'].replace('/', '_')}.png"
-        draw_outlines(
-            volume, truth, prediction, f"{rank}: {row['patient']}, volume Dice {row['dice']:.3f}", path
-        )
+        title = f"{rank}: {row['patient']}, volume Dice {row['dice']:.3f}"
+        draw_outlines(volume, truth, prediction, title, path, dataset.is_oriented(row["patient"]))
         print(f"wrote {escaping.terminal(path)}")
 
 
@@ -216,7 +216,7 @@ def compare_models(arguments: argparse.Namespace) -> None:
             "options out"
         )
     checkpoints = [load_checkpoint(path, choose_device(arguments.device)) for path in arguments.compare]
-    dataset = load_dataset(arguments.data_dir)
+    dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
     tell(dataset.notes)
     splits = {checkpoint.path: split_of(arguments, dataset, checkpoint, "test") for checkpoint in checkpoints}
     first = splits[checkpoints[0].path]
@@ -254,7 +254,7 @@ def main() -> None:
     if arguments.write_back and arguments.split != "test":
         raise MedFLError("--write-back stores test scores alone; leave --split at test")
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
-    dataset = load_dataset(arguments.data_dir)
+    dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
     tell(dataset.notes)
     if arguments.fit_temperature:
         store_temperature(arguments, dataset, checkpoint)

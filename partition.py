@@ -21,7 +21,7 @@ from scipy.spatial.distance import jensenshannon
 
 import escaping
 from common import MedFLError, atomic_write, counted, run_script, tell, write_json
-from dataset import add_cache_option, choose_cache, load_dataset
+from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
 
 KINDS = ("iid", "site", "dirichlet", "quantity", "tumour-size")
@@ -255,9 +255,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the partition into this PNG")
     parser.add_argument("--json", type=Path, help="write the partition to this file; it names the patients")
     add_cache_option(parser)
+    add_mask_option(parser)
     arguments = parser.parse_args()
     choose_cache(arguments.cache)
-    dataset = load_dataset(arguments.data_dir)
+    dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
     tell(dataset.notes)
     split = make_split(
         {p.name: p.site for p in dataset.patients}, arguments.seed, VAL_FRACTION, TEST_FRACTION
@@ -286,6 +287,10 @@ def main() -> None:
     if arguments.plot:
         draw_partition(partition, dataset.table, arguments.plot, title)
         print(f"wrote {arguments.plot}")
+    print(
+        f"next: python run_server.py --clients {arguments.clients} --partition {arguments.partition}, and "
+        f"python run_client.py --cid 0 (to {arguments.clients - 1}) --data-dir {arguments.data_dir}"
+    )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from checkpoint import load_checkpoint
 from common import ROOT, MedFLError, atomic_write, counted, run_script, write_csv
+from dataset import add_mask_option
 from deployment.app.card import find_checkpoints
 from inference import choose_device, predict_volume, to_mask
-from preprocessing import group_volumes, is_image, is_mask, read_volume, slice_number
-from scans.folders import refuse_dangling, walk
+from preprocessing import MASK_SUFFIX, group_volumes, is_image, is_mask, read_volume, slice_number
 from scans.pairing import pair
 
 COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
         "--probabilities", action="store_true", help="also write <name>_probability.png, 255 is certain"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    add_mask_option(parser)
     archive = parser.add_argument_group("a study in an archive")
     archive.add_argument(
         "--dicomweb", metavar="URL", help="its address, such as https://pacs.example/dicom-web"
@@ -73,7 +74,9 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def find_slices(inputs: list[Path], out: Path) -> tuple[list[Path], set[Path]]:
+def find_slices(
+    inputs: list[Path], out: Path, mask_suffix: str = MASK_SUFFIX
+) -> tuple[list[Path], set[Path]]:
     """The slices that files and folders name, each once, what an earlier run wrote to `out` left aside; and
     the folders that they lie in, where those were given.
 
@@ -89,14 +92,14 @@ def find_slices(inputs: list[Path], out: Path) -> tuple[list[Path], set[Path]]:
                 for folder, found in walk(given)
                 if not (below and folder.resolve().is_relative_to(out.resolve()))
             }
-            files += pair(file for found in inside.values() for file in found).images
+            files += pair((file for found in inside.values() for file in found), mask_suffix).images
             folders |= inside.keys()
         elif not given.exists():
             refuse_dangling(given)
             raise MedFLError(f"there is no {given}; check the name")
-        elif is_image(given):
+        elif is_image(given, mask_suffix):
             files.append(given)
-        elif not is_mask(given):
+        elif not is_mask(given, mask_suffix):
             raise MedFLError(f"{given} is no TIFF, PNG or JPEG; convert it first")
     if not files:
         raise MedFLError(
@@ -122,7 +125,7 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
 
 def predict_slices(arguments: argparse.Namespace) -> None:
     """Segment files, and write masks and table."""
-    files, folders = find_slices(arguments.inputs, arguments.out)
+    files, folders = find_slices(arguments.inputs, arguments.out, arguments.mask_suffix)
     if arguments.out.resolve() in {file.parent.resolve() for file in files}:
         raise MedFLError(
             f"{arguments.out} holds slices, and masks could take the place of others there; choose another "
@@ -152,6 +155,7 @@ def predict_slices(arguments: argparse.Namespace) -> None:
         f"{sum(tumour > 0 for *_, tumour, _ in rows)}; wrote "
         f"{arguments.out}"
     )
+    print(f"next: look at {arguments.out / 'predictions.csv'}, or at the slices with `make app`")
 
 
 def predict_study(arguments: argparse.Namespace) -> None:
@@ -181,6 +185,7 @@ def predict_study(arguments: argparse.Namespace) -> None:
         f"{what}; "
         + (f"{sent} objects were sent to the study" if sent else "the archive has it from this model already")
     )
+    print("next: look at the study in the archive's viewer")
 
 
 def main() -> None:

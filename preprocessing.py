@@ -26,6 +26,7 @@ from common import MedFLError
 from limits import MAX_SIDE, MAX_VOXELS, fits, tiff_asks_for_more
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+MASK_SUFFIX = "_mask"  # ends a mask's name, after its slice's, where nothing else is said
 CHANNELS = ("pre-contrast", "FLAIR", "post-contrast")
 FORMATS = ("TIFF", "PNG", "JPEG")  # whatever a file is called: no other decoder is started
 EIGHT_BIT = ("L", "1", "P", "RGBA", "LA", "RGB")  # Pillow's modes that a slice may have
@@ -60,22 +61,22 @@ def description(side: int) -> dict:
     return {**DESCRIPTION, "name": "volume-foreground-v2", "resize": "area where it shrinks, else bilinear"}
 
 
-def is_image(path: PurePath) -> bool:
+def is_image(path: PurePath, mask_suffix: str = MASK_SUFFIX) -> bool:
     """Whether a file's name is that of a slice: an image suffix, not a mask, no contact sheet of prepared
     data, not hidden."""
     return (
         path.suffix.lower() in IMAGE_SUFFIXES
-        and not is_mask(path)
+        and not is_mask(path, mask_suffix)
         and not path.name.startswith(".")
         and not path.stem.endswith("_contact_sheet")
     )
 
 
-def is_mask(path: PurePath) -> bool:
+def is_mask(path: PurePath, mask_suffix: str = MASK_SUFFIX) -> bool:
     """Whether a file's name is that of a mask: `<name>_mask.<suffix>`."""
     return (
         path.suffix.lower() in IMAGE_SUFFIXES
-        and path.stem.lower().endswith("_mask")
+        and path.stem.lower().endswith(mask_suffix.lower())
         and not path.name.startswith(".")
     )
 

@@ -30,7 +30,10 @@ from common import (
     settings_from,
     utc_now,
 )
+from dataset import add_mask_option
 from inference import choose_device
+from preprocessing import is_image, volume_name
+from scans.folders import walk
 from split import load_split
 from training import rate_scale
 
@@ -73,6 +76,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     add_settings(parser, PretrainingSettings)
+    add_mask_option(parser)
     return parser.parse_args()
 
 
@@ -113,6 +117,16 @@ def write_encoder(model: MaskedAutoencoder, about: dict, path: Path) -> None:
         file.write(save(state, {"medfl": json.dumps(about, allow_nan=False)}))
 
 
+def _names_below(folder: Path, mask_suffix: str) -> set[str]:
+    """What a patient in a folder may be called: the end of a path, or the name before the slice number."""
+    names: set[str] = set()
+    for place, files in walk(folder):
+        parts = place.relative_to(folder).parts
+        names |= {"/".join(parts[k:]) for k in range(len(parts))}
+        names |= {volume_name(file) for file in files if is_image(file, mask_suffix)}
+    return names
+
+
 def main() -> None:
     arguments = parse()
     settings, device = settings_from(arguments, PretrainingSettings), choose_device(arguments.device)
@@ -124,10 +138,9 @@ def main() -> None:
     model = MaskedAutoencoder(settings.model, settings.image_size).to(device)
     patients, split = None, None
     if arguments.split_file:
-        folders = {folder.name for folder in arguments.data_dir.rglob("*") if folder.is_dir()}
-        split = load_split(arguments.split_file, folders)
+        split = load_split(arguments.split_file, _names_below(arguments.data_dir, arguments.mask_suffix))
         patients = set(split.train)
-    slices = UnlabelledSlices(arguments.data_dir, settings.image_size, patients)
+    slices = UnlabelledSlices(arguments.data_dir, settings.image_size, patients, arguments.mask_suffix)
     print(
         f"{settings.model} at {settings.image_size} pixels, {device.type}: {counted(len(slices), 'slice')} of "
         f"{counted(slices.volumes, 'volume')}, no masks"
@@ -150,7 +163,8 @@ def main() -> None:
         }
         write_encoder(model, about, arguments.out)
         print(f"epoch {epoch:3d}  loss {loss:.4f}", flush=True)
-    print(f"wrote {arguments.out}; train with --encoder {arguments.out}")
+    print(f"wrote {arguments.out}")
+    print(f"next: python train_centralized.py --data-dir {arguments.data_dir} --encoder {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def make_server(arguments: argparse.Namespace) -> None:
     print(
         f"give {kit / kits.CA} to every hospital; keep the rest of {kit} to yourself, {kits.CA_KEY} above all"
     )
+    print(f"next: python provision.py admit KEY.pub --kit {kit} for each hospital's key")
 
 
 def make_hospital(arguments: argparse.Namespace) -> None:
@@ -95,6 +96,7 @@ def make_hospital(arguments: argparse.Namespace) -> None:
         f"fingerprint by another way: {fingerprint}"
     )
     print(f"{arguments.kit / kits.HOSPITAL_KEY} stays here; put the coordinator's {kits.CA} beside it")
+    print(f"next: python run_client.py --own-data FOLDER --kit {arguments.kit} --server HOST:PORT --check")
 
 
 def admit(arguments: argparse.Namespace) -> None:
@@ -108,6 +110,7 @@ def admit(arguments: argparse.Namespace) -> None:
         f"{label} is admitted until {admission.until[:10]}; compare its fingerprint by telephone: "
         f"{admission.fingerprint}"
     )
+    print(f"next: python run_server.py --address 0.0.0.0:8443 --kit {arguments.kit}, where none runs yet")
 
 
 def revoke(arguments: argparse.Namespace) -> None:

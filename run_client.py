@@ -28,7 +28,7 @@ from common import (
     run_script,
     tell,
 )
-from dataset import add_cache_option, choose_cache, load_dataset
+from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
 from federation.protocol.answers import LABEL, PatientPrivacy
@@ -115,6 +115,7 @@ def parse() -> argparse.Namespace:
         help="look at data and connection, ask a running server whether this hospital could join, train nothing",
     )
     add_cache_option(parser)
+    add_mask_option(parser)
     return parser.parse_args()
 
 
@@ -164,7 +165,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
     and data that can't be used."""
     label, own = label_of(arguments), arguments.own_data is not None
     folder = arguments.own_data if own else arguments.data_dir
-    dataset = load_dataset(folder, label if own else None)
+    dataset = load_dataset(folder, label if own else None, mask_suffix=arguments.mask_suffix)
     slices = int(dataset.table["slices"].sum())
     print(
         f"{label}: {dataset.name} in {escaping.terminal(dataset.root)}, {counted(len(dataset.patients), 'patient')}, "
@@ -181,6 +182,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
         label=label,
         cid=arguments.cid,
         data=folder,
+        mask_suffix=arguments.mask_suffix,
         device=arguments.device,
         medfl=__version__,
         models=MODELS,
@@ -199,7 +201,12 @@ def approved(given: list[str]) -> list[str]:
     """The hashes that the option names. Raises MedFLError for what is neither a hash nor a file of hashes."""
     hashes = []
     for entry in given:
-        lines = Path(entry).read_text(encoding="utf-8").splitlines() if Path(entry).is_file() else [entry]
+        try:
+            lines = Path(entry).read_text(encoding="utf-8").splitlines() if Path(entry).is_file() else [entry]
+        except (OSError, ValueError) as error:
+            raise MedFLError(
+                f"{entry} can't be read as a text of hashes; name the file with --approve, or give the hash itself"
+            ) from error
         hashes += [line.split("#")[0].strip() for line in lines]
     hashes = [entry for entry in hashes if entry]
     if wrong := [entry for entry in hashes if not HASH.fullmatch(entry)]:
@@ -221,6 +228,16 @@ def check(host: str, port: int, server: str, kit: Path | None) -> None:
     if kit:
         refuse(ask_admission(server, kit / CA, kit / HOSPITAL_KEY))
     print(f"the server at {server} answers{' and admits this key' if kit else ''}", flush=True)
+
+
+def next_step(who: Identity) -> str:
+    """What a hospital does after a federation that ended well, or after a check."""
+    model = who.file("federated_best.pth")
+    if who.role == "check":
+        return "the same command without --check takes part"
+    if model.exists():
+        return f"python predict.py FOLDER --checkpoint {model}"
+    return "the server's terminal says where the model is"
 
 
 def main() -> None:
@@ -265,6 +282,8 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{who.label}: {escaping.lines(sentence)}", file=sys.stderr if code else sys.stdout, flush=True)
+    if code == 0:
+        print(f"next: {next_step(who)}", flush=True)
     sys.exit(code)
 
 

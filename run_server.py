@@ -37,7 +37,7 @@ from common import (
     settings_from,
     tell,
 )
-from dataset import add_cache_option, choose_cache, load_dataset
+from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
 from encoders import PRETRAINED, RANDOM, go_on_from, start_model
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.log import say
@@ -144,6 +144,7 @@ def parse() -> argparse.Namespace:
     add_settings(parser, FederationSettings)
     add_settings(parser, TrainingSettings, TRAINING_OPTIONS)
     add_cache_option(parser)
+    add_mask_option(parser)
     arguments = parser.parse_args()
     arguments.given = given_options(parser)
     return arguments
@@ -320,7 +321,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         raise MedFLError("--simulate runs hospitals of this machine alone and takes no keys; leave --kit out")
     if arguments.simulate < 1 or arguments.cores < 1:
         raise MedFLError("--simulate and --cores are 1 or more; choose others")
-    dataset = load_dataset(arguments.data_dir)
+    dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
     tell(dataset.notes)
     claimed = claim(arguments.out)
     folder = run_folder("simulation")
@@ -334,10 +335,27 @@ def run_simulated(arguments: argparse.Namespace) -> int:
             dataset.table, split, federation.partition, federation.clients, federation.alpha, training.seed
         )
         device = str(choose_device(arguments.device))
-        return simulate(job, folder, federation.clients, arguments.data_dir, device, arguments.cores)
+        code = simulate(
+            job,
+            folder,
+            federation.clients,
+            arguments.data_dir,
+            device,
+            arguments.cores,
+            arguments.mask_suffix,
+        )
     finally:
         claimed.release()
         shutil.rmtree(folder, ignore_errors=True)
+    if code == 0:
+        tell_next(arguments.out / BEST, arguments.data_dir)
+    return code
+
+
+def tell_next(best: Path, data: Path | None) -> None:
+    """Say what to do with the model. data: the dataset that the hospitals shared, None where each has its own."""
+    command = "predict.py FOLDER" if data is None else f"evaluate.py --data-dir {data}"
+    say(f"next: python {command} --checkpoint {best}")
 
 
 def take_up(arguments: argparse.Namespace) -> None:
@@ -394,6 +412,8 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         claimed.release()
+    if code == 0 and not arguments.evaluate:
+        tell_next(arguments.out / BEST, None if kit else arguments.data_dir)
     sys.exit(code)
 
 

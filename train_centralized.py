@@ -8,10 +8,11 @@
 
 Writes into --out (default models/): transunet_centralized_best.pth, the weights that did best on the
 validation patients; transunet_centralized_last.pth, what --resume needs; split.json; centralized_curves.png
-(with --cid "local" in all three names); and centralized_history.csv, a line per epoch: epoch, step, seconds
-(training and scoring so far), learning_rate, train_loss, train_dice (soft, of batches), val_dice and
-val_dice_median (mean and median volume Dice, empty if nothing is held out), encoder (what it began with:
-pretrained, random, or a file's name).
+centralized.log, a line a minute (speed and time left of the run) and per epoch (with --cid "local" in all four
+names); and centralized_history.csv, a line per epoch: epoch, step, seconds (training and scoring so far),
+learning_rate, train_loss, train_dice (soft, of batches), val_loss (the same loss over whole validation volumes,
+their mean), val_dice and val_dice_median (mean and median volume Dice; all three empty if nothing is held out),
+encoder (what it began with: pretrained, random, or a file's name).
 """
 
 import argparse
@@ -37,7 +38,7 @@ from checkpoint import (
     update_metadata,
 )
 from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from, tell
-from dataset import Dataset, add_cache_option, choose_cache, load_dataset
+from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
 from encoders import go_on_from, start_model
 from energy import NAME as ENERGY
 from energy import Meter, in_words, keep, summed
@@ -50,8 +51,7 @@ from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_sp
 from tracking import Tracker, add_tracking, check_installed, open_trackers
 from training import EpochResult, Learner, TrainingSettings, plateau, rate_scale
 from transunet import TransUNet
-
-LOG_SECONDS = 60.0  # between two lines in a log file
+from usage import LOG_SECONDS, RunLog, in_time, memory_in_words
 
 HISTORY = (
     "epoch",
@@ -60,6 +60,7 @@ HISTORY = (
     "learning_rate",
     "train_loss",
     "train_dice",
+    "val_loss",
     "val_dice",
     "val_dice_median",
     "encoder",
@@ -117,6 +118,7 @@ def parse() -> argparse.Namespace:
     add_tracking(parser)
     add_settings(parser, TrainingSettings)
     add_cache_option(parser)
+    add_mask_option(parser)
     return parser.parse_args()
 
 
@@ -173,6 +175,7 @@ class CentralTraining:
         self.best, self.last = (out / f"transunet_{self.name}_{which}.pth" for which in ("best", "last"))
         self.saved_epoch = 0
         self.trackers: list[Tracker] = []
+        self.log = RunLog(out / f"{self.name}.log")
         if resume:
             self._resume()
         else:
@@ -223,10 +226,11 @@ class CentralTraining:
             self.steps_a_second = result.steps / max(trained - epoch_began, 1e-9)
             self.training_seconds += trained - epoch_began
             val = self.split.val if self.chooses else ()
-            rows = score_patients(self.learner.weights_model, self.dataset, val, THRESHOLD)
+            rows = score_patients(self.learner.weights_model, self.dataset, val, THRESHOLD, with_loss=True)
             self.progress.epoch += 1
             self.progress.seconds = time.monotonic() - self.began
-            self._record(result, summarise(rows)["volume_dice"] if rows else None)
+            loss = sum(row["loss"] for row in rows) / len(rows) if rows else None
+            self._record(result, summarise(rows)["volume_dice"] if rows else None, loss)
             self.progress.ending_seconds = time.monotonic() - trained
         if self.split.val and self.best.exists():
             best = load_checkpoint(self.best, self.learner.device).model
@@ -267,7 +271,7 @@ class CentralTraining:
     def told_at_the_end(self) -> str:
         """Where the time went since this process began the run, and the most memory that it took."""
         whole = time.monotonic() - self.started
-        memory = f"; at most {peak_memory() / 2**30:.1f} GiB of memory" if peak_memory() else ""
+        memory = memory_in_words()
         if self.learner.device.type == "cuda":
             memory += f", {torch.cuda.max_memory_allocated(self.learner.device) / 2**30:.1f} GiB on the GPU"
         return (
@@ -284,13 +288,15 @@ class CentralTraining:
         def before_step(step: int) -> bool:
             nonlocal told
             share = self._share_done()
-            if time.monotonic() - told > LOG_SECONDS and not sys.stderr.isatty():  # where no bar is drawn
+            if time.monotonic() - told > LOG_SECONDS:
                 told = time.monotonic()
-                print(
+                line = (
                     f"epoch {epoch}: step {step - first} of {len(self.batches)}, "
-                    f"{(step - first) / (told - began):.2f} steps/s, {self._time_left()}",
-                    flush=True,
+                    f"{(step - first) / (told - began):.2f} steps/s, {self._time_left()}"
                 )
+                self.log.write(line)
+                if not sys.stderr.isatty():  # where no bar is drawn
+                    print(line, flush=True)
             if not self.plateau:
                 self.learner.set_rate(rate_scale(share, self.settings.warmup))
             return share < 1 or not (self.settings.minutes or self.settings.steps)
@@ -303,7 +309,7 @@ class CentralTraining:
         ) as bar:
             return self.learner.train_epoch(self.batches.epoch(epoch), before_step, bar)
 
-    def _record(self, result: EpochResult, val: dict | None) -> None:
+    def _record(self, result: EpochResult, val: dict | None, val_loss: float | None) -> None:
         """Write what the epoch gave: best and last checkpoint, history, curves, a line on the terminal."""
         done, learner = self.progress, self.learner
         row = dict(
@@ -316,6 +322,7 @@ class CentralTraining:
                     learner.optimiser.param_groups[0]["lr"],
                     result.loss,
                     result.dice,
+                    val_loss,
                     val["mean"] if val else None,
                     val["median"] if val else None,
                     self.settings.encoder,
@@ -354,17 +361,18 @@ class CentralTraining:
         for tracker in self.trackers:
             tracker.scalars(figures, done.epoch)
         scored = (
-            f"validation Dice {val['mean']:.3f}{' (best so far)' if better else ''}"
+            f"validation loss {val_loss:.3f}, Dice {val['mean']:.3f}{' (best so far)' if better else ''}"
             if val
             else "no validation patients"
             if not self.split.val
             else "no tumour in the validation's masks, nothing is chosen by them"
         )
-        print(
+        line = (
             f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice "
-            f"{result.dice:.3f}  {scored}  {self.steps_a_second:.2f} steps/s, {self._time_left()}",
-            flush=True,
+            f"{result.dice:.3f}  {scored}  {self.steps_a_second:.2f} steps/s, {self._time_left()}"
         )
+        self.log.write(line)
+        print(line, flush=True)
 
     def _describe(self, val: dict | None) -> dict:
         data: dict = {"name": self.dataset.name, "split_sha256": self.whole.sha256()}
@@ -393,24 +401,6 @@ class CentralTraining:
             scores=scores,
             task=self.dataset.task.model_dump(mode="json") if self.dataset.task else None,
         )
-
-
-def in_time(seconds: float) -> str:
-    """Seconds as a person says them: "40 s", "12 min", "3 h 05 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes; 0 where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 def write_history(rows: list[dict], path: Path) -> None:
@@ -492,7 +482,7 @@ def main() -> None:
             setattr(arguments, option, kept.get(option, getattr(arguments, option)))
         print("the settings are those of the run in --out; other training options are ignored")
     device = choose_device(arguments.device)
-    dataset = load_dataset(arguments.data_dir)
+    dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
     tell(dataset.notes)
     split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
     if not (arguments.resume or arguments.overwrite):

@@ -201,6 +201,7 @@ def main() -> None:
         print(f"{cache_folder()} holds kagglehub's copy of the archive; delete it at will")
         if (chosen := find_dataset(arguments.out)) != folder:
             print(f"note: --data-dir {arguments.out} means {chosen}; name {folder} with --data-dir")
+    print(f"next: python train_centralized.py --data-dir {folder}")
 
 
 if __name__ == "__main__":

@@ -14,15 +14,20 @@ goes on; what is whole and unchanged is neither fetched nor made again.
 
 import argparse
 import sys
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from common import MedFLError, counted, run_script
 from escaping import terminal
+from scans.folders import walk
 
 try:
     from tqdm import tqdm
 
     from radiology.archive import PAGE, REPORT, Made, Preparation
+    from radiology.collection import NAME as COLLECTION
+    from radiology.collection import collection_in
     from radiology.connection import (
         add_dimse_options,
         add_login_option,
@@ -37,6 +42,7 @@ try:
     from radiology.rules import DEFAULT, Rules, load_rules
     from radiology.series import Refused, Series, find_series
     from radiology.studies import Study, plan_studies, shared_numbers
+    from radiology.unpacking import is_zip, private_room, remove_unpacked, unpack
     from radiology.worklist import prepare_studies
 except ModuleNotFoundError as error:
     missing = error.name
@@ -47,11 +53,16 @@ else:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dicom", type=Path, help="folder with DICOM files, in any order and depth")
+    source.add_argument(
+        "--dicom",
+        type=Path,
+        help="folder with DICOM files, in any order and depth; a ZIP in it is a patient's",
+    )
     source.add_argument(
         "--nifti",
         type=Path,
-        help="folder with a folder per patient, in it NIfTI volumes or a folder per study",
+        help="folder with a folder (or a ZIP) per patient, in it NIfTI volumes or a folder per study; or a "
+        "collection with dataset.json, as nnU-Net and the Decathlon have it",
     )
     source.add_argument(
         "--dicomweb", metavar="URL", help="an archive's address, such as https://pacs.example/dicom-web"
@@ -81,16 +92,36 @@ def parse() -> argparse.Namespace:
 
 
 def find(arguments: argparse.Namespace) -> "tuple[list[Series], list[Refused]]":
-    """Series and refused files of the archive. Raises MedFLError for a folder that is missing or holds
-    nothing."""
+    """Series and refused files of the export; each ZIP in it is a patient's and is unpacked. Raises MedFLError
+    for a folder that is missing or holds nothing."""
     source = arguments.dicom or arguments.nifti
-    if not source.is_dir():
+    if is_zip(source) and source.is_file():
+        paths, source = [source], source.parent
+    elif source.is_dir():
+        paths = [path for folder, files in walk(source) for path in files]
+    else:
         raise MedFLError(f"there is no folder {source}; name the one that the archive exported to")
-    paths = sorted(path for path in source.rglob("*") if path.is_file())
     if not paths:
         raise MedFLError(f"{source} holds no file; name the folder that the archive exported to")
-    looked = tqdm(paths, desc="reading headers", unit="file", disable=None)
-    return find_series(looked) if arguments.dicom else find_volumes(source, looked)
+    roots: dict[Path, list[Path]] = {source: sorted(path for path in paths if not is_zip(path))}
+    refused: list[Refused] = []
+    packs = sorted(filter(is_zip, paths))
+    root = private_room(arguments.private) if packs else source
+    for packed in packs:
+        try:
+            files = unpack(packed, root / packed.relative_to(source).with_suffix(""))
+        except MedFLError as error:
+            refused.append(Refused(packed, str(error)))
+        else:
+            roots.setdefault(root, []).extend(files)
+    looked = {
+        root: tqdm(files, desc="reading headers", unit="file", disable=None) for root, files in roots.items()
+    }
+    if arguments.dicom:
+        found, more = find_series(chain.from_iterable(looked.values()))
+        return found, refused + more
+    each = [find_volumes(root, files) for root, files in looked.items()]
+    return [series for found, _ in each for series in found], refused + [r for _, more in each for r in more]
 
 
 def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
@@ -115,6 +146,7 @@ def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
         f"\n{whole} of {len(studies)} studies would be prepared, {sum(s.mask is not None for s in studies)} "
         f"with a mask; {counted(len(refused), 'file')} of no patient; nothing was written"
     )
+    print("next: the same command without --dry-run")
 
 
 def find_studies(archive: "Archive", arguments: argparse.Namespace) -> "list[FoundStudy]":
@@ -154,7 +186,17 @@ def from_folder(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Ma
     """Prepare an export's studies: what became of those that could be prepared, and how many were found. None
     after a dry run."""
     check_folders(arguments.dicom or arguments.nifti, arguments.out, arguments.private)
+    try:
+        return prepare_folder(arguments, rules)
+    finally:
+        remove_unpacked(arguments.private)
+
+
+def prepare_folder(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Made], int] | None":
+    """The same, while what was packed lies unpacked."""
     found, refused = find(arguments)
+    if arguments.nifti:
+        rules = with_labels_of(arguments.nifti, rules, given=arguments.rules is not None)
     studies = plan_studies(found, rules)
     for number, told in shared_numbers(found).items():
         tell(told + (f" ({number or 'none'})" if arguments.dry_run else "; --dry-run names it"))
@@ -167,6 +209,18 @@ def from_folder(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Ma
     finally:
         preparation.write_overview(studies, refused)
     return preparation.of(studies), len(studies)
+
+
+def with_labels_of(source: Path, rules: "Rules", given: bool) -> "Rules":
+    """The rules, with the labels of a collection's dataset.json where all of them are tumour by their names and
+    the user gave no rules."""
+    collection = collection_in(source) if source.is_dir() else None
+    labels = collection.tumour_labels() if collection else None
+    if collection is None or labels is None or given:
+        return rules
+    named = ", ".join(f"{value} ({collection.labels[value]})" for value in labels)
+    tell(f"these labels of {source / COLLECTION} are taken for tumour: {named}; --rules says otherwise")
+    return replace(rules, labels=labels, text=f"{rules.text}\n{labels}")
 
 
 def tell(text: str) -> None:
@@ -200,6 +254,7 @@ def main() -> None:
         f"{arguments.private / REPORT} says of each series what became of it; that folder leads back to patients "
         f"and stays here"
     )
+    print(f"next: python run_client.py --own-data {arguments.out} --name LABEL --check")
 
 
 if __name__ == "__main__":

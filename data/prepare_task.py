@@ -4,9 +4,9 @@
     python data/prepare_task.py --task wounds --source photographs --out data/wounds
     python train_centralized.py --data-dir data/hippocampus --out models/hippocampus
 
---source holds images/ and labels/ with files of the same names: NIfTI volumes, or PNG, TIFF or JPEG pictures, each of
-which is a patient of one slice. The task's file goes with the slices, so that every script knows what they are.
-NIfTI needs nibabel (pip install nibabel).
+--source holds images/ and labels/ (or imagesTr/ and labelsTr/) with files of the same names: NIfTI volumes, or PNG,
+TIFF or JPEG pictures, each of which is a patient of one slice. The task's file goes with the slices, so that every
+script knows what they are. NIfTI needs nibabel (pip install nibabel).
 """
 
 import argparse
@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from common import MedFLError, atomic_write, counted, run_script, write_json
 from preprocessing import IMAGE_SUFFIXES, read_slice
+from scans.folders import contents
+from scans.pairing import TREES_OF_IMAGES, TREES_OF_MASKS
 from scans.spacing import NAME as SPACING
 from tasks import FOLDER, NAME, Task, known, named_task
 
@@ -36,13 +38,22 @@ def parse() -> argparse.Namespace:
 def pairs(source: Path) -> list[tuple[str, Path, Path]]:
     """Name, image and label of each patient. Raises MedFLError for one without the other, and for none."""
     found: dict[str, dict[str, Path]] = {"images": {}, "labels": {}}
-    for kind, files in found.items():
-        if not (source / kind).is_dir():
-            raise MedFLError(f"there is no folder {source / kind}; --source holds images/ and labels/")
-        for path in sorted((source / kind).iterdir()):
+    for (kind, files), names in zip(found.items(), (TREES_OF_IMAGES, TREES_OF_MASKS)):
+        if not source.is_dir():
+            raise MedFLError(f"there is no folder {source}; --source holds images/ and labels/")
+        trees = [folder for folder in contents(source)[0] if folder.name.lower() in names]
+        if len(trees) != 1:
+            raise MedFLError(
+                f"there is no folder {source / kind}; --source holds images/ and labels/ (or imagesTr/ and labelsTr/)"
+                if not trees
+                else f"{trees[0]} and {trees[1]} both hold {kind}; move one away"
+            )
+        for path in contents(trees[0])[1]:
             suffix = next((s for s in (*NIFTI, *IMAGE_SUFFIXES) if path.name.lower().endswith(s)), None)
-            if suffix and not path.name.startswith("."):
-                files[path.name[: path.name.lower().index(suffix)]] = path
+            if suffix:
+                name = path.name[: path.name.lower().index(suffix)]
+                # nnU-Net numbers the channels of an image; a task's scan has the first one
+                files[name.removesuffix("_0000") if kind == "images" else name] = path
     if odd := sorted(found["images"].keys() ^ found["labels"].keys()):
         raise MedFLError(
             f"{odd[0]} is in one of {source}'s images/ and labels/ only; add the other, or move it away"
@@ -101,7 +112,12 @@ def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) ->
         pixels = to_8_bits(values)
     else:
         pixels = read_slice(image)[None]
-        labels = np.asarray(Image.open(label).convert("L"))[None]
+        labels = read_slice(label)
+        if (labels != labels[..., :1]).any():
+            raise MedFLError(
+                f"{label} is a coloured picture, and labels are grey values; write it again, a number for each region"
+            )
+        labels = labels[None, ..., 0]
     if pixels.shape[:3] != labels.shape:
         raise MedFLError(f"{image} and {label} differ in size; export the label on the image's own grid")
     masks = region(labels, task, label)
@@ -128,6 +144,7 @@ def main() -> None:
     with atomic_write(arguments.out / NAME, "w") as file:
         file.write(content)
     print(f"{task.title}: {counted(len(found), 'patient')} in {arguments.out}")
+    print(f"next: python train_centralized.py --data-dir {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -230,6 +230,7 @@ def main() -> None:
         file.write(content)
     print(told(difference))
     print(f"wrote {arguments.out}, {len(content) / 1e6:.1f} MB")
+    print(f"next: python deployment/serve_browser.py --checkpoint {arguments.checkpoint}")
 
 
 if __name__ == "__main__":

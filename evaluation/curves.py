@@ -11,13 +11,13 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe
 
 
 def draw_curves(rows: list[dict], path: Path, title: str) -> None:
-    """Write a PNG of the history's rows: training loss at the left, training and validation Dice at the
+    """Write a PNG of the history's rows: losses at the left, training and validation Dice at the
     right."""
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     loss, dice = figure.subplots(1, 2)
-    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=".")
-    loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy + (1 − soft Dice)")
+    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=".", label="training: batches")
+    loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy + (1 − soft Dice)")
     dice.plot(
         epochs,
         [row["train_dice"] for row in rows],
@@ -25,6 +25,18 @@ def draw_curves(rows: list[dict], path: Path, title: str) -> None:
         marker=".",
         label="training: soft Dice of batches",
     )
+    judged = [row for row in rows if row.get("val_loss") is not None]
+    if judged:
+        loss.plot(
+            [row["epoch"] for row in judged],
+            [row["val_loss"] for row in judged],
+            color=ORANGE,
+            marker="s",
+            markersize=4,
+            linestyle="--",
+            label="validation: whole volumes",
+        )
+        loss.legend(loc="upper right", frameon=False)
     scored = [row for row in rows if row["val_dice"] is not None]
     if scored:
         dice.plot(

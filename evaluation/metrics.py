@@ -62,6 +62,20 @@ def iou(tp: int, fp: int, fn: int) -> float:
     return float(tp / total) if total else 1.0
 
 
+def loss_of_volume(probabilities: np.ndarray, truth: ArrayLike) -> float:
+    """The training's loss over a whole volume: binary cross-entropy + 1 - soft Dice
+    (`training.segmentation_loss`).
+
+    probabilities: (S, H, W) float32, 0 to 1; truth: (S, H, W), non-zero is tumour. A probability that is sure
+    and wrong counts as 1e-7 beside it.
+    """
+    there = np.asarray(truth) > 0
+    right = np.where(there, probabilities, 1 - probabilities).clip(1e-7, 1)
+    both = float(probabilities[there].sum(dtype=np.float64))
+    soft_dice = (2 * both + 1) / (float(probabilities.sum(dtype=np.float64)) + np.count_nonzero(there) + 1)
+    return -float(np.log(right).mean(dtype=np.float64)) + 1 - soft_dice
+
+
 def hd95(
     prediction: ArrayLike, truth: ArrayLike, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> float | None:

@@ -8,23 +8,28 @@ from matplotlib.lines import Line2D
 
 import escaping
 from common import atomic_write
+from scans.orientation import EDGES, UNKNOWN
 
 BLUE, ORANGE = (
     "#56B4E9",
     "#E69F00",
 )  # told apart by colour-blind readers (Okabe and Ito), bright enough for dark scans
+PLACES = {"left": (0.03, 0.5), "right": (0.97, 0.5), "top": (0.5, 0.97), "bottom": (0.5, 0.03)}
+LETTER = {"color": "white", "fontsize": 8, "ha": "center", "va": "center"}
 COLUMNS = 4
 MAX_SLICES = 8
 
 
 def draw_outlines(
-    volume: np.ndarray, truth: np.ndarray, prediction: np.ndarray, title: str, path: Path
+    volume: np.ndarray, truth: np.ndarray, prediction: np.ndarray, title: str, path: Path, oriented: bool
 ) -> None:
     """Write a PNG of up to 8 slices with the truth dashed in blue and the prediction solid in orange, on
     FLAIR.
 
     volume: (S, H, W, 3) uint8; truth, prediction: (S, H, W), non-zero is tumour. The slices are spread evenly
-    over those in which either mask has pixels.
+    over those in which either mask has pixels. oriented: whether the patient's left is known to be on the
+    right of each slice: then R, L, A and P stand at the edges (S and I are the slices' order, from feet to
+    head), else that it is unknown.
     """
     marked = np.flatnonzero((truth > 0).any(axis=(1, 2)) | (prediction > 0).any(axis=(1, 2)))
     marked = marked if len(marked) else np.arange(len(volume))
@@ -38,9 +43,12 @@ def draw_outlines(
         _outline(axes, truth[number], BLUE, "dashed")
         _outline(axes, prediction[number], ORANGE, "solid")
         axes.set_title(f"slice {number + 1}", fontsize=10)
+        for edge, letter in EDGES.items() if oriented else [("bottom", UNKNOWN)]:
+            axes.text(*PLACES[edge], letter, transform=axes.transAxes, **LETTER)
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.suptitle(escaping.drawn(title))
+    order = "; slices go from I (feet) to S (head)" if oriented else ""
+    figure.suptitle(escaping.drawn(title) + order)
     figure.legend(
         handles=[
             Line2D([], [], color=BLUE, linestyle="dashed", label="truth"),

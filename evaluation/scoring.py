@@ -19,9 +19,11 @@ def score_patients(
     threshold: float,
     progress: bool = False,
     closely: bool = False,
+    with_loss: bool = False,
 ) -> list[dict]:
     """A row of `metrics.score_patient` for each patient, the whole volume at its own size.
 
+    with_loss: add what `metrics.loss_of_volume` gives.
     closely: add reliability, lesions and confidence (evaluation/failures.py), and `metrics.score_in_mm` where
     the patient's spacing is known; only the evaluation asks for them, and no hospital sends them.
     """
@@ -34,6 +36,8 @@ def score_patients(
         probabilities = predict_volume(model, volume)
         prediction = to_mask(probabilities, threshold)
         rows.append(metrics.score_patient(patient, dataset.site(patient), prediction, truth))
+        if with_loss:
+            rows[-1]["loss"] = metrics.loss_of_volume(probabilities, truth)
         if closely:
             rows[-1] |= lesions(prediction, truth)
             rows[-1]["reliability"] = reliability(probabilities, truth)

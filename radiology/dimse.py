@@ -222,8 +222,9 @@ class DIMSE:
                 f"the archive refuses {self._aet}, or is not called {self._called}; let its engineer enter us"
             )
         if not association.is_established:
+            tls = ", and the certificates on both sides" if self._tls else " (does it want TLS?)"
             raise Unreachable(
-                "the archive can't be reached by DIMSE; check address, port and network, and try again"
+                f"the archive can't be reached by DIMSE; check address, port and network{tls}, and try again"
             )
         if not association.accepted_contexts:
             association.abort()

@@ -3,6 +3,8 @@
     DIR/PATIENT/flair.nii.gz, t1.nii.gz, t1ce.nii.gz, seg.nii.gz
     DIR/PATIENT/STUDY/...                                            a folder more for each study
     DIR/derivatives/TOOL/PATIENT/...                                 BIDS: of the patients of the raw tree
+    DIR/images/PATIENT/... and DIR/labels/PATIENT/...                trees of scans and masks
+    DIR/dataset.json, imagesTr, labelsTr, imagesTs                   nnU-Net and Decathlon (collection.py)
 
 All volumes of a study lie in one folder, or at the same place of a `derivatives` tree. The JSON file that
 dcm2niix writes beside a volume is read.
@@ -22,6 +24,7 @@ import SimpleITK as sitk
 
 from common import MedFLError
 from limits import fits
+from radiology.collection import IMAGES, LABELS, NAME, Collection, collection_in, trees_in
 from radiology.geometry import on_grid
 from radiology.headers import File
 from radiology.series import Refused, Series
@@ -30,6 +33,7 @@ from scans.nifti_file import GZIP, NRRD, SUFFIXES
 from scans.orientation import mirrored
 
 DERIVATIVES = "derivatives"
+MASK = "seg"  # a name that the rules take for a mask
 KINDS_OF_SCAN = ("anat",)  # BIDS's folders of a session that say what was scanned, not whose it is
 WHOLE = 1e-4  # by which a label may lie beside a whole number: 255 × 0.00392157 is 1.00000035
 JSON_BYTES = 2**20
@@ -41,9 +45,13 @@ def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[
 
     Reads headers only. A series' description is the file's name without its ending.
     """
-    found, refused = [], []
+    found: list[Series] = []
+    refused: list[Refused] = []
+    collection, trees = collection_in(root), trees_in(root)
     for path in paths:
-        folders = _of_patient(root, path.relative_to(root).parent.parts)
+        if path == root / NAME:
+            continue
+        folders = _of_patient(root, path.relative_to(root).parent.parts, trees)
         if path.suffix.lower() == ".json" and _has_volume(path):
             continue
         if not path.name.lower().endswith(SUFFIXES):
@@ -53,18 +61,20 @@ def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[
             refused.append(Refused(path, "lies in no patient's folder; make a folder per patient"))
         else:
             try:
-                found.append(_describe(path, folders))
+                found += _describe(root, path, folders, collection, trees)
             except MedFLError as error:
                 refused.append(Refused(path, str(error)))
     return found, refused
 
 
-def _of_patient(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+def _of_patient(root: Path, folders: tuple[str, ...], trees: set[str]) -> tuple[str, ...]:
     """The folders that name patient and study: those of a `derivatives` tree are the raw tree's."""
     if DERIVATIVES in folders:
         folders = folders[folders.index(DERIVATIVES) + 1 :]
         known = [k for k, name in enumerate(folders) if (root / name).is_dir() and name != DERIVATIVES]
         folders = folders[known[0] if known else 1 :]
+    if len(folders) > 1 and folders[0] in trees:
+        folders = folders[1:]  # images/anna and labels/anna are of one patient
     return folders[:-1] if len(folders) > 1 and folders[-1] in KINDS_OF_SCAN else folders
 
 
@@ -72,12 +82,40 @@ def _has_volume(path: Path) -> bool:
     return any((path.parent / f"{path.stem}{suffix}").exists() for suffix in SUFFIXES)
 
 
-def _describe(path: Path, folders: tuple[str, ...]) -> Series:
-    """A file's header as a series. Raises MedFLError for what is no readable volume."""
-    header = _header(path)
+def _describe(
+    root: Path, path: Path, folders: tuple[str, ...], collection: Collection | None, trees: set[str]
+) -> list[Series]:
+    """A file's header as a series, or one for each channel of a collection's file. Raises MedFLError for what
+    is no readable volume, and for a file of a flat tree of images where nothing says what it shows."""
+    header, name = _header(path), nifti_file.stem(path.name)
     shape = header.get_data_shape()
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
+    first = path.relative_to(root).parts[0]
+    tree, flat = first.lower() if first in trees else "", path.parent == root / first
+    if flat and tree in IMAGES and collection:
+        parts = collection.parts(path, math.prod(shape[3:]))
+        return [_series(path, header, shape[:3], (p.case,), p.shows, p.volume) for p in parts]
+    if flat and tree in IMAGES:
+        raise MedFLError(
+            f"lies in {path.parent.name} without a {NAME} that says what it shows; write one "
+            '({"channel_names": {"0": "FLAIR"}, "labels": {"background": 0, "tumour": 1}}), or make a folder per '
+            "patient"
+        )
+    if flat and tree in LABELS:
+        return [_series(path, header, shape, (name,), MASK)]
+    return [_series(path, header, shape, folders, f"{name} {MASK}" if tree in LABELS else name)]
+
+
+def _series(
+    path: Path,
+    header: Any,
+    shape: tuple[int, ...],
+    folders: tuple[str, ...],
+    description: str,
+    volume: int | None = None,
+) -> Series:
+    """A volume of this shape as a series."""
     dtype, problems = header.get_data_dtype(), []
     values = len(dtype.names or (1,))
     if len(shape) != 3 or values != 1:
@@ -95,17 +133,18 @@ def _describe(path: Path, folders: tuple[str, ...]) -> Series:
     columns, rows, slices = (*shape, 1, 1)[:3]
     column, row, between = (*map(float, header.get_zooms()[:3]), 1.0, 1.0)[:3]
     return Series(
-        uid=str(path),
+        uid=str(path) if volume is None else f"{path}#{volume}",
         study_uid="/".join(folders),
         patient_id=folders[0],
         modality="NIfTI",
-        description=nifti_file.stem(path.name),
+        description=description,
         files=(path,),
         frames=tuple(range(slices)),
         rows=rows,
         columns=columns,
         spacing=(between, row, column),
         problems=tuple(problems),
+        volume=volume,
         **_told_beside(path),
     )
 
@@ -186,7 +225,10 @@ def load_counted(series: Series) -> tuple[sitk.Image, int]:
         raise MedFLError(f"{path} can't be used: {'; '.join(series.problems)}")
     try:
         image = nifti_file.read_image(_content(path))
-        values, odd = nifti_file.finite(np.asarray(image.dataobj))
+        values = np.asarray(image.dataobj)
+        if series.volume is not None:
+            values = values[..., series.volume]
+        values, odd = nifti_file.finite(values)
     except MedFLError as error:
         raise MedFLError(f"{path} {error}") from error
     return _placed(image, values.reshape(values.shape[:3])), odd

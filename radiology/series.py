@@ -5,9 +5,11 @@ Headers are read first and pixels only when asked for, a slice at a time, so an 
 looked through.
 """
 
+import contextlib
+import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +41,7 @@ class Series:
     mm between slices, rows and columns. positions: mm along the normal, one per slice. problems: why it can't
     be used, a sentence each; empty where it can. references: the series that a segmentation is of. when: the
     study's date and time as DICOM writes them, to put studies in order. person: name, birth date and sex, to
-    notice a number that several people have.
+    notice a number that several people have. volume: which one of a NIfTI file that holds several, or None.
     """
 
     uid: str
@@ -72,6 +74,7 @@ class Series:
     references: tuple[str, ...] = ()
     when: str = ""
     person: tuple[str, ...] = field(default=(), repr=False)
+    volume: int | None = None
 
     @property
     def slices(self) -> int:
@@ -268,7 +271,7 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
             try:
                 stored = pixel_array(content, index=frame)
             except RuntimeError:
-                if syntax != JPEGExtended12Bit or frame or not isinstance(path, Path):
+                if syntax != JPEGExtended12Bit or frame:
                     raise
                 return _by_gdcm(path, content)
             if content.PhotometricInterpretation == "MONOCHROME1":
@@ -282,14 +285,30 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
         raise MedFLError(f"{path} can't be decoded (truncated or damaged); export it again") from error
 
 
-def _by_gdcm(path: Path, content: pydicom.Dataset) -> np.ndarray:
+def _by_gdcm(path: File, content: pydicom.Dataset) -> np.ndarray:
     """One slice's values as GDCM reads them, rescaled, (rows, columns) float32: some of JPEG Extended no decoder
     of pydicom takes. Raises ValueError for a stream without an end, which GDCM would read in part."""
     stream = get_frame(content.PixelData, 0, number_of_frames=1)
     if END_OF_JPEG not in stream[-4:] or content.PhotometricInterpretation != "MONOCHROME2":
         raise ValueError("cut off")
-    image = sitk.ReadImage(str(path), sitk.sitkFloat32, imageIO="GDCMImageIO")
+    with _named(path) as name:
+        image = sitk.ReadImage(name, sitk.sitkFloat32, imageIO="GDCMImageIO")
     return sitk.GetArrayFromImage(image).reshape(content.Rows, content.Columns)
+
+
+@contextlib.contextmanager
+def _named(path: File) -> Iterator[str]:
+    """A name under which GDCM can read a file. One in memory stays there; raises ValueError where the system
+    has no names for such (all but Linux)."""
+    if isinstance(path, Path):
+        yield str(path)
+        return
+    if not hasattr(os, "memfd_create"):
+        raise ValueError("no name for a file in memory")
+    with open(os.memfd_create("slice"), "wb") as memory:
+        memory.write(path.getvalue())
+        memory.flush()
+        yield f"/proc/self/fd/{memory.fileno()}"
 
 
 def _can_decode(syntax: UID) -> bool:

@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import MedFLError, counted
-from preprocessing import group_volumes, slice_number
+from preprocessing import MASK_SUFFIX, group_volumes, slice_number
 from scans.folders import walk
 from scans.pairing import TREES_OF_IMAGES, Pairing, pair
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
+VISIT = re.compile(
+    r"(?:^|(?<=[-_ ]))(?:ses|session|visit|timepoint|week)(?:[-_ ][a-z0-9]+|\d+)(?:-\d+)?(?=$|[-_ ])",
+    re.IGNORECASE,
+)
+SUBJECT = re.compile(r"^sub-[a-z0-9]+", re.IGNORECASE)  # BIDS: what lies below is of one person
+MARK = re.compile(r"^[-_. ]?[a-z][-_. a-z]*$", re.IGNORECASE)  # what may end a mask's name
 KEPT_APART = {"more_studies", "without_masks"}  # by data/prepare_hospital.py, from those that train
 HOW_TO_GET = (
     "fetch the scans with `python data/download.py`, or by hand from "
@@ -44,24 +50,32 @@ class Cohort:
     left_out: list[str]
 
 
-def find_cohort(top: Path, site: str, file_hash: Callable[[Path], str]) -> Cohort:
+def find_cohort(
+    top: Path, site: str, file_hash: Callable[[Path], str], mask_suffix: str = MASK_SUFFIX
+) -> Cohort:
     """The patients in `top` and below it, each with all its slices and masks.
 
-    A folder with slices is a patient. Of patients with the same content the one nearest to `top` is read, and
-    phantoms are not read beside real scans. site: of patients whose names carry no code. file_hash: the
-    SHA-256 of a file. Raises MedFLError where there is nobody, for a slice or mask alone, for the same slices
-    with different masks, and for two folders of which each holds some of the other's patients, but not the
-    same.
+    A folder with slices is a patient. Of patients with the same content the one nearest to `top` is read, of
+    several visits of a person the first, and phantoms are not read beside real scans.
+
+    Args:
+        site: of patients whose names carry no code.
+        file_hash: the SHA-256 of a file.
+        mask_suffix: what ends a mask's name.
+
+    Raises:
+        MedFLError: nobody is there, a slice or a mask is alone, the same slices have different masks, or each
+            of two folders holds some of the other's patients, but not the same.
     """
     if not top.is_dir():
         raise MedFLError(f"there is no folder {top}; {HOW_TO_GET}")
     left_out: list[str] = []
-    places = _places(top, left_out)
+    places = _places(top, left_out, mask_suffix)
     if not places:
         raise MedFLError(
-            f"no patients in {top} (a folder per patient, each slice with its _mask file); {HOW_TO_GET}"
+            f"no patients in {top} (a folder per patient, each slice with its {mask_suffix} file); {HOW_TO_GET}"
         )
-    kept = _without_copies(top, places, file_hash, left_out)
+    kept = _first_visits(top, _without_copies(top, places, file_hash, left_out), left_out)
     phantoms = [place for place in kept if PHANTOM.match(place.name)]
     if 0 < len(phantoms) < len(kept):
         kept = {place: patient for place, patient in kept.items() if place not in phantoms}
@@ -78,21 +92,21 @@ def find_cohort(top: Path, site: str, file_hash: Callable[[Path], str]) -> Cohor
 Slices = tuple[list[Path], list[Path]]  # images in numeric order, and the mask of each
 
 
-def _places(top: Path, left_out: list[str]) -> dict[Path, Slices]:
+def _places(top: Path, left_out: list[str], mask_suffix: str) -> dict[Path, Slices]:
     """Where each patient lies, nearest first: its folder; in a tree of images, the folder or the name there,
     beside the tree."""
     apart = 0
     files: list[Path] = []
     for folder, inside in walk(top):
         if KEPT_APART & set(folder.relative_to(top).parts):
-            apart += bool(pair(inside).images)
+            apart += bool(pair(inside, mask_suffix).images)
         else:
             files += inside
     if apart:
         left_out.append(
             f"{counted(apart, 'patient')} kept apart in {' or '.join(sorted(KEPT_APART))}: not read"
         )
-    pairing = pair(files)
+    pairing = pair(files, mask_suffix)
     by_folder: defaultdict[Path, list[Path]] = defaultdict(list)
     for image in pairing.images:
         by_folder[image.parent].append(image)
@@ -105,7 +119,7 @@ def _places(top: Path, left_out: list[str]) -> dict[Path, Slices]:
         ):
             loose += len(images)
             continue
-        masks = {image: _mask_of(image, pairing) for image in images}
+        masks = {image: _mask_of(image, pairing, mask_suffix) for image in images}
         in_trees = any(mask.parent != image.parent for image, mask in masks.items())
         for place, slices in (
             _patients_of_tree(folder, images) if in_trees else [_patient(folder, top, images)]
@@ -150,12 +164,49 @@ def _patients_of_tree(folder: Path, images: list[Path]) -> list[tuple[Path, list
     return [(tree.parent / name, slices) for name, slices in group_volumes(images)]
 
 
-def _mask_of(image: Path, pairing: Pairing) -> Path:
-    if image not in pairing.masks:
+def _mask_of(image: Path, pairing: Pairing, mask_suffix: str) -> Path:
+    """The mask of a slice. Raises MedFLError where there is none, with the end of a name beside it that may be
+    the masks'."""
+    if image in pairing.masks:
+        return pairing.masks[image]
+    beside = [sorted((other.stem, image.stem)) for other in pairing.images if other.parent == image.parent]
+    ends = {longer[len(shorter) :] for shorter, longer in beside if longer.startswith(shorter)}
+    if mark := min(filter(MARK.match, ends), default=None):
         raise MedFLError(
-            f"{image} has no mask ({image.stem}_mask{image.suffix}); add it or take the slice away"
+            f"{image.parent} holds slices without masks (names that end in {mask_suffix}), and names there end in "
+            f"{mark}; if those are the masks, say --mask-suffix={mark}"
         )
-    return pairing.masks[image]
+    raise MedFLError(
+        f"{image} has no mask ({image.stem}{mask_suffix}{image.suffix}); add it or take the slice away"
+    )
+
+
+def _first_visits(top: Path, places: dict[Path, Slices], left_out: list[str]) -> dict[Path, Slices]:
+    """The patients less further visits of a person (`sub-01/ses-2`, `anna/week_12`): one person must not be on
+    both sides of a split, nor count twice."""
+    visits: defaultdict[Path, list[Path]] = defaultdict(list)
+    for place in sorted(places):
+        visits[_person(place.relative_to(top))].append(place)
+    further = {place for of_one in visits.values() for place in of_one[1:]}
+    if further:
+        people = sum(len(of_one) > 1 for of_one in visits.values())
+        left_out.append(
+            f"{counted(len(further), 'further visit')} of {counted(people, 'patient')} (such as "
+            f"{min(further).relative_to(top)}): not read, the first visit of each is; a person must not be on both "
+            "sides of a split"
+        )
+    return {place: slices for place, slices in places.items() if place not in further}
+
+
+def _person(place: Path) -> Path:
+    """Whose visit a patient's folder holds, by its path below the top: the path itself where it names none."""
+    parts: list[str] = []
+    for part in place.parts:
+        left = re.sub(r"[-_ ]{2,}", "_", VISIT.sub("", part)).strip("-_ ")
+        parts += [left] if left else []
+        if subject := SUBJECT.match(part):
+            return Path(*parts[:-1], subject[0])
+    return Path(*parts) if parts else place
 
 
 def _without_copies(

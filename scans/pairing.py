@@ -1,7 +1,8 @@
 """Which pictures are slices, which are masks, and which mask is whose: by their names, on disk or in an
 upload.
 
-A mask lies beside its slice as `<name>_mask.<suffix>`, or has the slice's name in a tree of its own:
+A mask lies beside its slice as `<name>_mask.<suffix>` (`--mask-suffix` names another end than `_mask`), or has
+the slice's name in a tree of its own:
 `images/anna/1.png` and `masks/anna/1.png` (or `labels`, nnU-Net's `imagesTr` and `labelsTr`).
 """
 
@@ -11,7 +12,7 @@ from pathlib import PurePath
 from typing import Generic
 
 from common import MedFLError
-from preprocessing import AnyPath, is_image, is_mask
+from preprocessing import MASK_SUFFIX, AnyPath, is_image, is_mask
 
 TREES_OF_IMAGES = {"images", "image", "imagestr"}
 TREES_OF_MASKS = {"masks", "mask", "labels", "label", "labelstr"}
@@ -27,18 +28,18 @@ class Pairing(Generic[AnyPath]):
     alone: dict[PurePath, AnyPath]
 
 
-def pair(paths: Iterable[AnyPath]) -> Pairing[AnyPath]:
+def pair(paths: Iterable[AnyPath], mask_suffix: str = MASK_SUFFIX) -> Pairing[AnyPath]:
     """The pictures among `paths` as slices and their masks. Raises MedFLError for two masks of one slice."""
-    pictures = [path for path in paths if is_image(path) or is_mask(path)]
+    pictures = [path for path in paths if is_image(path, mask_suffix) or is_mask(path, mask_suffix)]
     trees = {folder for path in pictures for folder in path.parents if folder.name.lower() in TREES_OF_IMAGES}
     images: list[AnyPath] = []
     masks: dict[PurePath, AnyPath] = {}
     for path in pictures:
         tree = _tree_of(path, trees)
-        if tree is None and is_image(path):
+        if tree is None and is_image(path, mask_suffix):
             images.append(path)
             continue
-        stem = path.stem[: -len("_mask")] if is_mask(path) else path.stem
+        stem = path.stem[: -len(mask_suffix)] if is_mask(path, mask_suffix) else path.stem
         if tree is None:
             wanted = path.parent / stem
         else:

@@ -129,6 +129,8 @@ class Orthanc:
             self.process.wait(30)
             self.process = None
 
+    close = kill
+
     def add(self, *paths: Path) -> None:
         """Store DICOM files, or all of folders."""
         files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]

@@ -1,5 +1,6 @@
 """data/prepare_hospital.py against a real Orthanc on loopback: by DICOMweb, by DIMSE, and with an archive's faults."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+from base64 import b64encode
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -26,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 from dicom_phantoms import phantom, scan, write_series
-from orthanc import AET, PASSWORD, Orthanc, executable, free_port
+from orthanc import AET, PASSWORD, USER, Orthanc, executable, free_port
 from prepared import SCRIPT, report
 from running import run_here
 from test_series import write_enhanced
@@ -406,37 +408,99 @@ http {{
   server {{
     listen 127.0.0.1:{port} ssl;
     ssl_certificate {folder}/server.pem; ssl_certificate_key {folder}/server.key;
-    ssl_client_certificate {folder}/authority.pem; ssl_verify_client on;
-    location / {{ proxy_pass {root}; }}
+    ssl_client_certificate {folder}/authority.pem; ssl_verify_client {verify};
+    location / {{ {inside} proxy_pass {root}; }}
   }}
 }}
 """
 
 
 @pytest.fixture
-def safe(archive, tmp_path):
-    """The archive behind an nginx that wants to see a certificate: Debian's Orthanc itself crashes when it sees one."""
+def behind_nginx(archive, tmp_path):
+    """Start an nginx before the archive, over TLS: its address. Debian's Orthanc itself crashes when it sees a
+    certificate."""
     program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if program is None:
         pytest.skip("no nginx for the test of certificates: install it")
     authority = certificate("authority", tmp_path)
     for name in ("server", "us"):
         certificate(name, tmp_path, authority)
-    port = free_port()
-    settings = NGINX.format(folder=tmp_path, port=port, root=archive.root)
-    (tmp_path / "nginx.conf").write_text(settings)
-    process = subprocess.Popen([program, "-c", str(tmp_path / "nginx.conf")], stderr=subprocess.DEVNULL)
-    for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield f"https://127.0.0.1:{port}/dicom-web"
-    process.terminate()
-    process.wait(10)
+    started = []
+
+    def start(verify: str, inside: str = "") -> str:
+        port = free_port()
+        settings = NGINX.format(folder=tmp_path, port=port, root=archive.root, verify=verify, inside=inside)
+        (tmp_path / "nginx.conf").write_text(settings)
+        command = [program, "-c", str(tmp_path / "nginx.conf")]
+        started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        return f"https://127.0.0.1:{port}/dicom-web"
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(10)
 
 
-def test_tls_is_verified_and_a_client_certificate_opens_the_archive(archive, safe, tmp_path):
+TOKEN = "quite-secret-token-62318"
+
+
+def test_a_token_opens_the_archive_and_another_does_not(archive, behind_nginx, tmp_path):
+    """A gateway of tokens before Orthanc, as hospitals have it: who brings the right one is let through."""
+    basic = b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    url = behind_nginx(
+        "off",
+        f'if ($http_authorization != "Bearer {TOKEN}") {{ return 401; }} '
+        f'proxy_set_header Authorization "Basic {basic}";',
+    )
+    path = tmp_path / "login.toml"
+    path.touch(0o600)
+    path.write_text(f'token = "{TOKEN}"\nauthority = "authority.pem"\n')
+    done = prepare("--dicomweb", url, "--login", path, "--query", "PatientID=QX-axial", out=tmp_path / "out")
+    assert done.returncode == 0 and "1 of 1 studies" in done.stdout, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    path.write_text('token = "another"\nauthority = "authority.pem"\n')
+    with pytest.raises(MedFLError, match="refuses the login") as caught:
+        DICOMweb(url, read_login(str(path)), waits=QUICK).find_studies(Query())
+    assert "another" not in str(caught.value)
+
+
+def test_dimse_over_tls_finds_and_fetches_and_trusts_nobody_unknown(archive, tmp_path):
+    certificate("authority", tmp_path)
+    certificate("stranger", tmp_path)
+    for name in ("server", "us"):
+        certificate(name, tmp_path, "authority")
+    names = {"Certificate": "server.pem", "PrivateKey": "server.key", "TrustedCertificates": "authority.pem"}
+    settings = {f"DicomTls{name}": str(tmp_path / file) for name, file in names.items()}
+    settings |= {"DicomTlsEnabled": True, "DicomTlsRemoteCertificateRequired": True}
+    with contextlib.closing(Orthanc(tmp_path / "orthanc", settings)) as safe:
+        safe.start().add(archive.folder.parent / "phantoms" / "enhanced")
+        ours = Login(
+            certificate=tmp_path / "us.pem", key=tmp_path / "us.key", authority=tmp_path / "authority.pem"
+        )
+        there = DIMSE(safe.dimse, ours, waits=QUICK)
+        (study,) = there.find_studies(Query())
+        (series,) = there.find_series(study.uid)
+        (tmp_path / "fetched").mkdir()
+        there.fetch(study.uid, series.uid, tmp_path / "fetched")
+        (fetched,) = (tmp_path / "fetched").iterdir()
+        sent = pydicom.dcmread(archive.folder.parent / "phantoms" / "enhanced" / "one")
+        assert pydicom.dcmread(fetched).PixelData == sent.PixelData
+        for login in (
+            Login(),  # in the clear
+            Login(authority=tmp_path / "authority.pem"),  # without a certificate of ours
+            ours.model_copy(update={"authority": tmp_path / "stranger.pem"}),  # whom the archive's is not of
+        ):
+            with pytest.raises(MedFLError, match="can't be reached by DIMSE|broke off"):
+                DIMSE(safe.dimse, login, waits=()).find_studies(Query())
+
+
+def test_tls_is_verified_and_a_client_certificate_opens_the_archive(archive, behind_nginx, tmp_path):
+    safe = behind_nginx("on")
     path = archive.write_login(tmp_path)
     user = path.read_text()
     ours = 'certificate = "us.pem"\nkey = "us.key"\n'

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from running import run_here
 
+from autoencoder import UnlabelledSlices
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from dataset import load_dataset
@@ -380,3 +381,64 @@ def test_masks_of_0_and_1_and_with_a_palette_are_read_and_told(tmp_path):
     save(tmp_path / "anna" / "p_3_mask.png", np.full((16, 16), 2, np.uint8))
     with pytest.raises(MedFLError, match="p_3_mask.png has the value 2, .* with 255 for what is tumour"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "visits",
+    [
+        ("sub-01/ses-1/anat", "sub-01/ses-2/anat"),
+        ("sub-01/ses-1", "sub-01/ses-2"),
+        ("sub-01_ses-1", "sub-01_ses-2"),
+        ("anna/visit_1", "anna/visit_2"),
+        ("Patient-001/week-000-1", "Patient-001/week-044"),
+        ("P_0003_Timepoint_1", "P_0003_Timepoint_2"),
+        ("ses-1/sub-01", "ses-2/sub-01"),
+        ("sub-01/anat", "sub-01/flair"),
+    ],
+)
+def test_visits_of_a_person_count_once_and_that_is_told(tmp_path, visits):
+    for k, visit in enumerate(visits):
+        patient(tmp_path / visit, k)
+    patient(tmp_path / "sub-02" / "ses-1", 5)
+    names, notes = load(tmp_path)
+    assert names == sorted((visits[0], "sub-02/ses-1")), names
+    assert "1 further visit of 1 patient" in notes[0] and visits[1] in notes[0], notes
+
+
+def test_who_has_no_visits_keeps_the_name(tmp_path):
+    names = ["north/pat1", "session_anna", "sesame", "south/pat1", "visitor", "week1", "week2"]
+    for k, name in enumerate(names):
+        patient(tmp_path / name, k)
+    assert load(tmp_path) == (sorted(names), [])
+
+
+@pytest.mark.parametrize("suffix", ["_seg", "-label", "_Tumor"])
+def test_masks_of_another_name_are_read_where_it_is_said_and_asked_about_where_not(tmp_path, suffix):
+    patient(tmp_path / "anna", 1, mask="{}" + suffix)
+    with pytest.raises(
+        MedFLError,
+        match=f"anna holds slices without masks .*if those are the masks, say --mask-suffix={suffix}",
+    ):
+        load(tmp_path)
+    found = load_dataset(tmp_path, progress=False, mask_suffix=suffix)
+    assert found.table["tumour_pixels"].tolist() == [9]
+    done = run_here(
+        "run_client.py", "--own-data", tmp_path, "--name", "mercy", "--check", f"--mask-suffix={suffix}",
+        "--server", "127.0.0.1:9",
+    )  # fmt: skip
+    assert "1 patient, 3 slices" in done.stdout and "the data are fine" in done.stderr
+    done = run_here("run_client.py", "--own-data", tmp_path, "--name", "m", "--mask-suffix", "_seg.png")
+    assert done.returncode == 2 and "without its .png" in done.stderr
+
+
+def test_unlabelled_slices_are_those_of_no_mask(tmp_path):
+    patient(
+        tmp_path / "trees" / "images" / "sub-1", 1, masks=tmp_path / "trees" / "labels" / "sub-1", mask="{}"
+    )
+    patient(
+        tmp_path / "trees" / "images" / "sub-2", 2, masks=tmp_path / "trees" / "labels" / "sub-2", mask="{}"
+    )
+    assert len(UnlabelledSlices(tmp_path / "trees", 16)) == 6
+    assert len(UnlabelledSlices(tmp_path / "trees", 16, {"sub-2"})) == 3
+    patient(tmp_path / "seg" / "sub-01" / "anat", 1, mask="{}_seg")
+    assert len(UnlabelledSlices(tmp_path / "seg", 16, {"sub-01/anat"}, "_seg")) == 3

@@ -55,6 +55,38 @@ def test_pixels_become_square_and_the_aspect_is_kept():
     assert columns.mean() == pytest.approx((SIDE - 1) / 2, abs=1)
 
 
+def ellipsoid(shape, middle, radii) -> np.ndarray:
+    places = np.meshgrid(*map(np.arange, shape), indexing="ij", sparse=True)
+    return sum(((p - m) / r) ** 2 for p, m, r in zip(places, middle, radii)) < 1
+
+
+def test_a_wide_field_of_view_is_cropped_to_the_head_and_a_usual_one_is_not():
+    head = ellipsoid((8, 512, 512), (4, 300, 200), (40, 110, 90)) * 500.0
+    fixed, told = to_axial(image_of(head, (5, 1, 1)))
+    assert told == "cropped to the head, 240 of 512 mm" and fixed.GetSpacing()[:2] == pytest.approx(
+        (240 / SIDE, 240 / SIDE)
+    )
+    shown = sitk.GetArrayFromImage(fixed)[4] > 250
+    rows, columns = (np.flatnonzero(shown.any(axis=axis)) for axis in (1, 0))
+    assert (rows[0] + rows[-1]) / 2 == pytest.approx((SIDE - 1) / 2, abs=4)
+    assert np.ptp(rows) * 240 / SIDE == pytest.approx(220, abs=4) and np.ptp(
+        columns
+    ) * 240 / SIDE == pytest.approx(180, abs=4)
+    usual, told = to_axial(image_of(head[:, 170:430, 70:330], (5, 1, 1)))
+    assert told is None and usual.GetSpacing()[0] == pytest.approx(260 / SIDE)
+    assert to_axial(image_of(np.zeros((8, 512, 512)), (5, 1, 1)))[1] is None
+
+
+def test_the_neck_of_a_sagittal_scan_is_left_out_and_the_crown_is_not():
+    sagittal = np.transpose(((0, 1, 0), (0, 0, -1), (-1, 0, 0)))
+    shape = (88, 128, 128)  # slices to the right, rows down, columns back; 2 mm
+    body = ellipsoid(shape, (44, 46, 64), (38, 42, 48)) | ellipsoid(shape, (44, 110, 64), (20, 50, 24))
+    fixed, told = to_axial(image_of(body * 500.0, (2, 2, 2), direction=sagittal))
+    assert "cropped to 170 mm from the crown down" in told and fixed.GetSize() == (SIDE, SIDE, 59)
+    filled = (sitk.GetArrayFromImage(fixed) > 250).mean(axis=(1, 2))
+    assert filled[-1] < 0.01 < filled[-6] and filled[0] > 0.01, "from the neck to above the crown"
+
+
 def test_finer_pixels_are_averaged_not_skipped():
     fine = np.zeros((4, 1024, 1024), np.float32)
     fine[:, ::4, ::4] = 16.0
@@ -68,7 +100,8 @@ def test_finer_pixels_are_averaged_not_skipped():
 def test_other_planes_are_resampled_to_axial(head, name, direction):
     flair = head[1]
     fixed, told = to_axial(scan(flair, 200, 160, direction, spread=1.2))
-    assert told == f"acquired {name}, and resampled to axial" and fixed.GetDirection() == (
+    told_of = f"acquired {name}, and resampled to axial, cropped to 170 mm from the crown down"
+    assert told == told_of and fixed.GetDirection() == (
         1,
         0,
         0,

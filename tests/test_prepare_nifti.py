@@ -1,8 +1,11 @@
 """data/prepare_hospital.py on NIfTI: volumes by a study's folders, labels, and what is told of files that
 can't be used."""
 
+import json
 import shutil
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -12,7 +15,13 @@ from dicom_phantoms import phantom
 from prepared import SCRIPT, pixels, report
 from running import run_script
 
-from radiology.rules import DEFAULT
+from common import MedFLError
+from radiology.collection import collection_in
+from radiology.nifti import find_volumes, load_volume
+from radiology.preparation import prepare
+from radiology.rules import DEFAULT, load_rules
+from radiology.studies import plan_studies
+from radiology.unpacking import unpack
 
 
 def write_nifti(path: Path, image: sitk.Image, dtype: type = np.float32) -> None:
@@ -126,3 +135,118 @@ def test_files_that_are_no_volumes_are_reported(volumes):
         and why["bert_seg"] == "the study has no FLAIR"
         and "1 of 2 studies" in done.stdout
     )
+
+
+def packed(folder: Path, to: Path, names=lambda path: path.name) -> Path:
+    """A folder's files as a ZIP in its place."""
+    with zipfile.ZipFile(to, "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.write(path, names(path))
+    shutil.rmtree(folder)
+    return to
+
+
+def test_a_patients_zip_is_read_as_its_folder(volumes):
+    shutil.rmtree(volumes / "anna")
+    (study,), _ = plan(volumes)
+    wanted = prepare(study, load_rules())
+    packed(volumes / "bert", volumes / "bert.zip")
+    (volumes / "carl.zip").write_bytes(b"PK\3\4cut off")
+    done = prepare_nifti(volumes)
+    assert done.returncode == 0 and "1 of 1 studies" in done.stdout, done.stderr
+    name = next(row["pseudonym"] for row in report(volumes) if row["patient_id"] == "bert")
+    assert any("carl.zip can't be unpacked" in row["why"] for row in report(volumes))
+    volume, mask = pixels(volumes.parent / "out" / name)
+    assert np.array_equal(volume, wanted.volume) and np.array_equal(mask, wanted.mask)
+    assert not (volumes.parent / "nifti_private" / "unpacked").exists()
+    made = [path.stat().st_mtime_ns for path in (volumes.parent / "out").rglob("*.tif")]
+    assert prepare_nifti(volumes).returncode == 0
+    assert [path.stat().st_mtime_ns for path in (volumes.parent / "out").rglob("*.tif")] == made
+
+
+@pytest.mark.parametrize("name", ["../evil.nii", "/evil.nii", "a:evil.nii"])
+def test_a_zip_whose_names_lead_out_is_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(name, b"x")
+    with pytest.raises(MedFLError, match="points out of the archive; pack it again"):
+        unpack(tmp_path / "a.zip", tmp_path / "private" / "a")
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_a_zip_that_needs_more_than_the_disk_has_is_told(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.nii", b"x" * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(MedFLError, match="the disk has 0.0 GiB free; free the space, or name another"):
+        unpack(tmp_path / "a.zip", tmp_path / "private" / "a")
+
+
+def plan(root: Path):
+    found, refused = find_volumes(root, sorted(p for p in root.rglob("*") if p.is_file()))
+    return plan_studies(found, load_rules()), refused
+
+
+CHANNELS = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
+
+
+@pytest.mark.parametrize("kind", ["decathlon", "nnunet", "trees"])
+def test_collections_are_read_by_case_and_channel(tmp_path, kind):
+    (pre, flair, post), truth = phantom(0, slices=8, size=64)
+    each = [sitk.GetArrayFromImage(image).astype(np.float32) for image in (flair, pre, post, post)]
+    write_nifti(tmp_path / "one.nii.gz", flair)
+    affine = nibabel.load(tmp_path / "one.nii.gz").affine
+    (tmp_path / "one.nii.gz").unlink()
+    root = tmp_path / "set"
+    for case in ("BRATS_001", "BRATS_002"):
+        if kind == "decathlon":
+            whole = np.stack([volume.transpose(2, 1, 0) for volume in each], axis=-1)
+            (root / "imagesTr").mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(whole, affine), root / "imagesTr" / f"{case}.nii.gz")
+        elif kind == "nnunet":
+            for k, image in enumerate((flair, pre, post, post)):
+                write_nifti(root / "imagesTr" / f"{case}_{k:04}.nii.gz", image)
+        else:
+            for name, image in (("flair", flair), ("t1", pre), ("t1ce", post)):
+                write_nifti(root / "images" / case / f"{name}.nii.gz", image)
+        labels = (
+            root / "labels" / case / "flair.nii.gz"
+            if kind == "trees"
+            else root / "labelsTr" / f"{case}.nii.gz"
+        )
+        write_nifti(labels, truth, np.uint8)
+    if kind != "trees":
+        about = {"modality" if kind == "decathlon" else "channel_names": CHANNELS, "labels": {"tumour": 1}}
+        (root / "dataset.json").write_text(json.dumps(about))
+    studies, refused = plan(root)
+    assert not refused and [study.patient_id for study in studies] == ["BRATS_001", "BRATS_002"]
+    for study in studies:
+        assert set(study.channels) == {"pre-contrast", "FLAIR", "post-contrast"} and study.mask is not None
+        for channel, wanted in (("FLAIR", each[0]), ("pre-contrast", each[1]), ("post-contrast", each[2])):
+            assert np.array_equal(sitk.GetArrayFromImage(load_volume(study.channels[channel])), wanted)
+
+
+def test_what_a_collection_does_not_say_is_asked_for(tmp_path):
+    (_, flair, _), _ = phantom(0, slices=8, size=64)
+    write_nifti(tmp_path / "imagesTr" / "BRATS_001.nii.gz", flair)
+    assert "lies in imagesTr without a dataset.json that says what it shows" in plan(tmp_path)[1][0].why
+    (tmp_path / "dataset.json").write_text(json.dumps({"modality": CHANNELS}))
+    assert "holds 1 volumes, and dataset.json names 4 channels" in plan(tmp_path)[1][0].why
+    (tmp_path / "dataset.json").write_text("[]")
+    with pytest.raises(MedFLError, match="does not say what the channels show; write it as nnU-Net has it"):
+        plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        ({"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}, (1, 2, 3)),
+        ({"background": 0, "lesion": 1}, (1,)),
+        ({"background": 0, "whole tumor": [1, 2, 3]}, None),
+        ({"background": 0, "brain": 1, "tumour": 2}, None),
+        ({}, None),
+    ],
+)
+def test_labels_are_taken_where_their_names_are_plain(tmp_path, labels, wanted):
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "FLAIR"}, "labels": labels}))
+    collection = collection_in(tmp_path)
+    assert collection is not None and collection.tumour_labels() == wanted

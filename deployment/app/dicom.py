@@ -261,10 +261,18 @@ def _notes_on(source: Source, image: sitk.Image) -> list[str]:
     return notes
 
 
-def read_dicom_mask(source: Source, name: str, content: bytes) -> np.ndarray:
+def _source(of: Case | Source) -> Source:
+    """Where a case of DICOM came from. Raises MedFLError for a case of other files."""
+    source = of.dicom if isinstance(of, Case) else of
+    if source is None:
+        raise MedFLError("the case was not opened from DICOM files; open the series itself")
+    return source
+
+
+def read_dicom_mask(of: Case | Source, name: str, content: bytes) -> np.ndarray:
     """A mask of the case's shape from a DICOM SEG of its series, (S, H, W) uint8. Raises MedFLError for any
     other."""
-    return _mask_on_page(source, InMemory(name, content))
+    return _mask_on_page(_source(of), InMemory(name, content))
 
 
 def _mask_on_page(source: Source, file: File) -> np.ndarray:
@@ -272,14 +280,15 @@ def _mask_on_page(source: Source, file: File) -> np.ndarray:
     return source.framed(resample_mask(labels, source.page, sitk.Transform()))
 
 
-def on_series(source: Source, mask: np.ndarray) -> np.ndarray:
+def on_series(of: Case | Source, mask: np.ndarray) -> np.ndarray:
     """A mask (S, H, W) uint8 of the case on the source series' own slices, rows and columns, in its order, 1
     where there is tumour."""
-    return source.onto_series(mask)
+    return _source(of).onto_series(mask)
 
 
-def write_segmentation(source: Source, mask: np.ndarray) -> bytes:
+def write_segmentation(of: Case | Source, mask: np.ndarray) -> bytes:
     """A mask of the case as DICOM SEG over its source series. Raises MedFLError for an empty one."""
+    source = _source(of)
     _rewind(source.series)
     file = io.BytesIO()
     make_segmentation(on_series(source, mask), source.series).save_as(file)
@@ -294,8 +303,9 @@ def as_proposal(source: Source, mask: np.ndarray, way: str) -> "Proposal":
     return Proposal(on_series(source, mask) * np.uint8(255), source.series, (source.series,), (), way)
 
 
-def write_series_nifti(source: Source, mask: np.ndarray) -> bytes:
+def write_series_nifti(of: Case | Source, mask: np.ndarray) -> bytes:
     """A mask of the case as .nii.gz, voxel for voxel on the source series, 1 where there is tumour."""
+    source = _source(of)
     grid = source.grid
     affine = np.eye(4)
     affine[:3, :3] = np.array(grid.GetDirection()).reshape(3, 3) * grid.GetSpacing()

@@ -53,7 +53,7 @@ def make_app(
     def hospital(settings: str, context: Context) -> Hospital:
         identity = Identity.load(folder_of(context))
         check_consent(settings, identity)
-        return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY)
+        return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY, say)
 
     def sums(context: Context) -> Sums:
         return Sums(Identity.load(folder_of(context)), folder_of(context))
@@ -255,6 +255,8 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
     say(f"code and settings: {approval(identity.code, asked.settings)} (settings: {unusual(asked.settings)})")
     facts = mine.facts()
     parts = facts.parts
+    if warning := mine.data.without_tumour():
+        say(warning)
     if identity.role == "check":
         seconds, most = round_seconds(mine), mine.federation.round_timeout
         say(

@@ -1,5 +1,6 @@
 """A hospital's data in a federation: its scans, and which of its patients train, validate and test."""
 
+from common import counted
 from dataset import Dataset, load_dataset
 from federation.hospital.identity import Identity
 from federation.protocol.answers import Images, Part
@@ -22,7 +23,10 @@ class HospitalData:
 
     def __init__(self, identity: Identity, settings: FederationSettings, seed: int):
         self.dataset = load_dataset(
-            identity.data, identity.label if identity.own_data else None, progress=False
+            identity.data,
+            identity.label if identity.own_data else None,
+            progress=False,
+            mask_suffix=identity.mask_suffix,
         )
         sites = {p.name: p.site for p in self.dataset.patients}
         fractions = (settings.val_fraction, settings.test_fraction)
@@ -35,6 +39,16 @@ class HospitalData:
         )
         self.split = partition.hospitals[identity.cid]
         self.split_sha256, self.partition_sha256 = split.sha256(), partition.sha256()
+
+    def without_tumour(self) -> str | None:
+        """A sentence where no mask that trains here shows tumour, as it can be in a share of a dataset."""
+        train = self.split.train
+        if not train or self.dataset.with_tumour(train):
+            return None
+        return (
+            f"note: no mask of the {counted(len(train), 'patient')} that train here shows tumour, so this hospital can "
+            "only teach what is none; look at the _mask files, or choose another partition"
+        )
 
     def parts(self) -> dict[str, Part]:
         """How many patients and slices each part of the split has."""

@@ -2,6 +2,7 @@
 update."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -77,15 +78,22 @@ class Hospital:
         identity: who it is.
         training, federation: the settings that the server sent.
         memory: the file that keeps the last weights, for messages that bring only a part of them.
+        tell: gets a line a minute of a round's training.
 
     Raises:
         HospitalError: bad data, or settings with which the promise to the patients can't be kept.
     """
 
     def __init__(
-        self, identity: Identity, training: TrainingSettings, federation: FederationSettings, memory: Path
+        self,
+        identity: Identity,
+        training: TrainingSettings,
+        federation: FederationSettings,
+        memory: Path,
+        tell: Callable[[str], None] = lambda _: None,
     ):
         self.began, self.came = time.monotonic(), ""  # SHA-256 of the weights that came
+        self.tell = tell
         self.identity, self.training, self.federation, self.memory = identity, training, federation, memory
         if identity.shared_cores:  # more threads than cores slow all down
             torch.set_num_threads(max(1, identity.shared_cores // federation.clients))
@@ -231,6 +239,7 @@ class Hospital:
             seed,
             rate_in_a_round(warmup, task.rate),
             lambda: self._check_time(task),
+            self.tell,
         )
         after = pack(model.state_dict())
         update = self._update(model, before, after, frozen)

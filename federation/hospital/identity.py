@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from common import atomic_write
 from federation.protocol.answers import Introduction, PatientPrivacy
 from federation.protocol.messages import local_versions
+from preprocessing import MASK_SUFFIX
 
 # in the folder that run_client.py makes for its app: who the hospital is, how the federation ended for it, and
 # why it waits for a server of the same version
@@ -32,7 +33,8 @@ class Identity(BaseModel):
     """Who a hospital is.
 
     label: its name in the federation. session: a random number of this start. cid: its share of a divided
-    dataset, None with data of its own. data: the folder of its scans. medfl: the version installed here.
+    dataset, None with data of its own. data: the folder of its scans; mask_suffix: what ends a mask's
+    name there. medfl: the version installed here.
     models: the folder of its own files. shared_cores: those that it shares with the other simulated
     hospitals, None with a machine of its own. code: SHA-256 of what runs at a hospital of the MedFL that is
     installed here. commit: of its working copy, None outside one. key: the file of its private key, None
@@ -47,6 +49,7 @@ class Identity(BaseModel):
     label: str
     cid: int | None
     data: Path
+    mask_suffix: str = MASK_SUFFIX
     device: str
     medfl: str
     models: Path

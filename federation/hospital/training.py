@@ -1,6 +1,7 @@
 """A round's training at a hospital."""
 
 import math
+import time
 import zlib
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ from tqdm import tqdm
 from batches import TrainingBatches
 from federation.privacy.patients import PatientBatches
 from training import Learner, rate_scale
+from usage import LOG_SECONDS
+from usage import in_time as in_words
 
 
 def seed_of(seed: int, label: str) -> int:
@@ -26,6 +29,7 @@ def train_round(
     seed: int,
     share: Callable[[float], float],
     in_time: Callable[[], None],
+    say: Callable[[str], None] = lambda _: None,
 ) -> float:
     """Train a round's steps.
 
@@ -35,14 +39,24 @@ def train_round(
         seed: of the order of slices (`seed_of`).
         share: gives the share of the learning rate for how far the federation is, from 0 to 1.
         in_time: raises an error where the time is over; called before each step.
+        say: gets a line a minute: steps, speed, and what is left of the round.
 
     Returns:
         The mean loss.
     """
     passes = math.ceil(steps / len(batches))
     losses = []
+    began = told = time.monotonic()
 
     def before_step(step: int) -> bool:
+        nonlocal told
+        if step and time.monotonic() - told > LOG_SECONDS:
+            told = time.monotonic()
+            speed = step / (told - began)
+            say(
+                f"round {number}: step {step} of {steps}, {speed:.2f} steps/s, "
+                f"{in_words((steps - step) / speed)} left of the round's training"
+            )
         learner.set_rate(share((number - 1 + step / steps) / rounds))
         in_time()
         return step < steps

@@ -112,7 +112,9 @@ def _run_engine(
         ray.shutdown()
 
 
-def simulate(job: dict, folder: Path, hospitals: int, data_dir: Path, device: str, cores: int) -> int:
+def simulate(
+    job: dict, folder: Path, hospitals: int, data_dir: Path, device: str, cores: int, mask_suffix: str
+) -> int:
     """Run the federation that the job describes with simulated hospitals; its exit code. Raises
     KeyboardInterrupt when it was stopped, and MedFLError where the engine fails.
 
@@ -125,6 +127,7 @@ def simulate(job: dict, folder: Path, hospitals: int, data_dir: Path, device: st
             label=home.name,
             cid=cid,
             data=data_dir,
+            mask_suffix=mask_suffix,
             device=device,
             medfl=__version__,
             models=Path(job["out"]),

@@ -13,6 +13,7 @@ from federation.server.audit import AuditLog
 from federation.server.history import Row, draw_curves, scores_of, table, write_history
 from federation.server.judging import Scores, mean_dice
 from federation.server.state import RunState, keep_last
+from usage import in_time, memory_in_words
 
 
 def row_of(number: int, label: str, told: Result, sent: int, received: int) -> Row:
@@ -62,11 +63,13 @@ class Record:
         keep_last(self.state, self.audit, "round", round=number, hospitals=hospitals)
         self._write_pictures()
         seconds, work = time.monotonic() - began, max(row["seconds"] for row in rows)
+        left = done.seconds / number * (self.state.federation.rounds - number)
         spent = "" if done.epsilon is None else f"; epsilon {done.epsilon:.3g} of a hospital is spent"
         self.say(
             f"round {number} of {self.state.federation.rounds}: {seconds:.1f} s, of which {work:.1f} s the "
             f"longest hospital's "
-            f"work; the model before it: {_in_words(scores)}{' (best so far)' * better}{spent}\n{table(rows)}"
+            f"work; about {in_time(left)} left of the run; the model before it: {_in_words(scores)}"
+            f"{' (best so far)' * better}{spent}\n{table(rows)}"
         )
 
     def end(self, rows: list[Row], weights: torch.Tensor) -> None:
@@ -85,6 +88,20 @@ class Record:
             dice = f"validation Dice {done.best:.3f} over {counted(done.scored_patients, 'patient')}"
             chosen = f"after round {done.best_round}, {dice}"
         self.say(f"{self.state.best}: {chosen}")
+        self.say(self._spent())
+
+    def _spent(self) -> str:
+        """Where the time of all rounds went, and the most memory that the server took."""
+        done = self.state.progress
+        work: dict[int, float] = {}
+        for row in done.rows:
+            if row["round"] <= done.round:
+                work[row["round"]] = max(work.get(row["round"], 0.0), row["seconds"])
+        slowest = min(sum(work.values()), done.seconds)
+        return (
+            f"{counted(done.round, 'round')} in {in_time(done.seconds)}: {in_time(slowest)} of the slowest hospitals' "
+            f"work, {in_time(done.seconds - slowest)} of sending, waiting and summing{memory_in_words()}"
+        )
 
     def _judge(self, weights: torch.Tensor, scores: Scores, number: int) -> bool:
         """Whether the model after round `number` is the best so far; it is kept then."""

@@ -131,11 +131,12 @@ def test_slices_are_those_that_the_preparation_makes(series, tmp_path):
     """Turned, framed and scaled alike: the network meets on the page what it learned from."""
     rows, columns = np.indices((200, 256))
     values = np.stack(
-        [5.0 * ((rows - 90) ** 2 + (columns - 140) ** 2 < 70**2) * (columns + 20 * k) for k in range(5)]
+        [5.0 * ((rows - 90) ** 2 + (columns - 140) ** 2 < 100**2) * (columns + 20 * k) for k in range(5)]
     )
     case = read_case(series(values, spacing=(4.0, 0.9, 0.9), acquired="from head to feet"))
     (study,) = plan_studies(find_series(sorted(tmp_path.rglob("IM*")))[0], load_rules())
     prepared = prepare(study, load_rules())
+    assert np.array_equal(case.dicom.fed, prepared.volume)
     assert np.array_equal(case.volume, prepared.volume) and case.volume.shape == (5, 256, 256, 3)
     assert [prepared.about["spacing_mm"][k] for k in (1, 2, 0)] == pytest.approx(case.spacing)
 
