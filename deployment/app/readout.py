@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from scipy.ndimage import label
-from scipy.spatial import ConvexHull, QhullError
-from scipy.spatial.distance import pdist
 
 from appearance.features import FLAIR
 from deployment.app.case import Case
 from deployment.app.pictures import png
 from escaping import cell
 from evaluation import metrics
+from evaluation.diameters import largest_diameter
 from inference import predict_volume, to_mask
 from transunet import TransUNet
 
@@ -62,28 +60,6 @@ def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.nda
         if asked.any():
             spread[number] = np.abs(one - other)[asked].mean()
     return spread
-
-
-def largest_diameter(mask: np.ndarray, spacing: tuple[float, float] = (1.0, 1.0)) -> float:
-    """The longest straight line between two pixels' centres of one connected part of a mask (H, W), in
-    pixels, or in mm with the spacing of rows and columns; 0 for an empty mask or single pixels. Pixels that
-    touch at a corner are connected."""
-    parts, count = label(mask > 0, structure=np.ones((3, 3)))
-    return max(
-        (_diameter(np.argwhere(parts == part) * np.array(spacing)) for part in range(1, count + 1)),
-        default=0.0,
-    )
-
-
-def _diameter(points: np.ndarray) -> float:
-    """The largest distance between two of the points (n, 2)."""
-    if len(points) < 2:
-        return 0.0
-    try:
-        points = points[ConvexHull(points).vertices]
-    except QhullError:  # all on a line
-        points = np.stack([points[0], points[-1]])
-    return float(pdist(points).max())
 
 
 def slice_rows(case: Case, prediction: Prediction, threshold: float) -> list[dict]:
