@@ -3,6 +3,7 @@
 Both pages' tables and reports, predict.py and the structured report take these figures from here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +88,7 @@ def find_components(
     box = boxes[0]
     inside, pieces = _number(mask[box] > 0)
     labels[box] = inside
-    least: list[int | None] = [None] * (len(pieces) + 1)
+    least: Sequence[int | None] = [None] * (len(pieces) + 1)
     most = least
     if probability is not None:
         sure = inside[probability[box] >= HIGH]
