@@ -66,8 +66,9 @@ def corrected(case: Case, prediction: Prediction, threshold: float) -> Corrected
     base = proposal if edited is None else edited
     if not (case.is_volume or len(case.slices) == 1):
         return Corrected(proposal, base, None, frozenset(), edited is not None)
-    source = (threshold if edited is None else None, edited, case.spacing, prediction)
-    if "measured_of" not in state or any(one is not two for one, two in zip(state.measured_of, source)):
+    source = (edited, prediction, threshold if edited is None else None, case.spacing)
+    former = state.get("measured_of", (None,) * 4)
+    if former[0] is not edited or former[1] is not prediction or former[2:] != source[2:]:
         probability = prediction.probability if edited is None else None
         state.components_of = find_components(base, case.spacing, probability)
         state.measured_of, state.edits = source, state.get("edits", 0) + 1
