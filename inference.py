@@ -1,5 +1,8 @@
 """Pixels in, mask out: the one way by which every script and the app use a model."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 
@@ -23,11 +26,16 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def predict_volume(model: TransUNet, volume: np.ndarray) -> np.ndarray:
+def predict_volume(
+    model: TransUNet,
+    volume: np.ndarray,
+    turn: Callable[[int], AbstractContextManager] = lambda done: nullcontext(),
+) -> np.ndarray:
     """Probability of tumour in each pixel, (S, H, W) float32, of a volume (S, H, W, 3) uint8.
 
     The statistics of the normalisation come from all slices given: give a patient whole. Runs in float32 on
-    the model's own device and leaves the model in evaluation mode.
+    the model's own device and leaves the model in evaluation mode. turn: called before each block with the
+    number of slices that are done; the block is computed within what it returns.
     """
     device = next(model.parameters()).device
     pixels = torch.from_numpy(
@@ -38,8 +46,9 @@ def predict_volume(model: TransUNet, volume: np.ndarray) -> np.ndarray:
     blocks = []
     with torch.inference_mode():
         for start in range(0, len(pixels), BLOCK):
-            slices = pixels[start : start + BLOCK].to(device)
-            blocks.append(probability(model, slices, mean, deviation).cpu())
+            with turn(start):
+                slices = pixels[start : start + BLOCK].to(device)
+                blocks.append(probability(model, slices, mean, deviation).cpu())
     return torch.cat(blocks).numpy()
 
 

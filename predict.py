@@ -3,8 +3,10 @@
     python predict.py patient_folder slice.png --checkpoint models/transunet_centralized_best.pth --out predictions
     python predict.py --dicomweb https://pacs.example/dicom-web --login login.toml --study 1.2.3 --checkpoint MODEL
 
-Writes <name>_mask.png (0 or 255, the slice's own size) per slice and predictions.csv (file, patient, slice,
-tumour_pixels, tumour_share). A folder's slices are one patient's and are normalised together, as in training.
+Writes <name>_mask.png (0 or 255, the slice's own size) per slice, predictions.csv (file, patient, slice,
+tumour_pixels, tumour_share) and components.csv: each connected part's volume with an interval from the probability,
+and its two largest perpendicular diameters (evaluation/components.py), in cm³ and mm where a volume.json tells them.
+A folder's slices are one patient's and are normalised together, as in training.
 Of files that are named one by one, those of one name before the slice number in one folder form a volume, and a
 file without a number is a volume of its own: a lone slice is segmented less surely. `*_mask.*` files are ignored.
 
@@ -25,9 +27,13 @@ from checkpoint import load_checkpoint
 from common import ROOT, MedFLError, atomic_write, counted, run_script, write_csv
 from dataset import add_mask_option
 from deployment.app.card import find_checkpoints
+from evaluation.components import COLUMNS as OF_COMPONENT
+from evaluation.components import find_components
 from inference import choose_device, predict_volume, to_mask
 from preprocessing import MASK_SUFFIX, group_volumes, is_image, is_mask, read_volume, slice_number
+from scans.folders import refuse_dangling, walk
 from scans.pairing import pair
+from scans.spacing import NAME, read_spacing
 
 COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
 
@@ -117,6 +123,15 @@ def output_names(files: list[Path]) -> dict[Path, str]:
     return names
 
 
+def spacing_of(slices: list[Path]) -> tuple[float, float, float] | None:
+    """mm between rows, columns and slices of a patient, where a `volume.json` beside them tells it."""
+    path = slices[0].parent / NAME
+    if not path.exists():
+        return None
+    between, rows, columns = read_spacing(path, len(slices))
+    return rows, columns, between
+
+
 def write_picture(pixels: np.ndarray, path: Path) -> None:
     """(H, W) uint8 as a grey PNG."""
     with atomic_write(path) as file:
@@ -137,8 +152,12 @@ def predict_slices(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is None:
         print(f"with {path}, trained on {checkpoint.metadata.get('data', {}).get('name', 'unknown data')}")
     rows: list[tuple] = []
+    parts: list[tuple] = []
     for patient, slices in tqdm(volumes, desc="segmenting", unit="volume", disable=None):
+        spacing = spacing_of(slices) if slices[0].parent in folders else None
         probabilities = predict_volume(checkpoint.model, read_volume(slices))
+        found = find_components(to_mask(probabilities, checkpoint.threshold), spacing, probabilities)
+        parts += [(patient, *part.row().values()) for part in found.parts]
         for file, probability in zip(slices, probabilities):
             mask = to_mask(probability, checkpoint.threshold)
             write_picture(mask, arguments.out / f"{names[file]}_mask.png")
@@ -150,6 +169,7 @@ def predict_slices(arguments: argparse.Namespace) -> None:
             tumour = int(np.count_nonzero(mask))
             rows.append((str(file), patient, slice_number(file), tumour, tumour / mask.size))
     write_csv(arguments.out / "predictions.csv", [COLUMNS, *rows])
+    write_csv(arguments.out / "components.csv", [("patient", *OF_COMPONENT), *parts])
     print(
         f"{counted(len(rows), 'slice')} segmented in {counted(len(volumes), 'volume')}, tumour in "
         f"{sum(tumour > 0 for *_, tumour, _ in rows)}; wrote "

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import MedFLError, atomic_write
+from radiology.layout import MORE, TRAINING, UNMASKED, has_truth, turn_in
 from radiology.overview import SUFFIX, contact_sheet, report_rows, write_page, write_report, write_rows
 from radiology.preparation import Prepared, prepare, write_study
 from radiology.pseudonyms import Pseudonyms
@@ -23,7 +24,6 @@ from radiology.studies import Study
 VERSION = 3  # of what is made; another one makes every study again
 MADE, REPORT = "prepared.json", "report.csv"  # in the private folder
 PAGE, SHEETS = "index.html", "contact_sheets"  # in the output, and the folders of studies that don't train
-TRAINING, MORE, UNMASKED = "", "more_studies", "without_masks"
 PARTS = {
     TRAINING: "for training",
     MORE: "another study of a patient who trains already, so kept apart",
@@ -162,6 +162,8 @@ class Preparation:
         goes on."""
         name = self.pseudonyms.name(study.patient_id, study.uid)
         fingerprint = _fingerprint(study, self.rules)
+        if self._keeps_its_truth(name, fingerprint):
+            return name
         if self.is_whole(name) and self._made[name].fingerprint == fingerprint:
             return name
         try:
@@ -172,7 +174,8 @@ class Preparation:
             return None
         part = UNMASKED if prepared.mask is None else TRAINING
         self.pseudonyms.save()
-        self._put(prepared, part, name)
+        if not self._put(prepared, part, name):
+            return name if self._keeps_its_truth(name, fingerprint) else None
         self._remember(
             name,
             Made(
@@ -188,8 +191,26 @@ class Preparation:
             self.tell(f"{name}: {sentence}")
         return name
 
-    def _put(self, prepared: Prepared, part: str, name: str) -> None:
-        """Write a study beside and move it to its place, whole."""
+    def _keeps_its_truth(self, name: str, fingerprint: str) -> bool:
+        """Whether a person saved a truth for a study (radiology/truths.py): it is left as it is, wherever it lies
+        now."""
+        part = has_truth(self.out, name)
+        if part is None:
+            return False
+        before = self._made.get(name)
+        if before is None or before.fingerprint != fingerprint:
+            self.tell(
+                f"{name} has a truth that a person saved, and is left as it is; move its folder away to prepare it anew"
+            )
+        slices = len(list((self.out / part / name).glob("*_mask.tif")))
+        notes, failures = (before.notes, before.failures) if before else ([], {})
+        made = Made(before.fingerprint if before else fingerprint, part, slices, True, notes, failures)
+        if made != before:
+            self._remember(name, made)
+        return True
+
+    def _put(self, prepared: Prepared, part: str, name: str) -> bool:
+        """Write a study beside and move it to its place, whole; not so where a person has saved a truth meanwhile."""
         beside = None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -197,10 +218,14 @@ class Preparation:
             (beside / name).mkdir()
             write_study(prepared, beside / name, name)
             contact_sheet(prepared.volume, prepared.mask).save(beside / "sheet.png")
-            for old in PARTS:
-                shutil.rmtree(self.out / old / name, ignore_errors=True)
-            _move(beside / "sheet.png", self.out / SHEETS / f"{name}{SUFFIX}")
-            _move(beside / name, self.out / part / name)
+            with turn_in(self.out):
+                if has_truth(self.out, name) is not None:
+                    return False
+                for old in PARTS:
+                    shutil.rmtree(self.out / old / name, ignore_errors=True)
+                _move(beside / "sheet.png", self.out / SHEETS / f"{name}{SUFFIX}")
+                _move(beside / name, self.out / part / name)
+            return True
         except OSError as error:
             raise MedFLError(
                 f"{self.out} can't be written ({error.strerror or error}); free the space or change --out"
@@ -212,7 +237,8 @@ class Preparation:
     def _place(self, name: str, part: str) -> None:
         made = self._made[name]
         if made.part != part:
-            _move(self.out / made.part / name, self.out / part / name)
+            with turn_in(self.out):
+                _move(self.out / made.part / name, self.out / part / name)
             made.part = part
             self._remember(name, made)
 

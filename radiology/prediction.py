@@ -1,12 +1,14 @@
 """A model's proposal for a study, on the slices of its own FLAIR series, by the way that the training data took."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import SimpleITK as sitk
 
 from checkpoint import Checkpoint
 from common import MedFLError
+from evaluation.components import Component, find_components
 from inference import predict_volume, to_mask
 from radiology.preparation import prepare
 from radiology.rules import FLAIR, Rules
@@ -18,13 +20,20 @@ from radiology.studies import Study
 class Proposal:
     """mask: (S, H, W) uint8, 0 or 255, on the series' slices in its own order; empty where there seems to be no
     tumour. sources: the series that the model saw. notes: what a reader should know of them. way: how it was made, if
-    not by `propose`."""
+    not by `propose`. probability: (S, H, W) float32 that the mask follows from, or None."""
 
     mask: np.ndarray
     series: Series
     sources: tuple[Series, ...]
     notes: tuple[str, ...]
     way: str = ""
+    probability: np.ndarray | None = None
+
+    @cached_property
+    def components(self) -> list[Component]:
+        """The connected parts of the mask, the largest first."""
+        between, row, column = self.series.spacing
+        return find_components(self.mask, (row, column, between), self.probability).parts
 
     @property
     def volume_ml(self) -> float:
@@ -54,8 +63,9 @@ def propose(study: Study, checkpoint: Checkpoint, rules: Rules) -> Proposal:
     on_series = sitk.Resample(
         probabilities, grid_of(series), sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkFloat32
     )
-    mask = to_mask(sitk.GetArrayFromImage(on_series), checkpoint.threshold)
-    return Proposal(mask, series, tuple(study.channels.values()), prepared.notes)
+    likely = sitk.GetArrayFromImage(on_series)
+    mask = to_mask(likely, checkpoint.threshold)
+    return Proposal(mask, series, tuple(study.channels.values()), prepared.notes, probability=likely)
 
 
 def grid_of(series: Series) -> sitk.Image:

@@ -33,6 +33,7 @@ from pydicom.uid import UID, generate_uid
 
 from checkpoint import Checkpoint
 from common import MedFLError, __version__
+from evaluation.components import Component
 from radiology.contours import make_structure_set
 from radiology.headers import File
 from radiology.prediction import Proposal
@@ -138,7 +139,10 @@ def _report(
             )
         ),
         procedure_reported=codes.LN.BrainMRI,
-        imaging_measurements=[_measurements(proposal, author, digest, segmentation)],
+        imaging_measurements=[
+            _measurements(proposal, author, digest, segmentation),
+            *(_component(part, author, digest) for part in proposal.components),
+        ],
         title=codes.DCM.ImagingMeasurementReport,
     )
     evidence = [_evidence(proposal.series, index) for index in range(len(proposal.series.files))]
@@ -165,11 +169,7 @@ def _measurements(
     """Volume and largest area of what the model takes for tumour."""
     about: dict[str, Any] = dict(
         tracking_identifier=TrackingIdentifier(uid=_uid(digest, "tumour"), identifier="tumour"),
-        algorithm_id=AlgorithmIdentification(
-            name=MANUFACTURER,
-            version=__version__,
-            parameters=[f"model {author.model}", f"sha256 {author.sha256}"],
-        ),
+        algorithm_id=_algorithm(author),
         finding_type=codes.SCT.Neoplasm,
         finding_sites=[FindingSite(anatomic_location=codes.SCT.Brain)],
         measurements=[
@@ -183,12 +183,7 @@ def _measurements(
                 derivation=codes.SCT.Maximum,
             ),
         ],
-        qualitative_evaluations=[
-            QualitativeEvaluation(
-                name=CodedConcept("status", SCHEME, "Status of this output"),
-                value=CodedConcept("unverified", SCHEME, NOTICE),
-            )
-        ],
+        qualitative_evaluations=[_unverified()],
     )
     if segmentation is None:
         return MeasurementsAndQualitativeEvaluations(**about)
@@ -199,6 +194,48 @@ def _measurements(
         source_series=SourceSeriesForSegmentation(proposal.series.uid),
     )
     return VolumetricROIMeasurementsAndQualitativeEvaluations(**about, referenced_segment=segment)
+
+
+def _component(part: Component, author: Author, digest: str) -> MeasurementsAndQualitativeEvaluations:
+    """One connected part of the mask: volume, its interval, and the two largest perpendicular diameters."""
+    cm3, mm = codes.UCUM.CubicCentimeter, codes.UCUM.Millimeter
+    volume, low, high = part.cm3(part.voxels), part.cm3(part.low), part.cm3(part.high)
+    measured = [Measurement(name=codes.SCT.Volume, value=round(volume or 0.0, 3), unit=cm3)]
+    if low is not None and high is not None:
+        method = CodedConcept("interval", SCHEME, "From the voxels' probabilities of 0.9 and of 0.1")
+        measured += [
+            Measurement(name=codes.SCT.Volume, value=round(value, 3), unit=cm3, derivation=end, method=method)
+            for value, end in ((low, codes.SCT.Minimum), (high, codes.SCT.Maximum))
+        ]
+    if part.diameters is not None:
+        measured += [
+            Measurement(name=name, value=round(value, 1), unit=mm)
+            for name, value in zip((codes.SCT.LongAxis, codes.SCT.ShortAxis), part.diameters, strict=True)
+        ]
+    name = f"component {part.number}" + (f", {part.pieces} small ones together" if part.pieces > 1 else "")
+    return MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=TrackingIdentifier(uid=_uid(digest, name), identifier=name),
+        algorithm_id=_algorithm(author),
+        finding_type=codes.SCT.Neoplasm,
+        finding_sites=[FindingSite(anatomic_location=codes.SCT.Brain)],
+        measurements=measured,
+        qualitative_evaluations=[_unverified()],
+    )
+
+
+def _algorithm(author: Author) -> AlgorithmIdentification:
+    return AlgorithmIdentification(
+        name=MANUFACTURER,
+        version=__version__,
+        parameters=[f"model {author.model}", f"sha256 {author.sha256}"],
+    )
+
+
+def _unverified() -> QualitativeEvaluation:
+    return QualitativeEvaluation(
+        name=CodedConcept("status", SCHEME, "Status of this output"),
+        value=CodedConcept("unverified", SCHEME, NOTICE),
+    )
 
 
 def _evidence(series: Series, index: int) -> pydicom.Dataset:

@@ -146,9 +146,11 @@ def test_the_pages_button_sends_the_mask_on_the_page(archive, model, tmp_path, m
 
     def press() -> AppTest:
         def page(source, masks, checkpoint):
+            from deployment.app.correcting import Corrected
             from deployment.app.sending import send_button
 
-            send_button(source, masks, 0.5, checkpoint)
+            done = Corrected(masks, masks, None, frozenset(), False)
+            send_button(source, done, masks.astype("float32") / 255, 0.5, checkpoint)
 
         shown = AppTest.from_function(page, args=(case.dicom, masks, checkpoint), default_timeout=120).run()
         return shown.button(key="send").click().run()

@@ -21,8 +21,10 @@ from running import ROOT, run_here, run_script
 from common import MedFLError
 from dataset import load_dataset
 from radiology.geometry import to_uint8
+from radiology.prepared import content_of, find_prepared
 from radiology.segmentation import write_segmentation
 from radiology.series import find_series
+from radiology.truths import correction, save_truth
 
 # What an archive writes into its files, and nothing of it may be found again. Maker and model are known to
 # travel.
@@ -333,6 +335,29 @@ def test_a_later_export_of_a_patient_who_trains_is_kept_apart(home, tmp_path):
         len(load_dataset(out, progress=False).patients) == 1
         and len(list((out / "more_studies").iterdir())) == 1
     )
+
+
+def test_a_truth_that_a_person_saved_outlives_every_later_run(home, tmp_path):
+    """Also where the study's files changed, which is told; and another study of the person trains no more."""
+    out, private, export = tmp_path / "out", tmp_path / "private", tmp_path / "export"
+    small_study(export / "1", 1, "A", "1.2.1", "20200101", mask=False, channels=(1,))
+    options = (SCRIPT, "--dicom", export, "--out", out, "--private", private)
+    assert run_here(*options).returncode == 0
+    (patient,) = find_prepared(out)
+    assert patient.part == "without_masks"
+    mask = np.zeros((8, 256, 256), np.uint8)
+    mask[3, 100:110, 100:110] = 255
+    by = correction("Ada", "m", "ab" * 32, 0.5)
+    save_truth(patient, mask, mask == 0, by, content_of(patient.images), "")
+    before = tree(out / patient.name)
+    again = run_here(*options)
+    assert again.returncode == 0 and "1 with a mask" in again.stdout and "left as it is" not in again.stderr
+    os.utime(next(p for p in export.rglob("*") if p.is_file()))
+    small_study(export / "2", 2, "A", "1.2.2", "20210101", channels=(1,))
+    changed = run_here(*options)
+    assert changed.returncode == 0 and "has a truth that a person saved" in changed.stderr, changed.stderr
+    assert [p.part for p in find_prepared(out) if p.name != patient.name] == ["more_studies"]
+    assert tree(out / patient.name) == before and len(load_dataset(out, progress=False).patients) == 1
 
 
 def test_a_full_disk_is_told_and_a_second_run_goes_on(home, tmp_path, monkeypatch):

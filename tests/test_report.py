@@ -95,6 +95,13 @@ def test_the_report_says_what_was_measured_by_whom_and_that_nobody_verified_it(o
         (proposal.mask > 0).sum(axis=(1, 2)).max() * spacing[1] * spacing[2], abs=0.1
     )
     assert group.get_qualitative_evaluations()[0].value.meaning == NOTICE
+    parts = read.content.get_image_measurement_groups()
+    assert len(parts) == len(proposal.components) > 0
+    for said, part in zip(parts, proposal.components):
+        assert said.tracking_identifier == f"component {part.number}"
+        assert [m.name.meaning for m in said.get_measurements()] == ["Volume", "Long axis", "Short axis"]
+        values = [m.value for m in said.get_measurements()]
+        assert values == pytest.approx([part.cm3(part.voxels), *part.diameters], abs=0.1)
     for made in objects:
         made.save_as(tmp_path / "object.dcm", enforce_file_format=True)
         content = (tmp_path / "object.dcm").read_bytes()
@@ -102,6 +109,16 @@ def test_the_report_says_what_was_measured_by_whom_and_that_nobody_verified_it(o
         assert b"unverified" in content.lower()
         assert (made.PatientID, made.StudyInstanceUID) == ("X1", "1.2.840.1")
     assert structures.ApprovalStatus == "UNAPPROVED"
+
+
+def test_a_volume_has_its_interval_where_the_probabilities_are_known(proposal, tmp_path):
+    sure = (proposal.mask > 0).astype(np.float32) * 0.95
+    report = make_objects(replace(proposal, probability=sure), AUTHOR)[-1]
+    report.save_as(tmp_path / "sr.dcm", enforce_file_format=True)
+    (group,) = highdicom.sr.srread(tmp_path / "sr.dcm").content.get_image_measurement_groups()
+    volume, low, high, *_ = group.get_measurements()
+    assert (low.derivation.meaning, high.derivation.meaning) == ("Minimum", "Maximum")
+    assert volume.value == low.value == high.value > 0
 
 
 def test_the_same_proposal_is_the_same_object_and_another_models_is_not(objects, proposal):

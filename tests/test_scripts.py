@@ -402,6 +402,8 @@ def test_the_checkpoints_threshold_and_the_part_asked_for_decide(phantoms, train
     for folder in ("a", "b"):
         (given / folder).mkdir(parents=True)
         Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(given / folder / "scan.png")
+    about = {"version": 1, "spacing_mm": [5.0, 1.0, 0.5], "slice_positions_mm": [0.0]}
+    (given / "b" / "volume.json").write_text(json.dumps(about))
     done = run_here(
         "predict.py", given, given / "a", "--checkpoint", tmp_path / BEST, "--out", tmp_path / "p"
     )
@@ -411,6 +413,13 @@ def test_the_checkpoints_threshold_and_the_part_asked_for_decide(phantoms, train
         assert [(row["tumour_pixels"], row["tumour_share"]) for row in csv.DictReader(file)] == [
             ("1536", "1.0")
         ] * 2
+    with open(tmp_path / "p" / "components.csv", encoding="utf-8") as file:
+        a, b = csv.DictReader(file)
+    assert (a["volume_cm3"], a["diameter_mm"], b["diameter_px"]) == ("", "", "")
+    assert float(b["volume_cm3"]) == pytest.approx(1536 * 2.5 / 1000) and int(a["voxels"]) == 1536
+    assert float(a["diameter_px"]) == pytest.approx(np.hypot(31, 47))
+    assert float(b["diameter_mm"]) == pytest.approx(np.hypot(31, 47 / 2))
+    assert float(b["volume_low_cm3"]) <= float(b["volume_cm3"]) <= float(b["volume_high_cm3"])
 
 
 def test_validation_patients_of_another_split_are_not_scored(phantoms, trained, tmp_path):

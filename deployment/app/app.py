@@ -11,6 +11,8 @@ import ctypes
 import gc
 import importlib.util
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import streamlit as st
@@ -24,10 +26,13 @@ from common import ROOT, MedFLError, counted
 from deployment.app.card import NOTICE, card_rows, find_checkpoints
 from deployment.app.case import Case
 from deployment.app.cases import KINDS, read_case
+from deployment.app.correcting import OF_A_CASE
 from deployment.app.guard import Guard, forget_media
+from deployment.app.patients import choose_patient, data_folder, keep_how_sure, open_patient
 from deployment.app.pictures import icon
 from deployment.app.readout import predict_case
-from deployment.app.viewer import show_case, take_uploads
+from deployment.app.uploads import take_uploads
+from deployment.app.viewer import show_case
 from escaping import markdown, web
 from inference import choose_device
 
@@ -118,14 +123,14 @@ def _of_glibc(name: str, *numbers: int) -> None:
         ctypes.CDLL(None)[name](*numbers)
 
 
-def open_case(files: list[tuple[str, bytes]], sample: bool = False) -> None:
-    """Make these files the case that is shown; or keep the reason why they can't be. sample: whether they are
+def open_case(read: Callable[[], Case], sample: bool = False) -> None:
+    """Make what is read the case that is shown; or keep the reason why it can't be. sample: whether it is one of
     the page's own phantoms."""
     state = st.session_state
     state.uploads = state.get("uploads", 0) + 1  # a new uploader, which is empty
     close_case()
     try:
-        state.case = read_case(files)
+        state.case = read()
         if sample:
             state.case.notes.append(SAMPLE)
     except MedFLError as error:
@@ -148,14 +153,15 @@ def close_case() -> None:
         "level",
         "width",
         "opacity",
+        *OF_A_CASE,
     ):
         st.session_state.pop(name, None)
     forget_media()
     give_memory_back()
 
 
-def choose_case() -> None:
-    """The start of a visit: sample cases and uploads."""
+def choose_case(checkpoint: Checkpoint, sha256: str) -> None:
+    """The start of a visit: the hospital's prepared patients where there are any, sample cases and uploads."""
     number = st.session_state.get("uploads", 0)
     takes_dicom = (
         importlib.util.find_spec("radiology") is not None
@@ -164,10 +170,15 @@ def choose_case() -> None:
         "Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
         f"{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines what it takes "
         f"for lower-grade "
-        "glioma. Nothing is stored, and nothing leaves the computer that runs this page."
+        f"glioma. Nothing is stored{', but a truth that you save' if data_folder() else ''}, and nothing leaves the "
+        "computer that runs this page."
     )
     if refusal := st.session_state.get("refusal"):
         st.error(markdown(refusal))
+    if patient := choose_patient(checkpoint, sha256):
+        with st.spinner("reading the patient"):
+            open_case(partial(open_patient, patient))
+        st.rerun()
     samples = sorted(SAMPLES.glob("*.zip"))
     if samples:
         st.caption("Try a sample. These are phantoms: painted, not measured.")
@@ -176,7 +187,8 @@ def choose_case() -> None:
                 if st.button(
                     path.stem.replace("_", " ").capitalize(), key=path.stem, icon=":material/neurology:"
                 ):
-                    open_case([(path.name, path.read_bytes())], sample=True)
+                    phantom = [(path.name, path.read_bytes())]
+                    open_case(partial(read_case, phantom), sample=True)
                     st.rerun()
     # archives name DICOM files as they like, mostly without an ending
     kinds, also = (None, "DICOM, a ZIP of either") if takes_dicom else (KINDS, "a ZIP of them")
@@ -195,7 +207,8 @@ def choose_case() -> None:
         with st.spinner(
             "reading the files"
         ):  # DICOM series are laid over each other, which takes some seconds
-            open_case(take_uploads(chosen))
+            taken = take_uploads(chosen)
+            open_case(partial(read_case, taken))
         st.rerun()
 
 
@@ -210,9 +223,17 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
     data = checkpoint.metadata.get("data") or {}
     if data.get("name") == "phantoms" and SAMPLE not in case.notes:
         state.doubts.insert(0, PHANTOMS_ONLY)
-    with st.spinner(f"segmenting {counted(len(case.slices), 'slice')}"):
-        state.prediction = predict_case(checkpoint.model, case)
+    slices = counted(len(case.slices), "slice")
+    progress = st.progress(0.0, f"segmenting {slices}")
+
+    def told(done: int, others: int) -> None:
+        wait = f"; {counted(others, 'other scan')} of other readers in turn with it" if others else ""
+        progress.progress(min(1.0, done / len(case.slices)), f"segmenting {slices}: {done} done{wait}")
+
+    state.prediction = predict_case(checkpoint.model, case, told)
+    progress.empty()
     state.predicted_by = sha256
+    keep_how_sure(checkpoint, sha256, case, state.prediction)
     give_memory_back()
 
 
@@ -223,14 +244,15 @@ def main() -> None:
         st.warning(NOTICE, icon=":material/warning:")
     st.title("MedFL: tumour segmentation")
     checkpoint, card = choose_model()
+    sha256 = dict(card)["SHA-256"]
     state = st.session_state
     if "case" not in state:
-        choose_case()
+        choose_case(checkpoint, sha256)
         return
     with st.container(horizontal=True, vertical_alignment="center"):
         st.subheader(markdown(state.case.name), anchor=False)
         st.button("Close this case", on_click=close_case, icon=":material/close:")
-    predict(checkpoint, dict(card)["SHA-256"])
+    predict(checkpoint, sha256)
     show_case(checkpoint, card)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 if TYPE_CHECKING:  # both are optional
     import nibabel
 
+    from deployment.app.patients import Opened
     from deployment.app.source import Source
 
 MIN_SIDE = 16  # pixels
@@ -27,7 +28,8 @@ class Case:
     W) uint8 0/255 or None; spacing: mm between rows, columns and slices, or None; measured: whether the files
     tell it; oriented: whether it is known that the patient's left is on the right of each slice; notes: what
     a reader should know about how it was read; nifti, dicom: the image or the series
-    (dicom.Source) that it came from, if it did, to write a mask in the same space.
+    (dicom.Source) that it came from, if it did, to write a mask in the same space; prepared: the hospital's
+    patient that it is.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Case:
     notes: list[str] = field(default_factory=list)
     nifti: "nibabel.Nifti1Image | None" = None
     dicom: "Source | None" = None
+    prepared: "Opened | None" = None
 
     @property
     def is_volume(self) -> bool:

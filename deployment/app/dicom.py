@@ -295,12 +295,17 @@ def write_segmentation(of: Case | Source, mask: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def as_proposal(source: Source, mask: np.ndarray, way: str) -> "Proposal":
-    """A mask of the case as a proposal for its source series. way: how it was made, so that another is another."""
+def as_proposal(
+    source: Source, mask: np.ndarray, way: str, probability: np.ndarray | None = None
+) -> "Proposal":
+    """A mask of the case as a proposal for its source series. way: how it was made, so that another is another;
+    probability: (S, H, W) float32 that the mask follows from, None where a person drew it."""
     from radiology.prediction import Proposal
 
     _rewind(source.series)
-    return Proposal(on_series(source, mask) * np.uint8(255), source.series, (source.series,), (), way)
+    likely = None if probability is None else source.probability_on_series(probability)
+    marked = on_series(source, mask) * np.uint8(255)
+    return Proposal(marked, source.series, (source.series,), (), way, likely)
 
 
 def write_series_nifti(of: Case | Source, mask: np.ndarray) -> bytes:

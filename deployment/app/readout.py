@@ -4,19 +4,21 @@ is downloaded."""
 import csv
 import io
 import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from scipy.ndimage import label
-from scipy.spatial import ConvexHull, QhullError
-from scipy.spatial.distance import pdist
 
 from appearance.features import FLAIR
 from deployment.app.case import Case
 from deployment.app.pictures import png
+from deployment.app.turns import TURNS
 from escaping import cell
 from evaluation import metrics
+from evaluation.components import COLUMNS, Component
+from evaluation.diameters import largest_diameter
 from inference import predict_volume, to_mask
 from transunet import TransUNet
 
@@ -34,19 +36,32 @@ class Prediction:
     spread: np.ndarray | None = None
 
 
-def predict_case(model: TransUNet, case: Case) -> Prediction:
+def predict_case(
+    model: TransUNet, case: Case, told: Callable[[int, int], None] = lambda done, others: None
+) -> Prediction:
     """One pass of the model over the case; slices are normalised with those of their group, as predict.py
     does it. A DICOM study is given to the network as it is prepared for training. In the black margins, which
-    are no scan, there is no tumour."""
-    return Prediction(_probability(model, case))
+    are no scan, there is no tumour. Several readers' scans take turns. told: hears how many slices are done and
+    how many other scans are under way."""
+    return Prediction(_probability(model, case, told=told))
 
 
-def _probability(model: TransUNet, case: Case, step: int = 1) -> np.ndarray:
+def _probability(
+    model: TransUNet, case: Case, step: int = 1, told: Callable[[int, int], None] = lambda done, others: None
+) -> np.ndarray:
     """step: -1 shows the slices mirrored, and turns the answer back."""
     fed = case.volume if case.dicom is None else case.dicom.fed
     groups = case.groups if case.dicom is None else np.zeros(len(fed), int)
     volume = np.ascontiguousarray(fed[:, :, ::step])
-    parts = [predict_volume(model, volume[groups == group]) for group in np.unique(groups)]
+    parts: list[np.ndarray] = []
+
+    def turn(done: int) -> AbstractContextManager:
+        told(done + sum(map(len, parts)), TURNS.others)
+        return TURNS.turn()
+
+    with TURNS.scan():
+        for group in np.unique(groups):
+            parts.append(predict_volume(model, volume[groups == group], turn))
     probability = np.concatenate(parts)[:, :, ::step]
     return probability if case.dicom is None else case.dicom.onto_page(probability)
 
@@ -64,36 +79,16 @@ def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.nda
     return spread
 
 
-def largest_diameter(mask: np.ndarray, spacing: tuple[float, float] = (1.0, 1.0)) -> float:
-    """The longest straight line between two pixels' centres of one connected part of a mask (H, W), in
-    pixels, or in mm with the spacing of rows and columns; 0 for an empty mask or single pixels. Pixels that
-    touch at a corner are connected."""
-    parts, count = label(mask > 0, structure=np.ones((3, 3)))
-    return max(
-        (_diameter(np.argwhere(parts == part) * np.array(spacing)) for part in range(1, count + 1)),
-        default=0.0,
-    )
-
-
-def _diameter(points: np.ndarray) -> float:
-    """The largest distance between two of the points (n, 2)."""
-    if len(points) < 2:
-        return 0.0
-    try:
-        points = points[ConvexHull(points).vertices]
-    except QhullError:  # all on a line
-        points = np.stack([points[0], points[-1]])
-    return float(pdist(points).max())
-
-
-def slice_rows(case: Case, prediction: Prediction, threshold: float) -> list[dict]:
-    """The read-out of each slice, in the order of the case: slice, file, tumour_pixels, share_of_slice,
-    largest_diameter_px, mean_probability (inside of the mask, None where it is empty), flip_spread (None
-    while not asked for), and with a spacing tumour_mm2 and largest_diameter_mm, with a truth dice and iou
-    (None where both are empty)."""
+def slice_rows(
+    case: Case, prediction: Prediction, threshold: float, masks: np.ndarray | None = None
+) -> list[dict]:
+    """The read-out of each slice of the mask at a threshold, or of a corrected one (S, H, W) uint8 0/255, in the
+    order of the case: slice, file, tumour_pixels, share_of_slice, largest_diameter_px, mean_probability (inside
+    of the mask, None where it is empty), flip_spread (None while not asked for), and with a spacing tumour_mm2
+    and largest_diameter_mm, with a truth dice and iou (None where both are empty)."""
     rows = []
     for number, probability in enumerate(prediction.probability):
-        mask = to_mask(probability, threshold)
+        mask = to_mask(probability, threshold) if masks is None else masks[number]
         count = int(np.count_nonzero(mask))
         row = {
             "slice": number + 1,
@@ -142,8 +137,13 @@ def summary(case: Case, rows: list[dict], mask: np.ndarray) -> dict:
     return figures
 
 
+def component_rows(parts: list[Component]) -> list[dict]:
+    """A line for each component, and one of empty cells where there is none, so that the table has its head."""
+    return [part.row() for part in parts] or [dict.fromkeys(COLUMNS)]
+
+
 def csv_text(rows: list[dict]) -> str:
-    """The slices' rows as CSV."""
+    """Rows of a table as CSV."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerows([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)])
@@ -155,11 +155,14 @@ def mask_name(name: str) -> str:
     return f"{PurePosixPath(name).stem if '.' in name else name}_mask.png"
 
 
-def zip_masks(case: Case, mask: np.ndarray, rows: list[dict]) -> bytes:
-    """All masks as PNG, 0 or 255 and of the slices' own size, and the read-out as CSV, in one ZIP."""
+def zip_masks(case: Case, mask: np.ndarray, rows: list[dict], parts: list[dict] | None = None) -> bytes:
+    """All masks as PNG, 0 or 255 and of the slices' own size, and the read-out of slices and components as CSV,
+    in one ZIP."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, pixels in zip(case.slices, mask):
             archive.writestr(mask_name(name), png(pixels))
         archive.writestr("readout.csv", csv_text(rows))
+        if parts:
+            archive.writestr("components.csv", csv_text(parts))
     return file.getvalue()

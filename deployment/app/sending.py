@@ -6,6 +6,7 @@ Without these options the page sends nothing anywhere. The archive is asked for 
 """
 
 import argparse
+import hashlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import streamlit as st
 
 from checkpoint import Checkpoint
 from common import MedFLError, counted
+from deployment.app.correcting import Corrected
 
 if TYPE_CHECKING:  # radiology/ is optional
     from deployment.app.source import Source
@@ -27,8 +29,10 @@ def options() -> argparse.Namespace:
     return parser.parse_known_args(sys.argv[1:])[0]
 
 
-def send_button(source: "Source", masks: np.ndarray, threshold: float, checkpoint: Checkpoint) -> None:
-    """Where an archive was named: the button, and what came of it. masks: (S, H, W) uint8 of the case."""
+def send_button(
+    source: "Source", done: Corrected, probability: np.ndarray, threshold: float, checkpoint: Checkpoint
+) -> None:
+    """Where an archive was named: the button, and what came of it. probability: (S, H, W) float32 of the case."""
     archive = options()
     if archive.dicomweb is None:
         return
@@ -42,7 +46,7 @@ def send_button(source: "Source", masks: np.ndarray, threshold: float, checkpoin
         return
     try:
         with st.spinner("sending"):
-            sent = send(archive, source, masks, threshold, checkpoint)
+            sent = send(archive, source, done, probability, threshold, checkpoint)
     except MedFLError as error:
         st.error(f"{error}.")
     else:
@@ -50,7 +54,12 @@ def send_button(source: "Source", masks: np.ndarray, threshold: float, checkpoin
 
 
 def send(
-    archive: argparse.Namespace, source: "Source", masks: np.ndarray, threshold: float, checkpoint: Checkpoint
+    archive: argparse.Namespace,
+    source: "Source",
+    done: Corrected,
+    probability: np.ndarray,
+    threshold: float,
+    checkpoint: Checkpoint,
 ) -> int:
     """Send the mask over its source series, and a report: how many objects the archive did not have. Raises MedFLError
     where the archive does not have the study, or does not take them."""
@@ -62,5 +71,8 @@ def send(
 
     there = DICOMweb(archive.dicomweb, read_login(archive.login))
     study = there.find_study(source.series.study_uid)
-    proposal = as_proposal(source, masks, f"page, threshold {threshold:.2f}")
+    way = f"page, threshold {threshold:.2f}"
+    if done.changed:  # another object than the proposal
+        way += f", corrected to {hashlib.sha256(done.mask.tobytes()).hexdigest()}"
+    proposal = as_proposal(source, done.mask, way, None if done.by_hand else probability)
     return send_new(there, study.uid, make_objects(proposal, Author.of(checkpoint)))

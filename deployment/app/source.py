@@ -47,6 +47,10 @@ class Source:
         there is tumour."""
         return _moved(self.within(mask) > 0, self.page, self.grid, sitk.sitkNearestNeighbor)
 
+    def probability_on_series(self, probability: np.ndarray) -> np.ndarray:
+        """Probabilities (S, H, W) float32 of the case on the series' own slices, rows and columns, in its order."""
+        return _moved(self.within(probability), self.page, self.grid)
+
 
 def _moved(values: np.ndarray, grid: sitk.Image, onto: sitk.Image, how: int = sitk.sitkLinear) -> np.ndarray:
     """Values on one grid (bool becomes uint8) on another, 0 outside."""

@@ -3,19 +3,18 @@ model."""
 
 import base64
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
-from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
-from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from checkpoint import Checkpoint
 from common import MedFLError
 from deployment.app.case import Case
 from deployment.app.cases import add_truth
+from deployment.app.correcting import MASK_KINDS, Corrected, correct, corrected, said_of, show_components
 from deployment.app.nifti import mirror, write_nifti
 from deployment.app.pictures import (
     BLUE,
@@ -32,6 +31,7 @@ from deployment.app.pictures import (
 )
 from deployment.app.readout import (
     Prediction,
+    component_rows,
     csv_text,
     flip_spread,
     mask_name,
@@ -41,8 +41,8 @@ from deployment.app.readout import (
 )
 from deployment.app.report import draw_report
 from deployment.app.sending import send_button
+from deployment.app.uploads import take_uploads
 from escaping import markdown, plain
-from inference import to_mask
 from limits import is_size_mm
 from scans.orientation import UNKNOWN
 from transunet import TransUNet
@@ -57,19 +57,8 @@ LEGENDS = {
     PROBABILITY: "Over the slice: dark blue is probability 0, yellow is 1.",
     COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone.",
 }
-MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "nrrd", "dcm"]
+REPORTED = 5  # components, in a report of one page
 SIDES = ("on the picture's right", "on the picture's left")
-
-
-def take_uploads(uploads: list) -> list[tuple[str, bytes]]:
-    """(name, content) of Streamlit's uploaded files. Streamlit would keep their bytes until the session ends,
-    upload after upload; so they are taken out of its store (a call that is not public API)."""
-    files = [(upload.name, upload.getvalue()) for upload in uploads]
-    if run := get_script_run_ctx():
-        store = cast(MemoryUploadedFileManager, run.uploaded_file_mgr)
-        for upload in uploads:
-            store.remove_file(session_id=run.session_id, file_id=upload.file_id)
-    return files
 
 
 @st.fragment
@@ -84,8 +73,9 @@ def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
     left, right = st.columns([3, 2], gap="medium")
     with right:
         look = controls(case, checkpoint.threshold)
-    masks = to_mask(prediction.probability, look["threshold"])
-    rows = slice_rows(case, prediction, look["threshold"])
+    done = corrected(case, prediction, look["threshold"])
+    masks = done.mask
+    rows = slice_rows(case, prediction, look["threshold"], masks)
     figures = summary(case, rows, masks)
     if "slice" not in state:
         state.slice = 1 + int(np.argmax([row["tumour_pixels"] for row in rows]))
@@ -93,12 +83,16 @@ def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
         number = choose_slice(rows, len(case.slices))
         show_picture(case, prediction, masks, number, look)
     with right:
-        show_figures(case, rows[number - 1], figures)
+        show_figures(case, rows[number - 1], figures, done)
+        show_components(done)
         more(checkpoint, case, prediction)
-        texts = [*figure_texts(case, figures), ("Threshold", f"{look['threshold']:.2f}")]
-        downloads(case, prediction.probability, masks, rows, texts, number, card, state.doubts)
+        correct(checkpoint, dict(card)["SHA-256"], case, done, look["threshold"])
+        downloads(
+            case, prediction.probability, done, rows,
+            texts_of_report(case, figures, done, look["threshold"]), number, card, state.doubts,
+        )  # fmt: skip
         if case.dicom is not None:
-            send_button(case.dicom, masks, look["threshold"], checkpoint)
+            send_button(case.dicom, done, prediction.probability, look["threshold"], checkpoint)
 
 
 def controls(case: Case, default_threshold: float) -> dict:
@@ -220,8 +214,8 @@ def show_picture(case: Case, prediction: Prediction, masks: np.ndarray, number: 
     )
 
 
-def figure_texts(case: Case, figures: dict) -> list[tuple[str, str]]:
-    """The case's figures in words."""
+def figure_texts(case: Case, figures: dict, done: Corrected) -> list[tuple[str, str]]:
+    """The case's figures in words, with their units."""
     texts = [
         ("Tumour", f"{figures['tumour_pixels']:,} pixels"),
         ("Slices with tumour", f"{figures['slices_with_tumour']} of {figures['slices']}"),
@@ -233,6 +227,12 @@ def figure_texts(case: Case, figures: dict) -> list[tuple[str, str]]:
             ("Volume", f"{figures['volume_cm3']:.1f} cm³"),
             ("Largest diameter in mm", f"{figures['largest_diameter_mm']:.1f} mm"),
         ]
+    if done.interval:
+        texts.append(("Volume, 80 %", "{:.1f} to {:.1f} cm³".format(*done.interval)))
+    if done.parts and done.parts[0].diameters:
+        longest, across = done.parts[0].diameters
+        unit = "mm" if case.spacing else "pixels"
+        texts.append(("Perpendicular diameters", f"{longest:.1f} × {across:.1f} {unit}"))
     if figures.get("dice") is not None:
         texts += [
             ("Dice with the truth", f"{figures['dice']:.3f}"),
@@ -241,10 +241,18 @@ def figure_texts(case: Case, figures: dict) -> list[tuple[str, str]]:
     return texts
 
 
-def show_figures(case: Case, row: dict, figures: dict) -> None:
+def texts_of_report(case: Case, figures: dict, done: Corrected, threshold: float) -> list[tuple[str, str]]:
+    """The figures that the report shows: the case's, how the mask came to be, and its largest components."""
+    texts = [*figure_texts(case, figures, done), ("Threshold", f"{threshold:.2f}")]
+    if done.changed:
+        texts.append(("Corrected", f"{done.changed:,} pixels of the proposal changed"))
+    return texts + [("Component", said_of(part)) for part in done.parts[:REPORTED]]
+
+
+def show_figures(case: Case, row: dict, figures: dict, done: Corrected) -> None:
     """The case's figures, then those of the slice that is shown."""
     st.subheader("All slices" if len(case.slices) > 1 else "This slice")
-    st.table(pd.DataFrame(figure_texts(case, figures), columns=["figure", "value"]).set_index("figure"))
+    st.table(pd.DataFrame(figure_texts(case, figures, done), columns=["figure", "value"]).set_index("figure"))
     said = [f"{row['tumour_pixels']:,} pixels", f"{row['largest_diameter_px']:.1f} pixels across"]
     if row["mean_probability"] is not None:
         said.append(f"mean probability inside of the mask {row['mean_probability']:.2f}")
@@ -334,7 +342,7 @@ def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
 def downloads(
     case: Case,
     probability: np.ndarray,
-    masks: np.ndarray,
+    done: Corrected,
     rows: list[dict],
     figures: list[tuple[str, str]],
     number: int,
@@ -343,6 +351,7 @@ def downloads(
 ) -> None:
     """What the reader can take along; each is made when it is asked for, in a thread that can't see the
     session."""
+    masks, parts = done.mask, component_rows(done.parts)
 
     def report() -> bytes:
         index = int(np.argmax([row["tumour_pixels"] for row in rows]))
@@ -364,11 +373,12 @@ def downloads(
         ),
         (
             "All masks (ZIP)",
-            lambda: zip_masks(case, masks, rows),
+            lambda: zip_masks(case, masks, rows, parts),
             f"{case.name}_masks.zip",
             "application/zip",
         ),
         ("Figures (CSV)", lambda: csv_text(rows), f"{case.name}.csv", "text/csv"),
+        ("Components (CSV)", lambda: csv_text(parts), f"{case.name}_components.csv", "text/csv"),
         ("Report (PNG)", report, f"{case.name}_report.png", "image/png"),
     ]
     if (scan := case.nifti) is not None:

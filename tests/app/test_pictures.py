@@ -24,13 +24,13 @@ from deployment.app.pictures import (
 from deployment.app.readout import (
     Prediction,
     csv_text,
-    largest_diameter,
     mask_name,
     slice_rows,
     summary,
     zip_masks,
 )
 from deployment.app.report import draw_report
+from evaluation.diameters import largest_diameter
 from inference import to_mask
 
 SIDE = 64

@@ -202,7 +202,7 @@ def test_the_network_is_given_what_the_preparation_makes(
     assert np.array_equal(case.dicom.fed, prepared.volume)
     seen = []
 
-    def network(_, volume):
+    def network(_, volume, turn):
         seen.append(volume)
         return volume[..., 1] / np.float32(255)
 
