@@ -15,7 +15,7 @@ export function listen(viewer) {
     if (viewer.opened && !viewer.drawing) viewer.resetLook();
   }, { capture: true });
   stage.addEventListener("pointermove", (event) => event.buttons && viewer.opened && viewer.windowMayDiffer());
-  const ended = () => viewer.opened && (viewer.tool === "pen" || viewer.tool === "eraser") && viewer.commitDrawing();
+  const ended = () => viewer.opened && (viewer.tool === "pen" || viewer.tool === "eraser") && viewer.endStroke();
   stage.addEventListener("pointerup", (event) => {
     if (viewer.opened && viewer.tool === "grow" && event.button === 0 && event.target === tools.canvas) viewer.grow();
     ended();
@@ -96,6 +96,6 @@ function touches(viewer, stage) {
   stage.addEventListener("touchend", (event) => {
     if (last) stop(event);
     begin(event);
-    if (viewer.opened && viewer.drawing) (viewer.tool === "grow" ? viewer.grow() : setTimeout(() => viewer.commitDrawing(), 0));
+    if (viewer.opened && viewer.drawing) (viewer.tool === "grow" ? viewer.grow() : viewer.endStroke());
   }, { capture: true, passive: false });
 }

@@ -32,7 +32,7 @@ class Viewer {
     this.tolerance = 15; // grey values that growing may stray
     this.tools = new Tools(this);
     this.nv = new Niivue({ dragAndDropEnabled: false, logLevel: "error", isRadiologicalConvention: true, showAllOrientationMarkers: true,
-      isForceMouseClickToVoxelCenters: true, crosshairColor: [0.5, 0.8, 1, 0.9], fontColor: [1, 1, 1, 1], fontMinPx: 16,
+      isForceMouseClickToVoxelCenters: true, crosshairWidthUnit: "percent", crosshairColor: [0.5, 0.8, 1, 0.9], fontColor: [1, 1, 1, 1], fontMinPx: 16,
       viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", multiplanarShowRender: 1, windowingGainFactor: 1,
       rulerColor: [0.94, 0.89, 0.26, 1], measureLineColor: [0.94, 0.89, 0.26, 1], measureTextColor: [0.94, 0.89, 0.26, 1],
       loadingText: "", maxDrawUndoBitmaps: 2 }); // undoing is Edits', which also redoes
@@ -118,7 +118,7 @@ class Viewer {
     nv.drawRimOpacity = showsMask ? 1 : -1;
     nv.drawOpacity = !showsMask ? 0 : solid ? 1 : look.overlay === "outline" ? RIM_ONLY : Math.max(look.opacity, RIM_ONLY);
     nv.opts.isRadiologicalConvention = look.radiological;
-    nv.opts.crosshairWidth = look.plane === "planes" ? 1 : 0;
+    nv.opts.crosshairWidth = look.plane === "planes" ? 0.3 : 0;
     nv.opts.sliceType = PLANES[look.plane];
     nv.opts.isNearestInterpolation = look.plane === "planes" && this.#thick();
     nv.volumes = volumes;
@@ -258,6 +258,13 @@ class Viewer {
     nv.opts.drawingEnabled = paints;
     nv.opts.penValue = tool === "eraser" ? 0 : 1;
     nv.opts.penSize = this.penSize;
+  }
+
+  /** The pen was lifted. NiiVue's line from point to point leaves its newest point out, so the last one is drawn here. */
+  endStroke() {
+    const { nv } = this;
+    if (!Number.isNaN(nv.drawPenLocation[0])) nv.drawPt(...nv.drawPenLocation, nv.opts.penValue);
+    this.commitDrawing();
   }
 
   /** What was drawn becomes the mask's. */

@@ -45,8 +45,11 @@ def place(page, row: int, column: int) -> tuple[float, float]:
     """Where on the screen a pixel of the slice that is shown lies."""
     return tuple(
         page.evaluate(
-            """([row, column]) => {
-      const { nv, opened, slice, tools } = document.getElementById("viewer").viewer;
+            """async ([row, column]) => {
+      const { nv, opened, slice, tools } = document.getElementById("viewer").viewer, { canvas } = tools;
+      const frame = () => new Promise(requestAnimationFrame);
+      await frame(); // a bar that has come takes room from the picture
+      while (Math.abs(canvas.height - canvas.clientHeight * nv.uiData.dpr) > 1) await frame();
       const voxel = [opened.width - 1 - column, opened.height - 1 - row, slice];
       const [x, y] = nv.frac2canvasPos(nv.vox2frac(voxel)).map((at) => at / nv.uiData.dpr);
       const { left, top } = tools.canvas.getBoundingClientRect();
