@@ -18,6 +18,7 @@ DEMO := models/demo
 STUDY := models/study
 
 LIBRARIES := deployment/browser/node_modules/.package-lock.json
+VIEWER := deployment/viewer/dist/viewer.js
 
 .DEFAULT_GOAL := demo
 
@@ -77,13 +78,19 @@ app: $(VENV)/installed
 browser-demo: $(VENV)/installed-export browser-libraries
 	$(RUN) deployment/serve_browser.py
 
-browser-libraries: $(LIBRARIES)
+browser-libraries: $(LIBRARIES) $(VIEWER)
 
 # The libraries of the page in the browser, as deployment/browser/package-lock.json pins them; no script of theirs is run.
 $(LIBRARIES): deployment/browser/package-lock.json
 	@command -v npm >/dev/null || { echo "the page in the browser needs Node.js 20 or newer, for npm; install it"; exit 2; }
 	npm ci --prefix deployment/browser --ignore-scripts --no-audit --no-fund --loglevel error
 	touch $@
+
+# The viewer of the page: NiiVue and our modules, built into one file by a pinned bundler.
+$(VIEWER): deployment/viewer/package-lock.json $(wildcard deployment/viewer/*.js)
+	@command -v npm >/dev/null || { echo "the viewer needs Node.js 20 or newer, for npm; install it"; exit 2; }
+	npm ci --prefix deployment/viewer --ignore-scripts --no-audit --no-fund --loglevel error
+	npm run build --prefix deployment/viewer --silent
 
 test-quick: lint
 	$(RUN) -m pytest -m "not slow"

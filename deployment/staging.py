@@ -30,6 +30,8 @@ LIBRARIES = {
     "nifti-reader-js": {"dist/*.js": "nifti-reader-js"},
     "tiff": {"lib/*.js": "tiff", "lib/tags/*.js": "tiff/tags"},
 }
+# of deployment/viewer: what `npm run build` makes there of NiiVue and our modules, and its style
+VIEWER = {"viewer.js": "dist/viewer.js", "viewer.css": "viewer.css", "libs/viewer/LICENSE": "dist/LICENSES.txt"}
 # .js where the package says .mjs: some servers send that as something that browsers don't run
 ONNXRUNTIME = {
     "ort.js": "ort.wasm.min.mjs",
@@ -81,10 +83,11 @@ def stage_browser(
         sources["libs/onnxruntime/README.md"] = (
             runtime / "README.md"
         )  # names its licence; the package holds no text of it
+        sources |= {name: ROOT / "deployment" / "viewer" / source for name, source in VIEWER.items()}
         _fill(folder, sources, checkpoint)
     except FileNotFoundError as error:
         raise MedFLError(
-            "the page's libraries are missing; install them with `npm ci` in deployment/browser (Node.js 20 "
+            "the page's libraries are missing; install and build them with `make browser-libraries` (Node.js 20 "
             "or newer)"
         ) from error
     (folder / "model.onnx").write_bytes(content)

@@ -68,6 +68,8 @@ def browser():
     if path is None:
         pytest.skip("no Chromium for the browser tests: install it")
     with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        # the viewer draws with WebGL, here on the processor
+        arguments = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+        chromium = running.chromium.launch(executable_path=path, args=arguments)
         yield chromium
         chromium.close()

@@ -3,24 +3,19 @@
 import { packZip } from "./archives.js";
 import { maskName, readCase, readMasks } from "./cases.js";
 import { SIZES_MM, UserError, counted, fixed, isSizeMm, plain } from "./common.js";
-import { UNKNOWN, VIEWS, chart, draw } from "./draw.js";
 import { dropped, take } from "./files.js";
 import { Network, checkBrowser, download, readProperties } from "./model.js";
 import { mirror, writeNifti } from "./nifti.js";
 import { doubts } from "./plausibility.js";
-import { agreement, csvText, maskOf, sliceRows, summary } from "./readout.js";
+import { agreement, csvText, sliceRows, summary } from "./readout.js";
 import { maskPng } from "./slices.js";
+import { createViewer } from "./viewer.js";
 
 const SAMPLES = ["phantom_1", "phantom_2", "phantom_3"];
-const LEGENDS = {
-  outline: "Solid orange line: what the model takes for tumour.", fill: "Orange: what the model takes for tumour.",
-  probability: "Over the slice: dark blue is probability 0, yellow is 1.",
-  truth: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone.",
-};
 const PHANTOMS_ONLY = "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its outline of one " +
   "means nothing.";
 const $ = (id) => document.getElementById(id);
-const state = { model: null, network: null, opened: null, probability: null, rows: null, number: 1, hidden: false, busy: false, cancelled: false };
+const state = { model: null, network: null, viewer: null, opened: null, probability: null, rows: null, saved: 0, busy: false, cancelled: false };
 
 // ---- words ----
 
@@ -72,7 +67,12 @@ async function start() {
   state.network = new Network();
   await state.network.load(bytes);
   showCard(size);
-  $("threshold").value = state.model.metadata.threshold;
+  try {
+    state.viewer = await createViewer($("viewer"), { slice: showSlice, mask: showMask });
+  } catch (error) {
+    console.warn(error);
+    throw new UserError("this browser draws no three-dimensional pictures (WebGL 2); switch on its hardware acceleration, or use another browser");
+  }
   ready("Ready.");
 }
 
@@ -88,8 +88,11 @@ function ready(text) {
 function showParts() {
   $("case").hidden = state.opened === null;
   $("open").hidden = $("intro").hidden = state.opened !== null;
-  $("open").hidden ||= state.busy || !state.network;
+  $("open").hidden ||= state.busy || !state.viewer;
   $("cancel").hidden = !state.busy;
+  document.body.classList.toggle("reading", state.opened !== null);
+  if (state.opened) $("side-panel").append($("card"), $("foot"));
+  else document.querySelector(".page").append($("card"), $("foot"));
 }
 
 function showCard(size) {
@@ -107,7 +110,7 @@ function showCard(size) {
 
 /** Segment the files of a case and show it. sample: whether they are this page's own phantoms. */
 async function open(files, sample = false) {
-  if (state.busy || !state.network) return;
+  if (state.busy || !state.viewer) return;
   Object.assign(state, { busy: true, cancelled: false });
   say("Reading the files …");
   try {
@@ -136,15 +139,15 @@ async function segment(opened) {
     progress(done / opened.count);
   });
   if (!probability || state.cancelled) return ready("Cancelled.");
-  Object.assign(state, { opened, probability, hidden: false });
-  showCase();
+  Object.assign(state, { opened, probability });
+  await showCase();
   ready(`${opened.count === 1 ? "One slice" : `${opened.count} slices`} in ${((performance.now() - begun) / 1000).toFixed(1)} s.`);
 }
 
 /** What the reader knows of the side becomes the case's; a mirrored case is segmented again. */
 async function takeSide(left) {
   const { opened, probability } = state;
-  if (state.busy) return;
+  if (state.busy || !mayForget()) return;
   opened.oriented = true;
   if (!left) return showCase();
   mirror(opened);
@@ -161,7 +164,11 @@ async function takeSide(left) {
 /** Resolves once the browser had the time to show what was said. */
 const drawn = () => new Promise((done) => setTimeout(done, 20));
 
+const unsaved = () => state.opened !== null && state.viewer.edits?.changed > 0 && state.viewer.edits.steps !== state.saved;
+const mayForget = () => !unsaved() || confirm("Your corrections of this case were not downloaded. Forget them?");
+
 function close() {
+  state.viewer.close();
   Object.assign(state, { opened: null, probability: null, rows: null });
   for (const id of ["files", "folder", "truth", "pixel-size", "slice-distance"]) $(id).value = "";
   $("messages").replaceChildren();
@@ -170,59 +177,36 @@ function close() {
 
 // ---- showing ----
 
-const chosen = (name) => document.querySelector(`input[name=${name}]:checked`)?.value;
-
-function look() {
-  return { view: chosen("view"), overlay: chosen("overlay"), hidden: state.hidden, opacity: Number($("opacity").value),
-    threshold: Number($("threshold").value), level: Number($("level").value), width: Number($("width").value) };
-}
-
-function choices(box, name, values, first) {
-  box.replaceChildren(...values.map((value) => {
-    const label = document.createElement("label");
-    const input = Object.assign(document.createElement("input"), { type: "radio", name, value, checked: value === first });
-    input.onchange = showSlice;
-    label.append(input, Object.assign(document.createElement("span"), { textContent: value }));
-    return label;
-  }));
-}
-
-function showCase() {
-  const { opened, model } = state;
+async function showCase() {
+  const { opened, model, viewer } = state;
+  state.saved = 0;
   showParts();
   $("name").textContent = plain(opened.name);
-  choices($("views"), "view", Object.keys(VIEWS), chosen("view") ?? "FLAIR");
-  $("threshold").value = model.metadata.threshold;
-  for (const id of ["level", "width", "opacity"]) $(id).value = $(id).defaultValue; // those of the patient before say nothing of this one
   const ofPhantoms = model.metadata.data?.name === "phantoms";
   const words = opened.sample ? ["This is a phantom: painted, not measured."] : ofPhantoms ? [PHANTOMS_ONLY] : [];
   $("doubts").replaceChildren(
     ...words.map((text) => message(opened.sample ? "note" : "doubt", text)),
     ...doubts(opened, model.plausibility, model.metadata.preprocessing.training_images).map((text) => message("doubt", text)),
     ...opened.notes.map((text) => message("note", text)));
-  $("slice").max = opened.count;
-  $("slice-label").hidden = $("chart").hidden = opened.count === 1;
   $("spacing").hidden = opened.measured;
   $("side").hidden = opened.oriented || !opened.nifti;
   $("figures-title").textContent = opened.count === 1 ? "This slice" : "All slices";
-  showTruth();
-  measure();
-  state.number = 1 + state.rows.reduce((best, row, k, rows) => (row.pixels > rows[best].pixels ? k : best), 0);
   offerDownloads();
-  showSlice();
+  await viewer.show(opened, state.probability, model.metadata.threshold);
   $("name").tabIndex = -1;
   $("name").focus({ preventScroll: true });
 }
 
-function showTruth() {
-  const overlays = ["outline", "fill", "probability", ...(state.opened.truth ? ["truth"] : [])];
-  choices($("overlays"), "overlay", overlays, overlays.includes(chosen("overlay")) ? chosen("overlay") : "outline");
+/** The mask is another one: its figures, and those of the slice. */
+function showMask() {
+  measure();
+  showSlice();
 }
 
-/** The figures for the threshold, the truth and the spacing that are set now. */
+/** The figures for the mask, the truth and the spacing of now. */
 function measure() {
-  const { opened, probability } = state;
-  state.rows = sliceRows(opened, probability, Number($("threshold").value));
+  const { opened, probability, viewer } = state, { changed } = viewer.edits;
+  state.rows = sliceRows(opened, probability, viewer.mask());
   const found = summary(opened, state.rows);
   const lines = [["Tumour", `${found.pixels.toLocaleString("en")} pixels`], ["Slices with tumour", `${found.slices} of ${found.count}`],
     ["Share of the head", `${(100 * found.share).toFixed(1)} %`], ["Largest diameter", `${found.diameter.toFixed(1)} pixels`]];
@@ -236,38 +220,20 @@ function measure() {
       Object.assign(document.createElement("td"), { textContent: value }));
     return row;
   }));
+  $("edited").textContent = changed ? `You changed ${counted(changed, "pixel")} of the model's proposal: the files hold your mask, and the ` +
+    "ZIP the proposal beside it." : "";
 }
 
 function showSlice() {
-  const { opened, probability, rows, number } = state;
-  if (!opened) return;
-  const seen = look();
-  const row = rows[number - 1];
-  draw($("picture"), opened, probability, number - 1, seen);
-  const said = row.pixels ? `${row.pixels.toLocaleString("en")} pixels marked as tumour` : "no tumour found";
-  $("picture").setAttribute("aria-label", `${plain(opened.name)}, slice ${number} of ${opened.count}, ${seen.view}: ${said}; ` +
-    (opened.oriented ? "the patient's left is on the right" : UNKNOWN));
-  $("caption").textContent = `Slice ${number} of ${opened.count} (${plain(row.file)}): ${said}. ` +
-    (seen.hidden ? "Overlay hidden (press o)." : LEGENDS[seen.overlay]);
-  $("slice").value = number;
-  $("slice-value").textContent = number;
-  $("hide").textContent = seen.hidden ? "Show the overlay (o)" : "Hide the overlay (o)";
-  $("opacity").disabled = !["fill", "probability", "truth"].includes(seen.overlay);
-  chart($("chart"), rows, number, (slice) => turnTo(slice));
-  const parts = [`${row.pixels.toLocaleString("en")} pixels`, `${row.diameter.toFixed(1)} pixels across`];
+  const { rows, viewer } = state;
+  if (!rows) return;
+  const row = rows[viewer.slice];
+  const parts = [plain(row.file), `${row.pixels.toLocaleString("en")} pixels`, `${row.diameter.toFixed(1)} pixels across`];
   if (row.mean !== null) parts.push(`mean probability inside of the mask ${fixed(row.mean, 2)}`);
   const { dice, iou } = row.tally ? agreement(row.tally) : {};
   if (dice !== undefined && dice !== null) parts.push(`Dice ${fixed(dice, 3)}, IoU ${fixed(iou, 3)}`);
-  $("slice-figures").textContent = `Slice ${number}: ${parts.join("; ")}. The probability is the network's own, not a measured chance of ` +
-    "its being right.";
-  for (const slider of document.querySelectorAll(".side .slider")) {
-    slider.querySelector("output").textContent = slider.querySelector("input").value;
-  }
-}
-
-function turnTo(number) {
-  state.number = number;
-  showSlice();
+  $("slice-figures").textContent = `Slice ${row.slice} of ${rows.length}: ${parts.join("; ")}. The probability is the network's own, not a ` +
+    "measured chance of its being right.";
 }
 
 // ---- taking along ----
@@ -279,23 +245,37 @@ function save(name, bytes, type) {
 }
 
 function offerDownloads() {
-  const { opened } = state;
+  const { opened, viewer } = state;
   const area = opened.height * opened.width;
-  const mask = () => maskOf(state.probability, Number($("threshold").value));
   const asPng = (all, k) => maskPng(all.subarray(k * area, (k + 1) * area), opened.width, opened.height);
+  const all = (give) => () => {
+    give(viewer.mask());
+    state.saved = viewer.edits.steps;
+  };
   const offers = {
-    "Mask of this slice (PNG)": () => save(maskName(opened.slices[state.number - 1]), asPng(mask(), state.number - 1), "image/png"),
-    "All masks (ZIP)": () => {
-      const all = mask();
-      const files = Object.fromEntries(opened.slices.map((name, k) => [maskName(name), asPng(all, k)]));
+    "Mask of this slice (PNG)": () => save(maskName(opened.slices[viewer.slice]), asPng(viewer.mask(), viewer.slice), "image/png"),
+    "All masks (ZIP)": all((mask) => {
+      const files = Object.fromEntries(opened.slices.map((name, k) => [maskName(name), asPng(mask, k)]));
       files["readout.csv"] = new TextEncoder().encode(csvText(state.rows));
+      if (viewer.edits.changed) {
+        const proposal = viewer.proposal();
+        opened.slices.forEach((name, k) => (files[`proposal/${maskName(name)}`] = asPng(proposal, k)));
+        files["correction.json"] = new TextEncoder().encode(JSON.stringify(correction(), null, 2));
+      }
       save(`${opened.name}_masks.zip`, packZip(files), "application/zip");
-    },
+    }),
     "Figures (CSV)": () => save(`${opened.name}.csv`, csvText(state.rows), "text/csv"),
-    ...(opened.nifti && { "Mask (NIfTI)": () => save(`${opened.name}_mask.nii.gz`, writeNifti(opened, mask()), "application/gzip") }),
+    ...(opened.nifti && { "Mask (NIfTI)": all((mask) => save(`${opened.name}_mask.nii.gz`, writeNifti(opened, mask), "application/gzip")) }),
   };
   $("downloads").replaceChildren(...Object.entries(offers).map(([text, give]) =>
     Object.assign(document.createElement("button"), { type: "button", textContent: text, onclick: () => attempt(give) })));
+}
+
+/** What a corrected mask was made from. */
+function correction() {
+  const { viewer, model } = state;
+  return { version: 1, corrected: new Date().toISOString(), model_sha256: Object.fromEntries(model.card)["SHA-256"] ?? null,
+    threshold: viewer.threshold, changed_pixels: viewer.edits.changed };
 }
 
 // ---- what a reader does ----
@@ -327,25 +307,18 @@ $("cancel").onclick = () => attempt(async () => {
 window.onbeforeunload = (event) => {
   if (state.opened || state.busy) event.preventDefault(); // the browser asks
 };
-$("close").onclick = close;
-$("slice").oninput = () => turnTo(Number($("slice").value));
-$("hide").onclick = () => {
-  state.hidden = !state.hidden;
-  showSlice();
-};
-for (const id of ["opacity", "level", "width"]) $(id).oninput = showSlice;
-$("threshold").oninput = () => {
-  measure();
-  showSlice();
+$("close").onclick = () => mayForget() && close();
+$("fold").onclick = () => {
+  const folded = document.body.classList.toggle("folded");
+  $("fold").setAttribute("aria-expanded", !folded);
 };
 for (const id of ["pixel-size", "slice-distance"]) {
   $(id).onchange = () => {
     const [plane, between] = [Number($("pixel-size").value), Number($("slice-distance").value)];
     const all = [plane, between].every(isSizeMm);
-    state.opened.spacing = all ? [plane, plane, between] : null;
-    measure();
-    showSlice();
-    attempt(() => {
+    attempt(async () => {
+      await state.viewer.setSpacing(all ? [plane, plane, between] : null);
+      showMask();
       if (!all && [plane, between].some((value) => value && !isSizeMm(value))) {
         throw new UserError(`sizes lie between ${SIZES_MM.join(" and ")} mm; give the side of a pixel and the distance of slices again`);
       }
@@ -359,14 +332,9 @@ $("truth").onchange = () => attempt(async () => {
   $("truth").value = "";
   if (!files.length) return;
   state.opened.truth = await readMasks(state.opened, await take(files));
-  showTruth();
-  measure();
-  showSlice();
+  state.viewer.setTruth(state.opened.truth);
+  showMask();
 });
-document.onkeydown = (event) => {
-  const typing = event.target.matches("input[type=number]");
-  if (event.key === "o" && !typing && !event.ctrlKey && !event.metaKey && state.opened) $("hide").click();
-};
 $("where").textContent = "Scans, masks and figures stay in this browser's memory until the case or the page is closed. The page may load " +
   "things from its own address alone.";
 showParts();

@@ -4,11 +4,10 @@ import { cell } from "./common.js";
 
 const FLAIR = 1; // channel
 
-/** For each slice: how many pixels reach the threshold, the longest line within one part of them in pixels and in mm (null
+/** For each slice: how many pixels the mask has (count × height × width, above 0 is tumour), the longest line within one part of them in pixels and in mm (null
     without a spacing), the mean probability there (null if there is none), and with a truth Dice and IoU. */
-export function sliceRows(opened, probability, threshold) {
+export function sliceRows(opened, probability, mask) {
   const { count, height, width, truth, spacing } = opened;
-  const limit = Math.fround(threshold); // as inference.to_mask compares
   const area = height * width;
   const inside = new Uint8Array(area);
   const rows = [];
@@ -16,7 +15,7 @@ export function sliceRows(opened, probability, threshold) {
     let pixels = 0, sum = 0;
     const tally = { both: 0, false: 0, missed: 0 };
     for (let k = 0, at = slice * area; k < area; k++, at++) {
-      const marked = probability[at] >= limit;
+      const marked = mask[at] > 0;
       inside[k] = marked ? 1 : 0;
       if (marked) {
         pixels++;
@@ -127,12 +126,6 @@ function farthest(points, tall, wide) {
   let longest = 0;
   for (const [y, x] of points) for (const [v, u] of points) longest = Math.max(longest, Math.hypot((y - v) * tall, (x - u) * wide));
   return longest;
-}
-
-/** The masks of all slices, count × height × width of 0 or 255. */
-export function maskOf(probability, threshold) {
-  const limit = Math.fround(threshold);
-  return Uint8Array.from(probability, (value) => (value >= limit ? 255 : 0));
 }
 
 /** The slices' rows as CSV, with the columns of the app's. */

@@ -13,13 +13,14 @@ from dataset import load_dataset
 
 BEST = "transunet_centralized_best.pth"
 PAGE = ROOT / "deployment" / "browser"
+VIEWER = ROOT / "deployment" / "viewer" / "dist" / "viewer.js"
 
 
 @pytest.fixture(scope="session")
 def node() -> str:
     """The path of Node.js; skipped aloud where it or the page's libraries are missing."""
     path = shutil.which("node")
-    if path is None or not (PAGE / "node_modules").is_dir():
+    if path is None or not (PAGE / "node_modules").is_dir() or not VIEWER.is_file():
         pytest.skip("no Node.js, or no libraries of the page: install it, then `make browser-libraries`")
     return path
 

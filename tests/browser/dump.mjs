@@ -6,7 +6,8 @@ import { readFileSync, writeFileSync } from "node:fs";
 const here = new URL("../../deployment/browser/", import.meta.url);
 const { readCase, readMasks, maskName } = await import(new URL("cases.js", here));
 const { describe, doubts } = await import(new URL("plausibility.js", here));
-const { csvText, maskOf, sliceRows, summary } = await import(new URL("readout.js", here));
+const { csvText, sliceRows, summary } = await import(new URL("readout.js", here));
+const { maskOf } = await import(new URL("../viewer/edits.js", here));
 const { writeNifti } = await import(new URL("nifti.js", here));
 const { maskPng } = await import(new URL("slices.js", here));
 
@@ -25,7 +26,7 @@ for (const asked of JSON.parse(readFileSync(process.argv[2]))) {
       const bytes = readFileSync(asked.probability);
       const probability = new Float32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length));
       if (asked.spacing) opened.spacing = asked.spacing;
-      const rows = sliceRows(opened, probability, asked.threshold), mask = maskOf(probability, asked.threshold);
+      const mask = maskOf(probability, asked.threshold).map((value) => 255 * value), rows = sliceRows(opened, probability, mask);
       Object.assign(answer, { rows, summary: summary(opened, rows), csv: csvText(rows) });
       writeFileSync(`${asked.out}.png`, maskPng(mask.subarray(0, height * width), width, height));
       if (opened.nifti) writeFileSync(`${asked.out}.nii.gz`, writeNifti(opened, mask));

@@ -33,7 +33,45 @@ def choose(page, files, field: str = "#files") -> None:
 
 def shown(page, count: int) -> None:
     """Wait until a case of so many slices is on the page."""
-    page.locator("#caption", has_text=f"of {count} (").wait_for()
+    page.locator(".words", has_text=f"of {count}:").wait_for()
+
+
+def at_slice(page, number: int, count: int) -> None:
+    """Wait until this slice, from 1, is shown."""
+    page.locator(".words", has_text=f"Slice {number} of {count}:").wait_for()
+
+
+def place(page, row: int, column: int) -> tuple[float, float]:
+    """Where on the screen a pixel of the slice that is shown lies."""
+    return tuple(
+        page.evaluate(
+            """async ([row, column]) => {
+      const { nv, opened, slice, tools } = document.getElementById("viewer").viewer, { canvas } = tools;
+      const frame = () => new Promise(requestAnimationFrame);
+      await frame(); // a bar that has come takes room from the picture
+      while (Math.abs(canvas.height - canvas.clientHeight * nv.uiData.dpr) > 1) await frame();
+      const voxel = [opened.width - 1 - column, opened.height - 1 - row, slice];
+      const [x, y] = nv.frac2canvasPos(nv.vox2frac(voxel)).map((at) => at / nv.uiData.dpr);
+      const { left, top } = tools.canvas.getBoundingClientRect();
+      return [left + x, top + y];
+    }""",
+            [row, column],
+        )
+    )
+
+
+def dragged(page, start: tuple[float, float], end: tuple[float, float], button: str = "left") -> None:
+    """Drag over the picture, in eight steps."""
+    page.mouse.move(*start)
+    page.mouse.down(button=button)
+    page.mouse.move(*end, steps=8)
+    page.mouse.up(button=button)
+
+
+def seen(page) -> np.ndarray:
+    """The picture that the viewer shows, (h, w, 3) uint8."""
+    content = page.locator(".medfl-viewer canvas").screenshot()
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def fetched(page, button: str) -> tuple[str, bytes]:

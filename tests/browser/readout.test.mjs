@@ -4,7 +4,8 @@ import assert from "node:assert/strict";
 import test from "node:test";
 
 const here = new URL("../../deployment/browser/", import.meta.url);
-const { agreement, csvText, largestDiameters, maskOf, sliceRows, summary } = await import(new URL("readout.js", here));
+const { agreement, csvText, largestDiameters, sliceRows, summary } = await import(new URL("readout.js", here));
+const { maskOf } = await import(new URL("../viewer/edits.js", here));
 const { readProperties } = await import(new URL("model.js", here));
 const { cell, listed, plain, short } = await import(new URL("common.js", here));
 
@@ -38,7 +39,7 @@ const opened = { count: 2, height: 1, width: 4, slices: ["a_1.tif", 'a "b", 2.ti
 const probability = Float32Array.of(0.5, 0.2, 0.9, 0, 0, 0.1, 0, 0);
 
 test("slices and case are counted, and a probability at the threshold is tumour", () => {
-  const rows = sliceRows(opened, probability, 0.5);
+  const rows = sliceRows(opened, probability, maskOf(probability, 0.5));
   assert.deepEqual(rows.map((row) => row.pixels), [2, 0]);
   assert.deepEqual(rows[0].tally, { both: 1, false: 1, missed: 1 });
   assert.equal(rows[1].mean, null);
@@ -46,14 +47,15 @@ test("slices and case are counted, and a probability at the threshold is tumour"
   assert.deepEqual([figures.pixels, figures.slices, figures.count, figures.cm3], [2, 1, 2, 0.002]);
   assert.deepEqual([figures.dice, figures.iou], [0.5, 1 / 3]);
   assert.equal(figures.share, 0.5); // four pixels lie above FLAIR's mean
-  assert.deepEqual([...maskOf(Float32Array.of(0.7), 0.7)], [255]); // 0.7 as float32 is less than 0.7
-  assert.equal(sliceRows(opened, new Float32Array(8).fill(0.7), 0.7)[0].pixels, 4);
+  assert.deepEqual([...maskOf(Float32Array.of(0.7), 0.7)], [1]); // 0.7 as float32 is less than 0.7
+  const all = new Float32Array(8).fill(0.7);
+  assert.equal(sliceRows(opened, all, maskOf(all, 0.7))[0].pixels, 4);
   assert.ok(!("dice" in summary({ ...opened, together: false }, rows)));
-  assert.deepEqual([...maskOf(Float32Array.of(0.3, 0.29999, 0.7), 0.3)], [255, 0, 255]);
+  assert.deepEqual([...maskOf(Float32Array.of(0.3, 0.29999, 0.7), 0.3)], [1, 0, 1]);
 });
 
 test("a file's name can't break the CSV", () => {
-  const [head, , second] = csvText(sliceRows(opened, probability, 0.5)).split("\n");
+  const [head, , second] = csvText(sliceRows(opened, probability, maskOf(probability, 0.5))).split("\n");
   assert.ok(head.endsWith("tumour_mm2,largest_diameter_mm,dice,iou"));
   assert.ok(second.startsWith('2,"a ""b"", 2.tif",0,'));
 });

@@ -10,7 +10,7 @@ import zipfile
 import nibabel
 import numpy as np
 import pytest
-from pages import WIDTHS, assert_equal_masks, choose, fetched, masks_of, opened, shown
+from pages import WIDTHS, assert_equal_masks, at_slice, choose, fetched, masks_of, opened, seen, shown
 from PIL import Image
 from running import run_script
 from uploads import picture
@@ -38,35 +38,41 @@ def test_slices_give_predicts_masks_and_the_controls_work(page, patient):
     found = masks_of(content)
     assert name == f"{one.name}_masks.zip" and found.keys() == expected.keys()
     assert_equal_masks([found[key] for key in expected], list(expected.values()), "TIFF slices")
-    page.locator("#slice").focus()
+    slider = page.get_by_role("slider", name="Slice")
+    slider.focus()
     page.keyboard.press("Home")
-    page.get_by_text(f"Slice 1 of {count} (").wait_for()
+    at_slice(page, 1, count)
     page.keyboard.press("ArrowRight")
-    page.get_by_text(f"Slice 2 of {count} (").wait_for()
-    page.locator("#chart g").nth(3).click(force=True)  # the chart is a way to jump
-    page.get_by_text(f"Slice 4 of {count} (").wait_for()
+    at_slice(page, 2, count)
+    page.locator(".strip i").nth(3).click()  # the chart is a way to jump
+    at_slice(page, 4, count)
     name, content = fetched(page, "Mask of this slice (PNG)")
     assert name == f"{one.images[3].stem}_mask.png" and np.array_equal(
         np.asarray(Image.open(io.BytesIO(content))), found[name]
     )
     before = page.locator("#figures").inner_text()
-    page.locator("#threshold").fill("0.05")
-    assert page.locator("#figures").inner_text() != before
+    page.get_by_label("Threshold").fill("0.05")
+    page.locator("#figures").get_by_text(before).wait_for(state="detached")
+    page.get_by_label("Threshold").fill("0.5")
     pictures = {}
     for overlay in ("outline", "fill", "probability"):
-        page.get_by_text(overlay, exact=True).click()
-        pictures[overlay] = page.locator("#picture").evaluate("canvas => canvas.toDataURL()")
-    page.get_by_text("outline", exact=True).click()
+        page.get_by_label("Overlay").select_option(overlay)
+        pictures[overlay] = seen(page).tobytes()
+    page.get_by_label("Overlay").select_option("outline")
+    page.locator(".legend", has_text="Orange line").wait_for()
+    page.keyboard.press("Escape")
+    page.locator("h2#name").focus()
     page.keyboard.press("o")
     page.get_by_text("Overlay hidden").wait_for()
-    pictures["hidden"] = page.locator("#picture").evaluate("canvas => canvas.toDataURL()")
+    pictures["hidden"] = seen(page).tobytes()
     page.keyboard.press("o")
-    for view in ("pre", "post", "composite"):
-        page.get_by_text(view, exact=True).click()
-        pictures[view] = page.locator("#picture").evaluate("canvas => canvas.toDataURL()")
-    page.get_by_text("Window and level").click()
-    page.locator("#level").fill("60")
-    pictures["level"] = page.locator("#picture").evaluate("canvas => canvas.toDataURL()")
+    for key, view in ("1", "pre"), ("3", "post"), ("4", "composite"):
+        page.keyboard.press(key)
+        assert page.get_by_label("Channel").input_value() == view
+        pictures[view] = seen(page).tobytes()
+    page.keyboard.press("2")
+    page.get_by_label("Window").select_option("bright")
+    pictures["window"] = seen(page).tobytes()
     assert len(set(pictures.values())) == len(pictures), "a control changes nothing"
     page.get_by_text("Pixel size in mm").click()
     page.get_by_label("Side of a pixel").fill("0.5")
@@ -104,7 +110,7 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
     found = masks_of(fetched(page, "All masks (ZIP)")[1])
     assert_equal_masks([found[f"{path.stem}_mask.png"] for path in one.images], expected, "ZIP")
     page.locator("#figures", has_text="Dice with the truth").wait_for()
-    page.get_by_text("truth", exact=True).click()
+    page.get_by_label("Overlay").select_option("truth")
     page.get_by_text("Yellow: both.").wait_for()
     page.get_by_role("button", name="Close this case").click()
 
@@ -211,7 +217,7 @@ def test_nothing_leaves_and_it_works_without_a_network(browser, address, patient
     shown(page, len(one.images))
     for button in ("All masks (ZIP)", "Mask of this slice (PNG)", "Figures (CSV)"):
         fetched(page, button)
-    page.locator("#threshold").fill("0.3")
+    page.get_by_label("Threshold").fill("0.3")
     page.get_by_role("button", name="Close this case").click()
     page.get_by_role("button", name="Phantom 2").click()
     page.get_by_role("alert").get_by_text("can't be loaded; check the connection").wait_for()

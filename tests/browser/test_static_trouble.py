@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from pages import choose, opened, shown
+from pages import choose, opened, seen, shown
 from uploads import BROKEN, picture
 
 pytestmark = pytest.mark.slow
@@ -128,14 +128,13 @@ def test_an_open_case_is_not_left_in_silence_and_the_next_begins_anew(browser, a
     page.get_by_text("This model learned from phantoms only").wait_for()
     drop = "!document.body.dispatchEvent(new Event('drop', { bubbles: true, cancelable: true }))"
     assert page.evaluate(drop) is True  # a drop beside the field does not open the file in the page's place
-    page.get_by_text("probability", exact=True).click()
+    page.get_by_label("Overlay").select_option("probability")
     pictures = []
     for opacity in ("0", "0.5", "1"):
-        page.locator("#opacity").fill(opacity)
-        pictures.append(page.locator("#picture").evaluate("canvas => canvas.toDataURL()"))
+        page.get_by_label("Opacity").fill(opacity)
+        pictures.append(seen(page).tobytes())
     assert len(set(pictures)) == 3, "the anatomy is not seen under the probability"
-    page.get_by_text("Window and level").click()
-    page.locator("#level").fill("60")
+    page.get_by_label("Window").select_option("bright")
     page.get_by_text("Pixel size in mm").click()
     page.get_by_label("Side of a pixel").fill("0.5")
     page.get_by_label("Distance of slices").fill("1000000000")
@@ -145,6 +144,8 @@ def test_an_open_case_is_not_left_in_silence_and_the_next_begins_anew(browser, a
     page.get_by_role("button", name="Close this case").click()
     page.get_by_role("button", name="Phantom 1").click()
     page.get_by_text("This is a phantom: painted, not measured.").wait_for()
-    assert page.locator("#name").inner_text() == "phantom_1" and page.locator("#level").input_value() == "128"
+    assert page.locator("#name").inner_text() == "phantom_1" and page.get_by_label("Window").input_value() == (
+        "full range"
+    )
     assert page.failures == []
     page.close()

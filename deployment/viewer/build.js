@@ -1,0 +1,16 @@
+// npm run build: viewer.js with NiiVue and what NiiVue needs in one file, and the licences of what went in.
+
+import { readFileSync, readdirSync, writeFileSync } from "node:fs";
+
+import { build } from "esbuild";
+
+const { metafile } = await build({ entryPoints: ["viewer.js"], bundle: true, format: "esm", minify: true, target: "es2022", outfile: "dist/viewer.js",
+  external: ["numcodecs/*"], // unpacks Zarr, which no case is: 1.4 MB, and loaded on demand only
+  metafile: true, logLevel: "warning" });
+const packages = new Set(Object.keys(metafile.inputs).map((path) => path.match(/node_modules\/((?:@[^/]+\/)?[^/]+)\//)?.[1]).filter(Boolean));
+const licence = (name) => {
+  if (name === "@niivue/niivue") return readFileSync("LICENSE-niivue.txt", "utf-8"); // its package holds no text of it
+  const folder = `node_modules/${name}`, file = readdirSync(folder).find((entry) => /^licen[cs]e/i.test(entry));
+  return file ? readFileSync(`${folder}/${file}`, "utf-8") : `${JSON.parse(readFileSync(`${folder}/package.json`)).license}\n`;
+};
+writeFileSync("dist/LICENSES.txt", [...packages].sort().map((name) => `${name}\n\n${licence(name)}`).join(`\n${"-".repeat(80)}\n\n`));

@@ -1,0 +1,327 @@
+// The viewer of the pages, around NiiVue: a case, the model's probability and perhaps a truth come in, the reader's mask goes out.
+
+import { DRAG_MODE, Niivue, SLICE_TYPE } from "@niivue/niivue";
+
+import { PLANES, WINDOWS } from "./choices.js";
+import { Edits, compared, gapAround, maskOf } from "./edits.js";
+import { listen } from "./gestures.js";
+import { Tools } from "./tools.js";
+import { channelVolume, probabilityVolume, turned } from "./volumes.js";
+
+const COMPARISONS = ["truth", "changes"]; // overlays that show two masks
+const TOUCH = 26; // neighbours: parts that touch at a corner are one
+const THICK = 1.5; // slices this many times as far apart as pixels are shown as steps, not smoothed
+// Okabe and Ito's colours, which colour-blind readers tell apart: only the mask, only the other mask, both.
+const COLOURS = { R: [0, 230, 86, 240], G: [0, 159, 180, 228], B: [0, 0, 233, 66], labels: ["", "mask", "other", "both"] };
+const RIM_ONLY = 0.01; // opacity inside of an outline: at 0 NiiVue draws no rim either
+
+/** A viewer that fills `element`. told: {slice(), mask()}, called when another slice is shown and when the mask is another one. */
+export async function createViewer(element, told) {
+  const viewer = new Viewer(element, told);
+  await viewer.start();
+  return viewer;
+}
+
+class Viewer {
+  constructor(element, told) {
+    this.element = element;
+    this.told = told;
+    this.look = { plane: "axial", channel: "FLAIR", overlay: "outline", hidden: false, opacity: 0.5, radiological: true };
+    this.tool = "look"; // or measure, pen, eraser, grow
+    this.penSize = 3; // pixels
+    this.tolerance = 15; // grey values that growing may stray
+    this.tools = new Tools(this);
+    this.nv = new Niivue({ dragAndDropEnabled: false, logLevel: "error", isRadiologicalConvention: true, showAllOrientationMarkers: true,
+      isForceMouseClickToVoxelCenters: true, crosshairWidthUnit: "percent", crosshairColor: [0.5, 0.8, 1, 0.9], fontColor: [1, 1, 1, 1], fontMinPx: 16,
+      viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", multiplanarShowRender: 1, windowingGainFactor: 1,
+      rulerColor: [0.94, 0.89, 0.26, 1], measureLineColor: [0.94, 0.89, 0.26, 1], measureTextColor: [0.94, 0.89, 0.26, 1],
+      loadingText: "", maxDrawUndoBitmaps: 2 }); // undoing is Edits', which also redoes
+  }
+
+  async start() {
+    await this.nv.attachToCanvas(this.tools.canvas, true);
+    this.nv.drawLut.lut.set([0, 0, 0, 0]);
+    this.nv.setDrawColormap(COLOURS);
+    this.nv.onLocationChange = () => this.#sliceMayDiffer();
+    listen(this);
+    this.element.viewer = this; // for whoever drives the page
+  }
+
+  // ---- what is shown ----
+
+  /** Show a case: {pixels, count, height, width, spacing, oriented, name, slices, truth}, its probability and the threshold. */
+  async show(opened, probability, threshold) {
+    Object.assign(this, { opened, threshold, volumes: {} });
+    const { count, height, width } = opened;
+    this.area = height * width;
+    this.probability = turned(probability, this.area);
+    Object.assign(this.look, { plane: "axial", overlay: "outline", hidden: false, opacity: 0.5 });
+    this.tool = "look";
+    this.truth = null;
+    this.setTruth(opened.truth);
+    this.edits = new Edits(maskOf(this.probability, this.threshold));
+    const parts = Array.from({ length: count }, (_, k) => this.edits.mask.subarray(k * this.area, (k + 1) * this.area)
+      .reduce((sum, value) => sum + value, 0));
+    await this.#draw(parts.indexOf(Math.max(...parts)));
+    this.#maskDiffers();
+  }
+
+  /** Volumes anew, as after another spacing, at slice `number` from 0. */
+  async #draw(number) {
+    const { nv, opened, look } = this;
+    this.removed = []; // parts that the reader switched off
+    this.volumes = {};
+    nv.volumes = [];
+    nv.closeDrawing();
+    nv.opts.isOrientationTextVisible = opened.oriented;
+    nv.opts.showMeasureUnits = Boolean(opened.spacing);
+    nv.addVolume(await this.#channel());
+    nv.createEmptyDrawing();
+    this.window = WINDOWS["full range"];
+    nv.scene.crosshairPos = nv.vox2frac([Math.floor(opened.width / 2), Math.floor(opened.height / 2), number]);
+    this.set(look);
+    this.resetLook();
+    this.useTool(this.tool);
+  }
+
+  async setSpacing(spacing) {
+    this.opened.spacing = spacing;
+    await this.#draw(this.slice);
+  }
+
+  /** truth: count × height × width, above 0 is tumour, or null. */
+  setTruth(truth) {
+    this.truth = truth && turned(truth.map((value) => (value > 0 ? 1 : 0)), this.area);
+    this.tools.refresh();
+  }
+
+  async #channel() {
+    const { channel } = this.look;
+    this.volumes[channel] ??= await channelVolume(this.opened, channel);
+    return this.volumes[channel];
+  }
+
+  /** Change how it is looked at: any of the keys of `look`. */
+  async set(change) {
+    const { nv, look } = this;
+    Object.assign(look, change);
+    if (COMPARISONS.includes(look.overlay) && this.drawing) this.useTool("look");
+    const volumes = [await this.#channel()];
+    if (look.overlay === "probability" && !look.hidden) {
+      volumes.push((this.volumes.probability ??= await probabilityVolume(this.opened, this.probability)));
+      volumes[1].opacity = look.opacity;
+    }
+    const solid = look.plane === "3-D";
+    volumes[0].opacity = 1;
+    [volumes[0].cal_min, volumes[0].cal_max] = this.window;
+    const showsMask = !look.hidden && (look.overlay !== "probability" || solid);
+    nv.drawRimOpacity = showsMask ? 1 : -1;
+    nv.drawOpacity = !showsMask ? 0 : solid ? 1 : look.overlay === "outline" ? RIM_ONLY : Math.max(look.opacity, RIM_ONLY);
+    nv.opts.isRadiologicalConvention = look.radiological;
+    nv.opts.crosshairWidth = look.plane === "planes" ? 0.3 : 0;
+    nv.opts.sliceType = PLANES[look.plane];
+    nv.opts.isNearestInterpolation = look.plane === "planes" && this.#thick();
+    nv.volumes = volumes;
+    nv.setVolume(volumes[0], 0);
+    this.#mouse();
+    this.#refreshDrawing();
+    this.tools.refresh();
+  }
+
+  #thick() {
+    const { spacing } = this.opened;
+    return Boolean(spacing) && spacing[2] > THICK * Math.min(spacing[0], spacing[1]);
+  }
+
+  setWindow([low, high]) {
+    this.window = [low, high];
+    const [base] = this.nv.volumes;
+    [base.cal_min, base.cal_max] = this.window;
+    this.nv.updateGLVolume();
+    this.tools.refresh();
+  }
+
+  /** After a drag over the picture, which NiiVue answers. */
+  windowMayDiffer() {
+    const [base] = this.nv.volumes;
+    if (base.cal_min === this.window[0] && base.cal_max === this.window[1]) return;
+    this.window = [base.cal_min, base.cal_max];
+    this.tools.refresh();
+  }
+
+  /** The full range of grey values, the whole slice, no measured lines. */
+  resetLook() {
+    this.nv.scene.pan2Dxyzmm = [0, 0, 0, 1];
+    this.nv.scene.volScaleMultiplier = 1;
+    this.nv.setRenderAzimuthElevation(160, 20);
+    this.nv.clearAllMeasurements();
+    this.setWindow(WINDOWS["full range"]);
+  }
+
+  zoom(factor) {
+    const { scene } = this.nv;
+    if (this.look.plane === "3-D") this.nv.setScale(scene.volScaleMultiplier * factor);
+    else scene.pan2Dxyzmm = [...scene.pan2Dxyzmm.slice(0, 3), Math.min(Math.max(scene.pan2Dxyzmm[3] * factor, 1), 12)];
+    this.nv.drawScene();
+  }
+
+  /** How many mm a pixel of the screen shows of the slice. */
+  millimetresOfPixel() {
+    const { opened: { width, height, spacing }, tools: { canvas }, nv } = this, [row, column] = spacing ?? [1, 1];
+    return Math.max((width * column) / canvas.clientWidth, (height * row) / canvas.clientHeight) / nv.scene.pan2Dxyzmm[3];
+  }
+
+  // ---- slices ----
+
+  /** The slice that is shown, from 0 at the feet. */
+  get slice() {
+    return this.nv.frac2vox(this.nv.scene.crosshairPos)[2];
+  }
+
+  goTo(number) {
+    const [x, y] = this.nv.frac2vox(this.nv.scene.crosshairPos);
+    const z = Math.min(Math.max(number, 0), this.opened.count - 1);
+    this.nv.scene.crosshairPos = this.nv.vox2frac([x, y, z]);
+    this.nv.drawScene();
+    this.#sliceMayDiffer();
+  }
+
+  #sliceMayDiffer() {
+    if (this.slice === this.told.last) return;
+    this.told.last = this.slice;
+    this.tools.refresh();
+    this.told.slice();
+  }
+
+  // ---- the mask ----
+
+  setThreshold(threshold) {
+    this.threshold = threshold;
+    this.edits.propose(maskOf(this.probability, this.threshold));
+    this.#maskDiffers();
+  }
+
+  /** The reader's mask: count × height × width of 0 or 255, in the case's order. */
+  mask() {
+    return turned(this.edits.mask, this.area).map((value) => 255 * value);
+  }
+
+  /** The model's mask at the threshold that is set, as `mask`. */
+  proposal() {
+    return turned(this.edits.proposal, this.area).map((value) => 255 * value);
+  }
+
+  #maskDiffers() {
+    this.#refreshDrawing();
+    this.told.last = this.slice;
+    this.tools.refresh();
+    this.told.mask();
+  }
+
+  #refreshDrawing() {
+    const { nv, edits, look } = this;
+    if (!nv.drawBitmap) return;
+    const other = look.overlay === "truth" ? this.truth : look.overlay === "changes" ? edits.proposal : null;
+    nv.drawBitmap.set(other ? compared(edits.mask, other) : edits.mask);
+    nv.refreshDrawing(true);
+  }
+
+  // ---- the reader's hands ----
+
+  get drawing() {
+    return ["pen", "eraser", "grow"].includes(this.tool);
+  }
+
+  useTool(tool) {
+    this.tool = tool;
+    if (this.drawing && this.look.plane === "3-D") return void this.set({ plane: "axial" });
+    if (this.drawing && (this.look.hidden || !["outline", "fill"].includes(this.look.overlay))) this.set({ overlay: "fill", hidden: false });
+    this.#mouse();
+    this.tools.refresh();
+  }
+
+  setPenSize(size) {
+    this.penSize = Math.min(Math.max(size, 1), 30);
+    this.#mouse();
+    this.tools.refresh();
+  }
+
+  /** What the buttons of the mouse do, for the tool and the planes that are shown. */
+  #mouse() {
+    const { nv, tool, look } = this;
+    const paints = tool === "pen" || tool === "eraser";
+    const click = DRAG_MODE.crosshair; // also turns in three dimensions, and draws while drawing is enabled
+    const primary = tool === "measure" ? DRAG_MODE.measurement : tool === "look" && look.plane === "axial" ? DRAG_MODE.windowing : click;
+    nv.setMouseEventConfig({ leftButton: { primary, withShift: DRAG_MODE.pan, withCtrl: DRAG_MODE.pan }, rightButton: DRAG_MODE.windowing,
+      centerButton: DRAG_MODE.pan });
+    nv.setTouchEventConfig({ singleTouch: primary, doubleTouch: DRAG_MODE.pan });
+    nv.opts.drawingEnabled = paints;
+    nv.opts.penValue = tool === "eraser" ? 0 : 1;
+    nv.opts.penSize = this.penSize;
+  }
+
+  /** The pen was lifted. NiiVue's line from point to point leaves its newest point out, so the last one is drawn here. */
+  endStroke() {
+    const { nv } = this;
+    if (!Number.isNaN(nv.drawPenLocation[0])) nv.drawPt(...nv.drawPenLocation, nv.opts.penValue);
+    this.commitDrawing();
+  }
+
+  /** What was drawn becomes the mask's. */
+  commitDrawing() {
+    if (!COMPARISONS.includes(this.look.overlay) && this.edits.commit(this.nv.drawBitmap)) this.#maskDiffers();
+  }
+
+  undo() {
+    if (this.edits.undo()) this.#maskDiffers();
+  }
+
+  redo() {
+    if (this.edits.redo()) this.#maskDiffers();
+  }
+
+  /** Paint what is connected with the crosshair's pixel in this slice and as bright, give or take the tolerance. */
+  grow() {
+    const { nv } = this;
+    const at = Array.from(nv.frac2vox(nv.scene.crosshairPos)), value = nv.volumes[0].getValue(...at);
+    nv.drawPenAxCorSag = SLICE_TYPE.AXIAL;
+    nv.drawFloodFill(at, 1, Infinity, value - this.tolerance, value + this.tolerance, 6, Infinity, true, nv.drawBitmap);
+    nv.drawPenAxCorSag = -1;
+    this.commitDrawing();
+  }
+
+  /** Fill the slices without a mask around this one from those above and below. Returns whether there was such a gap. */
+  fillBetween() {
+    const gap = gapAround(this.edits.mask, this.area, this.slice);
+    if (!gap) return false;
+    if (COMPARISONS.includes(this.look.overlay)) this.set({ overlay: "fill" });
+    this.nv.interpolateMaskSlices(...gap, { sliceType: SLICE_TYPE.AXIAL, useIntensityGuided: false });
+    this.commitDrawing();
+    return true;
+  }
+
+  /** The connected parts of the mask, the largest first, then those that were switched off: [{voxels: Uint32Array, on}]. */
+  parts() {
+    const { count, height, width } = this.opened, { mask } = this.edits;
+    const [number, labels] = this.nv.bwlabel(Uint32Array.from(mask), Uint32Array.of(width, height, count), TOUCH, true);
+    const voxels = Array.from({ length: number }, () => []);
+    for (let k = 0; k < labels.length; k++) if (labels[k]) voxels[labels[k] - 1].push(k);
+    const on = voxels.sort((a, b) => b.length - a.length).map((part) => ({ voxels: Uint32Array.from(part), on: true }));
+    this.removed = this.removed.filter((part) => !mask[part.voxels[0]]);
+    return [...on, ...this.removed];
+  }
+
+  switchPart(part) {
+    const drawing = this.edits.mask.slice();
+    for (const k of part.voxels) drawing[k] = part.on ? 0 : 1;
+    if (part.on) this.removed.push({ ...part, on: false });
+    if (this.edits.commit(drawing)) this.#maskDiffers();
+  }
+
+  /** Forget the case. */
+  close() {
+    this.nv.volumes = [];
+    this.nv.closeDrawing();
+    Object.assign(this, { opened: null, probability: null, edits: null, truth: null, volumes: {}, removed: [] });
+  }
+}
