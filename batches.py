@@ -66,14 +66,20 @@ class TrainingBatches:
             parts.append(drawn[:needed].reshape(len(self), places))
         return np.concatenate(parts, axis=1)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The epoch's batches, made as they are asked for."""
+    def epoch(self, epoch: int, share: slice = slice(None)) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The epoch's batches, made as they are asked for. share: the part of each batch that is given, varied as
+        in the whole batch; the rest is not read."""
         random = torch.Generator().manual_seed(
             int(np.random.default_rng([self.seed, epoch, 1]).integers(2**62))
         )
         for numbers in self.order(epoch):
-            images, masks = zip(*(self._slice(*self._slices[k]) for k in numbers))
-            yield augment(torch.cat(images), torch.cat(masks), random)
+            side = (self.side, self.side)
+            images, masks = torch.zeros(len(numbers), 3, *side), torch.zeros(len(numbers), 1, *side)
+            images[share], masks[share] = map(
+                torch.cat, zip(*(self._slice(*self._slices[k]) for k in numbers[share]))
+            )
+            images, masks = augment(images, masks, random)
+            yield images[share], masks[share]
 
     def _slice(self, patient: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         volume, truth = self.dataset.volume(patient)

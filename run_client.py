@@ -34,18 +34,17 @@ from federation.privacy.budget import PatientBudget
 from federation.protocol.answers import LABEL, PatientPrivacy
 from federation.runtime.bundle import hospital_code
 from federation.runtime.connection import ServerGone, Watch, refuse, require_kit
-from federation.runtime.expiry import tell_expiry
+from federation.runtime.expiry import tell_hospital
 from federation.runtime.flower import ask_admission
 from federation.runtime.kit import (
     CA,
     HOSPITAL_KEY,
     hold_kit,
     hospital_label,
-    read_authority,
     read_members,
 )
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
-from federation.runtime.proxies import go_direct, leave_out_odd, tell_proxies
+from federation.runtime.proxies import go_direct, leave_out_odd, perhaps_the_proxy, tell_proxies
 from inference import choose_device
 
 MODELS = Path("models")  # for files of this hospital's own
@@ -222,10 +221,11 @@ def check(host: str, port: int, server: str, kit: Path | None) -> None:
     require_kit(host, port, kit)
     if not is_healthy(host, port, timeout=10, ca=kit and kit / CA):
         raise MedFLError(
-            f"the data are fine, but no server answers at {server}; start it with run_server.py, or check "
-            f"the address"
+            f"the data are fine, but no server answers at {server}; start it with run_server.py, or check the "
+            f"address{perhaps_the_proxy(host, port)}"
         )
     if kit:
+        tell_hospital(kit, join_address(host, port))
         refuse(ask_admission(server, kit / CA, kit / HOSPITAL_KEY))
     print(f"the server at {server} answers{' and admits this key' if kit else ''}", flush=True)
 
@@ -257,8 +257,6 @@ def main() -> None:
     if arguments.wait is None:
         arguments.wait = WAIT_HERE if is_loopback(host) else WAIT_BEYOND
     who = identity(arguments)
-    if arguments.kit:
-        tell_expiry(read_authority(arguments.kit), f"the authority in {arguments.kit}")
     only_one = hold_kit(arguments.kit) if arguments.kit else None
     if arguments.check:
         check(host, port, arguments.server, arguments.kit)

@@ -3,6 +3,7 @@
     python train_centralized.py --data-dir data --epochs 30
     python train_centralized.py --data-dir data --minutes 28
     python train_centralized.py --resume                      --start-or-resume: the right one of the two
+    torchrun --nproc-per-node 2 train_centralized.py --data-dir data     by several processes (data_parallel.py)
     python train_centralized.py --cid 0 --clients 4 --partition site --out models/local_0    one hospital by itself
     python train_centralized.py --cid 0 --clients 4 --init models/transunet_federated_best.pth --steps 50
 
@@ -38,6 +39,7 @@ from checkpoint import (
     update_metadata,
 )
 from common import MedFLError, add_settings, atomic_write, counted, run_script, settings_from, tell
+from data_parallel import Processes, loss_of_all
 from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
 from encoders import go_on_from, start_model
 from energy import NAME as ENERGY
@@ -137,11 +139,11 @@ class Progress:
 
 
 class CentralTraining:
-    """A run on one machine, from its first epoch to its last.
+    """A run from its first epoch to its last, by one process or several.
 
     split: who trains and chooses here; whole: the split of which that is a share, if the model is one
     hospital's own. origin: the checkpoint's entry of that name. start: a checkpoint of the same network to
-    start from.
+    start from. processes: those of torchrun, of which the first scores and writes.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class CentralTraining:
         whole: Split | None = None,
         origin: dict | None = None,
         start: Checkpoint | None = None,
+        processes: Processes | None = None,
     ):
         dataset.check_trainable(split.train)
         self.chooses = bool(dataset.with_tumour(split.val))  # without a tumour every empty mask is perfect
@@ -166,7 +169,11 @@ class CentralTraining:
         self.dataset, self.split, self.settings, self.out = dataset, split, settings, out
         self.whole, self.origin = whole or split, origin or {"kind": "centralised"}
         self.name = "centralized" if whole is None else "local"
+        self.processes = processes or Processes()
         self.learner = Learner(self._model(start, resume), self.settings, device)
+        if self.processes.count > 1:
+            self.processes.whole_batches(self.learner.model)
+            self.learner.loss = loss_of_all
         self.batches = TrainingBatches(
             dataset, split.train, settings.image_size, settings.batch_size, settings.seed
         )
@@ -178,7 +185,7 @@ class CentralTraining:
         self.log = RunLog(out / f"{self.name}.log")
         if resume:
             self._resume()
-        else:
+        elif self.processes.first:
             self.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
         self.began = time.monotonic() - self.progress.seconds
         self.started, self.training_seconds, self.steps_a_second = time.monotonic(), 0.0, 0.0
@@ -218,6 +225,7 @@ class CentralTraining:
         """Epochs until the settings' end, then the temperature of the best model's probabilities."""
         while not self._finished():
             self.learner.model.set_encoder_trainable(self.progress.epoch >= self.settings.frozen_epochs)
+            self.learner.network = self.processes.network(self.learner.model)
             epoch_began = time.monotonic()
             result = self._train()
             if not result.steps:
@@ -226,15 +234,27 @@ class CentralTraining:
             self.steps_a_second = result.steps / max(trained - epoch_began, 1e-9)
             self.training_seconds += trained - epoch_began
             val = self.split.val if self.chooses else ()
-            rows = score_patients(self.learner.weights_model, self.dataset, val, THRESHOLD, with_loss=True)
             self.progress.epoch += 1
-            self.progress.seconds = time.monotonic() - self.began
-            loss = sum(row["loss"] for row in rows) / len(rows) if rows else None
-            self._record(result, summarise(rows)["volume_dice"] if rows else None, loss)
-            self.progress.ending_seconds = time.monotonic() - trained
-        if self.split.val and self.best.exists():
+            if self.processes.first:
+                rows = score_patients(
+                    self.learner.weights_model, self.dataset, val, THRESHOLD, with_loss=True
+                )
+                self.progress.seconds = time.monotonic() - self.began
+                loss = sum(row["loss"] for row in rows) / len(rows) if rows else None
+                self._record(result, summarise(rows)["volume_dice"] if rows else None, loss)
+                self.progress.ending_seconds = time.monotonic() - trained
+            self.progress = self.processes.agree(self.progress)
+            self._keep_rates_alike()
+        if self.split.val and self.best.exists() and self.processes.first:
             best = load_checkpoint(self.best, self.learner.device).model
             update_metadata(self.best, temperature=fit_temperature(best, self.dataset, self.split.val))
+
+    def _keep_rates_alike(self) -> None:
+        """Bring what the scores made of the learning rate to the processes that did not score."""
+        if self.plateau:
+            groups = self.learner.optimiser.param_groups
+            for group, rate in zip(groups, self.processes.agree([group["lr"] for group in groups])):
+                group["lr"] = rate
 
     def _finished(self) -> bool:
         done, settings = self.progress, self.settings
@@ -243,7 +263,7 @@ class CentralTraining:
                 f"no better validation Dice for {counted(settings.patience, 'epoch')}; stopped after epoch {done.epoch}"
             )
             return True
-        return self.is_complete
+        return self.processes.agree(self.is_complete)
 
     @property
     def is_complete(self) -> bool:
@@ -288,7 +308,9 @@ class CentralTraining:
         def before_step(step: int) -> bool:
             nonlocal told
             share = self._share_done()
-            if time.monotonic() - told > LOG_SECONDS:
+            if self.settings.minutes:
+                share = self.processes.agree(share)  # clocks differ
+            if self.processes.first and time.monotonic() - told > LOG_SECONDS:
                 told = time.monotonic()
                 line = (
                     f"epoch {epoch}: step {step - first} of {len(self.batches)}, "
@@ -305,9 +327,13 @@ class CentralTraining:
         torch.manual_seed(100_003 * self.settings.seed + epoch)  # for layers that draw numbers
         of = f" of {self.settings.epochs}" if not (self.settings.minutes or self.settings.steps) else ""
         with tqdm(
-            total=len(self.batches), desc=f"epoch {epoch}{of}", unit="step", leave=False, disable=None
+            total=len(self.batches),
+            desc=f"epoch {epoch}{of}",
+            unit="step",
+            leave=False,
+            disable=None if self.processes.first else True,
         ) as bar:
-            return self.learner.train_epoch(self.batches.epoch(epoch), before_step, bar)
+            return self.learner.train_epoch(self.processes.epoch(self.batches, epoch), before_step, bar)
 
     def _record(self, result: EpochResult, val: dict | None, val_loss: float | None) -> None:
         """Write what the epoch gave: best and last checkpoint, history, curves, a line on the terminal."""
@@ -481,12 +507,14 @@ def main() -> None:
         for option in ("partition", "clients", "alpha"):
             setattr(arguments, option, kept.get(option, getattr(arguments, option)))
         print("the settings are those of the run in --out; other training options are ignored")
+    processes = Processes()
     device = choose_device(arguments.device)
-    dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
-    tell(dataset.notes)
-    split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
-    if not (arguments.resume or arguments.overwrite):
-        refuse_to_overwrite([best, last])
+    with processes.first_before_others():
+        dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
+        tell(dataset.notes)
+        split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
+        if not (arguments.resume or arguments.overwrite):
+            refuse_to_overwrite([best, last])
     share, origin = split, {"kind": "centralised"}
     if arguments.cid is not None:
         share, origin = share_of(arguments, dataset, split, settings.seed)
@@ -517,17 +545,19 @@ def main() -> None:
         None if arguments.cid is None else split,
         origin,
         start,
+        processes,
     )
-    training.trackers = open_trackers(arguments.out, arguments.tensorboard, arguments.mlflow)
+    if processes.first:
+        training.trackers = open_trackers(arguments.out, arguments.tensorboard, arguments.mlflow)
     for tracker in training.trackers:
         tracker.settings(asdict(settings))
     precision = str(training.learner.precision).removeprefix("torch.")
     print(
         f"{settings.model} at {settings.image_size} pixels, encoder {training.settings.encoder}, "
         f"{device.type}, {precision}, "
-        f"{len(training.batches)} steps an epoch"
+        f"{len(training.batches)} steps an epoch{f', by {processes.count} processes' * (processes.count > 1)}"
     )
-    meter = Meter("training", device.type == "cuda") if arguments.energy else None
+    meter = Meter("training", device.type == "cuda") if arguments.energy and processes.first else None
     if arguments.resume and training.is_complete:
         print(
             f"this run is finished ({counted(training.progress.epoch, 'epoch')}); nothing was trained. Start a new one "
@@ -544,6 +574,9 @@ def main() -> None:
             + (f"--resume goes on after epoch {saved}" if saved else "nothing to resume yet")
         )
         raise
+    processes.close()
+    if not processes.first:
+        return
     if meter:
         used = summed(keep(meter.record(), arguments.out, arguments.resume))
         update_metadata(training.best, energy=used)

@@ -189,6 +189,9 @@ class Learner:
         self.settings, self.device = settings, device
         self.precision = choose_precision(settings.precision, device)
         self.model: TransUNet = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave memory_format out
+        # what is trained by several processes goes through others (data_parallel.py)
+        self.network: nn.Module = self.model
+        self.loss = segmentation_loss
         self.average = (
             AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
             if settings.ema_decay
@@ -258,8 +261,8 @@ class Learner:
         if self.precision != torch.float32:
             mixed = torch.autocast(self.device.type, self.precision)
         with mixed:
-            logits = self.model(images)
-        return segmentation_loss(logits.float(), masks.to(self.device))
+            logits = self.network(images)
+        return self.loss(logits.float(), masks.to(self.device))
 
     def set_gradients(self, images: Tensor, masks: Tensor) -> tuple[float, float]:
         """Give every weight its gradient; loss and soft Dice of the batch."""

@@ -31,7 +31,11 @@ LIBRARIES = {
     "tiff": {"lib/*.js": "tiff", "lib/tags/*.js": "tiff/tags"},
 }
 # of deployment/viewer: what `npm run build` makes there of NiiVue and our modules, and its style
-VIEWER = {"viewer.js": "dist/viewer.js", "viewer.css": "viewer.css", "libs/viewer/LICENSE": "dist/LICENSES.txt"}
+VIEWER = {
+    "viewer.js": "dist/viewer.js",
+    "viewer.css": "viewer.css",
+    "libs/viewer/LICENSE": "dist/LICENSES.txt",
+}
 # .js where the package says .mjs: some servers send that as something that browsers don't run
 ONNXRUNTIME = {
     "ort.js": "ort.wasm.min.mjs",

@@ -8,6 +8,7 @@ from pathlib import Path
 from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
 from federation.protocol.log import say
+from federation.runtime.expiry import tell_hospital
 from federation.runtime.flower import ask_admission
 from federation.runtime.kit import CA, HOSPITAL_KEY
 from federation.runtime.processes import (
@@ -25,6 +26,8 @@ LOOK = 0.5  # seconds between two looks at children and server
 PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before
 RESTARTS = 5  # of the connection in a row, without it working for QUIET seconds, before it is given up
 QUIET = 120.0
+DAY = 86_400.0  # seconds between two looks at what ends soon
+CLOCK = "the server does not accept this machine's time; set the clock, it may be 5 s ahead at most"
 REFUSED = "[code: 2004]"  # of Flower's SuperNode: its activation was not accepted
 # seconds for which a server may hold a connection whose hospital was killed; Flower's own are about 60
 LINGERS = 120.0
@@ -120,9 +123,10 @@ class Watch:
         self.answers: bool | None = None  # what `is_healthy` said last
         self.differs_from: float | None = None  # since when the server's code is another
         self.restarts = 0
-        self.lingered_from: float | None = (
-            None  # since when the server refuses this key because of a former connection
-        )
+        self.told_at: float | None = None  # what ends soon
+        # since when the server refuses this key: because of a former connection, and because of the time
+        self.lingered_from: float | None = None
+        self.late_from: float | None = None
 
     def run(self) -> tuple[int, str]:
         """Exit code and closing sentence."""
@@ -167,6 +171,9 @@ class Watch:
             require_kit(self.host, self.port, self.kit)
         if state:
             self.seen = now
+            if self.kit and self.patient and (self.told_at is None or now - self.told_at > DAY):
+                self.told_at = now
+                tell_hospital(self.kit, self.server)
             if self.connection is None:
                 self.connection = Connection(self.server, self.kit, self.folder)
             elif self.was_gone:
@@ -192,11 +199,14 @@ class Watch:
         if connection is None or not self.answers:  # no connection holds where no server is
             return
         if connection.broken and self.kit:
-            refuse(ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY))
+            said = ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY)
+            if said == "clock" and self.patient:
+                return self._wait_for_the_clock(connection)
+            refuse(said)
             if connection.refused:
                 return self._wait_for_the_former(connection)
         if not connection.broken and time.monotonic() - connection.began > QUIET:
-            self.restarts, self.lingered_from = 0, None  # it works
+            self.restarts, self.lingered_from, self.late_from = 0, None, None  # it works
         if connection.broken:
             self.restarts += 1
             if self.restarts > RESTARTS:
@@ -237,6 +247,18 @@ class Watch:
         refused.stop()
         self.connection = Connection(self.server, self.kit, self.folder)
 
+    def _wait_for_the_clock(self, refused: Connection) -> None:
+        """One of the two clocks was set, or is to be set: try again for as long as this hospital waits."""
+        now = time.monotonic()
+        if self.late_from is None:
+            self.late_from = now
+            say(f"{CLOCK}; trying again for up to {self.wait:.0f} s")
+        if now - self.late_from > self.wait:
+            refuse("clock")
+        time.sleep(AGAIN)
+        refused.stop()
+        self.connection = Connection(self.server, self.kit, self.folder)
+
     def _renew(self, former: Connection, why: str) -> None:
         say(f"{why}; connecting again")
         former.stop()
@@ -260,6 +282,4 @@ def refuse(said: str) -> None:
             "or revoked; ask the coordinator"
         )
     if said == "clock":
-        raise MedFLError(
-            "the server does not accept this machine's time; set the clock, it may be 5 s ahead at most"
-        )
+        raise MedFLError(CLOCK)

@@ -1,26 +1,25 @@
-"""Certificates that end soon, told before they do."""
+"""Certificates that end soon, told before they do, at the server and at the hospitals."""
 
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 from cryptography import x509
 
 from federation.protocol.log import say
-from federation.runtime.kit import read_admissions, read_authority, server_certificate
+from federation.runtime.kit import CA, read_admissions, read_authority, server_certificate
+from federation.runtime.processes import is_loopback, parse_address
 
 SOON = timedelta(days=30)
-
-
-def tell_expiry(certificate: x509.Certificate, what: str) -> str | None:
-    """Say it where a certificate ends within 30 days; what was said."""
-    return _tell(certificate.not_valid_after_utc, what)
+RENEW, ASK = "renew it before (provision.py)", "ask the coordinator for a new one before"
 
 
 def tell_kit(kit: Path) -> list[str]:
-    """The same of everything in a server's kit: authority, certificate, admissions."""
+    """Say what of a server's kit ends within 30 days: authority, certificate, admissions; what was said."""
     told = [
-        tell_expiry(read_authority(kit), "the consortium's authority"),
-        tell_expiry(server_certificate(kit), "the server's certificate"),
+        _tell(read_authority(kit).not_valid_after_utc, "the consortium's authority"),
+        _tell(server_certificate(kit).not_valid_after_utc, "the server's certificate"),
     ]
     for label, admission in sorted(read_admissions(kit).items()):
         if admission.state == "admitted":
@@ -28,10 +27,26 @@ def tell_kit(kit: Path) -> list[str]:
     return [text for text in told if text]
 
 
-def _tell(end: datetime, what: str) -> str | None:
+def tell_hospital(kit: Path, server: str) -> None:
+    """The same at a hospital: of the authority in its kit, and of the certificate that the server at HOST:PORT
+    shows, on the way that the environment's proxies give. A server that does not answer shows none."""
+    _tell(read_authority(kit).not_valid_after_utc, f"the authority in {kit}", ASK)
+    context, proxies = ssl.create_default_context(cafile=kit / CA), not is_loopback(parse_address(server)[0])
+    try:
+        with (
+            httpx.Client(verify=context, trust_env=proxies) as client,
+            client.stream("GET", f"https://{server}/health") as answer,
+        ):
+            shown = answer.extensions["network_stream"].get_extra_info("ssl_object").getpeercert(True)
+    except httpx.HTTPError:
+        return
+    _tell(x509.load_der_x509_certificate(shown).not_valid_after_utc, "the server's certificate", ASK)
+
+
+def _tell(end: datetime, what: str, how: str = RENEW) -> str | None:
     left = end - datetime.now(UTC)
     if left > SOON:
         return None
-    text = f"{what} ends on {end:%Y-%m-%d}, in {max(left.days, 0)} days; renew it before (provision.py)"
+    text = f"{what} ends on {end:%Y-%m-%d}, in {max(left.days, 0)} days; {how}"
     say(text)
     return text

@@ -155,11 +155,22 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def proxy_for(host: str) -> str | None:
+    """The proxy through which Flower's part would reach the host by HTTPS; None where it goes there directly."""
+    if urllib.request.proxy_bypass(host):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get("https") or proxies.get("all")
+
+
 def is_loopback(host: str) -> bool:
-    """Whether every address that the name stands for is this machine's own."""
+    """Whether every address that the name stands for is this machine's own. Raises MedFLError for a name that
+    is not known, unless a proxy leads there, which may know it."""
     try:
         found = socket.getaddrinfo(host, None)
     except OSError as error:
+        if proxy_for(host):
+            return False
         raise MedFLError(f"the host {host} is not known here; check the name") from error
     return all(str(address[0]).startswith("127.") or address[0] == "::1" for *_, address in found)
 

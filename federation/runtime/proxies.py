@@ -1,25 +1,28 @@
 """Proxies between a hospital and the server, as the environment names them."""
 
 import os
-import urllib.request
 
 from federation.protocol.log import say
+from federation.runtime.processes import is_loopback, proxy_for
 
 NAMES = ("http_proxy", "https_proxy", "all_proxy")
-
-
-def proxy_for(host: str) -> str | None:
-    """The proxy through which Flower's part would reach the host by HTTPS; None where it goes there directly."""
-    if urllib.request.proxy_bypass(host):
-        return None
-    proxies = urllib.request.getproxies()
-    return proxies.get("https") or proxies.get("all")
 
 
 def tell_proxies(host: str) -> None:
     """Say through which proxy the host is reached, if through any."""
     if (proxy := proxy_for(host)) is not None:
         say(f"the way to {host} leads through the proxy {_plain(proxy)}; --no-proxy goes there directly")
+
+
+def perhaps_the_proxy(host: str, port: int) -> str:
+    """What is said besides where no server answers: nothing where no proxy stands between."""
+    proxy = None if is_loopback(host) else proxy_for(host)
+    if proxy is None:
+        return ""
+    return (
+        f"; or the proxy {_plain(proxy)} is away or does not let this through: it has to allow CONNECT to port "
+        f"{port}, and --no-proxy leaves it out"
+    )
 
 
 def leave_out_odd() -> None:

@@ -12,9 +12,10 @@ from federation.protocol.log import say
 from federation.runtime.bundle import make_bundle
 from federation.runtime.expiry import tell_kit
 from federation.runtime.flower import Control, TaskSource
-from federation.runtime.gateway import start_gateway
+from federation.runtime.gateway import rotate, start_gateway
 from federation.runtime.kit import CA, SERVER, SERVER_KEY
 from federation.runtime.processes import Child, free_port, is_healthy, join_address, no_proxy
+from federation.runtime.proxies import go_direct
 from federation.runtime.registrar import Registrar
 from federation.server.events import Messenger
 from federation.server.state import LAST
@@ -54,6 +55,7 @@ class Service:
             folder,
         )
         self.out = Path(job["out"])
+        self.gateway_log = self.out / "gateway.log"
         self.starts, self.told, self.told_at = 0, told, 0.0
         self.children: list[Child] = []
 
@@ -96,12 +98,14 @@ class Service:
         inner_host, inner_port = ("127.0.0.1", free_port()) if self.gated else (self.host, self.port)
         self.children.append(start_superlink(inner_host, inner_port, self.kit, folder))
         inner, ca = join_address(inner_host, inner_port), self.kit and self.kit / CA
+        go_direct(self.host)  # a proxy that the environment names is not between us and our own gateway
         os.environ.update(no_proxy())
         control = Control(inner, ca)
         registrar = Registrar(control, self.kit, folder, say) if self.kit else None
         if self.gated and self.kit:
-            log = self.out / "gateway.log"
-            self.children.append(start_gateway(self.host, self.port, inner_port, self.kit, folder, log))
+            self.children.append(
+                start_gateway(self.host, self.port, inner_port, self.kit, folder, self.gateway_log)
+            )
         say(announcement)
         source = TaskSource(inner, "flwr-serverapp", ca)
         control.submit(make_bundle())
@@ -123,6 +127,8 @@ class Service:
             if registrar:
                 registrar.update()
                 self._tell_expiry()
+            if self.gated:
+                rotate(self.gateway_log)
             time.sleep(0.2)
 
     def _tell_expiry(self) -> None:

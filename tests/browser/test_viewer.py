@@ -1,4 +1,4 @@
-"""The viewer under a reader's hands in a real Chromium: wheel, drags, keys, pen, touch; masks compared pixel by pixel."""
+"""The viewer under a reader's hands in a real Chromium: wheel, drags, keys, pen, touch; masks compared by pixels."""
 
 import gzip
 import io

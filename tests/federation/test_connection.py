@@ -1,11 +1,14 @@
 """A hospital's connection: what is waited out and what ends it, what it asks for, and what it compares."""
 
+import contextlib
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,7 @@ from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
 from federation.runtime import bundle, connection, expiry, proxies
 from federation.runtime.kit import admit, hold_kit, make_authority, make_hospital_key, make_server_certificate
-from federation.runtime.processes import is_healthy, no_proxy
+from federation.runtime.processes import is_healthy, is_loopback, no_proxy
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,13 @@ def test_a_server_that_wants_keys_says_so_at_once(monkeypatch):
         connection.require_kit("fl.example.org", 8443, None)
 
 
+def test_a_name_that_only_a_proxy_knows_is_another_machine(no_proxies):
+    with pytest.raises(MedFLError, match="is not known here"):
+        is_loopback("fl.nowhere.invalid")
+    no_proxies.setenv("https_proxy", "http://proxy.invalid:8080")
+    assert not is_loopback("fl.nowhere.invalid")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_a_key_is_held_by_one_process(tmp_path):
     (tmp_path / "hospital.key").write_text("x")
@@ -190,6 +200,30 @@ def test_certificates_and_admissions_that_end_soon_are_told(kit, tmp_path, capsy
         admit(tmp_path, make_hospital_key(tmp_path / label, label), days)
     assert [text.split(" ends")[0] for text in expiry.tell_kit(tmp_path)] == ["mercy's admission"]
     assert "renew it before" in capsys.readouterr().out
+
+
+def test_a_hospital_is_told_of_certificates_that_end_soon(kit, monkeypatch, capsys):
+    """Of the server's, as the server shows it, and of the authority in its own kit."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(kit / "server.pem", kit / "server.key")
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            with contextlib.suppress(OSError), context.wrap_socket(listener.accept()[0], True) as near:
+                near.recv(65536)
+                near.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    expiry.tell_hospital(kit, f"127.0.0.1:{listener.getsockname()[1]}")
+    said = capsys.readouterr().out
+    assert said.count("ends on") == 1 and "the server's certificate ends on" in said
+    assert "ask the coordinator" in said
+    expiry.tell_hospital(kit, "127.0.0.1:9")  # nobody is there
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(expiry, "SOON", timedelta(days=20_000))
+    expiry.tell_hospital(kit, "127.0.0.1:9")
+    assert "the authority in" in capsys.readouterr().out
 
 
 def test_a_hospitals_lines_are_on_its_terminal_and_on_its_page(tmp_path):

@@ -28,8 +28,10 @@ from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from running import run_here
 
+from federation.runtime import gateway
 from federation.runtime.bundle import make_bundle
 from federation.runtime.flower import Control, TaskSource
+from federation.runtime.gateway import rotate
 from federation.server.audit import verify
 
 pytestmark = [
@@ -323,6 +325,18 @@ def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
 def gateway_of(scene) -> list[int]:
     """The process ids of the scene's nginx."""
     return [int(command.split()[0]) for command in children(scene.folder) if "nginx" in command]
+
+
+def test_a_long_log_of_calls_is_put_aside_while_the_gateway_writes(scene, monkeypatch):
+    log = scene.out / "gateway.log"
+    before = log.read_text()
+    rotate(log)
+    assert not log.with_name("gateway.log.1").exists()  # it is not long
+    monkeypatch.setattr(gateway, "MOST_LOG", len(before) - 1)
+    rotate(log)
+    assert log.with_name("gateway.log.1").read_text().startswith(before)
+    scene.goes_on()
+    assert "/v1/fleet/pull-messages" in log.read_text() and "\0" not in log.read_text()
 
 
 def test_a_gateway_that_dies_is_started_again(scene):

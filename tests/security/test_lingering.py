@@ -41,6 +41,7 @@ def watch(monkeypatch, tmp_path):
     monkeypatch.setattr(connection, "ask_admission", lambda *_: "admitted")
     health = iter([True] * 10_000)
     monkeypatch.setattr(connection, "is_healthy", lambda *_, **__: next(health))
+    monkeypatch.setattr(connection, "tell_hospital", lambda *_: None)
     for name, value in {"LOOK": 0.001, "AGAIN": AGAIN, "LINGERS": 20 * AGAIN, "PARTING": 0.0}.items():
         monkeypatch.setattr(connection, name, value)
     monkeypatch.setattr(Scripted, "made", 0)
@@ -59,12 +60,32 @@ def test_it_gives_up_where_another_process_has_the_key(watch, monkeypatch):
         watch.run()
 
 
+def test_a_clock_is_waited_for_and_told_once(watch, monkeypatch, capsys):
+    """The machine's, or the server's, was set wrong and is set right again."""
+    monkeypatch.setattr(Scripted, "refusals", 3)
+    monkeypatch.setattr(connection, "ask_admission", lambda *_: "clock")
+    assert watch.run() == (0, "the federation is over") and Scripted.made == 4
+    assert capsys.readouterr().out.count("this machine's time") == 1
+
+
+def test_a_clock_is_not_waited_for_longer_than_the_hospital_waits(watch, monkeypatch):
+    monkeypatch.setattr(Scripted, "refusals", 1_000)
+    monkeypatch.setattr(connection, "ask_admission", lambda *_: "clock")
+    watch.wait = 5 * AGAIN
+    with pytest.raises(MedFLError, match="this machine's time"):
+        watch.run()
+    assert Scripted.made > 1
+
+
 @pytest.mark.parametrize(
-    ("said", "sentence"), [("unknown", "does not admit"), ("clock", "this machine's time")]
+    ("said", "patient", "sentence"),
+    [("unknown", True, "does not admit"), ("clock", False, "this machine's time")],
 )
-def test_a_key_that_is_not_admitted_ends_it_at_once(watch, monkeypatch, said, sentence):
+def test_what_does_not_pass_ends_it_at_once(watch, monkeypatch, said, patient, sentence):
+    """A key that is not admitted; with --check, also a wrong clock."""
     monkeypatch.setattr(Scripted, "refusals", 1_000)
     monkeypatch.setattr(connection, "ask_admission", lambda *_: said)
+    watch.patient = patient
     with pytest.raises(MedFLError, match=sentence):
         watch.run()
     assert Scripted.made == 1

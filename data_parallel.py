@@ -1,0 +1,145 @@
+"""Central training by several processes: `torchrun --nproc-per-node 2 train_centralized.py ...`, also on more machines.
+
+Each process takes a share of every batch, and all of them make one step, the same that a single process makes of
+the whole batch, but for rounding: loss and BatchNorm are of the whole batch, and the gradients are averaged by
+torch's DistributedDataParallel. Only the first process scores, writes and prints.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from batches import TrainingBatches
+from common import MedFLError
+
+PATIENCE = timedelta(hours=6)  # for the first process, which scores while the others wait
+
+
+class Processes:
+    """The processes of this run. Without torchrun there is one, and nothing below does anything."""
+
+    def __init__(self) -> None:
+        self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if self.count > 1:
+            if self.rank:
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+            gpu = torch.cuda.is_available()
+            if gpu:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "gloo", timeout=PATIENCE)
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and prints."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The block runs in the first process, and then in the others: what it writes is there for them."""
+        if self.count > 1 and not self.first:
+            dist.barrier()
+        yield
+        if self.count > 1 and self.first:
+            dist.barrier()
+
+    def agree(self, value: Any) -> Any:
+        """The first process's value, in all of them."""
+        if self.count == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        return told[0]
+
+    def share(self, batch_size: int) -> slice:
+        """Which slices of a batch are this process's. Raises MedFLError where there are fewer than processes."""
+        if batch_size < self.count:
+            raise MedFLError(
+                f"--batch-size is {batch_size}, and {self.count} processes share a batch; take fewer processes, or "
+                "a larger batch"
+            )
+        edges = [batch_size * k // self.count for k in range(self.count + 1)]
+        return slice(edges[self.rank], edges[self.rank + 1])
+
+    def epoch(self, batches: TrainingBatches, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of an epoch's batches."""
+        return batches.epoch(epoch, self.share(batches.batch_size))
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """The model, wrapped so that its gradients are averaged; anew where other weights train."""
+        if self.count == 1:
+            return model
+        return DistributedDataParallel(model, forward_sync_buffers=False)
+
+    def whole_batches(self, model: nn.Module) -> None:
+        """Let the model's BatchNorm layers see the batch of all processes. torch's SyncBatchNorm does so on GPUs
+        only."""
+        if self.count > 1:
+            for layer in model.modules():
+                if type(layer) is nn.BatchNorm2d:
+                    layer.__class__ = WholeBatchNorm
+
+    def close(self) -> None:
+        """Part from the others."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+class Sum(torch.autograd.Function):
+    """The sum over all processes, in each; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # one of one input
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class WholeBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes together."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, h, w) to the same shape."""
+        if not self.training:
+            return super().forward(input)
+        values, axes = input.float(), (0, 2, 3)
+        count = torch.full((1,), input.numel() / input.shape[1], device=input.device)
+        total = Sum.apply(torch.cat([values.sum(axes), count]))
+        mean, count = total[:-1] / total[-1], total[-1]
+        centred = values - mean[:, None, None]
+        variance = Sum.apply(centred.square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+
+
+def loss_of_all(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """`training.segmentation_loss` of the batch of all processes, from this one's share (b, 1, h, w).
+
+    Sums go to all processes, and gradients come back from all, so the mean of their gradients is the whole
+    batch's.
+    """
+    share = logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="sum")
+    number = torch.tensor(float(logits.numel()), device=logits.device)
+    parts = torch.stack([entropy, number, (share * masks).sum(), share.sum(), masks.sum()])
+    entropy, number, both, proposed, true = Sum.apply(parts).unbind()
+    dice = (2 * both + 1) / (proposed + true + 1)
+    return entropy / number + 1 - dice, dice
