@@ -6,7 +6,7 @@
     python provision.py revoke mercy  ... and out again, also while a federation runs
     python provision.py list                                      who is admitted, and what expires when
     python provision.py members > members.pub                     all admitted keys, for secure aggregation
-    python provision.py audit models/audit.jsonl                  whether a federation's log was changed
+    python provision.py audit models/audit.jsonl                  whether its log was changed, and who signed
 
 The hospital sends its hospital.pub (it is no secret) and tells its fingerprint by another way, such as the
 telephone; the coordinator sends back kit/ca.pem, which the hospital puts into its own kit. For secure
@@ -17,9 +17,9 @@ coordinator: the server can then neither exchange keys nor invent hospitals.
 import argparse
 from pathlib import Path
 
-from common import MedFLError, run_script
+from common import MedFLError, counted, run_script
 from federation.runtime import kit as kits
-from federation.server.audit import verify
+from federation.server.audit import ENDS, check_end, check_signatures, verify
 
 
 def parse() -> argparse.Namespace:
@@ -60,7 +60,11 @@ def parse() -> argparse.Namespace:
     commands.add_parser(
         "members", parents=[common], help="print all admitted public keys, for the hospitals' members.pub"
     )
-    audit = commands.add_parser("audit", help="check a federation's log")
+    audit = commands.add_parser(
+        "audit",
+        parents=[common],
+        help="check a federation's log, and by the kit, where there is one, its end and the signatures",
+    )
     audit.add_argument("log", type=Path, metavar="FILE", help="the audit.jsonl that run_server.py wrote")
     return parser.parse_args()
 
@@ -142,6 +146,19 @@ def show_members(arguments: argparse.Namespace) -> None:
 def check_log(arguments: argparse.Namespace) -> None:
     count, last = verify(arguments.log)
     print(f"{count} lines, each following from the one before it; the last one's SHA-256 is {last}")
+    admissions = kits.read_admissions(arguments.kit)
+    if admissions:
+        keys = {label: [one.public_key, *one.former] for label, one in admissions.items()}
+        signed = check_signatures(arguments.log, keys)
+        print(f"{counted(signed, 'signed update')}, each by its hospital's key")
+    else:
+        print(f"signatures are not looked at: {arguments.kit} admits nobody; name the server's --kit")
+    if check_end(arguments.log, arguments.kit / ENDS):
+        print("its end is there, by the copy in the kit")
+    else:
+        print(
+            f"the kit has no copy of its end (another --kit, or the log was moved): {arguments.log.resolve()}"
+        )
     print("keep that hash elsewhere: it shows whether lines were cut off at the end later")
 
 

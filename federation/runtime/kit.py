@@ -13,7 +13,7 @@ import ipaddress
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
@@ -40,12 +40,13 @@ MEMBERS = (
 @dataclass
 class Admission:
     """A hospital that may join. public_key: OpenSSH's line without the comment; times: UTC, ISO 8601;
-    revoked: when, or None."""
+    revoked: when, or None; former: public keys of this label that were revoked before it had this one."""
 
     public_key: str
     admitted: str
     until: str
     revoked: str | None = None
+    former: list[str] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:
@@ -273,7 +274,7 @@ def admit(kit: Path, line: str, days: int) -> tuple[str, Admission]:
     label, public = parse_public(line)
     admissions = read_admissions(kit)
     for other, admission in admissions.items():
-        if admission.public_key == public and admission.revoked:
+        if public in admission.former or (admission.public_key == public and admission.revoked):
             raise MedFLError(
                 "this key was revoked and can't be admitted again; let the hospital make a new one in a new "
                 "kit"
@@ -283,7 +284,13 @@ def admit(kit: Path, line: str, days: int) -> tuple[str, Admission]:
     former = admissions.get(label)
     if former and former.public_key != public and not former.revoked:
         raise MedFLError(f"{label} is admitted with another key; revoke it first, or choose another label")
-    admissions[label] = Admission(public, _now().isoformat(), (_now() + timedelta(days=days)).isoformat())
+    replaced = [former.public_key] if former and former.public_key != public else []
+    admissions[label] = Admission(
+        public,
+        _now().isoformat(),
+        (_now() + timedelta(days=days)).isoformat(),
+        former=[*(former.former if former else []), *replaced],
+    )
     write_admissions(kit, admissions)
     return label, admissions[label]
 

@@ -19,9 +19,11 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from common import MedFLError, atomic_write, file_sha256, utc_now
+from federation.protocol.proofs import check
 
 AUDIT = "audit.jsonl"  # in the folder that a run writes
 NOTHING = "0" * 64
@@ -89,14 +91,62 @@ def cut_half_line(path: Path) -> int:
     return len(content) - whole
 
 
-def check_end(path: Path, ends: Path | None) -> None:
-    """Raises MedFLError where the log in `path` does not hold the line that was its last, by the copy of its
-    end."""
+def check_end(path: Path, ends: Path | None) -> bool:
+    """Whether there is a copy of the log's end to compare with. Raises MedFLError where the log in `path` does
+    not hold the line that was its last, by that copy."""
     kept = _read_ends(ends).get(str(path.resolve())) if ends else None
     if kept is None or not path.exists():
-        return
+        return False
     number, sha256 = kept
     check_line(path, number, sha256, f"the copy of its end in {ends}")
+    return True
+
+
+def check_signatures(path: Path, keys: Mapping[str, list[str]]) -> int:
+    """How many updates the log says were signed, each by a key that its hospital has or had.
+
+    keys: public keys (OpenSSH's lines) by label. Raises MedFLError that names the first line whose signature
+    is another's, or of something else than the line says, and a round that counts an update without one.
+    """
+    signed: set[tuple[int, str]] = set()
+    count, asked = 0, False
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        about = json.loads(line)
+        where = f"line {number} of {path}"
+        if about["event"] == "start":
+            asked = bool(about.get("keys"))
+            signed = signed if about.get("resumed") else set()  # another run's rounds have the same numbers
+        elif about["event"] == "signed":
+            _check_signed(about, keys, where)
+            signed.add((about["round"], about["hospital"]))
+            count += 1
+        elif about["event"] == "round" and asked:
+            for hospital in about.get("updates", ()):
+                if (about["round"], hospital) not in signed:
+                    raise MedFLError(
+                        f"{where} counts an update of {hospital} that no line says it signed; ask that "
+                        "hospital, and find out who can write there"
+                    )
+    return count
+
+
+def _check_signed(about: dict, keys: Mapping[str, list[str]], where: str) -> None:
+    """Raises MedFLError where no key of its hospital signed what a line says."""
+    try:
+        hospital, signature = str(about["hospital"]), str(about["signature"])
+        statement = {name: about[name] for name in ("ticket", "run", "round", "answer", "update")}
+        _ = int(about["round"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MedFLError(f"{where} says nothing that could have been signed; the log was changed") from error
+    if hospital not in keys:
+        raise MedFLError(f"{where} names {hospital}, which the kit does not know; name the run's own --kit")
+    for key in keys[hospital]:
+        with contextlib.suppress(MedFLError):
+            return check(key, "answer", statement, signature)
+    raise MedFLError(
+        f"{where} is not signed with a key of {hospital} that the kit knows; name the run's own --kit, or ask "
+        "that hospital what it sent"
+    )
 
 
 def check_line(path: Path, number: int, sha256: str, by: str) -> None:

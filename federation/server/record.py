@@ -60,7 +60,8 @@ class Record:
         done.before = scores
         done.seconds += time.monotonic() - began
         hospitals = [row["site"] for row in rows]
-        keep_last(self.state, self.audit, "round", round=number, hospitals=hospitals)
+        updates = [row["site"] for row in rows if row["examples"] is not None]
+        keep_last(self.state, self.audit, "round", round=number, hospitals=hospitals, updates=updates)
         self._write_pictures()
         seconds, work = time.monotonic() - began, max(row["seconds"] for row in rows)
         left = done.seconds / number * (self.state.federation.rounds - number)

@@ -1,0 +1,135 @@
+"""`provision.py audit` with a kit: the log's end is compared with its copy there, and every update's signature with
+its hospital's keys, also those that it had before."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from running import run_here
+
+from federation.protocol.proofs import sign
+from federation.runtime import kit as kits
+from federation.server.audit import ENDS, AuditLog
+
+UNTIL = "2999-01-01T00:00:00+00:00"
+
+
+def public(key: ec.EllipticCurvePrivateKey) -> str:
+    return (
+        key.public_key()
+        .public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        .decode()
+    )
+
+
+class Run:
+    """A kit with two hospitals, and a log of two rounds that both signed."""
+
+    def __init__(self, folder):
+        self.kit, self.path = folder / "kit", folder / "models" / "audit.jsonl"
+        self.kit.mkdir(mode=0o700)
+        self.keys = {label: ec.generate_private_key(ec.SECP384R1()) for label in ("hope", "mercy")}
+        admitted = {label: kits.Admission(public(key), UNTIL, UNTIL) for label, key in self.keys.items()}
+        kits.write_admissions(self.kit, admitted)
+        self.log = AuditLog(self.path, self.kit / ENDS)
+        self.log.write("start", keys=True, resumed=False)
+        for number in (1, 2):
+            for label in self.keys:
+                self.signed(number, label, self.keys[label])
+            self.log.write("round", round=number, updates=sorted(self.keys))
+
+    def signed(self, number: int, label: str, key: ec.EllipticCurvePrivateKey) -> None:
+        one = {"ticket": "0" * 32, "run": "r", "round": number, "answer": "a" * 64, "update": "b" * 64}
+        self.log.write("signed", hospital=label, **one, signature=sign(key, "answer", one))
+
+    def audit(self):
+        return run_here("provision.py", "audit", self.path, "--kit", self.kit)
+
+    def written_anew(self, change) -> None:
+        """The log with lines changed, by somebody who works out all hashes again."""
+        events = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        self.path.unlink()
+        log = AuditLog(self.path)
+        for event in change(events):
+            log.write(**{name: value for name, value in event.items() if name not in ("n", "time", "before")})
+
+
+@pytest.fixture
+def ran(tmp_path):
+    return Run(tmp_path)
+
+
+def test_end_and_signatures_are_looked_at(ran):
+    done = ran.audit()
+    assert done.returncode == 0, done.stderr
+    assert "4 signed updates, each by its hospital's key" in done.stdout and "its end is there" in done.stdout
+
+
+def test_a_log_that_was_cut_or_written_anew_is_refused(ran):
+    whole = ran.path.read_bytes()
+    ran.path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    cut = ran.audit()
+    ran.written_anew(lambda events: [*events, {"event": "end", "exit": 0}])
+    anew = ran.audit()
+    for done in (cut, anew):
+        assert done.returncode == 2 and "cut off, written anew or taken away" in done.stderr, done
+
+
+def another_update(events):
+    return [{**one, "update": "c" * 64} if one["event"] == "signed" else one for one in events]
+
+
+def another_hospital(events):
+    return [{**one, "hospital": "hope"} if one["event"] == "signed" else one for one in events]
+
+
+def nobodys(events):
+    return [one for one in events if one["event"] != "signed"]
+
+
+def a_strangers(events):
+    return [{**one, "hospital": "stranger"} if one["event"] == "signed" else one for one in events]
+
+
+def nothing_said(events):
+    return [{"event": "signed", "hospital": "hope"} if one["event"] == "signed" else one for one in events]
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (another_update, "not signed with a key of hope"),
+        (another_hospital, "not signed with a key of hope"),
+        (nobodys, "that no line says it signed"),
+        (a_strangers, "names stranger, which the kit does not know"),
+        (nothing_said, "says nothing that could have been signed"),
+    ],
+)
+def test_a_signature_that_is_not_the_hospitals_is_refused(ran, change, sentence):
+    """Also by who can write the log and the kit's copy of its end."""
+    ran.written_anew(change)
+    (ran.kit / ENDS).unlink()
+    done = ran.audit()
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done
+
+
+def test_updates_of_a_former_key_are_still_known_and_the_key_is_not_admitted_again(ran):
+    new = public(ec.generate_private_key(ec.SECP384R1()))
+    former = kits.read_admissions(ran.kit)["mercy"].public_key
+    kits.revoke(ran.kit, "mercy")
+    kits.admit(ran.kit, f"{new} mercy", 1)
+    assert kits.read_admissions(ran.kit)["mercy"].former == [former]
+    assert ran.audit().returncode == 0
+    line = ran.kit.parent / "former.pub"
+    line.write_text(f"{former} mercy\n", encoding="utf-8")
+    with pytest.raises(kits.MedFLError, match="was revoked"):
+        kits.admit(ran.kit, line.read_text(encoding="utf-8"), 1)
+    assert datetime.fromisoformat(kits.read_admissions(ran.kit)["mercy"].until) > datetime.now(UTC)
+
+
+def test_what_was_not_looked_at_is_said(ran, tmp_path):
+    done = run_here("provision.py", "audit", ran.path, "--kit", tmp_path / "none")
+    assert done.returncode == 0 and "signatures are not looked at" in done.stdout
+    assert "no copy of its end" in done.stdout
