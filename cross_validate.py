@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from central import CentralTraining, stored_settings
 from checkpoint import load_checkpoint
 from common import MedFLError, add_settings, counted, run_script, settings_from, tell, utc_now, write_json
 from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
@@ -25,7 +26,6 @@ from evaluation.metrics import report
 from evaluation.scoring import score_patients
 from inference import choose_device
 from split import VAL_FRACTION, Split, make_folds, save_split
-from train_centralized import CentralTraining, stored_settings
 from training import TrainingSettings
 
 LAST = "transunet_centralized_last.pth"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from central import CentralTraining
 from checkpoint import load_checkpoint, update_metadata
 from common import run_script
 from dataset import load_dataset
@@ -21,7 +22,6 @@ from evaluation.metrics import summarise
 from evaluation.scoring import score_patients
 from phantoms import make_phantoms
 from split import make_split
-from train_centralized import CentralTraining
 from training import TrainingSettings
 
 PATIENTS, SLICES, SIZE, SEED = 32, 16, 256, 2027  # of phantoms that no sample is one of

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-import train_centralized
+from central import CentralTraining
 from checkpoint import load_checkpoint
 from dataset import load_dataset
 from split import make_split, save_split
-from train_centralized import CentralTraining, choose_split
+from train_centralized import choose_split
 from training import EpochResult, TrainingSettings
 
 
@@ -33,9 +33,8 @@ def central(phantoms, tmp_path):
 def test_what_is_kept_is_what_was_scored_on_the_validation_patients(central, monkeypatch):
     subject, seen = central(), []
     monkeypatch.setattr(
-        train_centralized,
-        "score_patients",
-        lambda model, _, patients, threshold: seen.append((model, patients, threshold)) or [],
+        "central.score_patients",
+        lambda model, _, patients, threshold, with_loss: seen.append((model, patients, threshold)) or [],
     )
     subject.run()
     averaged, raw = subject.learner.weights_model.state_dict(), subject.learner.model.state_dict()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from central import CentralTraining
 from data_parallel import Processes
 from dataset import load_dataset
 from split import make_split
-from train_centralized import CentralTraining
 from training import TrainingSettings
 
 SETTINGS = {"model": "mini", "image_size": 32, "batch_size": 7, "epochs": 2, "encoder": "random"}
