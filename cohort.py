@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import MedFLError, counted
-from folders import walk
-from pairing import TREES_OF_IMAGES, Pairing, pair
+from folders import TREES_OF_IMAGES, walk
+from pairing import Pairing, pair
 from preprocessing import MASK_SUFFIX, group_volumes, slice_number
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")

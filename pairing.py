@@ -13,10 +13,8 @@ from pathlib import PurePath
 from typing import Generic
 
 from common import MedFLError
+from folders import TREES_OF_IMAGES, TREES_OF_MASKS
 from preprocessing import MASK_SUFFIX, AnyPath, is_image, is_mask
-
-TREES_OF_IMAGES = {"images", "image", "imagestr"}
-TREES_OF_MASKS = {"masks", "mask", "labels", "label", "labelstr"}
 
 
 @dataclass

@@ -17,8 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import MedFLError, atomic_write, counted, run_script, write_json
-from folders import contents
-from pairing import TREES_OF_IMAGES, TREES_OF_MASKS
+from folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
 from preprocessing import IMAGE_SUFFIXES, read_slice
 from spacing import NAME as SPACING
 from tasks import FOLDER, NAME, Task, known, named_task

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import MedFLError
+from folders import TREES_OF_IMAGES, TREES_OF_MASKS
 from limits import read_json
 from nifti_file import stem
-from pairing import TREES_OF_IMAGES, TREES_OF_MASKS
 
 NAME = "dataset.json"
 IMAGES, LABELS = TREES_OF_IMAGES | {"imagests"}, TREES_OF_MASKS | {"labelsts"}
