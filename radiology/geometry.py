@@ -70,7 +70,8 @@ def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
 
 def _head(oriented: sitk.Image, tall: float) -> tuple[sitk.Image, list[str]]:
     """Where the head lies in an image whose axes lead to the left, the back and the head, as an empty image, and
-    what is to be told: all of the image where its field of view is not much larger. tall: mm from which on the neck goes."""
+    what is to be told: all of the image where its field of view is not much larger. tall: mm from which on the
+    neck goes."""
     size, spacing = np.array(oriented.GetSize()), np.array(oriented.GetSpacing())
     there = _foreground(oriented)
     if there is None:
