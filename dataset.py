@@ -73,6 +73,11 @@ class Dataset:
         odd = []
         if without := int((self.table["tumour_pixels"] == 0).sum()):
             odd.append(f"no tumour in any mask of {without} of {counted(len(self.table), 'patient')}")
+        if full := int((self.table["tumour_share"] > 0.5).sum()):
+            odd.append(
+                f"more than half of all pixels are tumour in the masks of {full} of "
+                f"{counted(len(self.table), 'patient')}: see that they are not inverted (255 is what is outlined)"
+            )
         if other := sum(entry["other_forms"] for entry in self._entries.values()):
             odd.append(
                 f"{counted(other, 'mask')} with 0 and 1, or a palette, in the place of 0 and 255: 1 is read as tumour"

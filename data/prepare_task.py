@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from common import MedFLError, atomic_write, counted, run_script, write_json
 from preprocessing import IMAGE_SUFFIXES, read_slice
-from scans.folders import contents
-from scans.pairing import TREES_OF_IMAGES, TREES_OF_MASKS
+from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
 from scans.spacing import NAME as SPACING
 from tasks import FOLDER, NAME, Task, known, named_task
 

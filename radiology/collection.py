@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from common import MedFLError
 from limits import read_json
+from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS
 from scans.nifti_file import stem
-from scans.pairing import TREES_OF_IMAGES, TREES_OF_MASKS
 
 NAME = "dataset.json"
 IMAGES, LABELS = TREES_OF_IMAGES | {"imagests"}, TREES_OF_MASKS | {"labelsts"}

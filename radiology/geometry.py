@@ -69,8 +69,9 @@ def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
 
 
 def _head(oriented: sitk.Image, tall: float) -> tuple[sitk.Image, list[str]]:
-    """The part of an image, its axes to the left, the back and the head, that holds the head, and what is to be
-    told: the image itself where its field of view is not much larger. tall: mm from which on the neck goes."""
+    """Where the head lies in an image whose axes lead to the left, the back and the head, as an empty image, and
+    what is to be told: all of the image where its field of view is not much larger. tall: mm from which on the
+    neck goes."""
     size, spacing = np.array(oriented.GetSize()), np.array(oriented.GetSpacing())
     there = _foreground(oriented)
     if there is None:
@@ -95,12 +96,16 @@ def _head(oriented: sitk.Image, tall: float) -> tuple[sitk.Image, list[str]]:
         high[:2] = np.minimum((middle + side / 2) / spacing[:2], size[:2])
         told.append(f"cropped to the head, {side:.0f} of {max(size[:2] * spacing[:2]):.0f} mm")
     start, end = np.floor(low).astype(int), np.ceil(high).astype(int)
-    return sitk.RegionOfInterest(oriented, (end - start).tolist(), start.tolist()), told
+    grid = sitk.Image(
+        oriented.GetSize(), sitk.sitkUInt8
+    )  # a quarter of the memory, and only its place is asked for
+    grid.CopyInformation(oriented)
+    return sitk.RegionOfInterest(grid, (end - start).tolist(), start.tolist()), told
 
 
 def _foreground(image: sitk.Image) -> sitk.Image | None:
     """Where the largest thing in an image lies, as 0 and 1 in coarse voxels; None where there is hardly any."""
-    coarse = _binned(sitk.Cast(image, sitk.sitkFloat32), COARSE)
+    coarse = _binned(image, COARSE)
     parts = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.OtsuThreshold(coarse, 0, 1)))
     largest = parts == 1
     share = float(sitk.GetArrayViewFromImage(largest).mean())

@@ -3,15 +3,15 @@
 import hashlib
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import MedFLError, counted
 from preprocessing import MASK_SUFFIX, group_volumes, slice_number
-from scans.folders import walk
-from scans.pairing import TREES_OF_IMAGES, Pairing, pair
+from scans.folders import TREES_OF_IMAGES, walk
+from scans.pairing import Pairing, pair
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
@@ -22,6 +22,18 @@ VISIT = re.compile(
 SUBJECT = re.compile(r"^sub-[a-z0-9]+", re.IGNORECASE)  # BIDS: what lies below is of one person
 MARK = re.compile(r"^[-_. ]?[a-z][-_. a-z]*$", re.IGNORECASE)  # what may end a mask's name
 KEPT_APART = {"more_studies", "without_masks"}  # by data/prepare_hospital.py, from those that train
+PARTS_OF_OTHERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+PACKED = {".zip", ".gz", ".tgz", ".tar", ".7z", ".rar"}
+VOLUMES = {".nii", ".nrrd", ".mgz", ".mha", ".mhd", ".gz"}
+DICOM = {".dcm", ".ima", ".dicom"}
+UNREAD = PACKED | VOLUMES | DICOM | {".bmp", ".gif", ".webp", ".jp2", ".npy", ".npz", ".h5", ".mat"}
+HOW = "prepare them with `python data/prepare_hospital.py --{} FOLDER --out PREPARED`, and name PREPARED"
+ELSEWHERE = (  # kinds of files that lie there instead, and what to do with them
+    (DICOM, f"it holds DICOM files: {HOW.format('dicom')}"),
+    (VOLUMES, f"it holds volumes: {HOW.format('nifti')}"),
+    (PACKED, "it holds an archive: unpack it"),
+    (UNREAD, "it holds pictures of kinds that are not read: save them as TIFF or PNG"),
+)
 HOW_TO_GET = (
     "fetch the scans with `python data/download.py`, or by hand from "
     "https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation, or make a synthetic cohort with "
@@ -68,13 +80,18 @@ def find_cohort(
             of two folders holds some of the other's patients, but not the same.
     """
     if not top.is_dir():
-        raise MedFLError(f"there is no folder {top}; {HOW_TO_GET}")
+        raise MedFLError(_no_folder(top))
     left_out: list[str] = []
-    places = _places(top, left_out, mask_suffix)
+    unread: Counter[str] = Counter()
+    places = _places(top, left_out, mask_suffix, unread)
     if not places:
         raise MedFLError(
-            f"no patients in {top} (a folder per patient, each slice with its {mask_suffix} file); {HOW_TO_GET}"
+            f"no patients in {top} (a folder per patient, each slice with its {mask_suffix} file); "
+            + next((how for kinds, how in ELSEWHERE if unread.keys() & kinds), HOW_TO_GET)
         )
+    if unread:
+        kinds = ", ".join(sorted(unread))
+        left_out.append(f"{counted(unread.total(), 'file')} of kinds that are no slices ({kinds}): not read")
     kept = _first_visits(top, _without_copies(top, places, file_hash, left_out), left_out)
     phantoms = [place for place in kept if PHANTOM.match(place.name)]
     if 0 < len(phantoms) < len(kept):
@@ -86,15 +103,31 @@ def find_cohort(
         code = SITE.match(place.name)
         name = place.relative_to(root).as_posix()
         patients.append(Patient(name, code[1] if code else site, tuple(images), tuple(masks)))
+    parts = sorted({Path(p.name).parts[0] for p in patients} & PARTS_OF_OTHERS)
+    if len(parts) > 1:
+        left_out.append(
+            f"folders called {' and '.join(parts)} are no split here: one is drawn over all patients (--split-file "
+            "takes another)"
+        )
     return Cohort(root, sorted(patients, key=lambda patient: patient.name), left_out)
+
+
+def _no_folder(top: Path) -> str:
+    """What to say of a folder that is not there."""
+    if top.is_file():
+        what = "unpack it" if top.suffix.lower() in PACKED else "name the folder that it lies in"
+        return f"{top} is a file, and patients lie in a folder; {what}"
+    if str(top).startswith("~"):
+        return f"there is no folder {top}, for the shell did not replace the ~; write the whole path, or no quotes"
+    return f"there is no folder {top}; {HOW_TO_GET}"
 
 
 Slices = tuple[list[Path], list[Path]]  # images in numeric order, and the mask of each
 
 
-def _places(top: Path, left_out: list[str], mask_suffix: str) -> dict[Path, Slices]:
+def _places(top: Path, left_out: list[str], mask_suffix: str, unread: Counter[str]) -> dict[Path, Slices]:
     """Where each patient lies, nearest first: its folder; in a tree of images, the folder or the name there,
-    beside the tree."""
+    beside the tree. Counts in `unread` what holds pixels of other kinds, by its ending."""
     apart = 0
     files: list[Path] = []
     for folder, inside in walk(top):
@@ -102,6 +135,7 @@ def _places(top: Path, left_out: list[str], mask_suffix: str) -> dict[Path, Slic
             apart += bool(pair(inside, mask_suffix).images)
         else:
             files += inside
+            unread.update(kind for file in inside if (kind := file.suffix.lower()) in UNREAD)
     if apart:
         left_out.append(
             f"{counted(apart, 'patient')} kept apart in {' or '.join(sorted(KEPT_APART))}: not read"
@@ -177,7 +211,8 @@ def _mask_of(image: Path, pairing: Pairing, mask_suffix: str) -> Path:
             f"{mark}; if those are the masks, say --mask-suffix={mark}"
         )
     raise MedFLError(
-        f"{image} has no mask ({image.stem}{mask_suffix}{image.suffix}); add it or take the slice away"
+        f"{image} has no mask ({image.stem}{mask_suffix}{image.suffix}), nor one of its name in a tree of masks; "
+        "add it or take the slice away"
     )
 
 

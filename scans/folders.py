@@ -9,6 +9,9 @@ from common import MedFLError
 # of file systems and shares, and never scans; ext4's lost+found can't even be read, Synology's @eaDir holds thumbnails
 OF_THE_SYSTEM = {"lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "__MACOSX"}
 
+TREES_OF_IMAGES = {"images", "image", "imagestr"}  # a folder that holds all patients' scans, in lower case
+TREES_OF_MASKS = {"masks", "mask", "labels", "label", "labelstr"}
+
 
 def contents(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders and the files in `folder`, each by name, hidden ones and a system's own left out.

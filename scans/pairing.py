@@ -6,6 +6,7 @@ the slice's name in a tree of its own:
 `images/anna/1.png` and `masks/anna/1.png` (or `labels`, nnU-Net's `imagesTr` and `labelsTr`).
 """
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -13,9 +14,7 @@ from typing import Generic
 
 from common import MedFLError
 from preprocessing import MASK_SUFFIX, AnyPath, is_image, is_mask
-
-TREES_OF_IMAGES = {"images", "image", "imagestr"}
-TREES_OF_MASKS = {"masks", "mask", "labels", "label", "labelstr"}
+from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS
 
 
 @dataclass
@@ -45,12 +44,20 @@ def pair(paths: Iterable[AnyPath], mask_suffix: str = MASK_SUFFIX) -> Pairing[An
         else:
             mask_tree, image_tree = tree
             wanted = image_tree / path.relative_to(mask_tree).parent / stem
+        wanted = _in_one_form(wanted)
         if wanted in masks:
             raise MedFLError(f"{masks[wanted]} and {path} are two masks of one slice; take one of them away")
         masks[wanted] = path
-    own = {image: masks[key] for image in images if (key := image.parent / image.stem) in masks}
-    found = {image.parent / image.stem for image in own}
+    keys = {image: _in_one_form(image.parent / image.stem) for image in images}
+    own = {image: masks[key] for image, key in keys.items() if key in masks}
+    found = {keys[image] for image in own}
     return Pairing(images, own, {key: path for key, path in masks.items() if key not in found})
+
+
+def _in_one_form(path: PurePath) -> PurePath:
+    """A name with its accents written in one way: macOS writes them in another than Linux and Windows, and both
+    look alike."""
+    return type(path)(unicodedata.normalize("NFC", str(path)))
 
 
 def _tree_of(path: PurePath, trees: set) -> tuple[PurePath, PurePath] | None:

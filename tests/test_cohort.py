@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -442,3 +444,44 @@ def test_unlabelled_slices_are_those_of_no_mask(tmp_path):
     assert len(UnlabelledSlices(tmp_path / "trees", 16, {"sub-2"})) == 3
     patient(tmp_path / "seg" / "sub-01" / "anat", 1, mask="{}_seg")
     assert len(UnlabelledSlices(tmp_path / "seg", 16, {"sub-01/anat"}, "_seg")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("x.dcm", "no patients .*it holds DICOM files: prepare them with .*--dicom FOLDER --out PREPARED"),
+        ("flair.nii.gz", "no patients .*it holds volumes: prepare them with .*--nifti FOLDER"),
+        ("archive.zip", "no patients .*it holds an archive: unpack it"),
+        ("p_1.bmp", "no patients .*kinds that are not read: save them as TIFF or PNG"),
+    ],
+)
+def test_what_lies_there_instead_of_slices_is_named(tmp_path, name, sentence):
+    (tmp_path / "anna").mkdir()
+    (tmp_path / "anna" / name).write_bytes(b"x")
+    with pytest.raises(MedFLError, match=sentence):
+        load(tmp_path)
+    patient(tmp_path / "bert", 1)
+    names, notes = load(tmp_path)
+    assert names == ["bert"] and "1 file of kinds that are no slices" in notes[0]
+    with pytest.raises(MedFLError, match="is a file, and patients lie in a folder"):
+        load(tmp_path / "anna" / name)
+    with pytest.raises(MedFLError, match="did not replace the ~"):
+        load(Path("~/scans"))
+
+
+def test_inverted_masks_and_folders_of_another_split_are_told(tmp_path):
+    for k, part in enumerate(("train", "test")):
+        patient(tmp_path / part / f"pat{k}", k)
+    for path in (tmp_path / "train" / "pat0").glob("*_mask.png"):
+        save(path, 255 - np.asarray(Image.open(path)))
+    notes = " ".join(load(tmp_path)[1])
+    assert "folders called test and train are no split here" in notes
+    assert "more than half of all pixels are tumour in the masks of 1 of 2 patients" in notes
+
+
+def test_accents_written_in_two_ways_are_one_name(tmp_path):
+    folder = patient(tmp_path / "anna", 1, name="é_{}")
+    for path in list(folder.iterdir()):
+        form = "NFD" if "mask" in path.name else "NFC"
+        path.rename(path.with_name(unicodedata.normalize(form, path.name)))
+    assert load_dataset(tmp_path, progress=False).table["tumour_pixels"].tolist() == [9]

@@ -90,6 +90,8 @@ def test_no_memory_and_a_full_disk_are_sentences():
         torch.empty(1 << 60, dtype=torch.uint8)
     assert "not enough memory" in in_words(torchs.value) and "not enough memory" in in_words(MemoryError())
     assert "the disk is full (x)" in in_words(OSError(errno.ENOSPC, "No space left on device", "x"))
+    away = OSError(errno.ESTALE, "Stale file handle", "/share/anna_1.png")
+    assert "/share/anna_1.png can't be read or written (Stale file handle)" in in_words(away)
     assert in_words(RuntimeError("a bug")) is None and in_words(OSError(errno.EIO, "odd")) is None
 
 
@@ -212,6 +214,34 @@ def test_one_slice_of_16_pixels_and_a_finished_run_are_told(scans, tmp_path):
         and " of training steps, " in done.stdout
         and "GiB of memory" in done.stdout
     )
+    assert "next: python evaluate.py" not in done.stdout  # nobody is kept for the test
+    assert (
+        " epoch   1 " in (log := (tmp_path / "o" / "centralized.log").read_text())
+        and "left of the run" in log
+    )
     again = run_here(*run, "--resume")
     assert again.returncode == 0 and "this run is finished (1 epoch); nothing was trained" in again.stdout
     assert "going on" not in again.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("data/make_phantoms.py", "--patients", 2, "--out", "FILE/phantoms"),
+        ("predict.py", "PATIENT", "--checkpoint", "FILE/m.pth"),
+        ("train_centralized.py", "--data-dir", "SCANS", "--out", "FILE/o", "--image-size", 16),
+        ("run_client.py", "--own-data", "SCANS", "--name", "m", "--approve", "BYTES"),
+        ("data/prepare_task.py", "--task", "wounds", "--source", "FILE", "--out", "OUT"),
+        ("pretrain.py", "--data-dir", "FILE"),
+    ],
+)
+def test_a_path_that_can_not_be_is_a_sentence(scans, tmp_path, command):
+    (tmp_path / "file").write_text("a file where a folder would be")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\0")
+    places = {"FILE": tmp_path / "file", "SCANS": scans, "PATIENT": scans / "pat0", "OUT": tmp_path / "out"}
+    places["BYTES"] = tmp_path / "bytes"
+    for name, place in places.items():
+        command = [str(part).replace(name, str(place)) for part in command]
+    done = run_here(*command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "; " in done.stderr, done.stderr

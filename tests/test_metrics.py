@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import f1_score, jaccard_score
 
 from common import MedFLError
 from evaluation import metrics
+from training import segmentation_loss
 
 SEEDS = range(6)
 
@@ -448,3 +450,13 @@ def test_paired_difference_refuses_other_patients(second):
 def test_paired_difference_refuses_nobody():
     with pytest.raises(MedFLError, match="same patients"):
         metrics.paired_difference([], [])
+
+
+def test_the_loss_of_a_volume_is_the_trainings():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 8, 8)).astype(np.float32)
+    truth = rng.random((2, 8, 8)) < 0.3
+    wanted, _ = segmentation_loss(torch.from_numpy(logits), torch.from_numpy(truth).float())
+    probabilities = 1 / (1 + np.exp(-logits))
+    assert metrics.loss_of_volume(probabilities, truth) == pytest.approx(float(wanted), abs=1e-5)
+    assert np.isfinite(metrics.loss_of_volume(1.0 - truth.astype(np.float32), truth))

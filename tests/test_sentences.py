@@ -74,7 +74,7 @@ WRONG = {
     ),
     "no mask": (
         loaded(lambda f: (f / "anna" / "p_2_mask.png").unlink()),
-        r"p_2.png has no mask \(p_2_mask.png\); add",
+        r"p_2.png has no mask \(p_2_mask.png\), nor one of its name in a tree of masks; add",
     ),
     "a mask alone": (
         loaded(lambda f: (f / "anna" / "p_2.png").unlink()),

@@ -87,22 +87,23 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
     return files
 
 
-def unpack_gzip(name: str, content: bytes) -> bytes:
-    """What a .gz file holds. Raises MedFLError for a damaged one, or one that unpacks to too much."""
+def unpack_gzip(content: bytes) -> bytes:
+    """What a .gz file holds. Raises MedFLError, in words that follow the file's name, for a damaged one, or one
+    that unpacks to too much."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             unpacked = file.read(MAX_UNPACKED + 1)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise MedFLError(f"{short(name)} can't be unpacked; copy it again") from error
+        raise MedFLError("can't be unpacked, it is truncated or damaged; copy it again") from error
     if len(unpacked) > MAX_UNPACKED:
-        raise MedFLError(f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; crop it first")
+        raise MedFLError(f"unpacks to more than {MAX_UNPACKED >> 20} MB; crop it first")
     return unpacked
 
 
-def gzip_begins_with(name: str, content: bytes, length: int) -> bytes:
-    """The first bytes of what a .gz file holds. Raises MedFLError for a damaged one."""
+def gzip_begins_with(content: bytes, length: int) -> bytes:
+    """The first bytes of what a .gz file holds. Raises MedFLError as `unpack_gzip` does."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             return file.read(length)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise MedFLError(f"{short(name)} can't be unpacked; copy it again") from error
+        raise MedFLError("can't be unpacked, it is truncated or damaged; copy it again") from error

@@ -4,7 +4,7 @@ pixels.
 Everything stays in memory; nothing is written to disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from types import ModuleType
 
@@ -18,6 +18,7 @@ from limits import MAX_PIXELS
 from preprocessing import (
     IMAGE_SUFFIXES,
     group_volumes,
+    is_mask,
     picture_size,
     read_mask_and_form,
     read_slice,
@@ -90,7 +91,8 @@ def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
     images, masks = pairing.images, pairing.masks
     if not images:
         raise MedFLError(
-            "there is no slice in the upload (TIFF, PNG or JPEG, not a _mask file); choose other files"
+            f"there is no slice in the upload (TIFF, PNG or JPEG, not a _mask file){_instead(paths)}; "
+            "choose other files"
         )
     folders = {path.parent for path in images if archive or path.parent.name}
     volumes = group_volumes(images, folders)
@@ -129,6 +131,16 @@ def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
     if left := len(paths) - len(images) - len(masks) - len(pairing.alone) - len(told):
         case.notes.append(f"{counted(left, 'file')} ignored: neither slice nor mask.")
     return case
+
+
+def _instead(paths: Iterable[PurePosixPath]) -> str:
+    """What an upload without a slice holds, in words that follow."""
+    names = sorted(paths)
+    if any(path.suffix.lower() == ".zip" for path in names):
+        return ": a ZIP in a ZIP is not unpacked"
+    if any(is_mask(path) for path in names):
+        return ": masks are shown with their slices only"
+    return f": {short(names[0].name)} is of another kind" if names else ""
 
 
 def _shown(name: str) -> str:

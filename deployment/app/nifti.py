@@ -197,8 +197,8 @@ def _load(name: str, content: bytes):
         if content[:2] == GZIP or (
             name.lower().endswith(".gz") and content and header_length(content) is None
         ):
-            _check_size(gzip_begins_with(name, content, HEAD))
-            content = unpack_gzip(name, content)
+            _check_size(gzip_begins_with(content, HEAD))
+            content = unpack_gzip(content)
         _check_size(content)
         image = read_image(content)
     except ModuleNotFoundError as error:

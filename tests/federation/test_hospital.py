@@ -153,3 +153,21 @@ def test_a_question_of_another_form_gets_a_code(monkeypatch, tmp_path, phantoms,
     assert (
         read(reply.content)["failure"] == Failure.PROTOCOL and "the same version" in capsys.readouterr().out
     )
+
+
+def test_a_share_whose_training_masks_are_black_is_told(hospital, monkeypatch):
+    subject = hospital()
+    assert subject.data.without_tumour() is None
+    monkeypatch.setattr(subject.data.dataset, "tumour_pixels", lambda patient: [0])
+    told = subject.data.without_tumour()
+    count = len(subject.data.split.train)
+    assert told and f"no mask of the {count} patients that train here shows tumour" in told
+
+
+def test_a_round_tells_a_line_a_minute(hospital, monkeypatch):
+    monkeypatch.setattr("federation.hospital.training.LOG_SECONDS", 0.0)
+    subject, said = hospital(), []
+    subject.tell = said.append
+    work(subject)
+    assert said and all("steps/s, " in line and "left of the round" in line for line in said)
+    assert said[0].startswith("round 1: step 1 of ")
