@@ -153,6 +153,8 @@ def close_case() -> None:
         "level",
         "width",
         "opacity",
+        "threshold",
+        "hidden",
         *OF_A_CASE,
     ):
         st.session_state.pop(name, None)
@@ -249,7 +251,7 @@ def main() -> None:
     if "case" not in state:
         choose_case(checkpoint, sha256)
         return
-    with st.container(horizontal=True, vertical_alignment="center"):
+    with st.container(key="open-case", horizontal=True, vertical_alignment="center"):  # guard.py asks for it
         st.subheader(markdown(state.case.name), anchor=False)
         st.button("Close this case", on_click=close_case, icon=":material/close:")
     predict(checkpoint, sha256)

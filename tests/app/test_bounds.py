@@ -103,7 +103,9 @@ def test_every_label_of_a_nifti_mask_is_tumour_and_it_may_come_with_the_scan():
 def test_each_slice_keeps_its_place_and_the_mirrored_reading_is_turned_back(monkeypatch):
     volume = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
     case = Case("a", ["a", "b", "c"], volume, np.arange(3))
-    monkeypatch.setattr(readout, "predict_volume", lambda model, pixels, turn: pixels[..., 1] / np.float32(255))
+    monkeypatch.setattr(
+        readout, "predict_volume", lambda model, pixels, turn: pixels[..., 1] / np.float32(255)
+    )
     probability = predict_case(None, case).probability
     assert np.array_equal(probability, volume[..., 1] / np.float32(255))
     assert flip_spread(None, case, probability).tolist() == [0, 0, 0]
