@@ -50,9 +50,13 @@ STYLE = """
   :has(> .st-key-notice), .st-key-notice {position: sticky; top: 3.75rem; z-index: 90}
   .st-key-notice p {margin: 0; font-weight: 600; font-size: .9rem}
   dl.card {margin: 0 !important; padding: 0}
-  .card dt {font-size: .75rem; opacity: .75; margin-top: .5rem}
+  .card dt {font-size: .75rem; opacity: .85; margin-top: .5rem}
   .card dd {font-size: .85rem; margin: 0 !important; overflow-wrap: anywhere}
   h1 {font-size: 1.7rem !important; padding: .5rem 0 !important}
+  h2 {font-size: 1.25rem !important; padding: .4rem 0 !important}
+  [data-testid=stCaptionContainer], [data-testid=stCaptionContainer] * {
+    color: inherit !important; opacity: 1 !important;
+  }
   @media (max-width: 40rem) {.block-container {padding-left: 1rem; padding-right: 1rem}}
 </style>
 """
@@ -78,7 +82,7 @@ def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
     except MedFLError as error:
         stop(error)
     with st.sidebar:
-        st.subheader("Model")
+        st.header("Model")
         names = {
             path: path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}" for path in paths
         }
@@ -252,7 +256,7 @@ def main() -> None:
         choose_case(checkpoint, sha256)
         return
     with st.container(key="open-case", horizontal=True, vertical_alignment="center"):  # guard.py asks for it
-        st.subheader(markdown(state.case.name), anchor=False)
+        st.header(markdown(state.case.name), anchor=False)
         st.button("Close this case", on_click=close_case, icon=":material/close:")
     predict(checkpoint, sha256)
     show_case(checkpoint, card)

@@ -79,7 +79,7 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
     folder = data_folder()
     if folder is None:
         return None
-    st.subheader("Prepared patients", anchor=False)
+    st.header("Prepared patients", anchor=False)
     try:
         from radiology.prepared import find_prepared
         from radiology.sureness import known_sureness, least_sure_first
