@@ -141,6 +141,14 @@ def open_case(read: Callable[[], Case], sample: bool = False) -> None:
         state.refusal = f"{error}."
 
 
+def ask_or_close() -> None:
+    """Close the case; with unsaved corrections, ask first."""
+    if st.session_state.get("unsaved"):
+        st.session_state.closing = True
+    else:
+        close_case()
+
+
 def close_case() -> None:
     """Forget the case and everything that was made of it."""
     for name in (
@@ -257,7 +265,12 @@ def main() -> None:
         return
     with st.container(key="open-case", horizontal=True, vertical_alignment="center"):  # guard.py asks for it
         st.header(markdown(state.case.name), anchor=False)
-        st.button("Close this case", on_click=close_case, icon=":material/close:")
+        st.button("Close this case", on_click=ask_or_close, icon=":material/close:")
+    if state.get("closing"):
+        st.warning("The corrected mask was not saved.", icon=":material/warning:")
+        with st.container(horizontal=True):
+            st.button("Close without saving", key="lose", on_click=close_case)
+            st.button("Stay", key="stay", on_click=state.pop, args=("closing",))
     predict(checkpoint, sha256)
     show_case(checkpoint, card)
 

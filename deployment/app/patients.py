@@ -113,7 +113,7 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
     chosen = st.selectbox("Patient", list(names), format_func=lambda name: names.get(name, ""), key="patient")
     waiting = [patient for patient in ordered if patient.name not in known]
     with st.container(horizontal=True):
-        opens = st.button("Open", key="open-patient", icon=":material/folder_open:")
+        opens = st.button("Open the patient", key="open-patient", icon=":material/folder_open:")
         if waiting and st.button(
             f"Show the next {min(AT_ONCE, len(waiting))} to the model",
             key="measure",

@@ -10,7 +10,7 @@ from PIL import Image
 from running import ROOT, run_here
 from scipy.ndimage import binary_dilation
 from streamlit.testing.v1 import AppTest
-from test_page import APP, figures, upload
+from test_page import APP, close, figures, upload
 
 from checkpoint import load_checkpoint
 from dataset import load_dataset
@@ -80,6 +80,7 @@ def test_from_a_patient_without_masks_to_a_model_that_is_better_on_it(hospital, 
     upload(shown, corrections(truth, name), "A corrected mask")
     shown.text_input(key="who").set_value("Dr. Ada").run()
     shown.button(key="save").click().run()
+    assert not shown.session_state["unsaved"]
     assert not shown.exception and not shown.error and shown.success[0].value.startswith("Saved in"), (
         shown.error
     )
@@ -179,10 +180,15 @@ def test_components_are_switched_and_what_is_wrong_is_told(hospital, picture):
     upload(shown, masks, "A corrected mask")
     assert any("has no mask" in error.value or "8×8" in error.value for error in shown.error)
     assert "edited" not in shown.session_state and not shown.exception
-    next(b for b in shown.button if b.label == "Close this case").click().run()
-    assert not {"saved", "save_refusal", "edit_refusal", "components_of"} & set(
-        shown.session_state.filtered_state
-    )
+    close(shown)
+    assert "case" in shown.session_state and any("was not saved" in told.value for told in shown.warning)
+    shown.button(key="stay").click().run()
+    assert "case" in shown.session_state and not any("was not saved" in told.value for told in shown.warning)
+    close(shown)
+    shown.button(key="lose").click().run()
+    assert "case" not in shown.session_state and not shown.exception
+    left = ("saved", "save_refusal", "edit_refusal", "components_of", "edited", "prediction")
+    assert not [kept for kept in left if kept in shown.session_state]
 
 
 @pytest.mark.parametrize(
