@@ -54,7 +54,7 @@ STYLE = """
   .card dd {font-size: .85rem; margin: 0 !important; overflow-wrap: anywhere}
   h1 {font-size: 1.7rem !important; padding: .5rem 0 !important}
   h2 {font-size: 1.25rem !important; padding: .4rem 0 !important}
-  [data-testid=stCaptionContainer], [data-testid=stCaptionContainer] * {
+  [data-testid=stCaptionContainer], [data-testid=stCaptionContainer] *, [data-testid=stWidgetLabel] * {
     color: inherit !important; opacity: 1 !important;
   }
   @media (max-width: 40rem) {.block-container {padding-left: 1rem; padding-right: 1rem}}
