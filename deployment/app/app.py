@@ -184,7 +184,7 @@ def choose_case(checkpoint: Checkpoint, sha256: str) -> None:
         "Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
         f"{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines what it takes "
         f"for lower-grade "
-        f"glioma. Nothing is stored{', but a truth that you save' if data_folder() else ''}, and nothing leaves the "
+        f"glioma. Nothing is stored{' except a truth that you save' if data_folder() else ''}, and nothing leaves the "
         "computer that runs this page."
     )
     if refusal := st.session_state.get("refusal"):

@@ -98,8 +98,8 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
     ordered = least_sure_first(patients, known)
     without = sum(not patient.masks for patient in patients)
     st.caption(
-        f"{counted(without, 'patient')} without masks, {len(patients) - without} with. Those without come first, the "
-        "least sure of the model at the top. Expected Dice is the model's own opinion of its mask."
+        f"{counted(without, 'patient')} without masks, {len(patients) - without} with. Those without come first, "
+        "those that the model is least sure of at the top. Expected Dice is the model's own opinion of its mask."
     )
     names = {
         patient.name: f"{plain(patient.name)}: {'has masks' if patient.masks else 'no mask yet'}, "
