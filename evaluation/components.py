@@ -10,8 +10,8 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects, label
 
 from evaluation.diameters import perpendicular_diameters
-from evaluation.failures import NEIGHBOURS
 
+NEIGHBOURS = np.ones((3, 3, 3))  # also those across a corner: a component is one where its voxels touch
 LISTED = 20  # components that are measured each; smaller ones together are the last
 LOW, HIGH = 0.1, 0.9  # probabilities: what reaches the second counts at least, what reaches the first at most
 INTERVAL = (

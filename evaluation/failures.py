@@ -4,12 +4,12 @@ import numpy as np
 from scipy.ndimage import label
 
 from evaluation.calibration import calibration
+from evaluation.components import NEIGHBOURS
 from evaluation.metrics import MINIMUM_FOR_INTERVAL
 
 FOUND = 0.1  # of a lesion's voxels: less is no detection, and of a predicted one a false alarm
 SIZES = ((0, 100), (100, 1_000), (1_000, None))  # voxels of a lesion, from and to below
 WORST = 3  # patients that are named
-NEIGHBOURS = np.ones((3, 3, 3))  # also those across a corner: a lesion is one where its voxels touch
 
 
 def lesions(prediction: np.ndarray, truth: np.ndarray) -> dict:

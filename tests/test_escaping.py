@@ -173,7 +173,7 @@ def page(model, monkeypatch):
 
 def test_the_page_shows_names_as_text(page):
     def said() -> list[str]:
-        kinds = (page.error, page.info, page.warning, page.caption, page.subheader, page.markdown)
+        kinds = (page.error, page.info, page.warning, page.caption, page.header, page.markdown)
         return [element.value for kind in kinds for element in kind]
 
     cards = " ".join(str(element.proto) for element in page.sidebar)

@@ -50,9 +50,13 @@ STYLE = """
   :has(> .st-key-notice), .st-key-notice {position: sticky; top: 3.75rem; z-index: 90}
   .st-key-notice p {margin: 0; font-weight: 600; font-size: .9rem}
   dl.card {margin: 0 !important; padding: 0}
-  .card dt {font-size: .75rem; opacity: .75; margin-top: .5rem}
+  .card dt {font-size: .75rem; opacity: .85; margin-top: .5rem}
   .card dd {font-size: .85rem; margin: 0 !important; overflow-wrap: anywhere}
   h1 {font-size: 1.7rem !important; padding: .5rem 0 !important}
+  h2 {font-size: 1.25rem !important; padding: .4rem 0 !important}
+  [data-testid=stCaptionContainer], [data-testid=stCaptionContainer] *, [data-testid=stWidgetLabel] * {
+    color: inherit !important; opacity: 1 !important;
+  }
   @media (max-width: 40rem) {.block-container {padding-left: 1rem; padding-right: 1rem}}
 </style>
 """
@@ -78,7 +82,7 @@ def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
     except MedFLError as error:
         stop(error)
     with st.sidebar:
-        st.subheader("Model")
+        st.header("Model")
         names = {
             path: path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}" for path in paths
         }
@@ -137,6 +141,14 @@ def open_case(read: Callable[[], Case], sample: bool = False) -> None:
         state.refusal = f"{error}."
 
 
+def ask_or_close() -> None:
+    """Close the case; with unsaved corrections, ask first."""
+    if st.session_state.get("unsaved"):
+        st.session_state.closing = True
+    else:
+        close_case()
+
+
 def close_case() -> None:
     """Forget the case and everything that was made of it."""
     for name in (
@@ -153,6 +165,8 @@ def close_case() -> None:
         "level",
         "width",
         "opacity",
+        "threshold",
+        "hidden",
         *OF_A_CASE,
     ):
         st.session_state.pop(name, None)
@@ -170,7 +184,7 @@ def choose_case(checkpoint: Checkpoint, sha256: str) -> None:
         "Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
         f"{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines what it takes "
         f"for lower-grade "
-        f"glioma. Nothing is stored{', but a truth that you save' if data_folder() else ''}, and nothing leaves the "
+        f"glioma. Nothing is stored{' except a truth that you save' if data_folder() else ''}, and nothing leaves the "
         "computer that runs this page."
     )
     if refusal := st.session_state.get("refusal"):
@@ -249,9 +263,14 @@ def main() -> None:
     if "case" not in state:
         choose_case(checkpoint, sha256)
         return
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.subheader(markdown(state.case.name), anchor=False)
-        st.button("Close this case", on_click=close_case, icon=":material/close:")
+    with st.container(key="open-case", horizontal=True, vertical_alignment="center"):  # guard.py asks for it
+        st.header(markdown(state.case.name), anchor=False)
+        st.button("Close this case", on_click=ask_or_close, icon=":material/close:")
+    if state.get("closing"):
+        st.warning("The corrected mask was not saved.", icon=":material/warning:")
+        with st.container(horizontal=True):
+            st.button("Close without saving", key="lose", on_click=close_case)
+            st.button("Stay", key="stay", on_click=state.pop, args=("closing",))
     predict(checkpoint, sha256)
     show_case(checkpoint, card)
 

@@ -23,7 +23,8 @@ from inference import to_mask
 
 MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "nrrd", "dcm"]
 OF_A_CASE = (
-    "edited", "edits", "measured_of", "components_of", "saved", "save_refusal", "edit_refusal", "version", "no_tumour"
+    "edited", "edits", "measured_of", "components_of", "saved", "save_refusal", "edit_refusal", "version", "no_tumour",
+    "kept", "unsaved", "closing",
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def corrected(case: Case, prediction: Prediction, threshold: float) -> Corrected
     edited: np.ndarray | None = state.get("edited")
     base = proposal if edited is None else edited
     if not (case.is_volume or len(case.slices) == 1):
-        return Corrected(proposal, base, None, frozenset(), edited is not None)
+        return _noted(Corrected(proposal, base, None, frozenset(), edited is not None))
     source = (edited, prediction, threshold if edited is None else None, case.spacing)
     former = state.get("measured_of", (None,) * 4)
     if former[0] is not edited or former[1] is not prediction or former[2:] != source[2:]:
@@ -77,7 +78,14 @@ def corrected(case: Case, prediction: Prediction, threshold: float) -> Corrected
     mask = base
     if len(on) < len(found.parts):
         mask = np.where(np.isin(found.labels, list(on)), np.uint8(255), np.uint8(0))
-    return Corrected(proposal, mask, found, on, edited is not None)
+    return _noted(Corrected(proposal, mask, found, on, edited is not None))
+
+
+def _noted(done: Corrected) -> Corrected:
+    """The same, and whether it is work that would be lost with the case."""
+    kept: np.ndarray | None = st.session_state.get("kept")
+    st.session_state.unsaved = done.changed > 0 and (kept is None or not np.array_equal(kept, done.mask))
+    return done
 
 
 def _key(part: Component) -> str:
@@ -203,6 +211,6 @@ def _save(model: str, sha256: str, done: Corrected, threshold: float) -> None:
         state.save_refusal = f"{error}."
     else:
         state.version = version_of(there)
-        case.truth = done.mask
+        case.truth = state.kept = done.mask
         where = f"{there.part}/{there.name}" if there.part else there.name
         state.saved = f"Saved in {where}: {in_words(saved)}."

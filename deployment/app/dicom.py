@@ -29,7 +29,7 @@ from radiology.geometry import (
     to_uint8,
 )
 from radiology.headers import File, InMemory
-from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
+from radiology.rules import FLAIR, LEFT_OUT, POST, PRE, load_rules, role_of
 from radiology.segmentation import make_segmentation, read_segmentation, refusal
 from radiology.series import Refused, Series, find_series, load_series
 from radiology.studies import plan_studies
@@ -117,7 +117,14 @@ def _choose(
     broken = [series for series in scans if series.problems and role_of(series, rules)[0] == FLAIR]
     if len(usable) == 1 and not broken:
         channels = {FLAIR: usable[0]}
-        if role_of(usable[0], rules)[0] != FLAIR:
+        role, why = role_of(usable[0], rules)
+        if role is not None and role != FLAIR or why == LEFT_OUT:
+            told = f"it is {role} {why}" if role else why
+            raise MedFLError(
+                f"the upload's only series is no FLAIR by its own words ({told}), and the network judges FLAIR; open "
+                "the FLAIR series, and this one with it if you like"
+            )
+        if role != FLAIR:
             notes.append(
                 "The series does not say of itself that it is FLAIR, and was taken for it because there is "
                 "no other."

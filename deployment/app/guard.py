@@ -11,7 +11,7 @@ from pathlib import Path
 import streamlit
 from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartParser
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
@@ -22,6 +22,17 @@ from limits import BUDGET, MAX_FILES
 UPLOADS, MEDIA = "/_stcore/upload_file/", "/media/"
 GRACE = 30.0  # seconds that a reader whose connection broke has to come back to the open case
 INLINE = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+KEEP = "/medfl/keep.js"  # the page's own script
+ASKS_FIRST = """// Asks before an open case is lost, and lets no dropped file take the page's place.
+addEventListener("beforeunload", (event) => {
+  if (document.querySelector(".st-key-open-case")) event.preventDefault();
+});
+for (const kind of ["dragover", "drop"]) {
+  addEventListener(kind, (event) => {
+    if (!event.target.closest?.("[data-testid=stFileUploaderDropzone]")) event.preventDefault();
+  });
+}
+"""
 HUB = "https://huggingface.co"  # which shows a Space in a frame of its own page
 
 
@@ -72,6 +83,14 @@ class Guard:
         ):
             refusal = PlainTextResponse("more is uploaded than this page holds at once", 413)
             return await refusal(scope, receive, self._with_policy(scope, send))
+        if scope["type"] == "http" and scope["path"] == KEEP:
+            script = Response(ASKS_FIRST, media_type="text/javascript")
+            return await script(scope, receive, self._with_policy(scope, send))
+        if (
+            scope["type"] == "http" and scope["path"] == "/"
+        ):  # unpacked, so that the script can be named in it
+            rest = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
+            scope, send = {**scope, "headers": rest}, _with_script(send)
         try:
             await self.app(
                 scope, receive, self._with_policy(scope, send) if scope["type"] == "http" else send
@@ -94,6 +113,24 @@ class Guard:
             await send(message)
 
         return answer
+
+
+def _with_script(send: Send) -> Send:
+    """Name the page's own script in Streamlit's page."""
+    held: list[Message] = []
+
+    async def answer(message: Message) -> None:
+        held.append(message)
+        if message["type"] == "http.response.start" or message.get("more_body"):
+            return
+        start, body = held[0], b"".join(part.get("body", b"") for part in held[1:])
+        if b"</head>" in body:
+            body = body.replace(b"</head>", f'<script src=".{KEEP}"></script></head>'.encode(), 1)
+            MutableHeaders(scope=start)["Content-Length"] = str(len(body))
+        await send(start)
+        await send({"type": "http.response.body", "body": body})
+
+    return answer
 
 
 def _is_full(scope: Scope) -> bool:

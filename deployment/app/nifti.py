@@ -61,7 +61,11 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
             "a NIfTI case is one scan, or one for each channel, and at most one mask (named ..._mask or "
             "..._seg); upload these alone"
         )
-    named, notes = (dict.fromkeys(CHANNELS, scans[0]), []) if len(scans) == 1 else _channels(scans)
+    if len(scans) == 1:
+        _refuse_another_sequence(scans[0][0])
+        named, notes = dict.fromkeys(CHANNELS, scans[0]), []
+    else:
+        named, notes = _channels(scans)
     loaded = {name: _load(name, content) for name, content in dict(named.values()).items()}
     first = named["FLAIR"][0]
     stored = loaded[first]
@@ -148,6 +152,21 @@ def _channels(scans: list[tuple[str, bytes]]) -> tuple[dict[str, tuple[str, byte
     if spare := len(scans) - len(found):
         notes.append(f"{spare} NIfTI files were ignored: no channel needs them.")
     return {channel: found.get(channel, found["FLAIR"]) for channel in CHANNELS}, notes
+
+
+def _refuse_another_sequence(name: str) -> None:
+    """Raises MedFLError for a single file whose name says that it is another sequence than FLAIR."""
+    try:
+        from radiology.rules import load_rules, role_of
+        from radiology.series import Series
+    except ModuleNotFoundError:  # without the rules a name says nothing
+        return
+    role, _ = role_of(Series("", "", "", "NIfTI", stem(name), ()), load_rules())
+    if role in CHANNELS and role != "FLAIR":
+        raise MedFLError(
+            f"{_short(name)} is {role} by its name, and the network judges FLAIR; open the FLAIR file, and this one "
+            "with it if you like"
+        )
 
 
 def _check_grids(stored: "nibabel.Nifti1Image", others: dict, name: str) -> None:

@@ -79,7 +79,7 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
     folder = data_folder()
     if folder is None:
         return None
-    st.subheader("Prepared patients", anchor=False)
+    st.header("Prepared patients", anchor=False)
     try:
         from radiology.prepared import find_prepared
         from radiology.sureness import known_sureness, least_sure_first
@@ -98,8 +98,8 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
     ordered = least_sure_first(patients, known)
     without = sum(not patient.masks for patient in patients)
     st.caption(
-        f"{counted(without, 'patient')} without masks, {len(patients) - without} with. Those without come first, the "
-        "least sure of the model at the top. Expected Dice is the model's own opinion of its mask."
+        f"{counted(without, 'patient')} without masks, {len(patients) - without} with. Those without come first, "
+        "those that the model is least sure of at the top. Expected Dice is the model's own opinion of its mask."
     )
     names = {
         patient.name: f"{plain(patient.name)}: {'has masks' if patient.masks else 'no mask yet'}, "
@@ -113,7 +113,7 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
     chosen = st.selectbox("Patient", list(names), format_func=lambda name: names.get(name, ""), key="patient")
     waiting = [patient for patient in ordered if patient.name not in known]
     with st.container(horizontal=True):
-        opens = st.button("Open", key="open-patient", icon=":material/folder_open:")
+        opens = st.button("Open the patient", key="open-patient", icon=":material/folder_open:")
         if waiting and st.button(
             f"Show the next {min(AT_ONCE, len(waiting))} to the model",
             key="measure",

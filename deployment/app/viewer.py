@@ -251,7 +251,7 @@ def texts_of_report(case: Case, figures: dict, done: Corrected, threshold: float
 
 def show_figures(case: Case, row: dict, figures: dict, done: Corrected) -> None:
     """The case's figures, then those of the slice that is shown."""
-    st.subheader("All slices" if len(case.slices) > 1 else "This slice")
+    st.header("All slices" if len(case.slices) > 1 else "This slice")
     st.table(pd.DataFrame(figure_texts(case, figures, done), columns=["figure", "value"]).set_index("figure"))
     said = [f"{row['tumour_pixels']:,} pixels", f"{row['largest_diameter_px']:.1f} pixels across"]
     if row["mean_probability"] is not None:
@@ -387,7 +387,7 @@ def downloads(
         )
     if case.dicom is not None:
         offers += dicom_offers(case.dicom, case.name, masks)
-    st.subheader("Download")
+    st.header("Download")
     with st.container(horizontal=True):
         for label, make, name, mime in offers:
             st.download_button(label, make, name, mime, key=f"get {label}", on_click="ignore")

@@ -192,6 +192,9 @@ def test_three_volumes_are_the_three_channels():
         np.array_equal(case.volume[1, 24 - 1 - 5, 20 - 1 - 4], np.asarray(image.dataobj)[4, 5, 1])
         and not case.notes
     )
+    for name in ("sub-01_ce-gd_T1w.nii", "BraTS_001_t1ce.nii", "anna_t1.nii"):
+        with pytest.raises(MedFLError, match="contrast by its name, and the network judges FLAIR"):
+            read_case([(name, scan(np.eye(4)).to_bytes())])
     with pytest.raises(MedFLError, match="holds 2 volumes"):
         read_case([("brain.nii", scan(np.eye(4), (20, 24, 2, 2)).to_bytes())])
     with pytest.raises(MedFLError, match="2 dimensions"):

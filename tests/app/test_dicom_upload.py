@@ -115,6 +115,9 @@ def test_one_series_is_flair_in_all_channels_in_order_and_in_mm(volume, series):
     assert "FLAIR stands in for pre-contrast and post-contrast" in " ".join(case.notes)
     assert "does not say of itself that it is FLAIR" in " ".join(case.notes)
     assert "of itself" not in " ".join(read_case(series(VALUES, "ax FLAIR")).notes)
+    for other in ("AX T1 POST GD", "t1 mprage", "DWI b1000"):
+        with pytest.raises(MedFLError, match="no FLAIR by its own words"):
+            read_case(series(VALUES, other))
     for shown, wanted in zip(case.volume[..., 0], volume[..., 1]):
         assert (
             np.corrcoef(shown.ravel(), wanted.ravel())[0, 1] > 0.98

@@ -158,3 +158,23 @@ def test_addresses_end_with_the_case(page, address):
     while status(media[0]) != 404 and time.monotonic() < until:
         page.wait_for_timeout(100)
     assert status(media[0]) == 404
+
+
+@pytest.mark.slow
+def test_an_open_case_is_not_left_without_a_question(page):
+    """A reload asks, and a file that is dropped beside the fields does not take the page's place."""
+    drop = """where => !document.querySelector(where).dispatchEvent(
+        new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer: new DataTransfer()}))"""
+    assert page.evaluate(drop, "h1") is True and page.evaluate(drop, "body") is True
+    asked = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+    choose(page, "one.zip", zipped(["c_1.png", "c_2.png"]))
+    page.get_by_text("of 2 (").first.click()  # a browser asks only those who did something
+    with page.expect_event("dialog"):
+        page.evaluate("setTimeout(() => location.reload())")
+    assert asked == ["beforeunload"] and page.get_by_text("of 2 (").first.is_visible()
+    page.get_by_role("button", name="Close this case").click()
+    page.get_by_text("Try a sample").wait_for()
+    page.reload()
+    page.get_by_text("Try a sample").wait_for()
+    assert asked == ["beforeunload"] and page.refused == []

@@ -1,14 +1,20 @@
 """The page as Streamlit runs it, without a browser: a case from opening to closing, bad uploads, models that
 can't be used."""
 
+import gc
+import weakref
+from pathlib import PurePath
+
 import numpy as np
 import pytest
 from running import ROOT
 from streamlit.testing.v1 import AppTest
 
 from dataset import load_dataset
+from preprocessing import volume_name
 
 pytestmark = pytest.mark.slow
+APP = ROOT / "deployment" / "app" / "app.py"
 BEST = "transunet_centralized_best.pth"
 
 
@@ -22,6 +28,10 @@ def upload(page: AppTest, files: list[tuple[str, bytes]], label: str = "Slices")
     """Upload files as (name, content) to the uploader whose label begins so."""
     uploader = next(u for u in page.file_uploader if u.label.startswith(label))
     return uploader.set_value([(name, content, "application/octet-stream") for name, content in files]).run()
+
+
+def close(page: AppTest) -> AppTest:
+    return next(b for b in page.button if b.label == "Close this case").click().run()
 
 
 def patient_files(phantoms, masks: bool) -> list[tuple[str, bytes]]:
@@ -55,12 +65,39 @@ def test_a_sample_from_opening_to_closing(page):
     assert "Volume" not in figures(page)
     page.number_input(key="slice_distance").set_value(3.0).run()
     assert figures(page)["Volume"].endswith("cm³")
-    next(b for b in page.button if b.label == "Close this case").click().run()
+    page.slider(key="level").set_value(60).run()
+    page.button(key="toggle").click().run()
+    close(page)
     assert (
         not page.exception
         and not page.table
         and any("Try a sample" in caption.value for caption in page.caption)
     )
+    page.button(key="phantom_2").click().run()  # nothing of how the former one was looked at is left
+    assert (page.slider(key="level").value, page.slider(key="threshold").value) == (128, 0.5)
+    assert not any("Overlay hidden" in caption.value for caption in page.caption)
+    assert "Volume" not in figures(page)
+
+
+def test_readers_see_nothing_of_each_other_and_no_case_outlives_its_closing(page, phantoms):
+    """Two sessions of one process, five cases each: what was closed is not kept anywhere."""
+    other, patients, cases = AppTest.from_file(APP, default_timeout=120).run(), [], []
+    for patient in load_dataset(phantoms, progress=False).patients[:6]:
+        patients.append([(path.name, path.read_bytes()) for path in patient.images])
+    for one, two in zip(patients[:5], patients[1:]):
+        for reader, files in ((page, one), (other, two)):
+            upload(reader, files)
+            cases.append(weakref.ref(reader.session_state.case))
+        assert not page.exception and not other.exception
+        names = [reader.session_state.case.name for reader in (page, other)]
+        assert names == [volume_name(PurePath(files[0][0])) for files in (one, two)]
+        assert page.header[1].value != other.header[1].value
+        close(page)
+        assert "case" in other.session_state
+        close(other)
+    gc.collect()
+    alive = [case().name for case in cases if case() is not None]
+    assert len(alive) <= 2, alive  # what Streamlit keeps of each session's last run
 
 
 def test_the_model_runs_once_for_an_upload(page, phantoms, monkeypatch):

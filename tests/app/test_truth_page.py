@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import ROOT, run_here
+from scipy.ndimage import binary_dilation
 from streamlit.testing.v1 import AppTest
-from test_page import BEST, figures, upload
+from test_page import APP, close, figures, upload
 
 from checkpoint import load_checkpoint
 from dataset import load_dataset
@@ -19,23 +20,29 @@ from federation.hospital.identity import Identity
 from federation.protocol.settings import FederationSettings
 
 pytestmark = pytest.mark.slow
+MODEL = ROOT / "deployment" / "app" / "samples" / "phantom_model.pth"
 
 
 @pytest.fixture
-def hospital(phantoms, trained, tmp_path, monkeypatch):
-    """The folder of a hospital whose patients are prepared, all with masks but one that the model has not seen."""
-    out, dataset = tmp_path / "prepared", load_dataset(phantoms, progress=False)
-    split = json.loads((trained / "split.json").read_text())
-    name = max(split["test"], key=lambda patient: sum(dataset.tumour_pixels(patient)))
-    for patient in dataset.patients:
+def hospital(phantoms, tmp_path, monkeypatch):
+    """The folder of a hospital with three patients who train and one without masks; and the masks that its reader
+    draws for that one: wider by two pixels than what the phantoms' model would outline."""
+    out, truth, patients = (
+        tmp_path / "prepared",
+        tmp_path / "truth",
+        load_dataset(phantoms, progress=False).patients,
+    )
+    for patient in patients[:4]:
         shutil.copytree(patient.images[0].parent, out / patient.name)
-    truth = out.parent / "truth"
-    truth.mkdir()
+    name = patients[1].name
     apart = out / "without_masks" / name
     apart.parent.mkdir()
     (out / name).rename(apart)
+    truth.mkdir()
     for mask in apart.glob("*_mask.tif"):
-        mask.rename(truth / mask.name)
+        wider = binary_dilation(np.asarray(Image.open(mask)) > 0, iterations=2)
+        Image.fromarray(wider * np.uint8(255)).save(truth / mask.name)
+        mask.unlink()
     slices = len(list(apart.glob("*.tif")))
     about = {
         "version": 1,
@@ -44,12 +51,12 @@ def hospital(phantoms, trained, tmp_path, monkeypatch):
     }
     (apart / "volume.json").write_text(json.dumps(about))
     monkeypatch.setenv("MEDFL_DATA", str(out))
-    monkeypatch.setenv("MEDFL_CHECKPOINT", str(trained / BEST))
-    return out, name, truth, split
+    monkeypatch.setenv("MEDFL_CHECKPOINT", str(MODEL))
+    return out, name, truth
 
 
 def page() -> AppTest:
-    return AppTest.from_file(ROOT / "deployment" / "app" / "app.py", default_timeout=120).run()
+    return AppTest.from_file(APP, default_timeout=120).run()
 
 
 def opened(shown: AppTest, name: str | None = None) -> AppTest:
@@ -63,8 +70,8 @@ def corrections(truth, name: str) -> list[tuple[str, bytes]]:
     return [(path.name, path.read_bytes()) for path in sorted(truth.glob(f"{name}*_mask.tif"))]
 
 
-def test_from_a_patient_without_masks_to_a_model_that_is_better_on_it(hospital, trained, tmp_path):
-    out, name, truth, split = hospital
+def test_from_a_patient_without_masks_to_a_model_that_is_better_on_it(hospital, tmp_path):
+    out, name, truth = hospital
     shown = page()
     listed = shown.selectbox(key="patient").options
     assert not shown.exception and listed[0].startswith(name) and "no mask yet" in listed[0]
@@ -73,11 +80,12 @@ def test_from_a_patient_without_masks_to_a_model_that_is_better_on_it(hospital, 
     upload(shown, corrections(truth, name), "A corrected mask")
     shown.text_input(key="who").set_value("Dr. Ada").run()
     shown.button(key="save").click().run()
+    assert not shown.session_state["unsaved"]
     assert not shown.exception and not shown.error and shown.success[0].value.startswith("Saved in"), (
         shown.error
     )
     (line,) = (out / name / "truth.jsonl").read_text().splitlines()
-    assert json.loads(line)["who"] == "Dr. Ada" and json.loads(line)["model"] == BEST
+    assert json.loads(line)["who"] == "Dr. Ada" and json.loads(line)["model"] == MODEL.name
     assert not list((out / "without_masks").iterdir())
 
     dataset = load_dataset(out, progress=False)
@@ -93,24 +101,26 @@ def test_from_a_patient_without_masks_to_a_model_that_is_better_on_it(hospital, 
     assert np.array_equal(at_hospital.dataset.volume(name)[1], wanted)
     assert name in at_hospital.split.part("all")
 
-    split["test"].remove(name)
-    split["train"].append(name)
+    everybody = [patient.name for patient in dataset.patients]
+    split = {"version": 1, "seed": 0, "train": [name], "val": [], "test": sorted({*everybody} - {name})}
     (tmp_path / "split.json").write_text(json.dumps(split))
+    before = load_checkpoint(MODEL)
     done = run_here(
-        "train_centralized.py", "--data-dir", out, "--init", trained / BEST, "--split-file", tmp_path / "split.json",
-        "--out", tmp_path / "more", "--image-size", 32, "--batch-size", 8, "--epochs", 4,
+        "train_centralized.py", "--data-dir", out, "--init", MODEL, "--split-file", tmp_path / "split.json",
+        "--out", tmp_path / "more", "--model", before.model.name, "--image-size", before.model.image_side,
+        "--batch-size", 4, "--epochs", 8, "--ema-decay", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     dice = [
-        score_patients(load_checkpoint(path / BEST).model, dataset, [name], 0.5)[0]["dice"]
-        for path in (trained, tmp_path / "more")
+        score_patients(checkpoint.model, dataset, [name], 0.5)[0]["dice"]
+        for checkpoint in (before, load_checkpoint(tmp_path / "more" / "transunet_centralized_best.pth"))
     ]
     assert dice[1] > dice[0] + 0.05, dice
 
 
 def test_the_least_sure_are_at_the_top_and_it_is_measured_once(hospital, monkeypatch):
-    out, name, _, _ = hospital
-    others = [path for path in sorted(out.iterdir()) if path.is_dir() and path.name.startswith("TCGA")][:3]
+    out, name, _ = hospital
+    others = [path for path in sorted(out.iterdir()) if path.is_dir() and path.name.startswith("TCGA")][:2]
     for folder in others:
         folder.rename(out / "without_masks" / folder.name)
         for mask in (out / "without_masks" / folder.name).glob("*_mask.tif"):
@@ -123,13 +133,13 @@ def test_the_least_sure_are_at_the_top_and_it_is_measured_once(hospital, monkeyp
     values = {name: value for name, (_, value) in json.loads(file.read_text())["patients"].items()}
     without = [path.name for path in (out / "without_masks").iterdir()]
     listed = [option.split(":")[0] for option in shown.selectbox(key="patient").options]
-    assert len(values) == len(listed) == 10 and listed[:4] == sorted(without, key=lambda n: values[n])
+    assert len(values) == len(listed) == 4 and listed[:3] == sorted(without, key=lambda n: values[n])
     monkeypatch.setattr("inference.probability", lambda *_: pytest.fail("it was measured already"))
     assert "measure" not in [button.key for button in page().button]
 
 
 def test_two_readers_of_one_patient_lose_nothing_and_see_nothing_of_each_other(hospital):
-    out, name, truth, _ = hospital
+    out, name, truth = hospital
     one, two = opened(page()), opened(page())
     upload(one, corrections(truth, name), "A corrected mask")
     assert "edited" not in two.session_state
@@ -151,7 +161,7 @@ def test_two_readers_of_one_patient_lose_nothing_and_see_nothing_of_each_other(h
 
 
 def test_components_are_switched_and_what_is_wrong_is_told(hospital, picture):
-    out, name, _, _ = hospital
+    out, name, _ = hospital
     shown = opened(page())
     shown.slider(key="threshold").set_value(0.3).run()
     switches = [box for box in shown.checkbox if "cm³" in box.label]
@@ -170,18 +180,23 @@ def test_components_are_switched_and_what_is_wrong_is_told(hospital, picture):
     upload(shown, masks, "A corrected mask")
     assert any("has no mask" in error.value or "8×8" in error.value for error in shown.error)
     assert "edited" not in shown.session_state and not shown.exception
-    next(b for b in shown.button if b.label == "Close this case").click().run()
-    assert not {"saved", "save_refusal", "edit_refusal", "components_of"} & set(
-        shown.session_state.filtered_state
-    )
+    close(shown)
+    assert "case" in shown.session_state and any("was not saved" in told.value for told in shown.warning)
+    shown.button(key="stay").click().run()
+    assert "case" in shown.session_state and not any("was not saved" in told.value for told in shown.warning)
+    close(shown)
+    shown.button(key="lose").click().run()
+    assert "case" not in shown.session_state and not shown.exception
+    left = ("saved", "save_refusal", "edit_refusal", "components_of", "edited", "prediction")
+    assert not [kept for kept in left if kept in shown.session_state]
 
 
 @pytest.mark.parametrize(
     ("folder", "told"), [("nothing", "there is no folder"), (".", "There is no patient")]
 )
-def test_a_folder_without_patients_is_told(trained, tmp_path, monkeypatch, folder, told):
+def test_a_folder_without_patients_is_told(tmp_path, monkeypatch, folder, told):
     monkeypatch.setenv("MEDFL_DATA", str(tmp_path / folder))
-    monkeypatch.setenv("MEDFL_CHECKPOINT", str(trained / BEST))
+    monkeypatch.setenv("MEDFL_CHECKPOINT", str(MODEL))
     shown = page()
     assert not shown.exception
     assert any(told in text.value for text in [*shown.error, *shown.caption])

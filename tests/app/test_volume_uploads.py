@@ -141,7 +141,7 @@ def test_files_of_one_grid_are_the_channels_as_brats_has_them():
     values = {"t1n": SCAN, "t2f": SCAN[::-1].copy(), "t1c": SCAN[:, ::-1].copy(), "t2w": SCAN}
     files = [(f"BraTS-GLI-1-{kind}.nii", nifti(v)) for kind, v in values.items()]
     case = read_case([*files, ("BraTS-GLI-1-seg.nii", nifti(MASK)), ("BraTS-GLI-1-t1n.json", b"{}")])
-    alone = [read_case([(f"{k}.nii", nifti(values[k]))]).volume[..., 0] for k in ("t1n", "t2f", "t1c")]
+    alone = [read_case([("scan.nii", nifti(values[k]))]).volume[..., 0] for k in ("t1n", "t2f", "t1c")]
     assert np.array_equal(case.volume, np.stack(alone, axis=-1)) and case.truth.any() and case.oriented
     assert "1 NIfTI files were ignored" in " ".join(case.notes)
     two = read_case([files[1], files[0]])
