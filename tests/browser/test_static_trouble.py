@@ -144,8 +144,8 @@ def test_an_open_case_is_not_left_in_silence_and_the_next_begins_anew(browser, a
     page.get_by_role("button", name="Close this case").click()
     page.get_by_role("button", name="Phantom 1").click()
     page.get_by_text("This is a phantom: painted, not measured.").wait_for()
-    assert page.locator("#name").inner_text() == "phantom_1" and page.get_by_label("Window").input_value() == (
-        "full range"
-    )
+    assert page.locator("#name").inner_text() == "phantom_1" and page.get_by_label(
+        "Window"
+    ).input_value() == ("full range")
     assert page.failures == []
     page.close()
