@@ -5,8 +5,9 @@ on this machine.
 
 Times run from choosing files until the picture stands in the page: one slice, and 40 slices of 256×256, with
 threads and (the page served without the headers that isolate it) on one thread; then from a slider's move
-until the next frame. Memory is the largest that the page's process ever held, after 200 slices. Sizes are
-those of the staged folder.
+until the next frame. The viewer draws on the processor (SwiftShader), as if there were no graphics card.
+Memory is the largest that the page's process ever held, after 200 slices. Sizes are those of the staged
+folder.
 """
 
 import argparse
@@ -31,8 +32,8 @@ REPEATS = 3
 NUMBERS = list(range(1, 20))
 THRESHOLDS = [number / 20 for number in NUMBERS]
 # moves a slider to each of its values in turn; milliseconds from each move until the frame after it was drawn
-MOVE = """async ([id, values]) => {
-  const slider = document.getElementById(id), times = [];
+MOVE = """async ([name, values]) => {
+  const { tools } = document.getElementById("viewer").viewer, slider = tools[name], times = [];
   for (const value of values) {
     const began = performance.now();
     slider.value = value;
@@ -48,7 +49,7 @@ def open_files(page: Page, files: list[Path]) -> float:
     """Seconds from choosing files to the picture; the page is left at the open case."""
     began = time.perf_counter()
     page.locator("#files").set_input_files(files)
-    page.locator("#caption", has_text=f"of {len(files)} (").wait_for()
+    page.locator(".words", has_text=f"of {len(files)}:").wait_for()
     return time.perf_counter() - began
 
 
@@ -95,7 +96,9 @@ def main() -> None:
             running = server(folder / "staged", 0, isolated=way == "threads")
             threading.Thread(target=running.serve_forever, daemon=True).start()
             browser = playwright.chromium.launch_persistent_context(
-                folder / f"profile-{way[0]}", executable_path=chromium, args=["--no-sandbox"]
+                folder / f"profile-{way[0]}",
+                executable_path=chromium,
+                args=["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"],
             )
             page = browser.new_page()
             page.set_default_timeout(300_000)
@@ -107,8 +110,8 @@ def main() -> None:
                     times.setdefault(f"{len(chosen)} slices, {way}", []).append(open_files(page, chosen))
                     if len(chosen) == 1:
                         page.get_by_role("button", name="Close this case").click()
-                for slider, values in (("slice", NUMBERS), ("threshold", THRESHOLDS)):
-                    times.setdefault(f"{slider} slider", []).extend(
+                for slider, values in (("slider", NUMBERS), ("threshold", THRESHOLDS)):
+                    times.setdefault(f"{'slice' if slider == 'slider' else slider} slider", []).extend(
                         ms / 1000 for ms in page.evaluate(MOVE, [slider, values])
                     )
                 page.get_by_role("button", name="Close this case").click()

@@ -50,6 +50,7 @@ class Page(SimpleHTTPRequestHandler):
         ".wasm": "application/wasm",
         ".svg": "image/svg+xml",
         ".md": "text/markdown",
+        ".webmanifest": "application/manifest+json",
         "": "application/octet-stream",
     }
 

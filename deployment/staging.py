@@ -21,7 +21,13 @@ SPACE_OTHERS = ("LICENSE", "deployment/app/.streamlit/config.toml")  # besides w
 NOT_IN_A_SPACE = ("radiology",)  # DICOM files carry names, and a Space is somebody else's computer
 SPACE_TOP = ("README.md", "Dockerfile", "requirements.txt")  # of deployment/space
 
-BROWSER_FILES = ("README.md", "index.html", "style.css", "icon.svg")  # of deployment/browser, and its *.js
+BROWSER_FILES = (
+    "README.md",
+    "index.html",
+    "style.css",
+    "icon.svg",
+    "manifest.webmanifest",
+)  # of deployment/browser, and its *.js
 # of its node_modules: a library's folder, and the files of it, {pattern in the library: folder in libs}
 LIBRARIES = {
     "fast-png": {"lib/*.js": "fast-png", "lib/helpers/*.js": "fast-png/helpers"},

@@ -11,6 +11,7 @@ import { agreement, csvText, sliceRows, summary } from "./readout.js";
 import { maskPng } from "./slices.js";
 import { createViewer } from "./viewer.js";
 
+const OFFLINE = ["worker.js", "libs/onnxruntime/ort.js", "libs/onnxruntime/ort-wasm.js", "libs/onnxruntime/ort-wasm.wasm", "icon.svg"]; // what the worker loads
 const SAMPLES = ["phantom_1", "phantom_2", "phantom_3"];
 const PHANTOMS_ONLY = "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its outline of one " +
   "means nothing.";
@@ -74,12 +75,31 @@ async function start() {
     throw new UserError("this browser draws no three-dimensional pictures (WebGL 2); switch on its hardware acceleration, or use another browser");
   }
   ready("Ready.");
+  keep().catch(() => {}); // not waited for; a private window keeps nothing; the page works as before
+}
+
+/** Keep the page's own files, the model too, so that the next visit needs no network. */
+async function keep() {
+  if (!navigator.serviceWorker) return;
+  await navigator.serviceWorker.register("offline.js");
+  await navigator.serviceWorker.ready;
+  const cache = await caches.open("medfl-page");
+  const own = performance.getEntriesByType("resource").map(({ name }) => name).filter((name) => name.startsWith(location.origin + "/"));
+  const before = await cache.keys();
+  const wanted = new Set([location.href.split("#")[0], new URL("index.html", location).href, ...OFFLINE.map((name) => new URL(name, location).href), ...own]);
+  await Promise.all([...wanted].map(async (name) => {
+    const answer = await fetch(name);
+    if (answer.ok) await cache.put(name, answer);
+  }));
+  await Promise.all(before.filter(({ url }) => !wanted.has(url)).map((request) => cache.delete(request)));
+  document.body.dataset.kept = "yes";
 }
 
 function ready(text) {
   const { threads } = state.network;
   const how = threads > 1 ? `${threads} threads` : "one thread";
   const why = self.crossOriginIsolated ? "" : ": this address does not isolate the page, so it may not use more";
+  $("progress").hidden = true;
   say(`${text} The network runs on ${how}${why}.`);
   showParts();
 }
@@ -210,7 +230,16 @@ function measure() {
   const found = summary(opened, state.rows);
   const lines = [["Tumour", `${found.pixels.toLocaleString("en")} pixels`], ["Slices with tumour", `${found.slices} of ${found.count}`],
     ["Share of the head", `${(100 * found.share).toFixed(1)} %`], ["Largest diameter", `${found.diameter.toFixed(1)} pixels`]];
+  const [low, high] = found.bounds;
+  if (found.pixels) {
+    const [one, other] = found.widest.perpendicular.map((value) => value.toFixed(1));
+    lines.push([`Perpendicular diameters (RANO), slice ${found.widest.slice}`, `${one} × ${other} ${opened.spacing ? "mm" : "pixels"}`]);
+  }
   if (opened.spacing) lines.push(["Volume", `${found.cm3.toFixed(1)} cm³`], ["Largest diameter in mm", `${found.diameterMm.toFixed(1)} mm`]);
+  if (!changed) { // what a person drew has no probability
+    lines.push(["Between probability 0.9 and 0.1", opened.spacing ? `${found.boundsCm3[0].toFixed(1)} to ${found.boundsCm3[1].toFixed(1)} cm³`
+      : `${low.toLocaleString("en")} to ${high.toLocaleString("en")} pixels`]);
+  }
   if (found.dice !== undefined && found.dice !== null) {
     lines.push(["Dice with the truth", found.dice.toFixed(3)], ["IoU with the truth", found.iou.toFixed(3)]);
   }

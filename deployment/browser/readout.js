@@ -3,6 +3,7 @@
 import { cell } from "./common.js";
 
 const FLAIR = 1; // channel
+const LOW = 0.1, HIGH = 0.9; // probabilities: what reaches the second counts at least, what reaches the first at most
 
 /** For each slice: how many pixels the mask has (count × height × width, above 0 is tumour), the longest line within one part of them in pixels and in mm (null
     without a spacing), the mean probability there (null if there is none), and with a truth Dice and IoU. */
@@ -13,33 +14,42 @@ export function sliceRows(opened, probability, mask) {
   const rows = [];
   for (let slice = 0; slice < count; slice++) {
     let pixels = 0, sum = 0;
-    const tally = { both: 0, false: 0, missed: 0 };
+    const tally = { both: 0, false: 0, missed: 0 }, bounds = [0, 0];
     for (let k = 0, at = slice * area; k < area; k++, at++) {
       const marked = mask[at] > 0;
       inside[k] = marked ? 1 : 0;
+      if (marked && probability[at] >= HIGH) bounds[0]++;
+      if (marked || probability[at] >= LOW) bounds[1]++;
       if (marked) {
         pixels++;
         sum += probability[at];
       }
       if (truth && (marked || truth[at])) tally[marked ? (truth[at] ? "both" : "false") : "missed"]++;
     }
+    const perpendicular = pixels ? perpendicularDiameters(inside.slice(), height, width, spacing) : [0, 0];
     const [diameter, diameterMm] = pixels ? largestDiameters(inside, height, width, spacing) : [0, 0];
     rows.push({ slice: slice + 1, file: opened.slices[slice], pixels, share: pixels / area, diameter,
       mean: pixels ? sum / pixels : null, squareMm: spacing ? pixels * spacing[0] * spacing[1] : null,
-      diameterMm: spacing ? diameterMm : null, tally: truth ? tally : null });
+      diameterMm: spacing ? diameterMm : null, tally: truth ? tally : null,
+      bounds, perpendicular });
   }
   return rows;
 }
+
+const product = ({ perpendicular: [one, other] }) => one * other;
 
 /** The case's figures from its slices' rows. */
 export function summary(opened, rows) {
   const total = (value) => rows.reduce((sum, row) => sum + value(row), 0);
   const most = (value) => rows.reduce((top, row) => Math.max(top, value(row)), 0);
   const pixels = total((row) => row.pixels);
-  const figures = { pixels, slices: rows.filter((row) => row.pixels).length, count: rows.length,
+  const widest = rows.reduce((best, row) => (product(row) > product(best) ? row : best));
+  const figures = { pixels, bounds: [total((row) => row.bounds[0]), total((row) => row.bounds[1])], widest, slices: rows.filter((row) => row.pixels).length, count: rows.length,
     share: pixels / Math.max(headPixels(opened), 1), diameter: most((row) => row.diameter) };
   if (opened.spacing) {
-    figures.cm3 = (pixels * opened.spacing[0] * opened.spacing[1] * opened.spacing[2]) / 1000;
+    const voxel = (opened.spacing[0] * opened.spacing[1] * opened.spacing[2]) / 1000; // cm³
+    figures.cm3 = pixels * voxel;
+    figures.boundsCm3 = figures.bounds.map((voxels) => voxels * voxel);
     figures.diameterMm = most((row) => row.diameterMm);
   }
   if (opened.truth && (opened.together || rows.length === 1)) {
@@ -80,13 +90,49 @@ export function largestDiameters(inside, height, width, spacing) {
   return [longest, longestMm];
 }
 
-/** The first and the last pixel of each row of the part that holds `seed`, [y, x], by rows; its pixels become 2. */
-function partFrom(inside, seed, height, width) {
+/** The two largest perpendicular diameters, as RANO measures a tumour in a slice (Wen et al. 2010, doi:10.1200/JCO.2009.26.3541): the
+    longest line of a part, and the longest that crosses its direction at a right angle, to the width of a pixel; of the part with the
+    largest product. In mm with a spacing, else in pixels. `inside` is used up. */
+export function perpendicularDiameters(inside, height, width, spacing) {
+  const [tall, wide] = spacing ?? [1, 1];
+  let most = [0, 0];
+  for (let seed = 0; seed < inside.length; seed++) {
+    if (inside[seed] !== 1) continue;
+    const pixels = [], [one, other] = ends(hull(partFrom(inside, seed, height, width, pixels)), tall, wide);
+    const longest = apart(one, other, tall, wide);
+    if (!longest) continue;
+    const along = [((other[0] - one[0]) * tall) / longest, ((other[1] - one[1]) * wide) / longest];
+    const points = pixels.map((k) => [Math.floor(k / width) * tall, (k % width) * wide])
+      .map(([y, x]) => [y * along[0] + x * along[1], x * along[0] - y * along[1]]);
+    const pair = [longest, widest(points, Math.min(tall, wide))];
+    if (pair[0] * pair[1] > most[0] * most[1] || most[0] === 0) most = pair;
+  }
+  return most;
+}
+
+/** How far points [along, across] reach across, the most within a strip of this width; strips overlap by half. */
+function widest(points, width) {
+  const first = points.reduce((least, [along]) => Math.min(least, along), Infinity);
+  let most = 0;
+  for (const offset of [0, 0.5]) {
+    const strips = new Map();
+    for (const [along, across] of points) {
+      const strip = Math.floor((along - first) / width + offset), seen = strips.get(strip) ?? [Infinity, -Infinity];
+      strips.set(strip, [Math.min(seen[0], across), Math.max(seen[1], across)]);
+    }
+    for (const [low, high] of strips.values()) most = Math.max(most, high - low);
+  }
+  return most;
+}
+
+/** The first and the last pixel of each row of the part that holds `seed`, [y, x], by rows; its pixels become 2, and go to `pixels`. */
+function partFrom(inside, seed, height, width, pixels = []) {
   const ends = new Map();
   const waiting = [seed];
   inside[seed] = 2;
   while (waiting.length) {
     const at = waiting.pop();
+    pixels.push(at);
     const y = Math.floor(at / width), x = at % width;
     const end = ends.get(y);
     if (!end) ends.set(y, [x, x]);
@@ -122,10 +168,14 @@ function hull(points) {
   return [...half(points), ...half(points.toReversed())];
 }
 
-function farthest(points, tall, wide) {
-  let longest = 0;
-  for (const [y, x] of points) for (const [v, u] of points) longest = Math.max(longest, Math.hypot((y - v) * tall, (x - u) * wide));
-  return longest;
+const apart = ([y, x], [v, u], tall, wide) => Math.hypot((y - v) * tall, (x - u) * wide);
+const farthest = (points, tall, wide) => apart(...ends(points, tall, wide), tall, wide);
+
+/** The two of the points that are farthest apart. */
+function ends(points, tall, wide) {
+  let found = [points[0], points[0]];
+  for (const one of points) for (const other of points) if (apart(one, other, tall, wide) > apart(...found, tall, wide)) found = [one, other];
+  return found;
 }
 
 /** The slices' rows as CSV, with the columns of the app's. */

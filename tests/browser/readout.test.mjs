@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 
 const here = new URL("../../deployment/browser/", import.meta.url);
-const { agreement, csvText, largestDiameters, sliceRows, summary } = await import(new URL("readout.js", here));
+const { agreement, csvText, largestDiameters, perpendicularDiameters, sliceRows, summary } = await import(new URL("readout.js", here));
 const { maskOf } = await import(new URL("../viewer/edits.js", here));
 const { readProperties } = await import(new URL("model.js", here));
 const { cell, listed, plain, short } = await import(new URL("common.js", here));
@@ -72,4 +72,29 @@ test("names are shortened and listed", () => {
   assert.equal(short("a/b/c.tif"), "c.tif");
   assert.equal(short("x".repeat(80)).length, 56);
   assert.equal(listed(["a"]) + listed(["a", "b"]) + listed(["a", "b", "c"]), "aa and ba, b and c");
+});
+
+test("the two largest perpendicular diameters, and the volume between probabilities", () => {
+  const bar = grid(`......
+                    .#####
+                    .#####
+                    .#####
+                    ......`);
+  const [one, other] = perpendicularDiameters(bar.slice(), 5, 6, null);
+  assert.ok(Math.abs(one - Math.hypot(4, 2)) < 1e-9); // the diagonal
+  assert.ok(other > 2 && other < 3.6, `${other}`); // across it, within the bar
+  const line = grid(`####
+                     ....`);
+  assert.deepEqual(perpendicularDiameters(line.slice(), 2, 4, [3, 2]), [6, 0]);
+  const cross = grid(`...#...
+                      ...#...
+                      #######
+                      ...#...
+                      ...#...`);
+  assert.deepEqual(perpendicularDiameters(cross.slice(), 5, 7, null), [6, 4]);
+  const opened = { count: 1, height: 2, width: 2, spacing: [1, 1, 10], slices: ["a"], pixels: new Uint8Array(12), together: true };
+  const probability = Float32Array.of(0.95, 0.6, 0.2, 0.05);
+  const found = summary(opened, sliceRows(opened, probability, maskOf(probability, 0.5)));
+  assert.deepEqual(found.bounds, [1, 3]);
+  assert.ok(Math.abs(found.boundsCm3[1] - 0.03) < 1e-12);
 });

@@ -150,6 +150,27 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
     page.close()
 
 
+def test_the_next_visit_needs_no_network(browser, staged, patient):
+    from deployment.serve_browser import server
+
+    running = server(staged, 0)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(f"http://127.0.0.1:{running.server_port}")
+    page.locator("body[data-kept]").wait_for()
+    running.shutdown()
+    running.server_close()
+    page.reload()
+    page.get_by_text("Ready.").wait_for()
+    choose(page, list(patient[0].images))
+    shown(page, len(patient[0].images))
+    kept = page.evaluate("caches.open('medfl-page').then(async kept => (await kept.keys()).map(k => k.url))")
+    assert kept and not [url for url in kept if any(path.name in url for path in patient[0].images)]
+    context.close()
+
+
 def test_jpeg_pixels_are_pillows(browser, address):
     """A browser's own decoder reads them, so only a real browser can show it."""
     page = opened(browser, address)
@@ -200,7 +221,7 @@ def test_nothing_leaves_and_it_works_without_a_network(browser, address, patient
     page.get_by_role("button", name="Phantom 1").click()
     page.get_by_role("button", name="Close this case").click()
     assert all(url.startswith((address, "blob:", "data:")) for url in page.asked), page.asked
-    loaded = len(page.asked)
+    page.locator("body[data-kept]").wait_for()  # for the next visit; after that nothing is asked for
     elsewhere = f"http://127.0.0.1:{listener.server_port}/scan"
     send = f"fetch('{elsewhere}').then(() => 'sent', () => 'refused')"
     assert page.evaluate(send) == "refused", "the page may send"

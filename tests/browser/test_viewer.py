@@ -1,4 +1,4 @@
-"""The viewer under a reader's hands in a real Chromium: wheel, drags, keys, pen, touch; masks compared by pixels."""
+"""The viewer under a reader's hands in a real Chromium: wheel, drags, keys, pen, touch; masks pixel by pixel."""
 
 import gzip
 import io
@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 from pages import at_slice, choose, dragged, fetched, masks_of, opened, place, seen, shown
+from running import ROOT
 
 pytestmark = pytest.mark.slow
 SPACING = (2.0, 1.0, 4.0)  # mm between columns, rows and slices
@@ -204,6 +205,27 @@ def test_growing_filling_between_and_parts(page):
     assert np.array_equal(mask(page), found)
     page.locator(".parts input").nth(1).check()
     assert (mask(page)[4] > 0).sum() == 64 + 80
+
+
+def test_axe_finds_nothing_in_light_and_dark(page, browser, address):
+    axe = (ROOT / "deployment" / "viewer" / "node_modules" / "axe-core" / "axe.min.js").read_text()
+
+    def violations(where):
+        where.evaluate(axe)
+        found = where.evaluate("axe.run()")["violations"]
+        return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]
+
+    page.keyboard.press("e")
+    assert violations(page) == []
+    page.keyboard.press("?")
+    assert violations(page) == []
+    page.keyboard.press("Escape")
+    empty = opened(browser, address)
+    empty.get_by_text("Ready.").wait_for()
+    for scheme in ("light", "dark"):
+        empty.emulate_media(color_scheme=scheme)
+        assert violations(empty) == [], scheme
+    empty.close()
 
 
 def test_a_distance_is_measured_in_mm(page):
