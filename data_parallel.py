@@ -103,7 +103,7 @@ class Sum(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # one of one input
+    def backward(_: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient
@@ -122,6 +122,8 @@ class WholeBatchNorm(nn.BatchNorm2d):
         mean, count = total[:-1] / total[-1], total[-1]
         centred = values - mean[:, None, None]
         variance = Sum.apply(centred.square().sum(axes)) / count
+        assert self.running_mean is not None and self.running_var is not None  # as all layers here have
+        assert self.num_batches_tracked is not None and self.momentum is not None
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
