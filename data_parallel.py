@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batches import TrainingBatches
-from common import MedFLError
+from common import EXIT_BAD_INPUT, MedFLError
 
 PATIENCE = timedelta(hours=6)  # for the first process, which scores while the others wait
 
@@ -44,12 +44,17 @@ class Processes:
 
     @contextlib.contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The block runs in the first process, and then in the others: what it writes is there for them."""
-        if self.count > 1 and not self.first:
-            dist.barrier()
-        yield
-        if self.count > 1 and self.first:
-            dist.barrier()
+        """The block runs in the first process, and then in the others: what it writes is there for them. Where it
+        fails in the first, which says why, the others end."""
+        if not self.first and not self.agree(None):
+            sys.exit(EXIT_BAD_INPUT)
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if self.first:
+                self.agree(done)
 
     def agree(self, value: Any) -> Any:
         """The first process's value, in all of them."""
@@ -122,7 +127,7 @@ class WholeBatchNorm(nn.BatchNorm2d):
         mean, count = total[:-1] / total[-1], total[-1]
         centred = values - mean[:, None, None]
         variance = Sum.apply(centred.square().sum(axes)) / count
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None and self.running_var is not None  # as all layers here have
         assert self.num_batches_tracked is not None and self.momentum is not None
         with torch.no_grad():
             self.num_batches_tracked.add_(1)

@@ -19,6 +19,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from common import (
     __version__,
     add_settings,
     counted,
+    file_sha256,
     git_commit,
     given_options,
     run_folder,
@@ -61,7 +63,7 @@ from federation.runtime.simulation import check_ray, simulate
 from federation.runtime.status_port import serve_status
 from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
 from federation.server.events import Messenger
-from federation.server.state import BEST, LAST, SHARED, claim, load_run, longer, nothing_left
+from federation.server.state import BEST, LAST, SHARED, claim, load_run, nothing_left, with_rounds
 from inference import choose_device
 from partition import make_partition
 from split import make_split
@@ -91,8 +93,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on after the last complete round in --out, with its settings, --address and --kit; more "
-        "--rounds make it longer",
+        help="go on after the last complete round in --out, with its settings, --address and --kit; other "
+        "--rounds make it longer, or end it earlier",
     )
     parser.add_argument(
         "--start-or-resume",
@@ -121,6 +123,12 @@ def parse() -> argparse.Namespace:
         type=int,
         default=os.cpu_count() or 1,
         help="of --simulate: cores to use, and so how many hospitals work at once (default all)",
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="of --simulate: use the Ray cluster at this HOST:PORT; its machines share the folders of --out, "
+        "--data-dir and MedFL",
     )
     parser.add_argument(
         "--evaluate",
@@ -250,7 +258,6 @@ def prepare_job(
     out = arguments.out.resolve()
     job: dict = {
         **{name: getattr(arguments, name) for name in ("notify", "on_event", "tensorboard", "mlflow")},
-        "evaluate": arguments.evaluate and arguments.evaluate.name,
         "out": str(out),
         "resume": arguments.resume,
         "commit": (commit := git_commit()),
@@ -260,10 +267,11 @@ def prepare_job(
     check_log(out / AUDIT, job["ends"] and Path(job["ends"]), arguments.resume)
     if arguments.resume:
         training, federation, state, model = load_run(out)
-        federation = longer(federation, arguments.rounds if "rounds" in arguments.given else None)
+        done = state["progress"]["round"]
+        asked = arguments.rounds if "rounds" in arguments.given else None
+        federation = with_rounds(federation, asked, done)
         settings = to_json(training, federation)
         job["rounds"] = federation.rounds
-        done = state["progress"]["round"]
         say(
             f"going on after round {done} of {federation.rounds}, with that run's own settings; other options are "
             "ignored"
@@ -279,6 +287,10 @@ def prepare_job(
         if arguments.evaluate:
             arguments.init = arguments.evaluate
             training = replace(training, **network_of(arguments.evaluate))
+            federation = replace(federation, rounds=0)  # a hospital that agrees to that trains nothing
+            job["evaluate"] = {"model": arguments.evaluate.name, "sha256": file_sha256(arguments.evaluate)}
+        elif not federation.rounds:
+            raise MedFLError("--rounds is 0; choose a number above 0, or score a model with --evaluate MODEL")
         check_together(training, federation)
         model, started_from, init_split, training = starting_model(arguments, training)
         start = folder / "start.pth"
@@ -313,6 +325,14 @@ def prepare_job(
     return job, training, federation
 
 
+def shared_folder(out: Path) -> Path:
+    """A new folder in `out` for what hospitals on several machines remember; one that a killed run left is
+    removed. Nobody else writes there: `out` is claimed."""
+    for former in out.glob(".hospitals-*"):
+        shutil.rmtree(former, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=".hospitals-", dir=out.resolve()))
+
+
 def run_simulated(arguments: argparse.Namespace) -> int:
     """The whole federation in this process and Ray's workers; its exit code. Raises MedFLError for options
     that don't fit."""
@@ -324,7 +344,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
     dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
     tell(dataset.notes)
     claimed = claim(arguments.out)
-    folder = run_folder("simulation")
+    folder = shared_folder(arguments.out) if arguments.ray else run_folder("simulation")
     try:
         arguments.clients = arguments.simulate
         job, training, federation = prepare_job(arguments, folder)
@@ -343,6 +363,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
             device,
             arguments.cores,
             arguments.mask_suffix,
+            arguments.ray,
         )
     finally:
         claimed.release()
@@ -386,6 +407,8 @@ def main() -> None:
     leave_out_odd()
     check_installed(arguments.tensorboard, arguments.mlflow)
     take_up(arguments)
+    if arguments.ray and arguments.simulate is None:
+        raise MedFLError("--ray is for hospitals of --simulate; give both, or leave --ray out")
     if arguments.simulate is not None:
         sys.exit(run_simulated(arguments))
     kit = arguments.kit

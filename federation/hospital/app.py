@@ -264,12 +264,16 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
             + (": it would be left out; ask the coordinator for a longer --round-timeout" * (seconds > most))
         )
         return facts
-    ends = "stays at the server" if mine.federation.withhold_model else "comes here"
-    say(f"at the end the federation's model {ends}")
+    next_step = "waiting for the first round"
+    if not mine.federation.rounds:
+        next_step = "the server has a model scored on the test patients; nothing is trained"
+    else:
+        ends = "stays at the server" if mine.federation.withhold_model else "comes here"
+        say(f"at the end the federation's model {ends}")
+        next_step += " (it only observes: nothing is trained here)" * (identity.role == "observe")
     say(
         f"joined as {identity.label}: {facts.data}, patients: {parts['train'].patients} train, "
-        f"{parts['val'].patients} validate, {parts['test'].patients} kept for the test; waiting for the first round"
-        + (" (it only observes: nothing is trained here)" if identity.role == "observe" else "")
+        f"{parts['val'].patients} validate, {parts['test'].patients} kept for the test; {next_step}"
     )
     if mine.budget:
         noise = mine.planned_noise(asked.run)

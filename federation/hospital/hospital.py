@@ -130,7 +130,7 @@ class Hospital:
     def planned_noise(self, run: str) -> float | None:
         """The noise, in clips, with which all rounds of a run stay within the patients' budget; None without
         one, and where the run has begun."""
-        if self.budget is None or self.budget.has_begun(run):
+        if self.budget is None or self.budget.has_begun(run) or not self.federation.rounds:
             return None
         try:
             steps = self.federation.rounds * self.federation.steps_a_round(STEPS)

@@ -44,7 +44,7 @@ class FederationSettings:
     """Everything that decides how hospitals train together, each default once."""
 
     clients: int = setting(2, "hospitals in the federation")
-    rounds: int = setting(30, "rounds of training")
+    rounds: int = setting(30, "rounds of training")  # 0: hospitals score a model and train none
     partition: str = setting("site", "how one dataset is divided among simulated hospitals", KINDS)
     alpha: float = setting(0.5, "of the partition dirichlet: small makes unlike hospitals")
     val_fraction: float = setting(VAL_FRACTION, "share of the patients for validation")
@@ -141,7 +141,6 @@ class FederationSettings:
     def __post_init__(self) -> None:
         for name in (
             "clients",
-            "rounds",
             "alpha",
             "local_epochs",
             "round_timeout",
@@ -154,6 +153,8 @@ class FederationSettings:
                 raise MedFLError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0"
                 )
+        if not 0 <= self.rounds < math.inf:
+            raise MedFLError(f"--rounds is {self.rounds}; choose a number above 0")
         if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
             raise MedFLError(f"--lr-factor is {self.lr_factor}; choose a number above 0")
         if self.local_steps is not None and self.local_steps < 1:

@@ -1,7 +1,8 @@
-"""Many hospitals on one machine: the same two apps in Flower's simulation engine, on Ray.
+"""Many hospitals on one machine, or on a Ray cluster: the same two apps in Flower's simulation engine, on Ray.
 
 A few workers, one for each share of the cores, take the hospitals' messages in turn, so memory is bounded by
-the workers and not by the hospitals. Ray is optional: requirements-simulation.txt.
+the workers and not by the hospitals. Any worker may take any hospital's, so what hospitals remember lies where
+all can read it. Ray is optional: requirements-simulation.txt.
 """
 
 import contextlib
@@ -74,66 +75,65 @@ def stopped_by_signals(stopped: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_engine(
-    server_app: ServerApp,
-    client_app: ClientApp,
-    hospitals: int,
-    cores: int,
-    scratch: str,
-    stopped: threading.Event,
-) -> None:
-    """Run both apps to their end. Ray is started here, before Flower would: it takes SIGTERM for itself when
-    it starts."""
+def _start_ray(cores: int, scratch: str, cluster: str | None) -> tuple[int, int]:
+    """Start Ray on so many cores of this machine, or join the cluster at HOST:PORT; the cores that there are, and
+    the fewest of one machine. It is done here, before Flower would: Ray takes SIGTERM for itself when it starts."""
     os.environ["RAY_DEDUP_LOGS"] = "0"  # hospitals say alike things, and each is to be seen
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES alone
+    import ray
+
+    own = {
+        "num_cpus": cores,
+        "include_dashboard": False,
+        "object_store_memory": STORE,
+        "_temp_dir": scratch,
+    }
+    ray.init(
+        **({"address": cluster} if cluster else own),
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+        logging_level=logging.ERROR,
+    )
+    machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return sum(machines), min(filter(None, machines))
+
+
+def _run_engine(
+    server_app: ServerApp, client_app: ClientApp, hospitals: int, cores: int, stopped: threading.Event
+) -> None:
+    """Run both apps to their end. cores: of a worker."""
     import ray
     from flwr.simulation import run_simulation
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what goes wrong is told once, by us
-    ray.init(
-        num_cpus=cores,
-        include_dashboard=False,
-        object_store_memory=STORE,
-        _temp_dir=scratch,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-        logging_level=logging.ERROR,
-    )
     try:
         with stopped_by_signals(stopped):
             run_simulation(
                 server_app,
                 client_app,
                 hospitals,
-                backend_config={
-                    "client_resources": {"num_cpus": max(1, cores // hospitals), "num_gpus": 0.0}
-                },
+                backend_config={"client_resources": {"num_cpus": cores, "num_gpus": 0.0}},
             )
     finally:
         ray.shutdown()
 
 
 def simulate(
-    job: dict, folder: Path, hospitals: int, data_dir: Path, device: str, cores: int, mask_suffix: str
+    job: dict,
+    folder: Path,
+    hospitals: int,
+    data_dir: Path,
+    device: str,
+    cores: int,
+    mask_suffix: str,
+    cluster: str | None = None,
 ) -> int:
     """Run the federation that the job describes with simulated hospitals; its exit code. Raises
     KeyboardInterrupt when it was stopped, and MedFLError where the engine fails.
 
     folder: an empty one, for what hospitals remember. cores: how many may be used; a hospital's training
-    takes one, or its share of them where there are fewer hospitals than cores.
+    takes one, or its share of them where there are fewer hospitals than cores. cluster: HOST:PORT of
+    a Ray cluster whose cores are used instead; its machines find `folder`, the data and MedFL where this one does.
     """
-    for cid in range(hospitals):
-        home = folder / f"hospital-{cid}"
-        Identity(
-            label=home.name,
-            cid=cid,
-            data=data_dir,
-            mask_suffix=mask_suffix,
-            device=device,
-            medfl=__version__,
-            models=Path(job["out"]),
-            code=job["audit"]["code"],
-            shared_cores=cores,
-        ).save(home)
 
     def folder_of(context: Context) -> Path:
         return folder / f"hospital-{context.node_config['partition-id']}"
@@ -147,11 +147,28 @@ def simulate(
     # sockets lie in Ray's folder, and their paths may not be long; a user's TMPDIR often is
     scratch = tempfile.mkdtemp(prefix="medfl-", dir="/tmp" if os.name == "posix" else None)
     try:
-        _run_engine(server_app, make_app(folder_of), hospitals, cores, scratch, stopped)
+        cores, most = _start_ray(cores, scratch, cluster)
+        for cid in range(hospitals):
+            home = folder / f"hospital-{cid}"
+            Identity(
+                label=home.name,
+                cid=cid,
+                data=data_dir,
+                mask_suffix=mask_suffix,
+                device=device,
+                medfl=__version__,
+                models=Path(job["out"]),
+                code=job["audit"]["code"],
+                shared_cores=cores,
+            ).save(home)
+        for_one = max(1, min(cores // hospitals, most))
+        _run_engine(server_app, make_app(folder_of), hospitals, for_one, stopped)
     except Exception as error:
         cause = error.__cause__ and error.__cause__.__cause__ or error
         raise MedFLError(
-            f"Flower's simulation engine failed ({cause}); start the hospitals with run_client.py instead"
+            f"Flower's simulation engine failed ({cause}); "
+            + (f"see to the Ray cluster at {cluster}, or " if cluster else "")
+            + "start the hospitals with run_client.py instead"
         ) from error
     finally:
         interrupted = stopped.is_set()

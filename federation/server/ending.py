@@ -45,7 +45,7 @@ def pooled(results: dict[str, Tested]) -> dict | None:
         drawn = np.random.default_rng(0).integers(0, len(means), (DRAWS, len(means)))
         again = (means[drawn] * patients[drawn]).sum(axis=1) / patients[drawn].sum(axis=1)
         ci95 = [round(float(value), 6) for value in np.percentile(again, (2.5, 97.5))]
-    worst = min(scores, key=lambda label: scores[label][0])
+    worst = min(sorted(scores), key=lambda label: scores[label][0])  # the first by name of equals
     return {
         "patients": int(patients.sum()),
         "volume_dice": {

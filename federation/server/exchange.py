@@ -12,6 +12,7 @@ from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import part_mask, payload, to_record
 from federation.server.mailbox import NO_ANSWER, SPARE, Answer, Mailbox
 from federation.server.membership import PURPOSES, Member, Membership
+from federation.server.updates import NoRoom
 
 TICK = 0.2  # seconds between two looks for answers
 LATE_TIME = 120.0  # seconds in which the others may come to a run that goes on, once enough are there
@@ -51,19 +52,21 @@ class Exchange:
             model,
         )
         self.known, self.say = known, say
+        self._observers = False  # whether those that only score count as well
         self._complaints: dict[str, set[str]] = {}  # by node, of secure aggregation
         self._have: set[str] = (
             set()
         )  # sessions of hospitals that hold a whole model, so that parts of it are enough
 
-    def assemble(self, resumed: bool) -> None:
+    def assemble(self, resumed: bool, observers: bool = False) -> None:
         """Wait for the hospitals that a run begins with. A resumed run waits for those that took part before
-        and may still come, and, once enough are there, not much longer."""
+        and may still come, and, once enough are there, not much longer. observers: they count as well."""
+        self._observers = observers
         began, told, told_at, enough = time.monotonic(), "", 0.0, None
         while self._incomplete(resumed):
             for _ in self._attend():
                 pass
-            count, now = len(self.membership.training), time.monotonic()
+            count, now = len(self._here), time.monotonic()
             whom = counted(self.settings.clients, "hospital")
             are = "is" if self.settings.clients == 1 else "are"
             said = f"{count} of {whom} {are} here{self._why_not_all()}"
@@ -82,9 +85,14 @@ class Exchange:
         if self.missing():
             self.say("going on with those that are here")
 
+    @property
+    def _here(self) -> set[str]:
+        """The labels of the members that count."""
+        return set(self.membership.members) if self._observers else self.membership.training
+
     def _incomplete(self, resumed: bool) -> bool:
         """Whether to wait for more hospitals before the first round of this start."""
-        here, known = self.membership.training, set(self.known())
+        here, known = self._here, set(self.known())
         if not (resumed and known):
             return len(here) < self.settings.clients
         admitted = self.membership.labels()
@@ -106,7 +114,7 @@ class Exchange:
         """Labels that are expected and not there: those that took part before, then those whose keys are
         admitted, or numbers; of the latter none where more could come than are waited for, or where hospitals
         with own data chose their names. A hospital whose key is revoked can't come."""
-        here, admitted = self.membership.training, self.membership.labels()
+        here, admitted = self._here, self.membership.labels()
         keys = None if admitted is None else set(admitted.values())
         absent = [
             label for label in sorted(self.known()) if label not in here and (keys is None or label in keys)
@@ -248,6 +256,8 @@ class Exchange:
         if take:
             try:
                 take(member, answer)
+            except NoRoom:
+                raise
             except MedFLError as error:
                 failures[member.label] = f"{error}; it is left out"
                 return

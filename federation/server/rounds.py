@@ -19,7 +19,7 @@ from federation.protocol.weights import part_mask
 from federation.server.aggregation import ROBUST
 from federation.server.audit import AuditLog
 from federation.server.collector import Collected, Collector
-from federation.server.ending import TEST, Ending
+from federation.server.ending import Ending
 from federation.server.exchange import Exchange, NoQuorum
 from federation.server.history import Row, scores_of
 from federation.server.judging import Scores, collapsed, mean_dice
@@ -104,16 +104,24 @@ class Federation:
         self.membership.end(End.DONE, END_TIME)
         return 0
 
-    def evaluate(self, name: str) -> int:
-        """Score the model on the hospitals' test patients, and train nothing; the exit code."""
+    def evaluate(self, about: dict[str, str]) -> int:
+        """Score the model on the hospitals' test patients, and train nothing; the exit code. about: its file's
+        name and SHA-256."""
+        name = about["model"]
         try:
-            self.exchange.assemble(resumed=False)
+            self.exchange.assemble(resumed=False, observers=True)
+            self._warn_of_another_split()
             score = self.ending.score(name, self.state.weights, "model")
         except NoQuorum as error:
             self.say(str(error))
             self.membership.end(End.QUORUM, END_TIME)
             return EXIT_NO_QUORUM
-        write_json(self.out / TEST, {"model": name, "score": score})
+        write_json(self.out / f"{Path(name).stem}_test.json", {**about, "score": score})
+        if score:
+            said = (
+                f"test Dice {score['volume_dice']['mean']:.3f} over {counted(score['patients'], 'patient')}"
+            )
+            self.audit.write("scored", **about, hospitals=sorted(score["hospitals"]), why=said)
         self.membership.end(End.DONE, END_TIME)
         return 0
 

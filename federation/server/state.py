@@ -159,23 +159,24 @@ class RunState:
         self.progress, self._before = Progress.from_dict(state["progress"]), state["before"] or {}
 
 
-def longer(federation: FederationSettings, rounds: int | None) -> FederationSettings:
-    """The settings of a run that goes on, with more rounds where more are asked for. Raises MedFLError where
-    its noise was worked out for as many as it had."""
-    if rounds is None or rounds <= federation.rounds:
+def with_rounds(federation: FederationSettings, rounds: int | None, done: int) -> FederationSettings:
+    """The settings of a run that goes on, with as many rounds as are asked for now, and no fewer than are
+    done. Raises MedFLError for more where its noise was worked out for as many as it had."""
+    if rounds is None or rounds == federation.rounds:
         return federation
-    if federation.private and federation.dp_noise_multiplier is None:
+    if rounds > federation.rounds and federation.private and federation.dp_noise_multiplier is None:
         raise MedFLError(
             f"the noise of this run was worked out from --dp-epsilon for {federation.rounds} rounds, and more "
             "would spend more; start a new run from its model with --init"
         )
-    return replace(federation, rounds=rounds)
+    return replace(federation, rounds=max(rounds, done, 1))
 
 
 def nothing_left(out: Path, rounds: int | None) -> bool:
     """Whether the run in `out` came to its end, as its log tells, and no more rounds are asked for."""
-    federation = load_run(out)[1]
-    return ended_well(out / AUDIT) and longer(federation, rounds) == federation
+    _, federation, kept, _ = load_run(out)
+    done = kept["progress"]["round"]
+    return ended_well(out / AUDIT) and (rounds in (None, federation.rounds) or rounds <= done)
 
 
 def keep_last(state: RunState, audit: AuditLog, event: str, **about) -> None:

@@ -62,6 +62,8 @@ class Status:
         lead = f"round {done.round} of {settings.rounds}" + (
             f", about {_in_words(left)} to go" if left and event != "end" else ", over" * (event == "end")
         )
+        if not settings.rounds:
+            lead = "a model is scored, nothing is trained" + ", over" * (event == "end")
         facts = [
             ("renewed", f"{utc_now().replace('T', ' ')[:19]} UTC"),
             ("best model", f"Dice {done.best:.3f} after round {done.best_round}" if done.best >= 0 else None),

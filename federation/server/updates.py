@@ -20,6 +20,10 @@ from common import MedFLError
 BLOCK = 4_000_000  # values of all hospitals together that are in memory at a time: 32 MB in float64
 
 
+class NoRoom(MedFLError):
+    """The server's disk takes no more: not the fault of the hospital whose update it was."""
+
+
 @dataclass
 class Update:
     """What is known of a hospital's update besides its values. trained, statistics: factors to which the
@@ -59,17 +63,17 @@ class Updates:
         return sorted(self._of)
 
     def add(self, label: str, weights: torch.Tensor, examples: int) -> None:
-        """Take in a hospital's weights, (n,) float32, and the training slices behind them. Raises MedFLError
-        on a full disk."""
+        """Take in a hospital's weights, (n,) float32, and the training slices behind them. Raises NoRoom on a
+        full disk."""
         path = self._folder / label
         try:
             with open(path, "wb") as file:  # numpy's tofile is silent where the disk is full
                 file.write(weights.contiguous().numpy().data)
         except OSError as error:
             path.unlink(missing_ok=True)
-            raise MedFLError(
+            raise NoRoom(
                 f"the updates of a round don't fit into {self._folder.parent} ({error.strerror or error}); "
-                "free the disk"
+                "free the disk, then go on with --resume"
             ) from error
         self._of[label], self._products = Update(label, examples, path), None
 

@@ -1,6 +1,10 @@
 """The round loop on a grid whose hospitals answer as a test says: what is kept, averaged, left out, and when
 it ends."""
 
+import os
+import resource
+import signal
+
 import pytest
 from flwr.app import Message
 from scripted import Worker, federate, make_fast
@@ -11,7 +15,8 @@ from federation.protocol.messages import message, read
 from federation.protocol.settings import FederationSettings, to_json
 from federation.protocol.weights import pack
 from federation.server import app as server_app
-from federation.server.state import BEST, LAST, RunState, load_run
+from federation.server.audit import AuditLog
+from federation.server.state import BEST, LAST, RunState, load_run, nothing_left, with_rounds
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -145,3 +150,31 @@ def test_one_lying_score_does_not_choose_the_model(run):
         [Worker("hospital-0", rising), Worker("hospital-1", rising), Liar("hospital-2", rising)], 4
     )
     assert state.progress.best_round == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit of a file's size there")
+def test_a_full_disk_of_the_server_is_no_hospitals_failure(run, tmp_path):
+    """The run ends in a sentence, hospitals are told of no end, and it goes on when there is room."""
+    workers = [Worker(f"hospital-{k}", [0.5] * 9) for k in range(2)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(MedFLError, match="don't fit into .* free the disk"):
+            run(workers, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert not [worker.ends for worker in workers if worker.ends]
+    assert not list(tmp_path.glob(".updates-*/*"))
+    assert run(workers, 2)[0] == 0
+
+
+def test_a_run_is_made_longer_or_ended_where_it_is(run, tmp_path):
+    assert run([Worker("hospital-0", [0.5] * 9)], 3)[0] == 0
+    settings = load_run(tmp_path)[1]
+    assert with_rounds(settings, None, 3) is settings and with_rounds(settings, 9, 3).rounds == 9
+    assert with_rounds(settings, 2, 1).rounds == 2 and with_rounds(settings, 2, 3).rounds == 3
+    AuditLog(tmp_path / "audit.jsonl").write("end", exit=0)  # as the server's app does
+    for asked, over in {None: True, 3: True, 1: True, 4: False}.items():
+        assert nothing_left(tmp_path, asked) == over, asked

@@ -72,6 +72,23 @@ def test_simulation_gives_the_same_model(whole, phantoms, tmp_path):
     ]
 
 
+def test_a_ray_cluster_of_two_machines_gives_the_same_model(whole, phantoms, tmp_path):
+    """Each has one core, so each has a worker, and hospitals' memories are read by both."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="requirements-simulation.txt")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        options = ("--data-dir", phantoms, "--out", tmp_path, "--rounds", ROUNDS, *SMALL)
+        done = run_script("run_server.py", "--simulate", 2, "--ray", cluster.address, *options)
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert len(set(re.findall(r"ClientAppActor pid=(\d+)", done.stdout + done.stderr))) == 2
+    real, simulated = (load_checkpoint(out / LAST).model.state_dict() for out in (whole[0].out, tmp_path))
+    assert all(torch.equal(real[name], simulated[name]) for name in real)
+    assert not list(tmp_path.glob(".hospitals-*"))
+
+
 def test_history_has_a_row_per_round_and_hospital(whole):
     scene = whole[0]
     rows = history(scene.out)
@@ -202,6 +219,24 @@ def test_a_killed_server_goes_on_where_it_was(whole, scene, phantoms):
         assert {**one, "seconds": ""} == {**other, "seconds": ""}
     one, other = (load_checkpoint(out / LAST).model.state_dict() for out in (scene.out, whole[0].out))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_model_is_scored_by_hospitals_without_training(whole, scene, phantoms):
+    """As at the end of the run that made it; one hospital only observes. Nothing else is written or sent."""
+    model = whole[0].out / BEST
+    server = scene.server("--evaluate", model)
+    hospitals = [
+        scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms, *("--observer",) * k)
+        for k in (0, 1)
+    ]
+    assert server.end() == 0 and [h.end() for h in hospitals] == [0, 0], server.output
+    assert all("nothing is trained" in h.output and "comes here" not in h.output for h in hospitals)
+    told = json.loads((scene.out / "evaluation" / f"{model.stem}_test.json").read_text())
+    at_the_end = json.loads((whole[0].out / "federated_test.json").read_text())
+    assert (
+        told["score"] == at_the_end["best"] and told["model"] == BEST and "--rounds 0" in hospitals[0].output
+    )
+    assert not list(scene.folder.rglob("*.pth"))
 
 
 def test_it_starts_from_a_checkpoint_with_another_strategy(whole, scene, phantoms):
