@@ -7,6 +7,10 @@
 # make browser-demo  set up, then the page that runs the newest model in the browser, at http://127.0.0.1:8600 (needs Node.js)
 # make archive-demo  set up, then a hospital's archive (Debian's Orthanc) with phantoms: prepare from it, predict, send back
 # make docs        the site of docs/, in site/
+# make lock        pin all packages by SHA-256 again, in requirements/*.lock
+# make audit       known weaknesses of packages (needs the advisories' servers), and secrets in the repository
+# make sbom        what is installed, as CycloneDX: sbom.json, sbom-browser.json
+# make digests     pin the images' base by its digest (needs Docker and its registry)
 # make benchmark   throughput, memory and input pipeline of a training, measured here
 # make help        this list
 
@@ -25,7 +29,7 @@ VIEWER := deployment/viewer/dist/viewer.js
 help:
 	@sed -n 's/^# \(make .*\|   .*\)/\1/p' Makefile
 
-.PHONY: help demo federated app archive-demo browser-demo browser-libraries test test-quick lint system orthanc docs benchmark
+.PHONY: help demo federated app archive-demo browser-demo browser-libraries test test-quick lint system orthanc docs benchmark lock audit secrets sbom digests
 
 demo: $(VENV)/installed
 	$(RUN) data/make_phantoms.py --out $(PHANTOMS)
@@ -106,6 +110,33 @@ docs: $(VENV)/installed-dev
 
 benchmark: $(VENV)/installed-dev
 	$(RUN) benchmarks/throughput.py
+
+# What looks at the supply chain has an environment of its own: its packages are not MedFL's.
+TOOLS := .venv-audit
+$(TOOLS)/installed: requirements/audit.lock
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q --require-hashes --no-deps -r requirements/audit.lock
+	touch $@
+
+lock: $(TOOLS)/installed
+	PATH="$(TOOLS)/bin:$$PATH" python requirements/lock.py
+
+secrets: $(TOOLS)/installed
+	git ls-files -z | xargs -0 $(TOOLS)/bin/detect-secrets-hook --baseline .secrets.baseline
+
+audit: secrets
+	for lock in main federation dicom space dev audit torch; do \
+		$(TOOLS)/bin/pip-audit --disable-pip --require-hashes -r requirements/$$lock.lock || exit 1; done
+	npm audit --prefix deployment/browser
+
+sbom: $(TOOLS)/installed
+	$(TOOLS)/bin/cyclonedx-py requirements --of JSON -o sbom.json requirements/federation.lock
+	npm sbom --prefix deployment/browser --package-lock-only --sbom-format cyclonedx > sbom-browser.json
+
+BASE := python:3.11-slim-bookworm
+digests:
+	digest=$$(docker buildx imagetools inspect $(BASE) --format '{{.Manifest.Digest}}') \
+		&& sed -i.bak "s|^ARG BASE=.*|ARG BASE=$(BASE)@$$digest|" deployment/*/Dockerfile && rm deployment/*/Dockerfile.bak
 
 # One call of pip: only then does it choose a torchvision that fits the pinned torch.
 $(VENV)/installed: requirements.txt pyproject.toml

@@ -55,6 +55,7 @@ def stage_space(checkpoint: Checkpoint, folder: Path = SPACE) -> list[Path]:
     code = files_needed("deployment/app/app.py", without=NOT_IN_A_SPACE)
     sources = {name: ROOT / name for name in (*code, *SPACE_OTHERS)}
     sources |= {name: ROOT / "deployment" / "space" / name for name in SPACE_TOP}
+    sources["requirements.lock"] = ROOT / "requirements" / "space.lock"
     sources |= {f"{SAMPLES}/{path.name}": path for path in sorted((ROOT / SAMPLES).glob("*.zip"))}
     name = (
         checkpoint.path.name

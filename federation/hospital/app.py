@@ -25,7 +25,7 @@ from federation.protocol.answers import Facts, Introduction, Kind, Result, Teste
 from federation.protocol.log import say
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.proofs import sign_answer
-from federation.protocol.requests import QUERIES, Join, Keys, Model, Over, Score, Shares, Train, Unmask
+from federation.protocol.requests import QUERIES, Agree, Join, Keys, Model, Over, Score, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party, WrongShares, sha256_of
 from federation.protocol.settings import approval, from_json, unusual
 from federation.protocol.weights import Record, array_record, to_record
@@ -85,7 +85,7 @@ def make_app(
             mine = hospital(asked.settings, context)
             path = keep_model(mine, asked.which, arrays, asked.metadata, asked.sha256)
             say(f"the federation's {asked.which} model: {path}")
-        elif isinstance(asked, Keys | Shares | Unmask):
+        elif isinstance(asked, Keys | Shares | Agree | Unmask):
             answer = secure_stage(asked, incoming.metadata.dst_node_id, context, sums(context))
         elif isinstance(asked, Over):
             code, sentence = ENDS[asked.code]
@@ -353,7 +353,7 @@ def fix_run(run: str, sums: Sums) -> None:
         sums.join(run)
 
 
-def secure_stage(asked: Keys | Shares | Unmask, node: int, context: Context, sums: Sums) -> dict:
+def secure_stage(asked: Keys | Shares | Agree | Unmask, node: int, context: Context, sums: Sums) -> dict:
     """What is told in a stage of the secure aggregation that brings no update."""
     if isinstance(asked, Keys | Shares):
         with refusing():
@@ -366,7 +366,9 @@ def secure_stage(asked: Keys | Shares | Unmask, node: int, context: Context, sum
             sealed = mine.share(*sums.participants(asked), [asked.run, asked.round])
             return {"sealed": sealed, "promised": mine.promised, "seed": sha256_of(mine.seed)}
         mine.given = sums.given()
-        shares = mine.reveal(asked.summed, asked.missing)
+        if isinstance(asked, Agree):
+            return {"codes": mine.agree(asked.summed, asked.missing)}
+        shares = mine.reveal(asked.summed, asked.missing, asked.agreed)
         sums.remember(mine.given)
         return {"shares": shares}
 
@@ -380,7 +382,10 @@ def masked(
         raise HospitalError(
             Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares"
         )
-    share, of = min(1.0, examples / task.most), [task.run, task.round, task.most, model]
+    share = min(1.0, examples / task.most)
+    # what decides how far an update goes is told to all alike: with next to no rate for the others, the sum would
+    # be one hospital's update
+    of = [task.run, task.round, task.most, model, task.settings, task.rate]
     with party(context) as mine:
         return mine.masked(task.sealed, update, share, limit, of, task.promised)
 

@@ -173,6 +173,13 @@ class SealedShares(Typed):
     seed: Sha256
 
 
+class Agreed(Typed):
+    """Secure aggregation: a code for each other hospital, by its node, that says which hospitals this one was
+    told to be in the sum."""
+
+    codes: dict[Text, Sha256]
+
+
 class OpenShares(Typed):
     """Secure aggregation: the shares that uncover the sum, by the nodes whose secrets they are of."""
 

@@ -25,6 +25,7 @@ class Query(StrEnum):
     PING = "ping"  # are you there
     KEYS = "keys"  # secure aggregation: make new secrets for a round
     SHARES = "shares"  # secure aggregation: give the other hospitals their shares of them
+    AGREE = "agree"  # secure aggregation: tell each other whose updates are in the sum
     UNMASK = "unmask"  # secure aggregation: give the shares that uncover the sum
     MODEL = "model"  # the federation's model, for you to keep
     END = "end"  # the federation is over for you; `code` says why

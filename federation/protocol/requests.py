@@ -4,7 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from federation.protocol.answers import Count, Promise, PublicKeys, Seconds, Secret, Share, Text, Typed
+from federation.protocol.answers import (
+    Count,
+    Promise,
+    PublicKeys,
+    Seconds,
+    Secret,
+    Sha256,
+    Share,
+    Text,
+    Typed,
+)
 from federation.protocol.messages import End, Query
 
 Round = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -102,13 +112,23 @@ class Shares(Request):
     keys: dict[Text, Participant]
 
 
+class Agree(Request):
+    """Secure aggregation: say to the others whose updates are in the sum. summed, missing: nodes whose updates
+    are in it, and nodes that gave shares and no update."""
+
+    query: Literal[Query.AGREE]
+    summed: list[Annotated[int, Field(ge=0)]]
+    missing: list[Annotated[int, Field(ge=0)]]
+
+
 class Unmask(Request):
-    """Secure aggregation: give the shares that uncover the sum. summed, missing: nodes whose updates are in
-    it, and nodes that gave shares and no update."""
+    """Secure aggregation: give the shares that uncover the sum. summed, missing: as the hospitals agreed;
+    agreed: what the others said of these to this one (`answers.Agreed`), by their nodes."""
 
     query: Literal[Query.UNMASK]
     summed: list[Annotated[int, Field(ge=0)]]
     missing: list[Annotated[int, Field(ge=0)]]
+    agreed: dict[Text, Sha256]
 
 
 class Over(Request):
@@ -124,6 +144,7 @@ QUERIES: dict[Query, type[Typed]] = {
     Query.PING: Ping,
     Query.KEYS: Keys,
     Query.SHARES: Shares,
+    Query.AGREE: Agree,
     Query.UNMASK: Unmask,
     Query.MODEL: Model,
     Query.END: Over,

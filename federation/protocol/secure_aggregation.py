@@ -3,13 +3,17 @@
 The protocol is SecAgg+ (Bell et al. 2020, doi 10.1145/3372297.3417885, after Bonawitz et al. 2017, doi
 10.1145/3133956.3133982) in a group where all are neighbours. Its stages: hospitals send public keys; they
 send each other, sealed and by way of the server, Shamir's shares of two secrets; they send updates under
-masks; they give the shares that take the masks off the sum. A hospital's own mask comes off by the shares of
-its seed; the masks between two hospitals cancel, and those with one that dropped out come off by the shares
-of its key. What the server would need for one hospital's update is never given out together.
+masks; they tell each other whose updates are in the sum; they give the shares that take the masks off it. A
+hospital's own mask comes off by the shares of its seed; the masks between two hospitals cancel, and those with
+one that dropped out come off by the shares of its key. What the server would need for one hospital's update is
+never given out together.
 
 Against a server that tells hospitals different things, all masks are made of a hash of run, round, total,
-model and participants (`binding`) that every hospital computes itself: where two hospitals were told different
-ones, their masks don't cancel. Hashes of all shares (`Party.promised`) show who gave wrong ones.
+model, settings, rate and participants (`binding`) that every hospital computes itself: where two hospitals were
+told different ones, their masks don't cancel. Nobody gives a share before more than half have said to it, under
+keys that the server doesn't have, that they were told the same hospitals to be in the sum (`Party.agree`; the
+consistency check of Bonawitz et al.): of five hospitals and more, a server that told each of them others could
+else gather the shares of a whole update. Hashes of all shares (`Party.promised`) show who gave wrong ones.
 
 Keys, agreement, sealing and shares are Flower's; its `secaggplus_mod` and `SecAggPlusWorkflow` (1.41) are not
 used: they fold each mask's key into 32 bits for a generator that is not cryptographic, so that masks can be
@@ -19,6 +23,7 @@ and counts above a limit overflow in silence; and a hospital would give both sec
 
 import base64
 import hashlib
+import hmac
 import json
 import secrets
 from dataclasses import asdict, dataclass, field
@@ -108,8 +113,9 @@ def from_sum(total: np.ndarray, summands: int, limit: float, hospitals: int) -> 
 
 
 def binding(of: list, public: dict[str, list[str]], names: dict[str, str]) -> bytes:
-    """What the masks of a round are bound to: SHA-256 of run, round, the total that counts are divided by, and
-    the model's hash (`of`), and of all participants: nodes, public keys and the hospitals' names."""
+    """What the masks of a round are bound to: SHA-256 of run, round, the total that counts are divided by, the
+    model's hash, settings and rate (`of`), and of all participants: nodes, public keys and the hospitals'
+    names."""
     who = sorted([names.get(node, ""), node, *keys] for node, keys in public.items())
     return hashlib.sha256(json.dumps([*of, who]).encode()).digest()
 
@@ -171,6 +177,7 @@ class Party:
         default_factory=dict
     )  # that others gave into care: of their seed, of their key
     round: list = field(default_factory=list)  # that the keys are for: the run's name, the round's number
+    sum: list[list[int]] = field(default_factory=list)  # the hospitals in it and those missing, as agreed
     given: dict[str, list[str]] = field(default_factory=dict)
 
     def keys(self, node: int) -> list[str]:
@@ -263,11 +270,12 @@ class Party:
         self.round, self.stage = of[:2], "masked"
         return values
 
-    def reveal(self, summed: list[int], missing: list[int]) -> dict[str, str]:
-        """Stage 4: a share of the seed of each hospital that is in the sum, and of the key of each that is
-        missing in it."""
+    def agree(self, summed: list[int], missing: list[int]) -> dict[str, str]:
+        """Stage 4: for each other hospital a code (HMAC-SHA256) that says to it, and to nobody else, which
+        hospitals' updates this one was told to be in the sum, and which to be missing. Once a try, so that no
+        two majorities agree to different ones."""
         self._expect("masked")
-        self.stage = "revealed"  # once
+        self.stage = "revealed"  # unless all is as it should be
         known, all_of_them = {int(node) for node in self.shares}, [*summed, *missing]
         if (
             len(set(all_of_them)) < len(all_of_them)
@@ -286,8 +294,35 @@ class Party:
                 "differ by an update; nothing was given; let the same hospitals take part, or begin the "
                 "federation again"
             )
-        self.given = {**self.given, this: names}
-        return {str(node): self.shares[str(node)][node not in summed] for node in all_of_them}
+        self.sum, self.stage = [sorted(summed), sorted(missing)], "agreed"
+        return {node: self._code(self.node, node, node) for node in self.public if node != str(self.node)}
+
+    def reveal(self, summed: list[int], missing: list[int], agreed: dict[str, str]) -> dict[str, str]:
+        """Stage 5: a share of the seed of each hospital that is in the sum, and of the key of each that is
+        missing in it. agreed: the other hospitals' codes for this one, by node."""
+        self._expect("agreed")
+        self.stage = "revealed"  # once
+        others = self.public.keys() - {str(self.node)}
+        same = [
+            node
+            for node, code in agreed.items()
+            if node in others and hmac.compare_digest(code, self._code(int(node), str(self.node), node))
+        ]
+        if [sorted(summed), sorted(missing)] != self.sum or len(same) + 1 < threshold(len(self.public)):
+            raise MedFLError(
+                "the hospitals were not told the same members of the sum, and different sums could uncover an "
+                "update; nothing was given"
+            )
+        names = sorted(self.names.get(str(node), str(node)) for node in summed)
+        self.given = {**self.given, json.dumps(self.round): names}
+        return {str(node): self.shares[str(node)][node not in summed] for node in (*summed, *missing)}
+
+    def _code(self, by: int, to: str, other: str) -> str:
+        """What hospital `by` says to hospital `to` of the agreed sum. other: the one of the two that is not
+        this one."""
+        key = HKDF(hashes.SHA256(), 32, salt=None, info=b"MedFL sum 1").derive(self._seal(other))
+        said = json.dumps([self.round, by, int(to), *self.sum]).encode()
+        return hmac.new(key, said, hashlib.sha256).hexdigest()
 
     def _expect(self, stage: str) -> None:
         if self.stage != stage:

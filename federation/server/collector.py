@@ -99,6 +99,7 @@ class Collector:
                 int(travels.sum()),
                 self.state.progress.run,
                 model,
+                [self.exchange.about["settings"], self.state.rate],
             )
             own = secure.prepare(members)
             members = [member for member in members if member.label in own]

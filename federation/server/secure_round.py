@@ -10,7 +10,7 @@ import torch
 from flwr.app import ArrayRecord
 
 from common import MedFLError
-from federation.protocol.answers import OpenShares, PublicKeys, SealedShares, Trained, parse
+from federation.protocol.answers import Agreed, OpenShares, PublicKeys, SealedShares, Trained, parse
 from federation.protocol.messages import Query
 from federation.protocol.secure_aggregation import (
     LEAST,
@@ -39,7 +39,8 @@ class SecureRound:
 
     wait: waits for the answers to a purpose from members, with a title and a limit in seconds; answers, and
     reasons for none, by label. purpose: a name for the try, unlike any other's. length: values of an update.
-    run: the run's name; model: SHA-256 of the weights that are sent. Masked updates are added up as they come,
+    run: the run's name; model: SHA-256 of the weights that are sent; told: settings, as they are sent, and the
+    rate. Masked updates are added up as they come,
     so memory holds their sum and none of them.
     """
 
@@ -53,6 +54,7 @@ class SecureRound:
         length: int,
         run: str,
         model: str,
+        told: list,
     ):
         self.mailbox, self.wait, self.settings, self.number, self.purpose = (
             mailbox,
@@ -61,7 +63,7 @@ class SecureRound:
             number,
             purpose,
         )
-        self.run, self.model = run, model
+        self.run, self.model, self.told = run, model, told
         self.total, self.examples = np.zeros(length, np.uint32), 0.0
         self.most = 0  # slices that count at most
         self.public: dict[int, list[str]] = {}  # keys, by node
@@ -129,7 +131,7 @@ class SecureRound:
         self.examples += min(told.examples, self.most)
 
     def mean(self, labels: list[str], sent: torch.Tensor, travels: torch.Tensor) -> torch.Tensor | None:
-        """The last two stages: the weights, (n,) float32, with the mean change of the hospitals whose updates
+        """The last three stages: the weights, (n,) float32, with the mean change of the hospitals whose updates
         were taken; None where these are too few.
 
         sent: the weights, (n,) float32, that the round began with; travels: which of them are in the updates,
@@ -141,10 +143,23 @@ class SecureRound:
         here = [self.shared[label] for label in labels]
         summed = [member.node for member in here]
         missing = [member.node for member in self.shared.values() if member.node not in summed]
+        sum_ = {"summed": summed, "missing": missing}
+        agreed, self.blamed = self._ask(
+            "agree", here, lambda member: {"query": Query.AGREE, **sum_}, self._codes
+        )
+        here = [member for member in here if member.label in agreed]
+        if len(here) < threshold(hospitals):
+            self.failures |= self.blamed
+            return None
+        codes = {self.shared[label].node: one for label, one in agreed.items()}
         given, failures = self._ask(
             "unmask",
             here,
-            lambda member: {"query": Query.UNMASK, "summed": summed, "missing": missing},
+            lambda member: {
+                "query": Query.UNMASK,
+                "agreed": {str(by): one[member.node] for by, one in codes.items() if by != member.node},
+                **sum_,
+            },
             lambda about, member: self._opened(about, member, summed, missing),
         )
         self.blamed |= failures
@@ -168,8 +183,12 @@ class SecureRound:
     @property
     def _bound(self) -> bytes:
         """What the hospitals' masks are bound to."""
-        of = [self.run, self.number, self.most, self.model]
+        of = [self.run, self.number, self.most, self.model, *self.told]
         return binding(of, {str(node): keys for node, keys in self.public.items()}, self.names)
+
+    def _codes(self, about: dict, member: Member) -> dict[int, str]:
+        """What a hospital says to each other one of the sum, by node. Raises MedFLError for anything else."""
+        return _by_node(parse(Agreed, about).codes, "codes", {*self.public} - {member.node})
 
     def _opened(self, about: dict, member: Member, summed: list[int], missing: list[int]) -> dict[int, str]:
         """The shares that a hospital gives, by the nodes whose secrets they are of. Raises MedFLError where

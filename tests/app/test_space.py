@@ -54,6 +54,7 @@ def test_the_folder_holds_the_app_and_nothing_of_a_federation(staged):
         "README.md",
         "Dockerfile",
         "requirements.txt",
+        "requirements.lock",
         "MODEL_CARD.md",
         f"models/{BEST}",
         "deployment/app/app.py",

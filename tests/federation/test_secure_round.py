@@ -45,7 +45,13 @@ class Group:
         return self.parties[node].masked(sealed, change, weight, LIMIT, list(of))
 
     def shares(self, summed: list[int], missing: list[int]) -> dict[int, list[str]]:
-        given = [self.parties[node].reveal(summed, missing) for node in summed]
+        codes = {node: self.parties[node].agree(summed, missing) for node in summed}
+        given = [
+            self.parties[node].reveal(
+                summed, missing, {str(by): codes[by][str(node)] for by in summed if by != node}
+            )
+            for node in summed
+        ]
         return {node: [one[str(node)] for one in given] for node in (*summed, *missing)}
 
     @property
@@ -126,9 +132,11 @@ def test_a_hospital_gives_no_shares_that_would_uncover_an_update(summed, missing
     for node in NODES:
         group.masked(node, torch.zeros(LENGTH))
     with pytest.raises(MedFLError, match="uncover an update; nothing was given"):
-        group.parties[5].reveal(summed, missing)
+        group.parties[5].agree(summed, missing)
     with pytest.raises(MedFLError, match="twice or out of order"):
-        group.parties[5].reveal(list(NODES), [])  # not on a second try either
+        group.parties[5].agree(list(NODES), [])  # not on a second try either
+    with pytest.raises(MedFLError, match="twice or out of order"):
+        group.parties[5].reveal(summed, missing, {})
     assert set(group.parties[5].kept()) == {"stage", "given"}
 
 
@@ -152,10 +160,10 @@ def test_a_round_is_summed_again_over_the_same_hospitals_alone():
             again.masked(node, torch.zeros(LENGTH), of=of)
         summed = [node for node in NODES if node not in missing]
         if allowed:
-            again.parties[5].reveal(summed, missing)
+            again.parties[5].agree(summed, missing)
         else:
             with pytest.raises(MedFLError, match="another sum of a round"):
-                again.parties[5].reveal(summed, missing)
+                again.parties[5].agree(summed, missing)
 
 
 def test_steps_out_of_order_and_forged_lists_of_keys_are_refused():
@@ -163,7 +171,7 @@ def test_steps_out_of_order_and_forged_lists_of_keys_are_refused():
     with pytest.raises(MedFLError, match="out of order"):
         group.parties[5].share(group.public)
     with pytest.raises(MedFLError, match="out of order"):
-        group.parties[5].reveal(list(NODES), [])
+        group.parties[5].agree(list(NODES), [])
     for forge in (
         lambda keys: keys.pop("7"),
         lambda keys: keys.update({"7": keys["40"]}),
@@ -347,7 +355,7 @@ class Sleeper(RealHospital):
 
 
 @pytest.mark.parametrize("says", [None, {"keys": [1, 2], "sealed": {"1": "x"}, "shares": {}}])
-@pytest.mark.parametrize("stage", ["keys", "shares", "update", "unmask"])
+@pytest.mark.parametrize("stage", ["keys", "shares", "update", "agree", "unmask"])
 def test_one_of_four_that_hangs_or_answers_nonsense_ends_no_round(
     federate, hospitals, monkeypatch, phantoms, tmp_path, stage, says
 ):
@@ -363,9 +371,11 @@ def test_one_of_four_that_hangs_or_answers_nonsense_ends_no_round(
         1, hospitals=four, round_timeout=4.0 if stage == "update" else 300.0, **settings
     )
     assert {row["site"] for row in state.progress.rows if row["round"] == 1} == {
-        f"hospital-{k}" for k in range(3 if stage != "unmask" else 4)
+        f"hospital-{k}" for k in range(4 if stage in ("agree", "unmask") else 3)
     }
-    assert any(line.startswith("round 1 without hospital-3") for line in said) == (stage != "unmask")
+    assert any(line.startswith("round 1 without hospital-3") for line in said) == (
+        stage not in ("agree", "unmask")
+    )
 
 
 def test_too_few_for_a_sum_uncover_nothing(federate, hospitals, monkeypatch, phantoms, tmp_path):

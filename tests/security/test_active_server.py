@@ -23,7 +23,7 @@ from federation.hospital.hospital import HospitalError
 from federation.hospital.identity import Identity
 from federation.hospital.sums import Sums
 from federation.protocol.messages import message
-from federation.protocol.requests import Keys, Shares, Train, Unmask
+from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party, binding, from_sum, unmasked
 
 LIMIT, LENGTH, MOST = 2.0, 500, 100
@@ -97,24 +97,27 @@ class Consorts:
             theirs = {
                 str(by): sealed[other][str(node)] for by, other in enumerate(LABELS, 1) if other != label
             }
-            about = {"run": run, "round": number, "most": MOST, "model": model, **told(label)}
+            about = {"run": run, "round": number, "most": MOST, "model": model, "settings": "", "rate": None}
+            about |= told(label)
             model_of = about.pop("model")
-            task = Train(
-                settings="", without=[], rate=None, seconds=9, partition=None, sealed=theirs, **about
-            )
+            task = Train(without=[], seconds=9, partition=None, sealed=theirs, **about)
             if label in labels:
                 vector = masked(task, self.updates[label], 50, LIMIT, self.contexts[label], model_of)
                 total = total + vector
         summed = [node for node, label in enumerate(LABELS, 1) if label in labels]
         missing = [node for node in (1, 2, 3) if node not in summed]
-        given = [
-            self.ask(label, Unmask(query="unmask", summed=summed, missing=missing))["shares"]
-            for label in labels
-        ]
+        sum_ = {"summed": summed, "missing": missing}
+        codes = {node: self.ask(LABELS[node - 1], Agree(query="agree", **sum_))["codes"] for node in summed}
+        given = []
+        for node, label in zip(summed, labels):
+            agreed = {str(by): codes[by][str(node)] for by in summed if by != node}
+            given.append(self.ask(label, Unmask(query="unmask", agreed=agreed, **sum_))["shares"])
         public = {int(node): one["keys"] for node, one in participants.items()}
         names = {node: one["label"] for node, one in participants.items()}
         bound = binding(
-            [run, number, MOST, model], {node: one["keys"] for node, one in participants.items()}, names
+            [run, number, MOST, model, "", None],
+            {node: one["keys"] for node, one in participants.items()},
+            names,
         )
         every = {node: [one[str(node)] for one in given] for node in (1, 2, 3)}
         return from_sum(unmasked(total, every, summed, public, bound), len(summed), LIMIT, 3)
@@ -130,10 +133,12 @@ def test_an_honest_server_gets_the_sum(three):
     assert torch.allclose(three.sum_of(), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("other", [{"most": 10**7}, {"model": "another"}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"most": 10**7}, {"model": "another"}, {"settings": '{"lr": 1e-9}'}, {"rate": 1e-9}], ids=str
+)
 def test_hospitals_that_were_told_different_things_give_no_sum(three, other):
     """With totals of its own for the others, the sum was the victim's update to 2e-6; a model in which the
-    others learn nothing would do the same."""
+    others learn nothing would do the same, as would a learning rate of next to nothing for the others."""
     with pytest.raises(MedFLError, match="still masked"):
         three.sum_of(told=lambda label: other if label == "cleo" else {})
 
@@ -145,6 +150,53 @@ def test_keys_told_to_some_otherwise_give_no_sum():
     other = {**public, "4": Party().keys(4)}
     assert binding(["run", 1], public, {}) != binding(["run", 1], other, {})
     assert binding(["run", 1], public, {"1": "anna"}) != binding(["run", 1], public, {"1": "bert"})
+
+
+HEARD = {1: (2, 3), 2: (1, 3, 4, 5), 3: (1, 2, 4, 5), 4: (1, 2, 3, 5), 5: (1, 2, 3, 4)}  # whose shares
+TOLD = {  # the hospitals in the sum, and those missing, as the server says to each
+    1: ([1, 2, 3], []),
+    2: ([1, 2, 4], [3, 5]),
+    3: ([1, 3, 4], [2, 5]),
+    4: ([1, 4, 5], [2, 3]),
+    5: ([1, 4, 5], [2, 3]),
+}
+
+
+def test_a_server_that_tells_five_hospitals_different_members_of_the_sum_gets_no_share():
+    """It gave the first one's seed and the keys of all whose masks it had: its whole update, to 1e-8, though
+    no hospital was asked for two secrets of one."""
+    parties = {node: Party() for node in TOLD}
+    public = {str(node): party.keys(node) for node, party in parties.items()}
+    sealed = {node: party.share(public, {}, ["run", 1]) for node, party in parties.items()}
+    codes = {}
+    for node, party in parties.items():
+        theirs = {str(by): sealed[by][str(node)] for by in HEARD[node]}
+        party.masked(theirs, torch.zeros(LENGTH), 0.5, LIMIT, ["run", 1, MOST, "m"])
+    for node, party in parties.items():
+        codes[node] = party.agree(*TOLD[node])
+    for node, party in parties.items():
+        agreed = {str(by): codes[by][str(node)] for by in TOLD if by != node}
+        with pytest.raises(MedFLError, match="not told the same members of the sum"):
+            party.reveal(*TOLD[node], agreed)
+
+
+@pytest.mark.parametrize("forge", ["another set", "no codes", "own codes", "codes for others", "made up"])
+def test_codes_that_are_not_the_others_for_this_sum_open_nothing(forge):
+    parties = {node: Party() for node in (1, 2, 3)}
+    public = {str(node): party.keys(node) for node, party in parties.items()}
+    sealed = {node: party.share(public, {}, ["run", 1]) for node, party in parties.items()}
+    for node, party in parties.items():
+        theirs = {str(by): sealed[by][str(node)] for by in parties if by != node}
+        party.masked(theirs, torch.zeros(LENGTH), 0.5, LIMIT, ["run", 1, MOST, "m"])
+    codes = {node: party.agree([1, 2, 3], []) for node, party in parties.items()}
+    agreed = {
+        "no codes": {},
+        "own codes": {"2": codes[1]["2"], "3": codes[1]["3"]},
+        "codes for others": {"2": codes[2]["3"], "3": codes[3]["2"]},
+        "made up": {"2": "0" * 64, "3": "0" * 64, "9": "0" * 64, "1": codes[2]["1"]},
+    }.get(forge, {"2": codes[2]["1"], "3": codes[3]["1"]})
+    with pytest.raises(MedFLError, match="not told the same members of the sum"):
+        parties[1].reveal(*(([1, 2], [3]) if forge == "another set" else ([1, 2, 3], [])), agreed)
 
 
 @pytest.mark.parametrize("stage", ["keys", "shares", "update"])
