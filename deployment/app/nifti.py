@@ -61,9 +61,10 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
             "a NIfTI case is one scan, or one for each channel, and at most one mask (named ..._mask or "
             "..._seg); upload these alone"
         )
+    notes: list[str] = []
     if len(scans) == 1:
         _refuse_another_sequence(scans[0][0])
-        named, notes = dict.fromkeys(CHANNELS, scans[0]), []
+        named = dict.fromkeys(CHANNELS, scans[0])
     else:
         named, notes = _channels(scans)
     loaded = {name: _load(name, content) for name, content in dict(named.values()).items()}
