@@ -44,10 +44,10 @@ def pair(paths: Iterable[AnyPath], mask_suffix: str = MASK_SUFFIX) -> Pairing[An
         else:
             mask_tree, image_tree = tree
             wanted = image_tree / path.relative_to(mask_tree).parent / stem
-        wanted = _in_one_form(wanted)
-        if wanted in masks:
-            raise MedFLError(f"{masks[wanted]} and {path} are two masks of one slice; take one of them away")
-        masks[wanted] = path
+        key = _in_one_form(wanted)
+        if key in masks:
+            raise MedFLError(f"{masks[key]} and {path} are two masks of one slice; take one of them away")
+        masks[key] = path
     keys = {image: _in_one_form(image.parent / image.stem) for image in images}
     own = {image: masks[key] for image, key in keys.items() if key in masks}
     found = {keys[image] for image in own}

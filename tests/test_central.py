@@ -59,7 +59,7 @@ def test_the_plateau_halves_the_rate_also_after_a_resume(central):
     def record(subject, times: int) -> float:
         for _ in range(times):
             subject.progress.epoch += 1
-            subject._record(EpochResult(1.0, 0.5, 1), {"mean": 0.5, "median": 0.5})
+            subject._record(EpochResult(1.0, 0.5, 1), {"mean": 0.5, "median": 0.5}, 0.7)
         return subject.learner.optimiser.param_groups[0]["lr"]
 
     assert record(central(schedule="plateau"), 3) == 1e-3
@@ -95,7 +95,7 @@ def test_the_minutes_are_those_of_the_clock_and_go_on_after_a_resume(central):
     assert subject._share_done() == pytest.approx(1.0, abs=0.1)
     assert subject._train().steps == 0
     subject.progress.seconds = 30.0
-    subject._record(EpochResult(1.0, 0.5, 1), None)
+    subject._record(EpochResult(1.0, 0.5, 1), None, None)
     again = central(resume=True, minutes=1.0)
     assert time.monotonic() - again.began >= 30
 
@@ -114,6 +114,6 @@ def test_the_epoch_with_the_best_score_is_kept(central):
     subject = central(epochs=3)
     for dice in (0.5, 0.6, 0.6, 0.4):
         subject.progress.epoch += 1
-        subject._record(EpochResult(1.0, 0.5, 1), {"mean": dice, "median": dice})
+        subject._record(EpochResult(1.0, 0.5, 1), {"mean": dice, "median": dice}, 1 - dice)
     assert (subject.progress.best, subject.progress.best_epoch) == (0.6, 2)
     assert load_checkpoint(subject.best).metadata["training"]["epochs_done"] == 2
