@@ -23,7 +23,20 @@ UPLOADS, MEDIA = "/_stcore/upload_file/", "/media/"
 GRACE = 30.0  # seconds that a reader whose connection broke has to come back to the open case
 INLINE = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 KEEP = "/medfl/keep.js"  # the page's own script
-ASKS_FIRST = """// Asks before an open case is lost, and lets no dropped file take the page's place.
+ASKS_FIRST = (
+    """// Asks before an open case is lost, lets no dropped file take the page's place, sends no file too many.
+const tooMany = (files, event) => {
+  if (files.length <= MOST) return;
+  event.stopImmediatePropagation();
+  event.preventDefault();
+  alert(`${files.length} files are more than the MOST of one case; upload one patient at a time.`);
+};
+addEventListener("change", (event) => {
+  if (event.target.type !== "file") return;
+  tooMany(event.target.files, event);
+  if (event.target.files.length > MOST) event.target.value = "";
+}, true);
+addEventListener("drop", (event) => tooMany(event.dataTransfer?.files ?? [], event), true);
 addEventListener("beforeunload", (event) => {
   if (document.querySelector(".st-key-open-case")) event.preventDefault();
 });
@@ -33,6 +46,7 @@ for (const kind of ["dragover", "drop"]) {
   });
 }
 """
+).replace("MOST", str(MAX_FILES))
 HUB = "https://huggingface.co"  # which shows a Space in a frame of its own page
 
 

@@ -161,6 +161,21 @@ def test_addresses_end_with_the_case(page, address):
 
 
 @pytest.mark.slow
+def test_too_many_files_are_refused_before_they_are_sent(page):
+    told = []
+    page.on("dialog", lambda dialog: (told.append(dialog.message), dialog.accept()))
+    page.evaluate("""() => {
+      const list = new DataTransfer();
+      for (let k = 0; k < 1001; k++) list.items.add(new File(["x"], `a_${k}.png`));
+      const field = document.querySelector("input[type=file]");
+      field.files = list.files;
+      field.dispatchEvent(new Event("change", {bubbles: true}));
+    }""")
+    assert told == ["1001 files are more than the 1000 of one case; upload one patient at a time."]
+    assert not [url for url in page.asked if "upload_file" in url]
+
+
+@pytest.mark.slow
 def test_an_open_case_is_not_left_without_a_question(page):
     """A reload asks, and a file that is dropped beside the fields does not take the page's place."""
     drop = """where => !document.querySelector(where).dispatchEvent(
