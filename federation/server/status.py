@@ -96,6 +96,8 @@ class Status:
         membership, done = self.federation.membership, self.federation.state.progress
         admitted, lines = membership.labels(), []
         last = {row["site"]: row for row in done.rows}
+        # the last model is scored without a training, which says nothing of the loss
+        losses = {row["site"]: row["train_loss"] for row in done.rows if row["train_loss"] is not None}
         for label in sorted({*membership.members, *done.hospitals, *self.seen}):
             member = membership.members.get(label)
             if member:
@@ -104,8 +106,7 @@ class Status:
                 )
             else:
                 state = "revoked" if admitted is not None and label not in admitted.values() else "gone"
-            row = last.get(label)
-            dice, loss = (row["val_dice"], row["train_loss"]) if row else (None, None)
+            dice, loss = last[label]["val_dice"] if label in last else None, losses.get(label)
             lines.append((label, state, self.seen.get(label), dice, loss, self.left_out.get(label)))
         return lines
 

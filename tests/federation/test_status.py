@@ -84,6 +84,7 @@ def test_the_run_is_told_scored_and_handed_over(done, tmp_path):
     html = (out / "status" / "index.html").read_text(encoding="utf-8")
     for word in ("mercy", "hope", "grace", "observes", "round 2 of 2", "SHA-256", "delivered", "http-equiv"):
         assert word in html, word
+    assert html.count("<td>1.000</td>") == 2  # the last training's loss stays when the last model was scored
     told = [json.loads(line) for line in heard.read_text().splitlines()]
     assert [line["event"] for line in told] == ["joined"] * 3 + ["end"]
     assert list((out / "tensorboard").glob("events*"))

@@ -1,17 +1,21 @@
-"""A consortium's days in small, with real processes: hospitals with keys and data of their own, one that is
-admitted late, programs that die, the end, and what is there afterwards."""
+"""A consortium's week with real processes (week.py), and what is there afterwards.
 
+Hospitals come and go here; with MEDFL_TEST_WEEK=20 all of a week happens, with twenty killed programs.
+"""
+
+import json
 import os
 import shutil
-import signal
 
 import pytest
-from consortium import Consortium
-from federations import BEST, SMALL, child_of, history
-from test_trouble import own_folder
+from federations import BEST, history
+from week import LAPSE, MANY, SITE, Week
 
 from checkpoint import load_checkpoint
 from federation.runtime.processes import free_port
+from federation.server.audit import verify
+
+KILLS = os.environ.get("MEDFL_TEST_WEEK")
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,53 +23,47 @@ pytestmark = [
         shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None,
         reason="no nginx for the gateway's tests: install it",
     ),
+    pytest.mark.skipif(os.name != "posix", reason="signals and limits are of POSIX systems"),
 ]
 
 
-def test_a_run_that_is_watched_by_nobody(scene, phantoms):
-    consortium = Consortium(scene.folder)
-    data = {
-        "mercy": own_folder(phantoms, scene.folder / "a", slice(0, 4)),
-        "hope": own_folder(phantoms, scene.folder / "b", slice(4, 7)),
-        "grace": own_folder(phantoms, scene.folder / "c", slice(7, 10)),
-    }
-    kits = {label: consortium.hospital(label, admitted=label != "grace") for label in data}
+@pytest.fixture
+def short_heartbeats(tmp_path, monkeypatch):
+    """Flower's limit of a minute is shorter, in all processes that are started."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE.format(lapse=LAPSE))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
 
-    def join(label, *options):
-        return scene.hospital(label, "--own-data", data[label], "--kit", kits[label], *options)
 
-    service = ("--kit", consortium.kit, "--clients", 3, "--rounds", 3, "--min-clients", 1, *SMALL)
-    server = scene.server("--start-or-resume", *service)
-    server.wait_for("2 keys admitted and 3 hospitals are waited for")
-    server.kill()  # before any round: the next start begins it, with as many hospitals as there are keys
-    server = scene.server("--start-or-resume", *service[:2], "--clients", 2, *service[4:])
-    server.wait_for("listening on")
-    hospitals = [join("mercy")]
-    consortium.provision("admit", kits["grace"] / "hospital.pub", "--kit", consortium.kit)
-    looks = join("grace", "--check")
-    assert looks.end() == 0 and "a round will take about" in looks.output, looks.output
-    assert "fit, this hospital can join; nothing was trained" in looks.output
-    hospitals += [join("grace", "--observer"), join("hope")]
-    server.wait_for("round 1 of 3: ")
-    again = join("mercy")
-    assert again.end() == 2 and "mercy runs already" in again.output
-    os.kill(child_of(server, "serverapp"), signal.SIGKILL)
-    server.wait_for("starting again after the last complete round")
-    assert server.end() == 0, server.output
-    assert [hospital.end() for hospital in hospitals] == [0, 0, 0], hospitals[0].output
-    rows = history(scene.out)
-    assert {row["round"] for row in rows} == {str(n) for n in range(1, 5)}
-    assert all(row["examples"] == "" for row in rows if row["site"] == "grace")
+def test_a_week(short_heartbeats, scene, phantoms):
+    week = Week(scene, phantoms, int(KILLS or 0))
+    week.begin()
+    week.add("grace")
+    week.put_out("hope", "charity")
+    if KILLS:
+        week.kill()
+        week.sleep()
+        week.set_clock()
+        week.fill_disks()
+        week.let_certificate_end()
+        week.upgrade()
+    week.end()
+
+    rows, lines = history(scene.out), (scene.out / "audit.jsonl").read_bytes().splitlines()
+    rounds = sorted({int(row["round"]) for row in rows if row["examples"]})
+    assert rounds == list(range(1, week.rounds + 1)) and week.rounds < MANY
+    assert verify(scene.out / "audit.jsonl")[0] == len(lines)
+    kept = [json.loads(line) for line in lines]
+    assert [line["round"] for line in kept if line["event"] == "round"] == rounds
     best = load_checkpoint(scene.out / BEST)
-    for label in data:
+    for label in ("mercy", "grace", "charity"):
         mine = load_checkpoint(scene.folder / "models" / f"{label}_federated_best.pth")
         assert mine.metadata == best.metadata
         assert all(v.equal(best.model.state_dict()[n]) for n, v in mine.model.named_parameters())
-    over = scene.server("--start-or-resume", *service[:2], "--clients", 2, *service[4:])
-    assert over.end() == 0 and "nothing is left to do" in over.output
+    assert not [path for path in scene.folder.rglob(".*") if path.name.startswith((".new-", ".updates-"))]
     lost = scene.server("--rounds", 1)
     assert lost.end() == 2 and "--overwrite" in lost.output
     scene.address = f"127.0.0.1:{free_port()}"
-    longer = scene.server("--resume", "--rounds", 4)
-    longer.wait_for("going on after round 3 of 4")
-    longer.wait_for("admitted: grace, hope, mercy")  # the kit is remembered
+    longer = scene.server("--resume", "--rounds", week.rounds + 1, root=week.root)
+    longer.wait_for(f"going on after round {week.rounds} of {week.rounds + 1}")
+    longer.wait_for("admitted: charity, grace, mercy")  # the kit is remembered, and who was put out
