@@ -29,7 +29,10 @@ from deployment.app.cases import read_case
 from deployment.app.readout import Prediction, csv_text, slice_rows
 from deployment.app.report import draw_report
 from deployment.staging import model_card
+from federation.protocol.answers import parse
 from federation.protocol.log import say
+from federation.protocol.page import table, write_page
+from federation.protocol.requests import Over
 from federation.server.history import COLUMNS, write_history
 from radiology.pseudonyms import Pseudonyms
 from transunet import TransUNet
@@ -195,3 +198,17 @@ def test_the_page_shows_names_as_text(page):
                     assert is_plain_markdown(text), text
         if close := [button for button in page.button if button.label == "Close this case"]:
             close[0].click().run()
+
+
+def test_a_status_page_shows_marks_that_turn_a_text_round(tmp_path):
+    """A name that reads as another, because part of it runs from right to left."""
+    write_page(
+        tmp_path / "page.html", "run", "first\nsecond", [("x", table(["who"], [["a\u202ebad\x1b[31m"]]))]
+    )
+    written = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "a\\u202ebad\\x1b[31m" in written and "\u202e" not in written and "first\nsecond" in written
+
+
+def test_what_the_server_says_at_the_end_is_one_line():
+    with pytest.raises(MedFLError):
+        parse(Over, {"query": "end", "code": "done", "detail": "x\n2026-11-26 12:00:00  round 3: fine"})

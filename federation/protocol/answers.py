@@ -32,7 +32,7 @@ def _printable(text: str) -> str:
 Text = Annotated[str, Field(max_length=64), AfterValidator(_printable)]
 Secret = Annotated[str, Field(max_length=100_000)]  # a key, or shares that are sealed
 Hexadecimal = Annotated[Secret, Field(pattern=r"^([0-9a-f]{2})*$")]
-Text256 = Annotated[str, Field(max_length=256)]
+Text256 = Annotated[str, Field(max_length=256), AfterValidator(_printable)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Promise = Annotated[list[Sha256], Field(min_length=2, max_length=2)]
 Epsilon = Annotated[float, Field(ge=0, le=1e12)]

@@ -1,9 +1,9 @@
 """A status page: one HTML file that needs no server, no script and no other file. Every text is escaped here."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
+import escaping
 from common import atomic_write
 
 RENEW = 10  # seconds between two looks of a browser at the file
@@ -22,7 +22,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table of texts and numbers; None is shown as a dash."""
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    cells = "".join(f"<th>{_web(name)}</th>" for name in head)
     lines = ["".join(f"<td>{text(value)}</td>" for value in row) for row in rows]
     body = (
         "".join(f"<tr>{line}</tr>" for line in lines) or f'<tr><td colspan="{len(head)}">none yet</td></tr>'
@@ -30,11 +30,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return f'<div class="scroll"><table><tr>{cells}</tr>{body}</table></div>'
 
 
+def _web(text: str) -> str:
+    """A text of one line or more as HTML."""
+    return "\n".join(map(escaping.web, text.split("\n")))
+
+
 def text(value: object) -> str:
     """A value as HTML: escaped, numbers to three digits."""
     if value is None:
         return "–"
-    return escape(f"{value:.3f}" if isinstance(value, float) else str(value))
+    return _web(f"{value:.3f}" if isinstance(value, float) else str(value))
 
 
 def curve(points: Sequence[tuple[int, float]], label: str) -> str:
@@ -50,7 +55,7 @@ def curve(points: Sequence[tuple[int, float]], label: str) -> str:
         for y in (0, 0.5, 1)
     )
     return (
-        f'<svg viewBox="0 0 600 150" role="img" aria-label="{escape(label)}">{marks}<polyline points="{line}" '
+        f'<svg viewBox="0 0 600 150" role="img" aria-label="{_web(label)}">{marks}<polyline points="{line}" '
         f'fill="none" stroke="currentColor" stroke-width="2"/><text x="40" y="148" font-size="11" '
         f'fill="currentColor">round {first}</text><text x="530" y="148" font-size="11" fill="currentColor">round '
         f"{last}</text></svg>"
@@ -59,12 +64,12 @@ def curve(points: Sequence[tuple[int, float]], label: str) -> str:
 
 def write_page(path: Path, title: str, lead: str, sections: Iterable[tuple[str, str]]) -> None:
     """Write the page, whole or not at all. sections: headings, and HTML that this module's functions made."""
-    body = "".join(f"<h2>{escape(name)}</h2>{content}" for name, content in sections)
+    body = "".join(f"<h2>{_web(name)}</h2>{content}" for name, content in sections)
     with atomic_write(path, "w") as file:
         file.write(
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{RENEW}">'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>"
-            f'<p class="lead">{escape(lead)}</p>{body}</body></html>\n'
+            f"<title>{_web(title)}</title><style>{STYLE}</style></head><body><h1>{_web(title)}</h1>"
+            f'<p class="lead">{_web(lead)}</p>{body}</body></html>\n'
         )

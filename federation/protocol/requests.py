@@ -13,6 +13,7 @@ from federation.protocol.answers import (
     Sha256,
     Share,
     Text,
+    Text256,
     Typed,
 )
 from federation.protocol.messages import End, Query
@@ -136,7 +137,7 @@ class Over(Request):
 
     query: Literal[Query.END]
     code: Annotated[End, Field(strict=False)]  # a message carries its text
-    detail: Annotated[str, Field(max_length=256)] = ""
+    detail: Text256 = ""
 
 
 QUERIES: dict[Query, type[Typed]] = {

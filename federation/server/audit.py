@@ -108,21 +108,22 @@ def check_signatures(path: Path, keys: Mapping[str, list[str]]) -> int:
     keys: public keys (OpenSSH's lines) by label. Raises MedFLError that names the first line whose signature
     is another's, or of something else than the line says, and a round that counts an update without one.
     """
-    signed: set[tuple[int, str]] = set()
+    signed: set[tuple[str, str]] = set()
     count, asked = 0, False
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         about = json.loads(line)
         where = f"line {number} of {path}"
-        if about["event"] == "start":
+        event = about.get("event")
+        if event == "start":
             asked = bool(about.get("keys"))
             signed = signed if about.get("resumed") else set()  # another run's rounds have the same numbers
-        elif about["event"] == "signed":
+        elif event == "signed":
             _check_signed(about, keys, where)
-            signed.add((about["round"], about["hospital"]))
+            signed.add((str(about["round"]), str(about["hospital"])))
             count += 1
-        elif about["event"] == "round" and asked:
-            for hospital in about.get("updates", ()):
-                if (about["round"], hospital) not in signed:
+        elif event == "round" and asked:
+            for hospital in map(str, list(about.get("updates") or ())):
+                if (str(about.get("round")), hospital) not in signed:
                     raise MedFLError(
                         f"{where} counts an update of {hospital} that no line says it signed; ask that "
                         "hospital, and find out who can write there"
@@ -201,7 +202,7 @@ def verify(path: Path) -> tuple[int, str]:
         try:
             about = json.loads(line)
             fits = about["n"] == count and about["before"] == last
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             fits = False
         if not fits:
             raise MedFLError(

@@ -93,6 +93,16 @@ def a_strangers(events):
     return [{**one, "hospital": "stranger"} if one["event"] == "signed" else one for one in events]
 
 
+def of_lists(events):
+    return [
+        {**one, "round": [1], "hospital": {"a": [1]}} if one["event"] == "signed" else one for one in events
+    ]
+
+
+def of_no_event(events):
+    return [{"event": [], "updates": 5}, {"event": "round", "round": [[]], "updates": ["hope"]}]
+
+
 def nothing_said(events):
     return [{"event": "signed", "hospital": "hope"} if one["event"] == "signed" else one for one in events]
 
@@ -104,6 +114,7 @@ def nothing_said(events):
         (another_hospital, "not signed with a key of hope"),
         (nobodys, "that no line says it signed"),
         (a_strangers, "names stranger, which the kit does not know"),
+        (of_lists, "says nothing that could have been signed"),
         (nothing_said, "says nothing that could have been signed"),
     ],
 )
@@ -113,6 +124,15 @@ def test_a_signature_that_is_not_the_hospitals_is_refused(ran, change, sentence)
     (ran.kit / ENDS).unlink()
     done = ran.audit()
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done
+
+
+def test_a_log_of_another_form_ends_in_no_traceback(ran):
+    ran.written_anew(of_no_event)
+    (ran.kit / ENDS).unlink()
+    assert ran.audit().returncode == 0
+    ran.path.write_bytes(b"[" * 100_000 + b"\n")
+    done = ran.audit()
+    assert done.returncode == 2 and "does not follow" in done.stderr
 
 
 def test_updates_of_a_former_key_are_still_known_and_the_key_is_not_admitted_again(ran):
