@@ -134,7 +134,9 @@ class Attacker:
         images, masks = self.slices(patient)
         self.model.zero_grad()
         segmentation_loss(self.model(images), masks)[0].backward()
-        gradients = {name: weight.grad for name, weight in self.model.named_parameters()}
+        gradients = {
+            name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None
+        }
         wanted = -pack({name: gradients[name] for name in self.model.state_dict()})
         return wanted / wanted.norm()
 
@@ -255,9 +257,11 @@ def gradients_seen(
         noise = multiplier_for(epsilon, arguments.rounds * STEPS, arguments.delta, CHANCE)
         learner = PrivateLearner(attacker.model, settings, torch.device("cpu"), noise, 1)
         learner.set_gradients([slices[0][0]], [slices[0][1]])
-        return learner.trained, [weight.grad.clone() for weight in learner.trained if weight.grad is not None]
+        return list(learner.trained), [
+            weight.grad.clone() for weight in learner.trained if weight.grad is not None
+        ]
     plain = Learner(attacker.model, replace(settings, ema_decay=0.0), torch.device("cpu"))
-    weights = list(attacker.model.parameters())
+    weights: list[Tensor] = list(attacker.model.parameters())
     total = [torch.zeros_like(weight) for weight in weights]
     for images, masks in slices if mode in (SECURE, HOSPITALS) else slices[:1]:
         plain.set_gradients(images, masks)
@@ -299,6 +303,7 @@ def subtraction(dataset: Dataset, folder: Path) -> str:
     patients: of exact means, and of what a hospital tells."""
     names = [patient.name for patient in dataset.patients][:9]
     few, more = (dataset.image_statistics(tuple(one)) for one in (names[:8], names))
+    assert few is not None  # of eight patients
     own = describe_volume(torch.from_numpy(dataset.volume(names[8])[0].copy()))
     told = ToldStatistics(folder / "images.json")
     first, second = told.tell(tuple(names[:8]), few), told.tell(tuple(names), more)
