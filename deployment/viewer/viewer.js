@@ -29,6 +29,7 @@ class Viewer {
     this.look = { plane: "axial", channel: "FLAIR", overlay: "outline", hidden: false, opacity: 0.5, radiological: true };
     this.tool = "look"; // or measure, pen, eraser, grow
     this.penSize = 3; // pixels
+    this.turn = 0; // of those who change the look
     this.tolerance = 15; // grey values that growing may stray
     this.tools = new Tools(this);
     this.nv = new Niivue({ dragAndDropEnabled: false, logLevel: "error", isRadiologicalConvention: true, showAllOrientationMarkers: true,
@@ -79,7 +80,7 @@ class Viewer {
     nv.createEmptyDrawing();
     this.window = WINDOWS["full range"];
     nv.scene.crosshairPos = nv.vox2frac([Math.floor(opened.width / 2), Math.floor(opened.height / 2), number]);
-    this.set(look);
+    await this.set(look);
     this.resetLook();
     this.useTool(this.tool);
   }
@@ -103,7 +104,7 @@ class Viewer {
 
   /** Change how it is looked at: any of the keys of `look`. */
   async set(change) {
-    const { nv, look } = this;
+    const { nv, look } = this, turn = ++this.turn;
     Object.assign(look, change);
     if (COMPARISONS.includes(look.overlay) && this.drawing) this.useTool("look");
     const volumes = [await this.#channel()];
@@ -111,6 +112,7 @@ class Viewer {
       volumes.push((this.volumes.probability ??= await probabilityVolume(this.opened, this.probability)));
       volumes[1].opacity = look.opacity;
     }
+    if (turn !== this.turn) return; // asked for something else meanwhile, or closed
     const solid = look.plane === "3-D";
     volumes[0].opacity = 1;
     [volumes[0].cal_min, volumes[0].cal_max] = this.window;
@@ -234,8 +236,10 @@ class Viewer {
 
   useTool(tool) {
     this.tool = tool;
-    if (this.drawing && this.look.plane === "3-D") return void this.set({ plane: "axial" });
-    if (this.drawing && (this.look.hidden || !["outline", "fill"].includes(this.look.overlay))) this.set({ overlay: "fill", hidden: false });
+    const { plane, overlay, hidden } = this.look, seen = !hidden && ["outline", "fill"].includes(overlay);
+    if (this.drawing && (plane === "3-D" || !seen)) {
+      this.set({ plane: plane === "3-D" ? "axial" : plane, overlay: seen ? overlay : "fill", hidden: false });
+    }
     this.#mouse();
     this.tools.refresh();
   }
@@ -320,6 +324,7 @@ class Viewer {
 
   /** Forget the case. */
   close() {
+    this.turn++;
     this.nv.volumes = [];
     this.nv.closeDrawing();
     Object.assign(this, { opened: null, probability: null, edits: null, truth: null, volumes: {}, removed: [] });
