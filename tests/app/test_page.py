@@ -91,7 +91,7 @@ def test_readers_see_nothing_of_each_other_and_no_case_outlives_its_closing(page
         assert not page.exception and not other.exception
         names = [reader.session_state.case.name for reader in (page, other)]
         assert names == [volume_name(PurePath(files[0][0])) for files in (one, two)]
-        assert page.header[1].value != other.header[1].value
+        assert page.header[0].value != other.header[0].value
         close(page)
         assert "case" in other.session_state
         close(other)
