@@ -63,7 +63,8 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
         )
     if len(scans) == 1:
         _refuse_another_sequence(scans[0][0])
-        named, notes = dict.fromkeys(CHANNELS, scans[0]), []
+        named = dict.fromkeys(CHANNELS, scans[0])
+        notes: list[str] = []
     else:
         named, notes = _channels(scans)
     loaded = {name: _load(name, content) for name, content in dict(named.values()).items()}
