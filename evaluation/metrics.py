@@ -73,7 +73,7 @@ def loss_of_volume(probabilities: np.ndarray, truth: ArrayLike) -> float:
     right = np.where(there, probabilities, 1 - probabilities).clip(1e-7, 1)
     both = float(probabilities[there].sum(dtype=np.float64))
     soft_dice = (2 * both + 1) / (float(probabilities.sum(dtype=np.float64)) + np.count_nonzero(there) + 1)
-    return -float(np.log(right).mean(dtype=np.float64)) + 1 - soft_dice
+    return float(1 - soft_dice - np.log(right).mean(dtype=np.float64))
 
 
 def hd95(

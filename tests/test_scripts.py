@@ -43,7 +43,12 @@ def expect_sentence(done: subprocess.CompletedProcess, text: str) -> None:
 
 def test_training_writes_what_it_says(trained):
     written = {p.name for p in trained.iterdir()}
-    assert written == {BEST, LAST, "split.json", "centralized_history.csv", "centralized_curves.png"}
+    assert written == {
+        BEST,
+        LAST,
+        "split.json",
+        *(f"centralized{end}" for end in ("_history.csv", "_curves.png", ".log")),
+    }
     assert Image.open(trained / "centralized_curves.png").size[0] > 500
     rows = history(trained)
     assert [row["epoch"] for row in rows] == ["1", "2"] and all(

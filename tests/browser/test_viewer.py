@@ -200,6 +200,7 @@ def test_growing_filling_between_and_parts(page):
     page.mouse.click(*place(page, 40 - 12, 48 - 35))
     page.get_by_text("Parts").click()
     parts = page.locator(".parts input")
+    parts.nth(1).wait_for()
     assert parts.count() == 2 and "cm³" in page.locator(".parts").inner_text()
     parts.nth(1).uncheck()
     assert np.array_equal(mask(page), found)
