@@ -92,6 +92,8 @@ def secure_stage(""",
         for k in range(HOSPITALS)
     ]
     try:
+        for number in range(1, len(STAGES) + 1):  # a deadline for each: a busy machine takes a minute a round
+            server.wait_for(f"round {number} of {len(STAGES)}: ")
         assert server.end() == 0, server.output
         assert [hospital.end() for hospital in hospitals] == [0] * HOSPITALS
     finally:
