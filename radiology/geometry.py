@@ -20,6 +20,7 @@ DISTANCE = 3.0  # mm between slices where they have to be made by resampling; th
 # AROUND mm on both sides. HEAD: mm from the crown down that count as the head, as FSL's robustfov has it.
 TALL, WIDE, AROUND, HEAD = 190.0, 1.35, 10.0, 170.0
 COARSE, LEAST_HEAD = 4.0, 0.01  # mm of the voxels in which the head is looked for; its least share of them
+SMALLEST = 100.0  # mm; no head is shorter, a newborn's is 110: what is may be a bright tumour, and nothing is cropped
 LOW, HIGH, BRIGHT = (
     0.5,
     99.9,
@@ -90,7 +91,7 @@ def _head(oriented: sitk.Image, tall: float) -> tuple[sitk.Image, list[str]]:
     ]  # columns, rows
     edges = np.array([[first, last + 1] for first, last in box]) * (step * spacing)[:2, None]  # mm
     side = float((edges[:, 1] - edges[:, 0]).max()) + 2 * AROUND
-    if max(size[:2] * spacing[:2]) > WIDE * side:
+    if side - 2 * AROUND >= SMALLEST and max(size[:2] * spacing[:2]) > WIDE * side:
         middle = edges.mean(axis=1)
         low[:2] = ((middle - side / 2) / spacing[:2]).clip(0)
         high[:2] = np.minimum((middle + side / 2) / spacing[:2], size[:2])
