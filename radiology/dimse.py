@@ -89,6 +89,7 @@ class DIMSE:
             )
         self._called, self._host, self._port = parts["aet"], parts["host"].strip("[]"), int(parts["port"])
         self._aet, self._move_port, self._tls, self.waits = aet, move_port, login.tls(), waits
+        self._listening_tls = None if move_port is None else login.listening_tls()
 
     def find_studies(self, query: Query) -> list[FoundStudy]:
         found = []
@@ -193,7 +194,12 @@ class DIMSE:
         entity = AE(ae_title=self._aet)
         entity.supported_contexts = [build_context(kind, [*PLAIN, *COMPRESSED]) for kind in KINDS]
         try:
-            server = entity.start_server(("", self._move_port or 0), block=False, evt_handlers=storing)
+            server = entity.start_server(
+                ("", self._move_port or 0),
+                block=False,
+                evt_handlers=storing,
+                ssl_context=self._listening_tls,
+            )
         except OSError as error:
             raise MedFLError(
                 f"port {self._move_port} can't be listened on; choose another --move-port"

@@ -71,8 +71,25 @@ class Login(BaseModel):
         """A context for DIMSE over TLS, or None where the login names no certificate and no authority."""
         if not (self.certificate or self.authority):
             return None
+        return self._context(ssl.Purpose.SERVER_AUTH)
+
+    def listening_tls(self) -> ssl.SSLContext | None:
+        """The same for our own port, to which an archive sends by C-MOVE: it has to show a certificate of the login's
+        authority. Raises MedFLError where the login has no certificate to show it in turn."""
+        if not (self.certificate or self.authority):
+            return None
+        if not (self.certificate and self.authority):
+            raise MedFLError(
+                "with --move-port over TLS the archive calls us, and the login needs certificate, key and authority; "
+                "add what is missing, or leave --move-port out"
+            )
+        context = self._context(ssl.Purpose.CLIENT_AUTH)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def _context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
         try:
-            context = ssl.create_default_context(cafile=self.authority)
+            context = ssl.create_default_context(purpose, cafile=self.authority)
             if self.certificate:
                 context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:

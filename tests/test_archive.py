@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 from dicom_phantoms import phantom, scan, write_series
-from orthanc import AET, PASSWORD, USER, Orthanc, executable, free_port
+from orthanc import AET, OURS, PASSWORD, USER, Orthanc, executable, free_port
 from prepared import SCRIPT, report
 from running import run_here
 from test_series import write_enhanced
@@ -478,18 +478,23 @@ def test_dimse_over_tls_finds_and_fetches_and_trusts_nobody_unknown(archive, tmp
     settings = {f"DicomTls{name}": str(tmp_path / file) for name, file in names.items()}
     settings |= {"DicomTlsEnabled": True, "DicomTlsRemoteCertificateRequired": True}
     with contextlib.closing(Orthanc(tmp_path / "orthanc", settings)) as safe:
+        us = {"AET": OURS, "Host": "127.0.0.1", "Port": safe.ours, "AllowGet": True, "UseDicomTls": True}
+        safe.settings["DicomModalities"] = {OURS: us}
         safe.start().add(archive.folder.parent / "phantoms" / "enhanced")
         ours = Login(
             certificate=tmp_path / "us.pem", key=tmp_path / "us.key", authority=tmp_path / "authority.pem"
         )
-        there = DIMSE(safe.dimse, ours, waits=QUICK)
-        (study,) = there.find_studies(Query())
-        (series,) = there.find_series(study.uid)
-        (tmp_path / "fetched").mkdir()
-        there.fetch(study.uid, series.uid, tmp_path / "fetched")
-        (fetched,) = (tmp_path / "fetched").iterdir()
         sent = pydicom.dcmread(archive.folder.parent / "phantoms" / "enhanced" / "one")
-        assert pydicom.dcmread(fetched).PixelData == sent.PixelData
+        for way, port in (("get", None), ("move", safe.ours)):
+            there = DIMSE(safe.dimse, ours, move_port=port, waits=QUICK)
+            (study,) = there.find_studies(Query())
+            (series,) = there.find_series(study.uid)
+            (tmp_path / way).mkdir()
+            there.fetch(study.uid, series.uid, tmp_path / way)
+            (fetched,) = (tmp_path / way).iterdir()
+            assert pydicom.dcmread(fetched).PixelData == sent.PixelData
+        with pytest.raises(MedFLError, match="needs certificate, key and authority"):
+            DIMSE(safe.dimse, Login(authority=tmp_path / "authority.pem"), move_port=safe.ours)
         for login in (
             Login(),  # in the clear
             Login(authority=tmp_path / "authority.pem"),  # without a certificate of ours

@@ -2,6 +2,7 @@
 it."""
 
 import contextlib
+import errno
 import json
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from common import MedFLError, write_json
+from common import DISK_FULL, MedFLError, in_words, write_json
 from federation.hospital.hospital import Hospital, HospitalError
 from federation.hospital.identity import ENDED, WAITING, Identity
 from federation.hospital.keeping import keep_model
@@ -186,10 +187,10 @@ def app_for(code: str) -> ClientApp:
             return handle(incoming, context)
         versions = about.get("versions")
         versions = versions if isinstance(versions, dict) else {}
-        theirs = in_words(str(versions.get("medfl", "unknown"))[:32], versions.get("commit"), code)
+        theirs = version_in_words(str(versions.get("medfl", "unknown"))[:32], versions.get("commit"), code)
         sentence = (
             f"the server's code is {theirs} and the one installed here is "
-            f"{in_words(here.medfl, here.commit, here.code)}; nothing of it was run; install the server's "
+            f"{version_in_words(here.medfl, here.commit, here.code)}; nothing of it was run; install the server's "
             "version here, after a look at what changed, or ask the coordinator"
         )
         new = not waiting.exists()
@@ -201,7 +202,7 @@ def app_for(code: str) -> ClientApp:
     return make_app(before=refuse)
 
 
-def in_words(version: str, commit: object, code: str) -> str:
+def version_in_words(version: str, commit: object, code: str) -> str:
     """A MedFL by its version, its commit and what it runs at a hospital."""
     of = f"commit {str(commit)[:12]}, " if commit else ""
     return f"MedFL {version} ({of}code {code[:12]}...)"
@@ -223,10 +224,11 @@ def guard(incoming: Message, context: Context, handle: Handle, identity: Identit
     except MedFLError as error:
         failure, text = Failure.TRAINING, str(error)
     except (MemoryError, OSError) as error:
-        failure, text = (
-            Failure.RESOURCES,
-            f"out of memory or disk ({error}); free some, the server asks again",
-        )
+        if isinstance(error, OSError) and error.errno not in (*DISK_FULL, errno.ENOMEM):
+            failure, text = Failure.DATA, f"{in_words(error) or error}; the server asks again"
+        else:
+            failure = Failure.RESOURCES
+            text = f"out of memory or disk ({error}); free some, the server asks again"
     except RuntimeError as error:  # torch's name for many things
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             failure, text = (

@@ -154,7 +154,9 @@ class FederationSettings:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; choose a number above 0"
                 )
         if not 0 <= self.rounds < math.inf:
-            raise MedFLError(f"--rounds is {self.rounds}; choose a number above 0")
+            raise MedFLError(
+                f"--rounds is {self.rounds}; choose a number above 0 (0 only to score a model with --evaluate)"
+            )
         if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
             raise MedFLError(f"--lr-factor is {self.lr_factor}; choose a number above 0")
         if self.local_steps is not None and self.local_steps < 1:

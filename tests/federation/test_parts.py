@@ -254,6 +254,7 @@ def fails_with(error: Exception):
         (MedFLError("scans/Anna_1.tif is odd"), "training"),
         (MemoryError("Anna"), "resources"),
         (OSError(28, "No space left on device", "scans/Anna_1.tif"), "resources"),
+        (FileNotFoundError(2, "No such file or directory", "scans/Anna_1.tif"), "data"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: Anna"), "resources"),
         (ValueError("Anna"), "bug"),
         (RuntimeError("shape of Anna"), "bug"),
