@@ -3,7 +3,9 @@
 He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377.
 """
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +14,23 @@ import torchvision_operators  # noqa: F401  must come before timm
 
 # isort: split
 import torch
-from timm.models.vision_transformer import Block
+from safetensors.torch import save
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from batches import augment
-from common import MedFLError
+from common import MedFLError, atomic_write
 from preprocessing import MASK_SUFFIX, group_volumes, network_input, read_volume, volume_statistics
+from scans.cohort import UNMASKED
 from scans.folders import walk
 from scans.pairing import pair
+from split import Split
+from training import EpochResult
 from transunet import ARCHITECTURES, PATCH, TransUNet
 
+HIDDEN = 0.75  # share of the patches, as in the paper
+BETAS = (0.9, 0.95)  # AdamW's, as in the paper
 WIDTH, DEPTH, HEADS = 96, 2, 3  # of the decoder, which is thrown away
 FLAT = 1e-2  # added to a patch's variance, so that the empty background is not stretched to noise
 
@@ -29,16 +38,14 @@ FLAT = 1e-2  # added to a patch's variance, so that the empty background is not 
 class MaskedAutoencoder(nn.Module):
     """A named model's encoder, and a small decoder that paints the patches which the encoder did not see.
 
-    name, image_side: as for `TransUNet`. Raises MedFLError for a model whose encoder is no plain ViT.
+    name, image_side: as for `TransUNet`; encoder: of such a model, a new one where None. Raises MedFLError for a
+    model whose encoder is no plain ViT.
     """
 
-    def __init__(self, name: str, image_side: int):
+    def __init__(self, name: str, image_side: int, encoder: VisionTransformer | None = None):
         super().__init__()
-        if name in ARCHITECTURES and ARCHITECTURES[name].pyramid is None:
-            raise MedFLError(
-                f"{name} sees slices through a ResNet, which hides no patches; choose mini, tiny or small"
-            )
-        self.encoder = TransUNet(name, image_side).encoder
+        check_name(name)
+        self.encoder = TransUNet(name, image_side).encoder if encoder is None else encoder
         places = (image_side // PATCH) ** 2
         self.project = nn.Linear(self.encoder.embed_dim, WIDTH)
         self.hidden = nn.Parameter(torch.zeros(1, 1, WIDTH))
@@ -66,6 +73,22 @@ class MaskedAutoencoder(nn.Module):
         errors = (self.paint(self.decoder(whole)) - patches(images)).square().mean(dim=2)  # (B, n)
         return errors.gather(1, order[:, visible:]).mean()
 
+    def painter(self) -> dict[str, Tensor]:
+        """The state of all but the encoder."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+
+    def load_painter(self, state: dict[str, Tensor]) -> None:
+        """Take up what `painter` gave."""
+        self.load_state_dict({**self.state_dict(), **state})
+
+
+def check_name(name: str) -> None:
+    """Raises MedFLError for a model whose encoder is no plain ViT."""
+    if name in ARCHITECTURES and ARCHITECTURES[name].pyramid is None:
+        raise MedFLError(
+            f"{name} sees slices through a ResNet, which hides no patches; choose mini, tiny or small"
+        )
+
 
 def patches(images: Tensor) -> Tensor:
     """Images (B, 3, side, side) as their patches (B, n, 3 * 16 * 16), each less its mean and over its
@@ -76,46 +99,121 @@ def patches(images: Tensor) -> Tensor:
     return (flat - flat.mean(dim=2, keepdim=True)) / (flat.var(dim=2, keepdim=True) + FLAT).sqrt()
 
 
-class UnlabelledSlices:
-    """The slices below a folder, prepared as for a training, in memory: (n, 3, side, side) float16.
+class EncoderLearner:
+    """An encoder in training. Hospitals use it in the place of `training.Learner`."""
 
-    patients: those that are read, by their names in a split; all where None. Masks, as their names or their
-    tree tell them, are not opened. Raises MedFLError where there is no slice.
+    def __init__(self, model: MaskedAutoencoder, lr: float, weight_decay: float, hidden: float = HIDDEN):
+        self.model, self.lr, self.step_count = model, lr, 0
+        self.visible = max(1, round((1 - hidden) * model.places.shape[1]))
+        self.optimiser = torch.optim.AdamW(
+            model.parameters(), lr, weight_decay=weight_decay, betas=BETAS, fused=True
+        )
+        self.after_step: Callable[[], None] = lambda: None
+
+    def set_rate(self, scale: float) -> None:
+        """Set the learning rate to this share of `lr`."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr * scale
+
+    def train_epoch(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        before_step: Callable[[int], bool] = lambda _: True,
+        progress: tqdm | None = None,
+    ) -> EpochResult:
+        """One pass over batches of `UnlabelledBatches`. `before_step` gets the number of the step and may end the
+        pass. Raises MedFLError on a loss that is not finite."""
+        self.model.train()
+        device, losses = next(self.model.parameters()).device, []
+        for images, order in batches:
+            if not before_step(self.step_count):
+                break
+            loss = self.model(images.to(device), order.to(device), self.visible)
+            if not math.isfinite(loss.item()):
+                raise MedFLError(f"the loss is {loss.item()}; lower --lr (now {self.lr}) and start again")
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimiser.step()
+            self.after_step()
+            self.step_count += 1
+            losses.append(loss.item())
+            if progress is not None:
+                progress.update()
+        return EpochResult(sum(losses) / max(len(losses), 1), math.nan, len(losses))
+
+
+Reads = Callable[[str, Path], bool]  # whether a volume of this name, in this folder, is read
+
+
+def of_training(split: Split, unmasked: bool = True) -> Reads:
+    """What an encoder may see of a split: the training patients and, where `unmasked`, scans in without_masks/, but
+    none of a patient who validates or tests."""
+    others = (*split.val, *split.test)
+
+    def reads(volume: str, folder: Path) -> bool:
+        if unmasked and UNMASKED in folder.parts:
+            return not any(_is_of(volume, folder, patient) for patient in others)
+        return any(_is_of(volume, folder, patient) for patient in split.train)
+
+    return reads
+
+
+def unlabelled_volumes(
+    folder: Path, mask_suffix: str = MASK_SUFFIX, reads: Reads = lambda *_: True
+) -> list[list[Path]]:
+    """The slices of each volume below a folder. Masks, as their names or their tree tell them, are left out. Raises
+    MedFLError where there is no slice."""
+    inside = dict(walk(folder))
+    files = pair((file for found in inside.values() for file in found), mask_suffix).images
+    volumes = [slices for name, slices in group_volumes(files, inside) if reads(name, slices[0].parent)]
+    if not volumes:
+        raise MedFLError(f"there are no slices in {folder} to learn from; name another --data-dir")
+    return volumes
+
+
+class UnlabelledBatches:
+    """An epoch's batches of slices without masks: images (B, 3, side, side) float32, varied as in a training, and
+    (B, n) int64, each picture's patches in a random order.
+
+    All slices are in memory, as float16. All randomness comes from (seed, epoch).
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        side: int,
-        patients: set[str] | None = None,
-        mask_suffix: str = MASK_SUFFIX,
-    ):
-        inside = dict(walk(folder))
-        files = pair((file for found in inside.values() for file in found), mask_suffix).images
-        volumes = [
-            (name, slices)
-            for name, slices in group_volumes(files, inside)
-            if patients is None or any(_is_of(name, slices[0].parent, patient) for patient in patients)
-        ]
-        if not volumes:
-            raise MedFLError(f"there are no slices in {folder} to learn from; name another --data-dir")
+    def __init__(self, volumes: list[list[Path]], side: int, batch_size: int, seed: int):
+        self.side, self.batch_size, self.seed = side, batch_size, seed
         prepared = []
-        for _, slices in volumes:
+        for slices in volumes:
             pixels = torch.from_numpy(read_volume(slices).copy())
             prepared.append(network_input(pixels, *volume_statistics(pixels), side).half())
-        self.volumes, self.images = len(volumes), torch.cat(prepared)
+        self._images = torch.cat(prepared)
+
+    @property
+    def slices(self) -> int:
+        """Slices that the batches are drawn from."""
+        return len(self._images)
 
     def __len__(self) -> int:
-        return len(self.images)
+        """Batches an epoch."""
+        return -(-self.slices // self.batch_size)
 
-    def epoch(self, epoch: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Every slice once, varied as in a training: (B, 3, side, side) float32. All randomness comes from
-        (seed, epoch)."""
-        draw = np.random.default_rng([seed, epoch])
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches, with every slice once."""
+        draw = np.random.default_rng([self.seed, epoch])
         random = torch.Generator().manual_seed(int(draw.integers(2**62)))
-        for numbers in np.array_split(draw.permutation(len(self)), -(-len(self) // batch_size)):
-            images = self.images[torch.from_numpy(numbers)].float()
-            yield augment(images, torch.zeros(len(images), 1, *images.shape[2:]), random)[0]
+        for numbers in np.array_split(draw.permutation(self.slices), len(self)):
+            images = self._images[torch.from_numpy(numbers)].float()
+            images = augment(images, torch.zeros(len(images), 1, *images.shape[2:]), random)[0]
+            yield (
+                images,
+                torch.rand(len(images), (self.side // PATCH) ** 2, generator=random).argsort(dim=1),
+            )
+
+
+def write_encoder(encoder: nn.Module, about: dict, path: Path) -> None:
+    """Write an encoder's weights in timm's names, with `about` as the file's metadata; whole or not at all."""
+    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    with atomic_write(path) as file:
+        file.write(save(state, {"medfl": json.dumps(about, allow_nan=False)}))
 
 
 def _is_of(volume: str, folder: Path, patient: str) -> bool:

@@ -4,26 +4,33 @@
     python train_centralized.py --data-dir data --encoder models/encoder.safetensors
 
 Any folder of slices serves: the download, phantoms, what data/prepare_hospital.py wrote, without_masks/ as well.
-With --split-file only its training patients are read: an encoder that learns from test patients has seen them.
-The file holds the encoder in timm's names, and in its metadata what it was made of.
+With --split-file only its training patients and scans in without_masks/ are read: an encoder that learns from test
+patients has seen them. Hospitals do the same together with `run_server.py --pretraining`. The file holds the encoder
+in timm's names, and in its metadata what it was made of.
 """
 
 import argparse
-import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from tqdm import tqdm
 
-from autoencoder import MaskedAutoencoder, UnlabelledSlices
+from autoencoder import (
+    HIDDEN,
+    EncoderLearner,
+    MaskedAutoencoder,
+    UnlabelledBatches,
+    of_training,
+    unlabelled_volumes,
+    write_encoder,
+)
 from common import (
     MedFLError,
     __version__,
     add_settings,
-    atomic_write,
     counted,
     run_script,
     setting,
@@ -49,7 +56,7 @@ class PretrainingSettings:
     lr: float = setting(1e-3, "learning rate")
     weight_decay: float = setting(0.05, "AdamW's weight decay")
     warmup: float = setting(0.1, "share of the run in which the learning rate rises to --lr, 0 to 0.5")
-    hidden: float = setting(0.75, "share of the patches that is hidden")
+    hidden: float = setting(HIDDEN, "share of the patches that is hidden")
     seed: int = setting(0, "of weights, order, augmentation and what is hidden")
 
     def __post_init__(self) -> None:
@@ -67,7 +74,11 @@ class PretrainingSettings:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of slices (default data)")
-    parser.add_argument("--split-file", type=Path, help="read only the training patients of this split.json")
+    parser.add_argument(
+        "--split-file",
+        type=Path,
+        help="read only the training patients of this split.json, and without_masks/",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -80,41 +91,20 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train_epoch(
-    model: MaskedAutoencoder,
-    slices: UnlabelledSlices,
-    optimiser: torch.optim.Optimizer,
-    settings: PretrainingSettings,
-    epoch: int,
-) -> float:
-    """One pass over the slices; the mean loss. Raises MedFLError on a loss that is not finite."""
-    device, losses = next(model.parameters()).device, []
-    random = torch.Generator().manual_seed(100_003 * settings.seed + epoch)
-    places = (settings.image_size // 16) ** 2
-    visible = max(1, round((1 - settings.hidden) * places))
-    steps = -(-len(slices) // settings.batch_size)
-    batches = slices.epoch(epoch, settings.batch_size, settings.seed)
-    for step, images in enumerate(tqdm(batches, total=steps, leave=False, disable=None)):
-        share = (epoch - 1 + step / steps) / settings.epochs
-        for group in optimiser.param_groups:
-            group["lr"] = settings.lr * rate_scale(share, settings.warmup)
-        order = torch.rand(len(images), places, generator=random).argsort(dim=1).to(device)
-        loss = model(images.to(device), order, visible)
-        if not math.isfinite(loss.item()):
-            raise MedFLError(f"the loss is {loss.item()}; lower --lr (now {settings.lr}) and start again")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        losses.append(loss.item())
-    return sum(losses) / len(losses)
+def pretrained_by_epochs(
+    model: MaskedAutoencoder, batches: UnlabelledBatches, settings: PretrainingSettings
+) -> Iterator[float]:
+    """Train a model's encoder as the settings say; yields the mean loss of each pass over the slices."""
+    learner = EncoderLearner(model, settings.lr, settings.weight_decay, settings.hidden)
+    steps = settings.epochs * len(batches)
 
+    def set_rate(step: int) -> bool:
+        learner.set_rate(rate_scale(step / steps, settings.warmup))
+        return True
 
-def write_encoder(model: MaskedAutoencoder, about: dict, path: Path) -> None:
-    """Write the encoder's weights in timm's names, with `about` as its metadata; whole or not at all."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.encoder.state_dict().items()}
-    with atomic_write(path) as file:
-        file.write(save(state, {"medfl": json.dumps(about, allow_nan=False)}))
+    for epoch in range(1, settings.epochs + 1):
+        with tqdm(total=len(batches), leave=False, disable=None) as bar:
+            yield learner.train_epoch(batches.epoch(epoch), set_rate, bar).loss
 
 
 def _names_below(folder: Path, mask_suffix: str) -> set[str]:
@@ -136,32 +126,29 @@ def main() -> None:
         raise MedFLError(f"there is no folder {arguments.data_dir}; name another --data-dir")
     torch.manual_seed(settings.seed)
     model = MaskedAutoencoder(settings.model, settings.image_size).to(device)
-    patients, split = None, None
+    split = None
     if arguments.split_file:
         split = load_split(arguments.split_file, _names_below(arguments.data_dir, arguments.mask_suffix))
-        patients = set(split.train)
-    slices = UnlabelledSlices(arguments.data_dir, settings.image_size, patients, arguments.mask_suffix)
+    reads = of_training(split) if split else lambda *_: True
+    volumes = unlabelled_volumes(arguments.data_dir, arguments.mask_suffix, reads)
+    batches = UnlabelledBatches(volumes, settings.image_size, settings.batch_size, settings.seed)
     print(
-        f"{settings.model} at {settings.image_size} pixels, {device.type}: {counted(len(slices), 'slice')} of "
-        f"{counted(slices.volumes, 'volume')}, no masks"
+        f"{settings.model} at {settings.image_size} pixels, {device.type}: {counted(batches.slices, 'slice')} of "
+        f"{counted(len(volumes), 'volume')}, no masks"
     )
-    optimiser = torch.optim.AdamW(
-        model.parameters(), settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
-    )
-    for epoch in range(1, settings.epochs + 1):
-        loss = train_epoch(model, slices, optimiser, settings, epoch)
+    for epoch, loss in enumerate(pretrained_by_epochs(model, batches, settings), 1):
         about = {
             "medfl": __version__,
             "method": "masked autoencoding",
             "settings": asdict(settings),
             "epochs_done": epoch,
             "loss": loss,
-            "slices": len(slices),
-            "volumes": slices.volumes,
+            "slices": batches.slices,
+            "volumes": len(volumes),
             "split_sha256": split and split.sha256(),
             "created": utc_now(),
         }
-        write_encoder(model, about, arguments.out)
+        write_encoder(model.encoder, about, arguments.out)
         print(f"epoch {epoch:3d}  loss {loss:.4f}", flush=True)
     print(f"wrote {arguments.out}")
     print(f"next: python train_centralized.py --data-dir {arguments.data_dir} --encoder {arguments.out}")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from autoencoder import check_name
 from checkpoint import describe, load_checkpoint, load_start, refuse_to_overwrite, save_checkpoint
 from common import (
     MedFLError,
@@ -40,7 +41,7 @@ from common import (
     tell,
 )
 from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
-from encoders import PRETRAINED, RANDOM, go_on_from, start_model
+from encoders import PRETRAINED, RANDOM, RECIPES, go_on_from, start_model, with_recipe
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.log import say
 from federation.protocol.messages import local_versions
@@ -62,6 +63,7 @@ from federation.runtime.service import Service
 from federation.runtime.simulation import check_ray, simulate
 from federation.runtime.status_port import serve_status
 from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
+from federation.server.ending import ENCODER_FILE
 from federation.server.events import Messenger
 from federation.server.state import BEST, LAST, SHARED, claim, load_run, nothing_left, with_rounds
 from inference import choose_device
@@ -292,6 +294,10 @@ def prepare_job(
         elif not federation.rounds:
             raise MedFLError("--rounds is 0; choose a number above 0, or score a model with --evaluate MODEL")
         check_together(training, federation)
+        if federation.pretraining:
+            check_name(training.model)
+            # all of a loaded encoder learns, from the first round
+            training = with_recipe(training, RECIPES[False])
         model, started_from, init_split, training = starting_model(arguments, training)
         start = folder / "start.pth"
         save_checkpoint(start, model.state_dict(), describe(model))
@@ -369,14 +375,16 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         claimed.release()
         shutil.rmtree(folder, ignore_errors=True)
     if code == 0:
-        tell_next(arguments.out / BEST, arguments.data_dir)
+        tell_next(arguments.out, federation, arguments.data_dir)
     return code
 
 
-def tell_next(best: Path, data: Path | None) -> None:
+def tell_next(out: Path, federation: FederationSettings, data: Path | None) -> None:
     """Say what to do with the model. data: the dataset that the hospitals shared, None where each has its own."""
+    if federation.pretraining:
+        return say(f"next: python run_server.py --encoder {out / ENCODER_FILE} --out ANOTHER_FOLDER")
     command = "predict.py FOLDER" if data is None else f"evaluate.py --data-dir {data}"
-    say(f"next: python {command} --checkpoint {best}")
+    say(f"next: python {command} --checkpoint {out / BEST}")
 
 
 def take_up(arguments: argparse.Namespace) -> None:
@@ -390,7 +398,7 @@ def take_up(arguments: argparse.Namespace) -> None:
         arguments.resume = there
     if not arguments.resume:
         if not arguments.overwrite:
-            refuse_to_overwrite([out / BEST, out / SHARED, out / LAST])
+            refuse_to_overwrite([out / BEST, out / SHARED, out / LAST, out / ENCODER_FILE])
         return
     if before := remembered(out):
         for name in ("address", "kit", "own_gateway"):
@@ -436,7 +444,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         claimed.release()
     if code == 0 and not arguments.evaluate:
-        tell_next(arguments.out / BEST, None if kit else arguments.data_dir)
+        tell_next(arguments.out, federation, None if kit else arguments.data_dir)
     sys.exit(code)
 
 

@@ -8,6 +8,7 @@ a patient of several seeds counts once, with the mean. Goes on where it was inte
 """
 
 import argparse
+import math
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoencoder import MaskedAutoencoder, UnlabelledSlices
+from autoencoder import (
+    MaskedAutoencoder,
+    UnlabelledBatches,
+    of_training,
+    unlabelled_volumes,
+    write_encoder,
+)
 from common import run_script, write_json
 from cross_validate import fold_rows
 from dataset import load_dataset
 from evaluation.metrics import mean_interval, paired_difference
 from inference import choose_device
-from pretrain import PretrainingSettings, train_epoch, write_encoder
+from pretrain import PretrainingSettings, pretrained_by_epochs
 from split import Split, make_split
 from training import TrainingSettings
 
@@ -62,15 +69,12 @@ def pretrained(arguments: argparse.Namespace, root: Path, split: Split, device: 
     )
     torch.manual_seed(split.seed)
     model = MaskedAutoencoder(settings.model, settings.image_size).to(device)
-    slices = UnlabelledSlices(root, settings.image_size, set(split.train))
-    optimiser = torch.optim.AdamW(
-        model.parameters(), settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
-    )
-    loss = 0.0
-    for epoch in range(1, settings.epochs + 1):
-        loss = train_epoch(model, slices, optimiser, settings, epoch)
+    volumes = unlabelled_volumes(root, reads=of_training(split, unmasked=False))
+    batches = UnlabelledBatches(volumes, settings.image_size, settings.batch_size, settings.seed)
+    loss = math.nan
+    for epoch, loss in enumerate(pretrained_by_epochs(model, batches, settings), 1):
         print(f"pretraining, seed {split.seed}, epoch {epoch}: loss {loss:.4f}", flush=True)
-    write_encoder(model, {"loss": loss, "split_sha256": split.sha256()}, path)
+    write_encoder(model.encoder, {"loss": loss, "split_sha256": split.sha256()}, path)
     return path
 
 

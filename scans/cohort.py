@@ -21,7 +21,8 @@ VISIT = re.compile(
 )
 SUBJECT = re.compile(r"^sub-[a-z0-9]+", re.IGNORECASE)  # BIDS: what lies below is of one person
 MARK = re.compile(r"^[-_. ]?[a-z][-_. a-z]*$", re.IGNORECASE)  # what may end a mask's name
-KEPT_APART = {"more_studies", "without_masks"}  # by data/prepare_hospital.py, from those that train
+UNMASKED = "without_masks"
+KEPT_APART = {"more_studies", UNMASKED}  # by data/prepare_hospital.py, from those that train
 PARTS_OF_OTHERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 PACKED = {".zip", ".gz", ".tgz", ".tar", ".7z", ".rar"}
 VOLUMES = {".nii", ".nrrd", ".mgz", ".mha", ".mhd", ".gz"}

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from running import run_here
 
-from autoencoder import UnlabelledSlices
+from autoencoder import of_training, unlabelled_volumes
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from dataset import load_dataset
 from preprocessing import group_volumes, read_mask, read_slice
 from scans.pairing import pair
-from split import make_split
+from split import Split, make_split
 from transunet import TransUNet
 
 
@@ -440,10 +440,12 @@ def test_unlabelled_slices_are_those_of_no_mask(tmp_path):
     patient(
         tmp_path / "trees" / "images" / "sub-2", 2, masks=tmp_path / "trees" / "labels" / "sub-2", mask="{}"
     )
-    assert len(UnlabelledSlices(tmp_path / "trees", 16)) == 6
-    assert len(UnlabelledSlices(tmp_path / "trees", 16, {"sub-2"})) == 3
+    assert sum(map(len, unlabelled_volumes(tmp_path / "trees"))) == 6
+    one = of_training(Split(0, ("sub-2",), (), ()))
+    assert sum(map(len, unlabelled_volumes(tmp_path / "trees", reads=one))) == 3
     patient(tmp_path / "seg" / "sub-01" / "anat", 1, mask="{}_seg")
-    assert len(UnlabelledSlices(tmp_path / "seg", 16, {"sub-01/anat"}, "_seg")) == 3
+    one = of_training(Split(0, ("sub-01/anat",), (), ()))
+    assert sum(map(len, unlabelled_volumes(tmp_path / "seg", "_seg", one))) == 3
 
 
 @pytest.mark.parametrize(

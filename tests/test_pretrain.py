@@ -9,10 +9,10 @@ from PIL import Image
 from running import run_here
 from safetensors import safe_open
 
-from autoencoder import MaskedAutoencoder, UnlabelledSlices, patches
+from autoencoder import MaskedAutoencoder, UnlabelledBatches, of_training, patches, unlabelled_volumes
 from common import MedFLError
 from encoders import start_model
-from split import make_split, save_split
+from split import Split, make_split, save_split
 from training import TrainingSettings
 
 
@@ -55,11 +55,25 @@ def test_masks_are_never_opened_and_other_patients_never_read(tmp_path):
             pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / patient / f"{patient}_{number}.png")
     (tmp_path / "a" / "a_1_mask.png").write_text("no picture")
-    assert len(UnlabelledSlices(tmp_path, 32)) == 4
+    assert UnlabelledBatches(unlabelled_volumes(tmp_path), 32, 2, 0).slices == 4
     (tmp_path / "b" / "b_1.png").write_text("no picture")
-    assert len(UnlabelledSlices(tmp_path, 32, {"a"})) == 2
+    some = unlabelled_volumes(tmp_path, reads=of_training(Split(0, ("a",), (), ("b",))))
+    assert UnlabelledBatches(some, 32, 2, 0).slices == 2
     with pytest.raises(MedFLError, match="no slices"):
-        UnlabelledSlices(tmp_path, 32, {"c"})
+        unlabelled_volumes(tmp_path, reads=of_training(Split(0, ("c",), (), ())))
+
+
+def test_scans_without_masks_are_read_but_for_those_of_test_patients(tmp_path):
+    for place in ("a", "b", "without_masks/c", "without_masks/b"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / place / "x_1.png")
+    split = Split(0, ("a",), (), ("b",))
+
+    def read(unmasked: bool) -> set[str]:
+        found = unlabelled_volumes(tmp_path, reads=of_training(split, unmasked))
+        return {slices[0].parent.relative_to(tmp_path).as_posix() for slices in found}
+
+    assert read(unmasked=True) == {"a", "without_masks/c"} and read(unmasked=False) == {"a"}
 
 
 def test_an_encoder_is_pretrained_and_taken(phantoms, home, tmp_path):

@@ -15,14 +15,14 @@ import torch
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from common import DISK_FULL, MedFLError, in_words, write_json
+from common import DISK_FULL, MedFLError, counted, in_words, write_json
 from federation.hospital.hospital import Hospital, HospitalError
 from federation.hospital.identity import ENDED, WAITING, Identity
 from federation.hospital.keeping import keep_model
 from federation.hospital.rehearsal import round_seconds
 from federation.hospital.status import shown
 from federation.hospital.sums import Sums
-from federation.protocol.answers import Facts, Introduction, Kind, Result, Tested, Trained, Typed, parse
+from federation.protocol.answers import Facts, Introduction, Kind, Part, Result, Tested, Trained, Typed, parse
 from federation.protocol.log import say
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.proofs import sign_answer
@@ -270,13 +270,10 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
     if not mine.federation.rounds:
         next_step = "the server has a model scored on the test patients; nothing is trained"
     else:
-        ends = "stays at the server" if mine.federation.withhold_model else "comes here"
-        say(f"at the end the federation's model {ends}")
+        kept = mine.federation.withhold_model or mine.federation.pretraining
+        say(f"at the end the federation's model {'stays at the server' if kept else 'comes here'}")
         next_step += " (it only observes: nothing is trained here)" * (identity.role == "observe")
-    say(
-        f"joined as {identity.label}: {facts.data}, patients: {parts['train'].patients} train, "
-        f"{parts['val'].patients} validate, {parts['test'].patients} kept for the test; {next_step}"
-    )
+    say(f"joined as {identity.label}: {facts.data}, {what_trains(mine, parts)}; {next_step}")
     if mine.budget:
         noise = mine.planned_noise(asked.run)
         noise_said = "" if noise is None else f"noise of {noise:.3g} clips; "
@@ -286,6 +283,17 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
             "server gets no scores"
         )
     return facts
+
+
+def what_trains(hospital: Hospital, parts: dict[str, Part]) -> str:
+    """Who trains, validates and tests here, in words."""
+    if hospital.federation.pretraining:
+        train = parts["train"]
+        return f"pretraining on {counted(train.slices, 'slice')} of {counted(train.patients, 'volume')}, no masks"
+    return (
+        f"patients: {parts['train'].patients} train, {parts['val'].patients} validate, "
+        f"{parts['test'].patients} kept for the test"
+    )
 
 
 def tested(hospital: Hospital, model: TransUNet) -> Tested:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from autoencoder import EncoderLearner, UnlabelledBatches
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, describe, save_checkpoint
 from common import SMALLEST_GROUP, MedFLError, atomic_write, counted
@@ -17,6 +18,7 @@ from federation.hospital.data import HospitalData
 from federation.hospital.identity import Identity
 from federation.hospital.moments import Moments
 from federation.hospital.norms import OwnNorms
+from federation.hospital.pretraining import painter_of, pretraining
 from federation.hospital.statistics import ToldStatistics
 from federation.hospital.training import proximal_pull, rate_in_a_round, seed_of, train_round
 from federation.privacy.budget import PatientBudget
@@ -113,6 +115,12 @@ class Hospital:
             budget = PatientBudget(promise.epsilon, promise.delta, self.identity.file("privacy.json"))
         except MedFLError as error:
             raise HospitalError(Failure.PRIVACY, str(error)) from error
+        if self.federation.pretraining:
+            raise HospitalError(
+                Failure.PRIVACY,
+                "pretraining changes all of the encoder, and the promise to the patients covers the last layers only; "
+                "take part without --dp-sgd-epsilon, or not at all",
+            )
         if self.training.norm == "batch":
             raise HospitalError(
                 Failure.PRIVACY,
@@ -174,7 +182,8 @@ class Hospital:
             if own := self._norms(task.run).before(number):
                 weights[norm_mask(model)] = own.last
         model.load_state_dict(unpack(weights, model.state_dict()))
-        if self.federation.keep_norm_local or self.training.frozen_epochs:  # the next may bring only a part
+        if self.federation.keep_norm_local or self.federation.pretraining or self.training.frozen_epochs:
+            # the next may bring only a part
             with atomic_write(self.memory, private=True) as file:
                 torch.save(weights, file)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave memory_format out
@@ -184,8 +193,10 @@ class Hospital:
         of one or two is a figure of a patient. Nor do patients without any tumour, for whom an empty mask is
         perfect."""
         began, patients = time.monotonic(), self.data.split.part(part)
-        if not self.data.dataset.with_tumour(patients) or (
-            self.identity.own_data and len(patients) < SMALLEST_GROUP
+        if (
+            self.federation.pretraining
+            or not self.data.dataset.with_tumour(patients)
+            or (self.identity.own_data and len(patients) < SMALLEST_GROUP)
         ):
             return Scored()
         rows = score_patients(model, self.data.dataset, patients, THRESHOLD)
@@ -199,6 +210,7 @@ class Hospital:
         """Score the federation's last model. Where normalisation layers stayed here, it is one of this
         hospital's own, with its layers averaged over the rounds, and it is written down."""
         self._moments(task.run).forget()
+        painter_of(self.identity, task.run).forget()
         own = self._norms(task.run).before(None) if self.federation.keep_norm_local else None
         if own is None:
             return self.score(model)
@@ -245,6 +257,8 @@ class Hospital:
         update = self._update(model, before, after, frozen)
         if settings.moments == "keep":
             self._moments(task.run).keep(task.round, learner.optimiser.state_dict())
+        if isinstance(learner, EncoderLearner):
+            painter_of(self.identity, task.run).keep(task.round, learner.model.painter())
         if settings.keep_norm_local:
             self._norms(task.run).keep(task.round, after[norm_mask(model)], self.training.ema_decay)
         few = (
@@ -278,7 +292,7 @@ class Hospital:
 
     def _learner(
         self, model: TransUNet, task: Train, seed: int
-    ) -> tuple[Learner, TrainingBatches | PatientBatches]:
+    ) -> tuple[Learner | EncoderLearner, TrainingBatches | PatientBatches | UnlabelledBatches]:
         """What trains the model in this round, and on what."""
         settings, patients, side = self.federation, self.data.split.train, self.training.image_size
         # the server averages over rounds, and what it calls a batch is of all hospitals together
@@ -288,12 +302,15 @@ class Hospital:
             batch_size=settings.batch_of_one(self.training.batch_size),
             lr=self.training.lr * (1 if self.budget else settings.rate_factor),
         )
-        learner: Learner
-        batches: TrainingBatches | PatientBatches
+        learner: Learner | EncoderLearner
+        batches: TrainingBatches | PatientBatches | UnlabelledBatches
         if self.budget:
             noise = self._reserve(self.budget, task)
             learner = PrivateLearner(model, mine, self.device, noise, len(patients))
             batches = PatientBatches(self.data.dataset, patients, side, seed)
+        elif self.data.unlabelled:
+            painter = painter_of(self.identity, task.run).before(task.round)
+            learner, batches = pretraining(model, mine, self.data.unlabelled, seed, painter)
         else:
             learner = Learner(model, mine, self.device)
             batches = TrainingBatches(self.data.dataset, patients, side, mine.batch_size, seed)

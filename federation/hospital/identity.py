@@ -24,6 +24,7 @@ OwnFile = Literal[
     "federated_last.pth",
     "privacy.json",
     "optimiser.pt",
+    "painter.pt",
     "sums.json",
     "images.json",
 ]

@@ -4,8 +4,10 @@ import itertools
 import time
 from dataclasses import replace
 
+from autoencoder import EncoderLearner, UnlabelledBatches
 from batches import TrainingBatches
 from federation.hospital.hospital import Hospital
+from federation.hospital.pretraining import pretraining
 from training import Learner
 from transunet import TransUNet
 
@@ -16,14 +18,20 @@ def round_seconds(hospital: Hospital) -> float:
     """Seconds of a round's scoring and training, from scoring once and training a few steps of a new model."""
     training, federation = hospital.training, hospital.federation
     model = TransUNet(training.model, training.image_size, training.norm).to(hospital.device)
-    batches = TrainingBatches(
-        hospital.data.dataset,
-        hospital.data.split.train,
-        training.image_size,
-        federation.batch_of_one(training.batch_size),
-        training.seed,
-    )
-    learner = Learner(model, replace(training, ema_decay=0.0), hospital.device)
+    mine = replace(training, ema_decay=0.0, batch_size=federation.batch_of_one(training.batch_size))
+    learner: Learner | EncoderLearner
+    batches: TrainingBatches | UnlabelledBatches
+    if hospital.data.unlabelled:
+        learner, batches = pretraining(model, mine, hospital.data.unlabelled, training.seed, None)
+    else:
+        learner = Learner(model, mine, hospital.device)
+        batches = TrainingBatches(
+            hospital.data.dataset,
+            hospital.data.split.train,
+            training.image_size,
+            mine.batch_size,
+            training.seed,
+        )
     first, *others = itertools.islice(batches.epoch(1), TRIED + 1)
     learner.train_epoch([first])  # takes longer than those that follow
     others, began = others or [first], time.monotonic()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
+from autoencoder import EncoderLearner, UnlabelledBatches
 from batches import TrainingBatches
 from federation.privacy.patients import PatientBatches
 from training import Learner, rate_scale
@@ -21,8 +22,8 @@ def seed_of(seed: int, label: str) -> int:
 
 
 def train_round(
-    learner: Learner,
-    batches: TrainingBatches | PatientBatches,
+    learner: Learner | EncoderLearner,
+    batches: TrainingBatches | PatientBatches | UnlabelledBatches,
     number: int,
     rounds: int,
     steps: int,

@@ -43,7 +43,7 @@ class Task(Request):
 
     settings: Settings
     run: Text
-    without: Annotated[list[Literal["encoder", "norm"]], Field(max_length=2)]
+    without: Annotated[list[Literal["encoder", "norm", "rest"]], Field(max_length=2)]
 
 
 class Score(Task):

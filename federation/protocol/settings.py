@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import MedFLError, setting
 from federation.protocol.secure_aggregation import LEAST
-from federation.protocol.weights import ENCODER, NORM
+from federation.protocol.weights import ENCODER, NORM, REST
 from partition import KINDS
 from split import TEST_FRACTION, VAL_FRACTION
 from training import TrainingSettings
@@ -69,6 +69,11 @@ class FederationSettings:
         0.2, "of fedtrimmedavg: share of the hospitals left out at each end, value by value"
     )
     malicious: int = setting(1, "of krum: hostile hospitals that it is to withstand")
+    pretraining: bool = setting(
+        False,
+        "hospitals train the encoder alone, on scans without their masks (masked autoencoding), and the run ends with "
+        "encoder.safetensors for --encoder",
+    )
     keep_norm_local: bool = setting(False, "each hospital keeps its own normalisation layers (FedBN)")
     update_dtype: str = setting(
         "float32",
@@ -300,8 +305,10 @@ class FederationSettings:
         return max(SMALLEST_BATCH, round(batch_size / self.clients))
 
     def left_out(self, frozen: bool) -> list[str]:
-        """The parts of the weights that need not travel: nobody trains a frozen encoder, and normalisation
-        layers may stay."""
+        """The parts of the weights that need not travel: nobody trains a frozen encoder, pretraining trains nothing
+        else, and normalisation layers may stay."""
+        if self.pretraining:
+            return [REST]
         return [ENCODER] * frozen + [NORM] * self.keep_norm_local
 
 
@@ -311,7 +318,18 @@ def check_together(training: TrainingSettings, federation: FederationSettings) -
         raise MedFLError(
             "a plateau is seen on validation patients, and there are none; take --schedule cosine"
         )
-    if federation.private and training.norm == "batch" and not federation.keep_norm_local:
+    if federation.pretraining and (
+        federation.keep_norm_local
+        or training.frozen_epochs
+        or training.patience
+        or training.schedule == "plateau"
+    ):
+        raise MedFLError(
+            "--pretraining trains the encoder alone, which has no normalisation layers to keep, and no validation "
+            "Dice; leave out --keep-norm-local, --freeze-encoder-epochs, --patience and --schedule plateau"
+        )
+    part = federation.keep_norm_local or federation.pretraining  # whose statistics don't travel
+    if federation.private and training.norm == "batch" and not part:
         raise MedFLError(
             "BatchNorm's running variances would turn negative under noise; with differential privacy take "
             "--norm group, or --keep-norm-local"

@@ -17,7 +17,11 @@ from torch import nn
 from common import MedFLError
 
 WEIGHTS = "weights"  # the one array of a message
-ENCODER, NORM = "encoder", "norm"  # parts that a message can leave out
+ENCODER, NORM, REST = (
+    "encoder",
+    "norm",
+    "rest",
+)  # parts that a message can leave out; the rest is all but the encoder
 NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.GroupNorm,
@@ -93,10 +97,13 @@ def norm_mask(model: nn.Module) -> torch.Tensor:
 
 def part_mask(model: nn.Module, without: Collection[str]) -> torch.Tensor:
     """Which values of the model's vector travel if these parts are
-    left out (`ENCODER`, `NORM`), (n,) bool."""
+    left out (`ENCODER`, `NORM`, `REST`), (n,) bool."""
     kept = torch.ones(len(pack(model.state_dict())), dtype=torch.bool)
+    encoder = _mask(model, {name for name in model.state_dict() if name.startswith("encoder.")})
     if ENCODER in without:
-        kept &= ~_mask(model, {name for name in model.state_dict() if name.startswith("encoder.")})
+        kept &= ~encoder
+    if REST in without:
+        kept &= encoder
     if NORM in without:
         kept &= ~norm_mask(model)
     return kept

@@ -8,19 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from autoencoder import write_encoder
 from checkpoint import load_checkpoint, read_metadata, update_metadata
-from common import counted, file_sha256, write_json
+from common import __version__, counted, file_sha256, utc_now, write_json
 from federation.protocol.answers import Tested, announced, parse
 from federation.protocol.messages import Query
 from federation.protocol.settings import to_json
-from federation.protocol.weights import in_precision, model_hash, pack, to_record
+from federation.protocol.weights import in_precision, model_hash, pack, to_record, unpack
 from federation.server.audit import AuditLog
 from federation.server.exchange import Exchange
 from federation.server.mailbox import Answer
 from federation.server.membership import Member
 from federation.server.state import RunState
 
-TEST = "federated_test.json"
+TEST, ENCODER_FILE = "federated_test.json", "encoder.safetensors"
 DRAWS = 2_000  # of the interval
 LEAST = 3  # hospitals, for an interval over hospitals
 
@@ -108,6 +109,25 @@ class Ending:
                 file=self.state.best.name,
                 sha256=file_sha256(self.state.best),
             )
+
+    def keep_encoder(self) -> None:
+        """Write what pretraining ends with: the encoder, as a file that `--encoder` takes."""
+        model, done, path = self.state.model, self.state.progress, self.out / ENCODER_FILE
+        model.load_state_dict(unpack(self.state.weights_to_score, model.state_dict()))
+        about = {
+            "medfl": __version__,
+            "method": "masked autoencoding",
+            "settings": json.loads(to_json(self.state.training, self.state.federation)),
+            "rounds_done": done.round,
+            "run": done.run,
+            "hospitals": sorted(done.hospitals),
+            "volumes": sum(facts.parts["train"].patients for facts in done.hospitals.values()),
+            "slices": sum(facts.parts["train"].slices for facts in done.hospitals.values()),
+            "created": utc_now(),
+        }
+        write_encoder(model.encoder, about, path)
+        self.audit.write("encoder", round=done.round, file=path.name, sha256=file_sha256(path))
+        self.say(f"wrote {path}")
 
     def score(self, what: str, weights: torch.Tensor, purpose: str) -> dict | None:
         """The pooled score of these weights, (n,) float32, on the hospitals' test patients; None of none."""

@@ -93,8 +93,11 @@ class Federation:
             if self.state.stopped_early:
                 self.say(f"no better validation Dice for {counted(self.training.patience, 'round')}; stopped")
             self._final_score()
-            self.ending.test()
-            self.ending.deliver()
+            if self.settings.pretraining:
+                self.ending.keep_encoder()
+            else:
+                self.ending.test()
+                self.ending.deliver()
         except NoQuorum as error:
             self.say(str(error))
             self.membership.end(End.QUORUM, END_TIME)

@@ -23,7 +23,7 @@ from training import TrainingSettings, averaging_weight, plateau
 from transunet import TransUNet
 
 BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
-# in the place of the best where hospitals keep layers: by itself it is no model
+# in the place of the best where hospitals keep layers, or train the encoder alone: by itself it is no model
 SHARED = "transunet_federated_shared.pth"
 
 
@@ -39,7 +39,8 @@ class RunState:
         commit: str | None,
     ):
         self.model, self.training, self.federation, self.commit = model, training, federation, commit
-        self.best, self.last = out / (SHARED if federation.keep_norm_local else BEST), out / LAST
+        partial = federation.keep_norm_local or federation.pretraining
+        self.best, self.last = out / (SHARED if partial else BEST), out / LAST
         self.progress = Progress(run=secrets.token_hex(8))
         self.is_statistic = statistics_mask(model)  # (n,) bool
         self.aggregator = Aggregator(federation, self.is_statistic)
