@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.spatial.distance import jensenshannon
 
 import escaping
 from common import MedFLError, atomic_write, counted, run_script, tell, write_json
@@ -192,6 +191,8 @@ def heterogeneity(partition: Partition, table: pd.DataFrame) -> float:
 
     def shares(names: tuple[str, ...]) -> np.ndarray:
         return np.bincount([classes[name] for name in names], minlength=CLASSES) / len(names)
+
+    from scipy.spatial.distance import jensenshannon  # hospitals use this module too, and measure nothing
 
     everyone = shares(tuple(classes))
     mine = [split.part("all") for split in partition.hospitals]

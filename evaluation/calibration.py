@@ -5,12 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from scipy.optimize import minimize_scalar
 from scipy.special import log_expit, logit
 
 from common import atomic_write
-from evaluation.curves import BLUE, ORANGE
+from evaluation.curves import BLUE, ORANGE, new_figure
 
 EDGES = np.array([0.0, 0.01, *np.arange(1, 10) / 10, 1.0])  # of the bins; the first is what nobody doubts
 COLUMNS = 3  # of a bin: pixels, sum of the probability, tumour pixels
@@ -70,6 +68,8 @@ class TemperatureFit:
 
     def temperature(self) -> float:
         """The best temperature in `TEMPERATURES`; 1 where not both kinds of pixels were seen."""
+        from scipy.optimize import minimize_scalar  # takes long to load, and is asked for once a training
+
         background, tumour = self.counts
         if not (background.any() and tumour.any()):
             return 1.0
@@ -86,7 +86,7 @@ class TemperatureFit:
 def draw_reliability(figures: dict, path: Path, title: str) -> None:
     """Write a PNG of `calibration`: the share of tumour over the probability, and how many pixels there are."""
     bins = [b for b in figures["bins"] if b["pixels"]]
-    figure = Figure(figsize=(5, 5.6), dpi=130, layout="constrained")
+    figure = new_figure((5, 5.6), dpi=130)
     share, count = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
     share.plot([0, 1], [0, 1], color="grey", linewidth=1, label="calibrated")
     share.plot(

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import escaping
 from checkpoint import Checkpoint
 from common import MedFLError, atomic_write, counted
 from dataset import Dataset
 from evaluation.alike import Made, made
-from evaluation.curves import BLUE, ORANGE
+from evaluation.curves import BLUE, ORANGE, new_figure
 from evaluation.metrics import FIGURES_OF_A_PATIENT, NO_INTERVAL, mean_interval, paired_difference
 from evaluation.scoring import score_patients
 from partition import make_partition
@@ -251,7 +250,7 @@ def draw_table(table: dict, path: Path, title: str) -> None:
     """Write a PNG: for each row the mean over all test patients with its interval, and the hospitals' means
     as small marks."""
     rows = table["rows"]
-    figure = Figure(figsize=(8, 1.6 + 0.42 * len(rows)), dpi=130, layout="constrained")
+    figure = new_figure((8, 1.6 + 0.42 * len(rows)), dpi=130)
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         mean, interval = row["scores"][ALL]["mean"], row["scores"][ALL]["ci95"]

@@ -1,11 +1,13 @@
 """The picture of a training: loss and Dice over the epochs."""
 
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 import escaping
 from common import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe and Ito)
 
@@ -14,7 +16,7 @@ def draw_curves(rows: list[dict], path: Path, title: str) -> None:
     """Write a PNG of the history's rows: losses at the left, training and validation Dice at the
     right."""
     epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    figure = new_figure((10, 4))
     loss, dice = figure.subplots(1, 2)
     loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=".", label="training: batches")
     loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy + (1 − soft Dice)")
@@ -53,7 +55,14 @@ def draw_curves(rows: list[dict], path: Path, title: str) -> None:
     save_curves(figure, path, title)
 
 
-def save_curves(figure: Figure, path: Path, title: str) -> None:
+def new_figure(size: tuple[float, float], dpi: int = 120, facecolor: str | None = None) -> "Figure":
+    """A figure of this size in inches. matplotlib takes a second to load, and most of what starts draws nothing."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, dpi=dpi, layout="constrained", facecolor=facecolor)
+
+
+def save_curves(figure: "Figure", path: Path, title: str) -> None:
     """Give the plots over epochs or rounds of a figure their common look, and write it as a PNG."""
     for axes in figure.axes:
         axes.locator_params(axis="x", integer=True)

@@ -2,8 +2,6 @@
 
 import numpy as np
 from scipy.ndimage import find_objects, label
-from scipy.spatial import ConvexHull, QhullError
-from scipy.spatial.distance import pdist, squareform
 
 CORNERS = np.ones((3, 3))  # pixels that touch at a corner are connected
 
@@ -51,6 +49,9 @@ def _parts(mask: np.ndarray, spacing: tuple[float, float]) -> list[np.ndarray]:
 
 def _ends(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The two of the points (n, 2) that are farthest apart."""
+    from scipy.spatial import ConvexHull, QhullError  # take long to load, and hospitals measure no diameters
+    from scipy.spatial.distance import pdist, squareform
+
     if len(points) > 2:
         try:
             points = points[ConvexHull(points).vertices]

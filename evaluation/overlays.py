@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 import escaping
 from common import atomic_write
+from evaluation.curves import new_figure
 from scans.orientation import EDGES, UNKNOWN
 
 BLUE, ORANGE = (
@@ -36,8 +35,10 @@ def draw_outlines(
     shown = marked[
         np.unique(np.linspace(0, len(marked) - 1, min(MAX_SLICES, len(marked))).round().astype(int))
     ]
+    from matplotlib.lines import Line2D  # as new_figure does it
+
     rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(3 * COLUMNS, 3.2 * rows + 0.8), dpi=100, layout="constrained", facecolor="white")
+    figure = new_figure((3 * COLUMNS, 3.2 * rows + 0.8), dpi=100, facecolor="white")
     for axes, number in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, shown):
         axes.imshow(volume[number, :, :, 1], cmap="gray", vmin=0, vmax=255)
         _outline(axes, truth[number], BLUE, "dashed")

@@ -11,11 +11,9 @@ have no training columns.
 from pathlib import Path
 from typing import TypedDict
 
-from matplotlib.figure import Figure
-
 import escaping
 from common import counted, write_csv
-from evaluation.curves import save_curves
+from evaluation.curves import new_figure, save_curves
 from federation.server.judging import Scores, mean_dice
 
 
@@ -76,7 +74,7 @@ def table(rows: list[Row]) -> str:
 def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     """Write a PNG: training loss at the left, validation Dice of each
     hospital and their mean at the right."""
-    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    figure = new_figure((11, 4.2))
     loss, dice = figure.subplots(1, 2)
     sites = sorted({row["site"] for row in rows})
     for number, site in enumerate(sites):
