@@ -24,9 +24,9 @@ from evaluate import print_table, write_patients
 from evaluation.failures import as_lines, failures
 from evaluation.metrics import report
 from evaluation.scoring import score_patients
-from inference import choose_device
 from split import VAL_FRACTION, Split, make_folds, save_split
 from training import TrainingSettings
+from usage import choose_device
 
 LAST = "transunet_centralized_last.pth"
 

@@ -24,8 +24,9 @@ from evaluation.failures import as_lines, failures, without_sizes
 from evaluation.metrics import NO_INTERVAL, report
 from evaluation.overlays import draw_outlines
 from evaluation.scoring import fit_temperature, score_patients
-from inference import choose_device, predict_volume, to_mask
+from inference import predict_volume, to_mask
 from split import Split, load_split, make_split
+from usage import choose_device
 
 
 def parse() -> argparse.Namespace:

@@ -6,24 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
-from common import MedFLError
 from preprocessing import network_input, resize, volume_statistics
 from transunet import TransUNet
 
 BLOCK = 8  # slices a forward pass; fixed, since another number can change the last bit of a probability
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device that "auto" (CUDA, else CPU), "cpu", "cuda" or "mps" names. Raises MedFLError where it is
-    not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise MedFLError(f"there is no device {name} here; choose --device cpu or auto") from error
-    return device
 
 
 def predict_volume(

@@ -29,11 +29,12 @@ from dataset import add_mask_option
 from deployment.app.card import find_checkpoints
 from evaluation.components import COLUMNS as OF_COMPONENT
 from evaluation.components import find_components
-from inference import choose_device, predict_volume, to_mask
+from inference import predict_volume, to_mask
 from preprocessing import MASK_SUFFIX, group_volumes, is_image, is_mask, read_volume, slice_number
 from scans.folders import refuse_dangling, walk
 from scans.pairing import pair
 from scans.spacing import NAME, read_spacing
+from usage import choose_device
 
 COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
 

@@ -38,11 +38,11 @@ from common import (
     utc_now,
 )
 from dataset import add_mask_option
-from inference import choose_device
 from preprocessing import is_image, volume_name
 from scans.folders import walk
 from split import load_split
 from training import rate_scale
+from usage import choose_device
 
 
 @dataclass(frozen=True)

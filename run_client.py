@@ -45,7 +45,7 @@ from federation.runtime.kit import (
 )
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
 from federation.runtime.proxies import go_direct, leave_out_odd, perhaps_the_proxy, tell_proxies
-from inference import choose_device
+from usage import choose_device
 
 MODELS = Path("models")  # for files of this hospital's own
 WAIT_HERE, WAIT_BEYOND = 300.0, 86_400.0  # seconds for a server on this machine, and on another

@@ -66,12 +66,12 @@ from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verif
 from federation.server.ending import ENCODER_FILE
 from federation.server.events import Messenger
 from federation.server.state import BEST, LAST, SHARED, claim, load_run, nothing_left, with_rounds
-from inference import choose_device
 from partition import make_partition
 from split import make_split
 from tracking import add_tracking, check_installed
 from training import TrainingSettings
 from transunet import TransUNet
+from usage import choose_device
 
 
 def parse() -> argparse.Namespace:

@@ -33,11 +33,11 @@ from data_parallel import Processes
 from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
 from energy import NAME as ENERGY
 from energy import Meter, in_words, keep, summed
-from inference import choose_device
 from partition import add_partition_options, make_partition
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
 from tracking import add_tracking, check_installed, open_trackers
 from training import TrainingSettings
+from usage import choose_device
 
 
 def parse() -> argparse.Namespace:

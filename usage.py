@@ -1,12 +1,28 @@
-"""What a run uses and how far it is: times in words, the most memory, and a log file beside its results."""
+"""What a run uses and how far it is: its device, times in words, the most memory, and a log file beside its
+results."""
 
 import contextlib
 import sys
 from pathlib import Path
 
-from common import utc_now
+import torch
+
+from common import MedFLError, utc_now
 
 LOG_SECONDS = 60.0  # between two lines of a run's log
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device that "auto" (CUDA, else CPU), "cpu", "cuda" or "mps" names. Raises MedFLError where it is
+    not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MedFLError(f"there is no device {name} here; choose --device cpu or auto") from error
+    return device
 
 
 def in_time(seconds: float) -> str:

@@ -32,10 +32,10 @@ from evaluation.metrics import paired_difference, summarise
 from evaluation.scoring import score_patients
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import unpack
-from inference import choose_device
 from split import make_split
 from training import TrainingSettings
 from transunet import TransUNet
+from usage import choose_device
 
 TEST = 0.5  # of the patients
 # options of the federation, and of the training; --batch-size is of all four hospitals together

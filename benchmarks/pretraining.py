@@ -27,10 +27,10 @@ from common import run_script, write_json
 from cross_validate import fold_rows
 from dataset import load_dataset
 from evaluation.metrics import mean_interval, paired_difference
-from inference import choose_device
 from pretrain import PretrainingSettings, pretrained_by_epochs
 from split import Split, make_split
 from training import TrainingSettings
+from usage import choose_device
 
 SHARES = (1.0, 0.5, 0.25)  # of the training patients, with masks
 RANDOM, PRETRAINED = "random", "pretrained here"

@@ -101,8 +101,8 @@ def preparing(arguments: argparse.Namespace, retrieval: "Retrieval", ledger: "Le
 def sending(arguments: argparse.Namespace, archive: "DICOMweb", retrieval: "Retrieval") -> "tuple[Deal, str]":
     """What predicts a study and sends it back, and the model's hash."""
     from checkpoint import load_checkpoint  # torch is not needed to prepare
-    from inference import choose_device
     from radiology.delivery import predict_and_send
+    from usage import choose_device
 
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
 

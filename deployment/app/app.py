@@ -34,7 +34,7 @@ from deployment.app.readout import predict_case
 from deployment.app.uploads import take_uploads
 from deployment.app.viewer import show_case
 from escaping import markdown, web
-from inference import choose_device
+from usage import choose_device
 
 MODELS = ROOT / "models"
 SAMPLES = Path(__file__).parent / "samples"

@@ -39,9 +39,9 @@ from federation.protocol.weights import (
     unpack,
     weights_sha256,
 )
-from inference import choose_device
 from training import Learner, TrainingSettings
 from transunet import TransUNet
+from usage import choose_device
 
 
 class HospitalError(MedFLError):
