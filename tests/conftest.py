@@ -12,7 +12,31 @@ signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell's background job ignores Ctrl-C, and its children would too
 os.environ["HF_HUB_OFFLINE"] = "1"  # the same with and without a network; one test asks a hub of its own
-os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads beyond the cores slow all down
+os.environ["OMP_NUM_THREADS"] = "1"  # three tests run at a time, and threads beyond the cores slow all down
+
+# Files that take longest, most of it waiting for processes: they begin first, so that none is left to one worker in
+# the end.
+LONGEST = (
+    "test_gateway",
+    "test_secure_aggregation",
+    "test_trouble",
+    "test_runs",
+    "test_scripts",
+    "test_weeks",
+    "test_consent",
+    "test_patient_privacy",
+    "test_federated_study",
+    "test_export",
+    "test_space",
+    "test_simulation",
+    "test_viewer",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files, for `--no-loadscope-reorder`; inside of a file the order stays."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")
