@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from federation.hospital.status import shown
 from federation.hospital.sums import Sums
 from federation.protocol.answers import Facts, Introduction, Kind, Part, Result, Tested, Trained, Typed, parse
 from federation.protocol.log import say
-from federation.protocol.messages import ENDS, End, Failure, Query, message, read
+from federation.protocol.messages import ENDS, SOON, End, Failure, Query, message, read
 from federation.protocol.proofs import sign_answer
 from federation.protocol.requests import QUERIES, Agree, Join, Keys, Model, Over, Score, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party, WrongShares, sha256_of
@@ -253,6 +254,8 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
             f"this hospital runs torch {ours} and the server {theirs}; that is allowed, and figures may "
             f"differ a little"
         )
+    if ending := ends_soon(asked.until):
+        say(ending)
     mine = hospital()
     say(f"code and settings: {approval(identity.code, asked.settings)} (settings: {unusual(asked.settings)})")
     facts = mine.facts()
@@ -283,6 +286,20 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
             "server gets no scores"
         )
     return facts
+
+
+def ends_soon(until: str) -> str | None:
+    """A sentence where this hospital's admission ends within 30 days. until: the day, ISO 8601, or empty."""
+    try:
+        left = date.fromisoformat(until) - datetime.now(UTC).date()
+    except ValueError:  # none, or no day of any year
+        return None
+    if left > SOON:
+        return None
+    days = counted(max(left.days, 0), "day")
+    return (
+        f"this hospital's admission ends on {until}, in {days}; ask the coordinator to admit it again before"
+    )
 
 
 def what_trains(hospital: Hospital, parts: dict[str, Part]) -> str:

@@ -8,6 +8,7 @@ slice, and no text of an error (a code stands for it).
 
 import json
 from collections.abc import Mapping
+from datetime import timedelta
 from enum import StrEnum
 from importlib.metadata import version
 
@@ -15,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common import MedFLError
 
+SOON = timedelta(days=30)  # before a certificate or an admission ends: from then on it is told
 MOST_TEXT = 4_000_000  # letters of a message's text: the sealed shares of a thousand hospitals fit
 
 

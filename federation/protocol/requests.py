@@ -29,13 +29,15 @@ class Request(Typed):
 
 
 class Join(Request):
-    """Who are you, and what do you hold? hospitals: how many the federation has; versions: the server's."""
+    """Who are you, and what do you hold? hospitals: how many the federation has; versions: the server's; until: the
+    day (ISO 8601) on which your admission ends, empty where no keys are asked for."""
 
     query: Literal[Query.JOIN]
     settings: Settings
     run: Text
     versions: Annotated[dict[Text, Text], Field(max_length=16)]
     hospitals: Count
+    until: Annotated[str, Field(pattern=r"^(\d{4}-\d\d-\d\d)?$")] = ""
 
 
 class Task(Request):

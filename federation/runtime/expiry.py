@@ -1,17 +1,17 @@
 """Certificates that end soon, told before they do, at the server and at the hospitals."""
 
 import ssl
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 from cryptography import x509
 
 from federation.protocol.log import say
+from federation.protocol.messages import SOON
 from federation.runtime.kit import CA, read_admissions, read_authority, server_certificate
 from federation.runtime.processes import is_loopback, parse_address
 
-SOON = timedelta(days=30)
 RENEW, ASK = "renew it before (provision.py)", "ask the coordinator for a new one before"
 
 

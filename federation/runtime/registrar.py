@@ -8,8 +8,8 @@ from common import MedFLError, write_json
 from federation.runtime.flower import Control
 from federation.runtime.kit import HOSPITALS, read_admissions
 
-# for the server's app: {node id: label}, and {node id: public key}
-NODES, KEYS = "nodes.json", "keys.json"
+# for the server's app: {node id: label}, {node id: public key}, and {node id: the day on which its admission ends}
+NODES, KEYS, UNTIL = "nodes.json", "keys.json", "until.json"
 
 
 class Registrar:
@@ -19,6 +19,7 @@ class Registrar:
     def __init__(self, control: Control, kit: Path, folder: Path, say: Callable[[str], None]):
         self.control, self.kit, self.nodes_file, self.say = control, kit, folder / NODES, say
         self._open: dict[str, tuple[str, int]] = {}  # by label: public key and node id
+        self._until: dict[str, str] = {}  # by node
         self._complained = False
         self._apply()
         say(f"admitted: {', '.join(sorted(self._open)) or 'nobody yet (provision.py admit)'}")
@@ -50,7 +51,10 @@ class Registrar:
                 self.control.register(admitted[label].pem, label),
             )
             changed = True
-        if changed:
+        until = {str(node): admitted[label].until[:10] for label, (_, node) in self._open.items()}
+        if changed or until != self._until:
+            self._until = until
             keys = {str(node): key for key, node in self._open.values()}
             write_json(self.nodes_file.with_name(KEYS), keys)
+            write_json(self.nodes_file.with_name(UNTIL), until)
             write_json(self.nodes_file, {str(node): label for label, (_, node) in self._open.items()})

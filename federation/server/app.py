@@ -22,7 +22,7 @@ from federation.server.tracking import trackers
 from federation.server.updates import remove_leftovers
 
 JOB, OUTCOME, NODES = Path("job.json"), Path("outcome.json"), Path("nodes.json")
-KEYS = Path("keys.json")
+KEYS, UNTIL = Path("keys.json"), Path("until.json")
 
 app = ServerApp()
 
@@ -63,6 +63,13 @@ def keys() -> dict[int, str] | None:
     )
 
 
+def until() -> dict[int, str]:
+    """The day on which each node's admission ends, in the same way."""
+    if not UNTIL.exists():
+        return {}
+    return {int(node): day for node, day in json.loads(UNTIL.read_text(encoding="utf-8")).items()}
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation and leave its exit code in the outcome's file."""
@@ -77,7 +84,7 @@ def run(grid: Grid, job: dict) -> int:
         journal = Journal(out / AUDIT, job.get("ends") and Path(job["ends"]))
         journal.write("start", resumed=job["resume"], **job["audit"])
         federation = Federation(
-            grid, prepare(job), job["versions"], out, job["resume"], journal, labels, keys=keys
+            grid, prepare(job), job["versions"], out, job["resume"], journal, labels, keys=keys, until=until
         )
         journal.listeners.append(Status(federation, journal, out))
         if job.get("notify") or job.get("on_event"):

@@ -50,7 +50,8 @@ class Membership:
 
     about: what the JOIN message says (settings and the server's versions). contributors: what hospitals that
     gave updates said at joining, by label. say: prints a line. audit: keeps who joined, was refused and left.
-    labels: gives the label that each node's key stands for, or None where no keys are asked for.
+    labels: gives the label that each node's key stands for, or None where no keys are asked for; until: the day
+    on which each node's admission ends.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Membership:
         say: Callable[[str], None],
         audit: AuditLog,
         labels: Callable[[], dict[int, str] | None] = lambda: None,
+        until: Callable[[], dict[int, str]] = dict,
     ):
         self.mailbox, self.settings, self.about, self.contributors, self.say = (
             mailbox,
@@ -70,7 +72,7 @@ class Membership:
             contributors,
             say,
         )
-        self.audit, self.labels = audit, labels
+        self.audit, self.labels, self.until = audit, labels, until
         self.members: dict[str, Member] = {}
         self._asked: set[int] = set()
         self._tries: dict[
@@ -126,7 +128,13 @@ class Membership:
         self._asked = online
         for node in again:
             self._tries[node] = (self._tries[node][0], now + JOIN_TIME)
-        self.mailbox.send(newcomers, "query", "join", {"query": Query.JOIN, **self.about}, JOIN_TIME)
+        ends = self.until()
+        for day in sorted(
+            {ends.get(node, "") for node in newcomers}
+        ):  # a message for all whose admissions end then
+            nodes = [node for node in newcomers if ends.get(node, "") == day]
+            asked = {"query": Query.JOIN, **self.about, "until": day}
+            self.mailbox.send(nodes, "query", "join", asked, JOIN_TIME)
         for member in [m for m in self.members.values() if m.node not in online]:
             self._remove(member, "gone")
         for node in [n for n in self._rivals if n not in online]:

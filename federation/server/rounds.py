@@ -38,7 +38,8 @@ OFTEN = 2  # collapses, after which every round is summed by the median
 
 class Federation:
     """One run. resumed: it goes on with an earlier one, and need not wait for every hospital. labels: gives
-    the label that each node's key stands for, or None where no keys are asked for; keys: these keys."""
+    the label that each node's key stands for, or None where no keys are asked for; keys: these keys; until: the
+    days on which their admissions end."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Federation:
         labels: Callable[[], dict[int, str] | None] = lambda: None,
         say: Callable[[str], None] = say_on_the_terminal,
         keys: Callable[[], dict[int, str] | None] = lambda: None,
+        until: Callable[[], dict[int, str]] = dict,
     ):
         self.state, self.out, self.resumed, self.audit, self.say = state, out, resumed, audit, say
         self.training, self.settings = state.training, state.federation
@@ -58,7 +60,7 @@ class Federation:
         join = {**settings, "versions": versions, "hospitals": self.settings.clients}
         self.mailbox = Mailbox(grid, keys)
         self.membership = Membership(
-            self.mailbox, self.settings, join, state.progress.hospitals, say, audit, labels
+            self.mailbox, self.settings, join, state.progress.hospitals, say, audit, labels, until
         )
         self.exchange = Exchange(
             self.mailbox,

@@ -12,7 +12,7 @@ import federation.server.mailbox
 import federation.server.membership
 from appearance.features import MEASURES
 from federation.protocol.answers import Facts
-from federation.protocol.messages import End
+from federation.protocol.messages import End, read
 from federation.protocol.settings import FederationSettings
 from federation.server.mailbox import Mailbox
 from federation.server.membership import Membership
@@ -65,6 +65,19 @@ def lose_pings(monkeypatch):
     """Whoever does not answer a ping counts as lost at once."""
     monkeypatch.setattr(federation.server.membership, "PING_TIME", 0.001)
     monkeypatch.setattr(federation.server.mailbox, "SPARE", -1.0)
+
+
+def test_each_hospital_is_told_when_its_admission_ends(play):
+    class Asked(Node):
+        def answer(self, incoming):
+            self.until = read(incoming.content).get("until", "")
+            return super().answer(incoming)
+
+    p = play(clients=3)
+    p.membership.until = lambda: {1: "2030-01-31", 3: "2030-01-31"}
+    p.grid.nodes = {k: Asked(facts(f"hospital-{k}")) for k in (0, 1, 2, 3)}
+    p.membership.poll()
+    assert [p.grid.nodes[k].until for k in (0, 1, 2, 3)] == ["", "2030-01-31", "", "2030-01-31"]
 
 
 def test_a_key_and_a_label_belong_together(play):

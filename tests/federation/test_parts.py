@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 import federation.server.history
 from common import ROOT, MedFLError, __version__
-from federation.hospital.app import guard
+from federation.hospital.app import ends_soon, guard
 from federation.hospital.hospital import HospitalError
 from federation.hospital.identity import Identity
 from federation.hospital.training import proximal_pull
@@ -268,6 +269,13 @@ def test_errors_travel_as_codes_and_their_text_stays(in_a_run, capsys, error, co
         read(reply.content) == {"failure": code, "label": "mercy", "session": "s"} and not reply.has_error()
     )
     assert "Anna" in capsys.readouterr().out
+
+
+def test_an_admission_that_ends_soon_is_told_at_the_hospital():
+    today = datetime.now(UTC).date()
+    soon, later = (today + timedelta(days=days) for days in (12, 40))
+    assert f"ends on {soon}, in 12 days" in ends_soon(str(soon))
+    assert ends_soon(str(later)) is None and ends_soon("") is None and ends_soon("2030-13-40") is None
 
 
 def test_the_bundle_holds_what_both_apps_import_and_nothing_else(tmp_path):

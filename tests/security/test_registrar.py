@@ -5,7 +5,8 @@ import json
 import pytest
 
 from common import MedFLError
-from federation.runtime.registrar import NODES, Registrar
+from federation.runtime.kit import read_admissions
+from federation.runtime.registrar import NODES, UNTIL, Registrar
 
 
 class Control:
@@ -40,6 +41,9 @@ def test_who_is_admitted_comes_in_and_who_is_revoked_goes_out(consortium, tmp_pa
     consortium.hospital("late")
     registrar.update()
     assert nodes(tmp_path) == ["hope", "late"] and len(control.out) == 1
+    until = json.loads((tmp_path / UNTIL).read_text())
+    admitted = read_admissions(consortium.kit)
+    assert sorted(until.values()) == sorted(admitted[label].until[:10] for label in ("hope", "late"))
     assert said[0] == "admitted: hope, mercy" and said[1].startswith("mercy is put out")
     before = (tmp_path / NODES).stat().st_mtime_ns
     registrar.update()
