@@ -1,0 +1,166 @@
+"""What a federation's server begins with: both kinds of settings, the model, and the job for its ServerApp. Every
+user's mistake is found here, before anything starts."""
+
+import argparse
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from autoencoder import check_name
+from checkpoint import describe, load_checkpoint, load_start, save_checkpoint
+from common import MedFLError, __version__, counted, file_sha256, git_commit, settings_from
+from encoders import PRETRAINED, RANDOM, RECIPES, go_on_from, start_model, with_recipe
+from federation.privacy.hospitals import HospitalPrivacy
+from federation.protocol.log import say
+from federation.protocol.messages import local_versions
+from federation.protocol.settings import (
+    FederationSettings,
+    approval,
+    check_together,
+    to_json,
+)
+from federation.protocol.weights import part_mask
+from federation.runtime.bundle import hospital_code
+from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
+from federation.server.state import LAST, load_run, with_rounds
+from training import TrainingSettings
+from transunet import TransUNet
+
+
+def starting_model(
+    arguments: argparse.Namespace, training: TrainingSettings
+) -> tuple[TransUNet, str, str | None, TrainingSettings]:
+    """The model that round 1 begins with, in words where it comes from, the SHA-256 of the split it was
+    trained on, if it was, and the settings with what its encoder holds. Raises MedFLError for a file that
+    doesn't fit."""
+    torch.manual_seed(training.seed)
+    if arguments.init is None:
+        model, training, note = start_model(training)
+        if note:
+            say(note)
+        words = {PRETRAINED: "timm's encoder", RANDOM: "random weights"}
+        return model, words.get(training.encoder, f"encoder weights {training.encoder}"), None, training
+    checkpoint = load_start(arguments.init, training.model, training.image_size, training.norm)
+    split = checkpoint.metadata.get("data", {}).get("split_sha256")
+    training = go_on_from(checkpoint, training)
+    return checkpoint.model, f"checkpoint {arguments.init.name}", split, training
+
+
+def network_of(path: Path) -> dict:
+    """The settings that say which network a checkpoint's is."""
+    model = load_checkpoint(path).model
+    return {"model": model.name, "image_size": model.image_side, "norm": model.norm}
+
+
+def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: TrainingSettings) -> None:
+    """Say what is protected, and warn where the noise leaves nothing to learn."""
+    settings = privacy.settings
+    if privacy.exhausted(0):
+        raise MedFLError(
+            f"the first round alone would spend epsilon {privacy.spent(1):.3g}, more than --dp-epsilon "
+            f"{settings.dp_epsilon:g}; raise one of --dp-epsilon and --dp-noise-multiplier"
+        )
+    rounds = next((n for n in range(settings.rounds) if privacy.exhausted(n)), settings.rounds)
+    say(
+        "differential privacy: the protected unit is the hospital, and not the patient; noise "
+        f"{privacy.multiplier:.3g} x clip {settings.dp_clip:g}, epsilon {privacy.spent(rounds):.3g} after "
+        f"{counted(rounds, 'round')} at delta {settings.dp_delta:g}"
+    )
+    if warning := privacy.warning(
+        int(part_mask(model, settings.left_out(training.frozen_epochs >= rounds)).sum())
+    ):
+        say(warning)
+
+
+def check_log(log: Path, ends: Path | None, resume: bool) -> None:
+    """See that the audit log of former runs in the folder is whole; a half-written last line is cut, and told.
+    Raises MedFLError."""
+    if half := cut_half_line(log):
+        say(f"the last line of {log} was written half (a full disk?); its {half} bytes are cut off")
+    if log.exists():
+        verify(log)
+        check_end(log, ends)
+    elif resume and (log.parent / LAST).exists():
+        raise MedFLError(f"there is no {log} beside the run to go on with; put back a copy of it")
+
+
+def prepare_job(
+    arguments: argparse.Namespace, folder: Path
+) -> tuple[dict, TrainingSettings, FederationSettings]:
+    """What the ServerApp needs, and both settings; every user's mistake is found here."""
+    if arguments.evaluate:
+        arguments.out = arguments.out / "evaluation"
+    out = arguments.out.resolve()
+    job: dict = {
+        **{name: getattr(arguments, name) for name in ("notify", "on_event", "tensorboard", "mlflow")},
+        "out": str(out),
+        "resume": arguments.resume,
+        "commit": (commit := git_commit()),
+        "versions": {**local_versions(__version__), **({"commit": commit} if commit else {})},
+        "ends": arguments.kit and str(arguments.kit.resolve() / ENDS),
+    }
+    check_log(out / AUDIT, job["ends"] and Path(job["ends"]), arguments.resume)
+    if arguments.resume:
+        training, federation, state, model = load_run(out)
+        done = state["progress"]["round"]
+        asked = arguments.rounds if "rounds" in arguments.given else None
+        federation = with_rounds(federation, asked, done)
+        settings = to_json(training, federation)
+        job["rounds"] = federation.rounds
+        say(
+            f"going on after round {done} of {federation.rounds}, with that run's own settings; other options are "
+            "ignored"
+            if done < federation.rounds
+            else f"all {federation.rounds} rounds of this run are done; what is left is to score the model and to "
+            "tell the hospitals the end (for a new run leave --resume out)"
+        )
+    else:
+        training, federation = (
+            settings_from(arguments, TrainingSettings),
+            settings_from(arguments, FederationSettings),
+        )
+        if arguments.evaluate:
+            arguments.init = arguments.evaluate
+            training = replace(training, **network_of(arguments.evaluate))
+            federation = replace(federation, rounds=0)  # a hospital that agrees to that trains nothing
+            job["evaluate"] = {"model": arguments.evaluate.name, "sha256": file_sha256(arguments.evaluate)}
+        elif not federation.rounds:
+            raise MedFLError("--rounds is 0; choose a number above 0, or score a model with --evaluate MODEL")
+        check_together(training, federation)
+        if federation.pretraining:
+            check_name(training.model)
+            # all of a loaded encoder learns, from the first round
+            training = with_recipe(training, RECIPES[False])
+        model, started_from, init_split, training = starting_model(arguments, training)
+        start = folder / "start.pth"
+        save_checkpoint(start, model.state_dict(), describe(model))
+        settings = to_json(training, federation)
+        job.update(settings=settings, start=str(start), started_from=started_from, init_split=init_split)
+        size = (
+            4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point()) / 1e6
+        )
+        say(
+            f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way "
+            f"a round and hospital"
+        )
+    if federation.secure_aggregation:
+        say(
+            "secure aggregation: this server learns the sum of a round's updates, and none by itself; they "
+            "are not screened"
+        )
+    if federation.private:
+        announce_privacy(HospitalPrivacy(federation), model, training)
+    job["audit"] = {
+        "code": hospital_code(),
+        "settings": hashlib.sha256(settings.encode()).hexdigest(),
+        "versions": job["versions"],
+        "commit": job["commit"],
+        "keys": arguments.kit is not None,
+    }
+    say(
+        f"code and settings, for hospitals that ask what they approve: "
+        f"{approval(job['audit']['code'], settings)}"
+    )
+    return job, training, federation
