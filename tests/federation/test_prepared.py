@@ -19,10 +19,11 @@ def test_a_hospital_joins_with_prepared_data(scene):
     server = scene.server("--clients", 1, "--rounds", 1, *SMALL)
     server.wait_for("listening on")
     check = scene.hospital("check", "--own-data", prepared, "--name", "mercy", "--check")
-    hospital = scene.hospital("mercy", "--own-data", prepared, "--name", "mercy")
     assert check.end() == 0 and "own data" in check.output and "3 patients, 24 slices" in check.output, (
         check.output
     )
+    # not before: while it runs, the label is its own
+    hospital = scene.hospital("mercy", "--own-data", prepared, "--name", "mercy")
     assert server.end() == 0 and hospital.end() == 0, server.output + hospital.output
     first = history(scene.out)[0]
     assert first["site"] == "mercy" and first["examples"] == "16"
