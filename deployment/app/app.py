@@ -60,6 +60,27 @@ STYLE = """
   @media (max-width: 40rem) {.block-container {padding-left: 1rem; padding-right: 1rem}}
 </style>
 """
+# an open case: the picture fills the window, and what stands beside it scrolls by itself
+READING = """
+<style>
+  .block-container {padding: .4rem .75rem 0; max-width: none}
+  [data-testid=stHeader] {background: none; height: 2.5rem; min-height: 0; pointer-events: none}
+  [data-testid=stHeader] button {pointer-events: auto}
+  [data-testid=stMainBlockContainer] > [data-testid=stVerticalBlock] {gap: .25rem}
+  h1 {position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); margin: 0; padding: 0 !important}
+  h2 {font-size: 1.05rem !important; padding: 0 !important}
+  :has(> .st-key-notice), .st-key-notice {top: 0}
+  .st-key-notice {margin: 0 3rem}
+  .st-key-notice [data-testid=stAlertContainer] {padding: .2rem .75rem}
+  .medfl-viewer {height: calc(100dvh - 6.5rem); min-height: 24rem}
+  .st-key-side {height: calc(100dvh - 6.5rem); min-height: 24rem; overflow-y: auto; padding: 0 .25rem .5rem 0; gap: .5rem}
+  .st-key-side [data-testid=stAlertContainer] {padding: .5rem .75rem}
+  @media (max-width: 40rem) {
+    .medfl-viewer, .st-key-side {height: auto}
+    .st-key-notice {margin: 0 2.5rem}
+  }
+</style>
+"""
 
 
 @st.cache_resource(max_entries=2, show_spinner="loading the model")
@@ -162,11 +183,7 @@ def close_case() -> None:
         "pixel_size",
         "slice_distance",
         "side",
-        "level",
-        "width",
-        "opacity",
         "threshold",
-        "hidden",
         *OF_A_CASE,
     ):
         st.session_state.pop(name, None)
@@ -252,14 +269,17 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
 
 
 def main() -> None:
-    st.set_page_config(page_title="MedFL", page_icon=icon(), layout="wide")
-    st.html(STYLE)
+    state = st.session_state
+    sidebar = "collapsed" if "case" in state else "auto"
+    st.set_page_config(
+        page_title="MedFL", page_icon=icon(), layout="wide", initial_sidebar_state=sidebar
+    )
+    st.html(STYLE + (READING if "case" in state else ""))
     with st.container(key="notice"):
         st.warning(NOTICE, icon=":material/warning:")
     st.title("MedFL: tumour segmentation")
     checkpoint, card = choose_model()
     sha256 = dict(card)["SHA-256"]
-    state = st.session_state
     if "case" not in state:
         choose_case(checkpoint, sha256)
         return

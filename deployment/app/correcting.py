@@ -24,7 +24,7 @@ from inference import to_mask
 MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "nrrd", "dcm"]
 OF_A_CASE = (
     "edited", "edits", "measured_of", "components_of", "saved", "save_refusal", "edit_refusal", "version", "no_tumour",
-    "kept", "unsaved", "closing",
+    "kept", "unsaved", "closing", "shown", "wanted",
 )  # fmt: skip
 
 

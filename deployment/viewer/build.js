@@ -1,10 +1,11 @@
-// npm run build: viewer.js with NiiVue and what NiiVue needs in one file, and the licences of what went in.
+// npm run build: our modules with NiiVue and what NiiVue needs in one file, their style, and the licences of what went in. What comes out is
+// committed, because a hospital that starts the Streamlit page has no Node.js.
 
 import { readFileSync, readdirSync, writeFileSync } from "node:fs";
 
 import { build } from "esbuild";
 
-const { metafile } = await build({ entryPoints: ["viewer.js"], bundle: true, format: "esm", minify: true, target: "es2022", outfile: "dist/viewer.js",
+const { metafile } = await build({ entryPoints: ["bundle.js", "viewer.css"].map((file) => ({ in: file, out: "viewer" })), bundle: true, format: "esm", minify: true, target: "es2022", outdir: "dist",
   external: ["numcodecs/*"], // unpacks Zarr, which no case is: 1.4 MB, and loaded on demand only
   metafile: true, logLevel: "warning" });
 const packages = new Set(Object.keys(metafile.inputs).map((path) => path.match(/node_modules\/((?:@[^/]+\/)?[^/]+)\//)?.[1]).filter(Boolean));
