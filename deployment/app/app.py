@@ -65,22 +65,26 @@ READING = """
 <style>
   .block-container {padding: .4rem .75rem 0; max-width: none}
   [data-testid=stHeader] {background: none; height: 2.5rem; min-height: 0; pointer-events: none}
-  [data-testid=stHeader] button {pointer-events: auto}
+  [data-testid=stHeader] :is(button, a) {pointer-events: auto}
   [data-testid=stMainBlockContainer] > [data-testid=stVerticalBlock] {gap: .25rem}
-  h1 {position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); margin: 0; padding: 0 !important}
+  h1 {position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); padding: 0 !important}
   h2 {font-size: 1.05rem !important; padding: 0 !important}
   :has(> .st-key-notice), .st-key-notice {top: 0}
-  .st-key-notice {margin: 0 3rem}
-  .st-key-notice [data-testid=stAlertContainer] {padding: .2rem .75rem}
-  .medfl-viewer {height: calc(100dvh - 6.5rem); min-height: 24rem}
-  .st-key-side {height: calc(100dvh - 6.5rem); min-height: 24rem; overflow-y: auto; padding: 0 .25rem .5rem 0; gap: .5rem}
+  .st-key-notice {padding: 0 3rem}
+  .st-key-notice [data-testid=stAlertContainer] {padding: .15rem .75rem}
+  .st-key-open-case button {padding: .1rem .6rem; min-height: 1.9rem}
+  .medfl-viewer, .st-key-side {height: calc(100dvh - 5rem); min-height: 24rem}
+  .st-key-side {display: block; overflow-y: auto; padding: 0 .4rem .5rem .1rem}
+  .st-key-side > * {margin-bottom: .5rem}
+  .st-key-side [data-testid=stHeading] {margin-bottom: 0}
   .st-key-side [data-testid=stAlertContainer] {padding: .5rem .75rem}
   @media (max-width: 40rem) {
     .medfl-viewer, .st-key-side {height: auto}
-    .st-key-notice {margin: 0 2.5rem}
+    .st-key-notice {padding: 0 2.5rem}
   }
 </style>
 """
+FOLDED = "<style>[data-testid=stColumn]:has(.st-key-side) {display: none}</style>"
 
 
 @st.cache_resource(max_entries=2, show_spinner="loading the model")
@@ -162,6 +166,11 @@ def open_case(read: Callable[[], Case], sample: bool = False) -> None:
         state.refusal = f"{error}."
 
 
+def fold() -> None:
+    """Leave the window to the picture, or show what stands beside it again."""
+    st.session_state.folded = not st.session_state.unfolded
+
+
 def ask_or_close() -> None:
     """Close the case; with unsaved corrections, ask first."""
     if st.session_state.get("unsaved"):
@@ -184,6 +193,7 @@ def close_case() -> None:
         "slice_distance",
         "side",
         "threshold",
+        "folded",
         *OF_A_CASE,
     ):
         st.session_state.pop(name, None)
@@ -271,10 +281,8 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
 def main() -> None:
     state = st.session_state
     sidebar = "collapsed" if "case" in state else "auto"
-    st.set_page_config(
-        page_title="MedFL", page_icon=icon(), layout="wide", initial_sidebar_state=sidebar
-    )
-    st.html(STYLE + (READING if "case" in state else ""))
+    st.set_page_config(page_title="MedFL", page_icon=icon(), layout="wide", initial_sidebar_state=sidebar)
+    st.html(STYLE + (READING if "case" in state else "") + (FOLDED if state.get("folded") else ""))
     with st.container(key="notice"):
         st.warning(NOTICE, icon=":material/warning:")
     st.title("MedFL: tumour segmentation")
@@ -285,6 +293,7 @@ def main() -> None:
         return
     with st.container(key="open-case", horizontal=True, vertical_alignment="center"):  # guard.py asks for it
         st.header(markdown(state.case.name), anchor=False)
+        st.toggle("Figures", not state.get("folded"), key="unfolded", on_change=fold)
         st.button("Close this case", on_click=ask_or_close, icon=":material/close:")
     if state.get("closing"):
         st.warning("The corrected mask was not saved.", icon=":material/warning:")

@@ -114,7 +114,7 @@ def show_components(done: Corrected) -> None:
     """A switch for each component."""
     if done.found is None or not done.found.parts:
         return
-    with st.expander(f"Components ({len(done.on)} of {len(done.found.parts)} count)"):
+    with st.expander(f"Components ({len(done.on)} of {len(done.found.parts)} count)", key="components"):
         for part in done.found.parts:
             st.checkbox(said_of(part), True, key=_key(part))
         told = "" if done.by_hand else f" In brackets: {INTERVAL}."

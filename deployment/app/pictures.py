@@ -36,7 +36,9 @@ def flair_picture(slice_pixels: np.ndarray) -> np.ndarray:
     picture = Image.fromarray(np.ascontiguousarray(slice_pixels[..., FLAIR]))
     times = enlargement((picture.height, picture.width))
     return np.asarray(
-        picture.resize((picture.width * times, picture.height * times), Image.Resampling.BICUBIC).convert("RGB")
+        picture.resize((picture.width * times, picture.height * times), Image.Resampling.BICUBIC).convert(
+            "RGB"
+        )
     )
 
 

@@ -61,7 +61,9 @@ def mask_of(text: str, shape: tuple[int, ...]) -> np.ndarray:
     voxels = math.prod(shape)
     size = math.ceil(voxels / 8)
     try:
-        bits = zlib.decompressobj(zlib.MAX_WBITS + 16).decompress(base64.b64decode(text, validate=True), size + 1)
+        bits = zlib.decompressobj(zlib.MAX_WBITS + 16).decompress(
+            base64.b64decode(text, validate=True), size + 1
+        )
     except (binascii.Error, zlib.error, TypeError, ValueError) as error:
         raise MedFLError("the drawn mask did not arrive; draw once more") from error
     if len(bits) != size:
@@ -69,7 +71,9 @@ def mask_of(text: str, shape: tuple[int, ...]) -> np.ndarray:
     return 255 * np.unpackbits(np.frombuffer(bits, np.uint8), count=voxels).reshape(shape)
 
 
-def show_scan(case: Case, prediction: Prediction, mask: np.ndarray, proposal: np.ndarray, threshold: float) -> None:
+def show_scan(
+    case: Case, prediction: Prediction, mask: np.ndarray, proposal: np.ndarray, threshold: float
+) -> None:
     """The viewer with a case. mask: what the reader stands by; proposal: of the model at the threshold, both (S, H, W)
     uint8 0/255. What the reader draws becomes `st.session_state.edited`."""
     state = st.session_state
@@ -111,8 +115,8 @@ def _mount(head: dict[str, Any], parts: dict[str, np.ndarray]) -> None:
 
 
 def _component() -> Any:
-    """The component, whose files come from the page's own address. Streamlit finds those of installed packages only, and
-    this page runs without being installed too (a call that is not public API)."""
+    """The component, whose files come from the page's own address. Streamlit looks for them in installed packages only,
+    and this page also runs from a folder (a call that is not public API)."""
     manager = get_bidi_component_manager()
     if manager.get_component_asset_root("medfl.viewer") is None:
         manager.register_from_manifest(
@@ -144,9 +148,15 @@ def _take_drawing() -> None:
         threshold = float(drawn["threshold"])
         edited = None if drawn["mask"] is None else mask_of(drawn["mask"], probability.shape)
     except (MedFLError, KeyError, TypeError, ValueError) as error:
-        state.edit_refusal = f"{error}." if isinstance(error, MedFLError) else "The drawn mask did not arrive."
+        state.edit_refusal = (
+            f"{error}." if isinstance(error, MedFLError) else "The drawn mask did not arrive."
+        )
         return
     state.threshold = min(max(threshold, LEAST), MOST) if math.isfinite(threshold) else state.threshold
     state.shown.mask = to_mask(probability, state.threshold) if edited is None else edited
-    state.edited, state.edit_refusal = edited, None
+    state.edit_refusal = None
+    if edited is None:
+        state.pop("edited", None)
+    else:
+        state.edited = edited
     state.pop("measured_of", None)  # what the browser shows has every component on

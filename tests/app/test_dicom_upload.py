@@ -370,7 +370,8 @@ def test_a_series_on_the_page_and_its_mask_over_the_source(page, trained, series
         gzip.decompress(write_series_nifti(case.dicom, mask)),
     ):
         assert not told_of_the_patient(given.decode("latin-1"))
-    page.slider(key="threshold").set_value(0.95).run()
+    page.session_state["threshold"] = 0.95
+    page.run()
     labels = [button.proto.label for button in page.get("download_button")]
     assert "Mask (NIfTI)" in labels and ("Mask (DICOM SEG)" in labels) == bool(
         (prediction.probability >= 0.95).any()
