@@ -280,9 +280,14 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
 
 def main() -> None:
     state = st.session_state
-    sidebar = "collapsed" if "case" in state else "auto"
-    st.set_page_config(page_title="MedFL", page_icon=icon(), layout="wide", initial_sidebar_state=sidebar)
-    st.html(STYLE + (READING if "case" in state else "") + (FOLDED if state.get("folded") else ""))
+    reading = "case" in state
+    st.set_page_config(
+        page_title="MedFL",
+        page_icon=icon(),
+        layout="wide",
+        initial_sidebar_state="collapsed" if reading else "auto",  # the window is the picture's
+    )
+    st.html(STYLE + (READING if reading else "") + (FOLDED if state.get("folded") else ""))
     with st.container(key="notice"):
         st.warning(NOTICE, icon=":material/warning:")
     st.title("MedFL: tumour segmentation")

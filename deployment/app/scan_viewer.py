@@ -80,14 +80,16 @@ def show_scan(
     shown: Shown = state.setdefault("shown", Shown())
     wanted = state.pop("wanted", False)
     voxels = wanted or shown.prediction is not prediction
-    masks = voxels or shown.truth is not case.truth or not np.array_equal(shown.mask, mask)
+    masks = (
+        voxels or shown.truth is not case.truth or shown.mask is None or not np.array_equal(shown.mask, mask)
+    )
     state.messages = state.get("messages", 0) + 1
     if voxels:
         shown.prediction, shown.voxels = prediction, state.messages
     if masks:
         shown.truth, shown.masks = case.truth, state.messages
     shown.mask = mask
-    parts = {}
+    parts: dict[str, np.ndarray] = {}
     if voxels:
         parts |= {"pixels": case.volume, "codes": codes_of(prediction.probability)}
     if masks:

@@ -130,8 +130,8 @@ def show_figures(case: Case, row: dict, figures: dict, done: Corrected) -> None:
     if row.get("dice") is not None:
         said.append(f"Dice {row['dice']:.3f}, IoU {row['iou']:.3f}")
     st.caption(
-        f"Slice {row['slice']}: {'; '.join(said)}. The probability is the network's own, not a measured "
-        "chance of its being right."
+        f"Slice {row['slice']} ({markdown(row['file'])}): {'; '.join(said)}. The probability is the network's own, "
+        "not a measured chance of its being right."
     )
 
 

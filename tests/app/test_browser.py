@@ -82,7 +82,7 @@ def test_a_volume_is_segmented_and_its_masks_are_predicts(page, patient, tmp_pat
     at_slice(page, 1, len(images))
     page.keyboard.press("ArrowRight")
     at_slice(page, 2, len(images))
-    page.get_by_text("Slice 2:").wait_for()
+    page.get_by_text("Slice 2 (").wait_for()
     name = f"{images[1].stem}_mask.png"
     assert same(fetched(page, "Mask of this slice", tmp_path), predicted / name)
     with zipfile.ZipFile(fetched(page, "All masks (ZIP)", tmp_path)) as archive:

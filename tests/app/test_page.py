@@ -59,7 +59,7 @@ def test_a_sample_from_opening_to_closing(page):
     drawn(page, threshold=0.05)
     assert figures(page)["Tumour"] != before
     drawn(page, slice=2)
-    assert any("Slice 2:" in caption.value for caption in page.caption)
+    assert any("Slice 2 (" in caption.value for caption in page.caption)
     page.button(key="mirror").click().run()
     assert any("when mirrored" in caption.value for caption in page.caption)
     page.number_input(key="pixel_size").set_value(0.5).run()

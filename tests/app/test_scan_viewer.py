@@ -165,11 +165,11 @@ def test_a_stroke_reaches_the_figures_and_the_saved_truth(visit, patient):
     assert page.locator(".medfl-viewer canvas").bounding_box()["height"] > 400  # of 720
     page.mouse.move(*place(page, 30, 30))
     page.evaluate("document.querySelector('.medfl-viewer').viewer.goTo(3)")
-    side(page).get_by_text("Slice 4:").wait_for()
+    side(page).get_by_text("Slice 4 (").wait_for()
     page.mouse.wheel(0, -100)
     number = page.evaluate("document.querySelector('.medfl-viewer').viewer.slice")
     assert number in (2, 4)
-    side(page).get_by_text(f"Slice {number + 1}:").wait_for()
+    side(page).get_by_text(f"Slice {number + 1} (").wait_for()
 
     expected = mask(page)
     before = expected.copy()
