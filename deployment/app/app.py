@@ -73,14 +73,16 @@ READING = """
   .st-key-notice {padding: 0 3rem}
   .st-key-notice [data-testid=stAlertContainer] {padding: .15rem .75rem}
   .st-key-open-case button {padding: .1rem .6rem; min-height: 1.9rem}
-  .medfl-viewer, .st-key-side {height: calc(100dvh - 5rem); min-height: 24rem}
+  .medfl-viewer, .st-key-side {height: calc(100dvh - 5.25rem); min-height: 24rem}
   .st-key-side {display: block; overflow-y: auto; padding: 0 .4rem .5rem .1rem}
   .st-key-side > * {margin-bottom: .5rem}
-  .st-key-side [data-testid=stHeading] {margin-bottom: 0}
+  :is(.st-key-notice, .st-key-side) [data-testid=stMarkdownContainer] {margin-bottom: 0}
   .st-key-side [data-testid=stAlertContainer] {padding: .5rem .75rem}
+  .st-key-side [data-testid=stAlertContainer] p {margin: 0}
   @media (max-width: 40rem) {
     .medfl-viewer, .st-key-side {height: auto}
     .st-key-notice {padding: 0 2.5rem}
+    .st-key-notice p {font-size: .75rem}
   }
 </style>
 """
