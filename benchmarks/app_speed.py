@@ -5,8 +5,8 @@ Chromium.
 
 Times run from the upload until the viewer shows the case: one slice, and a volume of 40 slices at 256×256; then from a
 key until the next slice is shown, and from a move of the threshold, or the end of a stroke, until the figures are
-new. Memory is the resident set of the server, and of the browser's processes, after the first volume and after the last of
-many uploads.
+new. Memory is the resident set of the server, and of the browser's processes, after the first volume and after the last
+of many uploads.
 """
 
 import argparse

@@ -26,7 +26,7 @@ from common import ROOT, MedFLError, counted
 from deployment.app.card import NOTICE, card_rows, find_checkpoints
 from deployment.app.case import Case
 from deployment.app.cases import KINDS, read_case
-from deployment.app.correcting import OF_A_CASE
+from deployment.app.correcting import OF_A_CASE, as_drawn
 from deployment.app.guard import Guard, forget_media
 from deployment.app.patients import choose_patient, data_folder, keep_how_sure, open_patient
 from deployment.app.pictures import icon
@@ -175,6 +175,8 @@ def fold() -> None:
 
 def ask_or_close() -> None:
     """Close the case; with unsaved corrections, ask first."""
+    if "threshold" in st.session_state:  # it was shown
+        as_drawn()
     if st.session_state.get("unsaved"):
         st.session_state.closing = True
     else:

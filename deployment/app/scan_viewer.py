@@ -112,7 +112,7 @@ def _mount(head: dict[str, Any], parts: dict[str, np.ndarray]) -> None:
         data=b"".join([len(said).to_bytes(4, "little"), said, *blobs]),
         on_wanted_change=_take_wanted,
         on_slice_change=_take_slice,
-        on_drawn_change=_take_drawing,
+        on_drawn_change=take_drawing,
     )
 
 
@@ -140,12 +140,14 @@ def _take_slice() -> None:
         state.slice = 1 + min(max(number, 0), len(state.case.slices) - 1)
 
 
-def _take_drawing() -> None:
-    """The reader's mask and threshold become the case's; or the reason is kept why they can't."""
+def take_drawing() -> None:
+    """The reader's mask and threshold become the case's; or the reason is kept why they can't. Called by what closes or
+    saves a case as well, because the last stroke may come together with that press."""
     state = st.session_state
-    if "prediction" not in state:  # closed meanwhile
+    drawn = state[KEY].drawn if KEY in state else None
+    if drawn is None or "prediction" not in state:  # or closed meanwhile
         return
-    probability, drawn = state.prediction.probability, state[KEY].drawn
+    probability = state.prediction.probability
     try:
         threshold = float(drawn["threshold"])
         edited = None if drawn["mask"] is None else mask_of(drawn["mask"], probability.shape)

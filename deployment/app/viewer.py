@@ -74,7 +74,7 @@ def show_side(
     show_figures(case, rows[number - 1], figures, done)
     show_components(done)
     more(checkpoint, case, prediction)
-    correct(checkpoint, dict(card)["SHA-256"], case, done, threshold)
+    correct(checkpoint, dict(card)["SHA-256"], case, done)
     downloads(
         case, prediction.probability, done, rows,
         texts_of_report(case, figures, done, threshold), number, card, state.doubts,

@@ -2,6 +2,7 @@
 can't be used."""
 
 import gc
+import json
 import weakref
 from pathlib import PurePath
 
@@ -11,6 +12,7 @@ from running import ROOT
 from streamlit.testing.v1 import AppTest
 
 from dataset import load_dataset
+from inference import to_mask
 from preprocessing import volume_name
 
 pytestmark = pytest.mark.slow
@@ -111,6 +113,35 @@ def test_the_model_runs_once_for_an_upload(page, phantoms, monkeypatch):
     assert once > 0 and "case" in page.session_state
     drawn(page, threshold=0.3, slice=2)
     assert len(passes) == once
+
+
+def message(page: AppTest) -> dict[str, bytes]:
+    """The parts that the viewer is given, as deployment/app/scan_viewer.py has them, and the head."""
+    data = page.get("bidi_component")[0].proto.bytes
+    length = int.from_bytes(data[:4], "little")
+    head, at, parts = json.loads(data[4 : 4 + length]), 4 + length, {}
+    for name, size in head["parts"]:
+        parts[name], at = data[at : at + size], at + size
+    assert at == len(data)
+    return {"head": head, **parts}
+
+
+def test_voxels_travel_once_and_again_where_they_are_lacked(page, phantoms):
+    upload(page, patient_files(phantoms, masks=False))
+    case, prediction = page.session_state["case"], page.session_state["prediction"]
+    first = message(page)
+    assert first["pixels"] == case.volume.tobytes() and len(first["codes"]) == prediction.probability.size
+    assert first["mask"] == first["truth"] == b""  # the proposal, and no truth
+    assert case.name not in json.dumps(first["head"])  # what a file is called stays here
+    assert list(message(drawn(page, slice=2))) == ["head"]
+    edited = to_mask(prediction.probability, 0.5) ^ 255
+    corrected = message(drawn(page, edited=edited))
+    assert corrected["mask"] == edited.tobytes() and "pixels" not in corrected
+    assert corrected["head"]["masks"] > first["head"]["masks"]
+    assert corrected["head"]["voxels"] == first["head"]["voxels"]
+    again = message(drawn(page, wanted=True))
+    assert again["pixels"] == first["pixels"] and again["mask"] == edited.tobytes()
+    assert list(message(page.run())) == ["head"]
 
 
 def test_a_truth_can_be_added_and_a_wrong_one_is_refused(page, phantoms, picture):
