@@ -110,6 +110,7 @@ def main() -> None:
         ):
             browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
             page = browser.new_page()
+            page.set_default_timeout(120_000)  # a busy machine
             page.goto(address)
             times: dict[str, list[float]] = {
                 "one slice": [],

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from inference import to_mask
 
 MODEL = ROOT / "deployment" / "app" / "samples" / "phantom_model.pth"
 VIEWER = ROOT / "deployment" / "viewer"
+VIEW = "document.querySelector('.medfl-viewer').viewer"
 
 
 def test_every_threshold_gives_the_mask_of_the_probability_itself():
@@ -151,6 +154,13 @@ def violations(page) -> list:
     return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]
 
 
+def eventually(found: Callable[[], object], wanted: object) -> None:
+    """Wait until this is found."""
+    until = time.monotonic() + 30
+    while (last := found()) != wanted:
+        assert time.monotonic() < until, last
+
+
 def changed(page, number: int) -> None:
     """Wait until the page's figures count so many changed pixels."""
     side(page).get_by_text(f"{number:,} pixel{'' if number == 1 else 's'} of the proposal changed").wait_for()
@@ -164,10 +174,10 @@ def test_a_stroke_reaches_the_figures_and_the_saved_truth(visit, patient):
     shown(page, len(one.images))
     assert page.locator(".medfl-viewer canvas").bounding_box()["height"] > 400  # of 720
     page.mouse.move(*place(page, 30, 30))
-    page.evaluate("document.querySelector('.medfl-viewer').viewer.goTo(3)")
+    page.evaluate(f"{VIEW}.goTo(3)")
     side(page).get_by_text("Slice 4 (").wait_for()
     page.mouse.wheel(0, -100)
-    number = page.evaluate("document.querySelector('.medfl-viewer').viewer.slice")
+    number = page.evaluate(f"{VIEW}.slice")
     assert number in (2, 4)
     side(page).get_by_text(f"Slice {number + 1} (").wait_for()
 
@@ -214,7 +224,26 @@ def test_what_the_page_changes_is_seen_and_readers_are_apart(visit, address, pat
     )
     shown(other, 3)
     assert whole.any() and mask(other).shape == (3, 32, 32)
+    assert "Orientation unknown" in other.locator(".words").inner_text()
+    assert "Orientation unknown" not in page.locator(".words").inner_text()
+    side(other).get_by_text("Pixel size in mm").click()
+    for label, value in (("Side of a pixel (mm)", "0.5"), ("Distance of slices (mm)", "3")):
+        side(other).get_by_label(label).fill(value)
+        side(other).get_by_label(label).press("Enter")
+    side(other).get_by_text("Volume", exact=True).wait_for()
+    eventually(lambda: other.evaluate(f"{VIEW}.opened.spacing"), [0.5, 0.5, 3])
+    given = np.zeros((3, 32, 32), np.uint8)
+    given[1, 4:9, 6:20] = 255
+    side(other).get_by_text("Correct", exact=True).click()
+    side(other).locator("section[aria-label^='A corrected mask'] input[type=file]").set_input_files(
+        [
+            {"name": f"b_{k}_mask.png", "mimeType": "image/png", "buffer": picture(pixels)}
+            for k, pixels in enumerate(given, 1)
+        ]
+    )
+    eventually(lambda: mask(other).tolist(), (given > 0).tolist())
     other.get_by_role("button", name="Close this case").click()
+    other.get_by_role("button", name="Close without saving").click()
     other.get_by_text("Try a sample").wait_for()
     assert other.locator(".medfl-viewer").count() == 0 and mask(page).shape == whole.shape
 
