@@ -10,8 +10,8 @@ its head (4 bytes, little endian), the head as JSON, and the parts that the head
   when they differ from what the browser shows.
 
 The browser tells of three events: `wanted`, it lacks parts; `slice`, another one is shown, from 0; `drawn`, the reader
-moved the threshold or drew: {"threshold": number, "mask": base64 of a gzip of the mask's bits, or null where it is the
-proposal}.
+moved the threshold or drew: {"voxels": the number of those that were drawn on, "threshold": number, "mask": base64 of
+a gzip of the mask's bits, or null where it is the proposal}.
 """
 
 import base64
@@ -149,6 +149,8 @@ def take_drawing() -> None:
         return
     probability = state.prediction.probability
     try:
+        if drawn["voxels"] != state.shown.voxels:  # of another case, or of another model's proposal
+            return
         threshold = float(drawn["threshold"])
         edited = None if drawn["mask"] is None else mask_of(drawn["mask"], probability.shape)
     except (MedFLError, KeyError, TypeError, ValueError) as error:

@@ -16,8 +16,11 @@ export default function ({ data, parentElement, setTriggerValue }) {
   if (element.parentElement !== parentElement) parentElement.append(element); // beside its style
   queue = queue.then(() => take(data)).catch((error) => {
     console.error(error);
-    element.replaceChildren(Object.assign(document.createElement("p"), { role: "alert", textContent: viewer ? `The viewer failed: ${error.message}.`
-      : "This browser draws no three-dimensional pictures (WebGL 2): switch on its hardware acceleration, or use another browser." }));
+    const textContent = viewer ? `The viewer failed: ${error.message}. Open the case again.`
+      : "This browser draws no three-dimensional pictures (WebGL 2): switch on its hardware acceleration, or use another browser.";
+    element.replaceChildren(Object.assign(document.createElement("p"), { role: "alert", textContent }));
+    if (viewer) viewer.opened = null; // hears no key any more
+    viewer = null;
   });
   return () => (queue = queue.then(() => element.parentElement === parentElement && forget()));
 }
@@ -76,8 +79,8 @@ async function renew(given) {
 const telling = {
   slice: () => tell("slice", viewer.slice),
   drawn: async () => {
-    const { threshold, edits } = viewer;
-    tell("drawn", { threshold, mask: edits.changed ? await packed(viewer.mask()) : null });
+    const { threshold, edits } = viewer, { voxels } = held;
+    tell("drawn", { voxels, threshold, mask: edits.changed ? await packed(viewer.mask()) : null });
   },
 };
 

@@ -51,7 +51,7 @@ def test_a_drawn_mask_arrives_and_anything_else_is_refused():
         "",
         "é",
         sent(b"1"),
-        sent(bytes(100_000_000)),
+        sent(bytes(10_000_000)),
         base64.b64encode(b"no gzip").decode(),
         None,
         3,
