@@ -9,13 +9,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 from benchmarks.serving import served
 from common import ROOT, MedFLError, run_script
 
 MODEL = ROOT / "deployment" / "app" / "samples" / "phantom_model.pth"
-DESKTOP, PHONE = {"width": 1280, "height": 720}, {"width": 390, "height": 844}
+DESKTOP: ViewportSize = {"width": 1280, "height": 720}
+PHONE: ViewportSize = {"width": 390, "height": 844}
 REST = 1_000  # ms in which the page comes to rest
 
 
