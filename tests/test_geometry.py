@@ -75,9 +75,7 @@ def test_a_wide_field_of_view_is_cropped_to_the_head_and_a_usual_one_is_not():
     usual, told = to_axial(image_of(head[:, 170:430, 70:330], (5, 1, 1)))
     assert told is None and usual.GetSpacing()[0] == pytest.approx(260 / SIDE)
     assert to_axial(image_of(np.zeros((8, 512, 512)), (5, 1, 1)))[1] is None
-    tumour = (
-        ellipsoid((8, 240, 240), (4, 140, 90), (8, 40, 40)) * 500.0
-    )  # far brighter than the head around it
+    tumour = ellipsoid((8, 240, 240), (4, 140, 90), (8, 40, 40)) * 500.0  # far brighter than the head around it
     assert to_axial(image_of(tumour, (5, 1, 1)))[1] is None, "80 mm are no head"
 
 
