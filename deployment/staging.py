@@ -17,7 +17,14 @@ SPACE, BROWSER = ROOT / "models" / "space", ROOT / "models" / "browser"
 DATASET_LICENCE = "cc-by-nc-sa-4.0"  # of the LGG scans, which weights trained on them carry as well
 SAMPLES = "deployment/app/samples"
 
-SPACE_OTHERS = ("LICENSE", "deployment/app/.streamlit/config.toml")  # besides what the page imports
+# besides what the page imports
+SPACE_OTHERS = (
+    "LICENSE",
+    "deployment/app/.streamlit/config.toml",
+    "deployment/viewer/dist/viewer.js",
+    "deployment/viewer/dist/viewer.css",
+    "deployment/viewer/dist/LICENSES.txt",
+)
 NOT_IN_A_SPACE = ("radiology",)  # DICOM files carry names, and a Space is somebody else's computer
 SPACE_TOP = ("README.md", "Dockerfile", "requirements.txt")  # of deployment/space
 
@@ -36,12 +43,8 @@ LIBRARIES = {
     "nifti-reader-js": {"dist/*.js": "nifti-reader-js"},
     "tiff": {"lib/*.js": "tiff", "lib/tags/*.js": "tiff/tags"},
 }
-# of deployment/viewer: what `npm run build` makes there of NiiVue and our modules, and its style
-VIEWER = {
-    "viewer.js": "dist/viewer.js",
-    "viewer.css": "viewer.css",
-    "libs/viewer/LICENSE": "dist/LICENSES.txt",
-}
+# of deployment/viewer/dist, which `npm run build` makes of NiiVue and our modules
+VIEWER = {"viewer.js": "viewer.js", "viewer.css": "viewer.css", "libs/viewer/LICENSE": "LICENSES.txt"}
 # .js where the package says .mjs: some servers send that as something that browsers don't run
 ONNXRUNTIME = {
     "ort.js": "ort.wasm.min.mjs",
@@ -94,7 +97,7 @@ def stage_browser(
         sources["libs/onnxruntime/README.md"] = (
             runtime / "README.md"
         )  # names its licence; the package holds no text of it
-        sources |= {name: ROOT / "deployment" / "viewer" / source for name, source in VIEWER.items()}
+        sources |= {name: ROOT / "deployment" / "viewer" / "dist" / source for name, source in VIEWER.items()}
         _fill(folder, sources, checkpoint)
     except FileNotFoundError as error:
         raise MedFLError(

@@ -26,7 +26,7 @@ from common import ROOT, MedFLError, counted
 from deployment.app.card import NOTICE, card_rows, find_checkpoints
 from deployment.app.case import Case
 from deployment.app.cases import KINDS, read_case
-from deployment.app.correcting import OF_A_CASE
+from deployment.app.correcting import OF_A_CASE, as_drawn
 from deployment.app.guard import Guard, forget_media
 from deployment.app.patients import choose_patient, data_folder, keep_how_sure, open_patient
 from deployment.app.pictures import icon
@@ -60,6 +60,33 @@ STYLE = """
   @media (max-width: 40rem) {.block-container {padding-left: 1rem; padding-right: 1rem}}
 </style>
 """
+# an open case: the picture fills the window, and what stands beside it scrolls by itself
+READING = """
+<style>
+  .block-container {padding: .4rem .75rem 0; max-width: none}
+  [data-testid=stHeader] {background: none; height: 2.5rem; min-height: 0; pointer-events: none}
+  [data-testid=stHeader] :is(button, a) {pointer-events: auto}
+  [data-testid=stMainBlockContainer] > [data-testid=stVerticalBlock] {gap: .25rem}
+  h1 {position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); padding: 0 !important}
+  h2 {font-size: 1.05rem !important; padding: 0 !important}
+  :has(> .st-key-notice), .st-key-notice {top: 0}
+  .st-key-notice {padding: 0 3rem}
+  .st-key-notice [data-testid=stAlertContainer] {padding: .15rem .75rem}
+  .st-key-open-case button {padding: .1rem .6rem; min-height: 1.9rem}
+  .medfl-viewer, .st-key-side {height: calc(100dvh - 5.25rem); min-height: 24rem}
+  .st-key-side {display: block; overflow-y: auto; padding: 0 .4rem .5rem .1rem}
+  .st-key-side > * {margin-bottom: .5rem}
+  :is(.st-key-notice, .st-key-side) [data-testid=stMarkdownContainer] {margin-bottom: 0}
+  .st-key-side [data-testid=stAlertContainer] {padding: .5rem .75rem}
+  .st-key-side [data-testid=stAlertContainer] p {margin: 0}
+  @media (max-width: 40rem) {
+    .medfl-viewer, .st-key-side {height: auto}
+    .st-key-notice {padding: 0 2.5rem}
+    .st-key-notice p {font-size: .75rem}
+  }
+</style>
+"""
+FOLDED = "<style>[data-testid=stColumn]:has(.st-key-side) {display: none}</style>"
 
 
 @st.cache_resource(max_entries=2, show_spinner="loading the model")
@@ -141,8 +168,15 @@ def open_case(read: Callable[[], Case], sample: bool = False) -> None:
         state.refusal = f"{error}."
 
 
+def fold() -> None:
+    """Leave the window to the picture, or show what stands beside it again."""
+    st.session_state.folded = not st.session_state.unfolded
+
+
 def ask_or_close() -> None:
     """Close the case; with unsaved corrections, ask first."""
+    if "threshold" in st.session_state:  # it was shown
+        as_drawn()
     if st.session_state.get("unsaved"):
         st.session_state.closing = True
     else:
@@ -162,11 +196,8 @@ def close_case() -> None:
         "pixel_size",
         "slice_distance",
         "side",
-        "level",
-        "width",
-        "opacity",
         "threshold",
-        "hidden",
+        "folded",
         *OF_A_CASE,
     ):
         st.session_state.pop(name, None)
@@ -252,19 +283,26 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
 
 
 def main() -> None:
-    st.set_page_config(page_title="MedFL", page_icon=icon(), layout="wide")
-    st.html(STYLE)
+    state = st.session_state
+    reading = "case" in state
+    st.set_page_config(
+        page_title="MedFL",
+        page_icon=icon(),
+        layout="wide",
+        initial_sidebar_state="collapsed" if reading else "auto",  # the window is the picture's
+    )
+    st.html(STYLE + (READING if reading else "") + (FOLDED if state.get("folded") else ""))
     with st.container(key="notice"):
         st.warning(NOTICE, icon=":material/warning:")
     st.title("MedFL: tumour segmentation")
     checkpoint, card = choose_model()
     sha256 = dict(card)["SHA-256"]
-    state = st.session_state
     if "case" not in state:
         choose_case(checkpoint, sha256)
         return
     with st.container(key="open-case", horizontal=True, vertical_alignment="center"):  # guard.py asks for it
         st.header(markdown(state.case.name), anchor=False)
+        st.toggle("Figures", not state.get("folded"), key="unfolded", on_change=fold)
         st.button("Close this case", on_click=ask_or_close, icon=":material/close:")
     if state.get("closing"):
         st.warning("The corrected mask was not saved.", icon=":material/warning:")

@@ -16,6 +16,7 @@ from deployment.app.case import Case
 from deployment.app.cases import add_truth
 from deployment.app.patients import DATA
 from deployment.app.readout import Prediction
+from deployment.app.scan_viewer import take_drawing
 from deployment.app.uploads import take_uploads
 from escaping import markdown
 from evaluation.components import INTERVAL, Component, Components, find_components, volume_interval
@@ -24,7 +25,7 @@ from inference import to_mask
 MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "nrrd", "dcm"]
 OF_A_CASE = (
     "edited", "edits", "measured_of", "components_of", "saved", "save_refusal", "edit_refusal", "version", "no_tumour",
-    "kept", "unsaved", "closing",
+    "kept", "unsaved", "closing", "shown", "wanted",
 )  # fmt: skip
 
 
@@ -81,6 +82,13 @@ def corrected(case: Case, prediction: Prediction, threshold: float) -> Corrected
     return _noted(Corrected(proposal, mask, found, on, edited is not None))
 
 
+def as_drawn() -> Corrected:
+    """The open case's mask with the reader's last stroke."""
+    state = st.session_state
+    take_drawing()
+    return corrected(state.case, state.prediction, state.threshold)
+
+
 def _noted(done: Corrected) -> Corrected:
     """The same, and whether it is work that would be lost with the case."""
     kept: np.ndarray | None = st.session_state.get("kept")
@@ -114,7 +122,7 @@ def show_components(done: Corrected) -> None:
     """A switch for each component."""
     if done.found is None or not done.found.parts:
         return
-    with st.expander(f"Components ({len(done.on)} of {len(done.found.parts)} count)"):
+    with st.expander(f"Components ({len(done.on)} of {len(done.found.parts)} count)", key="components"):
         for part in done.found.parts:
             st.checkbox(said_of(part), True, key=_key(part))
         told = "" if done.by_hand else f" In brackets: {INTERVAL}."
@@ -140,7 +148,7 @@ def back_to_the_proposal() -> None:
     st.session_state.pop("edited", None)
 
 
-def correct(checkpoint: Checkpoint, sha256: str, case: Case, done: Corrected, threshold: float) -> None:
+def correct(checkpoint: Checkpoint, sha256: str, case: Case, done: Corrected) -> None:
     """Give a corrected mask, and save it where the case is a hospital's prepared patient."""
     state = st.session_state
     with st.expander("Correct", expanded=case.prepared is not None or bool(state.get("edit_refusal"))):
@@ -157,16 +165,14 @@ def correct(checkpoint: Checkpoint, sha256: str, case: Case, done: Corrected, th
         if done.by_hand:
             st.button("Back to the model's proposal", key="proposal", on_click=back_to_the_proposal)
         if case.prepared is not None:
-            _offer_to_save(checkpoint, sha256, case, done, threshold)
+            _offer_to_save(checkpoint, sha256, done)
         else:
             st.caption(
                 f"Download the masks to keep them; a page that is started with {DATA} saves them for the training."
             )
 
 
-def _offer_to_save(
-    checkpoint: Checkpoint, sha256: str, case: Case, done: Corrected, threshold: float
-) -> None:
+def _offer_to_save(checkpoint: Checkpoint, sha256: str, done: Corrected) -> None:
     """The reader's name, the button, and what came of it."""
     state = st.session_state
     st.text_input("Your name, for the log", value=state.get("reader", ""), max_chars=100, key="who")
@@ -178,7 +184,7 @@ def _offer_to_save(
         icon=":material/save:",
         disabled=not agreed,
         on_click=_save,
-        args=(checkpoint.path.name, sha256, done, threshold),
+        args=(checkpoint.path.name, sha256),
         help="Puts the mask where the hospital's training finds it. A former truth is kept beside it.",
     )
     if state.get("save_refusal"):
@@ -187,7 +193,7 @@ def _offer_to_save(
         st.success(markdown(state.saved))
 
 
-def _save(model: str, sha256: str, done: Corrected, threshold: float) -> None:
+def _save(model: str, sha256: str) -> None:
     """Save the mask as the open patient's truth, and keep in words what came of it."""
     from radiology.truths import ChangedMeanwhile, correction, in_words, save_truth, version_of
 
@@ -195,13 +201,17 @@ def _save(model: str, sha256: str, done: Corrected, threshold: float) -> None:
     case: Case = state.case
     opened = case.prepared
     assert opened is not None
+    done = as_drawn()
     state.reader, state.saved, state.save_refusal = state.who, None, None
+    if not done.mask.any() and not state.get("no_tumour"):
+        state.save_refusal = "The mask is empty now; tick that there is no tumour, and save again."
+        return
     try:
         there, saved = save_truth(
             opened.patient,
             done.mask,
             done.proposal,
-            correction(state.who, model, sha256, threshold),
+            correction(state.who, model, sha256, state.threshold),
             opened.slices,
             state.get("version", opened.version),
         )

@@ -40,6 +40,11 @@ addEventListener("drop", (event) => tooMany(event.dataTransfer?.files ?? [], eve
 addEventListener("beforeunload", (event) => {
   if (document.querySelector(".st-key-open-case")) event.preventDefault();
 });
+// Streamlit names its drop zones and calls them `presentation`, which contradict each other for a screen reader
+new MutationObserver(() => {
+  const zones = document.querySelectorAll("[data-testid=stFileUploaderDropzone][role=presentation]");
+  for (const zone of zones) zone.role = "group";
+}).observe(document, { childList: true, subtree: true });
 for (const kind of ["dragover", "drop"]) {
   addEventListener(kind, (event) => {
     if (!event.target.closest?.("[data-testid=stFileUploaderDropzone]")) event.preventDefault();

@@ -1,11 +1,9 @@
-"""The open case: picture, controls, figures and downloads. Runs by itself when a control moves, without the
-model."""
+"""The open case: the viewer, and beside it figures, corrections and downloads. Runs by itself when the reader draws or
+moves a control, without the model."""
 
-import base64
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -16,19 +14,7 @@ from deployment.app.case import Case
 from deployment.app.cases import add_truth
 from deployment.app.correcting import MASK_KINDS, Corrected, correct, corrected, said_of, show_components
 from deployment.app.nifti import mirror, write_nifti
-from deployment.app.pictures import (
-    BLUE,
-    ORANGE,
-    VIEWS,
-    base_picture,
-    blended,
-    comparison,
-    fill,
-    marked,
-    outline,
-    png,
-    probability_picture,
-)
+from deployment.app.pictures import flair_picture, marked, outline, png, probability_picture
 from deployment.app.readout import (
     Prediction,
     component_rows,
@@ -40,23 +26,16 @@ from deployment.app.readout import (
     zip_masks,
 )
 from deployment.app.report import draw_report
+from deployment.app.scan_viewer import show_scan
 from deployment.app.sending import send_button
 from deployment.app.uploads import take_uploads
-from escaping import markdown, plain
+from escaping import markdown
 from limits import is_size_mm
-from scans.orientation import UNKNOWN
 from transunet import TransUNet
 
 if TYPE_CHECKING:  # radiology/ is optional
     from deployment.app.source import Source
 
-OUTLINE, FILL, PROBABILITY, COMPARISON = "outline", "fill", "probability", "truth"
-LEGENDS = {
-    OUTLINE: "Solid orange line: what the model takes for tumour.",
-    FILL: "Orange: what the model takes for tumour.",
-    PROBABILITY: "Over the slice: dark blue is probability 0, yellow is 1.",
-    COMPARISON: "Yellow: both. Orange, solid edge: the model alone. Blue, dashed edge: the truth alone.",
-}
 REPORTED = 5  # components, in a report of one page
 SIDES = ("on the picture's right", "on the picture's left")
 
@@ -66,152 +45,42 @@ def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
     """Everything below the case's name. Reads the case, its prediction and the doubts from the session."""
     state = st.session_state
     case, prediction = state.case, state.prediction
+    threshold: float = state.setdefault("threshold", checkpoint.threshold)
+    done = corrected(case, prediction, threshold)
+    picture, side = st.columns([3, 1], gap="small")
+    with picture:
+        show_scan(case, prediction, done.mask, done.proposal, threshold)
+    with side, st.container(key="side"):
+        show_side(checkpoint, card, case, prediction, done, threshold)
+
+
+def show_side(
+    checkpoint: Checkpoint,
+    card: list[tuple[str, str]],
+    case: Case,
+    prediction: Prediction,
+    done: Corrected,
+    threshold: float,
+) -> None:
+    """What stands beside the picture: doubts, figures, corrections, downloads."""
+    state = st.session_state
     for doubt in state.doubts:
         st.warning(markdown(doubt), icon=":material/visibility_off:")
     for note in case.notes:
         st.info(markdown(note), icon=":material/info:")
-    left, right = st.columns([3, 2], gap="medium")
-    with right:
-        look = controls(case, checkpoint.threshold)
-    done = corrected(case, prediction, look["threshold"])
-    masks = done.mask
-    rows = slice_rows(case, prediction, look["threshold"], masks)
-    figures = summary(case, rows, masks)
-    if "slice" not in state:
-        state.slice = 1 + int(np.argmax([row["tumour_pixels"] for row in rows]))
-    with left:
-        number = choose_slice(rows, len(case.slices))
-        show_picture(case, prediction, masks, number, look)
-    with right:
-        show_figures(case, rows[number - 1], figures, done)
-        show_components(done)
-        more(checkpoint, case, prediction)
-        correct(checkpoint, dict(card)["SHA-256"], case, done, look["threshold"])
-        downloads(
-            case, prediction.probability, done, rows,
-            texts_of_report(case, figures, done, look["threshold"]), number, card, state.doubts,
-        )  # fmt: skip
-        if case.dicom is not None:
-            send_button(case.dicom, done, prediction.probability, look["threshold"], checkpoint)
-
-
-def controls(case: Case, default_threshold: float) -> dict:
-    """How the reader wants to see it: view, level, width, overlay, opacity, threshold."""
-    state = st.session_state
-    overlays = [OUTLINE, FILL, PROBABILITY] + ([COMPARISON] if case.truth is not None else [])
-    view = st.segmented_control("Channel", list(VIEWS), default="FLAIR", required=True, wrap=True, key="view")
-    overlay = st.segmented_control(
-        "Overlay", overlays, default=OUTLINE, required=True, wrap=True, key="overlay"
-    )
-    st.button(
-        "Show the overlay" if state.get("hidden") else "Hide the overlay",
-        shortcut="o",
-        key="toggle",
-        on_click=lambda: state.update(hidden=not state.get("hidden")),
-    )
-    opacity = st.slider(
-        "Opacity",
-        0.0,
-        1.0,
-        0.5,
-        0.05,
-        key="opacity",
-        disabled=overlay not in (FILL, PROBABILITY, COMPARISON),
-        help="Of the overlays fill, probability and truth.",
-    )
-    threshold = st.slider(
-        "Threshold of the probability",
-        0.05,
-        0.95,
-        default_threshold,
-        0.05,
-        key="threshold",
-        help="A pixel counts as tumour from this probability on. The model is not run again.",
-    )
-    with st.expander("Window and level"):
-        level = st.slider("Level", 0, 255, 128, key="level")
-        width = st.slider("Window width", 1, 510, 255, key="width")
-    return {
-        "view": view or "FLAIR",
-        "overlay": overlay if overlay in overlays else OUTLINE,
-        "hidden": bool(state.get("hidden")),
-        "opacity": opacity,
-        "threshold": threshold,
-        "level": level,
-        "width": width,
-    }
-
-
-def choose_slice(rows: list[dict], count: int) -> int:
-    """The slice to show, from 1: a slider, and a chart of the tumour's area over the slices to jump by."""
-    state = st.session_state
-    if count == 1:
-        return 1
-
-    def jump() -> None:
-        picked = state.areas.selection.get("picked")
-        if picked:
-            state.slice = int(picked[0]["slice"])
-
-    number = st.slider("Slice", 1, count, key="slice")
-    table = pd.DataFrame(
-        {"slice": [row["slice"] for row in rows], "tumour pixels": [row["tumour_pixels"] for row in rows]}
-    )
-    bars = (
-        alt.Chart(table)
-        .mark_bar(cursor="pointer")
-        .encode(
-            x=alt.X("slice:O", axis=alt.Axis(labelAngle=0, labelOverlap=True), title=None),
-            y=alt.Y("tumour pixels:Q", title="tumour px"),
-            color=alt.condition(alt.datum.slice == number, alt.value(_css(ORANGE)), alt.value(_css(BLUE))),
-            tooltip=["slice", "tumour pixels"],
-        )
-        .add_params(alt.selection_point(name="picked", fields=["slice"]))
-        .properties(height=170)
-    )
-    st.altair_chart(
-        bars,
-        key="areas",
-        on_select=jump,
-        selection_mode="picked",
-        alt=f"Tumour area in each of {count} slices, slice {number} marked; the slider above does the same",
-    )
-    return number
-
-
-def _css(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def draw(case: Case, prediction: Prediction, masks: np.ndarray, index: int, look: dict) -> np.ndarray:
-    """The picture of slice `index`, from 0, as the reader wants it, (h, w, 3) uint8."""
-    picture = base_picture(case.volume[index], look["view"], look["level"], look["width"])
-    if look["hidden"]:
-        return picture
-    if look["overlay"] == COMPARISON and case.truth is not None:
-        return comparison(picture, masks[index], case.truth[index], look["opacity"])
-    if look["overlay"] == PROBABILITY:
-        return blended(picture, probability_picture(prediction.probability[index]), look["opacity"])
-    if look["overlay"] == FILL:
-        return fill(picture, masks[index], ORANGE, look["opacity"])
-    return outline(picture, masks[index], ORANGE)
-
-
-def show_picture(case: Case, prediction: Prediction, masks: np.ndarray, number: int, look: dict) -> None:
-    """The picture of a slice, and under it what is to be seen."""
-    found = int(np.count_nonzero(masks[number - 1]))
-    said = f"{found:,} pixels marked as tumour" if found else "no tumour found"
-    side = "the patient's left is on the right" if case.oriented else UNKNOWN
-    picture = png(marked(draw(case, prediction, masks, number - 1, look), case.oriented))
-    st.image(  # within the page, not at an address that would answer for longer than the case is open
-        f"data:image/png;base64,{base64.b64encode(picture).decode()}",
-        width="stretch",
-        alt=f"{plain(case.name)}, slice {number} of {len(case.slices)}, {look['view']}: {said}; {side}",
-    )
-    legend = "Overlay hidden (press o)." if look["hidden"] else LEGENDS[look["overlay"]]
-    st.caption(
-        f"Slice {number} of {len(case.slices)} ({markdown(case.slices[number - 1])}): {said}. {legend}"
-    )
+    rows = slice_rows(case, prediction, threshold, done.mask)
+    figures = summary(case, rows, done.mask)
+    number = state.get("slice", 1 + int(np.argmax([row["tumour_pixels"] for row in rows])))
+    show_figures(case, rows[number - 1], figures, done)
+    show_components(done)
+    more(checkpoint, case, prediction)
+    correct(checkpoint, dict(card)["SHA-256"], case, done)
+    downloads(
+        case, prediction.probability, done, rows,
+        texts_of_report(case, figures, done, threshold), number, card, state.doubts,
+    )  # fmt: skip
+    if case.dicom is not None:
+        send_button(case.dicom, done, prediction.probability, threshold, checkpoint)
 
 
 def figure_texts(case: Case, figures: dict, done: Corrected) -> list[tuple[str, str]]:
@@ -261,8 +130,8 @@ def show_figures(case: Case, row: dict, figures: dict, done: Corrected) -> None:
     if row.get("dice") is not None:
         said.append(f"Dice {row['dice']:.3f}, IoU {row['iou']:.3f}")
     st.caption(
-        f"Slice {row['slice']}: {'; '.join(said)}. The probability is the network's own, not a measured "
-        "chance of its being right."
+        f"Slice {row['slice']} ({markdown(row['file'])}): {'; '.join(said)}. The probability is the network's own, "
+        "not a measured chance of its being right."
     )
 
 
@@ -356,7 +225,7 @@ def downloads(
     def report() -> bytes:
         index = int(np.argmax([row["tumour_pixels"] for row in rows]))
         slices = "one slice" if len(rows) == 1 else f"{len(rows)} slices"
-        picture = outline(base_picture(case.volume[index], "FLAIR"), masks[index], ORANGE)
+        picture = outline(flair_picture(case.volume[index]), masks[index])
         likely = probability_picture(probability[index])
         pictures = [
             (f"slice {index + 1}, FLAIR, mask outlined", marked(picture, case.oriented)),

@@ -1,10 +1,13 @@
-// npm run build: viewer.js with NiiVue and what NiiVue needs in one file, and the licences of what went in.
+// npm run build [-- FOLDER]: our modules with NiiVue and what NiiVue needs in one file, their style, and the licences of what went in. What comes out is
+// committed, because a hospital that starts the Streamlit page has no Node.js.
 
 import { readFileSync, readdirSync, writeFileSync } from "node:fs";
 
 import { build } from "esbuild";
 
-const { metafile } = await build({ entryPoints: ["viewer.js"], bundle: true, format: "esm", minify: true, target: "es2022", outfile: "dist/viewer.js",
+const out = process.argv[2] ?? "dist";
+const entryPoints = ["bundle.js", "viewer.css"].map((file) => ({ in: file, out: "viewer" }));
+const { metafile } = await build({ entryPoints, bundle: true, format: "esm", minify: true, target: "es2022", outdir: out,
   external: ["numcodecs/*"], // unpacks Zarr, which no case is: 1.4 MB, and loaded on demand only
   metafile: true, logLevel: "warning" });
 const packages = new Set(Object.keys(metafile.inputs).map((path) => path.match(/node_modules\/((?:@[^/]+\/)?[^/]+)\//)?.[1]).filter(Boolean));
@@ -13,4 +16,4 @@ const licence = (name) => {
   const folder = `node_modules/${name}`, file = readdirSync(folder).find((entry) => /^licen[cs]e/i.test(entry));
   return file ? readFileSync(`${folder}/${file}`, "utf-8") : `${JSON.parse(readFileSync(`${folder}/package.json`)).license}\n`;
 };
-writeFileSync("dist/LICENSES.txt", [...packages].sort().map((name) => `${name}\n\n${licence(name)}`).join(`\n${"-".repeat(80)}\n\n`));
+writeFileSync(`${out}/LICENSES.txt`, [...packages].sort().map((name) => `${name}\n\n${licence(name)}`).join(`\n${"-".repeat(80)}\n\n`));

@@ -213,6 +213,14 @@ class Viewer {
     return turned(this.edits.proposal, this.area).map((value) => 255 * value);
   }
 
+  /** Take a mask from elsewhere, such as a file's (count × height × width, above 0 is tumour), as a step that can be undone; null is the proposal,
+      and nothing counts as touched then. */
+  takeMask(mask) {
+    if (mask) this.edits.commit(turned(mask, this.area));
+    else this.edits = new Edits(this.edits.proposal);
+    this.#maskDiffers();
+  }
+
   #maskDiffers() {
     this.#refreshDrawing();
     this.told.last = this.slice;

@@ -18,7 +18,7 @@ from deployment.app.card import card_rows, find_checkpoints
 from deployment.app.case import Case
 from deployment.app.cases import add_truth, read_case
 from deployment.app.nifti import write_nifti
-from deployment.app.pictures import BLUE, ORANGE, base_picture, comparison, enlargement, outline
+from deployment.app.pictures import enlargement
 from deployment.app.readout import Prediction, flip_spread, predict_case, slice_rows, summary
 from deployment.serve_browser import headers, server
 from deployment.staging import ROOT, stage_space
@@ -128,23 +128,9 @@ def test_lone_slices_have_no_dice_together_and_pixels_need_not_be_square():
     assert summary(case, rows, to_mask(probability, 0.5))["dice"] == 1.0
 
 
-def test_the_shorter_side_is_enlarged_and_edges_show_what_is_wrong():
-    assert [enlargement(shape) for shape in ((320, 1000), (1000, 300), (64, 64), (640, 640), (641, 900))] == [
-        2,
-        3,
-        10,
-        1,
-        1,
-    ]
-    grey = base_picture(np.full((64, 64, 3), 100, np.uint8), "FLAIR")
-    mask, truth = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.uint8)
-    mask[10:30, 5:25], truth[10:30, 35:55] = 255, 255
-    out = comparison(grey, mask, truth, 0.0)
-    orange, blue = ((out == colour).all(axis=2) for colour in (ORANGE, BLUE))
-    assert orange.sum() > 1.5 * blue.sum() > 0 and not orange[:, 320:].any() and not blue[:, :320].any()
-    assert np.array_equal(outline(grey, mask, ORANGE, opacity=0.0), grey)
-    half = outline(grey, mask, ORANGE, opacity=0.5)
-    assert half[100, 50].tolist() == [round((100 + c) / 2) for c in ORANGE]
+def test_the_shorter_side_is_enlarged():
+    shapes = ((320, 1000), (1000, 300), (64, 64), (640, 640), (641, 900))
+    assert [enlargement(shape) for shape in shapes] == [2, 3, 10, 1, 1]
 
 
 @pytest.mark.parametrize(("slices", "limit"), [(2, 4), (1, 6)])

@@ -1,10 +1,11 @@
-"""The app in a real Chromium: upload, sliders, keys, download, at desktop and phone width."""
+"""The app in a real Chromium: upload, the viewer, download, at desktop and phone width."""
 
 import zipfile
 
 import numpy as np
 import pytest
 from dicom_phantoms import phantom, write_series
+from pages import at_slice, shown
 from PIL import Image
 from running import ROOT, run_script
 
@@ -75,20 +76,13 @@ def same(one, other) -> bool:
 def test_a_volume_is_segmented_and_its_masks_are_predicts(page, patient, tmp_path):
     images, predicted = patient
     page.locator(SLICES).set_input_files(images)
-    page.get_by_text(f"of {len(images)} (").first.wait_for()
-    slider = page.locator("input[aria-label=Slice]")
-    slider.focus()
+    shown(page, len(images))
+    page.get_by_label("Slice", exact=True).focus()
     page.keyboard.press("Home")
-    page.get_by_text(f"Slice 1 of {len(images)} (").wait_for()
+    at_slice(page, 1, len(images))
     page.keyboard.press("ArrowRight")
-    page.get_by_text(f"Slice 2 of {len(images)} (").wait_for()
-    at_rest(page)
-    page.locator("path[aria-label^='slice: 4;']").click(force=True)  # the chart is a way to jump
-    page.get_by_text(f"Slice 4 of {len(images)} (").wait_for()
-    slider.focus()
-    for number in (3, 2):
-        page.keyboard.press("ArrowLeft")
-        page.get_by_text(f"Slice {number} of {len(images)} (").wait_for()
+    at_slice(page, 2, len(images))
+    page.get_by_text("Slice 2 (").wait_for()
     name = f"{images[1].stem}_mask.png"
     assert same(fetched(page, "Mask of this slice", tmp_path), predicted / name)
     with zipfile.ZipFile(fetched(page, "All masks (ZIP)", tmp_path)) as archive:
@@ -103,7 +97,7 @@ def test_a_volume_is_segmented_and_its_masks_are_predicts(page, patient, tmp_pat
 def test_a_patients_folder_is_taken(page, patient):
     images, _ = patient
     page.locator("section[aria-label^='Or a patient'] input[type=file]").set_input_files(images[0].parent)
-    page.get_by_text(f"of {len(images)} (").first.wait_for()
+    shown(page, len(images))
     page.get_by_text("Dice with the truth").first.wait_for()  # the folder holds the masks as well
     assert page.get_by_role("heading", name=images[0].parent.name).is_visible()
 
@@ -111,9 +105,10 @@ def test_a_patients_folder_is_taken(page, patient):
 def test_one_slice_keys_and_what_is_always_in_view(page, patient, tmp_path):
     images, _ = patient
     page.locator(SLICES).set_input_files(images[3])
-    picture = page.get_by_role("img", name=f"{images[3].parent.name}, slice 1 of 1, FLAIR")
-    picture.wait_for()
-    page.get_by_text("Slice 1 of 1 (").click()  # the focus leaves every field
+    shown(page, 1)
+    height = page.locator(".medfl-viewer canvas").bounding_box()["height"]
+    assert height > page.viewport_size["height"] / 2
+    page.locator(".medfl-viewer canvas").click()  # the focus leaves every field
     page.keyboard.press("o")
     page.get_by_text("Overlay hidden").wait_for()
     page.get_by_role("button", name="Report (PNG)").scroll_into_view_if_needed()
@@ -130,6 +125,4 @@ def test_dicom_files_need_no_ending(page, tmp_path):
     (_, flair, _), _ = phantom(0, slices=4, size=64)
     page.locator(SLICES).set_input_files(write_series(tmp_path, flair, SeriesDescription="AX FLAIR"))
     page.get_by_role("heading", name="DICOM series").wait_for()
-    picture = page.get_by_role("img", name="of 4, FLAIR").first
-    picture.wait_for()
-    assert picture.evaluate("image => image.getBoundingClientRect().width") > 100  # its slices are shown
+    shown(page, 4)

@@ -3,6 +3,7 @@ can't be used."""
 
 import gzip
 import io
+import re
 import sys
 
 import nibabel
@@ -350,7 +351,7 @@ def test_a_series_on_the_page_and_its_mask_over_the_source(page, trained, series
     assert (
         not told_of_the_patient(shown)
         and "name and number from the series" in shown
-        and "of 3 (slice_" in shown
+        and re.search(r"Slice \d \(slice_", shown)
     )
     case, prediction = page.session_state.case, page.session_state.prediction
     threshold = float(np.quantile(prediction.probability, 0.98))  # two epochs of training reach no 0.5
@@ -370,7 +371,8 @@ def test_a_series_on_the_page_and_its_mask_over_the_source(page, trained, series
         gzip.decompress(write_series_nifti(case.dicom, mask)),
     ):
         assert not told_of_the_patient(given.decode("latin-1"))
-    page.slider(key="threshold").set_value(0.95).run()
+    page.session_state["threshold"] = 0.95
+    page.run()
     labels = [button.proto.label for button in page.get("download_button")]
     assert "Mask (NIfTI)" in labels and ("Mask (DICOM SEG)" in labels) == bool(
         (prediction.probability >= 0.95).any()

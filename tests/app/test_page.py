@@ -2,6 +2,7 @@
 can't be used."""
 
 import gc
+import json
 import weakref
 from pathlib import PurePath
 
@@ -11,6 +12,7 @@ from running import ROOT
 from streamlit.testing.v1 import AppTest
 
 from dataset import load_dataset
+from inference import to_mask
 from preprocessing import volume_name
 
 pytestmark = pytest.mark.slow
@@ -28,6 +30,13 @@ def upload(page: AppTest, files: list[tuple[str, bytes]], label: str = "Slices")
     """Upload files as (name, content) to the uploader whose label begins so."""
     uploader = next(u for u in page.file_uploader if u.label.startswith(label))
     return uploader.set_value([(name, content, "application/octet-stream") for name, content in files]).run()
+
+
+def drawn(page: AppTest, **kept) -> AppTest:
+    """What the viewer tells of a reader's hands, as the page keeps it: threshold, slice (from 1), edited."""
+    for name, value in kept.items():
+        page.session_state[name] = value
+    return page.run()
 
 
 def close(page: AppTest) -> AppTest:
@@ -49,24 +58,18 @@ def test_a_sample_from_opening_to_closing(page):
     page.button(key="phantom_1").click().run()
     assert not page.exception and "Dice with the truth" in figures(page)
     before = figures(page)["Tumour"]
-    page.slider(key="threshold").set_value(0.05).run()
+    drawn(page, threshold=0.05)
     assert figures(page)["Tumour"] != before
-    number = page.slider(key="slice").value
-    page.slider(key="slice").set_value(1 if number > 1 else 2).run()
-    assert any(f"Slice {1 if number > 1 else 2} of" in caption.value for caption in page.caption)
-    for overlay in ("fill", "probability", "truth"):
-        page.segmented_control(key="overlay").set_value(overlay).run()
-        assert not page.exception
-    page.button(key="toggle").click().run()
-    assert any("Overlay hidden" in caption.value for caption in page.caption)
+    drawn(page, slice=2)
+    assert any("Slice 2 (" in caption.value for caption in page.caption)
     page.button(key="mirror").click().run()
     assert any("when mirrored" in caption.value for caption in page.caption)
     page.number_input(key="pixel_size").set_value(0.5).run()
     assert "Volume" not in figures(page)
     page.number_input(key="slice_distance").set_value(3.0).run()
     assert figures(page)["Volume"].endswith("cm³")
-    page.slider(key="level").set_value(60).run()
-    page.button(key="toggle").click().run()
+    page.toggle(key="unfolded").set_value(False).run()
+    assert "Volume" in figures(page)
     close(page)
     assert (
         not page.exception
@@ -74,8 +77,7 @@ def test_a_sample_from_opening_to_closing(page):
         and any("Try a sample" in caption.value for caption in page.caption)
     )
     page.button(key="phantom_2").click().run()  # nothing of how the former one was looked at is left
-    assert (page.slider(key="level").value, page.slider(key="threshold").value) == (128, 0.5)
-    assert not any("Overlay hidden" in caption.value for caption in page.caption)
+    assert page.session_state["threshold"] == 0.5 and page.toggle(key="unfolded").value
     assert "Volume" not in figures(page)
 
 
@@ -109,10 +111,37 @@ def test_the_model_runs_once_for_an_upload(page, phantoms, monkeypatch):
     upload(page, patient_files(phantoms, masks=False))
     once = len(passes)
     assert once > 0 and "case" in page.session_state
-    page.slider(key="threshold").set_value(0.3).run()
-    page.slider(key="slice").set_value(2).run()
-    page.segmented_control(key="view").set_value("composite").run()
+    drawn(page, threshold=0.3, slice=2)
     assert len(passes) == once
+
+
+def message(page: AppTest) -> dict[str, bytes]:
+    """The parts that the viewer is given, as deployment/app/scan_viewer.py has them, and the head."""
+    data = page.get("bidi_component")[0].proto.bytes
+    length = int.from_bytes(data[:4], "little")
+    head, at, parts = json.loads(data[4 : 4 + length]), 4 + length, {}
+    for name, size in head["parts"]:
+        parts[name], at = data[at : at + size], at + size
+    assert at == len(data)
+    return {"head": head, **parts}
+
+
+def test_voxels_travel_once_and_again_where_they_are_lacked(page, phantoms):
+    upload(page, patient_files(phantoms, masks=False))
+    case, prediction = page.session_state["case"], page.session_state["prediction"]
+    first = message(page)
+    assert first["pixels"] == case.volume.tobytes() and len(first["codes"]) == prediction.probability.size
+    assert first["mask"] == first["truth"] == b""  # the proposal, and no truth
+    assert case.name not in json.dumps(first["head"])  # what a file is called stays here
+    assert list(message(drawn(page, slice=2))) == ["head"]
+    edited = to_mask(prediction.probability, 0.5) ^ 255
+    corrected = message(drawn(page, edited=edited))
+    assert corrected["mask"] == edited.tobytes() and "pixels" not in corrected
+    assert corrected["head"]["masks"] > first["head"]["masks"]
+    assert corrected["head"]["voxels"] == first["head"]["voxels"]
+    again = message(drawn(page, wanted=True))
+    assert again["pixels"] == first["pixels"] and again["mask"] == edited.tobytes()
+    assert list(message(page.run())) == ["head"]
 
 
 def test_a_truth_can_be_added_and_a_wrong_one_is_refused(page, phantoms, picture):

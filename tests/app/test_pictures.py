@@ -1,4 +1,4 @@
-"""Pictures and figures, pixel by pixel: overlay, outline, comparison, threshold, diameter, ZIP."""
+"""A report's pictures and the figures, pixel by pixel: outline, threshold, diameter, ZIP."""
 
 import csv
 import io
@@ -9,18 +9,7 @@ import pytest
 from PIL import Image
 
 from deployment.app.case import Case
-from deployment.app.pictures import (
-    BLUE,
-    ORANGE,
-    YELLOW,
-    base_picture,
-    comparison,
-    enlargement,
-    fill,
-    outline,
-    probability_picture,
-    windowed,
-)
+from deployment.app.pictures import ORANGE, enlargement, flair_picture, outline, probability_picture
 from deployment.app.readout import (
     Prediction,
     csv_text,
@@ -45,53 +34,17 @@ def mask():
 
 @pytest.fixture
 def grey():
-    return base_picture(np.full((SIDE, SIDE, 3), 100, np.uint8), "FLAIR")
+    return flair_picture(np.full((SIDE, SIDE, 3), (0, 100, 200), np.uint8))
 
 
-def test_window_and_level():
-    assert windowed(np.array([0, 50, 100, 150, 255], np.uint8), 100, 100).tolist() == [0, 0, 128, 255, 255]
-    assert windowed(np.arange(256, dtype=np.uint8), 127.5, 255).tolist() == list(range(256))
-
-
-def test_channels_are_told_apart():
-    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
-    pixels[...] = 10, 20, 30
-    shown = {
-        view: base_picture(pixels, view)[5, 5].tolist() for view in ("pre", "FLAIR", "post", "composite")
-    }
-    assert shown == {"pre": [10] * 3, "FLAIR": [20] * 3, "post": [30] * 3, "composite": [10, 20, 30]}
-
-
-def test_fill_mixes_inside_alone(grey, mask):
+def test_an_outline_is_an_edge_in_flair(grey, mask):
     times = enlargement(mask.shape)
-    out = fill(grey, mask, ORANGE, 0.25)
-    assert out.shape == (SIDE * times, SIDE * times, 3)
-    assert out[15 * times, 30 * times].tolist() == [round(0.75 * 100 + 0.25 * c) for c in ORANGE]
-    inside = np.repeat(np.repeat(mask > 0, times, 0), times, 1)
-    assert np.array_equal(out[~inside], grey[~inside])
-    assert np.array_equal(fill(grey, mask, ORANGE, 0.0), grey)
-
-
-def test_an_outline_is_an_edge_and_a_dashed_one_has_gaps(grey, mask):
-    times = enlargement(mask.shape)
-    solid, dashed = ((outline(grey, mask, ORANGE, d) != grey).any(axis=2) for d in (False, True))
-    assert (
-        solid[10 * times, 20 * times]
-        and not solid[20 * times, 35 * times]
-        and not solid[10 * times - 1, 30 * times]
-    )
-    assert 0.3 * solid.sum() < dashed.sum() < 0.7 * solid.sum() and not (dashed & ~solid).any()
-    assert np.array_equal(outline(grey, np.zeros_like(mask), ORANGE), grey)
-    assert outline(grey, np.full_like(mask, 255), ORANGE)[300, 300].tolist() == [100] * 3
-
-
-def test_comparison_has_a_colour_for_each_case(grey, mask):
-    truth = np.roll(mask, 15, axis=1)
-    out, times = comparison(grey, mask, truth, 1.0), enlargement(mask.shape)
-    places = {YELLOW: (20, 42), ORANGE: (20, 27), BLUE: (20, 58)}
-    for colour, (row, column) in places.items():
-        assert tuple(out[row * times, column * times]) == colour
-    assert tuple(out[5, 5]) == (100, 100, 100)
+    out = outline(grey, mask)
+    drawn = (out != grey).any(axis=2)
+    assert out.shape == (SIDE * times, SIDE * times, 3) and tuple(out[10 * times, 20 * times]) == ORANGE
+    assert not drawn[20 * times, 35 * times] and not drawn[10 * times - 1, 30 * times]
+    assert np.array_equal(outline(grey, np.zeros_like(mask)), grey)
+    assert outline(grey, np.full_like(mask, 255))[300, 300].tolist() == [100] * 3
 
 
 def test_probabilities_are_seen_as_colours():

@@ -58,6 +58,8 @@ def test_the_folder_holds_the_app_and_nothing_of_a_federation(staged):
         "MODEL_CARD.md",
         f"models/{BEST}",
         "deployment/app/app.py",
+        "deployment/viewer/dist/viewer.js",
+        "deployment/viewer/dist/viewer.css",
     } <= names
     assert not [
         name

@@ -10,7 +10,7 @@ from PIL import Image
 from running import ROOT, run_here
 from scipy.ndimage import binary_dilation
 from streamlit.testing.v1 import AppTest
-from test_page import APP, close, figures, upload
+from test_page import APP, close, drawn, figures, upload
 
 from checkpoint import load_checkpoint
 from dataset import load_dataset
@@ -143,7 +143,7 @@ def test_two_readers_of_one_patient_lose_nothing_and_see_nothing_of_each_other(h
     one, two = opened(page()), opened(page())
     upload(one, corrections(truth, name), "A corrected mask")
     assert "edited" not in two.session_state
-    two.slider(key="threshold").set_value(0.05).run()
+    drawn(two, threshold=0.05)
     for reader, shown in (("Ada", one), ("Bob", two)):
         shown.text_input(key="who").set_value(reader).run()
     assert one.text_input(key="who").value == "Ada"
@@ -163,7 +163,7 @@ def test_two_readers_of_one_patient_lose_nothing_and_see_nothing_of_each_other(h
 def test_components_are_switched_and_what_is_wrong_is_told(hospital, picture):
     out, name, _ = hospital
     shown = opened(page())
-    shown.slider(key="threshold").set_value(0.3).run()
+    drawn(shown, threshold=0.3)
     switches = [box for box in shown.checkbox if "cm³" in box.label]
     before = figures(shown)
     assert switches and before["Volume"].endswith("cm³") and "to" in before["Volume, 80 %"]

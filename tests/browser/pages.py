@@ -46,7 +46,7 @@ def place(page, row: int, column: int) -> tuple[float, float]:
     return tuple(
         page.evaluate(
             """async ([row, column]) => {
-      const { nv, opened, slice, tools } = document.getElementById("viewer").viewer, { canvas } = tools;
+      const { nv, opened, slice, tools } = document.querySelector(".medfl-viewer").viewer, { canvas } = tools;
       const frame = () => new Promise(requestAnimationFrame);
       await frame(); // a bar that has come takes room from the picture
       while (Math.abs(canvas.height - canvas.clientHeight * nv.uiData.dpr) > 1) await frame();

@@ -1,0 +1,168 @@
+"""The viewer of deployment/viewer as a part of this page: voxels go to the browser, and what the reader draws comes
+back.
+
+Voxels travel in the page's websocket, so nothing of a case has an address. A message to the browser is the length of
+its head (4 bytes, little endian), the head as JSON, and the parts that the head names with their lengths:
+
+- pixels: (S, H, W, 3) uint8; codes: (S, H, W) uint8, the probability as `codes_of` has it. They are sent once for
+  each case and model, and again where the browser says that it lacks them.
+- truth, mask: (S, H, W) uint8, or nothing where there is no truth, or where the mask is the proposal. They are sent
+  when they differ from what the browser shows.
+
+The browser tells of three events: `wanted`, it lacks parts; `slice`, another one is shown, from 0; `drawn`, the reader
+moved the threshold or drew: {"voxels": the number of those that were drawn on, "threshold": number, "mask": base64 of
+a gzip of the mask's bits, or null where it is the proposal}.
+"""
+
+import base64
+import binascii
+import json
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import streamlit as st
+from streamlit.components.v2.get_bidi_component_manager import get_bidi_component_manager
+from streamlit.components.v2.manifest_scanner import ComponentConfig, ComponentManifest
+
+from common import ROOT, MedFLError, __version__
+from deployment.app.case import Case
+from deployment.app.readout import Prediction
+from inference import to_mask
+
+FOLDER = "deployment/viewer/dist"  # the built files
+KEY = "scan"  # of the component in the session's state
+CODES = 200  # steps of the probability; the viewer's thresholds are whole numbers of them
+LEAST, MOST = 0.05, 0.95  # thresholds
+
+
+@dataclass
+class Shown:
+    """What the browser shows, and the numbers that the message gives to it: of the voxels, and of truth and mask."""
+
+    prediction: Prediction | None = None
+    truth: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    voxels: int = 0
+    masks: int = 0
+
+
+def codes_of(probability: np.ndarray) -> np.ndarray:
+    """Probabilities of any shape as uint8: the largest k with k / 200 not above the probability, so that every
+    threshold of a whole number of steps gives the same mask of both."""
+    edges = (np.arange(CODES + 1) / CODES).astype(np.float32)
+    return (np.searchsorted(edges, probability, side="right") - 1).astype(np.uint8)
+
+
+def mask_of(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The mask (S, H, W) uint8 0/255 of what the browser sent. Raises MedFLError for anything else."""
+    voxels = math.prod(shape)
+    size = math.ceil(voxels / 8)
+    try:
+        bits = zlib.decompressobj(zlib.MAX_WBITS + 16).decompress(
+            base64.b64decode(text, validate=True), size + 1
+        )
+    except (binascii.Error, zlib.error, TypeError, ValueError) as error:
+        raise MedFLError("the drawn mask did not arrive; draw once more") from error
+    if len(bits) != size:
+        raise MedFLError("the drawn mask is not of this case; draw once more")
+    return 255 * np.unpackbits(np.frombuffer(bits, np.uint8), count=voxels).reshape(shape)
+
+
+def show_scan(
+    case: Case, prediction: Prediction, mask: np.ndarray, proposal: np.ndarray, threshold: float
+) -> None:
+    """The viewer with a case. mask: what the reader stands by; proposal: of the model at the threshold, both (S, H, W)
+    uint8 0/255. What the reader draws becomes `st.session_state.edited`."""
+    state = st.session_state
+    shown: Shown = state.setdefault("shown", Shown())
+    wanted = state.pop("wanted", False)
+    voxels = wanted or shown.prediction is not prediction
+    masks = (
+        voxels or shown.truth is not case.truth or shown.mask is None or not np.array_equal(shown.mask, mask)
+    )
+    state.messages = state.get("messages", 0) + 1
+    if voxels:
+        shown.prediction, shown.voxels = prediction, state.messages
+    if masks:
+        shown.truth, shown.masks = case.truth, state.messages
+    shown.mask = mask
+    parts: dict[str, np.ndarray] = {}
+    if voxels:
+        parts |= {"pixels": case.volume, "codes": codes_of(prediction.probability)}
+    if masks:
+        parts["truth"] = np.empty(0, np.uint8) if case.truth is None else case.truth
+        parts["mask"] = np.empty(0, np.uint8) if np.array_equal(mask, proposal) else mask
+    count, height, width = mask.shape
+    head = {
+        "voxels": shown.voxels, "masks": shown.masks, "count": count, "height": height, "width": width,
+        "spacing": case.spacing, "oriented": case.oriented, "together": case.is_volume, "threshold": threshold,
+        "parts": [(name, part.size) for name, part in parts.items()],
+    }  # fmt: skip
+    _mount(head, parts)
+
+
+def _mount(head: dict[str, Any], parts: dict[str, np.ndarray]) -> None:
+    said = json.dumps(head).encode()
+    blobs = [np.ascontiguousarray(part, np.uint8).data.cast("B") for part in parts.values() if part.size]
+    _component()(
+        key=KEY,
+        data=b"".join([len(said).to_bytes(4, "little"), said, *blobs]),
+        on_wanted_change=_take_wanted,
+        on_slice_change=_take_slice,
+        on_drawn_change=take_drawing,
+    )
+
+
+def _component() -> Any:
+    """The component, whose files come from the page's own address. Streamlit looks for them in installed packages only,
+    and this page also runs from a folder (a call that is not public API)."""
+    manager = get_bidi_component_manager()
+    if manager.get_component_asset_root("medfl.viewer") is None:
+        manager.register_from_manifest(
+            ComponentManifest("medfl", __version__, [ComponentConfig("viewer", FOLDER)]), ROOT
+        )
+    return st.components.v2.component("medfl.viewer", js="viewer.js", css="viewer.css", isolate_styles=False)
+
+
+# Streamlit keeps a widget's callback longer than the widget: so these are no closures, which would keep a closed case.
+
+
+def _take_wanted() -> None:
+    st.session_state.wanted = True
+
+
+def _take_slice() -> None:
+    state = st.session_state
+    if "case" in state and isinstance(number := state[KEY].slice, int):
+        state.slice = 1 + min(max(number, 0), len(state.case.slices) - 1)
+
+
+def take_drawing() -> None:
+    """The reader's mask and threshold become the case's; or the reason is kept why they can't. Called by what closes or
+    saves a case as well, because the last stroke may come together with that press."""
+    state = st.session_state
+    drawn = state[KEY].drawn if KEY in state else None
+    if drawn is None or "prediction" not in state:  # or closed meanwhile
+        return
+    probability = state.prediction.probability
+    try:
+        if drawn["voxels"] != state.shown.voxels:  # of another case, or of another model's proposal
+            return
+        threshold = float(drawn["threshold"])
+        edited = None if drawn["mask"] is None else mask_of(drawn["mask"], probability.shape)
+    except (MedFLError, KeyError, TypeError, ValueError) as error:
+        state.edit_refusal = (
+            f"{error}." if isinstance(error, MedFLError) else "The drawn mask did not arrive."
+        )
+        return
+    state.threshold = min(max(threshold, LEAST), MOST) if math.isfinite(threshold) else state.threshold
+    state.shown.mask = to_mask(probability, state.threshold) if edited is None else edited
+    state.edit_refusal = None
+    if edited is None:
+        state.pop("edited", None)
+    else:
+        state.edited = edited
+    state.pop("measured_of", None)  # what the browser shows has every component on
