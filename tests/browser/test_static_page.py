@@ -10,6 +10,7 @@ import zipfile
 import nibabel
 import numpy as np
 import pytest
+from dicom_phantoms import phantom, write_series
 from pages import WIDTHS, assert_equal_masks, at_slice, choose, fetched, masks_of, opened, seen, shown
 from PIL import Image
 from running import run_script
@@ -149,6 +150,26 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
     page.get_by_text("A lone slice is normalised by itself").wait_for()
     choose(page, [one.masks[3]], "#truth")
     page.locator("#figures", has_text="Dice with the truth").wait_for()
+    assert page.failures == []
+    page.close()
+
+
+def test_a_dicom_series_is_opened_and_nothing_is_sent(browser, address, tmp_path):
+    paths = write_series(tmp_path / "series", phantom(0, slices=6, size=64)[0][1], SeriesDescription="FLAIR")
+    page = opened(browser, address)
+    page.get_by_text("Ready.").wait_for()
+    page.locator("#folder").set_input_files(tmp_path / "series")
+    shown(page, 6)
+    page.get_by_text("FLAIR stands in for the other channels").wait_for()
+    page.locator("#figures", has_text="cm³").wait_for()
+    name, content = fetched(page, "Mask (NIfTI)")
+    mask = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
+    assert name == "DICOM series_mask.nii.gz" and mask.shape == (64, 64, 6)
+    assert mask.header.get_zooms() == pytest.approx((3.6, 3.6, 6.0))
+    page.get_by_role("button", name="Close this case").click()
+    choose(page, [(path.name, path.read_bytes()) for path in paths[:2] + paths[3:]])
+    page.get_by_role("alert").get_by_text("the DICOM series is not whole").wait_for()
+    assert all(url.startswith((address, "blob:", "data:")) for url in page.asked), page.asked
     assert page.failures == []
     page.close()
 
