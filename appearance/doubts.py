@@ -7,13 +7,28 @@ A network answers every picture with a mask, a photograph as well.
 import numpy as np
 import torch
 
-from appearance.features import APPEARANCE, FLAIR, MEASURES, describe_volume
+from appearance.features import APPEARANCE, MEASURES, blank, copies, describe_volume
 from preprocessing import CHANNELS, EPSILON
 
 LIMIT = 4.0  # deviations between patients; docs/apps.md gives the rates of false alarms and of misses
 LIMIT_ALONE = 6.0  # of a lone slice: at the top of a head slices differ more than patients do
 SIDES = (64, 1024)  # pixels; the training's slices have 256
 ASPECT = 1.3  # longer to shorter side
+# what is told; both pages take the sentences from here
+SENTENCES = {
+    "size": "The slices are {columns}×{rows} pixels; the model was made for about 256×256.",
+    "shape": "The slices are {columns}×{rows} pixels, and the model knows square ones: the shape is distorted "
+    "for it.",
+    "blank": "Nothing is to be seen in {names}: every pixel has the same value.",
+    "copies": "{names} are identical. The model expects three sequences; with copies in the place of missing "
+    "ones it is less reliable.",
+    "inverted": "The frame is brighter than the middle. If the intensities are inverted, invert them back.",
+    "silent": "The model does not say what its training images look like, so this picture is not compared "
+    "with them.",
+    "unlike": "This does not look like the brain scans that the model was trained on ({names}). Its mask means "
+    "nothing unless it is one.",
+    "brightness": "Brightness or contrast of {names} lies outside of the training images' range.",
+}
 
 
 def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
@@ -23,58 +38,34 @@ def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
     training_images: `image_statistics` of the model's training images, or None if the model doesn't tell.
     """
     slices, rows, columns, _ = volume.shape
+    pixels = torch.from_numpy(np.array(volume))
     found = []
     if not SIDES[0] <= min(rows, columns) <= max(rows, columns) <= SIDES[1]:
-        found.append(f"The slices are {columns}×{rows} pixels; the model was made for about 256×256.")
+        found.append(SENTENCES["size"].format(columns=columns, rows=rows))
     if max(rows, columns) > ASPECT * min(rows, columns):
-        found.append(
-            f"The slices are {columns}×{rows} pixels, and the model knows square ones: the shape is "
-            f"distorted for it."
-        )
-    flat = [name for channel, name in enumerate(CHANNELS) if np.ptp(volume[..., channel]) == 0]
+        found.append(SENTENCES["shape"].format(columns=columns, rows=rows))
+    flat = [name for name, is_blank in zip(CHANNELS, blank(pixels)) if is_blank]
     if flat:
-        return [*found, f"Nothing is to be seen in {_listed(flat)}: every pixel has the same value."]
-    same = [
-        name
-        for channel, name in enumerate(CHANNELS)
-        if channel != FLAIR and np.array_equal(volume[..., channel], volume[..., FLAIR])
-    ]
+        return [*found, SENTENCES["blank"].format(names=_listed(flat))]
+    same = [name for name, is_copy in zip(CHANNELS, copies(pixels)) if is_copy and name != "FLAIR"]
     if same:
-        found.append(
-            f"{_listed([*same, 'FLAIR'])} are identical. The model expects three sequences; with copies in "
-            "the place of missing ones it is less reliable."
-        )
-    pixels = torch.from_numpy(np.array(volume))
+        found.append(SENTENCES["copies"].format(names=_listed([*same, "FLAIR"])))
     measured = describe_volume(pixels)
     if measured["appearance"][APPEARANCE.index("frame")] > 1:
-        return [
-            *found,
-            "The frame is brighter than the middle. If the intensities are inverted, invert them back.",
-        ]
+        return [*found, SENTENCES["inverted"]]
     if not training_images or not MEASURES.keys() <= training_images.keys():
-        return [
-            *found,
-            "The model does not say what its training images look like, so this picture is not compared "
-            "with them.",
-        ]
+        return [*found, SENTENCES["silent"]]
     limit = LIMIT if slices > 1 else LIMIT_ALONE
     unlike = _far(measured, training_images, "appearance", limit)
     if unlike:
-        features = _listed([APPEARANCE[k] for k in unlike])
-        found.append(
-            f"This does not look like the brain scans that the model was trained on ({features}). Its mask "
-            "means nothing unless it is one."
-        )
+        found.append(SENTENCES["unlike"].format(names=_listed([APPEARANCE[k] for k in unlike])))
     odd = {
         k
         for name in ("foreground_mean", "foreground_deviation")
         for k in _far(measured, training_images, name, limit)
     }
     if odd:
-        found.append(
-            f"Brightness or contrast of {_listed([CHANNELS[k] for k in sorted(odd)])} lies outside of the "
-            "training images' range."
-        )
+        found.append(SENTENCES["brightness"].format(names=_listed([CHANNELS[k] for k in sorted(odd)])))
     return found
 
 

@@ -28,38 +28,58 @@ def appearance(volume: torch.Tensor) -> torch.Tensor:
     frame: brightness of the outer frame, and foreground: share of the pixels above the mean, which is the
     foreground; roughness: difference of neighbours over the deviation; symmetry: correlation with the mirror
     image; height and width: spread of the brightness along each axis, as a share of the side.
+
+    Torch operations that export to ONNX: the page in the browser gets them from the exported graph.
     """
     flair = volume[..., FLAIR].float()
-    _, rows, columns = flair.shape
-    foreground = (flair > flair.mean()).float()
-    level = (flair * foreground).sum() / foreground.sum().clamp(min=1.0)
-    high, wide = max(1, round(FRAME * rows)), max(1, round(FRAME * columns))
-    inner = flair[:, high : rows - high, wide : columns - wide]
-    frame = (flair.sum() - inner.sum()) / max(flair.numel() - inner.numel(), 1)
-    centred = flair - flair.mean()
-    variance = centred.square().mean() + EPSILON
-    roughness = (flair[:, :, 1:] - flair[:, :, :-1]).abs().mean() / variance.sqrt()
-    symmetry = (centred * centred.flip(2)).mean() / variance
+    centred = flair - _mean(flair)
+    foreground = (centred > 0).float()
+    variance = _mean(centred.square()) + EPSILON
+    level = _mean(flair * foreground) / _mean(foreground).clamp(min=EPSILON)
     outline = flair.mean(dim=0)
-    outline = (outline > outline.mean()).float()
+    outer = 1 - _inner(outline.shape[0])[:, None] * _inner(outline.shape[1])[None, :]
+    frame = (outline * outer).mean() / outer.mean()
+    head = (outline > outline.mean()).float()
     return torch.stack(
         [
             frame / (level + EPSILON),
-            foreground.mean(),
-            roughness,
-            symmetry,
-            _spread(outline.sum(dim=1)),
-            _spread(outline.sum(dim=0)),
+            _mean(foreground),
+            _mean((flair[:, :, 1:] - flair[:, :, :-1]).abs()) / variance.sqrt(),
+            _mean(centred * centred.flip(2)) / variance,
+            _spread(head.sum(dim=1)),
+            _spread(head.sum(dim=0)),
         ]
     )
 
 
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean of (S, H, W) float32, slice by slice: float32 counts exactly to 16 million only."""
+    return values.mean(dim=(1, 2)).mean()
+
+
+def _inner(side: int) -> torch.Tensor:
+    """Which rows or columns of a slice lie within the outer frame: (side,) float32, 0 or 1."""
+    places = torch.arange(side)
+    edge = (FRAME * torch.full((), side, dtype=torch.float32)).round().clamp(min=1.0)
+    return ((places >= edge) & (places < side - edge)).float()
+
+
 def _spread(weights: torch.Tensor) -> torch.Tensor:
     """Standard deviation of the position along an axis, as a share of its length; weights: (n,)."""
-    places = torch.arange(len(weights)) / len(weights)
+    places = torch.arange(weights.shape[0]) / weights.shape[0]
     total = weights.sum().clamp(min=EPSILON)
     mean = (weights * places).sum() / total
     return ((weights * (places - mean).square()).sum() / total).sqrt()
+
+
+def blank(volume: torch.Tensor) -> torch.Tensor:
+    """Which channels of a volume (S, H, W, 3) uint8 have one value everywhere, (3,) bool."""
+    return volume.amax(dim=(0, 1, 2)) == volume.amin(dim=(0, 1, 2))
+
+
+def copies(volume: torch.Tensor) -> torch.Tensor:
+    """Which channels of a volume (S, H, W, 3) uint8 hold what FLAIR holds, FLAIR itself too, (3,) bool."""
+    return (volume == volume[..., FLAIR : FLAIR + 1]).flatten(0, 2).all(dim=0)
 
 
 def describe_volume(volume: torch.Tensor) -> dict[str, list[float]]:

@@ -77,7 +77,7 @@ def main() -> None:
     checkpoint = load_checkpoint(arguments.checkpoint)
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as name, sync_playwright() as playwright:
         folder = Path(name)
-        for half, words in ((True, "half precision"), (False, "single precision")):
+        for half, words in ((False, "single precision"), (True, "half precision")):
             files, difference = stage_browser(checkpoint, half, folder / "staged")
             size = sum(path.stat().st_size for path in files) / 1e6
             print(

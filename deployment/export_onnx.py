@@ -6,6 +6,9 @@ Inputs: `volume` uint8 (S, H, W, 3), all slices of a patient; `first` and `count
 segment. Output: `probability` float32 (count, H, W). The statistics of the normalisation come from the whole
 volume, so block by block gives the same as all at once. The file is kept only if onnxruntime computes with it
 what inference.py computes.
+
+By further outputs a page can doubt a scan as appearance/ does: `foreground_mean` and `foreground_deviation`
+float32 (3,); and where `first` is 0, else empty, `appearance` float32 (6,), `blank` and `copies` bool (3,).
 """
 
 import argparse
@@ -13,6 +16,7 @@ import json
 import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,7 @@ try:
     import onnx
     import onnxruntime
     import onnxscript  # noqa: F401  torch's exporter needs it
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, compose, helper, numpy_helper
 except ImportError:
     HAS_ONNX = False
 else:
@@ -31,17 +35,19 @@ else:
 
 from appearance import doubts, features
 from checkpoint import Checkpoint, load_checkpoint
-from common import MedFLError, atomic_write, run_script
+from common import MedFLError, __version__, atomic_write, git_commit, run_script
 from deployment.app.card import card_rows
 from inference import BLOCK, predict_volume, probability, to_mask
 from phantoms import make_phantoms
 from preprocessing import CHANNELS, read_volume, volume_statistics
 from transunet import TransUNet
 
-FORMAT = "1"  # of the file's properties; deployment/browser/model.js reads this one
+FORMAT = "2"  # of the file's properties; deployment/browser/model.js reads this one
 BOUND, BOUND_HALF = 1e-4, 1e-2  # largest difference of a probability with which a file is kept
+PIXELS = 1e-4  # largest share of the mask's pixels that may differ
 LARGE = 256  # values from which on a weight is stored in half precision; biases and scales stay as they are
 SEED = 9  # of the phantoms that the file is compared on
+SEEN = {"appearance": np.float32, "blank": np.bool_, "copies": np.bool_}  # outputs of the first block
 SIZES = ((1, 256, 256), (9, 256, 256), (3, 200, 168), (2, 64, 97))  # slices, rows, columns
 
 
@@ -50,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
     parser.add_argument("--out", type=Path, required=True, help="the .onnx file to write")
     parser.add_argument(
-        "--half", action="store_true", help="store the weights in half precision: half the size"
+        "--single", action="store_true", help="store the weights in single precision: twice the size"
     )
     return parser.parse_args()
 
@@ -62,10 +68,19 @@ class WholeWay(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, volume: Tensor, chosen: Tensor) -> Tensor:
-        """volume: (S, H, W, 3) uint8; chosen: (n,) int64, numbers of slices; (n, H, W) float32."""
+    def forward(self, volume: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """volume: (S, H, W, 3) uint8; chosen: (n,) int64, numbers of slices; (n, H, W) float32, and the
+        volume's statistics, (3,) float32 each."""
         mean, deviation = volume_statistics(volume)
-        return probability(self.model, volume.index_select(0, chosen), mean, deviation)
+        return probability(self.model, volume.index_select(0, chosen), mean, deviation), mean, deviation
+
+
+class Appearance(nn.Module):
+    """What appearance/ measures of a volume besides the statistics of the normalisation."""
+
+    def forward(self, volume: Tensor) -> tuple[Tensor, ...]:
+        """volume: (S, H, W, 3) uint8; in the order of `SEEN`."""
+        return features.appearance(volume), features.blank(volume), features.copies(volume)
 
 
 @dataclass(frozen=True)
@@ -78,9 +93,9 @@ class Difference:
     of: int
 
 
-def export(checkpoint: Checkpoint, half: bool = False) -> tuple[bytes, Difference]:
-    """The file's content and how far it is from inference.py. Raises MedFLError where it is too far, or onnx
-    is missing."""
+def export(checkpoint: Checkpoint, half: bool = True) -> tuple[bytes, Difference]:
+    """The file's content and how far it is from inference.py. half: store the weights in half precision.
+    Raises MedFLError where it is too far, or onnx is missing."""
     if not HAS_ONNX:
         raise MedFLError(
             "onnx, onnxscript and onnxruntime are needed; install them with `pip install -r "
@@ -94,32 +109,21 @@ def export(checkpoint: Checkpoint, half: bool = False) -> tuple[bytes, Differenc
     content = graph.SerializeToString(deterministic=True)
     difference = compare(checkpoint, content)
     bound = BOUND_HALF if half else BOUND
-    if not difference.probability < bound:
-        remedy = "export without --half" if half else "please report it with the checkpoint's card"
+    if not (difference.probability < bound and difference.pixels <= PIXELS * difference.of):
+        remedy = "export with --single" if half else "please report it with the checkpoint's card"
         raise MedFLError(
-            f"the graph's probabilities differ from the model's by up to {difference.probability:.1e}, more "
-            f"than {bound:g}, so nothing was written; {remedy}"
+            f"the graph's probabilities differ from the model's by up to {difference.probability:.1e} and its "
+            f"masks in {difference.pixels} of {difference.of:,} pixels, more than {bound:g} and "
+            f"{PIXELS * difference.of:.0f}, so nothing was written; {remedy}"
         )
     return content, difference
 
 
 def build_graph(model: TransUNet) -> "onnx.ModelProto":
     """The graph with the inputs `volume`, `first` and `count`."""
-    example = (torch.zeros(3, 48, 40, 3, dtype=torch.uint8), torch.tensor([0, 1]))
-    anything = torch.export.Dim.DYNAMIC
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own use of its older parts
-        program = torch.onnx.export(
-            WholeWay(model).eval(),
-            example,
-            dynamo=True,
-            verbose=False,
-            input_names=["volume", "chosen"],
-            output_names=["probability"],
-            dynamic_shapes=({0: anything, 1: anything, 2: anything}, {0: anything}),
-        )
-    assert program is not None  # with dynamo it gives one
-    model_proto = program.model_proto  # a new one each time it is asked for
+    volume, chosen = torch.zeros(3, 48, 40, 3, dtype=torch.uint8), torch.tensor([0, 1])
+    outputs = ["probability", "foreground_mean", "foreground_deviation"]
+    model_proto = traced(WholeWay(model), {"volume": volume, "chosen": chosen}, outputs)
     graph = model_proto.graph
     # torch can't trace a slice whose bounds are values; so `chosen` is traced, and made here of first and
     # count
@@ -127,13 +131,65 @@ def build_graph(model: TransUNet) -> "onnx.ModelProto":
     graph.input.extend(
         helper.make_tensor_value_info(name, TensorProto.INT64, []) for name in ("first", "count")
     )
-    graph.initializer.append(numpy_helper.from_array(np.array(1), "one"))
+    graph.initializer.extend(
+        numpy_helper.from_array(np.array(k), name) for name, k in (("none", 0), ("one", 1))
+    )
     graph.node.insert(0, helper.make_node("Add", ["first", "count"], ["end"]))
     graph.node.insert(1, helper.make_node("Range", ["first", "end", "one"], ["chosen"]))
+    add_appearance(graph)
+    return model_proto
+
+
+@cache
+def appearance_graph() -> "onnx.GraphProto":
+    """`Appearance` as ONNX, the same for every model."""
+    return traced(Appearance(), {"volume": torch.zeros(3, 48, 40, 3, dtype=torch.uint8)}, list(SEEN)).graph
+
+
+def traced(module: nn.Module, given: dict[str, Tensor], outputs: list[str]) -> "onnx.ModelProto":
+    """A module as ONNX. given: example inputs; all their sides but the channels may differ."""
+    anything = torch.export.Dim.DYNAMIC
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own use of its older parts
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(given.values()),
+            dynamo=True,
+            verbose=False,
+            input_names=list(given),
+            output_names=outputs,
+            dynamic_shapes=tuple(
+                dict.fromkeys(range(min(value.ndim, 3)), anything) for value in given.values()
+            ),
+        )
+    assert program is not None  # with dynamo it gives one
+    model_proto = program.model_proto  # a new one each time it is asked for
+    graph = model_proto.graph
     for told in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         told.ClearField("metadata_props")  # what torch tells of the code: paths of this machine, a megabyte
         told.ClearField("doc_string")
     return model_proto
+
+
+def add_appearance(graph: "onnx.GraphProto") -> None:
+    """Give a graph the outputs `SEEN` of the appearance where `first` is 0, and else empty ones: a page that
+    works block by block looks at the volume once."""
+    measured = compose.add_prefix_graph(appearance_graph(), "seen.", rename_inputs=False)
+    del measured.input[:]  # of the surrounding graph: a branch may use its names
+    nothing = [numpy_helper.from_array(np.empty(0, type_), f"no.{name}") for name, type_ in SEEN.items()]
+    empty = helper.make_graph(
+        [helper.make_node("Constant", [], [value.name], value=value) for value in nothing],
+        "empty",
+        [],
+        [helper.make_tensor_value_info(value.name, value.data_type, [0]) for value in nothing],
+    )
+    graph.node.append(helper.make_node("Equal", ["first", "none"], ["is_first"]))
+    graph.node.append(
+        helper.make_node("If", ["is_first"], list(SEEN), then_branch=measured, else_branch=empty)
+    )
+    graph.output.extend(
+        helper.make_tensor_value_info(name, value.data_type, [None]) for name, value in zip(SEEN, nothing)
+    )
 
 
 def halve(graph: "onnx.GraphProto") -> None:
@@ -149,12 +205,13 @@ def halve(graph: "onnx.GraphProto") -> None:
 
 
 def properties(checkpoint: Checkpoint) -> dict[str, str]:
-    """What travels in the file besides the graph: the checkpoint's metadata, its card, and the constants of
-    appearance/."""
+    """What travels in the file besides the graph: the checkpoint's metadata, its card, the constants of
+    appearance/, and which version of MedFL exported which model."""
     texts = {
         "metadata": checkpoint.metadata,
         "card": card_rows(checkpoint, checkpoint.sha256()),
         "plausibility": rules(),
+        "version": {"medfl": __version__, "commit": git_commit(), "model": checkpoint.sha256()},
     }
     return {"medfl_format": FORMAT} | {
         name: json.dumps(value, allow_nan=False) for name, value in texts.items()
@@ -162,16 +219,16 @@ def properties(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def rules() -> dict:
-    """The constants of appearance/, by which the page in the browser doubts a scan."""
+    """The constants and sentences of appearance/, by which the page in the browser doubts a scan."""
     return {
         "channels": CHANNELS,
         "flair": features.FLAIR,
-        "frame": features.FRAME,
         "appearance": features.APPEARANCE,
         "limit": doubts.LIMIT,
         "limit_alone": doubts.LIMIT_ALONE,
         "sides": doubts.SIDES,
         "aspect": doubts.ASPECT,
+        "sentences": doubts.SENTENCES,
     }
 
 
@@ -225,7 +282,7 @@ def told(difference: Difference) -> str:
 
 def main() -> None:
     arguments = parse()
-    content, difference = export(load_checkpoint(arguments.checkpoint), arguments.half)
+    content, difference = export(load_checkpoint(arguments.checkpoint), not arguments.single)
     with atomic_write(arguments.out) as file:
         file.write(content)
     print(told(difference))

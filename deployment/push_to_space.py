@@ -63,9 +63,9 @@ def parse() -> argparse.Namespace:
         "--static", action="store_true", help="publish the page that runs in the browser, as a static Space"
     )
     parser.add_argument(
-        "--half",
+        "--single",
         action="store_true",
-        help="with --static: store the weights in half precision, half the size",
+        help="with --static: store the weights in single precision, twice the size",
     )
     parser.add_argument("--dry-run", action="store_true", help="stage the folder and show it, send nothing")
     return parser.parse_args()
@@ -167,11 +167,11 @@ def _reason(error: HfHubHTTPError, repo: str, kind: Kind) -> str:
 def main() -> None:
     arguments = parse()
     kind = STATIC if arguments.static else DOCKER
-    if arguments.half and kind is DOCKER:
-        raise MedFLError("--half is for the page that runs in the browser; add --static, or leave it out")
+    if arguments.single and kind is DOCKER:
+        raise MedFLError("--single is for the page that runs in the browser; add --static, or leave it out")
     checkpoint = load_checkpoint(arguments.checkpoint)
     if kind is STATIC:
-        files, difference = stage_browser(checkpoint, arguments.half)
+        files, difference = stage_browser(checkpoint, not arguments.single)
         print(f"exported the model: {told(difference)}")
     else:
         files = stage_space(checkpoint)

@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
         help="the model, a .pth file (default: the newest *_best.pth in models/, else the phantoms' one)",
     )
     parser.add_argument(
-        "--half", action="store_true", help="store the weights in half precision: half the size"
+        "--single", action="store_true", help="store the weights in single precision: twice the size"
     )
     parser.add_argument("--port", type=int, default=8600, help="where to listen on 127.0.0.1 (default 8600)")
     return parser.parse_args()
@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parse()
     checkpoint = load_checkpoint(arguments.checkpoint or find_checkpoints(ROOT / "models")[0])
     print(f"exporting {checkpoint.path}", flush=True)
-    files, difference = stage_browser(checkpoint, arguments.half)
+    files, difference = stage_browser(checkpoint, not arguments.single)
     size = sum(path.stat().st_size for path in files) / 1e6
     print(f"{told(difference)}\n{size:.1f} MB in {BROWSER.relative_to(ROOT).as_posix()}")
     with server(BROWSER, arguments.port) as running:

@@ -4,7 +4,9 @@ browser (static Space).
 Each is filled with what its page needs by name, so that nothing else can slip in.
 """
 
+import json
 import shutil
+import tomllib
 from pathlib import Path
 
 from checkpoint import Checkpoint
@@ -16,6 +18,7 @@ from escaping import markdown
 SPACE, BROWSER = ROOT / "models" / "space", ROOT / "models" / "browser"
 DATASET_LICENCE = "cc-by-nc-sa-4.0"  # of the LGG scans, which weights trained on them carry as well
 SAMPLES = "deployment/app/samples"
+SERIES_RULES = ROOT / "radiology" / "series_rules.toml"
 
 # besides what the page imports
 SPACE_OTHERS = (
@@ -45,11 +48,19 @@ LIBRARIES = {
 }
 # of deployment/viewer/dist, which `npm run build` makes of NiiVue and our modules
 VIEWER = {"viewer.js": "viewer.js", "viewer.css": "viewer.css", "libs/viewer/LICENSE": "LICENSES.txt"}
+# of dcm2niix, which reads DICOM; its package holds no text of its licence
+DCM2NIIX = {
+    name: f"node_modules/@niivue/dcm2niix/dist/{name}" for name in ("dcm2niix.jpeg.js", "dcm2niix.jpeg.wasm")
+} | {"LICENSE": "LICENSE-dcm2niix.txt"}
 # .js where the package says .mjs: some servers send that as something that browsers don't run
 ONNXRUNTIME = {
     "ort.js": "ort.wasm.min.mjs",
     "ort-wasm.js": "ort-wasm-simd-threaded.mjs",
     "ort-wasm.wasm": "ort-wasm-simd-threaded.wasm",
+    # for graphics cards (WebGPU), where WebAssembly can wait for them (JSPI); loaded there only
+    "ort-gpu.js": "ort.jspi.min.mjs",
+    "ort-gpu-wasm.js": "ort-wasm-simd-threaded.jspi.mjs",
+    "ort-gpu-wasm.wasm": "ort-wasm-simd-threaded.jspi.wasm",
 }
 
 
@@ -70,7 +81,7 @@ def stage_space(checkpoint: Checkpoint, folder: Path = SPACE) -> list[Path]:
 
 
 def stage_browser(
-    checkpoint: Checkpoint, half: bool = False, folder: Path = BROWSER
+    checkpoint: Checkpoint, half: bool = True, folder: Path = BROWSER
 ) -> tuple[list[Path], Difference]:
     """Put the page that runs in the browser, its libraries and the exported model into `folder`; the files'
     paths, and how far the exported model is from inference.py. Raises MedFLError where the libraries were not
@@ -97,6 +108,7 @@ def stage_browser(
         sources["libs/onnxruntime/README.md"] = (
             runtime / "README.md"
         )  # names its licence; the package holds no text of it
+        sources |= {f"libs/dcm2niix/{name}": page / source for name, source in DCM2NIIX.items()}
         sources |= {name: ROOT / "deployment" / "viewer" / "dist" / source for name, source in VIEWER.items()}
         _fill(folder, sources, checkpoint)
     except FileNotFoundError as error:
@@ -105,6 +117,8 @@ def stage_browser(
             "or newer)"
         ) from error
     (folder / "model.onnx").write_bytes(content)
+    rules = tomllib.loads(SERIES_RULES.read_text(encoding="utf-8"))
+    (folder / "series_rules.json").write_text(json.dumps(rules), encoding="utf-8")
     return _files(folder), difference
 
 

@@ -85,8 +85,9 @@ def trained(phantoms, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """A Chromium; skipped aloud where there is none, or no Playwright to drive it."""
+def launch():
+    """A function that starts a Chromium with further arguments; skipped aloud where there is none, or no
+    Playwright to drive it."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
@@ -94,6 +95,11 @@ def browser():
     with playwright.sync_playwright() as running:
         # the viewer draws with WebGL, here on the processor
         arguments = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-        chromium = running.chromium.launch(executable_path=path, args=arguments)
-        yield chromium
-        chromium.close()
+        yield lambda *more: running.chromium.launch(executable_path=path, args=[*arguments, *more])
+
+
+@pytest.fixture(scope="module")
+def browser(launch):
+    chromium = launch()
+    yield chromium
+    chromium.close()

@@ -2,6 +2,7 @@
 
 import { checkNames, checkNumber, unpackZip } from "./archives.js";
 import { UserError, counted, isSizeMm, short, SIZES_MM } from "./common.js";
+import { isDicom, readDicom } from "./dicom.js";
 import { isNifti, readNifti, readNiftiMask } from "./nifti.js";
 import { readMask, readSlice } from "./slices.js";
 
@@ -26,8 +27,9 @@ const OTHERS = { ".mgz": convert, ".mgh": convert, ".nrrd": convert, ".mha": con
    whether it is known that the patient's left is on each slice's right; notes; nifti:
    where the scan came from, or null. */
 
-/** The case that [{name, bytes}] make: slices, one ZIP of slices, or a NIfTI file. Throws UserError for anything else. */
-export async function readCase(files) {
+/** The case that [{name, bytes}] make: slices, one ZIP of slices, a NIfTI file, or a DICOM series. loadDicom: gives what dicom.js needs.
+    Throws UserError for anything else. */
+export async function readCase(files, loadDicom) {
   files = files.map(({ name, bytes }) => ({ name: name.replaceAll("\\", "/"), bytes }));
   const archive = files.find(({ name }) => /\.zip$/i.test(name));
   if (archive) {
@@ -38,6 +40,7 @@ export async function readCase(files) {
   checkNames(files.map(({ name }) => name));
   const other = Object.keys(OTHERS).find((ending) => files.some(({ name }) => name.toLowerCase().endsWith(ending)));
   if (other && !files.some(({ name }) => isNifti(name))) throw new UserError(`a ${other} file ${OTHERS[other]}`);
+  if (files.some(isDicom)) return readDicom(files, loadDicom);
   return files.some(({ name }) => isNifti(name)) ? readNifti(files) : readSlices(files, Boolean(archive));
 }
 

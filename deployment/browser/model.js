@@ -3,7 +3,7 @@
 import { UserError } from "./common.js";
 
 const PROPERTIES = 14, KEY = 1, VALUE = 2; // fields of ONNX's ModelProto and of an entry in its metadata_props
-const FORMAT = "1"; // of the properties that deployment/export_onnx.py writes
+const FORMAT = "2"; // of the properties that deployment/export_onnx.py writes
 // A module with one SIMD instruction: what runs the network needs them.
 const SIMD = new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11]);
 
@@ -29,7 +29,7 @@ export function readProperties(bytes) {
   if (found.medfl_format !== FORMAT) {
     throw new UserError("the model file is not one that this page can use; export it with its own deployment/export_onnx.py");
   }
-  return { metadata: JSON.parse(found.metadata), card: JSON.parse(found.card), plausibility: JSON.parse(found.plausibility) };
+  return Object.fromEntries(["metadata", "card", "plausibility", "version"].map((name) => [name, JSON.parse(found[name])]));
 }
 
 /** The top-level fields of a protobuf message: [number, bytes or integer]. Throws RangeError where it is cut off. */
@@ -78,7 +78,15 @@ export async function download(address, progress = () => {}) {
   }
 }
 
-/** Starts the worker with a model's bytes. `threads` says how many the network will use. */
+/** Whether there is a graphics card that the network can run on: by WebGPU, with what lets WebAssembly wait for it. One that is imitated
+    by the processor is slower than the processor itself. */
+async function hasCard() {
+  if (!navigator.gpu || !("Suspending" in WebAssembly)) return false;
+  const adapter = await navigator.gpu.requestAdapter().catch(() => null);
+  return Boolean(adapter) && !adapter.info.isFallbackAdapter;
+}
+
+/** Starts the worker with a model's bytes. `threads` says how many the network will use, `card` whether it runs on the graphics card. */
 export class Network {
   constructor() {
     this.threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
@@ -89,30 +97,49 @@ export class Network {
   }
 
   /** Loads the model; resolves when the network is ready. */
-  load(bytes) {
+  async load(bytes) {
     this.model = new Blob([bytes]); // to begin again after a cancellation
-    return this.#load(bytes);
+    this.card = await hasCard();
+    await this.#load(bytes);
   }
 
-  #load(bytes) {
-    this.loaded = this.#ask({ kind: "load", bytes, threads: this.threads }, [bytes.buffer]);
-    return this.loaded;
+  async #load(bytes) {
+    this.loaded = this.#ask({ kind: "load", bytes, threads: this.threads, card: this.card }, [bytes.buffer]);
+    this.card = (await this.loaded) ?? this.card; // nothing comes back where it was cancelled
   }
 
-  /** The probability of tumour in each pixel of a case, Float32Array of count × height × width, or null if it was cancelled.
-      `progress` is told how many slices are done. */
+  /** What the worker loads: files of this page. */
+  get files() {
+    const build = this.card ? "ort-gpu" : "ort";
+    return ["worker.js", ...["", "-wasm"].map((part) => `libs/onnxruntime/${build}${part}.js`), `libs/onnxruntime/${build}-wasm.wasm`];
+  }
+
+  /** The probability of tumour in each pixel of a case, Float32Array of count × height × width, and what was measured of its volume, for
+      doubts.js; or null if it was cancelled. `progress` is told how many slices are done. */
   async segment({ pixels, count, height, width, together }, progress) {
     await this.loaded;
-    return this.#ask({ kind: "segment", pixels, count, height, width, together }, [], progress);
+    const asked = { kind: "segment", pixels, count, height, width, together };
+    try {
+      return await this.#ask(asked, [], progress);
+    } catch (error) {
+      if (!this.card) throw error;
+      this.card = false; // it may be lost, or too small for these slices
+      await this.#restart();
+      return this.#ask(asked, [], progress);
+    }
   }
 
   /** Ends a segmentation at once; the network gets ready again meanwhile. */
   async cancel() {
     this.worker.terminate(); // what computes hears nothing until a block of slices is done, which can take seconds
     this.stop?.(null);
+    await this.#restart();
+  }
+
+  async #restart() {
+    this.worker.terminate();
     this.worker = new Worker(this.address, { type: "module" });
-    this.loaded = this.model.arrayBuffer().then((buffer) => this.#load(new Uint8Array(buffer)));
-    await this.loaded;
+    await (this.loaded = this.model.arrayBuffer().then((buffer) => this.#load(new Uint8Array(buffer))));
   }
 
   #ask(message, transfer, progress) {

@@ -3,20 +3,20 @@
 import { packZip } from "./archives.js";
 import { maskName, readCase, readMasks } from "./cases.js";
 import { SIZES_MM, UserError, counted, fixed, isSizeMm, plain } from "./common.js";
+import { doubts } from "./doubts.js";
 import { dropped, take } from "./files.js";
 import { Network, checkBrowser, download, readProperties } from "./model.js";
 import { mirror, writeNifti } from "./nifti.js";
-import { doubts } from "./plausibility.js";
 import { agreement, csvText, sliceRows, summary } from "./readout.js";
 import { maskPng } from "./slices.js";
 import { createViewer } from "./viewer.js";
 
-const OFFLINE = ["worker.js", "libs/onnxruntime/ort.js", "libs/onnxruntime/ort-wasm.js", "libs/onnxruntime/ort-wasm.wasm", "icon.svg"]; // what the worker loads
+const DICOM = { converter: "libs/dcm2niix/dcm2niix.jpeg.js", binary: "libs/dcm2niix/dcm2niix.jpeg.wasm", rules: "series_rules.json" };
 const SAMPLES = ["phantom_1", "phantom_2", "phantom_3"];
 const PHANTOMS_ONLY = "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its outline of one " +
   "means nothing.";
 const $ = (id) => document.getElementById(id);
-const state = { model: null, network: null, viewer: null, opened: null, probability: null, rows: null, saved: 0, busy: false, cancelled: false };
+const state = { model: null, network: null, viewer: null, opened: null, probability: null, measured: null, rows: null, saved: 0, busy: false, cancelled: false };
 
 // ---- words ----
 
@@ -86,7 +86,7 @@ async function keep() {
   const cache = await caches.open("medfl-page");
   const own = performance.getEntriesByType("resource").map(({ name }) => name).filter((name) => name.startsWith(location.origin + "/"));
   const before = await cache.keys();
-  const wanted = new Set([location.href.split("#")[0], new URL("index.html", location).href, ...OFFLINE.map((name) => new URL(name, location).href), ...own]);
+  const wanted = new Set([location.href.split("#")[0], new URL("index.html", location).href, ...["icon.svg", ...Object.values(DICOM), ...state.network.files].map((name) => new URL(name, location).href), ...own]);
   await Promise.all([...wanted].map(async (name) => {
     const answer = await fetch(name);
     if (answer.ok) await cache.put(name, answer);
@@ -96,9 +96,9 @@ async function keep() {
 }
 
 function ready(text) {
-  const { threads } = state.network;
-  const how = threads > 1 ? `${threads} threads` : "one thread";
-  const why = self.crossOriginIsolated ? "" : ": this address does not isolate the page, so it may not use more";
+  const { threads, card } = state.network;
+  const how = card ? "the graphics card" : threads > 1 ? `${threads} threads` : "one thread";
+  const why = card || self.crossOriginIsolated ? "" : ": this address does not isolate the page, so it may not use more";
   $("progress").hidden = true;
   say(`${text} The network runs on ${how}${why}.`);
   showParts();
@@ -116,6 +116,8 @@ function showParts() {
 }
 
 function showCard(size) {
+  const { medfl, commit, model } = state.model.version;
+  $("version").textContent = `MedFL ${medfl}, commit ${commit?.slice(0, 12) ?? "unknown"}; model ${model.slice(0, 12)} (SHA-256)`;
   const rows = [...state.model.card, ["This file", `model.onnx, ${(size / 1e6).toFixed(1)} MB`]];
   $("card-rows").replaceChildren(...rows.map(([subject, text]) => {
     const entry = document.createElement("div");
@@ -135,7 +137,7 @@ async function open(files, sample = false) {
   say("Reading the files …");
   try {
     await drawn(); // reading is one piece of work: without a pause the page would still say that it is ready
-    const opened = await readCase(files);
+    const opened = await readCase(files, loadDicom);
     opened.sample = sample;
     files.length = 0; // their bytes are not needed any more
     showParts();
@@ -152,14 +154,20 @@ async function open(files, sample = false) {
   }
 }
 
+/** What reads DICOM, loaded when it is needed. */
+async function loadDicom() {
+  const [{ default: createConverter }, rules] = await Promise.all([import(`./${DICOM.converter}`), download(DICOM.rules)]);
+  return { createConverter, rules: JSON.parse(new TextDecoder().decode(rules)) };
+}
+
 async function segment(opened) {
   const begun = performance.now();
-  const probability = await state.network.segment(opened, (done) => {
+  const found = await state.network.segment(opened, (done) => {
     say(`Segmenting: slice ${done} of ${opened.count}.`);
     progress(done / opened.count);
   });
-  if (!probability || state.cancelled) return ready("Cancelled.");
-  Object.assign(state, { opened, probability });
+  if (!found || state.cancelled) return ready("Cancelled.");
+  Object.assign(state, { opened, ...found });
   await showCase();
   ready(`${opened.count === 1 ? "One slice" : `${opened.count} slices`} in ${((performance.now() - begun) / 1000).toFixed(1)} s.`);
 }
@@ -189,7 +197,7 @@ const mayForget = () => !unsaved() || confirm("Your corrections of this case wer
 
 function close() {
   state.viewer.close();
-  Object.assign(state, { opened: null, probability: null, rows: null });
+  Object.assign(state, { opened: null, probability: null, measured: null, rows: null });
   for (const id of ["files", "folder", "truth", "pixel-size", "slice-distance"]) $(id).value = "";
   $("messages").replaceChildren();
   ready("Ready.");
@@ -206,7 +214,7 @@ async function showCase() {
   const words = opened.sample ? ["This is a phantom: painted, not measured."] : ofPhantoms ? [PHANTOMS_ONLY] : [];
   $("doubts").replaceChildren(
     ...words.map((text) => message(opened.sample ? "note" : "doubt", text)),
-    ...doubts(opened, model.plausibility, model.metadata.preprocessing.training_images).map((text) => message("doubt", text)),
+    ...doubts(opened, state.measured, model.plausibility, model.metadata.preprocessing.training_images).map((text) => message("doubt", text)),
     ...opened.notes.map((text) => message("note", text)));
   $("spacing").hidden = opened.measured;
   $("side").hidden = opened.oriented || !opened.nifti;

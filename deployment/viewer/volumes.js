@@ -42,8 +42,7 @@ export function channelVolume(opened, view) {
   return volume(opened, channelOf(opened, channel), view, "gray", channel === null ? RGB24 : UINT8);
 }
 
-/** The probability as a volume of 0 to 255, dark blue to yellow. */
+/** The probability, turned, as a volume of 0 to 255, dark blue to yellow. */
 export function probabilityVolume(opened, probability) {
-  const bytes = Uint8Array.from(probability, (value) => Math.round(255 * value));
-  return volume(opened, turned(bytes, opened.height * opened.width), "probability", "cividis");
+  return volume(opened, Uint8Array.from(probability, (value) => Math.round(255 * value)), "probability", "cividis");
 }

@@ -121,8 +121,8 @@ def test_a_dry_run_shows_what_would_be_sent(trained):
     assert f"models/{BEST}" in done.stdout and re.search(r"\d+\.\d\d MB in \d+ files", done.stdout)
 
 
-def test_half_precision_is_for_the_page_in_the_browser(trained):
-    options = ("--repo", "someone/medfl", "--checkpoint", trained / BEST, "--half", "--dry-run")
+def test_the_precision_is_for_the_page_in_the_browser(trained):
+    options = ("--repo", "someone/medfl", "--checkpoint", trained / BEST, "--single", "--dry-run")
     done = run_here("deployment/push_to_space.py", *options)
     assert done.returncode == 2 and "add --static" in done.stderr
 

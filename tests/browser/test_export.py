@@ -10,11 +10,17 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from PIL import Image
 from running import ROOT, run_here, run_script
+from uploads import COLOURS, RNG, picture
 
+from appearance.doubts import SENTENCES, doubts
+from appearance.features import FLAIR, MEASURES, describe_volume
 from checkpoint import describe, load_checkpoint, save_checkpoint
-from common import MedFLError
+from common import MedFLError, __version__, git_commit
+from dataset import load_dataset
 from deployment import export_onnx
+from deployment.app.cases import read_case
 from deployment.export_onnx import export
 from inference import predict_volume
 from transunet import TransUNet
@@ -38,12 +44,18 @@ def checkpoint(trained):
 
 @pytest.fixture(scope="module")
 def exported(checkpoint) -> bytes:
-    return export(checkpoint)[0]
+    return export(checkpoint, half=False)[0]
 
 
 @pytest.fixture(scope="module")
 def session(exported):
     return onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+
+
+def measured(session, volume, first=0) -> dict[str, list]:
+    names = [*MEASURES, "blank", "copies"]
+    feeds = {"volume": volume, "first": np.array(first), "count": np.array(1)}
+    return {name: values.tolist() for name, values in zip(names, session.run(names, feeds))}
 
 
 def smooth(slices: int, rows: int, columns: int) -> np.ndarray:
@@ -80,16 +92,73 @@ def test_a_long_volume_loses_no_digits(checkpoint, session):
     assert np.abs(run(session, volume, 0, 2) - expected).max() < 1e-4
 
 
+def test_what_the_graph_measures_is_what_appearance_measures(session, phantoms):
+    dataset = load_dataset(phantoms, progress=False)
+    real = [np.array(dataset.volume(patient.name)[0]) for patient in dataset.patients[:2]]
+    noise = np.random.default_rng(1).integers(0, 255, (2, 90, 50, 3)).astype(np.uint8)
+    noise[..., 0] = 7
+    noise[..., 2] = noise[..., 1]
+    framed = np.zeros((2, 90, 90, 3), np.uint8)
+    framed[:, 4:86, 4:86] = 200  # 0.05 × 90 = 4.5, which is rounded to 4: the fifth row is no frame
+    for volume in [*real, smooth(3, 300, 17), smooth(1, 64, 64), noise, framed, np.full_like(framed, 77)]:
+        found = measured(session, volume)
+        for name, values in describe_volume(torch.from_numpy(volume)).items():
+            assert found[name] == pytest.approx(values, rel=1e-5, abs=1e-6), (name, volume.shape)
+        assert found["blank"] == [np.ptp(volume[..., channel]) == 0 for channel in range(3)]
+        assert found["copies"] == [np.array_equal(volume[..., k], volume[..., FLAIR]) for k in range(3)]
+    assert measured(session, framed)["appearance"][0] == 0
+    later = measured(session, real[0], first=1)
+    assert later["appearance"] == later["blank"] == [], "a page that works block by block would measure again"
+    assert later["foreground_mean"] == measured(session, real[0])["foreground_mean"]
+
+
+def test_the_pages_doubts_are_the_apps(ask, session, exported, phantoms):
+    from sklearn.datasets import load_sample_image
+
+    properties = {entry.key: entry.value for entry in onnx.load_from_string(exported).metadata_props}
+    rules = json.loads(properties["plausibility"])
+    dataset = load_dataset(phantoms, progress=False)
+    training = dataset.image_statistics(tuple(patient.name for patient in dataset.patients))
+    patient = [(path.name, path.read_bytes()) for path in dataset.patients[0].images]
+    flat = np.zeros((64, 64, 3), np.uint8)
+    copies = np.repeat(np.asarray(Image.open(dataset.patients[0].images[4]))[..., 1:2], 3, axis=2)
+    given = [
+        patient,
+        patient[4:5],
+        [("a_1.png", picture(load_sample_image("china.jpg")))],
+        [("a_1.png", picture(flat))],
+        [("a_1.png", picture(copies))],
+        [("a_1.png", picture(255 - copies))],
+        [("a_1.png", picture(COLOURS[:20]))],
+        [("a_1.png", picture(RNG.integers(0, 255, (99, 99, 3), np.uint8)))],
+    ]
+    volumes, told = [read_case(files).volume for files in given], []
+    for statistics in (training, None):
+        answers = ask(
+            *[
+                (files, {"rules": rules, "training": statistics, "measured": measured(session, volume)})
+                for files, volume in zip(given, volumes)
+            ]
+        )
+        for volume, answer in zip(volumes, answers):
+            assert answer["doubts"] == doubts(volume, statistics)
+            told += answer["doubts"]
+    ends = [sentence.split("}")[-1] for sentence in SENTENCES.values()]
+    assert [end for end in ends if not any(text.endswith(end) for text in told)] == [], "untried"
+
+
 def test_the_file_tells_what_it_is_and_nothing_of_the_machine(checkpoint, exported):
     properties = {entry.key: entry.value for entry in onnx.load_from_string(exported).metadata_props}
     assert json.loads(properties["metadata"]) == checkpoint.metadata
     assert ["SHA-256", checkpoint.sha256()] in json.loads(properties["card"])
     assert json.loads(properties["plausibility"])["channels"] == ["pre-contrast", "FLAIR", "post-contrast"]
+    version = json.loads(properties["version"])
+    assert version == {"medfl": __version__, "commit": git_commit(), "model": checkpoint.sha256()}
     assert str(ROOT).encode() not in exported and b"site-packages" not in exported
 
 
 def test_half_precision_halves_the_weights_and_is_close(checkpoint, exported):
-    content, difference = export(checkpoint, half=True)
+    content, difference = export(checkpoint)
     assert len(content) < 0.55 * len(exported)
     assert 0 < difference.probability < export_onnx.BOUND_HALF and difference.of > 1_000_000
     weights = onnx.load_from_string(content).graph.initializer
@@ -127,7 +196,6 @@ def test_what_a_static_space_gets_is_shown_and_nothing_else_is_in_it(node, train
         "--checkpoint",
         trained / BEST,
         "--static",
-        "--half",
         "--dry-run",
     )
     assert done.returncode == 0, done.stderr
@@ -149,10 +217,10 @@ def test_what_a_static_space_gets_is_shown_and_nothing_else_is_in_it(node, train
         head.splitlines()
     )
     assert len(re.search("short_description: (.*)", head)[1]) <= 60
-    page = sum(
-        path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "model.onnx"
-    )
-    assert page + 25.4e6 < 45e6 and page + 12.8e6 < 30e6  # with the weights of `tiny`
+    sizes = {name: (folder / name).stat().st_size for name in names - {"model.onnx"}}
+    card = sum(size for name, size in sizes.items() if "ort-gpu" in name)
+    assert sum(sizes.values()) + 12.8e6 < 48e6  # with the weights of `tiny`
+    assert sum(sizes.values()) - card + 12.8e6 < 31e6  # what is loaded where there is no graphics card
 
 
 def test_the_script_writes_the_file_and_says_how_far_it_is(trained, tmp_path):

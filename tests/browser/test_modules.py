@@ -1,21 +1,17 @@
-"""The page's modules beside the app's, on the same files: pixels, truth, order, refusals, figures, doubts,
+"""The page's modules beside the app's, on the same files: pixels, truth, order, refusals, figures,
 masks."""
 
 import gzip
-import json
 import subprocess
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from running import ROOT
-from uploads import BITS, BROKEN, COLOURS, MASKS, READ, RNG, SCANS, VOLUME, picture, tiled_tiff
+from uploads import BITS, BROKEN, MASKS, READ, SCANS, VOLUME, picture, tiled_tiff
 
-from appearance.doubts import doubts
-from appearance.features import describe_volume
 from common import MedFLError
 from deployment.app.cases import add_truth, read_case
 from deployment.app.nifti import write_nifti
@@ -174,36 +170,3 @@ def test_figures_csv_and_masks_are_the_apps(ask, tmp_path, kind):
     )
     assert np.array_equal(np.asarray(written.dataobj), np.asarray(reference.dataobj))
     assert np.allclose(written.affine, reference.affine) and written.get_data_dtype() == np.uint8
-
-
-def test_doubts_are_the_apps(ask, phantoms):
-    from sklearn.datasets import load_sample_image
-
-    from dataset import load_dataset
-    from deployment.export_onnx import rules
-
-    dataset = load_dataset(phantoms, progress=False)
-    training = dataset.image_statistics(tuple(patient.name for patient in dataset.patients))
-    patient = [(path.name, path.read_bytes()) for path in dataset.patients[0].images]
-    flat = np.zeros((64, 64, 3), np.uint8)
-    copies = np.repeat(np.asarray(Image.open(dataset.patients[0].images[4]))[..., 1:2], 3, axis=2)
-    given = [
-        patient,
-        patient[4:5],
-        [("a_1.png", picture(load_sample_image("china.jpg")))],
-        [("a_1.png", picture(flat))],
-        [("a_1.png", picture(copies))],
-        [("a_1.png", picture(255 - copies))],
-        [("a_1.png", picture(COLOURS[:20]))],
-        [("a_1.png", picture(RNG.integers(0, 255, (99, 99, 3), np.uint8)))],
-    ]
-    for statistics in (training, None):
-        answers = ask(
-            *[(files, {"rules": json.loads(json.dumps(rules())), "training": statistics}) for files in given]
-        )
-        for files, answer in zip(given, answers):
-            case = read_case(files)
-            assert answer["doubts"] == doubts(case.volume, statistics), files[0][0]
-            measured = describe_volume(torch.from_numpy(case.volume))
-            for name, values in measured.items():
-                assert answer["measured"][name] == pytest.approx(values, rel=2e-3, abs=2e-4), name

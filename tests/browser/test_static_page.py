@@ -10,10 +10,14 @@ import zipfile
 import nibabel
 import numpy as np
 import pytest
+from dicom_phantoms import phantom, write_series
 from pages import WIDTHS, assert_equal_masks, at_slice, choose, fetched, masks_of, opened, seen, shown
 from PIL import Image
 from running import run_script
 from uploads import picture
+
+from checkpoint import load_checkpoint
+from common import __version__, git_commit
 
 pytestmark = pytest.mark.slow
 BEST = "transunet_centralized_best.pth"
@@ -148,6 +152,52 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
     page.locator("#figures", has_text="Dice with the truth").wait_for()
     assert page.failures == []
     page.close()
+
+
+def test_a_dicom_series_is_opened_and_nothing_is_sent(browser, address, tmp_path):
+    paths = write_series(tmp_path / "series", phantom(0, slices=6, size=64)[0][1], SeriesDescription="FLAIR")
+    page = opened(browser, address)
+    page.get_by_text("Ready.").wait_for()
+    page.locator("#folder").set_input_files(tmp_path / "series")
+    shown(page, 6)
+    page.get_by_text("FLAIR stands in for the other channels").wait_for()
+    page.locator("#figures", has_text="cm³").wait_for()
+    name, content = fetched(page, "Mask (NIfTI)")
+    mask = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
+    assert name == "DICOM series_mask.nii.gz" and mask.shape == (64, 64, 6)
+    assert mask.header.get_zooms() == pytest.approx((3.6, 3.6, 6.0))
+    page.get_by_role("button", name="Close this case").click()
+    choose(page, [(path.name, path.read_bytes()) for path in paths[:2] + paths[3:]])
+    page.get_by_role("alert").get_by_text("the DICOM series is not whole").wait_for()
+    assert all(url.startswith((address, "blob:", "data:")) for url in page.asked), page.asked
+    assert page.failures == []
+    page.close()
+
+
+def test_on_a_graphics_card_the_masks_are_the_same(launch, address, patient):
+    """Chromium imitates a card on the processor; the page, which would not use such a one, is told otherwise."""
+    chromium = launch(
+        "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"
+    )
+    real = "Object.defineProperty(GPUAdapterInfo.prototype, 'isFallbackAdapter', { get: () => false })"
+    page = opened(chromium, address, before=real)
+    page.get_by_text("Ready. The network runs on the graphics card.").wait_for()
+    one, predicted = patient
+    choose(page, list(one.images))
+    shown(page, len(one.images))
+    page.get_by_text("runs on the graphics card").wait_for()
+    found = masks_of(fetched(page, "All masks (ZIP)")[1])
+    expected = [np.asarray(Image.open(predicted / f"{path.stem}_mask.png")) for path in one.images]
+    assert_equal_masks([found[f"{path.stem}_mask.png"] for path in one.images], expected, "WebGPU")
+    assert page.failures == []
+    chromium.close()
+
+
+def test_the_page_says_which_version_it_is(page, trained):
+    checkpoint = load_checkpoint(trained / BEST)
+    said = page.locator("#version").inner_text()
+    commit = git_commit() or "unknown"
+    assert said == f"MedFL {__version__}, commit {commit[:12]}; model {checkpoint.sha256()[:12]} (SHA-256)"
 
 
 def test_the_next_visit_needs_no_network(browser, staged, patient):

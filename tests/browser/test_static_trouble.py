@@ -75,6 +75,15 @@ def test_threads_where_the_page_is_isolated_and_a_browser_that_is_too_old(
     choose(page, list(patient[0].images))
     shown(page, len(patient[0].images))
     page.close()
+    # a card that turns out to be none: there is no adapter for the worker
+    card = "navigator.gpu.requestAdapter = async () => ({ info: { isFallbackAdapter: false } })"
+    page = opened(browser, address, before=card)
+    page.get_by_text(re.compile(r"Ready\. The network runs on (\d+ threads|one thread)\.")).wait_for()
+    asked = {url.removeprefix(f"{address}/libs/onnxruntime/") for url in page.asked if "onnxruntime" in url}
+    assert {"ort-gpu.js", "ort.js", "ort-wasm.wasm"} <= asked, asked
+    choose(page, list(patient[0].images))
+    shown(page, len(patient[0].images))
+    page.close()
     page = opened(browser, address, before="WebAssembly.validate = () => false")
     page.get_by_role("alert").get_by_text("no WebAssembly with SIMD").wait_for()
     page.close()

@@ -56,6 +56,33 @@ def mask(page) -> np.ndarray:
     return np.stack([found[f"flair_{k + 1}_mask.png"] for k in range(SHAPE[2])])
 
 
+def test_the_probability_lies_where_it_was_computed(page):
+    row, column = 9, 30
+    page.evaluate(
+        """async ([row, column]) => {
+      const { viewer } = document.getElementById("viewer"), { opened } = viewer, { count, height, width } = opened;
+      const probability = new Float32Array(count * height * width);
+      for (let y = row - 3; y <= row + 3; y++) {
+        const at = (4 * height + y) * width + column;
+        probability.fill(1, at - 3, at + 4);
+      }
+      await viewer.show(opened, probability, 0.5);
+      await viewer.set({ overlay: "probability", opacity: 1 });
+    }""",
+        [row, column],
+    )
+    at_slice(page, 5, SHAPE[2])
+    box = page.locator(".medfl-viewer canvas").bounding_box()
+
+    def yellow(row: int, column: int) -> int:
+        x, y = place(page, row, column)
+        red, _, blue = seen(page)[int(y - box["y"]), int(x - box["x"])].astype(int)
+        return red - blue
+
+    assert yellow(row, column) > 100
+    assert abs(yellow(SHAPE[1] - 1 - row, SHAPE[0] - 1 - column)) < 40, "the probability is turned by 180°"
+
+
 def test_wheel_drag_zoom_and_reset(page):
     middle = place(page, 20, 24)
     page.mouse.move(*middle)
