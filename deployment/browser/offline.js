@@ -3,8 +3,7 @@
 
 const KEPT = "medfl-page";
 
-addEventListener("install", () => skipWaiting());
-addEventListener("activate", (event) => event.waitUntil(clients.claim()));
+addEventListener("install", () => skipWaiting()); // it begins with the next visit: Firefox fails requests of a page that is claimed meanwhile
 addEventListener("fetch", (event) => {
   const { request } = event;
   if (request.method !== "GET" || new URL(request.url).origin !== location.origin) return;
