@@ -175,7 +175,13 @@ def correct(checkpoint: Checkpoint, sha256: str, case: Case, done: Corrected) ->
 def _offer_to_save(checkpoint: Checkpoint, sha256: str, done: Corrected) -> None:
     """The reader's name, the button, and what came of it."""
     state = st.session_state
-    st.text_input("Your name, for the log", value=state.get("reader", ""), max_chars=100, key="who")
+    st.text_input(
+        "Your name, for the log",
+        value=state.get("reader", ""),
+        max_chars=100,
+        key="who",
+        on_change=_keep_reader,
+    )
     empty = not done.mask.any()
     agreed = not empty or st.checkbox("There is no tumour in this patient", key="no_tumour")
     st.button(
@@ -193,6 +199,11 @@ def _offer_to_save(checkpoint: Checkpoint, sha256: str, done: Corrected) -> None
         st.success(markdown(state.saved))
 
 
+def _keep_reader() -> None:
+    """Keep the name: what a field holds is gone with it, and it may go while a stroke is taken."""
+    st.session_state.reader = st.session_state.who
+
+
 def _save(model: str, sha256: str) -> None:
     """Save the mask as the open patient's truth, and keep in words what came of it."""
     from radiology.truths import ChangedMeanwhile, correction, in_words, save_truth, version_of
@@ -202,7 +213,7 @@ def _save(model: str, sha256: str) -> None:
     opened = case.prepared
     assert opened is not None
     done = as_drawn()
-    state.reader, state.saved, state.save_refusal = state.who, None, None
+    state.reader, state.saved, state.save_refusal = state.get("who") or state.get("reader", ""), None, None
     if not done.mask.any() and not state.get("no_tumour"):
         state.save_refusal = "The mask is empty now; tick that there is no tumour, and save again."
         return
@@ -211,7 +222,7 @@ def _save(model: str, sha256: str) -> None:
             opened.patient,
             done.mask,
             done.proposal,
-            correction(state.who, model, sha256, state.threshold),
+            correction(state.reader, model, sha256, state.threshold),
             opened.slices,
             state.get("version", opened.version),
         )
