@@ -23,6 +23,7 @@ from inference import to_mask
 
 MODEL = ROOT / "deployment" / "app" / "samples" / "phantom_model.pth"
 VIEWER = ROOT / "deployment" / "viewer"
+IDLE = "[data-testid=stApp][data-test-script-state=notRunning]"  # the page is made, and nothing runs
 VIEW = "document.querySelector('.medfl-viewer').viewer"
 
 
@@ -148,7 +149,7 @@ def violations(page) -> list:
     axe = VIEWER / "node_modules" / "axe-core" / "axe.min.js"
     if not axe.is_file():
         pytest.skip("no libraries of the viewer: `make browser-libraries`")
-    page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
+    page.locator(IDLE).wait_for()
     page.evaluate(axe.read_text())
     found = page.evaluate("axe.run()")["violations"]
     return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]
@@ -202,8 +203,16 @@ def test_a_stroke_reaches_the_figures_and_the_saved_truth(visit, patient):
     changed(page, int((expected != before).sum()))
 
     name = side(page).get_by_label("Your name, for the log")
-    name.fill("Dr. Ada")
-    name.press("Enter")
+
+    def typed() -> str:
+        name.fill("Dr. Ada")
+        name.press("Enter")
+        page.locator(IDLE).wait_for()
+        return name.input_value()
+
+    eventually(
+        typed, "Dr. Ada"
+    )  # what is typed while the page is made again after "Stay" is lost with its field
     side(page).get_by_role("button", name="Save as truth").click()
     side(page).get_by_text("Saved in").wait_for()
     files = [out / one.name / f"{image.stem}_mask.tif" for image in one.images]
