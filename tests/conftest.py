@@ -12,7 +12,7 @@ signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell's background job ignores Ctrl-C, and its children would too
 os.environ["HF_HUB_OFFLINE"] = "1"  # the same with and without a network; one test asks a hub of its own
-os.environ["OMP_NUM_THREADS"] = "1"  # three tests run at a time, and threads beyond the cores slow all down
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads beyond the cores slow all down
 
 # Files that take longest, most of it waiting for processes: they begin first, so that none is left to one worker in
 # the end.
