@@ -19,7 +19,7 @@ from running import ROOT
 
 SMALL = ("--image-size", 32, "--batch-size", 8)
 BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
-DEADLINE = 240.0  # seconds for an event on a busy machine; nothing waits this long unless it fails
+DEADLINE = 480.0  # seconds for an event on a busy machine; nothing waits this long unless it fails
 
 
 class Script:
