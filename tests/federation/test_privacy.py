@@ -15,9 +15,9 @@ from common import MedFLError
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.settings import FederationSettings, check_together
+from federation.runtime.job import announce_privacy
 from federation.server.state import BEST, LAST
 from federation.server.updates import Updates
-from run_server import announce_privacy
 from training import TrainingSettings
 from transunet import TransUNet
 
