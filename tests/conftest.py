@@ -14,22 +14,24 @@ signal.signal(
 os.environ["HF_HUB_OFFLINE"] = "1"  # the same with and without a network; one test asks a hub of its own
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads beyond the cores slow all down
 
-# Files that take longest, most of it waiting for processes: they begin first, so that none is left to one worker in
-# the end.
+# Files that take longest begin first, so that none is left to one worker in the end; those that start many processes
+# stand beside those that start few.
 LONGEST = (
     "test_gateway",
-    "test_secure_aggregation",
-    "test_trouble",
-    "test_runs",
     "test_scripts",
-    "test_weeks",
-    "test_consent",
-    "test_patient_privacy",
-    "test_federated_study",
     "test_export",
+    "test_secure_aggregation",
+    "test_patient_privacy",
+    "test_trouble",
     "test_space",
-    "test_simulation",
+    "test_runs",
     "test_viewer",
+    "test_consent",
+    "test_poison",
+    "test_weeks",
+    "test_scan_viewer",
+    "test_federated_study",
+    "test_simulation",
 )
 
 
