@@ -54,6 +54,28 @@ def test_an_encoder_is_pretrained_together_and_a_training_begins_with_it(federat
     assert sizes[0] == len(start) and set(sizes[1:]) == {int(travels.sum())}, "then the encoder alone"
 
 
+def test_it_goes_on_after_a_stop(federate, tmp_path):  # noqa: F811
+    federate(2, **TOGETHER)
+    state, _, _ = federate(3, resume=True, **TOGETHER)
+    assert state.progress.round == 3 and (tmp_path / "out" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"dp_clip": 1.0, "dp_noise_multiplier": 0.01}, {"secure_aggregation": True}],
+    ids=["privacy of hospitals", "secure aggregation"],
+)
+def test_defences_leave_the_rest_as_it_is(federate, phantoms, tmp_path, more):  # noqa: F811
+    (tmp_path / "out").mkdir()
+    hospitals = [RealHospital(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    state, _, _ = federate(1, clients=3, partition="quantity", hospitals=hospitals, **TOGETHER, **more)
+    torch.manual_seed(0)
+    start = pack(TransUNet("tiny", 32).state_dict())
+    travels = part_mask(state.model, ["rest"])
+    assert torch.equal(state.weights[~travels], start[~travels])
+    assert (state.weights[travels] != start[travels]).float().mean() > 0.9
+
+
 def hospital(folder, data, name: str | None = "mercy", **about) -> Hospital:
     one = RealHospital(folder, 0, data)
     own = {} if name is None else {"cid": None, "label": name}
