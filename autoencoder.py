@@ -5,6 +5,7 @@ He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.0
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from split import Split
 from training import EpochResult
 from transunet import ARCHITECTURES, PATCH, TransUNet
 
+STUDY = re.compile(r"(p[0-9a-f]{12})_s[0-9a-f]{8}")  # a patient's pseudonym and that of the study
 HIDDEN = 0.75  # share of the patches, as in the paper
 BETAS = (0.9, 0.95)  # AdamW's, as in the paper
 WIDTH, DEPTH, HEADS = 96, 2, 3  # of the decoder, which is thrown away
@@ -148,12 +150,14 @@ Reads = Callable[[str, Path], bool]  # whether a volume of this name, in this fo
 
 def of_training(split: Split, unmasked: bool = True) -> Reads:
     """What an encoder may see of a split: the training patients and, where `unmasked`, scans in without_masks/, but
-    none of a patient who validates or tests."""
+    none of a patient who validates or tests, other studies of theirs among them."""
     others = (*split.val, *split.test)
+    people = {_person(patient) for patient in others} - {None}
 
     def reads(volume: str, folder: Path) -> bool:
         if unmasked and UNMASKED in folder.parts:
-            return not any(_is_of(volume, folder, patient) for patient in others)
+            theirs = people & {_person(volume), _person(folder.name)}
+            return not (theirs or any(_is_of(volume, folder, patient) for patient in others))
         return any(_is_of(volume, folder, patient) for patient in split.train)
 
     return reads
@@ -214,6 +218,12 @@ def write_encoder(encoder: nn.Module, about: dict, path: Path) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     with atomic_write(path) as file:
         file.write(save(state, {"medfl": json.dumps(about, allow_nan=False)}))
+
+
+def _person(name: str) -> str | None:
+    """Whose study a pseudonym of a prepared study is (radiology/pseudonyms.py); None for another name."""
+    found = STUDY.fullmatch(Path(name).name)
+    return found[1] if found else None
 
 
 def _is_of(volume: str, folder: Path, patient: str) -> bool:

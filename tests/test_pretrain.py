@@ -64,10 +64,11 @@ def test_masks_are_never_opened_and_other_patients_never_read(tmp_path):
 
 
 def test_scans_without_masks_are_read_but_for_those_of_test_patients(tmp_path):
-    for place in ("a", "b", "without_masks/c", "without_masks/b"):
+    tested = "p0123456789ab"  # of whom a later study has no mask
+    for place in ("a", "b", "without_masks/c", "without_masks/b", f"without_masks/{tested}_s22222222"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / place / "x_1.png")
-    split = Split(0, ("a",), (), ("b",))
+    split = Split(0, ("a",), (), ("b", f"{tested}_s11111111"))
 
     def read(unmasked: bool) -> set[str]:
         found = unlabelled_volumes(tmp_path, reads=of_training(split, unmasked))
