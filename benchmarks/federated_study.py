@@ -57,6 +57,7 @@ class Study:
     rounds: int = 12
     local_epochs: int = 1
     image_size: int = 128
+    model: str = "tiny"
     tune_passes: int = 2
     alone: bool = True
 
@@ -146,6 +147,7 @@ def trained(
     start from."""
     data = str(dataset.root.resolve())
     common = ["--data-dir", data, "--seed", str(seed), "--image-size", str(study.image_size)]
+    common += ["--model", study.model]
     common += ["--encoder", "random"]  # as measured; the same on a machine that reaches the hub
     divided = ["--partition", partition, "--clients", str(study.clients)]
     split = make_split({p.name: p.site for p in dataset.patients}, seed)

@@ -75,6 +75,8 @@ def trained(phantoms, tmp_path_factory) -> Path:
         phantoms,
         "--out",
         out,
+        "--model",
+        "mini",
         "--image-size",
         32,
         "--epochs",

@@ -14,7 +14,7 @@ from evaluation.comparison import ALL
 
 @pytest.mark.slow
 def test_a_whole_study_and_its_resumption(home, phantoms, tmp_path, monkeypatch, capsys):
-    study = Study(FEDAVG, clients=2, rounds=1, image_size=32, tune_passes=1)
+    study = Study(FEDAVG, clients=2, rounds=1, image_size=32, model="mini", tune_passes=1)
     monkeypatch.setattr(federated_study, "STUDIES", {"small": study})
     monkeypatch.setattr(
         sys, "argv", ["federated_study.py", "small", "--data-dir", str(phantoms), "--out", str(tmp_path)]

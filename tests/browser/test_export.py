@@ -1,8 +1,11 @@
 """The exported graph computes what inference.py computes, for any size and number of slices, and carries what
 a reader needs."""
 
+import copy
 import json
 import re
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -20,12 +23,11 @@ from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError, __version__, git_commit
 from dataset import load_dataset
 from deployment import export_onnx
+from deployment.app.card import PHANTOM_MODEL
 from deployment.app.cases import read_case
 from deployment.export_onnx import export
 from inference import predict_volume
-from transunet import TransUNet
-
-BEST = "transunet_centralized_best.pth"
+from transunet import ARCHITECTURES, TransUNet
 
 
 def run(session, volume, first=0, count=None) -> np.ndarray:
@@ -38,13 +40,25 @@ def run(session, volume, first=0, count=None) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(trained):
-    return load_checkpoint(trained / BEST)
+def checkpoint(home):
+    return load_checkpoint(PHANTOM_MODEL)
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint) -> bytes:
-    return export(checkpoint, half=False)[0]
+def graph(checkpoint):
+    return export_onnx.build_graph(checkpoint.model)
+
+
+@pytest.fixture
+def built(monkeypatch, graph):
+    """The graph is built once for all tests; each gets its own copy."""
+    monkeypatch.setattr(export_onnx, "build_graph", lambda model: copy.deepcopy(graph))
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, graph) -> bytes:
+    with mock.patch.object(export_onnx, "build_graph", lambda model: copy.deepcopy(graph)):
+        return export(checkpoint, half=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +171,7 @@ def test_the_file_tells_what_it_is_and_nothing_of_the_machine(checkpoint, export
     assert str(ROOT).encode() not in exported and b"site-packages" not in exported
 
 
-def test_half_precision_halves_the_weights_and_is_close(checkpoint, exported):
+def test_half_precision_halves_the_weights_and_is_close(built, checkpoint, exported):
     content, difference = export(checkpoint)
     assert len(content) < 0.55 * len(exported)
     assert 0 < difference.probability < export_onnx.BOUND_HALF and difference.of > 1_000_000
@@ -172,13 +186,15 @@ def test_half_precision_halves_the_weights_and_is_close(checkpoint, exported):
 @pytest.mark.parametrize(("name", "norm"), [("tiny", "group"), ("base", "batch")])
 def test_every_architecture_can_be_exported(tmp_path, monkeypatch, name, norm):
     monkeypatch.setattr(export_onnx, "SIZES", ((2, 64, 64),))
+    shallow = replace(ARCHITECTURES[name], size={"depth": 2})  # further layers are of the same kind
+    monkeypatch.setitem(ARCHITECTURES, name, shallow)
     model = TransUNet(name, 32, norm)
     save_checkpoint(tmp_path / "m.pth", model.state_dict(), describe(model))
     _, difference = export(load_checkpoint(tmp_path / "m.pth"), half=False)
     assert difference.probability < 1e-4
 
 
-def test_a_graph_that_differs_is_not_kept(checkpoint, monkeypatch):
+def test_a_graph_that_differs_is_not_kept(built, checkpoint, monkeypatch):
     monkeypatch.setattr(
         export_onnx, "predict_volume", lambda model, volume: predict_volume(model, volume[..., ::-1])
     )
@@ -187,14 +203,14 @@ def test_a_graph_that_differs_is_not_kept(checkpoint, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_a_static_space_gets_is_shown_and_nothing_else_is_in_it(node, trained):
+def test_what_a_static_space_gets_is_shown_and_nothing_else_is_in_it(node):
     """An allow-list: the page, its libraries with their licences, the samples, and the model."""
     done = run_script(
         "deployment/push_to_space.py",
         "--repo",
         "someone/medfl",
         "--checkpoint",
-        trained / BEST,
+        PHANTOM_MODEL,
         "--static",
         "--dry-run",
     )
@@ -223,9 +239,9 @@ def test_what_a_static_space_gets_is_shown_and_nothing_else_is_in_it(node, train
     assert sum(sizes.values()) - card + 12.8e6 < 31e6  # what is loaded where there is no graphics card
 
 
-def test_the_script_writes_the_file_and_says_how_far_it_is(trained, tmp_path):
+def test_the_script_writes_the_file_and_says_how_far_it_is(tmp_path):
     done = run_script(
-        "deployment/export_onnx.py", "--checkpoint", trained / BEST, "--out", tmp_path / "m.onnx"
+        "deployment/export_onnx.py", "--checkpoint", PHANTOM_MODEL, "--out", tmp_path / "m.onnx"
     )
     assert (
         done.returncode == 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-SMALL = ("--image-size", 32, "--batch-size", 8)
+SMALL = ("--model", "mini", "--image-size", 32, "--batch-size", 8)  # so that rounds are quick
 BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
 DEADLINE = 480.0  # seconds for an event on a busy machine; nothing waits this long unless it fails
 

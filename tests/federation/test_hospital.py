@@ -8,6 +8,7 @@ import torch
 from flwr.app import Message
 from scripted import make_messages_outside_of_a_run
 
+from benchmarks.federated_against_central import loop_of_a_hospital
 from benchmarks.local_federation import LocalHospital
 from common import __version__
 from dataset import load_dataset
@@ -17,7 +18,8 @@ from federation.hospital.identity import ENDED, Identity
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.requests import Train
 from federation.protocol.settings import FederationSettings
-from split import Split, save_split
+from federation.protocol.weights import pack
+from split import VAL_FRACTION, Split, make_split, save_split
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -36,7 +38,7 @@ def hospital(phantoms, tmp_path):
         )
         return Hospital(
             who,
-            TrainingSettings(image_size=32, batch_size=8, **(training or {})),
+            TrainingSettings(**{"model": "mini", "image_size": 32, "batch_size": 8, **(training or {})}),
             FederationSettings(**{"clients": 1, **federation}),
             tmp_path / "model.pt",
         )
@@ -47,7 +49,7 @@ def hospital(phantoms, tmp_path):
 def work(subject: Hospital, model: TransUNet | None = None, **about):
     """Result and weights of one message; the same network for the same call."""
     torch.manual_seed(0)
-    model = model or TransUNet("tiny", 32)
+    model = model or TransUNet("mini", 32)
     rate = None if subject.training.schedule == "cosine" else 1.0
     about = {
         "run": "this",
@@ -62,7 +64,7 @@ def work(subject: Hospital, model: TransUNet | None = None, **about):
 
 
 def test_the_score_is_of_the_validation_patients(hospital):
-    subject, model = hospital(val_fraction=0.3), TransUNet("tiny", 32)
+    subject, model = hospital(val_fraction=0.3), TransUNet("mini", 32)
     wanted = np.mean(
         [row["dice"] for row in score_patients(model, subject.data.dataset, subject.data.split.val, 0.5)]
     )
@@ -80,7 +82,7 @@ def test_figures_of_one_or_two_patients_stay_here(hospital, phantoms, tmp_path):
     names = [p.name for p in load_dataset(phantoms, progress=False).patients]
     save_split(Split(0, tuple(names[:2]), tuple(names[2:4]), tuple(names[4:])), tmp_path / "mercy_split.json")
     subject = hospital(None)
-    assert work(subject)[0].train_loss is None and subject.score(TransUNet("tiny", 32)).val_dice is None
+    assert work(subject)[0].train_loss is None and subject.score(TransUNet("mini", 32)).val_dice is None
     facts = subject.facts()
     assert facts.images is None and facts.split_sha256 is None and facts.partition_sha256 is None
 
@@ -88,7 +90,7 @@ def test_figures_of_one_or_two_patients_stay_here(hospital, phantoms, tmp_path):
 def test_scoring_first_does_not_change_the_training(hospital):
     subject = hospital()
     torch.manual_seed(0)
-    model = TransUNet("tiny", 32)
+    model = TransUNet("mini", 32)
     subject.score(model)
     assert torch.equal(work(subject)[1], work(subject, model)[1])
 
@@ -103,7 +105,7 @@ def test_the_rate_and_the_pull_of_the_message_are_used(hospital):
 def test_a_frozen_encoder_thaws_after_its_rounds(hospital):
     for number, frozen in ((1, True), (2, False)):
         torch.manual_seed(0)
-        before = {n: p.clone() for n, p in TransUNet("tiny", 32).encoder.named_parameters()}
+        before = {n: p.clone() for n, p in TransUNet("mini", 32).encoder.named_parameters()}
         after = work(hospital(training={"freeze_encoder_epochs": 1}), round=number)[
             2
         ].encoder.named_parameters()
@@ -171,3 +173,14 @@ def test_a_round_tells_a_line_a_minute(hospital, monkeypatch):
     work(subject)
     assert said and all("steps/s, " in line and "left of the round" in line for line in said)
     assert said[0].startswith("round 1: step 1 of ")
+
+
+def test_one_hospital_learns_what_the_central_loop_learns(federate, phantoms):
+    """Bit for bit: nothing is lost by federating as such."""
+    alone = {"val_fraction": VAL_FRACTION, "clients": 1}
+    hospitals = [LocalHospital(phantoms.parent / "alone", 0, phantoms)]
+    state, _, _ = federate(2, {"ema_decay": 0.0}, hospitals=hospitals, **alone)
+    dataset = load_dataset(phantoms, progress=False)
+    split = make_split({p.name: p.site for p in dataset.patients}, 0)
+    settings = TrainingSettings(image_size=32, batch_size=8, epochs=2, ema_decay=0.0)
+    assert torch.equal(state.weights, pack(loop_of_a_hospital(dataset, split, settings).state_dict()))

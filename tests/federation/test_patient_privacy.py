@@ -444,6 +444,8 @@ def test_as_a_user_starts_it(scene: Scene, phantoms, tmp_path):
         begin,
         "--steps",
         4,
+        "--model",
+        "mini",
         "--norm",
         "group",
         "--image-size",

@@ -75,7 +75,7 @@ def contents(folder: Path) -> list[bytes]:
     there where both run in one place; files of a round under way come and go."""
     found = []
     for path in folder.rglob("*"):
-        if "split" not in path.name and path.name not in ("mercy.html", "hope.html"):
+        if not any(own in path.name for own in ("split", "mercy.html", "hope.html")):  # also half written
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 found.append(path.read_bytes())
     return found
@@ -140,16 +140,6 @@ def test_who_is_refused_is_told_why(scene, phantoms, tmp_path):
     for sentence, script in refused.items():
         assert script.end() == 2 and sentence in script.output, script.output
     assert first.process.poll() is None and "hospital-0 refused" in server.output
-
-
-def test_a_kill_of_any_script_leaves_nothing_running(scene, phantoms):
-    server = scene.server("--rounds", 1000, *SMALL)
-    hospitals = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms) for k in (0, 1)]
-    server.wait_for("round 1 of 1000: ")
-    assert len(children(scene.folder)) >= 8
-    for script in (*hospitals, server):
-        script.kill()
-    assert left_running(scene.folder) == []
 
 
 def test_check_looks_at_data_and_connection_alone(scene, phantoms, tmp_path):

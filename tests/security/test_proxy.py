@@ -61,7 +61,7 @@ def test_through_a_proxy(scene: Scene, consortium, phantoms, monkeypatch):
     monkeypatch.setenv(
         "https_proxy", "http://127.0.0.1:9"
     )  # the server's own gateway is reached all the same
-    options = ("--clients", 1, "--rounds", 1, "--model", "mini", *SMALL)
+    options = ("--clients", 1, "--rounds", 1, *SMALL)
     server = scene.server("--kit", consortium.kit, *options)
     server.wait_for("listening on")
     cid = ("--cid", 0, "--data-dir", phantoms, "--kit", consortium.hospital("hospital-0"))

@@ -107,8 +107,6 @@ class Week:
                 self.rounds,
                 "--round-timeout",
                 60,
-                "--model",
-                "mini",
                 *SMALL,
             )
             self.services[name] = self.scene.server(*options, root=self.root)
