@@ -18,7 +18,17 @@ import argparse
 from pathlib import Path
 
 from common import MedFLError, counted, run_script
-from federation.runtime import kit as kits
+from federation.runtime.admissions import Admission, admit, public_lines, read_admissions, revoke
+from federation.runtime.certificates import (
+    AUTHORITY_DAYS,
+    certificate_names,
+    make_authority,
+    make_server_certificate,
+    read_authority,
+    server_certificate,
+)
+from federation.runtime.hospital_kit import make_hospital_key
+from federation.runtime.kit import CA, CA_KEY, HOSPITAL_KEY, HOSPITAL_PUBLIC, SERVER
 from federation.server.audit import ENDS, check_end, check_signatures, verify
 
 
@@ -70,46 +80,44 @@ def parse() -> argparse.Namespace:
 
 
 def _days(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) <= kits.AUTHORITY_DAYS:
-        raise argparse.ArgumentTypeError(f"{text} is no number of days from 1 to {kits.AUTHORITY_DAYS}")
+    if not text.isdigit() or not 0 < int(text) <= AUTHORITY_DAYS:
+        raise argparse.ArgumentTypeError(f"{text} is no number of days from 1 to {AUTHORITY_DAYS}")
     return int(text)
 
 
 def make_server(arguments: argparse.Namespace) -> None:
-    kit, certificate = arguments.kit, arguments.kit / kits.SERVER
-    if not arguments.renew and not (kit / kits.CA).exists():
-        kits.make_authority(kit)
-    kits.make_server_certificate(kit, arguments.host, arguments.days, arguments.renew)
-    made = kits.server_certificate(kit)
+    kit, certificate = arguments.kit, arguments.kit / SERVER
+    if not arguments.renew and not (kit / CA).exists():
+        make_authority(kit)
+    make_server_certificate(kit, arguments.host, arguments.days, arguments.renew)
+    made = server_certificate(kit)
     print(
-        f"{certificate}: for {', '.join(kits.certificate_names(made))}; valid to "
+        f"{certificate}: for {', '.join(certificate_names(made))}; valid to "
         f"{made.not_valid_after_utc:%Y-%m-%d}"
     )
-    print(
-        f"give {kit / kits.CA} to every hospital; keep the rest of {kit} to yourself, {kits.CA_KEY} above all"
-    )
+    print(f"give {kit / CA} to every hospital; keep the rest of {kit} to yourself, {CA_KEY} above all")
     print(f"next: python provision.py admit KEY.pub --kit {kit} for each hospital's key")
 
 
 def make_hospital(arguments: argparse.Namespace) -> None:
-    line = kits.make_hospital_key(arguments.kit, arguments.name)
-    fingerprint = kits.Admission(" ".join(line.split()[:2]), "", "").fingerprint
+    line = make_hospital_key(arguments.kit, arguments.name)
+    fingerprint = Admission(" ".join(line.split()[:2]), "", "").fingerprint
     print(line)
     print(
-        f"send {arguments.kit / kits.HOSPITAL_PUBLIC} (the line above) to the coordinator, and tell its "
+        f"send {arguments.kit / HOSPITAL_PUBLIC} (the line above) to the coordinator, and tell its "
         f"fingerprint by another way: {fingerprint}"
     )
-    print(f"{arguments.kit / kits.HOSPITAL_KEY} stays here; put the coordinator's {kits.CA} beside it")
+    print(f"{arguments.kit / HOSPITAL_KEY} stays here; put the coordinator's {CA} beside it")
     print(f"next: python run_client.py --own-data FOLDER --kit {arguments.kit} --server HOST:PORT --check")
 
 
-def admit(arguments: argparse.Namespace) -> None:
-    kits.server_certificate(arguments.kit)  # a wrong --kit is found here
+def admit_hospital(arguments: argparse.Namespace) -> None:
+    server_certificate(arguments.kit)  # a wrong --kit is found here
     try:
         line = arguments.public.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise MedFLError(f"{arguments.public} can't be read; give the hospital's hospital.pub") from error
-    label, admission = kits.admit(arguments.kit, line, arguments.days)
+    label, admission = admit(arguments.kit, line, arguments.days)
     print(
         f"{label} is admitted until {admission.until[:10]}; compare its fingerprint by telephone: "
         f"{admission.fingerprint}"
@@ -117,8 +125,8 @@ def admit(arguments: argparse.Namespace) -> None:
     print(f"next: python run_server.py --address 0.0.0.0:8443 --kit {arguments.kit}, where none runs yet")
 
 
-def revoke(arguments: argparse.Namespace) -> None:
-    admission = kits.revoke(arguments.kit, arguments.name)
+def revoke_hospital(arguments: argparse.Namespace) -> None:
+    admission = revoke(arguments.kit, arguments.name)
     print(
         f"{arguments.name} is revoked since {admission.revoked}; a federation that runs takes note by its "
         f"next round"
@@ -126,27 +134,27 @@ def revoke(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    certificate = kits.server_certificate(arguments.kit)
-    authority = kits.read_authority(arguments.kit)
+    certificate = server_certificate(arguments.kit)
+    authority = read_authority(arguments.kit)
     print(f"authority           valid to {authority.not_valid_after_utc:%Y-%m-%d}")
     print(
         f"server certificate  valid to {certificate.not_valid_after_utc:%Y-%m-%d}, for "
-        f"{', '.join(kits.certificate_names(certificate))}"
+        f"{', '.join(certificate_names(certificate))}"
     )
-    for label, admission in sorted(kits.read_admissions(arguments.kit).items()):
+    for label, admission in sorted(read_admissions(arguments.kit).items()):
         since = f"since {admission.revoked[:10]}" if admission.revoked else f"until {admission.until[:10]}"
         print(f"{label:20}{admission.state} {since}, {admission.fingerprint}")
 
 
 def show_members(arguments: argparse.Namespace) -> None:
-    kits.server_certificate(arguments.kit)
-    print("\n".join(kits.public_lines(arguments.kit)))
+    server_certificate(arguments.kit)
+    print("\n".join(public_lines(arguments.kit)))
 
 
 def check_log(arguments: argparse.Namespace) -> None:
     count, last = verify(arguments.log)
     print(f"{count} lines, each following from the one before it; the last one's SHA-256 is {last}")
-    admissions = kits.read_admissions(arguments.kit)
+    admissions = read_admissions(arguments.kit)
     if admissions:
         keys = {label: [one.public_key, *one.former] for label, one in admissions.items()}
         signed = check_signatures(arguments.log, keys)
@@ -167,8 +175,8 @@ def main() -> None:
     commands = {
         "server": make_server,
         "hospital": make_hospital,
-        "admit": admit,
-        "revoke": revoke,
+        "admit": admit_hospital,
+        "revoke": revoke_hospital,
         "list": show,
         "members": show_members,
         "audit": check_log,

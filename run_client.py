@@ -36,13 +36,8 @@ from federation.runtime.bundle import hospital_code
 from federation.runtime.connection import ServerGone, Watch, refuse, require_kit
 from federation.runtime.expiry import tell_hospital
 from federation.runtime.flower import ask_admission
-from federation.runtime.kit import (
-    CA,
-    HOSPITAL_KEY,
-    hold_kit,
-    hospital_label,
-    read_members,
-)
+from federation.runtime.hospital_kit import hold_kit, hospital_label, read_members
+from federation.runtime.kit import CA, HOSPITAL_KEY
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
 from federation.runtime.proxies import go_direct, leave_out_odd, perhaps_the_proxy, tell_proxies
 from usage import choose_device

@@ -37,9 +37,9 @@ from federation.protocol.settings import (
     TRAINING_OPTIONS,
     FederationSettings,
 )
+from federation.runtime.certificates import server_certificate
 from federation.runtime.gateway import find_nginx
 from federation.runtime.job import prepare_job
-from federation.runtime.kit import server_certificate
 from federation.runtime.processes import is_loopback, parse_address
 from federation.runtime.proxies import leave_out_odd
 from federation.runtime.remembered import Remembered, remembered

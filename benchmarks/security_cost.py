@@ -17,14 +17,10 @@ import tempfile
 from pathlib import Path
 
 from common import ROOT, MedFLError, run_script
-from federation.runtime.kit import (
-    CA,
-    HOSPITAL_PUBLIC,
-    admit,
-    make_authority,
-    make_hospital_key,
-    make_server_certificate,
-)
+from federation.runtime.admissions import admit
+from federation.runtime.certificates import make_authority, make_server_certificate
+from federation.runtime.hospital_kit import make_hospital_key
+from federation.runtime.kit import CA, HOSPITAL_PUBLIC
 from federation.runtime.processes import free_port
 
 HOSPITALS = {"gateway": 2, "secure-aggregation": 3}

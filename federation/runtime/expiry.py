@@ -9,7 +9,9 @@ from cryptography import x509
 
 from federation.protocol.log import say
 from federation.protocol.messages import SOON
-from federation.runtime.kit import CA, read_admissions, read_authority, server_certificate
+from federation.runtime.admissions import read_admissions
+from federation.runtime.certificates import read_authority, server_certificate
+from federation.runtime.kit import CA
 from federation.runtime.processes import is_loopback, parse_address
 
 RENEW, ASK = "renew it before (provision.py)", "ask the coordinator for a new one before"

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import MedFLError, write_json
+from federation.runtime.admissions import read_admissions
 from federation.runtime.flower import Control
-from federation.runtime.kit import HOSPITALS, read_admissions
+from federation.runtime.kit import HOSPITALS
 
 # for the server's app: {node id: label}, {node id: public key}, and {node id: the day on which its admission ends}
 NODES, KEYS, UNTIL = "nodes.json", "keys.json", "until.json"

@@ -16,7 +16,9 @@ import pytest
 from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
 from federation.runtime import bundle, connection, expiry, proxies
-from federation.runtime.kit import admit, hold_kit, make_authority, make_hospital_key, make_server_certificate
+from federation.runtime.admissions import admit
+from federation.runtime.certificates import make_authority, make_server_certificate
+from federation.runtime.hospital_kit import hold_kit, make_hospital_key
 from federation.runtime.processes import is_healthy, is_loopback, no_proxy
 
 

@@ -9,8 +9,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from running import run_here
 
+from common import MedFLError
 from federation.protocol.proofs import sign
-from federation.runtime import kit as kits
+from federation.runtime import admissions
 from federation.server.audit import ENDS, AuditLog
 
 UNTIL = "2999-01-01T00:00:00+00:00"
@@ -31,8 +32,10 @@ class Run:
         self.kit, self.path = folder / "kit", folder / "models" / "audit.jsonl"
         self.kit.mkdir(mode=0o700)
         self.keys = {label: ec.generate_private_key(ec.SECP384R1()) for label in ("hope", "mercy")}
-        admitted = {label: kits.Admission(public(key), UNTIL, UNTIL) for label, key in self.keys.items()}
-        kits.write_admissions(self.kit, admitted)
+        admitted = {
+            label: admissions.Admission(public(key), UNTIL, UNTIL) for label, key in self.keys.items()
+        }
+        admissions.write_admissions(self.kit, admitted)
         self.log = AuditLog(self.path, self.kit / ENDS)
         self.log.write("start", keys=True, resumed=False)
         for number in (1, 2):
@@ -137,16 +140,16 @@ def test_a_log_of_another_form_ends_in_no_traceback(ran):
 
 def test_updates_of_a_former_key_are_still_known_and_the_key_is_not_admitted_again(ran):
     new = public(ec.generate_private_key(ec.SECP384R1()))
-    former = kits.read_admissions(ran.kit)["mercy"].public_key
-    kits.revoke(ran.kit, "mercy")
-    kits.admit(ran.kit, f"{new} mercy", 1)
-    assert kits.read_admissions(ran.kit)["mercy"].former == [former]
+    former = admissions.read_admissions(ran.kit)["mercy"].public_key
+    admissions.revoke(ran.kit, "mercy")
+    admissions.admit(ran.kit, f"{new} mercy", 1)
+    assert admissions.read_admissions(ran.kit)["mercy"].former == [former]
     assert ran.audit().returncode == 0
     line = ran.kit.parent / "former.pub"
     line.write_text(f"{former} mercy\n", encoding="utf-8")
-    with pytest.raises(kits.MedFLError, match="was revoked"):
-        kits.admit(ran.kit, line.read_text(encoding="utf-8"), 1)
-    assert datetime.fromisoformat(kits.read_admissions(ran.kit)["mercy"].until) > datetime.now(UTC)
+    with pytest.raises(MedFLError, match="was revoked"):
+        admissions.admit(ran.kit, line.read_text(encoding="utf-8"), 1)
+    assert datetime.fromisoformat(admissions.read_admissions(ran.kit)["mercy"].until) > datetime.now(UTC)
 
 
 def test_what_was_not_looked_at_is_said(ran, tmp_path):

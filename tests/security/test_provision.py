@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from common import MedFLError
-from federation.runtime import kit as kits
+from federation.runtime import admissions, certificates, hospital_kit
 
 
 def private(path) -> bool:
@@ -20,15 +20,15 @@ def private(path) -> bool:
 
 def test_from_nothing_to_a_consortium_in_three_commands(consortium):
     mercy = consortium.hospital("mercy")
-    certificate = kits.server_certificate(consortium.kit)
-    assert {"fl.example.org", "localhost", "127.0.0.1"} <= set(kits.certificate_names(certificate))
+    certificate = certificates.server_certificate(consortium.kit)
+    assert {"fl.example.org", "localhost", "127.0.0.1"} <= set(certificates.certificate_names(certificate))
     assert isinstance(certificate.public_key().curve, ec.SECP384R1)
-    assert kits.hospital_label(mercy) == "mercy"
+    assert hospital_kit.hospital_label(mercy) == "mercy"
     secrets = [consortium.kit / name for name in ("ca.key", "server.key", "hospitals.json")]
     for path in (*secrets, mercy / "hospital.key"):
         assert os.name == "nt" or private(path), path
     listed = consortium.provision("list", "--kit", consortium.kit).stdout
-    fingerprint = kits.read_admissions(consortium.kit)["mercy"].fingerprint
+    fingerprint = admissions.read_admissions(consortium.kit)["mercy"].fingerprint
     assert (
         "mercy" in listed
         and fingerprint in listed
@@ -47,7 +47,7 @@ def test_the_printed_fingerprint_is_that_of_ssh_keygen(consortium):
     done = consortium.provision("hospital", "--name", "mercy", "--kit", consortium.folder / "mercy")
     line = (consortium.folder / "mercy" / "hospital.pub").read_text()
     assert line.strip() in done.stdout and line.split()[2] == "mercy"
-    assert kits.Admission(" ".join(line.split()[:2]), "", "").fingerprint in done.stdout
+    assert admissions.Admission(" ".join(line.split()[:2]), "", "").fingerprint in done.stdout
 
 
 def test_nothing_is_overwritten_and_a_renewed_certificate_keeps_the_authority(consortium):
@@ -61,7 +61,7 @@ def test_nothing_is_overwritten_and_a_renewed_certificate_keeps_the_authority(co
     assert bad.returncode == 2 and "no name and no address" in bad.stderr
     assert {path: path.read_bytes() for path in before} == before
     consortium.provision("server", "--host", "x.org", "--renew", "--kit", consortium.kit)
-    assert "x.org" in kits.certificate_names(kits.server_certificate(consortium.kit))
+    assert "x.org" in certificates.certificate_names(certificates.server_certificate(consortium.kit))
     assert (consortium.kit / "ca.pem").read_bytes() == before[consortium.kit / "ca.pem"]
     assert (consortium.kit / "former-server.pem").read_bytes() == before[consortium.kit / "server.pem"]
 
@@ -87,7 +87,7 @@ def test_a_label_and_a_key_belong_together(consortium):
     consortium.provision(
         "admit", other / "hospital.pub", *admit
     )  # a new key for the label whose old one is revoked
-    assert kits.read_admissions(consortium.kit)["mercy"].state == "admitted"
+    assert admissions.read_admissions(consortium.kit)["mercy"].state == "admitted"
     assert "is not in" in refused(consortium, "revoke", "nobody", *admit)
     for content in (
         "ssh-ed25519 AAAA mercy",
@@ -107,66 +107,69 @@ def test_an_admission_ends_by_itself(consortium):
     content = json.loads(path.read_text())
     content["hospitals"]["mercy"]["until"] = "2020-01-01T00:00:00+00:00"
     path.write_text(json.dumps(content))
-    assert kits.read_admissions(consortium.kit)["mercy"].state == "expired"
+    assert admissions.read_admissions(consortium.kit)["mercy"].state == "expired"
     assert "expired until 2020-01-01" in consortium.provision("list", "--kit", consortium.kit).stdout
     path.write_text("{")
     with pytest.raises(MedFLError, match="is damaged"):
-        kits.read_admissions(consortium.kit)
+        admissions.read_admissions(consortium.kit)
 
 
 def test_files_that_are_missing_expired_or_of_another_kit_are_told(consortium, tmp_path, monkeypatch):
     other = type(consortium)(tmp_path / "other")
     (consortium.kit / "server.key").write_bytes((other.kit / "server.key").read_bytes())
     with pytest.raises(MedFLError, match="is not the key of"):
-        kits.server_certificate(consortium.kit)
+        certificates.server_certificate(consortium.kit)
     for name in ("server.pem", "server.key"):
         (consortium.kit / name).write_bytes((other.kit / name).read_bytes())
     with pytest.raises(MedFLError, match="not made by the authority"):
-        kits.server_certificate(consortium.kit)
+        certificates.server_certificate(consortium.kit)
 
     class Later(datetime.datetime):
         @classmethod
         def now(cls, zone=None):
             return super().now(zone) + datetime.timedelta(days=400)
 
-    monkeypatch.setattr(kits, "datetime", Later)
+    monkeypatch.setattr(certificates, "datetime", Later)
     with pytest.raises(MedFLError, match="check this machine's clock"):
-        kits.server_certificate(other.kit)
+        certificates.server_certificate(other.kit)
     monkeypatch.undo()
     (other.kit / "server.pem").write_text("no certificate")
     with pytest.raises(MedFLError, match="is no certificate"):
-        kits.server_certificate(other.kit)
+        certificates.server_certificate(other.kit)
     (other.kit / "server.pem").unlink()
     with pytest.raises(MedFLError, match="there is no"):
-        kits.server_certificate(other.kit)
+        certificates.server_certificate(other.kit)
 
 
 def test_a_hospitals_kit_is_checked(consortium):
     mercy, hope = consortium.hospital("mercy"), consortium.hospital("hope")
     (mercy / "hospital.pub").write_bytes((hope / "hospital.pub").read_bytes())
     with pytest.raises(MedFLError, match="don't belong together"):
-        kits.hospital_label(mercy)
+        hospital_kit.hospital_label(mercy)
     (hope / "ca.pem").unlink()
     with pytest.raises(MedFLError, match="ask the coordinator"):
-        kits.hospital_label(hope)
+        hospital_kit.hospital_label(hope)
     third = consortium.hospital("third")
     if os.name == "posix":
         (third / "hospital.key").chmod(0o644)
         with pytest.raises(MedFLError, match="others can read"):
-            kits.hospital_label(third)
+            hospital_kit.hospital_label(third)
     (third / "hospital.key").write_text("no key")
     (third / "hospital.key").chmod(0o600)
     with pytest.raises(MedFLError, match="is no private key"):
-        kits.hospital_label(third)
+        hospital_kit.hospital_label(third)
     other = ed25519.Ed25519PrivateKey.generate()
     pem = other.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     (third / "hospital.key").write_bytes(pem)
     with pytest.raises(MedFLError, match="a key of another kind"):
-        kits.hospital_label(third)
+        hospital_kit.hospital_label(third)
 
 
 def test_the_authority_signs_nothing_but_servers(consortium):
-    authority, server = kits.read_authority(consortium.kit), kits.server_certificate(consortium.kit)
+    authority, server = (
+        certificates.read_authority(consortium.kit),
+        certificates.server_certificate(consortium.kit),
+    )
     assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value == x509.BasicConstraints(
         True, 0
     )
@@ -177,10 +180,10 @@ def test_members_of_a_consortium_are_read_and_damaged_lists_refused(consortium):
     """What `provision.py members` prints is what hospitals put into their kits."""
     anna, bert = consortium.hospital("anna"), consortium.hospital("bert")
     printed = consortium.provision("members", "--kit", consortium.kit).stdout
-    assert kits.read_members(anna) is None
+    assert hospital_kit.read_members(anna) is None
     (anna / "members.pub").write_text(f"# compared by telephone\n{printed}", encoding="utf-8")
     lines = [(kit / "hospital.pub").read_text().split() for kit in (anna, bert)]
-    assert kits.read_members(anna) == {label: f"{kind} {key}" for kind, key, label in lines}
+    assert hospital_kit.read_members(anna) == {label: f"{kind} {key}" for kind, key, label in lines}
     for damaged, sentence in (
         (printed.replace(lines[0][1], lines[1][1]), "two keys of anna"),
         (printed.replace(lines[1][1], lines[0][1]), "one key for two hospitals"),
@@ -188,4 +191,4 @@ def test_members_of_a_consortium_are_read_and_damaged_lists_refused(consortium):
     ):
         (anna / "members.pub").write_text(damaged, encoding="utf-8")
         with pytest.raises(MedFLError, match=sentence):
-            kits.read_members(anna)
+            hospital_kit.read_members(anna)

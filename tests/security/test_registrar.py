@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common import MedFLError
-from federation.runtime.kit import read_admissions
+from federation.runtime.admissions import read_admissions
 from federation.runtime.registrar import NODES, UNTIL, Registrar
 
 

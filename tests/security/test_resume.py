@@ -9,7 +9,7 @@ import torch
 from scripted import Worker, federate, make_fast
 
 from common import MedFLError
-from federation.runtime import kit as kits
+from federation.runtime import certificates, hospital_kit
 from federation.server.state import LAST, claim, finish_keeping, load_run
 
 
@@ -79,11 +79,11 @@ def test_one_server_at_a_time_writes_into_a_folder(tmp_path):
 )
 def test_a_kit_that_others_can_read_or_change_is_refused(consortium, name, mode, sentence):
     mercy = consortium.hospital("mercy")
-    assert kits.server_certificate(consortium.kit) and kits.hospital_label(mercy) == "mercy"
+    assert certificates.server_certificate(consortium.kit) and hospital_kit.hospital_label(mercy) == "mercy"
     (consortium.kit / name).chmod(mode)
     with pytest.raises(MedFLError, match=sentence):
-        kits.server_certificate(consortium.kit)
+        certificates.server_certificate(consortium.kit)
     if name in ("ca.pem", ""):
         (mercy / name).chmod(mode)
         with pytest.raises(MedFLError, match=sentence):
-            kits.hospital_label(mercy)
+            hospital_kit.hospital_label(mercy)

@@ -23,7 +23,7 @@ from federations import BEST, DEADLINE, SMALL, Scene, Script, child_of, children
 from running import ROOT, change
 from test_trouble import own_folder
 
-from federation.runtime import kit as kits
+from federation.runtime import certificates
 
 PARTS = {"mercy": slice(0, 3), "hope": slice(3, 6), "grace": slice(6, 8), "charity": slice(8, 10)}
 MANY = 1000  # rounds, more than there is time for
@@ -290,7 +290,7 @@ class Week:
         """The server does not start with a certificate that has ended, and says how to make another."""
         self.day("a certificate ends")
         self.stop("server")
-        kits.make_server_certificate(self.consortium.kit, ["fl.example.org"], 0, renew=True)
+        certificates.make_server_certificate(self.consortium.kit, ["fl.example.org"], 0, renew=True)
         refused = self.start("server")
         assert refused.end() == 2 and "provision.py server --renew" in refused.output, refused.output
         self.consortium.provision(
