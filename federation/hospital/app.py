@@ -3,39 +3,33 @@ it."""
 
 import contextlib
 import errno
-import json
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, date, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from common import DISK_FULL, MedFLError, counted, in_words, write_json
+from common import DISK_FULL, MedFLError, in_words, write_json
 from federation.hospital.hospital import Hospital, HospitalError
 from federation.hospital.identity import ENDED, WAITING, Identity
+from federation.hospital.joining import check_consent, introduce
 from federation.hospital.keeping import keep_model
-from federation.hospital.rehearsal import round_seconds
+from federation.hospital.secure_stages import fix_run, masked, refusing, secure_stage
 from federation.hospital.status import shown
 from federation.hospital.sums import Sums
-from federation.protocol.answers import Facts, Introduction, Kind, Part, Result, Tested, Trained, Typed, parse
+from federation.protocol.answers import Kind, Result, Tested, Trained, Typed, parse
 from federation.protocol.log import say
-from federation.protocol.messages import ENDS, SOON, End, Failure, Query, message, read
+from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.proofs import sign_answer
 from federation.protocol.requests import QUERIES, Agree, Join, Keys, Model, Over, Score, Shares, Train, Unmask
-from federation.protocol.secure_aggregation import Party, WrongShares, sha256_of
-from federation.protocol.settings import approval, from_json, unusual
+from federation.protocol.settings import from_json
 from federation.protocol.weights import Record, array_record, to_record
 from transunet import TransUNet
 
 MEMORY = "model.pt"
-# the record in Flower's memory of this hospital, where secrets of a round are kept between its messages
-SECRETS = "secure"
 
 Handle = Callable[[Message, Context], Message]
 Before = Callable[[Message, Context, Handle], Message]
@@ -160,18 +154,6 @@ def query_of(about: dict) -> Typed:
     return request(kind, about)
 
 
-def check_consent(settings: str, identity: Identity) -> None:
-    """Raises HospitalError where this hospital has not approved its code with these settings, as messages
-    carry them."""
-    wanted = approval(identity.code, settings)
-    if identity.approved is not None and wanted not in identity.approved:
-        raise HospitalError(
-            Failure.CONSENT,
-            f"code and settings {wanted} are not approved (settings: {unusual(settings)}); "
-            f"if you agree to them, start again with --approve {wanted}",
-        )
-
-
 def app_for(code: str) -> ClientApp:
     """The app for messages of a server whose bundle has this SHA-256: this one, or, if it is not the bundle
     that the MedFL here makes, one that does nothing and says so."""
@@ -244,75 +226,6 @@ def guard(incoming: Message, context: Context, handle: Handle, identity: Identit
     return Message(message({**failed(failure, identity), **of}), reply_to=incoming)
 
 
-def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital]) -> Introduction | Facts:
-    """Who this hospital is and what it holds. hospital: makes the hospital, which takes its data in."""
-    if identity.cid is not None and identity.cid >= asked.hospitals:
-        return identity.introduction()  # there is no such share; the server says so
-    ours, theirs = identity.introduction().versions["torch"], asked.versions.get("torch")
-    if ours != theirs:
-        say(
-            f"this hospital runs torch {ours} and the server {theirs}; that is allowed, and figures may "
-            f"differ a little"
-        )
-    if ending := ends_soon(asked.until):
-        say(ending)
-    mine = hospital()
-    say(f"code and settings: {approval(identity.code, asked.settings)} (settings: {unusual(asked.settings)})")
-    facts = mine.facts()
-    parts = facts.parts
-    if warning := mine.data.without_tumour():
-        say(warning)
-    if identity.role == "check":
-        seconds, most = round_seconds(mine), mine.federation.round_timeout
-        say(
-            f"a round will take about {seconds:.0f} s here, of the {most:.0f} s that the server waits"
-            + (": it would be left out; ask the coordinator for a longer --round-timeout" * (seconds > most))
-        )
-        return facts
-    next_step = "waiting for the first round"
-    if not mine.federation.rounds:
-        next_step = "the server has a model scored on the test patients; nothing is trained"
-    else:
-        kept = mine.federation.withhold_model or mine.federation.pretraining
-        say(f"at the end the federation's model {'stays at the server' if kept else 'comes here'}")
-        next_step += " (it only observes: nothing is trained here)" * (identity.role == "observe")
-    say(f"joined as {identity.label}: {facts.data}, {what_trains(mine, parts)}; {next_step}")
-    if mine.budget:
-        noise = mine.planned_noise(asked.run)
-        noise_said = "" if noise is None else f"noise of {noise:.3g} clips; "
-        say(
-            f"promised to the patients: epsilon {mine.budget.epsilon:g} at delta {mine.budget.delta:g}, of "
-            f"which {mine.budget.spent:.3g} is spent; {noise_said}only the last layers are trained, and the "
-            "server gets no scores"
-        )
-    return facts
-
-
-def ends_soon(until: str) -> str | None:
-    """A sentence where this hospital's admission ends within 30 days. until: the day, ISO 8601, or empty."""
-    try:
-        left = date.fromisoformat(until) - datetime.now(UTC).date()
-    except ValueError:  # none, or no day of any year
-        return None
-    if left > SOON:
-        return None
-    days = counted(max(left.days, 0), "day")
-    return (
-        f"this hospital's admission ends on {until}, in {days}; ask the coordinator to admit it again before"
-    )
-
-
-def what_trains(hospital: Hospital, parts: dict[str, Part]) -> str:
-    """Who trains, validates and tests here, in words."""
-    if hospital.federation.pretraining:
-        train = parts["train"]
-        return f"pretraining on {counted(train.slices, 'slice')} of {counted(train.patients, 'volume')}, no masks"
-    return (
-        f"patients: {parts['train'].patients} train, {parts['val'].patients} validate, "
-        f"{parts['test'].patients} kept for the test"
-    )
-
-
 def tested(hospital: Hospital, model: TransUNet) -> Tested:
     """What is told of a model's score on the patients that were kept for the test."""
     score = hospital.score(model, "test")
@@ -344,77 +257,6 @@ def one_round(task: Train, hospital: Hospital, arrays: Record) -> tuple[Trained,
         "round": task.round,
     }
     return Trained(**told), update
-
-
-@contextmanager
-def party(context: Context) -> Iterator[Party]:
-    """This hospital's part in the secure aggregation; what becomes of it is kept. Steps that it refuses
-    become HospitalErrors."""
-    mine = (
-        Party(**json.loads(str(context.state.config_records[SECRETS]["json"])))
-        if SECRETS in context.state
-        else Party()
-    )
-    try:
-        yield mine
-    except WrongShares as error:
-        raise HospitalError(Failure.PROTOCOL, str(error), of=str(error.node)) from error
-    except MedFLError as error:
-        raise HospitalError(Failure.PROTOCOL, str(error)) from error
-    finally:
-        context.state[SECRETS] = ConfigRecord({"json": json.dumps(mine.kept())})
-
-
-@contextmanager
-def refusing(failure: Failure = Failure.PROTOCOL) -> Iterator[None]:
-    """Steps that this hospital refuses become HospitalErrors."""
-    try:
-        yield
-    except MedFLError as error:
-        raise HospitalError(failure, str(error)) from error
-
-
-def fix_run(run: str, sums: Sums) -> None:
-    """Join a run with secure aggregation, and no other until this hospital is started again."""
-    with refusing(Failure.CONSENT):
-        sums.join(run)
-
-
-def secure_stage(asked: Keys | Shares | Agree | Unmask, node: int, context: Context, sums: Sums) -> dict:
-    """What is told in a stage of the secure aggregation that brings no update."""
-    if isinstance(asked, Keys | Shares):
-        with refusing():
-            sums.check_run(asked.run)
-    with party(context) as mine:
-        if isinstance(asked, Keys):
-            keys = mine.keys(node)
-            return {"keys": keys, "signature": sums.signature(asked.run, asked.round, keys)}
-        if isinstance(asked, Shares):
-            sealed = mine.share(*sums.participants(asked), [asked.run, asked.round])
-            return {"sealed": sealed, "promised": mine.promised, "seed": sha256_of(mine.seed)}
-        mine.given = sums.given()
-        if isinstance(asked, Agree):
-            return {"codes": mine.agree(asked.summed, asked.missing)}
-        shares = mine.reveal(asked.summed, asked.missing, asked.agreed)
-        sums.remember(mine.given)
-        return {"shares": shares}
-
-
-def masked(
-    task: Train, update: torch.Tensor, examples: int, limit: float, context: Context, model: str
-) -> np.ndarray:
-    """The weighted update under its masks, (n,) uint32. model: SHA-256 of the weights that came. Raises
-    HospitalError where the message does not say what is needed."""
-    if task.sealed is None or not task.most:
-        raise HospitalError(
-            Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares"
-        )
-    share = min(1.0, examples / task.most)
-    # what decides how far an update goes is told to all alike: with next to no rate for the others, the sum would
-    # be one hospital's update
-    of = [task.run, task.round, task.most, model, task.settings, task.rate]
-    with party(context) as mine:
-        return mine.masked(task.sealed, update, share, limit, of, task.promised)
 
 
 app = make_app()

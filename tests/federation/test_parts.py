@@ -16,9 +16,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 import federation.server.history
 from common import ROOT, MedFLError, __version__
-from federation.hospital.app import ends_soon, guard
+from federation.hospital.app import guard
 from federation.hospital.hospital import HospitalError
 from federation.hospital.identity import Identity
+from federation.hospital.joining import ends_soon
 from federation.hospital.training import proximal_pull
 from federation.protocol.answers import Trained, parse
 from federation.protocol.messages import Failure, message, read

@@ -18,9 +18,9 @@ from in_process import RealHospital
 
 import federation.server.secure_round
 from common import MedFLError
-from federation.hospital.app import masked, secure_stage
 from federation.hospital.hospital import HospitalError
 from federation.hospital.identity import Identity
+from federation.hospital.secure_stages import masked, secure_stage
 from federation.hospital.sums import Sums
 from federation.protocol.messages import message
 from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask

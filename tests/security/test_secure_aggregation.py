@@ -26,14 +26,18 @@ def watched(home, phantoms, tmp_path_factory):
     root, notes = copy_of_medfl(folder / "medfl"), folder / "notes"
     notes.mkdir()
     app, rounds = (
-        root / "federation" / "hospital" / "app.py",
+        root / "federation" / "hospital" / "secure_stages.py",
         root / "federation" / "server" / "secure_round.py",
     )
     change(
         app,
         "def secure_stage(",
-        f"""def die_in(stage: str) -> None:
-    import os
+        f"""import os
+from pathlib import Path
+from federation.hospital.identity import Identity
+
+
+def die_in(stage: str) -> None:
     if Identity.load(Path()).label == "hospital-3":
         with open({str(notes / "stages")!r}, "a") as file:
             file.write(stage + " ")
