@@ -10,8 +10,8 @@ import pytest
 from running import ROOT, run_script
 
 from dataset import load_dataset
+from deployment.app.card import PHANTOM_MODEL
 
-BEST = "transunet_centralized_best.pth"
 PAGE = ROOT / "deployment" / "browser"
 VIEWER = ROOT / "deployment" / "viewer" / "dist" / "viewer.js"
 
@@ -60,13 +60,13 @@ def ask(node, tmp_path_factory):
     return asked
 
 
-@pytest.fixture(scope="module")
-def staged(node, trained, tmp_path_factory):
+@pytest.fixture(scope="session")
+def staged(node, home, tmp_path_factory):
     from checkpoint import load_checkpoint
     from deployment.staging import stage_browser
 
     folder = tmp_path_factory.mktemp("browser") / "staged"
-    stage_browser(load_checkpoint(trained / BEST), folder=folder)
+    stage_browser(load_checkpoint(PHANTOM_MODEL), folder=folder)
     return folder
 
 
@@ -95,9 +95,9 @@ def address(staged, serve) -> str:
 
 
 @pytest.fixture(scope="module")
-def patient(phantoms, trained, tmp_path_factory):
+def patient(phantoms, tmp_path_factory):
     """A patient's slices and masks, and the folder of masks that predict.py writes for the slices."""
     one = load_dataset(phantoms, progress=False).patients[0]
     out = tmp_path_factory.mktemp("predicted")
-    assert run_script("predict.py", *one.images, "--checkpoint", trained / BEST, "--out", out).returncode == 0
+    assert run_script("predict.py", *one.images, "--checkpoint", PHANTOM_MODEL, "--out", out).returncode == 0
     return one, out

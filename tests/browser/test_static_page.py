@@ -18,9 +18,9 @@ from uploads import picture
 
 from checkpoint import load_checkpoint
 from common import __version__, git_commit
+from deployment.app.card import PHANTOM_MODEL
 
 pytestmark = pytest.mark.slow
-BEST = "transunet_centralized_best.pth"
 
 
 @pytest.fixture(params=WIDTHS)
@@ -100,7 +100,7 @@ def test_slices_give_predicts_masks_and_the_controls_work(page, patient):
     page.get_by_text("Try a sample").wait_for()
 
 
-def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patient, trained, tmp_path):
+def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patient, tmp_path):
     page = opened(browser, address)
     page.get_by_text("Ready.").wait_for()
     one, predicted = patient
@@ -141,7 +141,7 @@ def test_a_zip_a_nifti_and_a_folder_give_the_same_masks(browser, address, patien
     choose(page, [one.images[3]])  # alone, as predict.py reads it alone
     shown(page, 1)
     assert (
-        run_script("predict.py", one.images[3], "--checkpoint", trained / BEST, "--out", tmp_path).returncode
+        run_script("predict.py", one.images[3], "--checkpoint", PHANTOM_MODEL, "--out", tmp_path).returncode
         == 0
     )
     _, content = fetched(page, "Mask of this slice (PNG)")
@@ -193,8 +193,8 @@ def test_on_a_graphics_card_the_masks_are_the_same(launch, address, patient):
     chromium.close()
 
 
-def test_the_page_says_which_version_it_is(page, trained):
-    checkpoint = load_checkpoint(trained / BEST)
+def test_the_page_says_which_version_it_is(page):
+    checkpoint = load_checkpoint(PHANTOM_MODEL)
     said = page.locator("#version").inner_text()
     commit = git_commit() or "unknown"
     assert said == f"MedFL {__version__}, commit {commit[:12]}; model {checkpoint.sha256()[:12]} (SHA-256)"
