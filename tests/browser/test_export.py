@@ -239,10 +239,8 @@ def test_what_a_static_space_gets_is_shown_and_nothing_else_is_in_it(node):
     assert sum(sizes.values()) - card + 12.8e6 < 31e6  # what is loaded where there is no graphics card
 
 
-def test_the_script_writes_the_file_and_says_how_far_it_is(tmp_path):
-    done = run_script(
-        "deployment/export_onnx.py", "--checkpoint", PHANTOM_MODEL, "--out", tmp_path / "m.onnx"
-    )
+def test_the_script_writes_the_file_and_says_how_far_it_is(built, tmp_path):
+    done = run_here("deployment/export_onnx.py", "--checkpoint", PHANTOM_MODEL, "--out", tmp_path / "m.onnx")
     assert (
         done.returncode == 0
         and "mask pixels differ" in done.stdout

@@ -6,10 +6,9 @@ import re
 import signal
 
 import pytest
-from federations import BEST, SMALL, Scene, Script, history
+from federations import SMALL, Scene, Script, history
 from running import run_here
 
-from checkpoint import load_checkpoint
 from common import MedFLError
 from federation.runtime import simulation
 
@@ -17,36 +16,17 @@ SERVER = ("run_server.py", "--simulate", 3, *SMALL)
 
 
 @pytest.mark.slow
-def test_one_core_serves_all_hospitals(scene: Scene, phantoms):
-    server = Script(
-        scene.folder,
-        "server",
-        *SERVER,
-        "--data-dir",
-        phantoms,
-        "--out",
-        scene.out,
-        "--rounds",
-        2,
-        "--cores",
-        1,
-    )
-    scene.scripts.append(server)
-    assert server.end() == 0, server.output
-    assert len(set(re.findall(r"ClientAppActor pid=(\d+)", server.output))) == 1
-    assert load_checkpoint(scene.out / BEST).metadata["origin"]["hospitals"] == 3
-    assert len([row for row in history(scene.out) if row["round"] == "2"]) == 3
-
-
-@pytest.mark.slow
-def test_stopped_by_ctrl_c_it_goes_on_with_resume(scene: Scene, phantoms):
-    options = (*SERVER, "--data-dir", phantoms, "--out", scene.out)
+def test_one_core_serves_all_hospitals_and_a_stopped_run_goes_on(scene: Scene, phantoms):
+    """To its end a simulation comes in test_runs.py."""
+    options = (*SERVER, "--data-dir", phantoms, "--out", scene.out, "--cores", 1)
     server = Script(scene.folder, "server", *options, "--rounds", 30)
     scene.scripts.append(server)
     server.wait_for(r"round 1 of 30: [\d.]+ s")
     server.process.send_signal(signal.SIGINT)
     assert server.end() == 130, server.output
+    assert len(set(re.findall(r"ClientAppActor pid=(\d+)", server.output))) == 1
     done = int(history(scene.out)[-1]["round"])
+    assert len([row for row in history(scene.out) if row["round"] == str(done)]) == 3
     again = Script(scene.folder, "again", *options, "--resume")
     scene.scripts.append(again)
     again.wait_for(r"going on after round \d+ of 30")

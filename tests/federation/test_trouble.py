@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from federations import LAST, ROOT, SMALL, Wiretap, child_of, children, history, left_running, signal_tree
+from running import run_here
 
 from dataset import load_dataset
 
@@ -49,7 +50,7 @@ def takes_part_again(hospital) -> None:
 
 
 def test_a_lost_quorum_ends_with_3_everywhere(scene, phantoms):
-    server = scene.server("--rounds", 1000, "--round-timeout", 30, "--min-clients", 2, *SMALL)
+    server = scene.server("--rounds", 1000, "--round-timeout", 15, "--min-clients", 2, *SMALL)
     stays, leaves = [scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms) for k in (0, 1)]
     server.wait_for("round 1 of 1000: ")
     leaves.process.send_signal(signal.SIGTERM)
@@ -144,16 +145,17 @@ def test_who_is_refused_is_told_why(scene, phantoms, tmp_path):
 
 def test_check_looks_at_data_and_connection_alone(scene, phantoms, tmp_path):
     options = ("--cid", 0, "--data-dir", phantoms, "--check")
-    alone = scene.hospital("alone", *options)
-    assert alone.end() == 2 and "the data are fine, but no server answers" in alone.output
+    client = ("run_client.py", "--server", "127.0.0.1:9")
+    alone = run_here(*client, *options, cwd=tmp_path)
+    assert alone.returncode == 2 and "the data are fine, but no server answers" in alone.stderr
     server = scene.server(*SMALL)
     server.wait_for("listening on")
     check = scene.hospital("check", *options)
     assert check.end() == 0 and "nothing was trained" in check.output
-    impatient = scene.hospital("impatient", *options[:-1], "--wait", 2, address="127.0.0.1:9")
-    assert impatient.end() == 2 and "wait longer with --wait" in impatient.output
+    impatient = run_here(*client, *options[:-1], "--wait", 2, cwd=tmp_path)
+    assert impatient.returncode == 2 and "wait longer with --wait" in impatient.stderr
     (tmp_path / "broken" / "a").mkdir(parents=True)
     (tmp_path / "broken" / "a" / "1.tif").write_bytes(b"no picture")
-    broken = scene.hospital("broken", "--own-data", tmp_path / "broken", "--name", "broken")
-    assert broken.end() == 2 and "has no mask" in broken.output
+    broken = run_here(*client, "--own-data", tmp_path / "broken", "--name", "broken", cwd=tmp_path)
+    assert broken.returncode == 2 and "has no mask" in broken.stderr
     assert json.dumps(children(tmp_path)).count("supernode") == 0
