@@ -247,7 +247,7 @@ def test_the_script_writes_the_file_and_says_how_far_it_is(built, tmp_path):
         and "largest difference of a probability" in done.stdout
     )
     assert onnxruntime.InferenceSession(tmp_path / "m.onnx").get_outputs()[0].name == "probability"
-    done = run_here(
+    done = run_script(
         "deployment/export_onnx.py", "--checkpoint", tmp_path / "none.pth", "--out", tmp_path / "n.onnx"
     )
     assert done.returncode == 2 and not (tmp_path / "n.onnx").exists()

@@ -175,10 +175,10 @@ def test_a_round_tells_a_line_a_minute(hospital, monkeypatch):
     assert said[0].startswith("round 1: step 1 of ")
 
 
-def test_one_hospital_learns_what_the_central_loop_learns(federate, phantoms):
+def test_one_hospital_learns_what_the_central_loop_learns(federate, phantoms, tmp_path):
     """Bit for bit: nothing is lost by federating as such."""
     alone = {"val_fraction": VAL_FRACTION, "clients": 1}
-    hospitals = [LocalHospital(phantoms.parent / "alone", 0, phantoms)]
+    hospitals = [LocalHospital(tmp_path, 0, phantoms)]
     state, _, _ = federate(2, {"ema_decay": 0.0}, hospitals=hospitals, **alone)
     dataset = load_dataset(phantoms, progress=False)
     split = make_split({p.name: p.site for p in dataset.patients}, 0)
