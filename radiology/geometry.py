@@ -11,16 +11,11 @@ import numpy as np
 import SimpleITK as sitk
 
 from common import MedFLError
+from scans.field_of_view import DISTANCE, find_head
 from scans.orientation import closest_axes
 
 SIDE = 256  # pixels, of the dataset's slices
 AS_ACQUIRED = 20.0  # degrees; slices tilted less, as technicians do along the skull's base, stay as they are
-DISTANCE = 3.0  # mm between slices where they have to be made by resampling; the dataset's lie between about 1.5 and 6
-# A field of view is cropped to the head where it is taller than TALL mm, or wider than WIDE times the head with
-# AROUND mm on both sides. HEAD: mm from the crown down that count as the head, as FSL's robustfov has it.
-TALL, WIDE, AROUND, HEAD = 190.0, 1.35, 10.0, 170.0
-COARSE, LEAST_HEAD = 4.0, 0.01  # mm of the voxels in which the head is looked for; its least share of them
-SMALLEST = 100.0  # mm; no head is shorter, a newborn's is 110: what is may be a bright tumour, and nothing is cropped
 LOW, HIGH, BRIGHT = (
     0.5,
     99.9,
@@ -59,58 +54,27 @@ def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
         np.abs(np.array(image.GetDirection()).reshape(3, 3)[:, 2]).argmax()
     )  # the axis that the slices follow
     if across == 2 and tilt <= AS_ACQUIRED:
-        head, cropped = _head(oriented, tall=np.inf)
+        head, cropped = _head(oriented, is_axial=True)
         told = [f"acquired {tilt:.0f} degrees off the scanner's axes, and left so"] if tilt >= 1 else []
-        return resample(oriented, _square_grid(head)), ", ".join(told + cropped) or None
+        return resample(oriented, _square_grid(head)), ", ".join([*told, *cropped]) or None
     name = ("sagittal", "coronal", "axial")[across]
-    head, cropped = _head(oriented, tall=TALL)
+    head, cropped = _head(oriented, is_axial=False)
     told = [f"acquired {name}", *([f"{tilt:.0f} degrees off the scanner's axes"] if tilt >= 1 else [])]
     told += ["and resampled to axial", *cropped]
     return resample(oriented, _axial_grid(head)), ", ".join(told)
 
 
-def _head(oriented: sitk.Image, tall: float) -> tuple[sitk.Image, list[str]]:
+def _head(oriented: sitk.Image, is_axial: bool) -> tuple[sitk.Image, tuple[str, ...]]:
     """Where the head lies in an image whose axes lead to the left, the back and the head, as an empty image, and
-    what is to be told: all of the image where its field of view is not much larger. tall: mm from which on the
-    neck goes."""
-    size, spacing = np.array(oriented.GetSize()), np.array(oriented.GetSpacing())
-    there = _foreground(oriented)
-    if there is None:
-        return oriented, []
-    step = np.array(there.GetSpacing()) / spacing  # voxels of the image in one in which it was looked for
-    shown = sitk.GetArrayViewFromImage(there) > 0  # (slices, rows, columns)
-    crown = float(np.flatnonzero(shown.any(axis=(1, 2))).max() + 1) * step[2] * spacing[2]
-    low, high, told = np.zeros(3), size.astype(float), []
-    if size[2] * spacing[2] > tall:
-        low[2] = max(0.0, (crown - HEAD) / spacing[2])
-        high[2] = min(size[2], (crown + AROUND) / spacing[2])
-        told.append(f"cropped to {HEAD:.0f} mm from the crown down")
-    near = shown[int(max(0.0, (crown - HEAD) / (step[2] * spacing[2]))) :]
-    box = [
-        np.flatnonzero(near.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]] for axis in (2, 1)
-    ]  # columns, rows
-    edges = np.array([[first, last + 1] for first, last in box]) * (step * spacing)[:2, None]  # mm
-    side = float((edges[:, 1] - edges[:, 0]).max()) + 2 * AROUND
-    if side - 2 * AROUND >= SMALLEST and max(size[:2] * spacing[:2]) > WIDE * side:
-        middle = edges.mean(axis=1)
-        low[:2] = ((middle - side / 2) / spacing[:2]).clip(0)
-        high[:2] = np.minimum((middle + side / 2) / spacing[:2], size[:2])
-        told.append(f"cropped to the head, {side:.0f} of {max(size[:2] * spacing[:2]):.0f} mm")
-    start, end = np.floor(low).astype(int), np.ceil(high).astype(int)
+    what is to be told."""
+    across, down, between = oriented.GetSpacing()
+    box = find_head(sitk.GetArrayViewFromImage(oriented), (between, down, across), is_axial)
     grid = sitk.Image(
         oriented.GetSize(), sitk.sitkUInt8
     )  # a quarter of the memory, and only its place is asked for
     grid.CopyInformation(oriented)
-    return sitk.RegionOfInterest(grid, (end - start).tolist(), start.tolist()), told
-
-
-def _foreground(image: sitk.Image) -> sitk.Image | None:
-    """Where the largest thing in an image lies, as 0 and 1 in coarse voxels; None where there is hardly any."""
-    coarse = _binned(image, COARSE)
-    parts = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.OtsuThreshold(coarse, 0, 1)))
-    largest = parts == 1
-    share = float(sitk.GetArrayViewFromImage(largest).mean())
-    return largest if share > LEAST_HEAD else None
+    size = [end - start for start, end in zip(box.start, box.end)]
+    return sitk.RegionOfInterest(grid, size[::-1], box.start[::-1]), box.told
 
 
 def _grid(

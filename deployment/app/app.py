@@ -263,8 +263,7 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
     if state.get("predicted_by") == sha256:
         return
     case: Case = state.case
-    seen = case.volume if case.dicom is None else case.dicom.fed
-    state.doubts = doubts(seen, checkpoint.metadata["preprocessing"].get("training_images"))
+    state.doubts = doubts(case.fed, checkpoint.metadata["preprocessing"].get("training_images"))
     data = checkpoint.metadata.get("data") or {}
     if data.get("name") == "phantoms" and SAMPLE not in case.notes:
         state.doubts.insert(0, PHANTOMS_ONLY)

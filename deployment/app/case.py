@@ -9,6 +9,7 @@ import numpy as np
 if TYPE_CHECKING:  # both are optional
     import nibabel
 
+    from deployment.app.framing import Feed
     from deployment.app.patients import Opened
     from deployment.app.source import Source
 
@@ -27,9 +28,9 @@ class Case:
     slice the number of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H,
     W) uint8 0/255 or None; spacing: mm between rows, columns and slices, or None; measured: whether the files
     tell it; oriented: whether it is known that the patient's left is on the right of each slice; notes: what
-    a reader should know about how it was read; nifti, dicom: the image or the series
-    (dicom.Source) that it came from, if it did, to write a mask in the same space; prepared: the hospital's
-    patient that it is.
+    a reader should know about how it was read; feed: what the network is given in the place of the slices,
+    if that is something else; nifti, dicom: the image or the series (dicom.Source) that it came from, if it
+    did, to write a mask in the same space; prepared: the hospital's patient that it is.
     """
 
     name: str
@@ -41,9 +42,15 @@ class Case:
     measured: bool = False
     oriented: bool = False
     notes: list[str] = field(default_factory=list)
+    feed: "Feed | None" = None
     nifti: "nibabel.Nifti1Image | None" = None
     dicom: "Source | None" = None
     prepared: "Opened | None" = None
+
+    @property
+    def fed(self) -> np.ndarray:
+        """What the network is given, (s, h, w, 3) uint8."""
+        return self.volume if self.feed is None else self.feed.fed
 
     @property
     def is_volume(self) -> bool:

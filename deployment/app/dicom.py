@@ -13,6 +13,7 @@ import SimpleITK as sitk
 
 from common import MedFLError
 from deployment.app.case import LONE_SLICE, MIN_SIDE, Case
+from deployment.app.framing import FRAMED
 from deployment.app.nifti import nifti_bytes
 from deployment.app.source import Source
 from limits import MAX_PIXELS
@@ -33,6 +34,7 @@ from radiology.rules import FLAIR, LEFT_OUT, POST, PRE, load_rules, role_of
 from radiology.segmentation import make_segmentation, read_segmentation, refusal
 from radiology.series import Refused, Series, find_series, load_series
 from radiology.studies import plan_studies
+from scans.field_of_view import square_margins
 
 if TYPE_CHECKING:
     from radiology.prediction import Proposal
@@ -59,7 +61,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     image = _load(flair)
     oriented = as_shown(image)
     _check_pixels(*oriented.GetSpacing()[:2])
-    fixed, _ = to_axial(image)
+    fixed, told = to_axial(image)
     page, margins = _page(oriented, fixed)
     source = Source(flair, _grid(image), _grid(page), margins, np.empty(0), _grid(fixed), refusal(flair))
     fed, shown = {FLAIR: fixed}, {FLAIR: page}
@@ -85,8 +87,11 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
         spacing=(rows, columns, between),
         measured=True,
         oriented=True,
+        feed=source,
         dicom=source,
-        notes=notes + _notes_on(source, image),
+        notes=notes
+        + _notes_on(source, image)
+        + ([FRAMED.format(told=told)] if "cropped" in (told or "") else []),
     )
     own = [series for series in masks if flair.uid in series.references]
     if len(own) == 1:
@@ -170,7 +175,8 @@ def _page(oriented: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Image, tuple[in
     """The slices that are shown, and their margins: the series' own where they are not too many, and otherwise
     those that the network is given."""
     columns, rows, slices = oriented.GetSize()
-    above, left, below, right = margins = _margins(oriented)
+    across, down, _ = oriented.GetSpacing()
+    above, left, below, right = margins = square_margins(rows, columns, down, across)
     if slices * (above + rows + below) * (left + columns + right) <= MAX_PIXELS:
         return oriented, margins
     if fixed.GetSize()[2] * SIDE * SIDE > MAX_PIXELS:
@@ -226,15 +232,6 @@ def _laid_over(
             "trust the mask."
         )
     return moved, resample(moving, page, transform)
-
-
-def _margins(oriented: sitk.Image) -> tuple[int, int, int, int]:
-    """The margins that make slices square in mm, as the slices were that the network learned from."""
-    columns, rows = oriented.GetSize()[:2]
-    across, down = oriented.GetSpacing()[:2]
-    side = max(columns * across, rows * down)
-    more_rows, more_columns = max(0, round(side / down) - rows), max(0, round(side / across) - columns)
-    return more_rows // 2, more_columns // 2, more_rows - more_rows // 2, more_columns - more_columns // 2
 
 
 def _notes_on(source: Source, image: sitk.Image) -> list[str]:

@@ -1,37 +1,28 @@
 """NIfTI (and NRRD) files in and masks out, through nibabel, which is optional."""
 
 import gzip
-import math
 import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common import MedFLError
-from deployment.app.archives import gzip_begins_with, unpack_gzip
 from deployment.app.case import MIN_SIDE, Case
-from limits import MAX_PIXELS, SIZES_MM, fits, is_size_mm
+from deployment.app.framing import FRAMED, Frame, frame
+from deployment.app.volumes import load, same_place, short, size
+from limits import MAX_PIXELS, SIZES_MM, is_size_mm
 from preprocessing import CHANNELS
 from scans.nifti_file import (
-    GZIP,
-    HEAD,
-    NRRD,
     SUFFIXES,
     doubt,
     finite,
-    header_length,
-    nrrd_sizes,
-    read_header,
-    read_image,
     stem,
 )
 from scans.orientation import (
     UNKNOWN,
     closest_axes,
-    distance_apart,
     from_shown,
     mirrored,
-    shown_affine,
     to_shown,
 )
 
@@ -41,7 +32,6 @@ if TYPE_CHECKING:
 BRIGHTEST = 99.9  # percentile of the voxels above 0 that becomes 255
 BELOW = 0.25  # of the values that are not 0: with more of them below 0, 0 is not the black of this file
 DARKEST = 0.5  # percentile of the values that are not 0 that becomes black in such a file
-OFF_GRID = 0.1  # voxels by which a mask may lie beside its scan; writers round
 TRUTH = re.compile(r"(mask|seg|segm|segmentation|labels?|glistrboost|manuallycorrected)$", re.IGNORECASE)
 OTHER_MASK = re.compile(r"(brain|skull|head)[_-]?(mask|seg\w*)$", re.IGNORECASE)
 
@@ -67,22 +57,23 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
         named = dict.fromkeys(CHANNELS, scans[0])
     else:
         named, notes = _channels(scans)
-    loaded = {name: _load(name, content) for name, content in dict(named.values()).items()}
+    loaded = {name: load(name, content) for name, content in dict(named.values()).items()}
     first = named["FLAIR"][0]
     stored = loaded[first]
-    name = _short(first)
-    _check_grids(stored, {_short(other): image for other, image in loaded.items()}, name)
+    name = short(first)
+    _check_grids(stored, {short(other): image for other, image in loaded.items()}, name)
     if len(scans) == 1:
-        planes, more, is_bytes = _one_file(name, stored)
+        planes, flair, more, is_bytes = _one_file(name, stored)
     else:
-        each = [_one_file(_short(named[channel][0]), loaded[named[channel][0]], 1) for channel in CHANNELS]
+        each = [_one_file(short(named[channel][0]), loaded[named[channel][0]], 1) for channel in CHANNELS]
         planes = np.concatenate([volume for volume, *_ in each], axis=3)
-        more = list(dict.fromkeys(note for _, notes_of, _ in each for note in notes_of))
+        flair = each[CHANNELS.index("FLAIR")][1]
+        more = list(dict.fromkeys(note for *_, notes_of, _ in each for note in notes_of))
         is_bytes = all(told for *_, told in each)
     axes = closest_axes(mirrored(stored.affine)[:3, :3])
     volume = to_shown(planes, axes)
     if min(volume.shape[1:3]) < MIN_SIDE or volume[..., 0].size > MAX_PIXELS:
-        raise MedFLError(f"{name} has {_size(volume)}, which this page can't hold; crop or resample it first")
+        raise MedFLError(f"{name} has {size(volume)}, which this page can't hold; crop or resample it first")
     columns, rows, between = (float(stored.header.get_zooms()[axis]) for axis in axes[0])
     measured = all(map(is_size_mm, (rows, columns, between)))
     case = Case(
@@ -111,13 +102,15 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
             f"which side is the patient's left."
         )
     case.oriented = why is None
+    if case.spacing is not None:
+        is_axial = axes[0][2] == 2  # slices follow the last stored axis
+        framed = frame(volume, to_shown(flair, axes), (between, rows, columns), is_axial)
+        case.feed = framed
+        if framed and framed.box.told:
+            case.notes.append(FRAMED.format(told=" and ".join(framed.box.told)))
     if truths:
         case.truth = read_nifti_mask(case, *truths[0])
     return case
-
-
-def _short(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
 
 
 def _is_truth(name: str) -> bool:
@@ -145,7 +138,7 @@ def _channels(scans: list[tuple[str, bytes]]) -> tuple[dict[str, tuple[str, byte
         raise MedFLError(
             f"none of the {len(scans)} NIfTI files says in its name that it is FLAIR; rename one"
         )
-    notes = [f"{channel} is {_short(found[channel][0])}." for channel in CHANNELS if channel in found]
+    notes = [f"{channel} is {short(found[channel][0])}." for channel in CHANNELS if channel in found]
     if missing := [channel for channel in CHANNELS if channel not in found]:
         notes.append(
             f"FLAIR stands in for {' and '.join(missing)}, as in the training set where one was missing."
@@ -165,23 +158,25 @@ def _refuse_another_sequence(name: str) -> None:
     role, _ = role_of(Series("", "", "", "NIfTI", stem(name), ()), load_rules())
     if role in CHANNELS and role != "FLAIR":
         raise MedFLError(
-            f"{_short(name)} is {role} by its name, and the network judges FLAIR; open the FLAIR file, and this one "
+            f"{short(name)} is {role} by its name, and the network judges FLAIR; open the FLAIR file, and this one "
             "with it if you like"
         )
 
 
 def _check_grids(stored: "nibabel.Nifti1Image", others: dict, name: str) -> None:
     for other, image in others.items():
-        if not _same_place(stored, image):
+        if not same_place(stored, image):
             raise MedFLError(
                 f"{other} lies on another grid than {name}; prepare them with data/prepare_hospital.py, which "
                 f"lays sequences over each other"
             )
 
 
-def _one_file(name: str, image: "nibabel.Nifti1Image", most: int = 3) -> tuple[np.ndarray, list[str], bool]:
-    """A file's stored voxels as uint8, (I, J, K, 1 or 3), what is to be told of them, and whether they were
-    bytes."""
+def _one_file(
+    name: str, image: "nibabel.Nifti1Image", most: int = 3
+) -> tuple[np.ndarray, np.ndarray, list[str], bool]:
+    """A file's stored voxels as uint8, (I, J, K, 1 or 3), its FLAIR (or only sequence) in its own numbers, (I, J, K),
+    what is to be told of them, and whether they were bytes."""
     values = np.asarray(image.dataobj)
     if values.dtype.names:  # stored as RGB
         values = np.stack([values[channel] for channel in values.dtype.names[:3]], axis=-1)
@@ -199,6 +194,7 @@ def _one_file(name: str, image: "nibabel.Nifti1Image", most: int = 3) -> tuple[n
     if odd:
         notes.append(f"{odd} values were not finite, and were taken for background.")
     planes = [good[..., channel] for channel in range(good.shape[3])]
+    flair = planes[CHANNELS.index("FLAIR") % len(planes)]
     if any(centred(plane) for plane in planes):
         notes.append(
             "Many values lie below 0, as after a z-score: they were brought into range, from the least to the "
@@ -207,61 +203,12 @@ def _one_file(name: str, image: "nibabel.Nifti1Image", most: int = 3) -> tuple[n
     planes = [to_bytes(plane) for plane in planes]
     if most == 3:
         planes = [planes[channel % len(planes)] for channel in range(3)]
-    return np.stack(planes, axis=-1), notes, values.dtype == np.uint8
-
-
-def _load(name: str, content: bytes):
-    """nibabel's image in a file's bytes. Raises MedFLError for what is damaged or something else."""
-    name = _short(name)
-    try:
-        if content[:2] == GZIP or (
-            name.lower().endswith(".gz") and content and header_length(content) is None
-        ):
-            _check_size(gzip_begins_with(content, HEAD))
-            content = unpack_gzip(content)
-        _check_size(content)
-        image = read_image(content)
-    except ModuleNotFoundError as error:
-        package = {"nrrd": "pynrrd"}.get(error.name or "", error.name)
-        raise MedFLError(
-            f"this kind of file needs {package}; install it (`pip install {package}`), or upload slices as TIFF "
-            f"or PNG"
-        ) from error
-    except MedFLError as error:
-        raise MedFLError(f"{name} {error}") from error
-    if len(image.shape) < 3:
-        raise MedFLError(
-            f"{name} has {len(image.shape)} dimensions, and a scan has three; choose another file"
-        )
-    return image
+    return np.stack(planes, axis=-1), flair, notes, values.dtype == np.uint8
 
 
 def centred(values: np.ndarray) -> bool:
     """Whether so many values lie below 0 that 0 is not the black of a sequence."""
     return values.dtype != np.uint8 and bool((values < 0).sum() > BELOW * np.count_nonzero(values))
-
-
-def _check_size(content: bytes) -> None:
-    """Raises MedFLError for a header that asks for more than a page can hold, before anything more is read or
-    unpacked."""
-    if content[:4] == NRRD:
-        shape = nrrd_sizes(content)
-    elif header_length(content) is not None:
-        shape = tuple(int(side) for side in read_header(content[:HEAD]).get_data_shape())
-    else:
-        return  # its reader says what it is
-    if len(shape) < 3:
-        raise MedFLError(f"has {len(shape)} dimensions, and a scan has three; choose another file")
-    volumes = math.prod(shape[3:])
-    if volumes not in (1, 3):
-        raise MedFLError(
-            f"holds {volumes} volumes, and a case has one, or three (pre-contrast, FLAIR and post-contrast); "
-            "choose another file"
-        )
-    if not fits(shape[2::-1], MAX_PIXELS):
-        raise MedFLError(
-            f"asks for {'×'.join(map(str, shape))} values, which this page can't hold; crop or resample it first"
-        )
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
@@ -283,22 +230,22 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
 
 def read_nifti_mask(case: Case, name: str, content: bytes) -> np.ndarray:
     """A mask of the case's shape and place from a NIfTI file, (S, H, W) uint8: every value above 0 is tumour."""
-    image = _load(name, content)
+    image = load(name, content)
     values = np.asarray(image.dataobj)
     if values.dtype.names:
         raise MedFLError(
-            f"{_short(name)} holds colours, and a mask holds numbers; choose the mask of this scan"
+            f"{short(name)} holds colours, and a mask holds numbers; choose the mask of this scan"
         )
     if values.shape[3:] == (1,):  # one volume may be told as a fourth dimension
         values = values[..., 0]
     mask = to_shown(values, closest_axes(mirrored(image.affine)[:3, :3]))
     if mask.shape != case.volume.shape[:3]:
         raise MedFLError(
-            f"the mask has {_size(mask)} and the scan {_size(case.volume)}; choose the mask of this scan"
+            f"the mask has {size(mask)} and the scan {size(case.volume)}; choose the mask of this scan"
         )
-    if case.nifti is not None and not _same_place(case.nifti, image):
+    if case.nifti is not None and not same_place(case.nifti, image):
         raise MedFLError(
-            f"{_short(name)} lies at another place than the scan, by its affine; choose the mask of this scan"
+            f"{short(name)} lies at another place than the scan, by its affine; choose the mask of this scan"
         )
     return np.where(mask > 0, np.uint8(255), np.uint8(0))
 
@@ -316,22 +263,8 @@ def mirror(case: Case) -> None:
     case.nifti = nibabel.Nifti1Image(scan.dataobj, affine)
     case.volume = np.ascontiguousarray(case.volume[:, :, ::-1])
     case.truth = None if case.truth is None else np.ascontiguousarray(case.truth[:, :, ::-1])
-
-
-def _same_place(one: "nibabel.Nifti1Image", other: "nibabel.Nifti1Image") -> bool:
-    """Whether two images have one grid, in whatever order their voxels are stored."""
-    sizes, places = [], []
-    for image in (one, other):
-        affine = mirrored(image.affine)
-        axes = closest_axes(affine[:3, :3])
-        sizes.append(tuple(image.shape[axis] for axis in axes[0]))
-        places.append(shown_affine(affine, image.shape, axes))
-    finest = np.linalg.norm(places[0][:3, :3], axis=0).min()
-    return sizes[0] == sizes[1] and distance_apart(places[0], places[1], sizes[0]) <= OFF_GRID * finest
-
-
-def _size(slices: np.ndarray) -> str:
-    return f"{slices.shape[0]} slices of {slices.shape[2]}×{slices.shape[1]} pixels"
+    if isinstance(case.feed, Frame):
+        case.feed = case.feed.mirrored()
 
 
 def write_nifti(scan: "nibabel.Nifti1Image", mask: np.ndarray) -> bytes:

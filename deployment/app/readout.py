@@ -40,9 +40,9 @@ def predict_case(
     model: TransUNet, case: Case, told: Callable[[int, int], None] = lambda done, others: None
 ) -> Prediction:
     """One pass of the model over the case; slices are normalised with those of their group, as predict.py
-    does it. A DICOM study is given to the network as it is prepared for training. In the black margins, which
-    are no scan, there is no tumour. Several readers' scans take turns. told: hears how many slices are done and
-    how many other scans are under way."""
+    does it. A DICOM study is given to the network as it is prepared for training, and a NIfTI file framed like
+    one. In the black margins, which are no scan, and beyond the head there is no tumour. Several readers' scans
+    take turns. told: hears how many slices are done and how many other scans are under way."""
     return Prediction(_probability(model, case, told=told))
 
 
@@ -50,9 +50,8 @@ def _probability(
     model: TransUNet, case: Case, step: int = 1, told: Callable[[int, int], None] = lambda done, others: None
 ) -> np.ndarray:
     """step: -1 shows the slices mirrored, and turns the answer back."""
-    fed = case.volume if case.dicom is None else case.dicom.fed
-    groups = case.groups if case.dicom is None else np.zeros(len(fed), int)
-    volume = np.ascontiguousarray(fed[:, :, ::step])
+    groups = case.groups if case.feed is None else np.zeros(len(case.fed), int)
+    volume = np.ascontiguousarray(case.fed[:, :, ::step])
     parts: list[np.ndarray] = []
 
     def turn(done: int) -> AbstractContextManager:
@@ -63,7 +62,7 @@ def _probability(
         for group in np.unique(groups):
             parts.append(predict_volume(model, volume[groups == group], turn))
     probability = np.concatenate(parts)[:, :, ::step]
-    return probability if case.dicom is None else case.dicom.onto_page(probability)
+    return probability if case.feed is None else case.feed.onto_page(probability)
 
 
 def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.ndarray:

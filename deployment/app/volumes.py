@@ -1,0 +1,86 @@
+"""A NIfTI (or NRRD) file's bytes as nibabel's image, within the bounds of a page, and whether two lie on one grid."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common import MedFLError
+from deployment.app.archives import gzip_begins_with, unpack_gzip
+from limits import MAX_PIXELS, fits
+from scans.nifti_file import GZIP, HEAD, NRRD, header_length, nrrd_sizes, read_header, read_image
+from scans.orientation import closest_axes, distance_apart, mirrored, shown_affine
+
+if TYPE_CHECKING:
+    import nibabel
+
+OFF_GRID = 0.1  # voxels by which a mask may lie beside its scan; writers round
+
+
+def load(name: str, content: bytes):
+    """nibabel's image in a file's bytes. Raises MedFLError for what is damaged or something else."""
+    name = short(name)
+    try:
+        if content[:2] == GZIP or (
+            name.lower().endswith(".gz") and content and header_length(content) is None
+        ):
+            _check_size(gzip_begins_with(content, HEAD))
+            content = unpack_gzip(content)
+        _check_size(content)
+        image = read_image(content)
+    except ModuleNotFoundError as error:
+        package = {"nrrd": "pynrrd"}.get(error.name or "", error.name)
+        raise MedFLError(
+            f"this kind of file needs {package}; install it (`pip install {package}`), or upload slices as TIFF "
+            f"or PNG"
+        ) from error
+    except MedFLError as error:
+        raise MedFLError(f"{name} {error}") from error
+    if len(image.shape) < 3:
+        raise MedFLError(
+            f"{name} has {len(image.shape)} dimensions, and a scan has three; choose another file"
+        )
+    return image
+
+
+def _check_size(content: bytes) -> None:
+    """Raises MedFLError for a header that asks for more than a page can hold, before anything more is read or
+    unpacked."""
+    if content[:4] == NRRD:
+        shape = nrrd_sizes(content)
+    elif header_length(content) is not None:
+        shape = tuple(int(side) for side in read_header(content[:HEAD]).get_data_shape())
+    else:
+        return  # its reader says what it is
+    if len(shape) < 3:
+        raise MedFLError(f"has {len(shape)} dimensions, and a scan has three; choose another file")
+    volumes = math.prod(shape[3:])
+    if volumes not in (1, 3):
+        raise MedFLError(
+            f"holds {volumes} volumes, and a case has one, or three (pre-contrast, FLAIR and post-contrast); "
+            "choose another file"
+        )
+    if not fits(shape[2::-1], MAX_PIXELS):
+        raise MedFLError(
+            f"asks for {'×'.join(map(str, shape))} values, which this page can't hold; crop or resample it first"
+        )
+
+
+def same_place(one: "nibabel.Nifti1Image", other: "nibabel.Nifti1Image") -> bool:
+    """Whether two images have one grid, in whatever order their voxels are stored."""
+    sizes, places = [], []
+    for image in (one, other):
+        affine = mirrored(image.affine)
+        axes = closest_axes(affine[:3, :3])
+        sizes.append(tuple(image.shape[axis] for axis in axes[0]))
+        places.append(shown_affine(affine, image.shape, axes))
+    finest = np.linalg.norm(places[0][:3, :3], axis=0).min()
+    return sizes[0] == sizes[1] and distance_apart(places[0], places[1], sizes[0]) <= OFF_GRID * finest
+
+
+def size(slices: np.ndarray) -> str:
+    return f"{slices.shape[0]} slices of {slices.shape[2]}×{slices.shape[1]} pixels"
+
+
+def short(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
