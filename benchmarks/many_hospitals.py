@@ -4,6 +4,7 @@
 
 Server and SuperNodes are those of a federation, without keys. The hospitals' own programs would each hold torch in
 memory; here as many as there are cores work on all messages, each message in a fork and in its hospital's folder.
+A SuperNode that ends, because the server was too busy to answer it, is started again, as a hospital's script does it.
 Memory is counted without counting twice what processes share (Linux only).
 """
 
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from federation.runtime.connection import FAR
 from federation.runtime.processes import Child, free_port, is_healthy, parse_address
 from phantoms import make_phantoms
 
+AT_ONCE = 4  # SuperNodes that start together
 ROUND = re.compile(r"round (\d+) of \d+: ([\d.]+) s, of which ([\d.]+) s")
 
 
@@ -44,6 +47,23 @@ def supernode(folder: Path, server: str, port: int) -> Child:
     """A hospital's SuperNode, which waits for messages as one on another machine does."""
     options = [str(FAR), "--insecure", "--superlink", server, "--host", "127.0.0.1", "--port", str(port)]
     return Child("supernode", [*options, "--isolation", "process"], folder, folder / "supernode.log")
+
+
+class Again(threading.Thread):
+    """Starts SuperNodes again that ended, until it is over."""
+
+    def __init__(self, nodes: dict[str, Child], folders: dict[str, Path], server: str):
+        super().__init__(daemon=True)
+        self.nodes, self.folders, self.server = nodes, folders, server
+        self.over, self.restarts = threading.Event(), 0
+
+    def run(self) -> None:
+        while not self.over.wait(2):
+            for address, node in self.nodes.items():
+                if node.exit_code is not None:
+                    port = int(address.rpartition(":")[2])
+                    self.nodes[address] = supernode(self.folders[address], self.server, port)
+                    self.restarts += 1
 
 
 def serve(folders: dict[str, Path]) -> None:
@@ -93,7 +113,8 @@ def run(folder: Path, hospitals: int, rounds: int) -> None:
     )
     while not is_healthy(*parse_address(server)):
         time.sleep(0.5)
-    nodes, folders = [], {}
+    nodes: dict[str, Child] = {}
+    folders = {}
     for cid in range(hospitals):
         home = folder / f"hospital-{cid}"
         Identity(
@@ -107,8 +128,10 @@ def run(folder: Path, hospitals: int, rounds: int) -> None:
             shared_cores=1,
         ).save(home)
         port = free_port()
-        nodes.append(supernode(home, server, port))
-        folders[f"127.0.0.1:{port}"] = home
+        address = f"127.0.0.1:{port}"
+        nodes[address], folders[address] = supernode(home, server, port), home
+        while cid % AT_ONCE == 0 and not is_healthy(*parse_address(address)):
+            time.sleep(0.2)
     while not all(is_healthy(*parse_address(address)) for address in folders):
         time.sleep(1)
     print(f"{hospitals} SuperNodes after {time.monotonic() - began:.0f} s", flush=True)
@@ -120,6 +143,8 @@ def run(folder: Path, hospitals: int, rounds: int) -> None:
         if not (worker := os.fork()):
             serve(dict(list(folders.items())[number::cores]))
         workers.append(worker)
+    again = Again(nodes, folders, server)
+    again.start()
     times, most = [], 0.0
     try:
         assert top.stdout is not None  # a pipe
@@ -130,14 +155,16 @@ def run(folder: Path, hospitals: int, rounds: int) -> None:
                 print(f"round {found[1]}: {found[2]} s, server {memory(top.pid):.0f} MB", flush=True)
         code = top.wait()
     finally:
+        again.over.set()
+        again.join()
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
-        each = statistics.median(memory(node.process.pid) for node in nodes)
-        for node in nodes:
+        each = statistics.median(memory(node.process.pid) for node in nodes.values())
+        for node in nodes.values():
             node.stop()
     print(
         f"{hospitals} hospitals: {statistics.median(t for t, _ in times):.1f} s a round (median), server at most "
-        f"{most:.0f} MB, a SuperNode {each:.0f} MB; exit code {code}"
+        f"{most:.0f} MB, a SuperNode {each:.0f} MB, {again.restarts} of them started again; exit code {code}"
     )
 
 

@@ -68,7 +68,10 @@ def square_margins(rows: int, columns: int, down: float, across: float) -> tuple
     """Black rows above, columns left, rows below and columns right that make slices square in mm. down, across: mm
     between rows and columns."""
     side = max(rows * down, columns * across)
-    more_rows, more_columns = max(0, round(side / down) - rows), max(0, round(side / across) - columns)
+    more_rows, more_columns = (
+        max(0, int(side / down + 0.5) - rows),
+        max(0, int(side / across + 0.5) - columns),
+    )
     return more_rows // 2, more_columns // 2, more_rows - more_rows // 2, more_columns - more_columns // 2
 
 

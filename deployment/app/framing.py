@@ -62,7 +62,7 @@ def frame(volume: np.ndarray, flair: np.ndarray, spacing: Spacing, is_axial: boo
     if not any(margins) and thick == 1 and part.shape == volume.shape:
         return None
     starts = range(0, len(part), thick)
-    fed = np.stack([part[k : k + thick].mean(axis=0, dtype=np.float32).round() for k in starts])
+    fed = np.stack([np.floor(part[k : k + thick].mean(axis=0, dtype=np.float32) + 0.5) for k in starts])
     fed = np.pad(fed.astype(np.uint8), ((0, 0), (above, below), (left, right), (0, 0)))
     slices, rows, columns = flair.shape
     return Frame(fed, (slices, rows, columns), box, margins, thick)

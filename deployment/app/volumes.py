@@ -62,7 +62,7 @@ def _check_size(content: bytes) -> None:
         )
     if not fits(shape[2::-1], MAX_PIXELS):
         raise MedFLError(
-            f"asks for {'×'.join(map(str, shape))} values, which this page can't hold; crop or resample it first"
+            f"asks for {'×'.join(map(str, shape))} values, which this page can't hold; prepare it with data/prepare_hospital.py and open the slices"
         )
 
 

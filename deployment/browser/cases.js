@@ -24,8 +24,8 @@ const OTHERS = { ".mgz": convert, ".mgh": convert, ".nrrd": convert, ".mha": con
    name; slices: a name for each; count, height, width; pixels: Uint8Array, count × height × width × 3;
    together: whether the slices are one volume, or each is normalised by itself; truth: Uint8Array, count × height × width,
    0 or 255, or null; spacing: mm between rows, columns and slices, or null; measured: whether the files tell it; oriented:
-   whether it is known that the patient's left is on each slice's right; notes; nifti:
-   where the scan came from, or null. */
+   whether it is known that the patient's left is on each slice's right; notes; frame: how the network's slices are cut out of
+   these (field_of_view.js), or null; nifti: where the scan came from, or null. */
 
 /** The case that [{name, bytes}] make: slices, one ZIP of slices, a NIfTI file, or a DICOM series. loadDicom: gives what dicom.js needs.
     Throws UserError for anything else. */
@@ -131,7 +131,7 @@ async function readSlices(files, archive) {
   const { width, height, pixels } = await readAll(order);
   const opened = {
     name: names.size === 1 ? [...names][0] : parent(order[0].name) || stem(order[0].name), slices: order.map(({ name }) => file(name)), count: order.length,
-    height, width, pixels, together, truth: null, spacing: null, measured: false, oriented: false, notes: [], nifti: null,
+    height, width, pixels, together, truth: null, spacing: null, measured: false, oriented: false, notes: [], frame: null, nifti: null,
   };
   const known = order.map(({ name }) => masks.get(folder(name) + stem(name)));
   const used = known.filter(Boolean).length;

@@ -1,6 +1,7 @@
 // The network: its file read and checked here, run in a worker, slice block by slice block.
 
 import { UserError } from "./common.js";
+import { fedOf, ontoPage } from "./field_of_view.js";
 
 const PROPERTIES = 14, KEY = 1, VALUE = 2; // fields of ONNX's ModelProto and of an entry in its metadata_props
 const FORMAT = "2"; // of the properties that deployment/export_onnx.py writes
@@ -116,17 +117,18 @@ export class Network {
 
   /** The probability of tumour in each pixel of a case, Float32Array of count × height × width, and what was measured of its volume, for
       doubts.js; or null if it was cancelled. `progress` is told how many slices are done. */
-  async segment({ pixels, count, height, width, together }, progress) {
+  async segment(opened, progress) {
     await this.loaded;
+    const { pixels, count, height, width, together } = fedOf(opened);
     const asked = { kind: "segment", pixels, count, height, width, together };
-    try {
-      return await this.#ask(asked, [], progress);
-    } catch (error) {
+    const told = (done) => progress(Math.round((done / count) * opened.count));
+    const found = await this.#ask(asked, [], told).catch(async (error) => {
       if (!this.card) throw error;
       this.card = false; // it may be lost, or too small for these slices
       await this.#restart();
-      return this.#ask(asked, [], progress);
-    }
+      return this.#ask(asked, [], told);
+    });
+    return found && { ...found, probability: ontoPage(opened, { height, width }, found.probability) };
   }
 
   /** Ends a segmentation at once; the network gets ready again meanwhile. */
@@ -147,7 +149,7 @@ export class Network {
       this.stop = resolve;
       this.worker.onerror = (event) => reject(new UserError(`the network can't run here (${event.message || "no worker"}); reload the page`));
       this.worker.onmessage = ({ data }) => {
-        if ("done" in data) progress?.(data.done);
+        if ("done" in data) progress(data.done);
         else if ("failed" in data) reject(new UserError(`the network stopped (${data.failed}); reload the page, or open fewer slices`));
         else resolve(data.result);
       };

@@ -1,9 +1,9 @@
 """NIfTI volumes whose slices are no squares around a head, on the Streamlit page: what the network is given of them."""
 
-import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from heads import head_in, nifti
 
 from deployment.app.cases import read_case
 from deployment.app.framing import Frame
@@ -11,23 +11,6 @@ from deployment.app.nifti import mirror
 from radiology.geometry import to_axial
 from radiology.nifti import _placed
 from scans.field_of_view import square_margins
-
-
-def head_in(shape, middle, radii, spacing) -> np.ndarray:
-    """A head with a bright spot at the patient's left, (columns to the left, rows to the back, slices to the head)."""
-    places = np.meshgrid(*(np.arange(n) * mm for n, mm in zip(shape, spacing)), indexing="ij")
-    head = sum(((p - m) / r) ** 2 for p, m, r in zip(places, middle, radii)) < 1
-    spot = sum((p - m - d) ** 2 for p, m, d in zip(places, middle, (30, 0, 0))) < 15**2
-    return (head * 400 + spot * 300).astype(np.int16)
-
-
-def nifti(volume: np.ndarray, spacing, order=(0, 1, 2), code=1) -> nibabel.Nifti1Image:
-    """A volume whose axes lead to left, back and head, stored in another order of axes."""
-    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])[:, [*order, 3]]
-    image = nibabel.Nifti1Image(volume.transpose(order), affine)
-    image.set_sform(affine, code)
-    image.set_qform(affine, code)
-    return image
 
 
 def opened(image):

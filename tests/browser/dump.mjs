@@ -7,6 +7,7 @@ const here = new URL("../../deployment/browser/", import.meta.url);
 const { readCase, readMasks, maskName } = await import(new URL("cases.js", here));
 const { doubts } = await import(new URL("doubts.js", here));
 const { csvText, sliceRows, summary } = await import(new URL("readout.js", here));
+const { fedOf, ontoPage } = await import(new URL("field_of_view.js", here));
 const { maskOf } = await import(new URL("../viewer/edits.js", here));
 const { writeNifti } = await import(new URL("nifti.js", here));
 const { maskPng } = await import(new URL("slices.js", here));
@@ -22,6 +23,13 @@ for (const asked of JSON.parse(readFileSync(process.argv[2]))) {
     if (opened.truth) writeFileSync(`${asked.out}.truth`, opened.truth);
     const { name, slices, count, height, width, together, spacing, notes } = opened;
     const answer = { name, slices, shape: [count, height, width], together, spacing, notes, maskNames: slices.map(maskName) };
+    const fed = fedOf(opened);
+    answer.fed = [fed.count, fed.height, fed.width];
+    if (opened.frame) {
+      writeFileSync(`${asked.out}.fed`, fed.pixels);
+      const greens = Float32Array.from({ length: fed.pixels.length / 3 }, (_, k) => fed.pixels[3 * k + 1]);
+      writeFileSync(`${asked.out}.back`, ontoPage(opened, fed, greens));
+    }
     if (asked.rules) answer.doubts = doubts(opened, asked.measured, asked.rules, asked.training);
     if (asked.probability) {
       const bytes = readFileSync(asked.probability);

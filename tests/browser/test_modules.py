@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from heads import head_in, nifti
 from PIL import Image
 from running import ROOT
 from uploads import BITS, BROKEN, MASKS, READ, SCANS, VOLUME, picture, tiled_tiff
@@ -55,6 +56,34 @@ def test_files_become_the_same_case(ask, name):
     ]
     if case.truth is not None:
         assert np.array_equal(pixels(answer, ".truth", ()), case.truth)
+
+
+@pytest.mark.parametrize(
+    "shape, middle, spacing, order, code",
+    [
+        ((512, 400, 12), (200, 190, 40), (1.0, 1.0, 6.0), (0, 1, 2), 1),  # wide: cropped
+        ((208, 256, 10), (80, 128, 25), (0.8, 1.0, 5.0), (0, 1, 2), 1),  # oblong: made square
+        ((100, 161, 158), (75, 122, 150), (1.5, 1.5, 1.5), (1, 2, 0), 1),  # sagittal: thick slices, no neck
+        ((300, 300, 60), (200, 260, 150), (1.5, 1.5, 5.0), (2, 0, 1), 0),  # coronal, of unknown side
+        ((230, 230, 10), (115, 115, 25), (1.0, 1.0, 5.0), (0, 1, 2), 1),  # as it should be
+    ],
+)
+def test_the_network_is_given_the_same(ask, shape, middle, spacing, order, code):
+    files = [
+        ("flair.nii", nifti(head_in(shape, middle, (80, 100, 80), spacing), spacing, order, code).to_bytes())
+    ]
+    (answer,), case = ask((files, {})), read_case(files)
+    assert answer["fed"] == list(case.fed.shape[:3]) and answer["notes"] == case.notes
+    assert (
+        (case.feed is None)
+        == (not Path(answer["out"] + ".fed").exists())
+        == (spacing[2] == 5 and shape[0] == 230)
+    )
+    if case.feed is not None:
+        fed = np.fromfile(answer["out"] + ".fed", np.uint8).reshape(case.fed.shape)
+        assert np.abs(fed.astype(int) - case.fed).max() <= 1  # a scaled voxel may be rounded either way
+        back = np.fromfile(answer["out"] + ".back", np.float32).reshape(case.volume.shape[:3])
+        assert np.array_equal(back, case.feed.onto_page(fed[..., 1].astype(np.float32)))
 
 
 def test_what_is_no_case_gets_one_sentence_in_both(ask):
