@@ -189,6 +189,29 @@ async function takeSide(left) {
   }
 }
 
+/** Segment another date's scan and show it beside the case. */
+async function openBeside(files) {
+  if (state.busy) return;
+  Object.assign(state, { busy: true, cancelled: false });
+  const { opened: first, viewer, model } = state;
+  try {
+    say("Reading the files …");
+    await drawn();
+    const opened = await readCase(files, loadDicom);
+    showParts();
+    const found = await state.network.segment(opened, (done) => {
+      say(`Segmenting the other date: slice ${done} of ${opened.count}.`);
+      progress(done / opened.count);
+    });
+    if (!found || state.cancelled || state.opened !== first) return;
+    const mask = found.probability.map((value) => (value >= model.metadata.threshold ? 1 : 0));
+    await viewer.beside.show({ ...opened, mask, label: `Other date, ${plain(opened.name)}` });
+  } finally {
+    state.busy = false;
+    ready(state.cancelled ? "Cancelled." : "Ready.");
+  }
+}
+
 /** Resolves once the browser had the time to show what was said. */
 const drawn = () => new Promise((done) => setTimeout(done, 20));
 
@@ -198,7 +221,7 @@ const mayForget = () => !unsaved() || confirm("Your corrections of this case wer
 function close() {
   state.viewer.close();
   Object.assign(state, { opened: null, probability: null, measured: null, rows: null });
-  for (const id of ["files", "folder", "truth", "pixel-size", "slice-distance"]) $(id).value = "";
+  for (const id of ["files", "folder", "truth", "date", "masks", "pixel-size", "slice-distance"]) $(id).value = "";
   $("messages").replaceChildren();
   ready("Ready.");
 }
@@ -317,13 +340,15 @@ function correction() {
 
 // ---- what a reader does ----
 
-for (const id of ["files", "folder"]) {
+/** What is done with the files that a field gets. */
+function whenChosen(id, act) {
   $(id).onchange = () => attempt(async () => {
     const files = [...$(id).files];
     $(id).value = ""; // so that the same files can be chosen again
-    if (files.length) await open(await take(files));
+    if (files.length) await act(await take(files));
   });
 }
+for (const id of ["files", "folder"]) whenChosen(id, (files) => open(files));
 $("drop").ondragover = (event) => {
   event.preventDefault();
   $("drop").classList.add("over");
@@ -364,14 +389,13 @@ for (const id of ["pixel-size", "slice-distance"]) {
 }
 $("side-right").onclick = () => attempt(() => takeSide(false));
 $("side-left").onclick = () => attempt(() => takeSide(true));
-$("truth").onchange = () => attempt(async () => {
-  const files = [...$("truth").files];
-  $("truth").value = "";
-  if (!files.length) return;
-  state.opened.truth = await readMasks(state.opened, await take(files));
+whenChosen("truth", async (files) => {
+  state.opened.truth = await readMasks(state.opened, files);
   state.viewer.setTruth(state.opened.truth);
   showMask();
 });
+whenChosen("date", openBeside);
+whenChosen("masks", async (files) => state.viewer.beside.show({ ...state.opened, mask: await readMasks(state.opened, files), label: "Other masks" }));
 $("where").textContent = "Scans, masks and figures stay in this browser's memory until the case or the page is closed. The page may load " +
   "things from its own address alone.";
 showParts();

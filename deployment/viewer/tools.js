@@ -27,6 +27,7 @@ export class Tools {
     this.canvas.setAttribute("role", "img");
     this.words = make("p", { className: "words" });
     this.legend = make("p", { className: "legend" });
+    this.#beside();
     this.stage = make("div", { className: "stage" }, make("div", { className: "picture" }, this.canvas), this.words, this.legend);
     this.said = make("p", { className: "unseen" });
     this.said.setAttribute("role", "status");
@@ -41,6 +42,44 @@ export class Tools {
     this.#editBar();
     viewer.element.classList.add("medfl-viewer");
     viewer.element.replaceChildren(this.bar, this.edit, this.stage, make("div", { className: "slices" }, this.strip, this.slider), this.said, this.help);
+  }
+
+  /** The second picture, with what moves it by itself. A shield keeps hands off it: it moves with the first. */
+  #beside() {
+    const { viewer } = this, wheel = (event) => {
+      if (event.ctrlKey || event.metaKey) return;
+      event.preventDefault();
+      event.stopPropagation();
+      const step = event.deltaY + event.deltaX < 0 ? 1 : -1; // with shift, browsers turn the wheel sideways
+      if (event.shiftKey) viewer.beside.move(step);
+      else viewer.goTo(viewer.slice + step);
+    };
+    this.besideCanvas = make("canvas");
+    this.besideCanvas.setAttribute("role", "img");
+    this.besideWords = make("p", { className: "place" });
+    const shield = make("div", { className: "shield" });
+    shield.addEventListener("wheel", wheel, { passive: false });
+    this.beside = make("div", { className: "picture beside" }, this.besideCanvas, shield, this.besideWords,
+      make("span", { className: "moves" }, this.#button("Up", "Only this picture a slice up (Shift + wheel)", () => viewer.beside.move(1)),
+        this.#button("Down", "Only this picture a slice down (Shift + wheel)", () => viewer.beside.move(-1)),
+        this.#button("Take away", "One picture again", () => viewer.beside.close())));
+  }
+
+  openBeside(label) {
+    this.stage.append(this.beside);
+    this.stage.classList.add("two");
+    this.besideCanvas.setAttribute("aria-label", label);
+  }
+
+  sayBeside(text) {
+    if (this.besideWords.textContent === text) return;
+    this.besideWords.textContent = text;
+    this.besideCanvas.setAttribute("aria-label", `Beside the case: ${text}`);
+  }
+
+  closeBeside() {
+    this.beside.remove();
+    this.stage.classList.remove("two");
   }
 
   #button(text, title, onclick) {

@@ -1,7 +1,9 @@
 // The viewer of the pages, around NiiVue: a case, the model's probability and perhaps a truth come in, the reader's mask goes out.
 
-import { DRAG_MODE, Niivue, SLICE_TYPE } from "@niivue/niivue";
+import { DRAG_MODE, SLICE_TYPE } from "@niivue/niivue";
 
+import { Beside } from "./beside.js";
+import { RIM_ONLY, attach, makeNiivue } from "./canvas.js";
 import { PLANES, WINDOWS } from "./choices.js";
 import { Edits, compared, gapAround, maskOf } from "./edits.js";
 import { listen } from "./gestures.js";
@@ -11,9 +13,6 @@ import { channelVolume, probabilityVolume, turned } from "./volumes.js";
 const COMPARISONS = ["truth", "changes"]; // overlays that show two masks
 const TOUCH = 26; // neighbours: parts that touch at a corner are one
 const THICK = 1.5; // slices this many times as far apart as pixels are shown as steps, not smoothed
-// Okabe and Ito's colours, which colour-blind readers tell apart: only the mask, only the other mask, both.
-const COLOURS = { R: [0, 230, 86, 240], G: [0, 159, 180, 228], B: [0, 0, 233, 66], labels: ["", "mask", "other", "both"] };
-const RIM_ONLY = 0.01; // opacity inside of an outline: at 0 NiiVue draws no rim either
 
 /** A viewer that fills `element`. told: {slice(), mask()}, called when another slice is shown and when the mask is another one. */
 export async function createViewer(element, told) {
@@ -32,17 +31,17 @@ class Viewer {
     this.turn = 0; // of those who change the look
     this.tolerance = 15; // grey values that growing may stray
     this.tools = new Tools(this);
-    this.nv = new Niivue({ dragAndDropEnabled: false, logLevel: "error", isRadiologicalConvention: true, showAllOrientationMarkers: true,
-      isForceMouseClickToVoxelCenters: true, crosshairWidthUnit: "percent", crosshairColor: [0.5, 0.8, 1, 0.9], fontColor: [1, 1, 1, 1], fontMinPx: 16,
-      viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", multiplanarShowRender: 1, windowingGainFactor: 1,
-      rulerColor: [0.94, 0.89, 0.26, 1], measureLineColor: [0.94, 0.89, 0.26, 1], measureTextColor: [0.94, 0.89, 0.26, 1],
-      loadingText: "", maxDrawUndoBitmaps: 2 }); // undoing is Edits', which also redoes
+    this.nv = makeNiivue();
+    this.beside = new Beside(this);
   }
 
   async start() {
-    await this.nv.attachToCanvas(this.tools.canvas, true);
-    this.nv.drawLut.lut.set([0, 0, 0, 0]);
-    this.nv.setDrawColormap(COLOURS);
+    await attach(this.nv, this.tools.canvas);
+    const draw = this.nv.drawScene.bind(this.nv);
+    this.nv.drawScene = () => {
+      draw();
+      this.beside.follow();
+    };
     this.nv.onLocationChange = () => this.#sliceMayDiffer();
     listen(this);
     this.element.viewer = this; // for whoever drives the page
@@ -53,6 +52,7 @@ class Viewer {
   /** Show a case: {pixels, count, height, width, spacing, oriented, name, slices, truth}, its probability and the threshold. */
   async show(opened, probability, threshold) {
     Object.assign(this, { opened, threshold, volumes: {} });
+    this.beside.close();
     const { count, height, width } = opened;
     this.area = height * width;
     this.probability = turned(probability, this.area);
@@ -128,6 +128,7 @@ class Viewer {
     this.#mouse();
     this.#refreshDrawing();
     this.tools.refresh();
+    await this.beside.look();
   }
 
   #thick() {
@@ -333,6 +334,7 @@ class Viewer {
   /** Forget the case. */
   close() {
     this.turn++;
+    this.beside.close();
     this.nv.volumes = [];
     this.nv.closeDrawing();
     Object.assign(this, { opened: null, probability: null, edits: null, truth: null, volumes: {}, removed: [] });

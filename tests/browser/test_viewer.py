@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 from pages import at_slice, choose, dragged, fetched, masks_of, opened, place, seen, shown
+from PIL import Image
 from running import ROOT
 
 pytestmark = pytest.mark.slow
@@ -54,6 +55,50 @@ def mask(page) -> np.ndarray:
     """The mask that the page gives, (slices, rows, columns) of 0 and 255."""
     found = masks_of(fetched(page, "All masks (ZIP)")[1])
     return np.stack([found[f"flair_{k + 1}_mask.png"] for k in range(SHAPE[2])])
+
+
+def test_two_pictures_move_together_and_one_by_itself(page):
+    """Masks of another model beside the case, then a scan of another date with other slices."""
+    marked = np.zeros(SHAPE, np.uint8)
+    marked[4:12, 26:34, 4] = 1
+    page.get_by_text("Side by side").click()
+    choose(
+        page, [("other_mask.nii", nibabel.Nifti1Image(marked, np.diag([*SPACING, 1.0])).to_bytes())], "#masks"
+    )
+    page.locator(".place", has_text="Other masks: slice 5 of 9").wait_for()
+    beside = page.locator(".beside canvas")
+
+    def orange() -> int:
+        picture = np.asarray(Image.open(io.BytesIO(beside.screenshot())).convert("RGB")).astype(int)
+        return int(((picture[..., 0] > 180) & (picture[..., 2] < 60)).sum())
+
+    assert orange() > 50, "the other model's outline"
+    page.keyboard.press("o")
+    page.get_by_text("Overlay hidden").wait_for()
+    page.wait_for_function("document.querySelector('.medfl-viewer').viewer.beside.nv.drawRimOpacity === -1")
+    assert orange() == 0
+    page.keyboard.press("o")
+    page.keyboard.press("ArrowRight")
+    page.locator(".place", has_text="slice 6 of 9").wait_for()
+    assert orange() == 0, "it is marked in slice 5 alone"
+    other = np.full((48, 40, 18), 40, np.uint8)
+    other[4:12, 26:34, 9:14] = 220
+    choose(
+        page, [("later.nii", nibabel.Nifti1Image(other, np.diag([2.0, 1.0, 2.0, 1.0])).to_bytes())], "#date"
+    )
+    page.locator(".place", has_text="Other date, later: slice 12 of 18").wait_for()  # 4 mm above the middle
+    beside.hover(force=True)
+    page.mouse.wheel(0, -100)
+    page.locator(".place", has_text="slice 14 of 18").wait_for()
+    at_slice(page, 7, SHAPE[2])
+    page.get_by_role("button", name="Down").click()
+    page.locator(".place", has_text="slice 13 of 18").wait_for()
+    at_slice(page, 7, SHAPE[2])
+    page.keyboard.press("ArrowLeft")
+    page.locator(".place", has_text="slice 11 of 18").wait_for()
+    assert not mask(page).any(), "what lies beside the case changes nothing of it"
+    page.get_by_role("button", name="Take away").click()
+    assert page.locator(".beside").count() == 0 and page.locator(".medfl-viewer canvas").count() == 1
 
 
 def test_the_probability_lies_where_it_was_computed(page):

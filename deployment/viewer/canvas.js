@@ -1,0 +1,20 @@
+// NiiVue on a canvas, as both pictures of the viewer have it.
+
+import { Niivue } from "@niivue/niivue";
+
+// Okabe and Ito's colours, which colour-blind readers tell apart: only the mask, only the other mask, both.
+const COLOURS = { R: [0, 230, 86, 240], G: [0, 159, 180, 228], B: [0, 0, 233, 66], labels: ["", "mask", "other", "both"] };
+export const RIM_ONLY = 0.01; // opacity inside of an outline: at 0 NiiVue draws no rim either
+
+export const makeNiivue = () => new Niivue({ dragAndDropEnabled: false, logLevel: "error", isRadiologicalConvention: true,
+  showAllOrientationMarkers: true, isForceMouseClickToVoxelCenters: true, crosshairWidthUnit: "percent", crosshairColor: [0.5, 0.8, 1, 0.9],
+  fontColor: [1, 1, 1, 1], fontMinPx: 16, viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", multiplanarShowRender: 1,
+  windowingGainFactor: 1, rulerColor: [0.94, 0.89, 0.26, 1], measureLineColor: [0.94, 0.89, 0.26, 1], measureTextColor: [0.94, 0.89, 0.26, 1],
+  loadingText: "", maxDrawUndoBitmaps: 2 }); // undoing is Edits', which also redoes
+
+/** Let NiiVue draw on a canvas. */
+export async function attach(nv, canvas) {
+  await nv.attachToCanvas(canvas, true);
+  nv.drawLut.lut.set([0, 0, 0, 0]);
+  nv.setDrawColormap(COLOURS);
+}
