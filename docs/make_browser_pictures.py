@@ -1,10 +1,11 @@
-"""Take the pictures of the page in the browser: docs/browser_desktop.png, browser_planes.png and browser_phone.png.
+"""Take the pictures of the page in the browser: docs/browser_desktop.png, browser_planes.png, browser_phone.png
+and browser_two.png.
 
     python docs/make_browser_pictures.py
     python docs/make_browser_pictures.py --all FOLDER
 
 It stages the page with the model that comes with MedFL, opens a phantom in Chromium (playwright is in
-requirements-dev.txt) and photographs it. With --all it also writes six states at three sizes into a folder, to
+requirements-dev.txt) and photographs it. With --all it also writes seven states at three sizes into a folder, to
 look through.
 """
 
@@ -23,12 +24,14 @@ from deployment.serve_browser import server
 from deployment.staging import stage_browser
 
 SIZES = {"desktop": (1280, 720), "large": (1920, 1080), "phone": (390, 844)}
-STATES = ("empty", "axial", "planes", "3-D", "probability", "edit")
+STATES = ("empty", "axial", "planes", "3-D", "probability", "edit", "two")
 IN_DOCS = {
     "browser_desktop": ("desktop", "axial"),
     "browser_planes": ("desktop", "planes"),
     "browser_phone": ("phone", "axial"),
+    "browser_two": ("desktop", "two"),
 }
+SAMPLES = PHANTOM_MODEL.parent
 PIXEL, BETWEEN = "0.9", "8"  # mm
 TURNED = "() => document.getElementById('viewer').viewer.nv.setRenderAzimuthElevation(110, 15)"
 
@@ -54,6 +57,11 @@ def show(page: Page, state: str) -> None:
         page.get_by_label("Overlay").select_option("probability")
     elif state == "edit":
         page.get_by_role("button", name="Edit").click()
+    elif state == "two":
+        page.get_by_text("Side by side").click()
+        page.locator("#date").set_input_files(SAMPLES / "phantom_2.zip")
+        page.locator(".place").wait_for()
+        page.locator("#status", has_text="Ready.").wait_for()
     page.mouse.move(0, 0)
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 

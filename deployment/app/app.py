@@ -6,11 +6,7 @@ What is uploaded stays in the memory of this process while its page is open; it 
 sent on. `streamlit run` finds `app` here, which is this page behind deployment/app/guard.py.
 """
 
-import contextlib
-import ctypes
-import gc
 import importlib.util
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,24 +17,22 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.starlette import App
 
 from appearance.doubts import doubts
-from checkpoint import Checkpoint, load_checkpoint
-from common import ROOT, MedFLError, counted
-from deployment.app.card import NOTICE, card_rows, find_checkpoints
+from checkpoint import Checkpoint
+from common import MedFLError, counted
+from deployment.app.card import NOTICE
 from deployment.app.case import Case
 from deployment.app.cases import KINDS, read_case
 from deployment.app.correcting import OF_A_CASE, as_drawn
 from deployment.app.guard import Guard, forget_media
+from deployment.app.models import choose_model, give_memory_back
 from deployment.app.patients import choose_patient, data_folder, keep_how_sure, open_patient
 from deployment.app.pictures import icon
 from deployment.app.readout import predict_case
 from deployment.app.uploads import take_uploads
 from deployment.app.viewer import show_case
-from escaping import markdown, web
-from usage import choose_device
+from escaping import markdown
 
-MODELS = ROOT / "models"
 SAMPLES = Path(__file__).parent / "samples"
-ARENA_MAX = -8  # glibc's M_ARENA_MAX: threads share their heaps, so what one frees another can use
 SAMPLE = "This is a phantom: painted, not measured."
 PHANTOMS_ONLY = (
     "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its outline "
@@ -87,71 +81,6 @@ READING = """
 </style>
 """
 FOLDED = "<style>[data-testid=stColumn]:has(.st-key-side) {display: none}</style>"
-
-
-@st.cache_resource(max_entries=2, show_spinner="loading the model")
-def load_model(path: Path, changed: float) -> tuple[Checkpoint, str]:
-    """The checkpoint and its SHA-256. changed: the file's time, so that a new file is loaded again."""
-    checkpoint = load_checkpoint(path, choose_device())
-    # Streamlit collects garbage after each run of the page. What the libraries hold is none; looking through
-    # it took 0.2 s a run
-    gc.collect()
-    gc.freeze()
-    _of_glibc("mallopt", ARENA_MAX, 2)
-    return checkpoint, checkpoint.sha256()
-
-
-def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
-    """The model that the sidebar names, and its card. Ends the page with a sentence where there is none that
-    can be used."""
-    try:
-        paths = find_checkpoints(MODELS)
-    except MedFLError as error:
-        stop(error)
-    with st.sidebar:
-        st.header("Model")
-        names = {
-            path: path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}" for path in paths
-        }
-        path = st.selectbox(
-            "Checkpoint",
-            paths,
-            format_func=lambda one: names.get(one, ""),
-            help="The best by validation comes first.",
-        )
-    try:
-        checkpoint, sha256 = load_model(path, path.stat().st_mtime)
-        card = card_rows(checkpoint, sha256, next(checkpoint.model.parameters()).device.type)
-    except (MedFLError, OSError) as error:
-        stop(error)
-    with st.sidebar:
-        st.html(
-            '<dl class="card">'
-            + "".join(f"<dt>{web(subject)}</dt><dd>{web(text)}</dd>" for subject, text in card)
-            + "</dl>"
-        )
-    return checkpoint, card
-
-
-def stop(error: Exception) -> None:
-    """Say what is wrong and what to do, and show nothing else."""
-    st.error(markdown(f"No model: {error}"))
-    st.stop()
-
-
-def give_memory_back() -> None:
-    """Return freed memory to the system, a moment later: it takes a tenth of a second or two, which a reader
-    need not wait for. Streamlit runs the page in ever new threads, and glibc keeps what each of them freed:
-    without this a session of 50 volumes grew by 600 MiB."""
-    later = threading.Timer(1.0, _of_glibc, ("malloc_trim", 0))
-    later.daemon = True
-    later.start()
-
-
-def _of_glibc(name: str, *numbers: int) -> None:
-    """Call a function of the C library; elsewhere than on Linux with glibc nothing happens."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None)[name](*numbers)
 
 
 def open_case(read: Callable[[], Case], sample: bool = False) -> None:

@@ -25,7 +25,7 @@ from inference import to_mask
 MASK_KINDS = ["tif", "tiff", "png", "nii", "gz", "nrrd", "dcm"]
 OF_A_CASE = (
     "edited", "edits", "measured_of", "components_of", "saved", "save_refusal", "edit_refusal", "version", "no_tumour",
-    "kept", "unsaved", "closing", "shown", "wanted",
+    "kept", "unsaved", "closing", "shown", "wanted", "beside", "beside_refusal", "other_model", "dates",
 )  # fmt: skip
 
 

@@ -73,7 +73,10 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
     axes = closest_axes(mirrored(stored.affine)[:3, :3])
     volume = to_shown(planes, axes)
     if min(volume.shape[1:3]) < MIN_SIDE or volume[..., 0].size > MAX_PIXELS:
-        raise MedFLError(f"{name} has {size(volume)}, which this page can't hold; prepare it with data/prepare_hospital.py and open the slices")
+        raise MedFLError(
+            f"{name} has {size(volume)}, which this page can't hold; prepare it with data/prepare_hospital.py and open "
+            "the slices"
+        )
     columns, rows, between = (float(stored.header.get_zooms()[axis]) for axis in axes[0])
     measured = all(map(is_size_mm, (rows, columns, between)))
     case = Case(

@@ -8,6 +8,8 @@ its head (4 bytes, little endian), the head as JSON, and the parts that the head
   each case and model, and again where the browser says that it lacks them.
 - truth, mask: (S, H, W) uint8, or nothing where there is no truth, or where the mask is the proposal. They are sent
   when they differ from what the browser shows.
+- beside_pixels, beside_mask: of what stands beside the case, (s, h, w, 3) and (s, h, w) uint8, where there is such.
+  They are sent when it is another, and with the case.
 
 The browser tells of three events: `wanted`, it lacks parts; `slice`, another one is shown, from 0; `drawn`, the reader
 moved the threshold or drew: {"voxels": the number of those that were drawn on, "threshold": number, "mask": base64 of
@@ -28,6 +30,7 @@ from streamlit.components.v2.get_bidi_component_manager import get_bidi_componen
 from streamlit.components.v2.manifest_scanner import ComponentConfig, ComponentManifest
 
 from common import ROOT, MedFLError, __version__
+from deployment.app.beside import Beside
 from deployment.app.case import Case
 from deployment.app.readout import Prediction
 from inference import to_mask
@@ -40,13 +43,16 @@ LEAST, MOST = 0.05, 0.95  # thresholds
 
 @dataclass
 class Shown:
-    """What the browser shows, and the numbers that the message gives to it: of the voxels, and of truth and mask."""
+    """What the browser shows, and the numbers that the message gives to it: of the voxels, of truth and mask, and of
+    what stands beside."""
 
     prediction: Prediction | None = None
     truth: np.ndarray | None = None
     mask: np.ndarray | None = None
+    beside: Beside | None = None
     voxels: int = 0
     masks: int = 0
+    besides: int = 0
 
 
 def codes_of(probability: np.ndarray) -> np.ndarray:
@@ -72,10 +78,15 @@ def mask_of(text: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def show_scan(
-    case: Case, prediction: Prediction, mask: np.ndarray, proposal: np.ndarray, threshold: float
+    case: Case,
+    prediction: Prediction,
+    mask: np.ndarray,
+    proposal: np.ndarray,
+    threshold: float,
+    beside: Beside | None,
 ) -> None:
     """The viewer with a case. mask: what the reader stands by; proposal: of the model at the threshold, both (S, H, W)
-    uint8 0/255. What the reader draws becomes `st.session_state.edited`."""
+    uint8 0/255. beside: a second picture. What the reader draws becomes `st.session_state.edited`."""
     state = st.session_state
     shown: Shown = state.setdefault("shown", Shown())
     wanted = state.pop("wanted", False)
@@ -95,13 +106,25 @@ def show_scan(
     if masks:
         parts["truth"] = np.empty(0, np.uint8) if case.truth is None else case.truth
         parts["mask"] = np.empty(0, np.uint8) if np.array_equal(mask, proposal) else mask
+    if voxels or shown.beside is not beside:
+        shown.beside, shown.besides = beside, state.messages
+        if beside:
+            parts |= {"beside_pixels": beside.case.volume, "beside_mask": beside.mask}
     count, height, width = mask.shape
     head = {
         "voxels": shown.voxels, "masks": shown.masks, "count": count, "height": height, "width": width,
         "spacing": case.spacing, "oriented": case.oriented, "together": case.is_volume, "threshold": threshold,
-        "parts": [(name, part.size) for name, part in parts.items()],
+        "beside": beside and _told(beside, shown.besides), "parts": [(name, part.size) for name, part in parts.items()],
     }  # fmt: skip
     _mount(head, parts)
+
+
+def _told(beside: Beside, number: int) -> dict[str, Any]:
+    count, height, width = beside.mask.shape
+    return {
+        "number": number, "count": count, "height": height, "width": width, "spacing": beside.case.spacing,
+        "oriented": beside.case.oriented, "label": beside.label,
+    }  # fmt: skip
 
 
 def _mount(head: dict[str, Any], parts: dict[str, np.ndarray]) -> None:

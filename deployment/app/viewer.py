@@ -10,6 +10,7 @@ import streamlit as st
 
 from checkpoint import Checkpoint
 from common import MedFLError
+from deployment.app.beside import choose_beside
 from deployment.app.case import Case
 from deployment.app.cases import add_truth
 from deployment.app.correcting import MASK_KINDS, Corrected, correct, corrected, said_of, show_components
@@ -49,7 +50,7 @@ def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
     done = corrected(case, prediction, threshold)
     picture, side = st.columns([3, 1], gap="small")
     with picture:
-        show_scan(case, prediction, done.mask, done.proposal, threshold)
+        show_scan(case, prediction, done.mask, done.proposal, threshold, state.get("beside"))
     with side, st.container(key="side"):
         show_side(checkpoint, card, case, prediction, done, threshold)
 
@@ -175,7 +176,7 @@ def read_mirrored(model: TransUNet) -> None:
 
 
 def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
-    """What not every reader needs: pixel size, truth, a second reading of the mirrored slices."""
+    """What not every reader needs: pixel size, truth, a second picture, a second reading of the mirrored slices."""
     state = st.session_state
     if case.nifti is not None and not case.oriented:
         st.radio("The patient's left is", SIDES, index=None, key="side", on_change=take_side)
@@ -198,6 +199,7 @@ def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
         )
         if state.get("truth_refusal"):
             st.error(markdown(state.truth_refusal))
+    choose_beside(checkpoint)
     if prediction.spread is None:
         st.button(
             "Read the mirrored slices as well",

@@ -62,7 +62,8 @@ def _check_size(content: bytes) -> None:
         )
     if not fits(shape[2::-1], MAX_PIXELS):
         raise MedFLError(
-            f"asks for {'×'.join(map(str, shape))} values, which this page can't hold; prepare it with data/prepare_hospital.py and open the slices"
+            f"asks for {'×'.join(map(str, shape))} values, which this page can't hold; prepare it with "
+            "data/prepare_hospital.py and open the slices"
         )
 
 

@@ -6,7 +6,7 @@ const REST = 250; // ms without a further change after which the page hears of o
 const CODES = 200; // probability 1
 
 const element = document.createElement("div"); // one viewer for all cases of a page: browsers allow few with WebGL
-const held = { voxels: null, masks: null }; // numbers of what came last
+const held = { voxels: null, masks: null, beside: null }; // numbers of what came last
 const waiting = { slice: null, drawn: null }; // timers of what the page has not heard yet
 let viewer = null, tell = null, quiet = false, queue = Promise.resolve();
 
@@ -29,7 +29,7 @@ function forget() {
   for (const what of Object.keys(waiting)) cancel(what);
   element.remove();
   viewer?.close();
-  Object.assign(held, { voxels: null, masks: null });
+  Object.assign(held, { voxels: null, masks: null, beside: null });
 }
 
 /** The head and the named parts of a message. */
@@ -43,12 +43,15 @@ function unpacked(data) {
 
 async function take(data) {
   const given = unpacked(data);
-  if ((given.voxels !== held.voxels && !given.pixels) || (given.masks !== held.masks && !given.mask)) return tell("wanted", true);
+  const number = given.beside?.number ?? null;
+  if ((given.voxels !== held.voxels && !given.pixels) || (given.masks !== held.masks && !given.mask) ||
+    (number !== null && number !== held.beside && !given.beside_pixels)) return tell("wanted", true);
   viewer ??= await createViewer(element, { slice: () => later("slice"), mask: () => later("drawn") });
   quiet = true; // what is given need not be told
   try {
     if (given.voxels !== held.voxels) await open(given);
     else await renew(given);
+    if (number !== held.beside) await openBeside(given);
   } finally {
     quiet = false;
   }
@@ -59,7 +62,14 @@ async function open(given) {
   const opened = { count, height, width, spacing, oriented, together, pixels, truth: given.truth.length ? given.truth : null };
   await viewer.show(opened, Float32Array.from(codes, (code) => code / CODES), threshold);
   if (given.mask.length) viewer.takeMask(given.mask);
-  Object.assign(held, { voxels: given.voxels, masks: given.masks });
+  Object.assign(held, { voxels: given.voxels, masks: given.masks, beside: null });
+}
+
+/** What stands beside the case, or nothing any more. */
+async function openBeside({ beside, beside_pixels: pixels, beside_mask: mask }) {
+  held.beside = beside?.number ?? null;
+  if (beside) await viewer.beside.show({ ...beside, pixels, mask });
+  else viewer.beside.close();
 }
 
 async function renew(given) {

@@ -3,15 +3,21 @@ can't be used."""
 
 import gc
 import json
+import shutil
 import weakref
 from pathlib import PurePath
 
 import numpy as np
 import pytest
+import torch
 from running import ROOT
 from streamlit.testing.v1 import AppTest
 
+from checkpoint import load_checkpoint
 from dataset import load_dataset
+from deployment.app import beside, models
+from deployment.app.card import PHANTOM_MODEL
+from deployment.app.readout import predict_case
 from inference import to_mask
 from preprocessing import volume_name
 
@@ -113,6 +119,33 @@ def test_the_model_runs_once_for_an_upload(page, phantoms, monkeypatch):
     assert once > 0 and "case" in page.session_state
     drawn(page, threshold=0.3, slice=2)
     assert len(passes) == once
+
+
+def test_another_model_and_another_date_stand_beside_the_case(page, monkeypatch, tmp_path, phantoms):
+    other = shutil.copy(PHANTOM_MODEL, tmp_path / "other_best.pth")
+    for place in (models, beside):
+        monkeypatch.setattr(place, "MODELS", tmp_path)
+    page.run()
+    page.button(key="phantom_1").click().run()
+    case = page.session_state.case
+    page.selectbox(key="other_model").set_value(other).run()
+    assert not page.exception
+    shown = page.session_state.beside
+    loaded = load_checkpoint(other, torch.device("cpu"))
+    expected = to_mask(predict_case(loaded.model, case).probability, loaded.threshold)
+    assert (
+        shown.case is case and shown.label == "Model other_best.pth" and np.array_equal(shown.mask, expected)
+    )
+    sent = message(page)
+    assert sent["beside_mask"] == expected.tobytes() and sent["beside_pixels"] == case.volume.tobytes()
+    upload(page, patient_files(phantoms, masks=False), "Another date")
+    later = page.session_state.beside
+    assert later.label.startswith("Other date, ") and later.mask.shape == later.case.volume.shape[:3]
+    assert page.session_state.case is case, "the case stays"
+    upload(page, [("notes.txt", b"no scan")], "Another date")
+    assert page.session_state.beside is None and any(";" in error.value for error in page.error)
+    close(page)
+    assert "beside" not in page.session_state and "other_model" not in page.session_state
 
 
 def message(page: AppTest) -> dict[str, bytes]:

@@ -168,6 +168,31 @@ def changed(page, number: int) -> None:
 
 
 @pytest.mark.slow
+def test_another_date_stands_beside_the_case_and_goes_with_it(visit, patient):
+    _, one = patient
+    page = visit()
+    page.get_by_role("button", name="Phantom 1").click()
+    page.locator(".words", has_text="Slice").wait_for()
+    before = mask(page)
+    page.locator(IDLE).wait_for()
+    side(page).get_by_text("Side by side").click()
+    field = side(page).locator("section[aria-label^='Another date'] input[type=file]")
+    field.set_input_files(one.images)
+    page.locator(".place", has_text=f"of {len(one.images)}").wait_for()
+    assert page.evaluate(f"{VIEW}.beside.opened.label").startswith("Other date")
+    assert page.evaluate(f"{VIEW}.beside.nv.drawBitmap.some((value) => value > 0)"), (
+        "the model's mask lies on it"
+    )
+    page.evaluate(f"{VIEW}.goTo(0)")
+    page.locator(".place", has_text=f"slice 1 of {len(one.images)}").wait_for()
+    assert np.array_equal(mask(page), before)
+    page.get_by_role("button", name="Close this case").click()
+    page.get_by_role("button", name="Phantom 2").click()
+    page.locator(".words", has_text="Slice").wait_for()
+    assert page.locator(".beside").count() == 0
+
+
+@pytest.mark.slow
 def test_a_stroke_reaches_the_figures_and_the_saved_truth(visit, patient):
     out, one = patient
     page = visit()

@@ -1,0 +1,90 @@
+"""Side by side with the open case: the mask that another model draws on it, or a scan of another date."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import streamlit as st
+
+from checkpoint import Checkpoint
+from common import MedFLError
+from deployment.app.card import find_checkpoints
+from deployment.app.case import Case, short
+from deployment.app.cases import read_case
+from deployment.app.models import MODELS, load_model, named
+from deployment.app.readout import predict_case
+from deployment.app.uploads import take_uploads
+from escaping import markdown
+from inference import to_mask
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is shown beside the open case. mask: (S, H, W) uint8 0/255, of the case; label: what it is, in words."""
+
+    case: Case
+    mask: np.ndarray
+    label: str
+
+
+def choose_beside(checkpoint: Checkpoint) -> None:
+    """The ways to a second picture. checkpoint: the model of the open case."""
+    state = st.session_state
+    with st.expander("Side by side", expanded=bool(state.get("beside") or state.get("beside_refusal"))):
+        others: list[Path | None] = [path for path in find_checkpoints(MODELS) if path != checkpoint.path]
+        if others:
+            st.selectbox(
+                "Another model",
+                [None, *others],
+                format_func=lambda path: "none" if path is None else named(path),
+                key="other_model",
+                on_change=take_other_model,
+            )
+        st.file_uploader(
+            "Another date's scan of this patient",
+            accept_multiple_files=True,
+            key=f"date-{state.get('dates', 0)}",
+            on_change=take_other_date,
+            args=(checkpoint,),
+        )
+        st.caption(
+            "Both pictures move together: as far from the middle. Scans are not laid over each other; Shift and the "
+            "wheel move the right one by itself."
+        )
+        if refusal := state.get("beside_refusal"):
+            st.error(markdown(refusal))
+
+
+# Streamlit keeps a widget's callback longer than the widget: so these are no closures, which would keep a closed case.
+
+
+def take_other_model() -> None:
+    """The mask of the model that was chosen stands beside the case."""
+    state = st.session_state
+    path: Path | None = state.other_model
+    state.beside = state.beside_refusal = None
+    if path is None:
+        return
+    try:
+        other, _ = load_model(path, path.stat().st_mtime)
+        state.beside = _segmented(other, state.case, f"Model {named(path)}")
+    except (MedFLError, OSError) as error:
+        state.beside_refusal = f"{error}."
+
+
+def take_other_date(checkpoint: Checkpoint) -> None:
+    """The scan that was uploaded stands beside the case, with this model's mask; or the reason is kept why it can't."""
+    state = st.session_state
+    files = state[f"date-{state.get('dates', 0)}"]
+    state.dates = state.get("dates", 0) + 1  # a new uploader, which is empty
+    state.beside = state.beside_refusal = None
+    try:
+        case = read_case(take_uploads(files))
+        state.beside = _segmented(checkpoint, case, f"Other date, {short(case.name)}")
+    except MedFLError as error:
+        state.beside_refusal = f"{error}."
+
+
+def _segmented(checkpoint: Checkpoint, case: Case, label: str) -> Beside:
+    probability = predict_case(checkpoint.model, case).probability
+    return Beside(case, to_mask(probability, checkpoint.threshold), label)
