@@ -52,6 +52,9 @@ STYLE = """
     color: inherit !important; opacity: 1 !important;
   }
   @media (max-width: 40rem) {.block-container {padding-left: 1rem; padding-right: 1rem}}
+  @media (forced-colors: active) {  /* a switch is made of backgrounds, which would go */
+    [data-testid=stCheckbox] label > :not([data-testid]):not(input) {forced-color-adjust: none; outline: 1px solid ButtonText}
+  }
 </style>
 """
 # an open case: the picture fills the window, and what stands beside it scrolls by itself
