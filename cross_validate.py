@@ -117,8 +117,8 @@ def main() -> None:
         f"\n{dataset.name}, {counted(len(rows), 'patient')}, each by the one of {len(splits)} models that never "
         "saw the patient"
     )
-    print_table(figures)
-    print("", *as_lines(failed), sep="\n")
+    print_table(figures, dataset.region)
+    print("", *as_lines(failed, dataset.region), sep="\n")
     about = {"data": dataset.name, "folds": len(splits), "settings": asdict(settings), "created": utc_now()}
     write_json(arguments.out / "scores.json", {**about, **figures, **failed})
     write_patients(figures, arguments.out / "patients.csv")

@@ -121,10 +121,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def print_table(figures: dict) -> None:
-    """One line per site and one over all patients; where a spacing is known, the same in cm³ and mm."""
+def print_table(figures: dict, region: str) -> None:
+    """One line per site and one over all patients; where a spacing is known, the same in cm³ and mm. region: what is
+    outlined."""
+    slices = f"{region} slices"
+    wide = max(15, len(slices) + 2)
     print(
-        f"{'site':8}{'patients':>9}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'IoU':>7}{'tumour slices':>15}"
+        f"{'site':8}{'patients':>9}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'IoU':>7}{slices:>{wide}}"
         f"{'false on empty':>16}{'missed':>8}{'HD95 in the plane px':>22}{'slices of one only':>20}"
     )
     for site, row in [*figures["sites"].items(), ("all", figures)]:
@@ -133,7 +136,7 @@ def print_table(figures: dict) -> None:
         print(
             f"{escaping.terminal(site):8}{row['patients_scored']:>9}{number(row['volume_dice']['mean']):>11}"
             f"{number(row['volume_dice']['median']):>8}{interval:>17}{number(row['volume_iou']['mean']):>7}"
-            f"{number(row['slice_dice_tumour']):>15}{number(row['empty_slice_false_positive_rate']):>16}"
+            f"{number(row['slice_dice_tumour']):>{wide}}{number(row['empty_slice_false_positive_rate']):>16}"
             f"{row['missed_patients']:>8}{number(row['hd95_in_plane_px']['mean'], 1):>22}"
             f"{row['hd95_in_plane_px']['slices_with_one_mask']:>20}"
         )
@@ -269,13 +272,13 @@ def main() -> None:
     )
     figures, failed = report(rows), failures(rows)
     print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {counted(len(rows), 'patient')}")
-    print_table(figures)
+    print_table(figures, dataset.region)
     if without := figures["patients_without_tumour"]:
         print(
-            f"note: {without} of {counted(len(rows), 'patient')} have no tumour in their masks; their Dice is 1 where "
-            "nothing was predicted and 0 elsewhere, and says nothing of how well tumours are found"
+            f"note: {without} of {counted(len(rows), 'patient')} have no {dataset.region} in their masks; their Dice "
+            f"is 1 where nothing was predicted and 0 elsewhere, and does not say how well a {dataset.region} is found"
         )
-    print("", *as_lines(failed), sep="\n")
+    print("", *as_lines(failed, dataset.region), sep="\n")
     if meter:
         print_energy(meter.record(), checkpoint, figures)
     if arguments.json:

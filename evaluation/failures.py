@@ -111,8 +111,8 @@ def without_sizes(figures: dict) -> dict:
     return {"calibration": told, "lesions": counted, "risk_coverage": figures["risk_coverage"]}
 
 
-def as_lines(figures: dict) -> list[str]:
-    """`failures` in words, for a terminal."""
+def as_lines(figures: dict, region: str) -> list[str]:
+    """`failures` in words, for a terminal. region: what is outlined."""
     measured, found, risk = figures["calibration"], figures["lesions"], figures["risk_coverage"]
     lines = []
     if measured["ece"] is not None:
@@ -121,7 +121,7 @@ def as_lines(figures: dict) -> list[str]:
             f"({measured['ece_all_pixels']:.4f} over all)"
         )
     if measured["unseen_tumour"] is not None:
-        lines.append(f"tumour that got under 1 %: {100 * measured['unseen_tumour']:.1f} % of its pixels")
+        lines.append(f"{region} that got under 1 %: {100 * measured['unseen_tumour']:.1f} % of its pixels")
     sizes = ", ".join(
         f"{_size(part)} {part['found']} of {part['found'] + part['missed']}, {part['false']} false"
         for part in found["by_size"]

@@ -131,6 +131,7 @@ def test_a_task_is_prepared_trained_scored_and_told(tmp_path, home, task, make, 
         "all",
     )
     assert scored.returncode == 0 and named_task(task).title in scored.stdout, scored.stderr
+    assert f"{named_task(task).region} slices" in scored.stdout and "tumour" not in scored.stdout
     assert ("hd95_mm" in json.loads((tmp_path / "s.json").read_text())) == (task == "hippocampus")
     card = dict(card_rows(load_checkpoint(best), "0" * 64))
     assert named_task(task).region in card["Task"]
