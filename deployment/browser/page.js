@@ -5,50 +5,19 @@ import { maskName, readCase, readMasks } from "./cases.js";
 import { SIZES_MM, UserError, counted, fixed, isSizeMm, plain } from "./common.js";
 import { doubts } from "./doubts.js";
 import { dropped, take } from "./files.js";
+import { keep } from "./keeping.js";
 import { Network, checkBrowser, download, readProperties } from "./model.js";
 import { mirror, writeNifti } from "./nifti.js";
 import { agreement, csvText, sliceRows, summary } from "./readout.js";
 import { maskPng } from "./slices.js";
 import { createViewer } from "./viewer.js";
+import { $, attempt, message, progress, say } from "./words.js";
 
 const DICOM = { converter: "libs/dcm2niix/dcm2niix.jpeg.js", binary: "libs/dcm2niix/dcm2niix.jpeg.wasm", rules: "series_rules.json" };
 const SAMPLES = ["phantom_1", "phantom_2", "phantom_3"];
 const PHANTOMS_ONLY = "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its outline of one " +
   "means nothing.";
-const $ = (id) => document.getElementById(id);
 const state = { model: null, network: null, viewer: null, opened: null, probability: null, measured: null, rows: null, saved: 0, busy: false, cancelled: false };
-
-// ---- words ----
-
-function say(text) {
-  $("status").textContent = text;
-}
-
-function message(kind, text) {
-  const line = document.createElement("p");
-  line.className = `message ${kind}`;
-  line.textContent = text;
-  return line;
-}
-
-/** Run what a reader asked for; a mistake becomes one sentence, and the page stays as it was. */
-async function attempt(action) {
-  $("messages").replaceChildren();
-  try {
-    await action();
-  } catch (error) {
-    if (!(error instanceof UserError)) console.error(error);
-    const text = error instanceof UserError ? error.message : `something went wrong (${error.message}); reload the page`;
-    $("messages").replaceChildren(message("error", `${text}.`));
-  } finally {
-    $("progress").hidden = true;
-  }
-}
-
-function progress(share) {
-  $("progress").hidden = false;
-  $("progress").value = share;
-}
 
 // ---- the model ----
 
@@ -75,24 +44,7 @@ async function start() {
     throw new UserError("this browser draws no three-dimensional pictures (WebGL 2); switch on its hardware acceleration, or use another browser");
   }
   ready("Ready.");
-  keep().catch(() => {}); // not waited for; a private window keeps nothing; the page works as before
-}
-
-/** Keep the page's own files, the model too, so that the next visit needs no network. */
-async function keep() {
-  if (!navigator.serviceWorker) return;
-  await navigator.serviceWorker.register("offline.js");
-  await navigator.serviceWorker.ready;
-  const cache = await caches.open("medfl-page");
-  const own = performance.getEntriesByType("resource").map(({ name }) => name).filter((name) => name.startsWith(location.origin + "/"));
-  const before = await cache.keys();
-  const wanted = new Set([location.href.split("#")[0], new URL("index.html", location).href, ...["icon.svg", ...Object.values(DICOM), ...state.network.files].map((name) => new URL(name, location).href), ...own]);
-  await Promise.all([...wanted].map(async (name) => {
-    const answer = await fetch(name);
-    if (answer.ok) await cache.put(name, answer);
-  }));
-  await Promise.all(before.filter(({ url }) => !wanted.has(url)).map((request) => cache.delete(request)));
-  document.body.dataset.kept = "yes";
+  keep([...Object.values(DICOM), ...state.network.files]).catch(() => {}); // not waited for; a private window keeps nothing; the page works as before
 }
 
 function ready(text) {
