@@ -94,7 +94,7 @@ def test_an_answer_that_its_hospital_did_not_sign_does_not_count(run, spoil):
 def test_who_is_revoked_while_it_works_is_not_called_a_forger(monkeypatch, tmp_path):
     make_fast(monkeypatch)
     keys = dict(PUBLIC)
-    revoked = Signing(2, lambda *_: keys.pop(3, None))
+    revoked = Signing(2, lambda _, about: about["round"] == 2 and keys.pop(3, None))
     code, _, said = federate([Signing(0), Signing(1), revoked], 2, tmp_path, keys=keys)
     events = list(map(json.loads, (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines()))
     why = {event["why"] for event in events if event["event"] == "left_out"}
