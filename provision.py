@@ -28,7 +28,7 @@ from federation.runtime.certificates import (
     server_certificate,
 )
 from federation.runtime.hospital_kit import make_hospital_key
-from federation.runtime.kit import CA, CA_KEY, HOSPITAL_KEY, HOSPITAL_PUBLIC, SERVER
+from federation.runtime.kit import CA, CA_KEY, HOSPITAL_KEY, HOSPITAL_PUBLIC, SERVER, check_owner
 from federation.server.audit import ENDS, check_end, check_signatures, verify
 
 
@@ -181,6 +181,8 @@ def main() -> None:
         "members": show_members,
         "audit": check_log,
     }
+    if arguments.command in ("server", "hospital", "admit", "revoke"):
+        check_owner(arguments.kit)
     commands[arguments.command](arguments)
 
 

@@ -278,7 +278,7 @@ def main() -> None:
             if kit
             else f"python run_client.py --cid 0 (to {federation.clients - 1}) --server {arguments.address}"
         )
-        told = Messenger(arguments.notify, arguments.on_event)
+        told = Messenger(arguments.notify, arguments.on_event, Path.cwd())
         if arguments.status_port:
             serve_status(Path(job["out"]) / "status", arguments.status_port)
         gated = kit is not None and not arguments.own_gateway

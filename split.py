@@ -136,9 +136,10 @@ def load_split(path: Path, patients: set[str]) -> Split:
         )
     unknown = sorted(set(named) - patients)
     if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise MedFLError(
-            f"{path} names {unknown[0]} (and {len(unknown) - 1} more) that the dataset does not hold; "
-            "choose the --data-dir it was made for, or delete the file"
+            f"{path} names {unknown[0]}{more} that the dataset does not hold; choose the data it was made "
+            "for, or delete it to draw a new split, in which its test patients may train"
         )
     return split
 
@@ -151,7 +152,8 @@ def split_for(
         split = load_split(path, set(sites))
         if set(split.part("all")) != set(sites):
             raise MedFLError(
-                f"{path} leaves out patients of this dataset; delete it, or choose another --out"
+                f"{path} leaves out patients of this dataset; delete it to draw a new split, in which its test "
+                "patients may train"
             )
         return split
     split = make_split(sites, seed, val_fraction, test_fraction)

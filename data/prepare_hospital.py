@@ -35,6 +35,7 @@ try:
         connect,
         read_query,
     )
+    from radiology.layout import UNMASKED
     from radiology.ledger import Ledger
     from radiology.nifti import find_volumes
     from radiology.pseudonyms import Pseudonyms, check_folders
@@ -254,7 +255,13 @@ def main() -> None:
         f"{arguments.private / REPORT} says of each series what became of it; that folder leads back to patients "
         f"and stays here"
     )
-    print(f"next: python run_client.py --own-data {arguments.out} --name LABEL --check")
+    if any(m.mask for m in made):
+        print(f"next: python run_client.py --own-data {arguments.out} --name LABEL --check")
+    else:
+        print(
+            f"without masks nobody here can train; next: python predict.py {arguments.out / UNMASKED} --checkpoint "
+            "MODEL, or prepare again with their DICOM SEG or RTSTRUCT"
+        )
 
 
 if __name__ == "__main__":

@@ -85,6 +85,11 @@ def find_cohort(
     left_out: list[str] = []
     unread: Counter[str] = Counter()
     places = _places(top, left_out, mask_suffix, unread)
+    if not places and (top / UNMASKED).is_dir():
+        raise MedFLError(
+            f"all studies in {top} lie in {UNMASKED}, and only patients with masks train; export their masks as well "
+            "(DICOM SEG or RTSTRUCT), and prepare them again"
+        )
     if not places:
         raise MedFLError(
             f"no patients in {top} (a folder per patient, each slice with its {mask_suffix} file); "

@@ -58,6 +58,12 @@ def test_a_patient_is_a_path_below_the_root(tmp_path):
     assert found.root == tmp_path / "scans" and found.volume("sub-03/anat")[0].shape == (3, 16, 16, 3)
 
 
+def test_an_archive_of_which_nothing_has_a_mask_says_what_is_missing(tmp_path):
+    save(tmp_path / "without_masks" / "anna_1" / "anna_1_1.png", np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(MedFLError, match="lie in without_masks, and only patients with masks train"):
+        load(tmp_path)
+
+
 def test_patients_at_two_depths_all_count(tmp_path):
     for k in range(3):
         patient(tmp_path / "scans" / "kaggle_3m" / f"pat{k}", k)

@@ -127,6 +127,7 @@ def test_files_that_are_no_volumes_are_reported(volumes):
     )
     (volumes / "anna" / "anna_t1.nii.gz").unlink()
     (volumes / "anna" / "anna_t1ce.nii.gz").unlink()
+    (volumes / "anna" / "anna_seg.nii.gz").unlink()
     done = prepare_nifti(volumes)
     why = {Path(row["description"]).name: row["why"] for row in report(volumes)}
     assert "lies in no patient's folder" in why["loose.nii.gz"] and "no NIfTI file" in why["notes.txt"]
@@ -135,6 +136,7 @@ def test_files_that_are_no_volumes_are_reported(volumes):
         and why["bert_seg"] == "the study has no FLAIR"
         and "1 of 2 studies" in done.stdout
     )
+    assert "0 with a mask" in done.stdout and "without masks nobody here can train" in done.stdout
 
 
 def packed(folder: Path, to: Path, names=lambda path: path.name) -> Path:

@@ -95,6 +95,7 @@ def prepare_job(
     out = arguments.out.resolve()
     job: dict = {
         **{name: getattr(arguments, name) for name in ("notify", "on_event", "tensorboard", "mlflow")},
+        "started_in": str(Path.cwd()),
         "out": str(out),
         "resume": arguments.resume,
         "commit": (commit := git_commit()),

@@ -63,6 +63,19 @@ def check_modes(kit: Path) -> None:
             )
 
 
+def check_owner(kit: Path) -> None:
+    """Raises MedFLError where a private file that this user writes into the kit would be closed to the user who
+    runs the server, so that an admission or a revocation had no effect."""
+    if os.name != "posix" or not kit.is_dir():
+        return
+    owner = kit.stat().st_uid
+    if owner != os.geteuid():
+        raise MedFLError(
+            f"{kit} belongs to user {owner}, who could not read what you write there; run the same command as "
+            f"that user: sudo -u '#{owner}' ..."
+        )
+
+
 def parse_public(line: str) -> tuple[str, str]:
     """Label and key of a `hospital.pub`. Raises MedFLError for anything else."""
     parts = line.split()

@@ -88,7 +88,7 @@ def run(grid: Grid, job: dict) -> int:
         )
         journal.listeners.append(Status(federation, journal, out))
         if job.get("notify") or job.get("on_event"):
-            messenger = Messenger(job.get("notify"), job.get("on_event"))
+            messenger = Messenger(job.get("notify"), job.get("on_event"), Path(job["started_in"]))
             journal.listeners.append(messenger)
         journal.listeners += trackers(federation, out, job.get("tensorboard", False), job.get("mlflow"))
         journal.tell("start", {"resumed": job["resume"]})

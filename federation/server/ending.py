@@ -17,7 +17,7 @@ from federation.protocol.settings import to_json
 from federation.protocol.weights import in_precision, model_hash, pack, to_record, unpack
 from federation.server.audit import AuditLog
 from federation.server.exchange import Exchange
-from federation.server.mailbox import Answer
+from federation.server.mailbox import NOT_ADMITTED, Answer
 from federation.server.membership import Member
 from federation.server.state import RunState
 
@@ -134,7 +134,7 @@ class Ending:
         everybody = [*self.exchange.membership.present, *self.exchange.membership.observers]
         members = [member for member in everybody if member.facts.parts["test"].patients]
         if not members:  # nobody is asked in vain
-            self.say(f"{what}: no test patients")
+            self.say(f"{what}: no hospital has test patients")
             return None
         sent = in_precision(weights, self.state.federation.update_dtype)
         purpose = f"test-{purpose}"
@@ -150,7 +150,7 @@ class Ending:
         for label, reason in sorted(failures.items()):
             self.say(f"{what} is not tested by {label}: {reason}")
         score = pooled(results)
-        self.say(f"{what}: no test patients" if score is None else table(what, score))
+        self.say(f"{what}: no hospital sent a test Dice" if score is None else table(what, score))
         return score
 
     def deliver(self) -> None:
@@ -169,6 +169,10 @@ class Ending:
         if got:
             self.say(f"the model is with {', '.join(sorted(got))}")
         absent = set(self.state.progress.hospitals) - got
+        over = absent - set((membership.labels() or {}).values()) if keyed else set()
+        if over:
+            self.say(f"the model is not with {', '.join(sorted(over))}: {NOT_ADMITTED}")
+        absent -= over
         if keyed and absent:
             self.say(
                 f"the model is not with {', '.join(sorted(absent))}; send them {self.state.best} yourself"

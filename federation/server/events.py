@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import threading
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
@@ -61,19 +62,21 @@ class Journal(AuditLog):
 
 class Messenger:
     """Tells a webhook (POST, one JSON line) and a command (the line on its standard input) of events, in a
-    thread of its own.
+    thread of its own. folder: where the command runs, and from where its relative path counts.
 
     Raises MedFLError for an address that is none of HTTP, and a command that is not there.
     """
 
-    def __init__(self, url: str | None, command: str | None):
-        self.url, self.command = url, shlex.split(command) if command else None
+    def __init__(self, url: str | None, command: str | None, folder: Path):
+        self.url, self.command, self.folder = url, shlex.split(command) if command else None, folder
+        if self.command and Path(self.command[0]).name != self.command[0]:  # a path, and no name of the PATH
+            self.command[0] = str(folder / self.command[0])
         if url is not None and urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise MedFLError(f"--notify is {url}; give an address that begins with https:// or http://")
         if command is not None and not (self.command and shutil.which(self.command[0])):
             raise MedFLError(f"--on-event is {command}, and there is no such program; give its path")
         self._lines: queue.Queue[str | None] = queue.Queue(WAITING)
-        self._failed = False
+        self._failed: set[str] = set()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -86,7 +89,7 @@ class Messenger:
         try:
             self._lines.put_nowait(line)
         except queue.Full:
-            self._complain("more events than it takes")
+            self._complain("--notify or --on-event", "more events than it takes")
 
     def close(self) -> None:
         """Wait a moment until all is told."""
@@ -95,27 +98,51 @@ class Messenger:
 
     def _work(self) -> None:
         while (line := self._lines.get()) is not None:
-            try:
-                if self.url:
-                    request = urllib.request.Request(
-                        self.url, (line + "\n").encode(), {"Content-Type": "application/json"}
-                    )
-                    urllib.request.urlopen(request, timeout=TIME).close()
-                if self.command:
-                    subprocess.run(
-                        self.command,
-                        input=line + "\n",
-                        text=True,
-                        timeout=TIME,
-                        check=True,
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL,
-                    )
-                self._failed = False
-            except (OSError, ValueError, subprocess.SubprocessError) as error:
-                self._complain(type(error).__name__)
+            for option, given, tell in (
+                ("--notify", self.url, self._post),
+                ("--on-event", self.command, self._start),
+            ):
+                if not given:
+                    continue
+                try:
+                    tell(line + "\n")
+                    self._failed.discard(option)
+                except (OSError, ValueError, subprocess.SubprocessError) as error:
+                    self._complain(option, _in_words(error))
 
-    def _complain(self, why: str) -> None:
-        if not self._failed:
-            say(f"--notify or --on-event could not be told ({why}); the run goes on")
-        self._failed = True
+    def _post(self, line: str) -> None:
+        assert self.url
+        request = urllib.request.Request(self.url, line.encode(), {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=TIME).close()
+
+    def _start(self, line: str) -> None:
+        assert self.command
+        subprocess.run(
+            self.command,
+            input=line,
+            text=True,
+            timeout=TIME,
+            check=True,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    def _complain(self, option: str, why: str) -> None:
+        if option not in self._failed:
+            say(f"{option} could not be told ({why}); the run goes on")
+        self._failed.add(option)
+
+
+def _in_words(error: Exception) -> str:
+    """Why, without the address of a webhook: there may be a secret in it."""
+    if isinstance(error, subprocess.CalledProcessError):
+        said = (error.stderr or "").strip().splitlines()
+        return f"exit code {error.returncode}" + (f": {said[-1][:200]}" if said else "")
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code}"
+    if isinstance(error, urllib.error.URLError):
+        return str(error.reason)
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"it took more than {TIME:.0f} s"
+    return type(error).__name__

@@ -20,6 +20,7 @@ from federation.server.pulling import PULL_TIME, Puller, time_for
 SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
 GONE, NO_ANSWER = 5, "no answer in time"
 UNREADABLE = "its answer can't be read"
+NOT_ADMITTED = "its key is revoked or its admission over"
 DRIPS = "its answer came piece by piece and was not whole within {seconds:.0f} s"
 FLOWER_SAYS = {
     3: NO_ANSWER,
@@ -133,8 +134,10 @@ class Mailbox:
                 said = FLOWER_SAYS.get(reply.error.code, "its program could not answer")
                 return Answer(sent.node, sent.purpose, {}, failure=said)
             keys, proof = self._keys(), None
+            if keys is not None and sent.node not in keys:  # revoked after it was asked
+                return Answer(sent.node, sent.purpose, {}, failure=NOT_ADMITTED)
             if keys is not None:
-                proof = check_answer(reply.content, sent.asked, keys.get(sent.node, ""))
+                proof = check_answer(reply.content, sent.asked, keys[sent.node])
             about, arrays = read(reply.content), reply.content.get("arrays")
             if not (arrays is None or isinstance(arrays, ArrayRecord)):
                 raise TypeError("another record in the arrays' place")

@@ -9,7 +9,7 @@ from federation.protocol.answers import LABEL, Facts, Introduction, parse
 from federation.protocol.messages import FAILURES, End, Failure, Query
 from federation.protocol.settings import FederationSettings
 from federation.server.audit import AuditLog
-from federation.server.mailbox import Answer, Mailbox
+from federation.server.mailbox import NOT_ADMITTED, Answer, Mailbox
 
 LOOK = 1.0  # seconds between two looks at who is connected
 JOIN_TIME = 600.0  # seconds for a hospital's answer at joining; it may have to read its scans first
@@ -135,8 +135,10 @@ class Membership:
             nodes = [node for node in newcomers if ends.get(node, "") == day]
             asked = {"query": Query.JOIN, **self.about, "until": day}
             self.mailbox.send(nodes, "query", "join", asked, JOIN_TIME)
+        admitted = self.labels()
         for member in [m for m in self.members.values() if m.node not in online]:
-            self._remove(member, "gone")
+            out = admitted is not None and member.node not in admitted
+            self._remove(member, NOT_ADMITTED if out else "gone")
         for node in [n for n in self._rivals if n not in online]:
             del self._rivals[node]
         contested = [

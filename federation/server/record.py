@@ -138,7 +138,7 @@ class Record:
 def _in_words(scores: Scores) -> str:
     mean, patients = mean_dice(scores)
     return (
-        "no validation patients"
+        "no hospital sent a validation Dice"
         if mean is None
         else f"validation Dice {mean:.3f} over {counted(patients, 'patient')}"
     )

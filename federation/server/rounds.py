@@ -121,7 +121,9 @@ class Federation:
             self.say(str(error))
             self.membership.end(End.QUORUM, END_TIME)
             return EXIT_NO_QUORUM
-        write_json(self.out / f"{Path(name).stem}_test.json", {**about, "score": score})
+        path = self.out / f"{Path(name).stem}_test.json"
+        write_json(path, {**about, "score": score})
+        self.say(f"wrote {path}")
         if score:
             said = (
                 f"test Dice {score['volume_dice']['mean']:.3f} over {counted(score['patients'], 'patient')}"

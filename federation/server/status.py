@@ -82,7 +82,9 @@ class Status:
             for number in numbers
             if (mean := mean_dice(scores_of([r for r in rounds if r["round"] == number]))[0]) is not None
         ]
-        curve = page.curve(means, "Dice over rounds") or page.text("after two rounds")
+        curve = page.curve(means, "Dice over rounds") or page.text(
+            "drawn from two rounds on whose Dice a hospital sent"
+        )
         sections = [
             ("The run", page.table(("", ""), facts)),
             ("Hospitals", page.table(HEAD, self._hospitals())),

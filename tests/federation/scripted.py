@@ -132,7 +132,6 @@ def federate(
         state.restore(load_run(out)[2])
     said, grid = [], Grid()
     grid.nodes = dict(enumerate(workers, 1))
-    labels = keys and {node: worker.introduction["label"] for node, worker in grid.nodes.items()}
     subject = Federation(
         grid,
         state,
@@ -140,7 +139,7 @@ def federate(
         out,
         resume,
         AuditLog(out / "audit.jsonl"),
-        lambda: labels,
+        lambda: keys and {node: grid.nodes[node].introduction["label"] for node in keys},
         said.append,
         lambda: keys,
     )

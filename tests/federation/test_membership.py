@@ -89,6 +89,17 @@ def test_a_key_and_a_label_belong_together(play):
     assert all(about["why"] == End.IDENTITY for event, about in p.audited if event == "refused")
 
 
+def test_the_log_says_of_a_revoked_hospital_why_it_left(play):
+    p = play(keys={1: "mercy", 2: "hope"})
+    p.grid.nodes = {1: Node(facts("mercy")), 2: Node(facts("hope"))}
+    p.go()
+    p.keys = {2: "hope"}
+    p.grid.nodes.clear()
+    p.go()
+    why = {about["hospital"]: about["why"] for event, about in p.audited if event == "left"}
+    assert why == {"mercy": "its key is revoked or its admission over", "hope": "gone"}
+
+
 def test_hospitals_join_and_a_vanished_one_makes_room(play):
     p = play()
     p.grid.nodes = {1: Node(facts("hospital-0")), 2: Node(facts("mercy"))}

@@ -206,7 +206,9 @@ def test_a_model_is_scored_by_hospitals_without_training(whole, scene, phantoms)
     ]
     assert server.end() == 0 and [h.end() for h in hospitals] == [0, 0], server.output
     assert all("nothing is trained" in h.output and "comes here" not in h.output for h in hospitals)
-    told = json.loads((scene.out / "evaluation" / f"{model.stem}_test.json").read_text())
+    path = scene.out / "evaluation" / f"{model.stem}_test.json"
+    told = json.loads(path.read_text())
+    assert f"wrote {path.resolve()}" in server.output
     at_the_end = json.loads((whole[0].out / "federated_test.json").read_text())
     assert (
         told["score"] == at_the_end["best"] and told["model"] == BEST and "--rounds 0" in hospitals[0].output

@@ -61,6 +61,7 @@ def done(monkeypatch, tmp_path):
         hospitals[1].test_dice = 0.3
         grid.nodes = dict(enumerate(hospitals, 1))
         about = {
+            "started_in": str(tmp_path),
             "out": str(out),
             "resume": False,
             "start": str(start),
@@ -127,7 +128,7 @@ def test_a_page_elsewhere_cant_read_the_status(tmp_path):
         connection.close()
 
 
-def test_a_webhook_gets_one_line_an_event_and_cant_stop_anything(capsys):
+def test_a_webhook_and_a_command_get_one_line_an_event_and_cant_stop_anything(tmp_path, capsys):
     got = []
 
     class Hook(http.server.BaseHTTPRequestHandler):
@@ -141,20 +142,29 @@ def test_a_webhook_gets_one_line_an_event_and_cant_stop_anything(capsys):
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    messenger = Messenger(f"http://127.0.0.1:{server.server_port}/", None)
+    heard = tmp_path / "heard"
+    code = "import sys; open('heard', 'a').write(line := sys.stdin.read()); sys.exit('no' if 'end' in line else 0)"
+    program = tmp_path / "hear"
+    program.write_text(f"#!{sys.executable}\n{code}\n")
+    program.chmod(0o700)
+    messenger = Messenger(f"http://127.0.0.1:{server.server_port}/", "./hear", tmp_path)
     messenger("left_out", {"hospital": "mercy", "round": 3, "why": "no answer", "before": "x"})
     messenger("round", {"round": 3})
     messenger("end", {"exit": 0})
     messenger.close()
     server.shutdown()
     assert [line["event"] for line in got] == ["left_out", "end"] and "before" not in got[0]
-    assert got[0]["hospital"] == "mercy" and "could not be told" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert got[0]["hospital"] == "mercy" and "--notify could not be told (HTTP 500)" in said
+    # what fails here does not keep the line from who is next
+    assert [json.loads(line)["event"] for line in heard.read_text().splitlines()] == ["left_out", "end"]
+    assert "--on-event could not be told (exit code 1: no)" in said
 
 
 @pytest.mark.parametrize(("url", "command"), [("ftp://x", None), (None, "/no/such/program")])
-def test_who_cant_be_told_is_found_at_the_start(url, command):
+def test_who_cant_be_told_is_found_at_the_start(url, command, tmp_path):
     with pytest.raises(MedFLError):
-        Messenger(url, command)
+        Messenger(url, command, tmp_path)
 
 
 def test_a_listener_that_fails_ends_nothing(tmp_path, capsys):

@@ -192,3 +192,16 @@ def test_members_of_a_consortium_are_read_and_damaged_lists_refused(consortium):
         (anna / "members.pub").write_text(damaged, encoding="utf-8")
         with pytest.raises(MedFLError, match=sentence):
             hospital_kit.read_members(anna)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give a folder away")
+def test_what_another_user_could_not_read_is_not_written(consortium):
+    """A service's kit belongs to its user: what root wrote there would revoke nobody."""
+    consortium.hospital("mercy")
+    before = (consortium.kit / "hospitals.json").read_bytes()
+    os.chown(consortium.kit, 10001, -1)
+    done = consortium.provision("revoke", "mercy", "--kit", consortium.kit, fine=False)
+    assert done.returncode == 2 and "sudo -u '#10001'" in done.stderr
+    assert (consortium.kit / "hospitals.json").read_bytes() == before
+    os.chown(consortium.kit, 0, -1)
+    consortium.provision("revoke", "mercy", "--kit", consortium.kit)

@@ -91,6 +91,18 @@ def test_an_answer_that_its_hospital_did_not_sign_does_not_count(run, spoil):
     assert all(event["why"].startswith("an answer came in its name that") for event in left)
 
 
+def test_who_is_revoked_while_it_works_is_not_called_a_forger(monkeypatch, tmp_path):
+    make_fast(monkeypatch)
+    keys = dict(PUBLIC)
+    revoked = Signing(2, lambda _, about: about["round"] == 2 and keys.pop(3, None))
+    code, _, said = federate([Signing(0), Signing(1), revoked], 2, tmp_path, keys=keys)
+    events = list(map(json.loads, (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines()))
+    why = {event["why"] for event in events if event["event"] == "left_out"}
+    assert code == 0 and why == {"its key is revoked or its admission over"}
+    end = next(line for line in said if "the model is not with" in line)
+    assert end == "the model is not with hospital-2: its key is revoked or its admission over"
+
+
 def test_the_log_shows_who_sent_what(run):
     """Each update's signature is the hospital's, of what the log says, and of nobody else's key."""
     signed = [event for event in run() if event["event"] == "signed"]
