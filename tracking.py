@@ -8,11 +8,14 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from common import MedFLError
+
+SQLITE = "sqlite:///"
 
 
 class Tracker(Protocol):
@@ -98,9 +101,20 @@ def add_tracking(parser: argparse.ArgumentParser) -> None:
         "--mlflow",
         nargs="?",
         const="local",
+        type=mlflow_address,
         metavar="URI",
         help="track the run with MLflow, there or, without an address, in --out/mlruns",
     )
+
+
+def mlflow_address(text: str) -> str:
+    """An address as MLflow takes it. A file or folder counts from where the script was started, whichever process
+    asks."""
+    if text == "local":
+        return text
+    if text.startswith(SQLITE) and not text.startswith(f"{SQLITE}/"):
+        return SQLITE + Path(text.removeprefix(SQLITE)).resolve().as_posix()
+    return text if len(urlsplit(text).scheme) > 1 else Path(text).resolve().as_uri()
 
 
 def check_installed(tensorboard: bool, mlflow: str | None) -> None:

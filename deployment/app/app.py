@@ -53,7 +53,9 @@ STYLE = """
   }
   @media (max-width: 40rem) {.block-container {padding-left: 1rem; padding-right: 1rem}}
   @media (forced-colors: active) {  /* a switch is made of backgrounds, which would go */
-    [data-testid=stCheckbox] label > :not([data-testid]):not(input) {forced-color-adjust: none; outline: 1px solid ButtonText}
+    [data-testid=stCheckbox] label > :not([data-testid], input) {
+      forced-color-adjust: none; outline: 1px solid ButtonText;
+    }
   }
 </style>
 """

@@ -21,6 +21,7 @@ from federation.runtime.status_port import serve_status
 from federation.server.app import run
 from federation.server.ending import pooled
 from federation.server.events import Journal, Messenger
+from tracking import mlflow_address
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -189,6 +190,21 @@ def test_the_pooled_score_weighs_patients_and_draws_hospitals():
     assert pooled({"a": score_of(0.8, 3), "b": score_of(0.7, 3)})["volume_dice"]["ci95"] is None
     assert pooled({"a": score_of(None, 0)}) is None
     assert asdict(FederationSettings())["withhold_model"] is False
+
+
+@pytest.mark.parametrize(
+    "given, taken",
+    [
+        ("local", "local"),
+        ("https://mlflow.example/x", "https://mlflow.example/x"),
+        ("runs", "file://HERE/runs"),
+        ("sqlite:///runs.db", "sqlite:///HERE/runs.db"),
+        ("sqlite:////srv/runs.db", "sqlite:////srv/runs.db"),
+    ],
+)
+def test_mlflows_files_count_from_where_the_script_was_started(given, taken, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mlflow_address(given) == taken.replace("HERE", tmp_path.resolve().as_posix())
 
 
 def test_mlflow_keeps_a_run_in_a_local_folder(tmp_path, monkeypatch):
