@@ -3,6 +3,7 @@ version."""
 
 import argparse
 import ast
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -22,15 +23,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 import escaping
 
 __version__ = "0.3.0"
 
 ROOT = Path(__file__).parent
 
+# nothing here opens a window, and what a notebook or a desktop exports may not be installed here
+os.environ["MPLBACKEND"] = "agg"
+
 SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what shares say that have none
 NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "MPS backend out of memory")  # as torch says it
 TORN = (
     "PytorchStreamWriter",
@@ -185,6 +192,27 @@ def run_folder(kind: str) -> Path:
         ) from error
 
 
+def claim(out: Path, what: str) -> FileLock:
+    """The lock of a folder for as long as it is kept: one `what` ("server", "training") at a time writes there.
+    Where the file system has no locks nobody is held off. Raises MedFLError where another one does."""
+    lock = FileLock(out / f".{what}.lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MedFLError(
+            f"another {what} writes into {out}; wait for its end, or choose another --out"
+        ) from error
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise MedFLError(
+                f"{out} can't be written ({error.strerror or error}); free it, or choose another --out"
+            ) from error
+    return lock
+
+
 def _remove_leftovers(place: Path, prefix: str) -> None:
     """Remove what processes that are no more left in `place` under `prefix` and their number."""
     if os.name != "posix":
@@ -315,6 +343,14 @@ def tell(notes: Iterable[str]) -> None:
     """Print what a user should know before trusting a result, a line each."""
     for note in notes:
         print(f"note: {note}", flush=True)
+
+
+def text_of(path: Path, errors: str = "strict") -> str:
+    """A text file that a person wrote or a terminal did: UTF-8, or UTF-16 with its mark, as Windows' `>` writes it.
+    Raises OSError, and UnicodeDecodeError where it is neither."""
+    content = Path(path).read_bytes()
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_wide else "utf-8-sig", errors)
 
 
 def file_sha256(path: Path) -> str:

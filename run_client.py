@@ -27,6 +27,7 @@ from common import (
     run_folder,
     run_script,
     tell,
+    text_of,
 )
 from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
 from federation.hospital.identity import Identity
@@ -196,7 +197,7 @@ def approved(given: list[str]) -> list[str]:
     hashes = []
     for entry in given:
         try:
-            lines = Path(entry).read_text(encoding="utf-8").splitlines() if Path(entry).is_file() else [entry]
+            lines = text_of(Path(entry)).splitlines() if Path(entry).is_file() else [entry]
         except (OSError, ValueError) as error:
             raise MedFLError(
                 f"{entry} can't be read as a text of hashes; name the file with --approve, or give the hash itself"

@@ -18,7 +18,7 @@ from test_cohort import patient
 
 import common
 from checkpoint import save_checkpoint
-from common import MedFLError, atomic_write, in_words, run_folder
+from common import MedFLError, atomic_write, claim, in_words, run_folder
 from dataset import cache_folder, load_dataset
 from federation.runtime.processes import no_proxy
 from federation.runtime.proxies import leave_out_odd
@@ -245,3 +245,35 @@ def test_a_path_that_can_not_be_is_a_sentence(scans, tmp_path, command):
     done = run_here(*command)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "; " in done.stderr, done.stderr
+
+
+def test_a_notebooks_or_desktops_backend_of_matplotlib_ends_no_run(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.missing")
+    done = python("from evaluation.curves import new_figure; new_figure((1, 1))")
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_trainings_write_not_into_one_folder(scans, tmp_path):
+    run = (
+        "train_centralized.py",
+        "--data-dir",
+        scans,
+        "--out",
+        tmp_path / "o",
+        "--image-size",
+        16,
+        "--steps",
+        1,
+    )
+    claimed = claim(tmp_path / "o", "training")
+    done = run_here(*run, "--overwrite")
+    assert done.returncode == 2 and "another training writes into" in done.stderr
+    claimed.release()
+
+
+def test_where_a_share_has_no_locks_nobody_is_held_off(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    claim(tmp_path, "server").release()
