@@ -86,10 +86,12 @@ class SteadyStream:
 
 
 def steady_output() -> None:
-    """See to it that nothing that is printed from now on raises."""
+    """See to it that nothing that is printed from now on raises. A service may have been started with both closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, SteadyStream):
+        if stream is None:
+            stream = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+        if not isinstance(stream, SteadyStream):
             setattr(sys, name, SteadyStream(stream))
 
 
@@ -351,6 +353,13 @@ def text_of(path: Path, errors: str = "strict") -> str:
     content = Path(path).read_bytes()
     is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if is_wide else "utf-8-sig", errors)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: a batch system or `taskset` can leave it fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def file_sha256(path: Path) -> str:

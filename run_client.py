@@ -11,7 +11,6 @@ hospital with own data keeps its split in models/NAME_split.json. Exit codes: 0 
 """
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -28,6 +27,7 @@ from common import (
     run_script,
     tell,
     text_of,
+    usable_cores,
 )
 from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
 from federation.hospital.identity import Identity
@@ -183,7 +183,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
         models=MODELS,
         code=hospital_code(),
         commit=git_commit(),
-        shared_cores=None if own else os.cpu_count() or 1,
+        shared_cores=None if own else usable_cores(),
         approved=None if arguments.approve is None else approved(arguments.approve),
         patient_privacy=privacy,
         role="check" if arguments.check else "observe" if arguments.observer else "train",

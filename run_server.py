@@ -14,7 +14,6 @@ stopped.
 """
 
 import argparse
-import os
 import shutil
 import socket
 import sys
@@ -31,6 +30,7 @@ from common import (
     run_folder,
     run_script,
     tell,
+    usable_cores,
 )
 from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
 from federation.protocol.log import say
@@ -106,7 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cores",
         type=int,
-        default=os.cpu_count() or 1,
+        default=usable_cores(),
         help="of --simulate: cores to use, and so how many hospitals work at once (default all)",
     )
     parser.add_argument(

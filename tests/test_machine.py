@@ -277,3 +277,24 @@ def test_where_a_share_has_no_locks_nobody_is_held_off(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     claim(tmp_path, "server").release()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no closing of descriptors by a shell there")
+def test_a_service_without_any_output_goes_on(tmp_path):
+    code = (
+        "from common import run_script\nfrom tqdm import tqdm\n"
+        "def main():\n"
+        "    for k in tqdm(range(3), disable=None): print(k, flush=True)\n"
+        f"    open({str(tmp_path / 'end')!r}, 'w').close()\n"
+        "run_script(main)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f"exec '{sys.executable}' -c \"$CODE\" <&- >&- 2>&-"
+    done = subprocess.run(command, shell=True, env={**environment, "CODE": code}, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "end").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process can't be held to cores there")
+def test_only_the_cores_that_a_process_may_use_are_counted():
+    code = "import common, os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(common.usable_cores())"
+    assert python(code).stdout == b"1\n"
