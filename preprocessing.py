@@ -250,7 +250,7 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
             picture.load()
             if (
                 turned := stored_turned or _exif_orientation(picture)
-            ) != UPRIGHT:  # Pillow turns TIFF and nothing else
+            ) > UPRIGHT:  # Pillow turns TIFF and nothing else
                 raise MedFLError(
                     f"{path} is shown turned or mirrored by viewers (its orientation tag is {turned}), and a mask "
                     "could lie on either; save it as it is shown, without the tag"
