@@ -37,6 +37,7 @@ os.environ["MPLBACKEND"] = "agg"
 SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NAME_KEPT = 40  # characters of a file's name in that of its half; a name has at most 255 bytes
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what shares say that have none
 NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "MPS backend out of memory")  # as torch says it
 TORN = (
@@ -152,15 +153,17 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
     beside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path.parent, f".{path.name}.")
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
+        hidden = f".{path.name[:NAME_KEPT]}."
+        _remove_leftovers(path.parent, hidden)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{hidden}{os.getpid()}-")
         beside = Path(name)
         with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if not private:
-            beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            with contextlib.suppress(OSError):  # many shares keep their own permissions
+                beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         _replace(beside, path)
     except PermissionError as error:
         raise MedFLError(
@@ -184,7 +187,12 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
 def run_folder(kind: str) -> Path:
     """A new folder in the system's place for temporary files, called medfl-KIND-…; those that killed runs of
     this kind left there are removed."""
-    place = Path(tempfile.gettempdir())
+    try:
+        place = Path(tempfile.gettempdir())
+    except OSError as error:  # a container without a writable folder
+        raise MedFLError(
+            "there is no folder for temporary files (as /tmp) that can be written; name one in TMPDIR"
+        ) from error
     _remove_leftovers(place, f"medfl-{kind}-")
     try:
         return Path(tempfile.mkdtemp(prefix=f"medfl-{kind}-{os.getpid()}-", dir=place))

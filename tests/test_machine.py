@@ -298,3 +298,22 @@ def test_a_service_without_any_output_goes_on(tmp_path):
 def test_only_the_cores_that_a_process_may_use_are_counted():
     code = "import common, os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(common.usable_cores())"
     assert python(code).stdout == b"1\n"
+
+
+def test_a_share_that_keeps_its_own_permissions_and_a_long_name_are_written(tmp_path, monkeypatch):
+    def not_permitted(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", not_permitted)
+    for name in ("split.json", "a" * 250 + ".csv", "脳" * 80 + ".png"):
+        with atomic_write(tmp_path / name) as file:
+            file.write(b"whole")
+        assert (tmp_path / name).read_bytes() == b"whole"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_container_without_a_folder_for_temporary_files_is_told(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
+    with pytest.raises(MedFLError, match="no folder for temporary files .*; name one in TMPDIR"):
+        run_folder("hospital")
