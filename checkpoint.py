@@ -265,10 +265,16 @@ def _read(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             head = file.read(len(LFS_POINTER))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise MedFLError(
             f"there is no checkpoint {path} that can be read; train one with train_centralized.py"
         ) from error
+    except IsADirectoryError as error:  # a Mac's browser unpacks torch's files: they are archives
+        raise MedFLError(
+            f"{path} is a folder, and a checkpoint is a file; copy the file again, without unpacking it"
+        ) from error
+    except OSError as error:
+        raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
     if head == LFS_POINTER:
         raise MedFLError(
             f"{path} is a Git LFS pointer, not the weights; run `git lfs install` and `git lfs pull`"

@@ -3,6 +3,7 @@ version."""
 
 import argparse
 import ast
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -22,15 +23,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 import escaping
 
 __version__ = "0.3.0"
 
 ROOT = Path(__file__).parent
 
+# nothing here opens a window, and what a notebook or a desktop exports may not be installed here
+os.environ["MPLBACKEND"] = "agg"
+
 SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NAME_KEPT = 40  # characters of a file's name in that of its half; a name has at most 255 bytes
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what shares say that have none
 NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "MPS backend out of memory")  # as torch says it
 TORN = (
     "PytorchStreamWriter",
@@ -79,10 +87,12 @@ class SteadyStream:
 
 
 def steady_output() -> None:
-    """See to it that nothing that is printed from now on raises."""
+    """See to it that nothing that is printed from now on raises. A service may have been started with both closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, SteadyStream):
+        if stream is None:
+            stream = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+        if not isinstance(stream, SteadyStream):
             setattr(sys, name, SteadyStream(stream))
 
 
@@ -143,15 +153,17 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
     beside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path.parent, f".{path.name}.")
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
+        hidden = f".{path.name[:NAME_KEPT]}."
+        _remove_leftovers(path.parent, hidden)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{hidden}{os.getpid()}-")
         beside = Path(name)
         with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if not private:
-            beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            with contextlib.suppress(OSError):  # many shares keep their own permissions
+                beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         _replace(beside, path)
     except PermissionError as error:
         raise MedFLError(
@@ -175,7 +187,12 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
 def run_folder(kind: str) -> Path:
     """A new folder in the system's place for temporary files, called medfl-KIND-…; those that killed runs of
     this kind left there are removed."""
-    place = Path(tempfile.gettempdir())
+    try:
+        place = Path(tempfile.gettempdir())
+    except OSError as error:  # a container without a writable folder
+        raise MedFLError(
+            "there is no folder for temporary files (as /tmp) that can be written; name one in TMPDIR"
+        ) from error
     _remove_leftovers(place, f"medfl-{kind}-")
     try:
         return Path(tempfile.mkdtemp(prefix=f"medfl-{kind}-{os.getpid()}-", dir=place))
@@ -183,6 +200,27 @@ def run_folder(kind: str) -> Path:
         raise MedFLError(
             f"no folder can be made in {place} ({error.strerror}); free space there, or name another place in TMPDIR"
         ) from error
+
+
+def claim(out: Path, what: str) -> FileLock:
+    """The lock of a folder for as long as it is kept: one `what` ("server", "training") at a time writes there.
+    Where the file system has no locks nobody is held off. Raises MedFLError where another one does."""
+    lock = FileLock(out / f".{what}.lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MedFLError(
+            f"another {what} writes into {out}; wait for its end, or choose another --out"
+        ) from error
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise MedFLError(
+                f"{out} can't be written ({error.strerror or error}); free it, or choose another --out"
+            ) from error
+    return lock
 
 
 def _remove_leftovers(place: Path, prefix: str) -> None:
@@ -315,6 +353,21 @@ def tell(notes: Iterable[str]) -> None:
     """Print what a user should know before trusting a result, a line each."""
     for note in notes:
         print(f"note: {note}", flush=True)
+
+
+def text_of(path: Path, errors: str = "strict") -> str:
+    """A text file that a person wrote or a terminal did: UTF-8, or UTF-16 with its mark, as Windows' `>` writes it.
+    Raises OSError, and UnicodeDecodeError where it is neither."""
+    content = Path(path).read_bytes()
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_wide else "utf-8-sig", errors)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: a batch system or `taskset` can leave it fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def file_sha256(path: Path) -> str:

@@ -18,7 +18,17 @@ import torch
 
 from central import CentralTraining, stored_settings
 from checkpoint import load_checkpoint
-from common import MedFLError, add_settings, counted, run_script, settings_from, tell, utc_now, write_json
+from common import (
+    MedFLError,
+    add_settings,
+    claim,
+    counted,
+    run_script,
+    settings_from,
+    tell,
+    utc_now,
+    write_json,
+)
 from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
 from evaluate import print_table, write_patients
 from evaluation.failures import as_lines, failures
@@ -103,6 +113,7 @@ def main() -> None:
     sites = {patient.name: patient.site for patient in dataset.patients}
     splits = make_folds(sites, arguments.folds, settings.seed, arguments.val_fraction)
     plan = {"patients": [split.sha256() for split in splits], "settings": asdict(settings)}
+    claimed = claim(arguments.out, "training")
     keep_plan(plan, arguments.out / "plan.json")
     rows: list[dict] = []
     for number, split in enumerate(splits, start=1):
@@ -124,6 +135,7 @@ def main() -> None:
     write_patients(figures, arguments.out / "patients.csv")
     print(f"wrote {arguments.out / 'scores.json'} and {arguments.out / 'patients.csv'}")
     print(f"next: python train_centralized.py --data-dir {arguments.data_dir}, for one model to use")
+    claimed.release()
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ class Contents:
         return content
 
     def _notes(self) -> Path:
-        place = hashlib.sha256(str(self.top.resolve()).encode()).hexdigest()[:12]
+        place = hashlib.sha256(os.fsencode(self.top.resolve())).hexdigest()[:12]
         return cache_folder() / f"{place}.files.json"
 
     def __enter__(self) -> Self:
@@ -303,7 +303,7 @@ def _cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
         _build_cache(beside, patients, progress)
-        (beside / ROOT_NOTE).write_text(str(root.resolve()), encoding="utf-8")
+        (beside / ROOT_NOTE).write_bytes(os.fsencode(root.resolve()))
         try:
             os.rename(beside, folder)
         except OSError:
@@ -340,9 +340,9 @@ def _remove_stale(folder: Path, root: Path) -> None:
     for other in folder.parent.iterdir():
         try:
             old = time.time() - other.stat().st_mtime > DAY
-            of_this = other.name.startswith(".building-") or (other / ROOT_NOTE).read_text(
-                encoding="utf-8"
-            ) == str(root.resolve())
+            of_this = other.name.startswith(".building-") or (other / ROOT_NOTE).read_bytes() == os.fsencode(
+                root.resolve()
+            )
         except OSError:
             continue
         if old and of_this and other != folder:

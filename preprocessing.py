@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
 
 from common import MedFLError
@@ -30,10 +30,14 @@ MASK_SUFFIX = "_mask"  # ends a mask's name, after its slice's, where nothing el
 CHANNELS = ("pre-contrast", "FLAIR", "post-contrast")
 FORMATS = ("TIFF", "PNG", "JPEG")  # whatever a file is called: no other decoder is started
 EIGHT_BIT = ("L", "1", "P", "RGBA", "LA", "RGB")  # Pillow's modes that a slice may have
+TURNED, UPRIGHT = ExifTags.Base.Orientation, 1  # EXIF's and TIFF's tag, and its value where nothing is turned
 CLIP = 5.0  # deviations; beyond it lie vessels, fat and artefacts
 EPSILON = 1e-6
 POINTER_BYTES = 64  # enough to know a note of Git LFS or git-annex
 NUMBER = re.compile(r"[_\-. (]*(?<!\d)(\d{1,18})\)?$")  # of a slice, at the end of its name
+COPY = re.compile(  # what file managers and shares append to a copy's name; of ` (1)` nobody can tell
+    r" (?:(?:- )?(?:copy|copie|copia|kopie)(?: ?\(?\d+\)?)?|\(.*(?:conflict|konflikt).*\))$", re.IGNORECASE
+)
 KIND_OF_SCAN = re.compile(r"(?:^|[^a-z])t[12]$", re.IGNORECASE)
 
 AnyPath = TypeVar("AnyPath", bound=PurePath)  # on disk, or the name of a file in memory
@@ -73,12 +77,19 @@ def is_image(path: PurePath, mask_suffix: str = MASK_SUFFIX) -> bool:
 
 
 def is_mask(path: PurePath, mask_suffix: str = MASK_SUFFIX) -> bool:
-    """Whether a file's name is that of a mask: `<name>_mask.<suffix>`."""
+    """Whether a file's name is that of a mask: `<name>_mask.<suffix>`, or of its copy."""
     return (
         path.suffix.lower() in IMAGE_SUFFIXES
-        and path.stem.lower().endswith(mask_suffix.lower())
+        and masked_stem(path, mask_suffix) is not None
         and not path.name.startswith(".")
     )
+
+
+def masked_stem(path: PurePath, mask_suffix: str = MASK_SUFFIX) -> str | None:
+    """What a mask's name says of its slice's name (`p_1` of `p_1_mask.png`), or None where it is no mask's.
+    What browsers and file managers append to a copy (` (1)`, ` - Copy`, in any language) is part of no name."""
+    found = re.match(rf"(.*){re.escape(mask_suffix)}(?:[ (].*)?$", path.stem, re.IGNORECASE | re.DOTALL)
+    return found[1] if found else None
 
 
 def slice_number(path: PurePath) -> int | None:
@@ -116,6 +127,7 @@ def group_volumes(
         places[file.parent].append(file)
     volumes: list[tuple[str, list[AnyPath]]] = []
     for folder, inside in places.items():
+        _refuse_copies(inside)
         whole = folder in folders and not _share_numbers(inside)
         volumes += [(folder.name or volume_name(inside[0]), inside)] if whole else _by_name(inside)
     for _, slices in volumes:
@@ -138,6 +150,15 @@ def _by_name(files: list[AnyPath]) -> list[tuple[str, list[AnyPath]]]:
         alone = slice_number(file) is None
         volumes[(volume_name(file), alone and file.suffix)].append(file)
     return [(name, slices) for (name, _), slices in volumes.items()]
+
+
+def _refuse_copies(files: list[AnyPath]) -> None:
+    """Raises MedFLError where a file's name is that of another one's copy."""
+    by_stem = {file.stem: file for file in files}
+    for file in files:
+        original = by_stem.get(COPY.sub("", file.stem), file)
+        if original is not file and original.stem != file.stem:
+            raise MedFLError(f"{original} and {file.name} are the same slice twice; take one of them away")
 
 
 def _refuse_doubles(slices: list[AnyPath]) -> None:
@@ -224,8 +245,16 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
         if picture.mode in EIGHT_BIT and (stored := _stored_otherwise(picture)):
             # Pillow would make 8 bits of it without a word
             raise MedFLError(f"{path} has {stored} a channel, and a slice has 8; convert it first")
+        stored_turned = picture.tag_v2.get(TURNED) if isinstance(picture, TiffImageFile) else None
         if decode:
             picture.load()
+            if (
+                turned := stored_turned or _exif_orientation(picture)
+            ) > UPRIGHT:  # Pillow turns TIFF and nothing else
+                raise MedFLError(
+                    f"{path} is shown turned or mirrored by viewers (its orientation tag is {turned}), and a mask "
+                    "could lie on either; save it as it is shown, without the tag"
+                )
     except FileNotFoundError as error:
         raise MedFLError(f"{path} does not exist; check the name") from error
     except PermissionError as error:
@@ -246,6 +275,14 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
             f"{path} can't be read as a picture (truncated or another format); copy it again"
         ) from error
     return picture
+
+
+def _exif_orientation(picture: Image.Image) -> int:
+    """How a viewer turns a picture before it shows it, by its EXIF; a damaged one says nothing."""
+    try:
+        return int(picture.getexif().get(TURNED, UPRIGHT))
+    except Exception:  # Pillow's parser raises many kinds, for what nobody else reads
+        return UPRIGHT
 
 
 def _refuse_pointer(path: PurePath, content: bytes | None) -> None:

@@ -17,7 +17,7 @@ coordinator: the server can then neither exchange keys nor invent hospitals.
 import argparse
 from pathlib import Path
 
-from common import MedFLError, counted, run_script
+from common import MedFLError, counted, run_script, text_of
 from federation.runtime.admissions import Admission, admit, public_lines, read_admissions, revoke
 from federation.runtime.certificates import (
     AUTHORITY_DAYS,
@@ -114,7 +114,7 @@ def make_hospital(arguments: argparse.Namespace) -> None:
 def admit_hospital(arguments: argparse.Namespace) -> None:
     server_certificate(arguments.kit)  # a wrong --kit is found here
     try:
-        line = arguments.public.read_text(encoding="utf-8", errors="replace")
+        line = text_of(arguments.public, "replace")
     except OSError as error:
         raise MedFLError(f"{arguments.public} can't be read; give the hospital's hospital.pub") from error
     label, admission = admit(arguments.kit, line, arguments.days)

@@ -11,7 +11,6 @@ hospital with own data keeps its split in models/NAME_split.json. Exit codes: 0 
 """
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -27,6 +26,8 @@ from common import (
     run_folder,
     run_script,
     tell,
+    text_of,
+    usable_cores,
 )
 from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
 from federation.hospital.identity import Identity
@@ -182,7 +183,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
         models=MODELS,
         code=hospital_code(),
         commit=git_commit(),
-        shared_cores=None if own else os.cpu_count() or 1,
+        shared_cores=None if own else usable_cores(),
         approved=None if arguments.approve is None else approved(arguments.approve),
         patient_privacy=privacy,
         role="check" if arguments.check else "observe" if arguments.observer else "train",
@@ -196,7 +197,7 @@ def approved(given: list[str]) -> list[str]:
     hashes = []
     for entry in given:
         try:
-            lines = Path(entry).read_text(encoding="utf-8").splitlines() if Path(entry).is_file() else [entry]
+            lines = text_of(Path(entry)).splitlines() if Path(entry).is_file() else [entry]
         except (OSError, ValueError) as error:
             raise MedFLError(
                 f"{entry} can't be read as a text of hashes; name the file with --approve, or give the hash itself"

@@ -14,7 +14,6 @@ stopped.
 """
 
 import argparse
-import os
 import shutil
 import socket
 import sys
@@ -25,11 +24,13 @@ from checkpoint import refuse_to_overwrite
 from common import (
     MedFLError,
     add_settings,
+    claim,
     counted,
     given_options,
     run_folder,
     run_script,
     tell,
+    usable_cores,
 )
 from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
 from federation.protocol.log import say
@@ -48,7 +49,7 @@ from federation.runtime.simulation import check_ray, simulate
 from federation.runtime.status_port import serve_status
 from federation.server.ending import ENCODER_FILE
 from federation.server.events import Messenger
-from federation.server.state import BEST, LAST, SHARED, claim, nothing_left
+from federation.server.state import BEST, LAST, SHARED, nothing_left
 from partition import make_partition
 from split import make_split
 from tracking import add_tracking, check_installed
@@ -105,7 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cores",
         type=int,
-        default=os.cpu_count() or 1,
+        default=usable_cores(),
         help="of --simulate: cores to use, and so how many hospitals work at once (default all)",
     )
     parser.add_argument(
@@ -194,7 +195,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         raise MedFLError("--simulate and --cores are 1 or more; choose others")
     dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
     tell(dataset.notes)
-    claimed = claim(arguments.out)
+    claimed = claim(arguments.out, "server")
     folder = shared_folder(arguments.out) if arguments.ray else run_folder("simulation")
     try:
         arguments.clients = arguments.simulate
@@ -266,7 +267,7 @@ def main() -> None:
         sys.exit(run_simulated(arguments))
     kit = arguments.kit
     host, port = check_address(arguments.address, kit, arguments.own_gateway)
-    claimed = claim(arguments.out)
+    claimed = claim(arguments.out, "server")
     folder = run_folder("server")
     try:
         job, _, federation = prepare_job(arguments, folder)

@@ -119,7 +119,9 @@ def load_split(path: Path, patients: set[str]) -> Split:
         raise MedFLError(
             f"there is no split file {path}; name the one that the training wrote with --split-file"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise MedFLError(
             f"{path} is no split file of MedFL; name the split.json that the training wrote"
         ) from error

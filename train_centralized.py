@@ -28,7 +28,7 @@ from checkpoint import (
     refuse_to_overwrite,
     update_metadata,
 )
-from common import MedFLError, add_settings, counted, run_script, settings_from, tell
+from common import MedFLError, add_settings, claim, counted, run_script, settings_from, tell
 from data_parallel import Processes
 from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
 from energy import NAME as ENERGY
@@ -156,6 +156,7 @@ def main() -> None:
     processes = Processes()
     device = choose_device(arguments.device)
     with processes.first_before_others():
+        claimed = claim(arguments.out, "training") if processes.first else None
         dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
         tell(dataset.notes)
         split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
@@ -239,6 +240,8 @@ def main() -> None:
     print(training.told_at_the_end())
     if share.test:
         print(f"next: python evaluate.py --checkpoint {training.best} --data-dir {arguments.data_dir}")
+    if claimed:
+        claimed.release()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common import MedFLError, atomic_write, counted, run_script, write_json
+from common import MedFLError, atomic_write, counted, run_script, text_of, write_json
 from preprocessing import IMAGE_SUFFIXES, read_slice
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
 from scans.spacing import NAME as SPACING
@@ -139,7 +139,7 @@ def main() -> None:
     for name, image, label in tqdm(found, desc="preparing", unit="patient", disable=None):
         write_patient(name, image, label, task, arguments.out)
     path = FOLDER / f"{arguments.task}.toml"
-    content = (path if path.exists() else Path(arguments.task)).read_text(encoding="utf-8")
+    content = text_of(path if path.exists() else Path(arguments.task))
     with atomic_write(arguments.out / NAME, "w") as file:
         file.write(content)
     print(f"{task.title}: {counted(len(found), 'patient')} in {arguments.out}")

@@ -3,6 +3,7 @@ broken-off run goes on."""
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -254,7 +255,7 @@ def _fingerprint(study: Study, rules: Rules) -> str:
     for series in [*study.channels.values(), *([study.mask] if study.mask else [])]:
         for path in series.files:
             about = path.stat()
-            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{path} {about.st_size} {about.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydicom.datadict import tag_for_keyword
 
-from common import MedFLError
+from common import MedFLError, text_of
 from radiology.dicomweb import DICOMweb
 from radiology.dimse import DIMSE
 from radiology.login import PROMPT, read_login
@@ -73,7 +73,7 @@ def _read_patients(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = text_of(path).splitlines()
     except (OSError, ValueError) as error:
         raise MedFLError(f"{path} can't be read as text; check --patients") from error
     patients = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))

@@ -29,6 +29,7 @@ from radiology.geometry import on_grid
 from radiology.headers import File
 from radiology.series import Refused, Series
 from scans import nifti_file
+from scans.folders import as_text
 from scans.nifti_file import GZIP, NRRD, SUFFIXES
 from scans.orientation import mirrored
 
@@ -75,7 +76,13 @@ def _of_patient(root: Path, folders: tuple[str, ...], trees: set[str]) -> tuple[
         folders = folders[known[0] if known else 1 :]
     if len(folders) > 1 and folders[0] in trees:
         folders = folders[1:]  # images/anna and labels/anna are of one patient
-    return folders[:-1] if len(folders) > 1 and folders[-1] in KINDS_OF_SCAN else folders
+    return folders[:-1] if len(folders) > 1 and _is_of_one_scan(folders[-1]) else folders
+
+
+def _is_of_one_scan(folder: str) -> bool:
+    """Whether a folder below a patient's says what was scanned, and not when: BIDS's, and those that unpackers
+    make of a file (`anna/anna_t1.nii/0001_t1.nii`)."""
+    return folder in KINDS_OF_SCAN or folder.lower().endswith(SUFFIXES)
 
 
 def _has_volume(path: Path) -> bool:
@@ -134,8 +141,8 @@ def _series(
     column, row, between = (*map(float, header.get_zooms()[:3]), 1.0, 1.0)[:3]
     return Series(
         uid=str(path) if volume is None else f"{path}#{volume}",
-        study_uid="/".join(folders),
-        patient_id=folders[0],
+        study_uid="/".join(map(as_text, folders)),
+        patient_id=as_text(folders[0]),
         modality="NIfTI",
         description=description,
         files=(path,),

@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import MedFLError
+from common import MedFLError, text_of
 from radiology.headers import OUTLINES
 from radiology.series import Series
 
@@ -53,7 +53,7 @@ class Rules:
 def load_rules(path: Path = DEFAULT) -> Rules:
     """The rules in a file. Raises MedFLError for a file that is missing, no TOML, or says something else."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = text_of(path)
         content = tomllib.loads(text)
         labels = content["mask"].pop("labels")
         sections = {name: _rule(content.pop(name)) for name in SECTIONS}

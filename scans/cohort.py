@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import MedFLError, counted
 from preprocessing import MASK_SUFFIX, group_volumes, slice_number
-from scans.folders import TREES_OF_IMAGES, walk
+from scans.folders import TREES_OF_IMAGES, as_text, walk
 from scans.pairing import Pairing, pair
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
@@ -24,6 +24,9 @@ MARK = re.compile(r"^[-_. ]?[a-z][-_. a-z]*$", re.IGNORECASE)  # what may end a 
 UNMASKED = "without_masks"
 KEPT_APART = {"more_studies", UNMASKED}  # by data/prepare_hospital.py, from those that train
 PARTS_OF_OTHERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+OF_MEDFL = {  # written beside pictures that are no slices
+    "split.json", "centralized_history.csv", "local_history.csv", "federated_history.csv", "predictions.csv",
+}  # fmt: skip
 PACKED = {".zip", ".gz", ".tgz", ".tar", ".7z", ".rar"}
 VOLUMES = {".nii", ".nrrd", ".mgz", ".mha", ".mhd", ".gz"}
 DICOM = {".dcm", ".ima", ".dicom"}
@@ -107,8 +110,9 @@ def find_cohort(
     patients = []
     for place, (images, masks) in kept.items():
         code = SITE.match(place.name)
-        name = place.relative_to(root).as_posix()
+        name = as_text(place.relative_to(root).as_posix())
         patients.append(Patient(name, code[1] if code else site, tuple(images), tuple(masks)))
+    _refuse_two_parts(patients)
     parts = sorted({Path(p.name).parts[0] for p in patients} & PARTS_OF_OTHERS)
     if len(parts) > 1:
         left_out.append(
@@ -116,6 +120,20 @@ def find_cohort(
             "takes another)"
         )
     return Cohort(root, sorted(patients, key=lambda patient: patient.name), left_out)
+
+
+def _refuse_two_parts(patients: list[Patient]) -> None:
+    """Raises MedFLError where one name lies in two parts of another split (`train/anna` and `test/anna`): its
+    slices were shared out one by one, and as two patients they could come on both sides of ours."""
+    first: dict[tuple[str, ...], Patient] = {}
+    for patient in patients:
+        person = tuple(part for part in Path(patient.name).parts if part.lower() not in PARTS_OF_OTHERS)
+        other = first.setdefault(person, patient)
+        if other is not patient:
+            raise MedFLError(
+                f"{other.name} and {patient.name} are one patient in two parts of another split, as it seems; bring "
+                "all slices of a patient into one folder, or rename one of them if they are two people"
+            )
 
 
 def _no_folder(top: Path) -> str:
@@ -134,10 +152,12 @@ Slices = tuple[list[Path], list[Path]]  # images in numeric order, and the mask 
 def _places(top: Path, left_out: list[str], mask_suffix: str, unread: Counter[str]) -> dict[Path, Slices]:
     """Where each patient lies, nearest first: its folder; in a tree of images, the folder or the name there,
     beside the tree. Counts in `unread` what holds pixels of other kinds, by its ending."""
-    apart = 0
+    apart = written = 0
     files: list[Path] = []
     for folder, inside in walk(top):
-        if KEPT_APART & set(folder.relative_to(top).parts):
+        if OF_MEDFL & {file.name for file in inside}:
+            written += 1
+        elif KEPT_APART & set(folder.relative_to(top).parts):
             apart += bool(pair(inside, mask_suffix).images)
         else:
             files += inside
@@ -146,6 +166,8 @@ def _places(top: Path, left_out: list[str], mask_suffix: str, unread: Counter[st
         left_out.append(
             f"{counted(apart, 'patient')} kept apart in {' or '.join(sorted(KEPT_APART))}: not read"
         )
+    if written:
+        left_out.append(f"{counted(written, 'folder')} with what MedFL wrote (a run, predictions): not read")
     pairing = pair(files, mask_suffix)
     by_folder: defaultdict[Path, list[Path]] = defaultdict(list)
     for image in pairing.images:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from common import MedFLError
 
@@ -32,6 +32,11 @@ def contents(folder: Path) -> tuple[list[Path], list[Path]]:
     except OSError as error:
         raise MedFLError(f"{folder} can't be read ({error.strerror}); check its permissions") from error
     return sorted(folders), sorted(files)
+
+
+def as_text(path: str | PurePath) -> str:
+    """A path as text that can be written anywhere: bytes that are no UTF-8 (of an old ZIP or share) become `\\xfc`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def refuse_dangling(path: Path) -> None:

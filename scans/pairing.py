@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import Generic
 
 from common import MedFLError
-from preprocessing import MASK_SUFFIX, AnyPath, is_image, is_mask
+from preprocessing import MASK_SUFFIX, AnyPath, is_image, is_mask, masked_stem
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS
 
 
@@ -38,7 +38,7 @@ def pair(paths: Iterable[AnyPath], mask_suffix: str = MASK_SUFFIX) -> Pairing[An
         if tree is None and is_image(path, mask_suffix):
             images.append(path)
             continue
-        stem = path.stem[: -len(mask_suffix)] if is_mask(path, mask_suffix) else path.stem
+        stem = path.stem if (bare := masked_stem(path, mask_suffix)) is None else bare
         if tree is None:
             wanted = path.parent / stem
         else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import preprocessing
-from common import MedFLError
+from common import MedFLError, text_of
 
 FOLDER = Path(__file__).parent
 NAME = "task.toml"  # in a dataset's folder
@@ -70,7 +70,7 @@ class Task(BaseModel):
 def read_task(path: Path) -> Task:
     """The task in a file. Raises MedFLError for a file that can't be read or says something that can't be."""
     try:
-        return Task(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        return Task(**tomllib.loads(text_of(path)))
     except OSError as error:
         raise MedFLError(f"there is no task file {path}; the ones that come with MedFL: {known()}") from error
     except (ValueError, TypeError) as error:

@@ -61,6 +61,14 @@ def test_no_file(tmp_path):
     assert "there is no checkpoint" in refused(tmp_path / "missing.pth")
 
 
+def test_a_folder_and_a_file_of_somebody_else(tmp_path):
+    with pytest.raises(MedFLError, match="is a folder, and a checkpoint is a file; .* without unpacking it"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "loop.pth").symlink_to("loop.pth")  # for a file without permission, which root may read
+    with pytest.raises(MedFLError, match="loop.pth can't be read .*; check its permissions"):
+        load_checkpoint(tmp_path / "loop.pth")
+
+
 def test_git_lfs_pointer(tmp_path):
     (tmp_path / "p.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     assert "git lfs pull" in refused(tmp_path / "p.pth")

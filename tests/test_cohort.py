@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from autoencoder import of_training, unlabelled_volumes
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from dataset import load_dataset
+from deployment.app.cases import add_truth, read_case
 from preprocessing import group_volumes, read_mask, read_slice
 from scans.pairing import pair
-from split import Split, make_split
+from split import Split, load_split, make_split, save_split
 from transunet import TransUNet
 
 
@@ -493,3 +495,66 @@ def test_accents_written_in_two_ways_are_one_name(tmp_path):
         form = "NFD" if "mask" in path.name else "NFC"
         path.rename(path.with_name(unicodedata.normalize(form, path.name)))
     assert load_dataset(tmp_path, progress=False).table["tumour_pixels"].tolist() == [9]
+
+
+@pytest.mark.parametrize("in_trees", [True, False])
+def test_one_patient_in_two_parts_of_another_split_is_refused(tmp_path, in_trees):
+    for k, (part, tens) in enumerate((("train", ""), ("val", "1"))):
+        for name in ("anna", "bert"):
+            slices = f"{name}_{tens}{{}}"
+            if in_trees:
+                patient(tmp_path / part / "images", k, slices, "{}", tmp_path / part / "masks")
+            else:
+                patient(tmp_path / part / name, k, slices)
+    with pytest.raises(
+        MedFLError, match="train/anna and val/anna are one patient in two parts .*; bring all slices"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are Unicode there")
+def test_names_that_are_no_utf_8_are_read(tmp_path):
+    for k, name in enumerate((b"M\xfcller", b"B\xf6hm")):
+        patient(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe4rzte/" + name)), k)
+    names, _ = load(tmp_path)
+    assert names == ["B\\xf6hm", "M\\xfcller"]
+    save_split(split := make_split(dict.fromkeys(names, "own"), 0, 0.0, 0.0), tmp_path / "split.json")
+    assert load_split(tmp_path / "split.json", set(names)) == split
+
+
+@pytest.mark.parametrize(
+    "end", [" (1)", " - Copy", " - Kopie (2)", " copy", " (Ann's conflicted copy)", "(1)"]
+)
+def test_a_copy_of_a_mask_is_a_mask(tmp_path, end):
+    copy = patient(tmp_path / "anna", 1) / f"p_2_mask{end}.png"
+    shutil.copy(tmp_path / "anna" / "p_2_mask.png", copy)
+    with pytest.raises(MedFLError, match="are two masks of one slice"):
+        load(tmp_path)
+    (tmp_path / "anna" / "p_2_mask.png").unlink()
+    assert load_dataset(tmp_path, progress=False).table["tumour_pixels"].tolist() == [9]
+    files = [(path.name, path.read_bytes()) for path in sorted((tmp_path / "anna").iterdir())]
+    assert (read_case(files).truth > 0).sum() == 9
+    case = read_case([file for file in files if "mask" not in file[0]])
+    assert (add_truth(case, [file for file in files if "mask" in file[0]]) > 0).sum() == 9
+
+
+@pytest.mark.parametrize(
+    "name", ["p_2 - Copy", "p_2 copy 3", "p_2 Kopie", "p_2 (conflicted copy 2026-01-02)"]
+)
+def test_a_copy_of_a_slice_is_the_slice_twice(tmp_path, name):
+    folder = patient(tmp_path / "anna", 1)
+    for path in folder.glob("*_mask.png"):
+        path.unlink()
+    shutil.copy(folder / "p_2.png", folder / f"{name}.png")
+    with pytest.raises(MedFLError, match="are the same slice twice"):
+        group_volumes(sorted(folder.iterdir()), {folder})
+
+
+def test_what_medfl_wrote_among_the_scans_is_not_read_and_told(tmp_path):
+    patient(tmp_path / "anna", 1)
+    save(tmp_path / "models" / "centralized_curves.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "models" / "split.json").write_text("{}")
+    save(tmp_path / "predictions" / "p_1_mask.png", np.zeros((16, 16), np.uint8))
+    (tmp_path / "predictions" / "predictions.csv").write_text("file")
+    names, notes = load(tmp_path)
+    assert names == ["anna"] and notes == ["2 folders with what MedFL wrote (a run, predictions): not read"]

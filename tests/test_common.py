@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import common
-from common import MedFLError, add_settings, atomic_write, setting, settings_from, write_json
+from common import MedFLError, add_settings, atomic_write, setting, settings_from, text_of, write_json
 
 
 @dataclass(frozen=True)
@@ -183,3 +183,13 @@ def test_the_time_is_utc_and_iso_8601():
     moment = common.datetime.fromisoformat(common.utc_now())
     assert moment.utcoffset().total_seconds() == 0
     assert abs((common.datetime.now(common.UTC) - moment).total_seconds()) < 60
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_what_windows_writes_as_text_is_read(tmp_path, encoding):
+    text, windows = "mercy ü\n", tmp_path / "members.pub"
+    windows.write_bytes(text.encode(encoding))
+    assert text_of(windows) == text
+    windows.write_bytes(b"\xfc")
+    with pytest.raises(UnicodeDecodeError):
+        text_of(windows)

@@ -18,7 +18,7 @@ from test_cohort import patient
 
 import common
 from checkpoint import save_checkpoint
-from common import MedFLError, atomic_write, in_words, run_folder
+from common import MedFLError, atomic_write, claim, in_words, run_folder
 from dataset import cache_folder, load_dataset
 from federation.runtime.processes import no_proxy
 from federation.runtime.proxies import leave_out_odd
@@ -245,3 +245,75 @@ def test_a_path_that_can_not_be_is_a_sentence(scans, tmp_path, command):
     done = run_here(*command)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "; " in done.stderr, done.stderr
+
+
+def test_a_notebooks_or_desktops_backend_of_matplotlib_ends_no_run(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.missing")
+    done = python("from evaluation.curves import new_figure; new_figure((1, 1))")
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_trainings_write_not_into_one_folder(scans, tmp_path):
+    run = (
+        "train_centralized.py",
+        "--data-dir",
+        scans,
+        "--out",
+        tmp_path / "o",
+        "--image-size",
+        16,
+        "--steps",
+        1,
+    )
+    claimed = claim(tmp_path / "o", "training")
+    done = run_here(*run, "--overwrite")
+    assert done.returncode == 2 and "another training writes into" in done.stderr
+    claimed.release()
+
+
+def test_where_a_share_has_no_locks_nobody_is_held_off(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    claim(tmp_path, "server").release()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no closing of descriptors by a shell there")
+def test_a_service_without_any_output_goes_on(tmp_path):
+    code = (
+        "from common import run_script\nfrom tqdm import tqdm\n"
+        "def main():\n"
+        "    for k in tqdm(range(3), disable=None): print(k, flush=True)\n"
+        f"    open({str(tmp_path / 'end')!r}, 'w').close()\n"
+        "run_script(main)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f"exec '{sys.executable}' -c \"$CODE\" <&- >&- 2>&-"
+    done = subprocess.run(command, shell=True, env={**environment, "CODE": code}, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "end").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process can't be held to cores there")
+def test_only_the_cores_that_a_process_may_use_are_counted():
+    code = "import common, os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(common.usable_cores())"
+    assert python(code).stdout == b"1\n"
+
+
+def test_a_share_that_keeps_its_own_permissions_and_a_long_name_are_written(tmp_path, monkeypatch):
+    def not_permitted(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", not_permitted)
+    for name in ("split.json", "a" * 250 + ".csv", "脳" * 80 + ".png"):
+        with atomic_write(tmp_path / name) as file:
+            file.write(b"whole")
+        assert (tmp_path / name).read_bytes() == b"whole"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_container_without_a_folder_for_temporary_files_is_told(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
+    with pytest.raises(MedFLError, match="no folder for temporary files .*; name one in TMPDIR"):
+        run_folder("hospital")

@@ -2,7 +2,9 @@
 can't be used."""
 
 import json
+import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,3 +254,19 @@ def test_labels_are_taken_where_their_names_are_plain(tmp_path, labels, wanted):
     (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "FLAIR"}, "labels": labels}))
     collection = collection_in(tmp_path)
     assert collection is not None and collection.tumour_labels() == wanted
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are Unicode there")
+def test_folders_of_one_file_and_names_that_are_no_utf_8(volumes):
+    (volumes / "bert").rename(os.fsdecode(os.fsencode(volumes) + b"/M\xfcller"))
+    for file in list((volumes / "anna").iterdir()):
+        unpacked = volumes / "anna" / file.name.removesuffix(".gz") / f"0001_{file.name}"
+        unpacked.parent.mkdir()
+        file.rename(unpacked)
+    done = prepare_nifti(volumes)
+    assert done.returncode == 0 and "2 of 2 studies" in done.stdout and "2 with a mask" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    assert {row["patient_id"] for row in report(volumes)} == {"anna", "M\\xfcller"}
+    again = prepare_nifti(volumes)
+    assert again.returncode == 0 and "2 of 2 studies" in again.stdout, again.stderr

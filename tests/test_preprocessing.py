@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from common import MedFLError
 from preprocessing import (
@@ -379,3 +379,17 @@ def test_16_bit_colours_are_not_cut_to_8(tmp_path):
     )
     with pytest.raises(MedFLError, match="16 bits a channel"):
         read_slice(path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_a_picture_that_viewers_turn_is_refused(tmp_path, suffix):
+    exif = Image.Exif()
+    for tag in (1, 6):
+        exif[ExifTags.Base.Orientation] = tag
+        Image.fromarray(pixels()).save(tmp_path / f"{tag}.{suffix}", exif=exif)
+    assert read_slice(tmp_path / f"1.{suffix}").shape == pixels().shape
+    for read in (read_slice, read_mask):
+        with pytest.raises(
+            MedFLError, match="shown turned or mirrored by viewers .*; save it as it is shown"
+        ):
+            read(tmp_path / f"6.{suffix}")

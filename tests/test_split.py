@@ -171,6 +171,8 @@ def test_bytes_that_are_no_text_and_a_missing_file_are_refused(tmp_path):
         load_split(tmp_path / "split.json", set("abcd"))
     with pytest.raises(MedFLError, match="there is no split file"):
         load_split(tmp_path / "other.json", set("abcd"))
+    with pytest.raises(MedFLError, match="can't be read .*; check its permissions"):
+        load_split(tmp_path, set("abcd"))
 
 
 def test_a_split_may_name_fewer_patients_than_there_are(tmp_path):

@@ -19,6 +19,7 @@ from preprocessing import (
     IMAGE_SUFFIXES,
     group_volumes,
     is_mask,
+    masked_stem,
     picture_size,
     read_mask_and_form,
     read_slice,
@@ -243,7 +244,7 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     named = [
         (name, path)
         for path, _ in given
-        if (name := path.stem.lower().removesuffix("_mask")) in {path.stem.lower() for path in order}
+        if (name := (masked_stem(path) or path.stem).lower()) in {path.stem.lower() for path in order}
     ]
     if not named:
         raise MedFLError(

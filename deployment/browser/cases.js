@@ -10,7 +10,9 @@ export const MAX_PIXELS = 16 * 2 ** 20; // of a case: 256 slices of 256×256
 export const MAX_BYTES = 200 * 2 ** 20; // of a file
 export const MIN_SIDE = 16; // pixels
 const IMAGE = /\.(tiff?|png|jpe?g)$/i;
-const MASK = /_mask\.(tiff?|png|jpe?g)$/i;
+const MASK = /_mask(?:[ (].*)?\.(tiff?|png|jpe?g)$/i; // also of a copy, by the rules of preprocessing.py
+const MASK_END = /_mask(?:[ (].*)?$/i;
+const COPY = / (?:(?:- )?(?:copy|copie|copia|kopie)(?: ?\(?\d+\)?)?|\(.*(?:conflict|konflikt).*\))$/i;
 const SHEET = /_contact_sheet\.[^.]*$/; // of a prepared patient, to look through
 const MEASURES = "volume.json"; // of a prepared patient, by the rules of scans/spacing.py
 const NUMBER = /[_\-. (]*(?<!\d)(\d{1,18})\)?$/; // of a slice, by the rules of preprocessing.py
@@ -59,7 +61,7 @@ function pair(files) {
   const trees = new Set(pictures.flatMap(({ name }) => treesOf(name, IMAGE_TREE).map(({ tree }) => tree)));
   const images = [], masks = new Map();
   for (const picture of pictures) {
-    const bare = stem(picture.name).replace(/_mask$/i, "");
+    const bare = stem(picture.name).replace(MASK_END, "");
     const found = treesOf(picture.name, MASK_TREE).flatMap(({ tree, above, rest }) => [...trees].sort()
       .filter((other) => folder(other.slice(0, -1)) === above).map((other) => other + rest))[0];
     if (found === undefined && !MASK.test(picture.name)) {
@@ -86,6 +88,7 @@ function treesOf(name, fits) {
 function groupVolumes(images, isFolder) {
   const volumes = [];
   for (const [place, inside] of grouped(images, ({ name }) => folder(name))) {
+    refuseCopies(inside);
     const names = grouped(inside.filter(({ name }) => number(name) !== undefined), ({ name }) => String(Number(number(name))));
     const several = [...names.values()].some((same) => new Set(same.map(({ name }) => volumeName(name))).size > 1);
     if (isFolder(place) && !several) volumes.push(inside);
@@ -100,6 +103,16 @@ function bySlice(a, b) {
   const [one, other] = [number(a.name), number(b.name)];
   if ((one === undefined) !== (other === undefined)) return one === undefined ? 1 : -1;
   return (one ?? 0) - (other ?? 0) || (a.name < b.name ? -1 : 1);
+}
+
+function refuseCopies(slices) {
+  const known = new Map(slices.map(({ name }) => [stem(name), name]));
+  for (const { name } of slices) {
+    const original = stem(name).replace(COPY, "");
+    if (original !== stem(name) && known.has(original)) {
+      throw new UserError(`${short(known.get(original))} and ${short(name)} are the same slice twice; take one of them away`);
+    }
+  }
 }
 
 function refuseDoubles(slices) {
@@ -254,7 +267,7 @@ export async function readMasks(opened, files) {
   checkNumber(files.length);
   if (files.length === 1 && isNifti(files[0].name)) return readNiftiMask(opened, files[0]);
   if (files.length === 1 && opened.count === 1) return readTruth(opened, files);
-  const named = files.map((mask) => [stem(mask.name).toLowerCase().replace(/_mask$/, ""), mask]);
+  const named = files.map((mask) => [stem(mask.name).toLowerCase().replace(MASK_END, ""), mask]);
   const slices = opened.slices.map((name) => stem(name).toLowerCase());
   if (!named.some(([slice]) => slices.includes(slice))) {
     throw new UserError("no mask has the name of a slice with _mask at its end; rename the masks, or choose others");

@@ -48,6 +48,11 @@ export function maskPng(pixels, width, height) {
 
 async function decoded(name, bytes) {
   const signature = String.fromCharCode(...bytes.subarray(0, 4));
+  const turned = orientation(bytes);
+  if (turned > 1) {
+    throw new UserError(`${short(name)} is shown turned or mirrored by viewers (its orientation tag is ${turned}), and a mask could ` +
+      "lie on either; save it as it is shown, without the tag");
+  }
   try {
     if (signature === "II*\0" || signature === "MM\0*") return fromTiff(name, bytes);
     if (signature === "\x89PNG") return fromPng(name, bytes);
@@ -57,6 +62,37 @@ async function decoded(name, bytes) {
     // the decoders throw many kinds of errors for a damaged file
   }
   throw new UserError(`${short(name)} can't be read as a picture (truncated or another format); copy it again`);
+}
+
+/** How a viewer turns a picture before it shows it (2 to 8), by its EXIF or TIFF tag; 1 where nothing, or nothing readable, is said. */
+function orientation(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  try {
+    if (view.getUint16(0) !== 0xffd8) return ofTags(view, view.getUint32(0) === 0x89504e47 ? pngExif(view) : 0);
+    for (let at = 2; view.getUint16(at) !== 0xffda; at += 2 + view.getUint16(at + 2)) {
+      if (view.getUint16(at) === 0xffe1 && view.getUint32(at + 4) === 0x45786966) return ofTags(view, at + 10); // "Exif"
+    }
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error; // it ends too early, as its reader will say
+  }
+  return 1;
+}
+
+/** Where a PNG's EXIF begins. Throws RangeError where there is none. */
+function pngExif(view) {
+  let at = 8;
+  while (view.getUint32(at + 4) !== 0x65584966) at += 12 + view.getUint32(at); // "eXIf"
+  return at + 8;
+}
+
+/** The orientation among the tags of the TIFF at `start`. */
+function ofTags(view, start) {
+  const little = view.getUint16(start) === 0x4949, from = start + view.getUint32(start + 4, little);
+  for (let k = 0; k < view.getUint16(from, little); k++) {
+    const entry = from + 2 + 12 * k;
+    if (view.getUint16(entry, little) === 274) return view.getUint16(entry + 8, little);
+  }
+  return 1;
 }
 
 function checkSize(name, width, height) {

@@ -43,7 +43,7 @@ def write_configuration(
     }
     if odd := [str(value) for value in values.values() if set(str(value)) & set(" ;{}\"'$\\\n")]:
         raise MedFLError(
-            f"nginx can't take the path {odd[0]}; choose --kit and --out without blanks and quotes"
+            f"nginx can't take the path {odd[0]}; choose --kit, --out and TMPDIR without blanks and quotes"
         )
     path = folder / "nginx.conf"
     path.write_text(

@@ -7,7 +7,7 @@ from typing import IO
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common import MedFLError
+from common import MedFLError, text_of
 from federation.protocol.answers import LABEL
 from federation.runtime.kit import (
     CA,
@@ -78,7 +78,7 @@ def hospital_label(kit: Path) -> str:
         if not (kit / name).is_file():
             raise MedFLError(f"there is no {kit / name}; {remedy}")
     check_modes(kit)
-    label, public = parse_public((kit / HOSPITAL_PUBLIC).read_text(encoding="utf-8", errors="replace"))
+    label, public = parse_public(text_of(kit / HOSPITAL_PUBLIC, "replace"))
     own = read_private(kit / HOSPITAL_KEY).public_key()
     if own != serialization.load_ssh_public_key(public.encode()):
         raise MedFLError(
@@ -95,9 +95,9 @@ def read_members(kit: Path) -> dict[str, str] | None:
     path = kit / MEMBERS
     if not path.is_file():
         return None
-    own = (kit / HOSPITAL_PUBLIC).read_text(encoding="utf-8", errors="replace")
+    own = text_of(kit / HOSPITAL_PUBLIC, "replace")
     members: dict[str, str] = {}
-    for line in [own, *path.read_text(encoding="utf-8", errors="replace").splitlines()]:
+    for line in [own, *text_of(path, "replace").splitlines()]:
         if not line.strip() or line.startswith("#"):
             continue
         try:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from checkpoint import load_checkpoint, save_checkpoint
 from common import MedFLError, file_sha256
@@ -203,24 +202,6 @@ def finish_keeping(last: Path, log: Path) -> None:
 
 def _beside(last: Path) -> Path:
     return last.with_name(f".new-{last.name}")
-
-
-def claim(out: Path) -> FileLock:
-    """The lock of a folder for as long as it is kept: one server at a time writes there. Raises MedFLError
-    where another does."""
-    lock = FileLock(out / ".server.lock")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise MedFLError(
-            f"another server writes into {out}; wait for its end, or choose another --out"
-        ) from error
-    except OSError as error:
-        raise MedFLError(
-            f"{out} can't be written ({error.strerror or error}); free it, or choose another --out"
-        ) from error
-    return lock
 
 
 def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, TransUNet]:

@@ -8,12 +8,19 @@ import zipfile
 
 import nibabel
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 RNG = np.random.default_rng(3)
 COLOURS = RNG.integers(0, 255, (40, 52, 3), np.uint8)
 GREY = COLOURS[..., 0]
 BITS = Image.fromarray(GREY).convert("1")
+
+
+def turned(kind) -> bytes:
+    """A picture that viewers show turned by a quarter."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return picture(COLOURS, kind, exif=exif)
 
 
 def picture(pixels, kind="PNG", **options) -> bytes:
@@ -253,6 +260,11 @@ BROKEN = {
     "two files of one name": [VOLUME[0], VOLUME[0]],
     "two files of one name in a ZIP": [("p.zip", twice("p/anna_1.tif"))],
     "two masks of one slice": [VOLUME[0], MASKS[0], ("anna_1_mask.tif", picture(GREY * 0, "TIFF"))],
+    "a mask and its copy": [*VOLUME[:2], MASKS[0], ("anna_1_mask (1).png", MASKS[0][1])],
+    "a slice and its copy": [*VOLUME[:2], ("anna_2 - Copy.png", picture(COLOURS))],
+    "a turned JPEG": [("a_1.jpg", turned("JPEG"))],
+    "a turned PNG": [("a_1.png", turned("PNG"))],
+    "a turned TIFF": [("a_1.tif", turned("TIFF"))],
     "two slices of one number": [*VOLUME[:2], ("anna_02.png", picture(COLOURS))],
     "slices 10⁹ mm apart": [*VOLUME, ("volume.json", MEASURED.replace(b"5.0", b"1e9"))],
     "climbing ZIP": [("p.zip", zipped([("../../etc/a_1.tif", VOLUME[0][1])]))],

@@ -184,6 +184,8 @@ def test_members_of_a_consortium_are_read_and_damaged_lists_refused(consortium):
     (anna / "members.pub").write_text(f"# compared by telephone\n{printed}", encoding="utf-8")
     lines = [(kit / "hospital.pub").read_text().split() for kit in (anna, bert)]
     assert hospital_kit.read_members(anna) == {label: f"{kind} {key}" for kind, key, label in lines}
+    (anna / "members.pub").write_text(printed, encoding="utf-16")  # as > writes it in a PowerShell
+    assert set(hospital_kit.read_members(anna)) == {"anna", "bert"}
     for damaged, sentence in (
         (printed.replace(lines[0][1], lines[1][1]), "two keys of anna"),
         (printed.replace(lines[1][1], lines[0][1]), "one key for two hospitals"),

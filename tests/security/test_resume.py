@@ -8,9 +8,9 @@ import pytest
 import torch
 from scripted import Worker, federate, make_fast
 
-from common import MedFLError
+from common import MedFLError, claim
 from federation.runtime import certificates, hospital_kit
-from federation.server.state import LAST, claim, finish_keeping, load_run
+from federation.server.state import LAST, finish_keeping, load_run
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def test_a_server_that_is_killed_between_log_and_file_goes_on(ran, monkeypatch):
 
 
 def test_one_server_at_a_time_writes_into_a_folder(tmp_path):
-    first = claim(tmp_path / "out")
+    first = claim(tmp_path / "out", "server")
     with pytest.raises(MedFLError, match="another server writes into"):
-        claim(tmp_path / "out")
+        claim(tmp_path / "out", "server")
     first.release()
-    claim(tmp_path / "out").release()
+    claim(tmp_path / "out", "server").release()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX systems")
