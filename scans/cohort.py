@@ -155,8 +155,8 @@ def _places(top: Path, left_out: list[str], mask_suffix: str, unread: Counter[st
     apart = written = 0
     files: list[Path] = []
     for folder, inside in walk(top):
-        if OF_MEDFL & {file.name for file in inside}:
-            written += 1
+        if OF_MEDFL & {file.name for file in inside} and not (found := pair(inside, mask_suffix)).masks:
+            written += bool(found.images or found.alone)
         elif KEPT_APART & set(folder.relative_to(top).parts):
             apart += bool(pair(inside, mask_suffix).images)
         else:

@@ -556,5 +556,9 @@ def test_what_medfl_wrote_among_the_scans_is_not_read_and_told(tmp_path):
     (tmp_path / "models" / "split.json").write_text("{}")
     save(tmp_path / "predictions" / "p_1_mask.png", np.zeros((16, 16), np.uint8))
     (tmp_path / "predictions" / "predictions.csv").write_text("file")
+    (tmp_path / "split.json").write_text(
+        "{}"
+    )  # beside the patients, and in a patient's own folder: they are read
+    (tmp_path / "anna" / "predictions.csv").write_text("file")
     names, notes = load(tmp_path)
     assert names == ["anna"] and notes == ["2 folders with what MedFL wrote (a run, predictions): not read"]

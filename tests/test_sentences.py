@@ -146,6 +146,10 @@ WRONG = {
     ),
     "an address without a port": (lambda f: parse_address("fl.example.org"), "write it as HOST:PORT"),
     "a side that the network can't have": (lambda f: TransUNet("tiny", 100), "16"),
+    "a seed that torch can't count to": (
+        lambda f: TrainingSettings(seed=10**23),
+        "--seed is 10{23}; choose a number below",
+    ),
     "a batch of nothing": (
         lambda f: TrainingSettings(batch_size=0),
         "--batch-size is 0; choose a number above 0",
