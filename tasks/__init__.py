@@ -21,6 +21,7 @@ from common import MedFLError
 FOLDER = Path(__file__).parent
 NAME = "task.toml"  # in a dataset's folder
 DEFAULT = "lgg"
+MOST_BYTES = 10_000  # of a task file
 
 
 class Task(BaseModel):
@@ -35,6 +36,13 @@ class Task(BaseModel):
     labels: tuple[int, ...] = Field(min_length=1)
     site: str | None = None
     normalisation: str
+
+    @field_validator("title", "region", "channels")
+    @classmethod
+    def _printable(cls, text: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not "".join(text).isprintable():
+            raise ValueError("holds letters that can't be printed")
+        return text
 
     @field_validator("labels")
     @classmethod
@@ -70,10 +78,14 @@ class Task(BaseModel):
 def read_task(path: Path) -> Task:
     """The task in a file. Raises MedFLError for a file that can't be read or says something that can't be."""
     try:
-        return Task(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
+        return Task(**tomllib.loads(content.decode()))
     except OSError as error:
         raise MedFLError(f"there is no task file {path}; the ones that come with MedFL: {known()}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

@@ -37,6 +37,8 @@ def test_the_tasks_that_come_with_medfl():
         ('region = "hippocampus"', 'region = "a"\nsite = "(a)(b)"', "one group"),
         ('region = "hippocampus"', 'region = "a"\nsite = "("', "no regular expression"),
         ('title = "', "title = ", "no task file"),
+        ('title = "', r'title = "\u001b[2J', "can't be printed"),
+        ('title = "', "a = " + "[" * 5_000 + "\ntitle = ", "no task file"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_sentence(tmp_path, before, after, sentence):
