@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
         "--dp-sgd-epsilon",
         type=float,
         help="differential privacy of this hospital's patients: what all its rounds together may tell of "
-        "one; for a server with --norm group and --init (requirements-privacy.txt)",
+        "one; hides who was trained on, from the server as well; for a server with --norm group and --init (requirements-privacy.txt)",
     )
     parser.add_argument(
         "--dp-sgd-delta",
