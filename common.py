@@ -31,7 +31,12 @@ ROOT = Path(__file__).parent
 SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "MPS backend out of memory")  # as torch says it
+NO_MEMORY = (  # as torch says it, and oneDNN within it
+    "can't allocate memory",
+    "CUDA out of memory",
+    "MPS backend out of memory",
+    "could not create a primitive",
+)
 TORN = (
     "PytorchStreamWriter",
     "inline_container",
