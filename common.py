@@ -39,7 +39,12 @@ SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NAME_KEPT = 40  # characters of a file's name in that of its half; a name has at most 255 bytes
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what shares say that have none
-NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "MPS backend out of memory")  # as torch says it
+NO_MEMORY = (  # as torch says it, and oneDNN within it
+    "can't allocate memory",
+    "CUDA out of memory",
+    "MPS backend out of memory",
+    "could not create a primitive",
+)
 TORN = (
     "PytorchStreamWriter",
     "inline_container",
@@ -355,10 +360,13 @@ def tell(notes: Iterable[str]) -> None:
         print(f"note: {note}", flush=True)
 
 
-def text_of(path: Path, errors: str = "strict") -> str:
+def text_of(path: Path, errors: str = "strict", most: int = -1) -> str:
     """A text file that a person wrote or a terminal did: UTF-8, or UTF-16 with its mark, as Windows' `>` writes it.
-    Raises OSError, and UnicodeDecodeError where it is neither."""
-    content = Path(path).read_bytes()
+    most: bytes, any number where it is below 0. Raises OSError, and ValueError where it is neither or longer."""
+    with open(path, "rb") as file:
+        content = file.read(most + 1 if most >= 0 else -1)
+    if 0 <= most < len(content):
+        raise ValueError(f"more than {most:,} bytes")
     is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if is_wide else "utf-8-sig", errors)
 

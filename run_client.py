@@ -88,7 +88,8 @@ def parse() -> argparse.Namespace:
         "--dp-sgd-epsilon",
         type=float,
         help="differential privacy of this hospital's patients: what all its rounds together may tell of "
-        "one; for a server with --norm group and --init (requirements-privacy.txt)",
+        "one; hides who was trained on, from the server as well; for a server with --norm group and --init "
+        "(requirements-privacy.txt)",
     )
     parser.add_argument(
         "--dp-sgd-delta",
@@ -241,9 +242,9 @@ def main() -> None:
     choose_cache(arguments.cache)
     host, port = parse_address(arguments.server)
     leave_out_odd()
-    if arguments.no_proxy:
+    if arguments.no_proxy or is_loopback(host):  # what this machine says to itself leaves it through no proxy
         go_direct(host)
-    elif not is_loopback(host):
+    else:
         tell_proxies(host)
     if not is_loopback(host) and arguments.kit is None:
         raise MedFLError(

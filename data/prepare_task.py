@@ -17,8 +17,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import MedFLError, atomic_write, counted, run_script, text_of, write_json
+from limits import fits
 from preprocessing import IMAGE_SUFFIXES, read_slice
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
+from scans.nifti_file import read_content, read_image
 from scans.spacing import NAME as SPACING
 from tasks import FOLDER, NAME, Task, known, named_task
 
@@ -70,8 +72,12 @@ def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     except ImportError as error:
         raise MedFLError("NIfTI files need nibabel; install it with `pip install nibabel`") from error
     try:
-        image = nibabel.as_closest_canonical(nibabel.load(path))
+        image = nibabel.as_closest_canonical(read_image(read_content(path)))
+        if not fits(image.shape[::-1]):
+            raise MedFLError("has more voxels than are read at once; make it smaller")
         values = np.asarray(image.get_fdata(dtype=np.float32))
+    except MedFLError as error:
+        raise MedFLError(f"{path} {error}") from error
     except Exception as error:  # nibabel and what unpacks raise their own kinds
         raise MedFLError(
             f"{path} can't be read as NIfTI ({type(error).__name__}); export it again"

@@ -10,27 +10,23 @@ All volumes of a study lie in one folder, or at the same place of a `derivatives
 dcm2niix writes beside a volume is read.
 """
 
-import gzip
-import json
 import math
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel
 import numpy as np
 import SimpleITK as sitk
 
 from common import MedFLError
-from limits import fits
+from limits import fits, read_json
 from radiology.collection import IMAGES, LABELS, NAME, Collection, collection_in, trees_in
 from radiology.geometry import on_grid
-from radiology.headers import File
 from radiology.series import Refused, Series
 from scans import nifti_file
 from scans.folders import as_text
-from scans.nifti_file import GZIP, NRRD, SUFFIXES
+from scans.nifti_file import NRRD, SUFFIXES
 from scans.orientation import mirrored
 
 DERIVATIVES = "derivatives"
@@ -162,7 +158,7 @@ def _header(path: Path) -> Any:
         with path.open("rb") as file:
             head = nifti_file.read_head(file)
         if head[:4] == NRRD:
-            return nifti_file.read_image(_content(path)).header
+            return nifti_file.read_image(nifti_file.read_content(path)).header
         return nifti_file.read_header(head)
     except MedFLError as error:
         raise MedFLError(f"damaged, or no NIfTI file: it {error}") from error
@@ -175,7 +171,7 @@ def _told_beside(path: Path) -> dict:
     none."""
     beside = path.parent / f"{nifti_file.stem(path.name)}.json"
     try:
-        told = json.loads(beside.read_bytes()) if beside.stat().st_size <= JSON_BYTES else {}
+        told = read_json(beside.read_bytes()) if beside.stat().st_size <= JSON_BYTES else {}
     except (OSError, ValueError):
         return {}
     if not isinstance(told, dict):
@@ -202,19 +198,6 @@ def _told_beside(path: Path) -> dict:
     }
 
 
-def _content(path: File) -> bytes:
-    """A file's bytes, unpacked to the end of the stream, so that a cut or a flipped bit is noticed."""
-    with path.open("rb") as file:
-        start = file.read(2)
-        file.seek(0)
-        try:
-            return (gzip.GzipFile(fileobj=file) if start == GZIP else file).read()
-        except EOFError as error:
-            raise MedFLError("is truncated, its gzip stream has no end; copy it again") from error
-        except (OSError, zlib.error) as error:
-            raise MedFLError("is a damaged gzip file; copy it again") from error
-
-
 def load_volume(series: Series) -> sitk.Image:
     """A volume's pixels with their place, float32, in the order in which they are stored.
 
@@ -231,7 +214,7 @@ def load_counted(series: Series) -> tuple[sitk.Image, int]:
     if series.problems:
         raise MedFLError(f"{path} can't be used: {'; '.join(series.problems)}")
     try:
-        image = nifti_file.read_image(_content(path))
+        image = nifti_file.read_image(nifti_file.read_content(cast(Path, path)))  # no volume is in memory
         values = np.asarray(image.dataobj)
         if series.volume is not None:
             values = values[..., series.volume]

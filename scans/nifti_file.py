@@ -5,27 +5,36 @@ Both the preparation and the page read volumes here, and nowhere else. Needs nib
 are optional for the page: both are imported when a file is read.
 """
 
+import bz2
 import gzip
 import io
 import re
 import zlib
-from pathlib import PurePath
+from collections.abc import Callable
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from common import MedFLError
-from limits import MAX_UNPACKED, fits
+from limits import BUDGET, MAX_UNPACKED, fits
 from scans.orientation import APART, distance_apart, is_sheared
 
 SUFFIXES = (".nii", ".nii.gz", ".nrrd")
 GZIP, NRRD = b"\x1f\x8b", b"NRRD"
 HEADERS = {348: "Nifti1Header", 540: "Nifti2Header"}  # of nibabel, by their length in bytes
 HEAD = 544  # bytes with which every header is whole
+BEHIND = 2**20  # bytes that may lie behind a NIfTI file's voxels
 OTHERS = {  # what lies beside NIfTI in a scientist's folders
     (".mgz", ".mgh"): "is FreeSurfer's format; convert it with `mri_convert IN OUT.nii.gz`",
     (".img", ".hdr"): "is half of a pair (.hdr and .img); convert the pair to one .nii.gz file",
     (".mha", ".mhd"): "is MetaImage; convert it to .nii.gz (3D Slicer does)",
+}
+# entries of a NRRD header that lead to bytes elsewhere: to any file of this machine, or past as many lines as they say
+NRRD_ELSEWHERE = ("data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip")
+NRRD_PACKED: dict[str, Callable[[], Any]] = {
+    **dict.fromkeys(("gzip", "gz"), lambda: zlib.decompressobj(zlib.MAX_WBITS | 16)),
+    **dict.fromkeys(("bzip2", "bz2"), bz2.BZ2Decompressor),
 }
 NRRD_SPACES = {  # to left, back, head
     "left-posterior-superior": (1, 1, 1),
@@ -58,6 +67,29 @@ def read_head(file: BinaryIO) -> bytes:
         raise MedFLError("is a damaged gzip file; copy it again") from error
 
 
+def read_content(path: Path) -> bytes:
+    """A file's bytes, unpacked to the end of the stream, so that a cut or a flipped bit is noticed, and no more
+    than its header tells. Raises MedFLError, in words that follow the file's name, for a damaged file and one that
+    holds more."""
+    with path.open("rb") as file:
+        head = read_head(file)
+        most = BUDGET // 2 if head[:4] == NRRD else promised(read_header(head)) + BEHIND
+        if most > BUDGET:
+            raise MedFLError("holds more voxels than are read at once; make it smaller")
+        file.seek(0)
+        start = file.read(2)
+        file.seek(0)
+        try:
+            content = (gzip.GzipFile(fileobj=file) if start == GZIP else file).read(most + 1)
+        except EOFError as error:
+            raise MedFLError("is truncated, its gzip stream has no end; copy it again") from error
+        except (OSError, zlib.error) as error:
+            raise MedFLError("is a damaged gzip file; copy it again") from error
+    if len(content) > most:
+        raise MedFLError("holds more than its header says; export it again")
+    return content
+
+
 def header_length(head: bytes) -> int | None:
     """How long the header is that begins so, or None for what is no NIfTI."""
     orders: tuple[Literal["little", "big"], ...] = ("little", "big")
@@ -83,10 +115,16 @@ def read_header(head: bytes) -> Any:
         )
     try:
         header = getattr(nibabel, HEADERS[length])(head[:length])
-        header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
+        promised(header), header.get_best_affine()
     except Exception as error:  # nibabel raises many kinds for values that can't be
         raise MedFLError("can't be read as NIfTI, its header is damaged; copy it again") from error
     return header
+
+
+def promised(header: Any) -> int:
+    """The bytes that a file with this header of NIfTI has."""
+    shape = header.get_data_shape()
+    return int(header["vox_offset"]) + header.get_data_dtype().itemsize * int(np.prod(shape, dtype=object))
 
 
 def read_image(content: bytes) -> Any:
@@ -97,13 +135,11 @@ def read_image(content: bytes) -> Any:
     if content[:4] == NRRD:
         return _read_nrrd(content)
     header = read_header(content[:HEAD])
-    dtype, shape = header.get_data_dtype(), header.get_data_shape()
-    if dtype.kind == "c":
+    if header.get_data_dtype().kind == "c":
         raise MedFLError("holds complex numbers, and a scan has real ones; export its magnitude")
-    promised = int(header["vox_offset"]) + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    if len(content) < promised:
+    if len(content) < promised(header):
         raise MedFLError(
-            f"is truncated: its header promises {promised:,} bytes, and it has {len(content):,}; copy it again"
+            f"is truncated: its header promises {promised(header):,} bytes, and it has {len(content):,}; copy it again"
         )
     kind = nibabel.Nifti1Image if int(header["sizeof_hdr"]) == 348 else nibabel.Nifti2Image
     try:
@@ -163,6 +199,18 @@ def nrrd_sizes(content: bytes) -> tuple[int, ...]:
         raise MedFLError("can't be read as NRRD, its header is damaged; copy it again") from error
 
 
+def _unpacked(voxels: bytes, encoding: str | None) -> bytes:
+    """A NRRD file's voxels as they are without packing. Raises ValueError, or what the unpacker raises, for what
+    is cut off or unpacks to too much."""
+    if encoding not in NRRD_PACKED:
+        return voxels
+    unpacker = NRRD_PACKED[encoding]()
+    unpacked = unpacker.decompress(voxels, MAX_UNPACKED + 1)
+    if len(unpacked) > MAX_UNPACKED or not unpacker.eof:
+        raise ValueError("unpacks to too much, or is cut off")
+    return unpacked
+
+
 def _read_nrrd(content: bytes) -> Any:
     """A NRRD file as NIfTI image; without a `space` that is the patient's, its codes are 0."""
     import nibabel
@@ -173,18 +221,17 @@ def _read_nrrd(content: bytes) -> Any:
     try:
         stream = io.BytesIO(content)
         header = nrrd.read_header(stream)
-        packed = stream.read(MAX_UNPACKED + 1)
-        if header.get("encoding") in ("gzip", "gz"):
-            unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(packed, MAX_UNPACKED + 1)
-            if len(unpacked) > MAX_UNPACKED:
-                raise ValueError("unpacks to too much")
-        stream.seek(-len(packed), io.SEEK_END)
-        values = nrrd.read_data(header, stream)
+        if any(header.get(name) for name in NRRD_ELSEWHERE):
+            raise ValueError("its voxels lie in another file, or behind something")
+        unpacked = _unpacked(stream.read(), header.get("encoding"))
+        if header.get("encoding") in NRRD_PACKED:
+            header["encoding"] = "raw"
+        values = nrrd.read_data(header, io.BytesIO(unpacked))
     except ModuleNotFoundError:
         raise
     except Exception as error:  # pynrrd and its decompressors raise many kinds
         raise MedFLError(
-            "can't be read as NRRD, it is truncated, damaged or in pieces; copy it again"
+            "can't be read as NRRD, it is truncated, damaged or in pieces; copy it again, or export it as one file"
         ) from error
     if values.ndim != 3:
         raise MedFLError(

@@ -21,6 +21,10 @@ from common import MedFLError, text_of
 FOLDER = Path(__file__).parent
 NAME = "task.toml"  # in a dataset's folder
 DEFAULT = "lgg"
+MOST_BYTES = 10_000  # of a task file
+# A regular expression comes with a dataset, and some take for ever on a name of 50 letters: those that repeat a group,
+# or many things in a row.
+REPEATED_GROUP, REPEATS, MOST_REPEATS = re.compile(r"\)[*+{]"), re.compile(r"[*+{]"), 3
 
 
 class Task(BaseModel):
@@ -35,6 +39,13 @@ class Task(BaseModel):
     labels: tuple[int, ...] = Field(min_length=1)
     site: str | None = None
     normalisation: str
+
+    @field_validator("title", "region", "channels")
+    @classmethod
+    def _printable(cls, text: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not "".join(text).isprintable():
+            raise ValueError("holds letters that can't be printed")
+        return text
 
     @field_validator("labels")
     @classmethod
@@ -52,6 +63,10 @@ class Task(BaseModel):
             raise ValueError(f"site is no regular expression ({error})") from error
         if groups != 1:
             raise ValueError("site has one group, which is the site's code")
+        if REPEATED_GROUP.search(site or "") or len(REPEATS.findall(site or "")) > MOST_REPEATS:
+            raise ValueError(
+                f"site repeats its group, or more than {MOST_REPEATS} things: it could take for ever"
+            )
         return site
 
     @field_validator("normalisation")
@@ -70,10 +85,10 @@ class Task(BaseModel):
 def read_task(path: Path) -> Task:
     """The task in a file. Raises MedFLError for a file that can't be read or says something that can't be."""
     try:
-        return Task(**tomllib.loads(text_of(path)))
+        return Task(**tomllib.loads(text_of(path, most=MOST_BYTES)))
     except OSError as error:
         raise MedFLError(f"there is no task file {path}; the ones that come with MedFL: {known()}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

@@ -31,6 +31,7 @@ from pydicom.uid import (
 
 from checkpoint import describe, load_checkpoint, update_metadata
 from common import MedFLError
+from data.prepare_task import read_nifti
 from deployment.app.card import card_rows
 from deployment.app.cases import add_truth, read_case
 from preprocessing import read_mask, read_slice, read_volume
@@ -38,8 +39,10 @@ from radiology.headers import InMemory
 from radiology.nifti import find_volumes, load_volume
 from radiology.segmentation import read_segmentation
 from radiology.series import find_series, load_series
+from scans.nifti_file import read_content
 from scans.spacing import read_spacing
 from split import load_split
+from tasks import read_task
 from transunet import TransUNet
 
 MIB = 2**20
@@ -326,6 +329,16 @@ def bombs(folder: Path) -> dict[str, Callable[[], object]]:
         ),
         "a NIfTI of 1.6 GB in preparation": lambda: prepared_nifti(
             written(folder / "n2" / "p" / "flair.nii.gz", gzipped(nifti((1000, 1000, 400)), 800)).parent.parent
+        ),
+        "a NIfTI that unpacks to more than it says": lambda: read_content(
+            written(folder / "more.nii.gz", gzipped(nifti((64, 64, 20)), 1200))
+        ),
+        "a NIfTI of 6.8 GB of another task": lambda: read_nifti(
+            written(folder / "task.nii", nifti((1500, 1500, 1500)))
+        ),
+        "a task of brackets": lambda: read_task(written(folder / "task.toml", b"a = " + nested)),
+        "a task of 50,000 names within another": lambda: read_task(
+            written(folder / "task.toml", b".".join([b"a"] * 50_000) + b" = 1")
         ),
         "a model of 96,000 pixels": model("side", put({"image_side": 16 * 6000})),
         "a model whose side is a word": model("word", put({"image_side": "big"})),

@@ -36,7 +36,11 @@ def test_the_tasks_that_come_with_medfl():
         ("volume-foreground-v1", "none", "normalisation is"),
         ('region = "hippocampus"', 'region = "a"\nsite = "(a)(b)"', "one group"),
         ('region = "hippocampus"', 'region = "a"\nsite = "("', "no regular expression"),
+        ('region = "hippocampus"', 'region = "a"\nsite = "^(a+)+$"', "could take for ever"),
+        ('region = "hippocampus"', 'region = "a"\nsite = "a*a*a*a*(b)"', "could take for ever"),
         ('title = "', "title = ", "no task file"),
+        ('title = "', r'title = "\u001b[2J', "can't be printed"),
+        ('title = "', "a = " + "[" * 5_000 + "\ntitle = ", "no task file"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_sentence(tmp_path, before, after, sentence):

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from common import DISK_FULL, MedFLError, in_words, write_json
+from common import DISK_FULL, NO_MEMORY, MedFLError, in_words, write_json
 from federation.hospital.hospital import Hospital, HospitalError
 from federation.hospital.identity import ENDED, WAITING, Identity
 from federation.hospital.joining import check_consent, introduce
@@ -213,7 +213,7 @@ def guard(incoming: Message, context: Context, handle: Handle, identity: Identit
             failure = Failure.RESOURCES
             text = f"out of memory or disk ({error}); free some, the server asks again"
     except RuntimeError as error:  # torch's name for many things
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if any(sign in str(error) for sign in NO_MEMORY):
             failure, text = (
                 Failure.RESOURCES,
                 f"out of memory ({error}); a smaller --batch-size at the server needs less",

@@ -82,7 +82,8 @@ class FederationSettings:
     )
     dp_epsilon: float | None = setting(
         None,
-        "differential privacy of hospitals: what all rounds may spend, noise derived from it",
+        "differential privacy of hospitals: what all rounds may spend, noise derived from it; hides from who sees "
+        "the models whether a hospital, and so its patients, took part, not from the server, which gets each update",
         kind=float,
     )
     dp_delta: float = setting(
@@ -99,8 +100,8 @@ class FederationSettings:
     )
     secure_aggregation: bool = setting(
         False,
-        "the server learns the sum of the hospitals' updates and none by itself (SecAgg+); "
-        "3 hospitals or more",
+        "the server learns the sum of the hospitals' updates and none by itself (SecAgg+); hides which hospital a "
+        "patient is at, not that the patient took part; 3 hospitals or more",
     )
     secure_range: float = setting(
         8.0,

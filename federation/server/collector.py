@@ -142,6 +142,8 @@ class Collector:
             came.lost = secure.lost
             came.blamed = secure.blamed | self._accuse(number, secure)
             if mean is not None:
+                # of single updates nothing can be checked; a variance below 0 would ruin the model for everybody
+                mean = torch.where(self.variances & (mean < 0), self.state.weights, mean)
                 came.updates.add("the mean", mean, 1)
         return came
 

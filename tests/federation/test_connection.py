@@ -12,6 +12,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+from running import run_here
 
 from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
@@ -169,6 +170,18 @@ def test_a_proxy_that_is_none_of_http_is_not_used(no_proxies, capsys):
     assert "no HTTP proxy" in capsys.readouterr().out and "all_proxy" not in os.environ
     proxies.tell_proxies("fl.example.org")
     assert not capsys.readouterr().out
+
+
+def test_what_this_machine_says_to_itself_goes_through_no_proxy(no_proxies):
+    """Debian gives a machine's own name the address 127.0.1.1. Without keys weights are not encrypted, and a proxy
+    would have got them."""
+    no_proxies.setenv("http_proxy", "http://proxy:8080")
+    no_proxies.setenv("https_proxy", "http://proxy:8080")
+    no_proxies.setenv("no_proxy", "")
+    no_proxies.setenv("NO_PROXY", "")
+    done = run_here("run_client.py", "--server", "127.0.1.1:9", "--cid", -1)
+    assert done.returncode == 2 and "numbered from 0" in done.stderr, done.stderr
+    assert proxies.proxy_for("127.0.1.1") is None and proxies.proxy_for("fl.example.org")
 
 
 def test_addresses_that_need_no_proxy_are_read_in_both_spellings(no_proxies):

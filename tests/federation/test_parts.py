@@ -258,6 +258,7 @@ def fails_with(error: Exception):
         (OSError(28, "No space left on device", "scans/Anna_1.tif"), "resources"),
         (FileNotFoundError(2, "No such file or directory", "scans/Anna_1.tif"), "data"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: Anna"), "resources"),
+        (RuntimeError("could not create a primitive: Anna"), "resources"),  # oneDNN's words for the same
         (ValueError("Anna"), "bug"),
         (RuntimeError("shape of Anna"), "bug"),
     ],

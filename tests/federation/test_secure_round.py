@@ -9,6 +9,7 @@ import torch
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from in_process import RealHospital
 
+import federation.hospital.app
 import federation.server.secure_round
 from common import MedFLError
 from federation.protocol.messages import message
@@ -23,7 +24,7 @@ from federation.protocol.secure_aggregation import (
     unmasked,
 )
 from federation.protocol.settings import FederationSettings
-from federation.protocol.weights import pack
+from federation.protocol.weights import pack, variance_mask
 from transunet import TransUNet
 
 NODES = (5, 2**63 + 11, 7, 40)  # Flower's numbers have 64 bits
@@ -393,3 +394,17 @@ def test_too_few_for_a_sum_uncover_nothing(federate, hospitals, monkeypatch, pha
 def test_an_update_out_of_range_is_that_hospitals_error(federate, hospitals):
     with pytest.raises(AssertionError, match="without hospital-0: its update does not fit"):
         federate(1, hospitals=hospitals("out"), secure_aggregation=True, secure_range=1e-6, **THREE)
+
+
+def test_a_hospital_under_a_mask_makes_no_variance_negative(federate, hospitals, monkeypatch):
+    """Nobody sees its update, and the sum of one running variance would fall below 0."""
+    masked = federation.hospital.app.masked
+
+    def spoilt(task, update, *others):
+        below = variance_mask(TransUNet("tiny", 32))
+        return masked(task, torch.where(below, torch.full_like(update, -7.0), update), *others)
+
+    monkeypatch.setattr("federation.hospital.app.masked", spoilt)
+    state, _, _ = federate(1, hospitals=hospitals("out"), secure_aggregation=True, **THREE)
+    variances = state.weights[variance_mask(state.model)]
+    assert (variances >= 0).all() and len(variances)

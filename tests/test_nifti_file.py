@@ -1,0 +1,59 @@
+"""A NRRD file leads to no bytes but its own, and a packed one to no more than is read at once."""
+
+import bz2
+import gzip
+import io
+
+import nrrd
+import numpy as np
+import pytest
+
+import scans.nifti_file
+from common import MedFLError
+from scans.nifti_file import read_image
+
+SCAN = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
+ELSEWHERE = (
+    "data file: {}",
+    "datafile: {}",
+    "data file: {} 0 0 1",
+    "line skip: 999999999",
+    "byte skip: 9",
+)
+
+
+def stored(*lines: str, voxels: bytes = SCAN.tobytes(order="F"), encoding: str = "raw") -> bytes:
+    """A NRRD file of the scan with these lines in its header."""
+    head = ["NRRD0004", "type: uint8", "dimension: 3", "sizes: 4 5 6", f"encoding: {encoding}", *lines]
+    return "\n".join(head).encode() + b"\n\n" + voxels
+
+
+@pytest.mark.parametrize("line", ELSEWHERE)
+def test_a_header_that_leads_elsewhere_is_refused(tmp_path, line):
+    """The page's users name files of their own machines only: what lies on the server is none of theirs."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(SCAN.size))
+    with pytest.raises(MedFLError, match="in pieces"):
+        read_image(stored(line.format(secret)))
+    assert (read_image(stored("byte skip: 0")).dataobj == SCAN).all()
+
+
+@pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("bz2", bz2.compress)])
+def test_packed_voxels_are_read_whole_or_refused(monkeypatch, encoding, pack):
+    whole = pack(SCAN.tobytes(order="F"))
+    assert (read_image(stored(voxels=whole, encoding=encoding)).dataobj == SCAN).all()
+    with pytest.raises(MedFLError, match="truncated"):
+        read_image(stored(voxels=whole[:-3], encoding=encoding))
+    monkeypatch.setattr(scans.nifti_file, "MAX_UNPACKED", SCAN.nbytes - 1)
+    with pytest.raises(MedFLError, match="can't be read as NRRD"):
+        read_image(stored(voxels=whole, encoding=encoding))
+
+
+def test_what_pynrrd_writes_is_read():
+    file = io.BytesIO()
+    nrrd.write(
+        file,
+        SCAN,
+        {"space": "left-posterior-superior", "space directions": np.eye(3), "space origin": [0] * 3},
+    )
+    assert (read_image(file.getvalue()).dataobj == SCAN).all()
