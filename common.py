@@ -21,11 +21,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
-
-from filelock import FileLock, Timeout
+from typing import IO, TYPE_CHECKING, Any
 
 import escaping
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 __version__ = "0.3.0"
 
@@ -207,9 +208,11 @@ def run_folder(kind: str) -> Path:
         ) from error
 
 
-def claim(out: Path, what: str) -> FileLock:
+def claim(out: Path, what: str) -> "FileLock":
     """The lock of a folder for as long as it is kept: one `what` ("server", "training") at a time writes there.
     Where the file system has no locks nobody is held off. Raises MedFLError where another one does."""
+    from filelock import FileLock, Timeout  # not there where scans are prepared only
+
     lock = FileLock(out / f".{what}.lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
