@@ -3,9 +3,12 @@ can't be used."""
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ import pytest
 import SimpleITK as sitk
 from dicom_phantoms import phantom
 from prepared import SCRIPT, pixels, report
-from running import run_script
+from running import ROOT, run_script
 
 from common import MedFLError
 from radiology.collection import collection_in
@@ -54,6 +57,38 @@ def volumes(home, tmp_path):
 
 def prepare_nifti(source: Path, *options):
     return run_script(SCRIPT, "--nifti", source, "--out", source.parent / "out", *options)
+
+
+BARRED = """
+import runpy, sys
+barred = sys.argv[1].split(",")
+class Barred:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in barred:
+            raise ModuleNotFoundError(f"No module named {name}", name=name)
+sys.meta_path.insert(0, Barred)
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_scans_are_prepared_with_their_own_requirements_alone(volumes):
+    """As after `pip install -r requirements-dicom.txt`: every package that the others bring is barred."""
+
+    def named(lock: str) -> set[str]:
+        return set(re.findall(r"^([\w-]+)==", (ROOT / "requirements" / lock).read_text(), re.MULTILINE))
+
+    others = (named("dev.lock") | named("torch.lock")) - named("dicom.lock")
+    modules = [
+        module
+        for module, packages in packages_distributions().items()
+        if all(re.sub(r"[-_.]+", "-", package).lower() in others for package in packages)
+    ]
+    assert {"torch", "filelock", "sklearn"} <= set(modules) and "nibabel" not in modules
+    command = [sys.executable, "-c", BARRED, ",".join(modules), str(ROOT / SCRIPT)]
+    options = ["--nifti", str(volumes), "--out", str(volumes.parent / "out")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "2 of 2 studies" in done.stdout, done.stderr
 
 
 def test_nifti_volumes_are_prepared_alike(volumes):
