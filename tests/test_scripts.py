@@ -47,6 +47,7 @@ def test_training_writes_what_it_says(trained):
         BEST,
         LAST,
         "split.json",
+        ".training.lock",  # that no second one writes there
         *(f"centralized{end}" for end in ("_history.csv", "_curves.png", ".log")),
     }
     assert Image.open(trained / "centralized_curves.png").size[0] > 500
