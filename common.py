@@ -11,6 +11,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,6 +39,7 @@ os.environ["MPLBACKEND"] = "agg"
 SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (cgroup 2): microseconds of work, and in how many
 NAME_KEPT = 40  # characters of a file's name in that of its half; a name has at most 255 bytes
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what shares say that have none
 NO_MEMORY = (  # as torch says it, and oneDNN within it
@@ -375,10 +377,14 @@ def text_of(path: Path, errors: str = "strict", most: int = -1) -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: a batch system or `taskset` can leave it fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: a batch system, `taskset` or a container's quota can leave it fewer than the
+    machine has."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text(encoding="ascii").split()
+        return min(there, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # another system, or "max"
+        return there
 
 
 def file_sha256(path: Path) -> str:

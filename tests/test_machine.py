@@ -294,6 +294,15 @@ def test_a_service_without_any_output_goes_on(tmp_path):
     assert done.returncode == 0 and (tmp_path / "end").exists()
 
 
+@pytest.mark.parametrize("quota, cores", [("max 100000", None), ("50000 100000", 1), ("nonsense", None)])
+def test_a_containers_quota_counts(quota, cores, tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(common, "QUOTA", tmp_path / "none")
+    before = common.usable_cores()
+    monkeypatch.setattr(common, "QUOTA", tmp_path / "cpu.max")
+    assert common.usable_cores() == (cores or before)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process can't be held to cores there")
 def test_only_the_cores_that_a_process_may_use_are_counted():
     code = "import common, os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(common.usable_cores())"
