@@ -208,6 +208,8 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
         wait = f"; {counted(others, 'other scan')} of other readers in turn with it" if others else ""
         progress.progress(min(1.0, done / len(case.slices)), f"segmenting {slices}: {done} done{wait}")
 
+    for name in ("beside", "beside_refusal", "other_model"):
+        state.pop(name, None)  # of another model, or of the case before its sides were exchanged
     state.prediction = predict_case(checkpoint.model, case, told)
     progress.empty()
     state.predicted_by = sha256

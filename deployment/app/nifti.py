@@ -105,15 +105,21 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
             f"which side is the patient's left."
         )
     case.oriented = why is None
-    if case.spacing is not None:
-        is_axial = axes[0][2] == 2  # slices follow the last stored axis
-        framed = frame(volume, to_shown(flair, axes), (between, rows, columns), is_axial)
-        case.feed = framed
-        if framed and framed.box.told:
-            case.notes.append(FRAMED.format(told=" and ".join(framed.box.told)))
+    _frame(case, to_shown(flair, axes), is_axial=axes[0][2] == 2)  # slices follow the last stored axis
     if truths:
         case.truth = read_nifti_mask(case, *truths[0])
     return case
+
+
+def _frame(case: Case, flair: np.ndarray, is_axial: bool) -> None:
+    """See to it that the network is given slices as it learned from. flair: as it was stored, (S, H, W)."""
+    if case.spacing is None:
+        return
+    rows, columns, between = case.spacing
+    framed = frame(case.volume, flair, (between, rows, columns), is_axial)
+    case.feed = framed
+    if framed and framed.box.told:
+        case.notes.append(FRAMED.format(told=" and ".join(framed.box.told)))
 
 
 def _is_truth(name: str) -> bool:

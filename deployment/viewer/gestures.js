@@ -1,6 +1,7 @@
 // Wheel, keys and touch, where they are not NiiVue's own.
 
 const SWIPE = 14; // pixels of a finger's way from slice to slice
+const onButton = (event) => Boolean(event.target.closest?.("button")); // the second picture has some
 
 /** Let a reader's hands move a viewer. */
 export function listen(viewer) {
@@ -11,6 +12,7 @@ export function listen(viewer) {
     viewer.zoom(event.deltaY < 0 ? 1.15 : 1 / 1.15);
   }, { capture: true, passive: false });
   stage.addEventListener("dblclick", (event) => {
+    if (onButton(event)) return;
     stop(event);
     if (viewer.opened && !viewer.drawing) viewer.resetLook();
   }, { capture: true });
@@ -70,7 +72,7 @@ function touches(viewer, stage) {
   };
   const ours = ({ touches: fingers }) => fingers.length > 1 || (viewer.tool === "look" && viewer.look.plane === "axial");
   const begin = (event) => {
-    if (!viewer.opened || !event.touches.length || !ours(event)) return void (last = null);
+    if (!viewer.opened || !event.touches.length || !ours(event) || onButton(event)) return void (last = null);
     stop(event);
     last = seen(event);
   };

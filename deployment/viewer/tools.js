@@ -10,6 +10,7 @@ const LEGENDS = {
 };
 const HELP = [["Wheel, arrows, swipe", "through the slices (Page up and down: five; Home, End)"],
   ["Drag (right button in three planes)", "level, up and down, and width of the window"], ["Double click, r", "the picture as it was at first"],
+  ["Shift + wheel over the right picture", "only that one, where there are two"],
   ["Ctrl + wheel, + and −, pinch", "zoom"], ["Shift + drag, two fingers", "move the picture"], ["o", "hide or show the overlay"],
   ["1, 2, 3, 4", "pre, FLAIR, post, composite"], ["t", "threshold"], ["m", "measure a distance: drag a line"],
   ["e", "edit: pen on and off"], ["[ and ]", "size of the pen"], ["Ctrl + z, Ctrl + y", "undo and redo, 20 steps"], ["Escape", "lay the tool down"]];

@@ -142,6 +142,9 @@ def test_another_model_and_another_date_stand_beside_the_case(page, monkeypatch,
     later = page.session_state.beside
     assert later.label.startswith("Other date, ") and later.mask.shape == later.case.volume.shape[:3]
     assert page.session_state.case is case, "the case stays"
+    page.session_state.predicted_by = None  # as after another model was chosen, or the sides exchanged
+    page.run()
+    assert "beside" not in page.session_state, "it would be another model's, or of the other side"
     upload(page, [("notes.txt", b"no scan")], "Another date")
     assert page.session_state.beside is None and any(";" in error.value for error in page.error)
     close(page)

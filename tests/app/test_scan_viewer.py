@@ -230,6 +230,7 @@ def test_a_stroke_reaches_the_figures_and_the_saved_truth(visit, patient):
     name = side(page).get_by_label("Your name, for the log")
 
     def typed() -> str:
+        page.locator(IDLE).wait_for()  # while the page is made again, the field is there twice
         name.fill("Dr. Ada")
         name.press("Enter")
         page.locator(IDLE).wait_for()

@@ -91,8 +91,19 @@ def test_two_pictures_move_together_and_one_by_itself(page):
     page.mouse.wheel(0, -100)
     page.locator(".place", has_text="slice 14 of 18").wait_for()
     at_slice(page, 7, SHAPE[2])
-    page.get_by_role("button", name="Down").click()
-    page.locator(".place", has_text="slice 13 of 18").wait_for()
+    page.get_by_label("Window").select_option("hard")
+    page.get_by_role("button", name="Up").dblclick()
+    page.locator(".place", has_text="slice 16 of 18").wait_for()
+    assert page.get_by_label("Window").input_value() == "hard", (
+        "two presses are no double click on the picture"
+    )
+    box = page.get_by_role("button", name="Down").bounding_box()
+    session = page.context.new_cdp_session(page)
+    finger = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    for slice_ in (15, 14, 13):
+        session.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [finger]})
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        page.locator(".place", has_text=f"slice {slice_} of 18").wait_for()
     at_slice(page, 7, SHAPE[2])
     page.keyboard.press("ArrowLeft")
     page.locator(".place", has_text="slice 11 of 18").wait_for()
