@@ -31,10 +31,14 @@ def appearance(volume: torch.Tensor) -> torch.Tensor:
 
     Torch operations that export to ONNX: the page in the browser gets them from the exported graph.
     """
+    frame, foreground, height, width = silhouette(volume)
+    return torch.stack([frame, foreground, roughness(volume), symmetry(volume), height, width])
+
+
+def silhouette(volume: torch.Tensor) -> torch.Tensor:
+    """Frame, foreground, height and width of `appearance`, (4,) float32."""
     flair = volume[..., FLAIR].float()
-    centred = flair - _mean(flair)
-    foreground = (centred > 0).float()
-    variance = _mean(centred.square()) + EPSILON
+    foreground = (flair > _mean(flair)).float()
     level = _mean(flair * foreground) / _mean(foreground).clamp(min=EPSILON)
     outline = flair.mean(dim=0)
     outer = 1 - _inner(outline.shape[0])[:, None] * _inner(outline.shape[1])[None, :]
@@ -44,12 +48,27 @@ def appearance(volume: torch.Tensor) -> torch.Tensor:
         [
             frame / (level + EPSILON),
             _mean(foreground),
-            _mean((flair[:, :, 1:] - flair[:, :, :-1]).abs()) / variance.sqrt(),
-            _mean(centred * centred.flip(2)) / variance,
             _spread(head.sum(dim=1)),
             _spread(head.sum(dim=0)),
         ]
     )
+
+
+def roughness(volume: torch.Tensor) -> torch.Tensor:
+    """The third of `appearance`, a float32."""
+    flair = volume[..., FLAIR].float()
+    return _mean((flair[:, :, 1:] - flair[:, :, :-1]).abs()) / _variance(flair).sqrt()
+
+
+def symmetry(volume: torch.Tensor) -> torch.Tensor:
+    """The fourth of `appearance`, a float32."""
+    flair = volume[..., FLAIR].float()
+    centred = flair - _mean(flair)
+    return _mean(centred * centred.flip(2)) / _variance(flair)
+
+
+def _variance(flair: torch.Tensor) -> torch.Tensor:
+    return _mean((flair - _mean(flair)).square()) + EPSILON
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
@@ -79,7 +98,8 @@ def blank(volume: torch.Tensor) -> torch.Tensor:
 
 def copies(volume: torch.Tensor) -> torch.Tensor:
     """Which channels of a volume (S, H, W, 3) uint8 hold what FLAIR holds, FLAIR itself too, (3,) bool."""
-    return (volume == volume[..., FLAIR : FLAIR + 1]).flatten(0, 2).all(dim=0)
+    same = (volume == volume[..., FLAIR : FLAIR + 1]).to(torch.uint8)
+    return same.amin(dim=(0, 1, 2)) > 0  # `all` would be exported as 8 bytes a value: 300 MB for 200 slices
 
 
 def describe_volume(volume: torch.Tensor) -> dict[str, list[float]]:

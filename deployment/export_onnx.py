@@ -15,6 +15,7 @@ import argparse
 import json
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,7 +48,15 @@ BOUND, BOUND_HALF = 1e-4, 1e-2  # largest difference of a probability with which
 PIXELS = 1e-4  # largest share of the mask's pixels that may differ
 LARGE = 256  # values from which on a weight is stored in half precision; biases and scales stay as they are
 SEED = 9  # of the phantoms that the file is compared on
-SEEN = {"appearance": np.float32, "blank": np.bool_, "copies": np.bool_}  # outputs of the first block
+# What is measured of the whole volume with the first block, each in a branch of its own: what it needs meanwhile,
+# several times the volume, is freed before the next one begins.
+SEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "silhouette": features.silhouette,
+    "roughness": lambda volume: features.roughness(volume)[None],
+    "symmetry": lambda volume: features.symmetry(volume)[None],
+    "blank": features.blank,
+    "copies": features.copies,
+}
 SIZES = ((1, 256, 256), (9, 256, 256), (3, 200, 168), (2, 64, 97))  # slices, rows, columns
 
 
@@ -75,12 +84,16 @@ class WholeWay(nn.Module):
         return probability(self.model, volume.index_select(0, chosen), mean, deviation), mean, deviation
 
 
-class Appearance(nn.Module):
-    """What appearance/ measures of a volume besides the statistics of the normalisation."""
+class Measure(nn.Module):
+    """One of `SEEN`."""
 
-    def forward(self, volume: Tensor) -> tuple[Tensor, ...]:
-        """volume: (S, H, W, 3) uint8; in the order of `SEEN`."""
-        return features.appearance(volume), features.blank(volume), features.copies(volume)
+    def __init__(self, name: str):
+        super().__init__()
+        self.measure = SEEN[name]
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """volume: (S, H, W, 3) uint8; (n,)."""
+        return self.measure(volume)
 
 
 @dataclass(frozen=True)
@@ -141,9 +154,9 @@ def build_graph(model: TransUNet) -> "onnx.ModelProto":
 
 
 @cache
-def appearance_graph() -> "onnx.GraphProto":
-    """`Appearance` as ONNX, the same for every model."""
-    return traced(Appearance(), {"volume": torch.zeros(3, 48, 40, 3, dtype=torch.uint8)}, list(SEEN)).graph
+def measure_graph(name: str) -> "onnx.GraphProto":
+    """One of `SEEN` as ONNX, the same for every model."""
+    return traced(Measure(name), {"volume": torch.zeros(3, 48, 40, 3, dtype=torch.uint8)}, [name]).graph
 
 
 def traced(module: nn.Module, given: dict[str, Tensor], outputs: list[str]) -> "onnx.ModelProto":
@@ -172,24 +185,36 @@ def traced(module: nn.Module, given: dict[str, Tensor], outputs: list[str]) -> "
 
 
 def add_appearance(graph: "onnx.GraphProto") -> None:
-    """Give a graph the outputs `SEEN` of the appearance where `first` is 0, and else empty ones: a page that
-    works block by block looks at the volume once."""
-    measured = compose.add_prefix_graph(appearance_graph(), "seen.", rename_inputs=False)
-    del measured.input[:]  # of the surrounding graph: a branch may use its names
-    nothing = [numpy_helper.from_array(np.empty(0, type_), f"no.{name}") for name, type_ in SEEN.items()]
-    empty = helper.make_graph(
-        [helper.make_node("Constant", [], [value.name], value=value) for value in nothing],
-        "empty",
-        [],
-        [helper.make_tensor_value_info(value.name, value.data_type, [0]) for value in nothing],
-    )
+    """Give a graph the outputs `appearance`, `blank` and `copies` where `first` is 0, and else empty ones: a page
+    that works block by block looks at the volume once."""
     graph.node.append(helper.make_node("Equal", ["first", "none"], ["is_first"]))
-    graph.node.append(
-        helper.make_node("If", ["is_first"], list(SEEN), then_branch=measured, else_branch=empty)
-    )
-    graph.output.extend(
-        helper.make_tensor_value_info(name, value.data_type, [None]) for name, value in zip(SEEN, nothing)
-    )
+    for name in SEEN:
+        measured = compose.add_prefix_graph(measure_graph(name), f"{name}.", rename_inputs=False)
+        del measured.input[:]  # of the surrounding graph: a branch may use its names
+        type_ = TensorProto.BOOL if name in ("blank", "copies") else TensorProto.FLOAT
+        nothing = helper.make_tensor(f"no.{name}", type_, [0], [])
+        empty = helper.make_graph(
+            [helper.make_node("Constant", [], [nothing.name], value=nothing)],
+            "empty",
+            [],
+            [helper.make_tensor_value_info(nothing.name, type_, [0])],
+        )
+        graph.node.append(
+            helper.make_node("If", ["is_first"], [name], then_branch=measured, else_branch=empty)
+        )
+    # frame and foreground, roughness, symmetry, height and width: features.APPEARANCE
+    graph.initializer.extend(numpy_helper.from_array(np.array([k]), f"place.{k}") for k in (0, 2, 4))
+    for half, (start, end) in {"frame": (0, 2), "sides": (2, 4)}.items():
+        bounds = [f"place.{start}", f"place.{end}"]
+        graph.node.append(helper.make_node("Slice", ["silhouette", *bounds], [half]))
+    parts = ["frame", "roughness", "symmetry", "sides"]
+    graph.node.append(helper.make_node("Concat", parts, ["appearance"], axis=0))
+    for name, type_ in (
+        ("appearance", TensorProto.FLOAT),
+        ("blank", TensorProto.BOOL),
+        ("copies", TensorProto.BOOL),
+    ):
+        graph.output.append(helper.make_tensor_value_info(name, type_, [None]))
 
 
 def halve(graph: "onnx.GraphProto") -> None:

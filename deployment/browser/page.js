@@ -17,6 +17,7 @@ const DICOM = { converter: "libs/dcm2niix/dcm2niix.jpeg.js", binary: "libs/dcm2n
 const SAMPLES = ["phantom_1", "phantom_2", "phantom_3"];
 const PHANTOMS_ONLY = "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its outline of one " +
   "means nothing.";
+const REST = 150; // ms
 const state = { model: null, network: null, viewer: null, opened: null, probability: null, measured: null, rows: null, saved: 0, busy: false, cancelled: false };
 
 // ---- the model ----
@@ -62,6 +63,8 @@ function showParts() {
   $("open").hidden = $("intro").hidden = state.opened !== null;
   $("open").hidden ||= state.busy || !state.viewer;
   $("cancel").hidden = !state.busy;
+  $("close").hidden = state.busy && state.probability === null; // cancelling closes it
+  $("side-panel").inert = state.probability === null;
   document.body.classList.toggle("reading", state.opened !== null);
   if (state.opened) $("side-panel").append($("card"), $("foot"));
   else document.querySelector(".page").append($("card"), $("foot"));
@@ -112,29 +115,39 @@ async function loadDicom() {
   return { createConverter, rules: JSON.parse(new TextDecoder().decode(rules)) };
 }
 
+/** Show the scan, and what the network finds as soon as that is there. */
 async function segment(opened) {
   const begun = performance.now();
-  const found = await state.network.segment(opened, (done) => {
-    say(`Segmenting: slice ${done} of ${opened.count}.`);
-    progress(done / opened.count);
-  });
-  if (!found || state.cancelled) return ready("Cancelled.");
-  Object.assign(state, { opened, ...found });
-  await showCase();
+  Object.assign(state, { opened, probability: null, measured: null, rows: null });
+  let found = null;
+  try {
+    await showScan();
+    found = state.cancelled ? null : await state.network.segment(opened, (done) => {
+      say(`Segmenting: slice ${done} of ${opened.count}.`);
+      progress(done / opened.count);
+    });
+  } finally {
+    if (!found || state.cancelled) close();
+  }
+  if (!state.opened) return ready("Cancelled.");
+  Object.assign(state, found);
+  await showFound();
   ready(`${opened.count === 1 ? "One slice" : `${opened.count} slices`} in ${((performance.now() - begun) / 1000).toFixed(1)} s.`);
 }
 
 /** What the reader knows of the side becomes the case's; a mirrored case is segmented again. */
 async function takeSide(left) {
-  const { opened, probability } = state;
+  const { opened } = state;
   if (state.busy || !mayForget()) return;
   opened.oriented = true;
-  if (!left) return showCase();
+  if (!left) {
+    await showScan();
+    return showFound();
+  }
   mirror(opened);
   Object.assign(state, { busy: true, cancelled: false });
   try {
     await segment(opened);
-    if (state.probability === probability) close(); // cancelled: what is shown would not be what was segmented
   } finally {
     state.busy = false;
     showParts();
@@ -180,34 +193,48 @@ function close() {
 
 // ---- showing ----
 
-async function showCase() {
+/** The scan, without what the network finds. */
+async function showScan() {
   const { opened, model, viewer } = state;
   state.saved = 0;
   showParts();
   $("name").textContent = plain(opened.name);
+  for (const id of ["doubts", "figures", "downloads"]) $(id).replaceChildren();
+  $("edited").textContent = "";
+  $("slice-figures").textContent = "They come with the outline.";
+  $("spacing").hidden = opened.measured;
+  $("side").hidden = opened.oriented || !opened.nifti;
+  $("figures-title").textContent = opened.count === 1 ? "This slice" : "All slices";
+  await viewer.show(opened, null, model.metadata.threshold);
+  $("name").tabIndex = -1;
+  $("name").focus({ preventScroll: true });
+}
+
+/** What the network found: its outline, the doubts about it, figures and files. */
+async function showFound() {
+  const { opened, model, viewer } = state;
+  showParts();
   const ofPhantoms = model.metadata.data?.name === "phantoms";
   const words = opened.sample ? ["This is a phantom: painted, not measured."] : ofPhantoms ? [PHANTOMS_ONLY] : [];
   $("doubts").replaceChildren(
     ...words.map((text) => message(opened.sample ? "note" : "doubt", text)),
     ...doubts(opened, state.measured, model.plausibility, model.metadata.preprocessing.training_images).map((text) => message("doubt", text)),
     ...opened.notes.map((text) => message("note", text)));
-  $("spacing").hidden = opened.measured;
-  $("side").hidden = opened.oriented || !opened.nifti;
-  $("figures-title").textContent = opened.count === 1 ? "This slice" : "All slices";
   offerDownloads();
-  await viewer.show(opened, state.probability, model.metadata.threshold);
-  $("name").tabIndex = -1;
-  $("name").focus({ preventScroll: true });
+  await viewer.propose(state.probability);
+  measure();
 }
 
-/** The mask is another one: its figures, and those of the slice. */
+/** The mask is another one: its figures, and those of the slice, once the reader's hand rests, so that no stroke waits for them. */
 function showMask() {
-  measure();
-  showSlice();
+  clearTimeout(state.due);
+  state.due = setTimeout(measure, REST);
 }
 
 /** The figures for the mask, the truth and the spacing of now. */
 function measure() {
+  clearTimeout(state.due);
+  if (!state.probability) return; // closed meanwhile
   const { opened, probability, viewer } = state, { changed } = viewer.edits;
   state.rows = sliceRows(opened, probability, viewer.mask());
   const found = summary(opened, state.rows);
@@ -234,6 +261,7 @@ function measure() {
   }));
   $("edited").textContent = changed ? `You changed ${counted(changed, "pixel")} of the model's proposal: the files hold your mask, and the ` +
     "ZIP the proposal beside it." : "";
+  showSlice();
 }
 
 function showSlice() {
@@ -261,6 +289,7 @@ function offerDownloads() {
   const area = opened.height * opened.width;
   const asPng = (all, k) => maskPng(all.subarray(k * area, (k + 1) * area), opened.width, opened.height);
   const all = (give) => () => {
+    measure(); // what was drawn a moment ago counts
     give(viewer.mask());
     state.saved = viewer.edits.steps;
   };
@@ -276,7 +305,10 @@ function offerDownloads() {
       }
       save(`${opened.name}_masks.zip`, packZip(files), "application/zip");
     }),
-    "Figures (CSV)": () => save(`${opened.name}.csv`, csvText(state.rows), "text/csv"),
+    "Figures (CSV)": () => {
+      measure();
+      save(`${opened.name}.csv`, csvText(state.rows), "text/csv");
+    },
     ...(opened.nifti && { "Mask (NIfTI)": all((mask) => save(`${opened.name}_mask.nii.gz`, writeNifti(opened, mask), "application/gzip")) }),
   };
   $("downloads").replaceChildren(...Object.entries(offers).map(([text, give]) =>

@@ -26,7 +26,7 @@ async function prepare(build, provider, bytes, threads) {
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmPaths = { mjs: at(`${build}-wasm.js`), wasm: at(`${build}-wasm.wasm`) };
   // without an arena memory goes back after every step; with one, 200 slices need half a gigabyte more
-  session = await ort.InferenceSession.create(bytes, { executionProviders: [provider], enableCpuMemArena: false, logSeverityLevel: 3 });
+  session = await ort.InferenceSession.create(bytes, { executionProviders: [provider], enableCpuMemArena: false, enableMemPattern: false, logSeverityLevel: 3 });
 }
 
 const integer = (value) => new ort.Tensor("int64", BigInt64Array.of(BigInt(value)), []);

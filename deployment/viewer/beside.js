@@ -2,7 +2,8 @@
 // moves along with the case's.
 
 import { RIM_ONLY, attach, makeNiivue } from "./canvas.js";
-import { channelVolume, turned } from "./volumes.js";
+import { marked } from "./edits.js";
+import { channelVolume, turn } from "./volumes.js";
 
 export class Beside {
   constructor(viewer) {
@@ -24,7 +25,7 @@ export class Beside {
     nv.opts.isOrientationTextVisible = opened.oriented;
     nv.addVolume(await this.#channel());
     nv.createEmptyDrawing();
-    nv.drawBitmap.set(turned(Uint8Array.from(opened.mask, (value) => (value > 0 ? 1 : 0)), area));
+    nv.drawBitmap.set(turn(marked(opened.mask, 1), area));
     nv.refreshDrawing(true);
     await this.look();
   }

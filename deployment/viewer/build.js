@@ -6,10 +6,20 @@ import { readFileSync, readdirSync, writeFileSync } from "node:fs";
 import { build } from "esbuild";
 
 const out = process.argv[2] ?? "dist";
+// For the light on volumes that it renders with gradients, which the viewer does not, NiiVue filters the whole scan twice each time a voxel or
+// a window changes: seconds for 40 slices without a graphics card. Its own functions ask first whether the result is used; so does this one now.
+const GRADIENT = "this.gradientTexture = gradientGL({";
+const withoutGradient = { name: "without-gradient", setup({ onLoad }) {
+  onLoad({ filter: /@niivue\/niivue\/build\/niivue\/index\.js$/ }, ({ path }) => {
+    const [before, inSetter, inRefresh, ...more] = readFileSync(path, "utf-8").split(GRADIENT);
+    if (inRefresh === undefined || more.length) throw new Error("NiiVue computes its gradients elsewhere; look at build.js");
+    return { contents: `${before}${GRADIENT}${inSetter}if (this.gradientTextureAmount > 0) ${GRADIENT}${inRefresh}`, loader: "js" };
+  });
+} };
 const entryPoints = ["bundle.js", "viewer.css"].map((file) => ({ in: file, out: "viewer" }));
 const { metafile } = await build({ entryPoints, bundle: true, format: "esm", minify: true, target: "es2022", outdir: out,
   external: ["numcodecs/*"], // unpacks Zarr, which no case is: 1.4 MB, and loaded on demand only
-  metafile: true, logLevel: "warning" });
+  plugins: [withoutGradient], metafile: true, logLevel: "warning" });
 const packages = new Set(Object.keys(metafile.inputs).map((path) => path.match(/node_modules\/((?:@[^/]+\/)?[^/]+)\//)?.[1]).filter(Boolean));
 const licence = (name) => {
   if (name === "@niivue/niivue") return readFileSync("LICENSE-niivue.txt", "utf-8"); // its package holds no text of it

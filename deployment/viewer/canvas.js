@@ -12,9 +12,17 @@ export const makeNiivue = () => new Niivue({ dragAndDropEnabled: false, logLevel
   windowingGainFactor: 1, rulerColor: [0.94, 0.89, 0.26, 1], measureLineColor: [0.94, 0.89, 0.26, 1], measureTextColor: [0.94, 0.89, 0.26, 1],
   loadingText: "", maxDrawUndoBitmaps: 2 }); // undoing is Edits', which also redoes
 
+/** Whether the processor draws, in the place of a graphics card: smooth edges of lines then cost half of a frame's time. */
+function isSoftware() {
+  const gl = document.createElement("canvas").getContext("webgl2"), told = gl?.getExtension("WEBGL_debug_renderer_info");
+  const name = gl?.getParameter(told ? told.UNMASKED_RENDERER_WEBGL : gl.RENDERER) ?? "";
+  gl?.getExtension("WEBGL_lose_context")?.loseContext();
+  return /swiftshader|llvmpipe|basic render/i.test(name);
+}
+
 /** Let NiiVue draw on a canvas. */
 export async function attach(nv, canvas) {
-  await nv.attachToCanvas(canvas, true);
+  await nv.attachToCanvas(canvas, !isSoftware());
   nv.drawLut.lut.set([0, 0, 0, 0]);
   nv.setDrawColormap(COLOURS);
 }

@@ -17,7 +17,8 @@ export class Edits {
   propose(proposal) {
     this.proposal = proposal;
     this.mask = proposal.slice();
-    for (let k = 0; k < this.mask.length; k++) if (this.touched[k] !== UNTOUCHED) this.mask[k] = this.touched[k];
+    if (this.steps) for (let k = 0; k < this.mask.length; k++) if (this.touched[k] !== UNTOUCHED) this.mask[k] = this.touched[k];
+    this.#count();
   }
 
   /** Make a drawing, 0 where there is no tumour, the mask. Returns whether it differed. */
@@ -58,33 +59,52 @@ export class Edits {
       this.touched[k] = values[index];
       this.mask[k] = values[index] === UNTOUCHED ? this.proposal[k] : values[index];
     });
+    this.#count();
   }
 
-  /** How many voxels differ from the proposal. */
-  get changed() {
-    let differ = 0;
-    for (let k = 0; k < this.mask.length; k++) differ += this.mask[k] !== this.proposal[k];
-    return differ;
+  /** `changed`: how many voxels differ from the proposal. */
+  #count() {
+    this.changed = 0;
+    if (this.steps) for (let k = 0; k < this.mask.length; k++) this.changed += this.mask[k] !== this.proposal[k];
   }
 }
 
 /** The mask that a model proposes: 1 where the probability reaches the threshold. */
 export function maskOf(probability, threshold) {
   const limit = Math.fround(threshold); // as inference.to_mask compares
-  return Uint8Array.from(probability, (value) => (value >= limit ? 1 : 0));
+  const mask = new Uint8Array(probability.length);
+  for (let k = 0; k < mask.length; k++) if (probability[k] >= limit) mask[k] = 1;
+  return mask;
+}
+
+/** A copy of values with this number where one is not 0: `Uint8Array.from` with a function takes thirty times as long over millions. */
+export function marked(values, number) {
+  const mask = new Uint8Array(values.length);
+  for (let k = 0; k < mask.length; k++) if (values[k]) mask[k] = number;
+  return mask;
+}
+
+/** How many voxels of each slice a mask of 0 and 1 marks. */
+export function countsOf(mask, area) {
+  return Array.from({ length: mask.length / area }, (_, slice) => {
+    let marked = 0;
+    for (let k = slice * area; k < (slice + 1) * area; k++) marked += mask[k];
+    return marked;
+  });
 }
 
 /** Two masks as labels: 1 only in the first, 2 only in the second, 3 in both. */
 export function compared(mask, other) {
-  return mask.map((value, k) => (value ? 1 : 0) + (other[k] ? 2 : 0));
+  const labels = marked(mask, 1);
+  for (let k = 0; k < labels.length; k++) if (other[k]) labels[k] += 2;
+  return labels;
 }
 
 /** The marked slices next to `slice` that have a gap between them, [lower, upper], or null: an empty slice lies within its own gap. */
 export function gapAround(mask, area, slice) {
-  const marked = (k) => mask.subarray(k * area, (k + 1) * area).some((value) => value > 0);
-  const count = mask.length / area;
+  const counts = countsOf(mask, area), count = counts.length;
   let low = slice, high = slice;
-  while (low >= 0 && !marked(low)) low--;
-  while (high < count && !marked(high)) high++;
+  while (low >= 0 && !counts[low]) low--;
+  while (high < count && !counts[high]) high++;
   return low < 0 || high >= count || high - low < 2 ? null : [low, high];
 }

@@ -60,7 +60,7 @@ async function take(data) {
 async function open(given) {
   const { count, height, width, spacing, oriented, together, pixels, codes, threshold } = given;
   const opened = { count, height, width, spacing, oriented, together, pixels, truth: given.truth.length ? given.truth : null };
-  await viewer.show(opened, Float32Array.from(codes, (code) => code / CODES), threshold);
+  await viewer.show(opened, new Float32Array(codes).map((code) => code / CODES), threshold);
   if (given.mask.length) viewer.takeMask(given.mask);
   Object.assign(held, { voxels: given.voxels, masks: given.masks, beside: null });
 }

@@ -1,6 +1,7 @@
 // The bar of tools, the picture with its words, and the slices' slider.
 
 import { CHANNELS, PLANES, WINDOWS } from "./choices.js";
+import { countsOf } from "./edits.js";
 
 const MOST_PARTS = 12; // that are listed
 const LEGENDS = {
@@ -174,26 +175,26 @@ export class Tools {
     this.tolerance.input.value = this.tolerance.output.value = viewer.tolerance;
     this.tolerance.field.hidden = viewer.tool !== "grow";
     this.size.field.hidden = viewer.tool === "grow";
-    const { changed } = edits;
+    const { changed } = edits, waits = !viewer.probability; // the scan is there, and the model still at work
+    for (const control of [this.overlay.select, this.hide, this.limit.input, this.editing]) control.disabled = waits;
     this.edit.hidden = !viewer.drawing && !changed;
     this.undo.disabled = !edits.done.length;
     this.redo.disabled = !edits.undone.length;
     this.counted.value = `${changed.toLocaleString("en")} pixels changed`;
     this.#slices();
-    this.#words(changed);
+    this.#words(changed, waits);
     this.#parts();
   }
 
-  #words(changed) {
-    const { viewer } = this, { opened, look, edits, slice, area } = viewer;
-    const pixels = edits.mask.subarray(slice * area, (slice + 1) * area).reduce((sum, value) => sum + value, 0);
-    const marked = pixels ? `${pixels.toLocaleString("en")} pixels marked` : "no tumour found";
+  #words(changed, waits) {
+    const { viewer } = this, { opened, look, slice } = viewer, pixels = this.counts.counts[slice];
+    const marked = waits ? ", no outline yet" : pixels ? `: ${pixels.toLocaleString("en")} pixels marked` : ": no tumour found";
     const [low, high] = viewer.window;
-    this.words.textContent = `Slice ${slice + 1} of ${opened.count}: ${marked}. Level ${Math.round((low + high) / 2)}, width ${Math.round(high - low)}` +
+    this.words.textContent = `Slice ${slice + 1} of ${opened.count}${marked}. Level ${Math.round((low + high) / 2)}, width ${Math.round(high - low)}` +
       `${opened.oriented ? "" : ". Orientation unknown"}`;
-    this.legend.textContent = look.hidden ? "Overlay hidden (press o)." : LEGENDS[look.overlay];
-    this.said.textContent = `Slice ${slice + 1} of ${opened.count}: ${marked}${changed ? `, ${changed} changed in the case` : ""}`;
-    this.canvas.setAttribute("aria-label", `${look.plane} view, ${look.channel}, slice ${slice + 1} of ${opened.count}: ${marked}; ` +
+    this.legend.textContent = waits ? "The model is at work; its outline comes by itself." : look.hidden ? "Overlay hidden (press o)." : LEGENDS[look.overlay];
+    this.said.textContent = `Slice ${slice + 1} of ${opened.count}${marked}${changed ? `, ${changed} changed in the case` : ""}`;
+    this.canvas.setAttribute("aria-label", `${look.plane} view, ${look.channel}, slice ${slice + 1} of ${opened.count}${marked}; ` +
       (opened.oriented ? `the patient's ${look.radiological ? "left" : "right"} is on the right` : "orientation unknown"));
   }
 
@@ -205,7 +206,7 @@ export class Tools {
     this.slider.setAttribute("aria-valuetext", `slice ${slice + 1} of ${opened.count}`);
     this.slider.parentElement.hidden = opened.count === 1;
     if (this.counts?.mask !== edits.mask || this.counts.steps !== edits.steps) {
-      const counts = Array.from({ length: opened.count }, (_, k) => edits.mask.subarray(k * area, (k + 1) * area).reduce((sum, value) => sum + value, 0));
+      const counts = countsOf(edits.mask, area);
       this.counts = { mask: edits.mask, steps: edits.steps, counts };
       const most = Math.max(1, ...counts);
       this.strip.replaceChildren(...counts.map((pixels, k) => {

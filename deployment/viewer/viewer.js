@@ -5,10 +5,10 @@ import { DRAG_MODE, SLICE_TYPE } from "@niivue/niivue";
 import { Beside } from "./beside.js";
 import { RIM_ONLY, attach, makeNiivue } from "./canvas.js";
 import { PLANES, WINDOWS } from "./choices.js";
-import { Edits, compared, gapAround, maskOf } from "./edits.js";
+import { Edits, compared, countsOf, gapAround, marked, maskOf } from "./edits.js";
 import { listen } from "./gestures.js";
 import { Tools } from "./tools.js";
-import { channelVolume, probabilityVolume, turned } from "./volumes.js";
+import { channelVolume, probabilityVolume, turn } from "./volumes.js";
 
 const COMPARISONS = ["truth", "changes"]; // overlays that show two masks
 const TOUCH = 26; // neighbours: parts that touch at a corner are one
@@ -49,22 +49,38 @@ class Viewer {
 
   // ---- what is shown ----
 
-  /** Show a case: {pixels, count, height, width, spacing, oriented, name, slices, truth}, its probability and the threshold. */
+  /** Show a case: {pixels, count, height, width, spacing, oriented, name, slices, truth}, its probability and the threshold. Without a
+      probability the scan can be looked at, until `propose` brings one. */
   async show(opened, probability, threshold) {
-    Object.assign(this, { opened, threshold, volumes: {} });
+    Object.assign(this, { opened, threshold, volumes: {}, probability: null });
     this.beside.close();
     const { count, height, width } = opened;
     this.area = height * width;
-    this.probability = turned(probability, this.area);
     Object.assign(this.look, { plane: "axial", overlay: "outline", hidden: false, opacity: 0.5 });
     this.tool = "look";
     this.truth = null;
     this.setTruth(opened.truth);
-    this.edits = new Edits(maskOf(this.probability, this.threshold));
-    const parts = Array.from({ length: count }, (_, k) => this.edits.mask.subarray(k * this.area, (k + 1) * this.area)
-      .reduce((sum, value) => sum + value, 0));
-    await this.#draw(parts.indexOf(Math.max(...parts)));
+    this.edits = new Edits(new Uint8Array(count * this.area));
+    this.first = Math.floor(count / 2);
+    if (probability) this.#take(probability);
+    await this.#draw(this.first);
+    if (probability) this.#maskDiffers();
+  }
+
+  /** The model's probability has come. A reader who has looked at no other slice yet gets the one with most of the tumour. */
+  async propose(probability) {
+    const untouched = this.slice === this.first;
+    this.#take(probability);
+    if (untouched) this.goTo(this.first);
+    await this.set({});
     this.#maskDiffers();
+  }
+
+  #take(probability) {
+    this.probability = probability; // in the case's order; a copy would be the largest thing here
+    this.edits = new Edits(this.#proposed());
+    const counts = countsOf(this.edits.mask, this.area), most = Math.max(...counts);
+    if (most) this.first = counts.indexOf(most);
   }
 
   /** Volumes anew, as after another spacing, at slice `number` from 0. */
@@ -72,13 +88,15 @@ class Viewer {
     const { nv, opened, look } = this;
     this.removed = []; // parts that the reader switched off
     this.volumes = {};
+    this.sent = [];
     nv.volumes = [];
     nv.closeDrawing();
     nv.opts.isOrientationTextVisible = opened.oriented;
     nv.opts.showMeasureUnits = Boolean(opened.spacing);
-    nv.addVolume(await this.#channel());
-    nv.createEmptyDrawing();
     this.window = WINDOWS["full range"];
+    this.#send([await this.#channel()]);
+    nv.createEmptyDrawing();
+    nv.clickToSegmentGrowingBitmap = null; // of a tool that the viewer does not have
     nv.scene.crosshairPos = nv.vox2frac([Math.floor(opened.width / 2), Math.floor(opened.height / 2), number]);
     await this.set(look);
     this.resetLook();
@@ -92,7 +110,7 @@ class Viewer {
 
   /** truth: count × height × width, above 0 is tumour, or null. */
   setTruth(truth) {
-    this.truth = truth && turned(truth.map((value) => (value > 0 ? 1 : 0)), this.area);
+    this.truth = truth && turn(marked(truth, 1), this.area);
     this.tools.refresh();
   }
 
@@ -108,14 +126,13 @@ class Viewer {
     Object.assign(look, change);
     if (COMPARISONS.includes(look.overlay) && this.drawing) this.useTool("look");
     const volumes = [await this.#channel()];
-    if (look.overlay === "probability" && !look.hidden) {
+    if (look.overlay === "probability" && !look.hidden && this.probability) {
       volumes.push((this.volumes.probability ??= await probabilityVolume(this.opened, this.probability)));
       volumes[1].opacity = look.opacity;
     }
     if (turn !== this.turn) return; // asked for something else meanwhile, or closed
     const solid = look.plane === "3-D";
     volumes[0].opacity = 1;
-    [volumes[0].cal_min, volumes[0].cal_max] = this.window;
     const showsMask = !look.hidden && (look.overlay !== "probability" || solid);
     nv.drawRimOpacity = showsMask ? 1 : -1;
     nv.drawOpacity = !showsMask ? 0 : solid ? 1 : look.overlay === "outline" ? RIM_ONLY : Math.max(look.opacity, RIM_ONLY);
@@ -123,12 +140,22 @@ class Viewer {
     nv.opts.crosshairWidth = look.plane === "planes" ? 0.3 : 0;
     nv.opts.sliceType = PLANES[look.plane];
     nv.opts.isNearestInterpolation = look.plane === "planes" && this.#thick();
-    nv.volumes = volumes;
-    nv.setVolume(volumes[0], 0);
+    this.#send(volumes);
     this.#mouse();
     this.#refreshDrawing();
     this.tools.refresh();
     await this.beside.look();
+  }
+
+  /** Give NiiVue the volumes to draw: only where they differ from what it has, because it sends all their voxels to the graphics card. */
+  #send(volumes) {
+    const { nv } = this;
+    [volumes[0].cal_min, volumes[0].cal_max] = this.window;
+    const sent = volumes.flatMap((volume) => [volume, volume.opacity, volume.cal_min, volume.cal_max]);
+    if (sent.length === this.sent.length && sent.every((value, k) => value === this.sent[k])) return;
+    this.sent = sent;
+    nv.volumes = volumes;
+    nv.setVolume(volumes[0], 0);
   }
 
   #thick() {
@@ -138,9 +165,8 @@ class Viewer {
 
   setWindow([low, high]) {
     this.window = [low, high];
-    const [base] = this.nv.volumes;
-    [base.cal_min, base.cal_max] = this.window;
-    this.nv.updateGLVolume();
+    this.#send(this.nv.volumes);
+    this.nv.drawScene();
     this.tools.refresh();
   }
 
@@ -149,6 +175,7 @@ class Viewer {
     const [base] = this.nv.volumes;
     if (base.cal_min === this.window[0] && base.cal_max === this.window[1]) return;
     this.window = [base.cal_min, base.cal_max];
+    this.sent = []; // NiiVue sent this window itself
     this.tools.refresh();
   }
 
@@ -199,25 +226,30 @@ class Viewer {
   // ---- the mask ----
 
   setThreshold(threshold) {
+    if (!this.probability) return;
     this.threshold = threshold;
-    this.edits.propose(maskOf(this.probability, this.threshold));
+    this.edits.propose(this.#proposed());
     this.#maskDiffers();
+  }
+
+  #proposed() {
+    return turn(maskOf(this.probability, this.threshold), this.area);
   }
 
   /** The reader's mask: count × height × width of 0 or 255, in the case's order. */
   mask() {
-    return turned(this.edits.mask, this.area).map((value) => 255 * value);
+    return turn(marked(this.edits.mask, 255), this.area);
   }
 
   /** The model's mask at the threshold that is set, as `mask`. */
   proposal() {
-    return turned(this.edits.proposal, this.area).map((value) => 255 * value);
+    return turn(marked(this.edits.proposal, 255), this.area);
   }
 
   /** Take a mask from elsewhere, such as a file's (count × height × width, above 0 is tumour), as a step that can be undone; null is the proposal,
       and nothing counts as touched then. */
   takeMask(mask) {
-    if (mask) this.edits.commit(turned(mask, this.area));
+    if (mask) this.edits.commit(turn(marked(mask, 1), this.area));
     else this.edits = new Edits(this.edits.proposal);
     this.#maskDiffers();
   }
@@ -244,7 +276,7 @@ class Viewer {
   }
 
   useTool(tool) {
-    this.tool = tool;
+    this.tool = this.probability || tool === "measure" ? tool : "look";
     const { plane, overlay, hidden } = this.look, seen = !hidden && ["outline", "fill"].includes(overlay);
     if (this.drawing && (plane === "3-D" || !seen)) {
       this.set({ plane: plane === "3-D" ? "axial" : plane, overlay: seen ? overlay : "fill", hidden: false });

@@ -7,11 +7,10 @@ import { CHANNELS } from "./choices.js";
 
 const UINT8 = 2, RGB24 = 128; // NIfTI's data types
 
-/** Values of all slices, each turned by half a turn. values: count × area. */
-export function turned(values, area) {
-  const out = values.slice();
-  for (let from = 0; from < out.length; from += area) out.subarray(from, from + area).reverse();
-  return out;
+/** Values of all slices, count × area, each turned by half a turn, in their own place. */
+export function turn(values, area) {
+  for (let from = 0; from < values.length; from += area) values.subarray(from, from + area).reverse();
+  return values;
 }
 
 /** One channel of a case, turned; for the composite all three, as red, green and blue. */
@@ -42,7 +41,9 @@ export function channelVolume(opened, view) {
   return volume(opened, channelOf(opened, channel), view, "gray", channel === null ? RGB24 : UINT8);
 }
 
-/** The probability, turned, as a volume of 0 to 255, dark blue to yellow. */
+/** The probability as a volume of 0 to 255, dark blue to yellow. */
 export function probabilityVolume(opened, probability) {
-  return volume(opened, Uint8Array.from(probability, (value) => Math.round(255 * value)), "probability", "cividis");
+  const bytes = new Uint8Array(probability.length);
+  for (let k = 0; k < bytes.length; k++) bytes[k] = Math.round(255 * probability[k]);
+  return volume(opened, turn(bytes, opened.height * opened.width), "probability", "cividis");
 }

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from pages import choose, opened, seen, shown
+from pages import at_slice, choose, opened, seen, shown
 from uploads import BROKEN, picture
 
 pytestmark = pytest.mark.slow
@@ -101,6 +101,40 @@ def test_a_segmentation_can_be_cancelled(browser, address, patient):
     page.get_by_text("Cancelled.").wait_for()
     page.get_by_text("Try a sample").wait_for()
     assert page.locator("#case").is_hidden() and page.locator("#cancel").is_hidden() and page.failures == []
+    page.close()
+
+
+def test_the_scan_is_there_before_its_outline(browser, address, patient):
+    page = opened(browser, address)
+    page.get_by_text("Ready.").wait_for()
+    # what the page is like at the first picture; the small network of the tests is soon done
+    page.evaluate("""() => new MutationObserver(() => {
+      const { viewer } = document.getElementById("viewer"), { tools } = viewer ?? {};
+      if (window.first || !tools?.words.textContent.includes("no outline yet")) return;
+      viewer.useTool("pen"); // must not draw on what the model has not seen
+      const $ = (id) => document.getElementById(id), { tool, slice, probability } = viewer;
+      window.first = { name: $("name").textContent, inert: $("side-panel").inert, volumes: viewer.nv.volumes.length, tool, slice,
+        probability, editing: tools.editing.disabled, close: $("close").hidden, cancel: $("cancel").hidden };
+      viewer.goTo(0);
+    }).observe(document.body, { childList: true, subtree: true, characterData: true })""")
+    images = list(patient[0].images)
+    choose(page, images)
+    shown(page, len(images))
+    first = page.evaluate("window.first")
+    assert first == {
+        "name": images[0].parent.name,
+        "inert": True,
+        "volumes": 1,
+        "tool": "look",
+        "editing": True,
+        "slice": len(images) // 2,
+        "probability": None,
+        "close": True,
+        "cancel": False,
+    }
+    at_slice(page, 1, len(images))  # a reader who has begun to look is left where they are
+    page.get_by_text("Largest diameter").first.wait_for()
+    assert not page.evaluate("document.getElementById('side-panel').inert") and page.failures == []
     page.close()
 
 
