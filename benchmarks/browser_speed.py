@@ -3,14 +3,15 @@ on this machine.
 
     python benchmarks/browser_speed.py --checkpoint models/demo/transunet_centralized_best.pth
 
-Times run from choosing files until the picture stands in the page: one slice, and 40 slices of 256×256, with
-threads and (the page served without the headers that isolate it) on one thread; then from a slider's move
-until the next frame. The viewer draws on the processor (SwiftShader), as if there were no graphics card.
-Memory is the largest that the page's process ever held, after 200 slices. Sizes are those of the staged
-folder.
+Times run from choosing files until the scan stands in the page, and until its outline does: one slice, and 40
+slices of 256×256, with threads and (the page served without the headers that isolate it) on one thread; then
+from a slider's move until the next frame, and from frame to frame while a stroke is drawn and until its
+figures are there. The viewer draws on the processor (SwiftShader), as if there were no graphics card. Memory
+is the largest that the page's process ever held, after 200 slices. Sizes are those of the staged folder.
 """
 
 import argparse
+import itertools
 import shutil
 import statistics
 import tempfile
@@ -43,14 +44,42 @@ MOVE = """async ([name, values]) => {
   }
   return times;
 }"""
+# notes when each frame is drawn, until `watched`
+WATCH = """() => {
+  window.frames_at = [];
+  const frame = (now) => frames_at.push(now) && !window.watched && requestAnimationFrame(frame);
+  window.watched = false;
+  requestAnimationFrame(frame);
+}"""
 
 
-def open_files(page: Page, files: list[Path]) -> float:
-    """Seconds from choosing files to the picture; the page is left at the open case."""
+def open_files(page: Page, files: list[Path]) -> dict[str, float]:
+    """Seconds from choosing files to the scan, and to its outline; the page is left at the open case."""
     began = time.perf_counter()
     page.locator("#files").set_input_files(files)
-    page.locator(".words", has_text=f"of {len(files)}:").wait_for()
-    return time.perf_counter() - began
+    seconds = {}
+    for what, words in (("scan", f"of {len(files)}"), ("outline", f"of {len(files)}:")):
+        page.locator(".words", has_text=words).wait_for()
+        seconds[what] = time.perf_counter() - began
+    return seconds
+
+
+def stroke(page: Page) -> list[float]:
+    """Draw a line in the middle of the picture. Seconds from frame to frame."""
+    box = page.locator("#viewer canvas").first.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.keyboard.press("e")
+    page.mouse.move(x, y)
+    page.evaluate(WATCH)
+    page.mouse.down()
+    page.mouse.move(x + 60, y + 30, steps=30)
+    page.mouse.up()
+    page.get_by_text("pixels of the model's proposal").wait_for()  # the figures are there
+    at = page.evaluate("(window.watched = true) && frames_at")
+    page.keyboard.press("Control+z")  # closing would ask
+    page.keyboard.press("Escape")
+    return [(later - earlier) / 1000 for earlier, later in itertools.pairwise(at)]
 
 
 def peak() -> float:
@@ -107,19 +136,24 @@ def main() -> None:
             print(f"{way:18}{page.locator('#status').inner_text()}", flush=True)
             for _ in range(REPEATS):
                 for chosen in (files[20:21], files):
-                    times.setdefault(f"{len(chosen)} slices, {way}", []).append(open_files(page, chosen))
+                    for what, taken in open_files(page, chosen).items():
+                        times.setdefault(f"{what} of {len(chosen)} slices, {way}", []).append(taken)
                     if len(chosen) == 1:
                         page.get_by_role("button", name="Close this case").click()
                 for slider, values in (("slider", NUMBERS), ("threshold", THRESHOLDS)):
                     times.setdefault(f"{'slice' if slider == 'slider' else slider} slider", []).extend(
                         ms / 1000 for ms in page.evaluate(MOVE, [slider, values])
                     )
+                times.setdefault("frame of a stroke", []).extend(stroke(page))
                 page.get_by_role("button", name="Close this case").click()
             if way == "one thread":
-                times[f"{MANY} slices, {way}"] = [open_files(page, many)]
-                times[f"threshold slider, {MANY} slices"] = [
-                    ms / 1000 for ms in page.evaluate(MOVE, ["threshold", THRESHOLDS])
-                ]
+                for what, taken in open_files(page, many).items():
+                    times[f"{what} of {MANY} slices, {way}"] = [taken]
+                for slider, values in (("slider", NUMBERS), ("threshold", THRESHOLDS)):
+                    times[f"{'slice' if slider == 'slider' else slider} slider, {MANY} slices"] = [
+                        ms / 1000 for ms in page.evaluate(MOVE, [slider, values])
+                    ]
+                times[f"frame of a stroke, {MANY} slices"] = stroke(page)
                 print(
                     f"memory            {peak():6.0f} MiB at most in the page's process, {MANY} slices",
                     flush=True,
