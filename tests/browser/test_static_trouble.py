@@ -114,7 +114,8 @@ def test_the_scan_is_there_before_its_outline(browser, address, patient):
       viewer.useTool("pen"); // must not draw on what the model has not seen
       const $ = (id) => document.getElementById(id), { tool, slice, probability } = viewer;
       window.first = { name: $("name").textContent, inert: $("side-panel").inert, tool, slice, probability,
-        volumes: viewer.nv.volumes.length, editing: tools.editing.disabled, close: $("close").hidden, cancel: $("cancel").hidden };
+        volumes: viewer.nv.volumes.length, editing: tools.editing.disabled, close: $("close").hidden,
+        cancel: $("cancel").hidden };
       viewer.goTo(0);
     }).observe(document.body, { childList: true, subtree: true, characterData: true })""")
     images = list(patient[0].images)
