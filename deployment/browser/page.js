@@ -201,7 +201,7 @@ async function showScan() {
   $("name").textContent = plain(opened.name);
   for (const id of ["doubts", "figures", "downloads"]) $(id).replaceChildren();
   $("edited").textContent = "";
-  $("slice-figures").textContent = "They come with the outline.";
+  $("slice-figures").textContent = "Figures, files and doubts come with the outline.";
   $("spacing").hidden = opened.measured;
   $("side").hidden = opened.oriented || !opened.nifti;
   $("figures-title").textContent = opened.count === 1 ? "This slice" : "All slices";
