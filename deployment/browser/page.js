@@ -1,17 +1,17 @@
 // The page: what is opened, shown and downloaded. The other modules know nothing of it.
 
-import { packZip } from "./archives.js";
-import { maskName, readCase, readMasks } from "./cases.js";
-import { SIZES_MM, UserError, counted, fixed, isSizeMm, plain } from "./common.js";
+import { readCase, readMasks } from "./cases.js";
+import { SIZES_MM, UserError, counted, isSizeMm, plain } from "./common.js";
 import { doubts } from "./doubts.js";
+import { components, downloads, isVolume } from "./downloads.js";
+import { componentLines, figureLines, sliceWords } from "./figures.js";
 import { dropped, take } from "./files.js";
 import { keep } from "./keeping.js";
 import { Network, checkBrowser, download, readProperties } from "./model.js";
-import { mirror, writeNifti } from "./nifti.js";
-import { agreement, csvText, sliceRows, summary } from "./readout.js";
-import { maskPng } from "./slices.js";
+import { mirror } from "./nifti.js";
+import { sliceRows } from "./readout.js";
 import { createViewer } from "./viewer.js";
-import { $, attempt, message, progress, say } from "./words.js";
+import { $, attempt, message, progress, say, tableRows } from "./words.js";
 
 const DICOM = { converter: "libs/dcm2niix/dcm2niix.jpeg.js", binary: "libs/dcm2niix/dcm2niix.jpeg.wasm", rules: "series_rules.json" };
 const SAMPLES = ["phantom_1", "phantom_2", "phantom_3"];
@@ -199,7 +199,7 @@ async function showScan() {
   state.saved = 0;
   showParts();
   $("name").textContent = plain(opened.name);
-  for (const id of ["doubts", "figures", "downloads"]) $(id).replaceChildren();
+  for (const id of ["doubts", "figures", "component-rows", "downloads"]) $(id).replaceChildren();
   $("edited").textContent = "";
   $("slice-figures").textContent = "Figures, files and doubts come with the outline.";
   $("spacing").hidden = opened.measured;
@@ -237,89 +237,32 @@ function measure() {
   if (!state.probability) return; // closed meanwhile
   const { opened, probability, viewer } = state, { changed } = viewer.edits;
   state.rows = sliceRows(opened, probability, viewer.mask());
-  const found = summary(opened, state.rows);
-  const lines = [["Tumour", `${found.pixels.toLocaleString("en")} pixels`], ["Slices with tumour", `${found.slices} of ${found.count}`],
-    ["Share of the head", `${(100 * found.share).toFixed(1)} %`], ["Largest diameter", `${found.diameter.toFixed(1)} pixels`]];
-  const [low, high] = found.bounds;
-  if (found.pixels) {
-    const [one, other] = found.widest.perpendicular.map((value) => value.toFixed(1));
-    lines.push([`Perpendicular diameters (RANO), slice ${found.widest.slice}`, `${one} × ${other} ${opened.spacing ? "mm" : "pixels"}`]);
-  }
-  if (opened.spacing) lines.push(["Volume", `${found.cm3.toFixed(1)} cm³`], ["Largest diameter in mm", `${found.diameterMm.toFixed(1)} mm`]);
-  if (!changed) { // what a person drew has no probability
-    lines.push(["Between probability 0.9 and 0.1", opened.spacing ? `${found.boundsCm3[0].toFixed(1)} to ${found.boundsCm3[1].toFixed(1)} cm³`
-      : `${low.toLocaleString("en")} to ${high.toLocaleString("en")} pixels`]);
-  }
-  if (found.dice !== undefined && found.dice !== null) {
-    lines.push(["Dice with the truth", found.dice.toFixed(3)], ["IoU with the truth", found.iou.toFixed(3)]);
-  }
-  $("figures").replaceChildren(...lines.map(([name, value]) => {
-    const row = document.createElement("tr");
-    row.append(Object.assign(document.createElement("th"), { scope: "row", textContent: name }),
-      Object.assign(document.createElement("td"), { textContent: value }));
-    return row;
-  }));
+  $("figures").replaceChildren(...tableRows(figureLines(opened, state.rows, changed)));
+  showComponents();
   $("edited").textContent = changed ? `You changed ${counted(changed, "pixel")} of the model's proposal: the files hold your mask, and the ` +
     "ZIP the proposal beside it." : "";
   showSlice();
 }
 
+/** Each connected part by itself, where the reader has that table open. */
+function showComponents() {
+  $("components").hidden = !isVolume(state.opened);
+  if (!$("components").open || !state.probability || $("components").hidden) return;
+  $("component-rows").replaceChildren(...tableRows(componentLines(state.opened, components(state))));
+}
+
 function showSlice() {
   const { rows, viewer } = state;
   if (!rows) return;
-  const row = rows[viewer.slice];
-  const parts = [plain(row.file), `${row.pixels.toLocaleString("en")} pixels`, `${row.diameter.toFixed(1)} pixels across`];
-  if (row.mean !== null) parts.push(`mean probability inside of the mask ${fixed(row.mean, 2)}`);
-  const { dice, iou } = row.tally ? agreement(row.tally) : {};
-  if (dice !== undefined && dice !== null) parts.push(`Dice ${fixed(dice, 3)}, IoU ${fixed(iou, 3)}`);
-  $("slice-figures").textContent = `Slice ${row.slice} of ${rows.length}: ${parts.join("; ")}. The probability is the network's own, not a ` +
-    "measured chance of its being right.";
+  $("slice-figures").textContent = sliceWords(rows, viewer.slice);
 }
 
 // ---- taking along ----
 
-function save(name, bytes, type) {
-  const address = URL.createObjectURL(new Blob([bytes], { type }));
-  Object.assign(document.createElement("a"), { href: address, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 60_000);
-}
-
 function offerDownloads() {
-  const { opened, viewer } = state;
-  const area = opened.height * opened.width;
-  const asPng = (all, k) => maskPng(all.subarray(k * area, (k + 1) * area), opened.width, opened.height);
-  const all = (give) => () => {
-    measure(); // what was drawn a moment ago counts
-    give(viewer.mask());
-    state.saved = viewer.edits.steps;
-  };
-  const offers = {
-    "Mask of this slice (PNG)": () => save(maskName(opened.slices[viewer.slice]), asPng(viewer.mask(), viewer.slice), "image/png"),
-    "All masks (ZIP)": all((mask) => {
-      const files = Object.fromEntries(opened.slices.map((name, k) => [maskName(name), asPng(mask, k)]));
-      files["readout.csv"] = new TextEncoder().encode(csvText(state.rows));
-      if (viewer.edits.changed) {
-        const proposal = viewer.proposal();
-        opened.slices.forEach((name, k) => (files[`proposal/${maskName(name)}`] = asPng(proposal, k)));
-        files["correction.json"] = new TextEncoder().encode(JSON.stringify(correction(), null, 2));
-      }
-      save(`${opened.name}_masks.zip`, packZip(files), "application/zip");
-    }),
-    "Figures (CSV)": () => {
-      measure();
-      save(`${opened.name}.csv`, csvText(state.rows), "text/csv");
-    },
-    ...(opened.nifti && { "Mask (NIfTI)": all((mask) => save(`${opened.name}_mask.nii.gz`, writeNifti(opened, mask), "application/gzip")) }),
-  };
+  const offers = downloads(state, measure);
   $("downloads").replaceChildren(...Object.entries(offers).map(([text, give]) =>
     Object.assign(document.createElement("button"), { type: "button", textContent: text, onclick: () => attempt(give) })));
-}
-
-/** What a corrected mask was made from. */
-function correction() {
-  const { viewer, model } = state;
-  return { version: 1, corrected: new Date().toISOString(), model_sha256: Object.fromEntries(model.card)["SHA-256"] ?? null,
-    threshold: viewer.threshold, changed_pixels: viewer.edits.changed };
 }
 
 // ---- what a reader does ----
@@ -354,6 +297,7 @@ window.onbeforeunload = (event) => {
   if (state.opened || state.busy) event.preventDefault(); // the browser asks
 };
 $("close").onclick = () => mayForget() && close();
+$("components").ontoggle = showComponents;
 $("fold").onclick = () => {
   const folded = document.body.classList.toggle("folded");
   $("fold").setAttribute("aria-expanded", !folded);

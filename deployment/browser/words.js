@@ -17,6 +17,14 @@ export function message(kind, text) {
   return line;
 }
 
+/** Rows of a table, from [[name, value]]. */
+export const tableRows = (lines) => lines.map(([name, value]) => {
+  const row = document.createElement("tr");
+  row.append(Object.assign(document.createElement("th"), { scope: "row", textContent: name }),
+    Object.assign(document.createElement("td"), { textContent: value }));
+  return row;
+});
+
 /** Run what a reader asked for; a mistake becomes one sentence, and the page stays as it was. */
 export async function attempt(action) {
   $("messages").replaceChildren();

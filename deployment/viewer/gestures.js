@@ -1,5 +1,7 @@
 // Wheel, keys and touch, where they are not NiiVue's own.
 
+import { endStroke, grow } from "./correcting.js";
+
 const SWIPE = 14; // pixels of a finger's way from slice to slice
 const onButton = (event) => Boolean(event.target.closest?.("button")); // the second picture has some
 
@@ -17,9 +19,9 @@ export function listen(viewer) {
     if (viewer.opened && !viewer.drawing) viewer.resetLook();
   }, { capture: true });
   stage.addEventListener("pointermove", (event) => event.buttons && viewer.opened && viewer.windowMayDiffer());
-  const ended = () => viewer.opened && (viewer.tool === "pen" || viewer.tool === "eraser") && viewer.endStroke();
+  const ended = () => viewer.opened && (viewer.tool === "pen" || viewer.tool === "eraser") && endStroke(viewer);
   stage.addEventListener("pointerup", (event) => {
-    if (viewer.opened && viewer.tool === "grow" && event.button === 0 && event.target === tools.canvas) viewer.grow();
+    if (viewer.opened && viewer.tool === "grow" && event.button === 0 && event.target === tools.canvas) grow(viewer);
     ended();
     if (viewer.opened) viewer.windowMayDiffer();
   });
@@ -98,6 +100,6 @@ function touches(viewer, stage) {
   stage.addEventListener("touchend", (event) => {
     if (last) stop(event);
     begin(event);
-    if (viewer.opened && viewer.drawing) (viewer.tool === "grow" ? viewer.grow() : viewer.endStroke());
+    if (viewer.opened && viewer.drawing) (viewer.tool === "grow" ? grow(viewer) : endStroke(viewer));
   }, { capture: true, passive: false });
 }

@@ -1,6 +1,7 @@
 // The bar of tools, the picture with its words, and the slices' slider.
 
 import { CHANNELS, PLANES, WINDOWS } from "./choices.js";
+import { fillBetween, parts, switchPart } from "./correcting.js";
 import { countsOf } from "./edits.js";
 
 const MOST_PARTS = 12; // that are listed
@@ -130,7 +131,7 @@ export class Tools {
       this.refresh();
     });
     this.fill = this.#button("Fill between slices", "Fill the empty slices around this one from those above and below", () =>
-      viewer.fillBetween() || this.say("There is no gap between marked slices here."));
+      fillBetween(viewer) || this.say("There is no gap between marked slices here."));
     this.undo = this.#button("Undo", "Ctrl + z", () => viewer.undo());
     this.redo = this.#button("Redo", "Ctrl + y", () => viewer.redo());
     this.counted = make("output");
@@ -223,7 +224,7 @@ export class Tools {
     if (!this.partsButton.open || this.partsButton.hidden) return;
     const { viewer } = this, spacing = viewer.opened.spacing;
     const size = ({ length }) => (spacing ? `${((length * spacing[0] * spacing[1] * spacing[2]) / 1000).toFixed(2)} cm³` : `${length} pixels`);
-    this.partList.replaceChildren(...viewer.parts().slice(0, MOST_PARTS).map((part, k) =>
-      make("label", {}, make("input", { type: "checkbox", checked: part.on, onchange: () => viewer.switchPart(part) }), `${k + 1}: ${size(part.voxels)}`)));
+    this.partList.replaceChildren(...parts(viewer).slice(0, MOST_PARTS).map((part, k) =>
+      make("label", {}, make("input", { type: "checkbox", checked: part.on, onchange: () => switchPart(viewer, part) }), `${k + 1}: ${size(part.voxels)}`)));
   }
 }

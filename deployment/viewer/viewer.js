@@ -1,17 +1,16 @@
 // The viewer of the pages, around NiiVue: a case, the model's probability and perhaps a truth come in, the reader's mask goes out.
 
-import { DRAG_MODE, SLICE_TYPE } from "@niivue/niivue";
+import { DRAG_MODE } from "@niivue/niivue";
 
 import { Beside } from "./beside.js";
 import { RIM_ONLY, attach, makeNiivue } from "./canvas.js";
 import { PLANES, WINDOWS } from "./choices.js";
-import { Edits, compared, countsOf, gapAround, marked, maskOf } from "./edits.js";
+import { Edits, compared, countsOf, marked, maskOf } from "./edits.js";
 import { listen } from "./gestures.js";
 import { Tools } from "./tools.js";
 import { channelVolume, probabilityVolume, turn } from "./volumes.js";
 
 const COMPARISONS = ["truth", "changes"]; // overlays that show two masks
-const TOUCH = 26; // neighbours: parts that touch at a corner are one
 const THICK = 1.5; // slices this many times as far apart as pixels are shown as steps, not smoothed
 
 /** A viewer that fills `element`. told: {slice(), mask()}, called when another slice is shown and when the mask is another one. */
@@ -124,7 +123,7 @@ class Viewer {
   async set(change) {
     const { nv, look } = this, turn = ++this.turn;
     Object.assign(look, change);
-    if (COMPARISONS.includes(look.overlay) && this.drawing) this.useTool("look");
+    if (this.compares && this.drawing) this.useTool("look");
     const volumes = [await this.#channel()];
     if (look.overlay === "probability" && !look.hidden && this.probability) {
       volumes.push((this.volumes.probability ??= await probabilityVolume(this.opened, this.probability)));
@@ -305,16 +304,14 @@ class Viewer {
     nv.opts.penSize = this.penSize;
   }
 
-  /** The pen was lifted. NiiVue's line from point to point leaves its newest point out, so the last one is drawn here. */
-  endStroke() {
-    const { nv } = this;
-    if (!Number.isNaN(nv.drawPenLocation[0])) nv.drawPt(...nv.drawPenLocation, nv.opts.penValue);
-    this.commitDrawing();
+  /** What was drawn, or another drawing, becomes the mask's. */
+  commit(drawing = this.nv.drawBitmap) {
+    if (this.edits.commit(drawing)) this.#maskDiffers();
   }
 
-  /** What was drawn becomes the mask's. */
-  commitDrawing() {
-    if (!COMPARISONS.includes(this.look.overlay) && this.edits.commit(this.nv.drawBitmap)) this.#maskDiffers();
+  /** Whether two masks are shown, as colours, and not the one that can be drawn on. */
+  get compares() {
+    return COMPARISONS.includes(this.look.overlay);
   }
 
   undo() {
@@ -323,44 +320,6 @@ class Viewer {
 
   redo() {
     if (this.edits.redo()) this.#maskDiffers();
-  }
-
-  /** Paint what is connected with the crosshair's pixel in this slice and as bright, give or take the tolerance. */
-  grow() {
-    const { nv } = this;
-    const at = Array.from(nv.frac2vox(nv.scene.crosshairPos)), value = nv.volumes[0].getValue(...at);
-    nv.drawPenAxCorSag = SLICE_TYPE.AXIAL;
-    nv.drawFloodFill(at, 1, Infinity, value - this.tolerance, value + this.tolerance, 6, Infinity, true, nv.drawBitmap);
-    nv.drawPenAxCorSag = -1;
-    this.commitDrawing();
-  }
-
-  /** Fill the slices without a mask around this one from those above and below. Returns whether there was such a gap. */
-  fillBetween() {
-    const gap = gapAround(this.edits.mask, this.area, this.slice);
-    if (!gap) return false;
-    if (COMPARISONS.includes(this.look.overlay)) this.set({ overlay: "fill" });
-    this.nv.interpolateMaskSlices(...gap, { sliceType: SLICE_TYPE.AXIAL, useIntensityGuided: false });
-    this.commitDrawing();
-    return true;
-  }
-
-  /** The connected parts of the mask, the largest first, then those that were switched off: [{voxels: Uint32Array, on}]. */
-  parts() {
-    const { count, height, width } = this.opened, { mask } = this.edits;
-    const [number, labels] = this.nv.bwlabel(Uint32Array.from(mask), Uint32Array.of(width, height, count), TOUCH, true);
-    const voxels = Array.from({ length: number }, () => []);
-    for (let k = 0; k < labels.length; k++) if (labels[k]) voxels[labels[k] - 1].push(k);
-    const on = voxels.sort((a, b) => b.length - a.length).map((part) => ({ voxels: Uint32Array.from(part), on: true }));
-    this.removed = this.removed.filter((part) => !mask[part.voxels[0]]);
-    return [...on, ...this.removed];
-  }
-
-  switchPart(part) {
-    const drawing = this.edits.mask.slice();
-    for (const k of part.voxels) drawing[k] = part.on ? 0 : 1;
-    if (part.on) this.removed.push({ ...part, on: false });
-    if (this.edits.commit(drawing)) this.#maskDiffers();
   }
 
   /** Forget the case. */

@@ -6,6 +6,7 @@ import { readFileSync, writeFileSync } from "node:fs";
 const here = new URL("../../deployment/browser/", import.meta.url);
 const { readCase, readMasks, maskName } = await import(new URL("cases.js", here));
 const { doubts } = await import(new URL("doubts.js", here));
+const { componentsText, findComponents } = await import(new URL("components.js", here));
 const { csvText, sliceRows, summary } = await import(new URL("readout.js", here));
 const { fedOf, ontoPage } = await import(new URL("field_of_view.js", here));
 const { maskOf } = await import(new URL("../viewer/edits.js", here));
@@ -36,7 +37,8 @@ for (const asked of JSON.parse(readFileSync(process.argv[2]))) {
       const probability = new Float32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length));
       if (asked.spacing) opened.spacing = asked.spacing;
       const mask = maskOf(probability, asked.threshold).map((value) => 255 * value), rows = sliceRows(opened, probability, mask);
-      Object.assign(answer, { rows, summary: summary(opened, rows), csv: csvText(rows) });
+      Object.assign(answer, { rows, summary: summary(opened, rows), csv: csvText(rows),
+        components: componentsText(opened, findComponents(opened, mask, asked.drawn ? null : probability)) });
       writeFileSync(`${asked.out}.png`, maskPng(mask.subarray(0, height * width), width, height));
       if (opened.nifti) writeFileSync(`${asked.out}.nii.gz`, writeNifti(opened, mask));
     }

@@ -1,7 +1,9 @@
 """The page's modules beside the app's, on the same files: pixels, truth, order, refusals, figures,
 masks."""
 
+import csv
 import gzip
+import io
 import subprocess
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import pytest
 from heads import head_in, nifti
 from PIL import Image
 from running import ROOT
+from scipy.ndimage import gaussian_filter
 from uploads import BITS, BROKEN, MASKS, READ, SCANS, VOLUME, picture, tiled_tiff
 
 from common import MedFLError
 from deployment.app.cases import add_truth, read_case
 from deployment.app.nifti import write_nifti
-from deployment.app.readout import Prediction, csv_text, mask_name, slice_rows, summary
+from deployment.app.readout import Prediction, component_rows, csv_text, mask_name, slice_rows, summary
+from evaluation.components import find_components
 from inference import to_mask
 
 
@@ -204,3 +208,30 @@ def test_figures_csv_and_masks_are_the_apps(ask, tmp_path, kind):
     )
     assert np.array_equal(np.asarray(written.dataobj), np.asarray(reference.dataobj))
     assert np.allclose(written.affine, reference.affine) and written.get_data_dtype() == np.uint8
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_components_are_the_apps(ask, tmp_path, drawn):
+    files = [("scan.nii", SCANS["three volumes"])]
+    case = read_case(files)
+    noise = np.random.default_rng(3).random(case.volume.shape[:3])
+    soft = gaussian_filter(
+        noise, (0.7, 1.5, 1.5)
+    )  # parts that touch where the model is less sure, and lone ones
+    probability = ((soft - soft.min()) / np.ptp(soft)).astype(np.float32) ** 2
+    (tmp_path / "p").write_bytes(probability.tobytes())
+    (answer,) = ask((files, {"probability": str(tmp_path / "p"), "threshold": 0.5, "drawn": drawn}))
+    found = find_components(to_mask(probability, 0.5), case.spacing, None if drawn else probability)
+    assert len(found.parts) > 5 and found.parts[-1].pieces > 1, "many enough for the last line"
+    expected, lines = (
+        list(csv.DictReader(io.StringIO(text)))
+        for text in (csv_text(component_rows(found.parts)), answer["components"])
+    )
+    assert len(lines) == len(expected)
+    for line, ours in zip(lines, expected):
+        for name, value in ours.items():
+            # voxels as near to one part as to another go to either
+            slack = 0.02 if name == "volume_high_cm3" else 1e-5
+            known = pytest.approx(float(value), rel=slack) if value else None
+            assert (float(line[name]) if line[name] else None) == known, name
+    assert drawn == (expected[0]["volume_low_cm3"] == "")

@@ -1,6 +1,7 @@
 """The page in a real Chromium: cases in, masks out and equal to predict.py's, keys, two widths, and nothing
 sent."""
 
+import csv
 import gzip
 import http.server
 import io
@@ -86,6 +87,12 @@ def test_slices_give_predicts_masks_and_the_controls_work(page, patient):
     name, content = fetched(page, "Figures (CSV)")
     lines = content.decode().splitlines()
     assert len(lines) == count + 1 and "tumour_mm2" in lines[0]
+    page.get_by_text("Components", exact=True).click()
+    largest = page.locator("#component-rows tr").first
+    largest.get_by_text("cm³").wait_for()
+    name, content = fetched(page, "Components (CSV)")
+    lines = list(csv.DictReader(io.StringIO(content.decode())))
+    assert lines and f"{float(lines[0]['volume_cm3']):.2f}" in largest.inner_text()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
         "the page is wider than the screen"
     )
