@@ -281,7 +281,7 @@ class Party:
             len(set(all_of_them)) < len(all_of_them)
             or set(all_of_them) != known
             or self.node not in summed
-            or len(summed) < threshold(len(self.public))
+            or len(summed) < max(LEAST, threshold(len(self.public)))
         ):
             raise MedFLError(
                 "the server asked for shares that together would uncover an update; nothing was given"

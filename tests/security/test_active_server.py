@@ -27,12 +27,12 @@ from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party, binding, from_sum, unmasked
 
 LIMIT, LENGTH, MOST = 2.0, 500, 100
-LABELS = ("anna", "bert", "cleo")
+LABELS = ("anna", "bert", "cleo", "edda")
 OPENSSH = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
 class Consorts:
-    """Three hospitals that take part, and a server that asks them what it likes."""
+    """Four hospitals that take part, and a server that asks them what it likes."""
 
     def __init__(self, folder, kits: bool = False):
         self.folder, self.updates = folder, {label: 0.1 * torch.randn(LENGTH) for label in LABELS}
@@ -105,7 +105,7 @@ class Consorts:
                 vector = masked(task, self.updates[label], 50, LIMIT, self.contexts[label], model_of)
                 total = total + vector
         summed = [node for node, label in enumerate(LABELS, 1) if label in labels]
-        missing = [node for node in (1, 2, 3) if node not in summed]
+        missing = [node for node in range(1, len(LABELS) + 1) if node not in summed]
         sum_ = {"summed": summed, "missing": missing}
         codes = {node: self.ask(LABELS[node - 1], Agree(query="agree", **sum_))["codes"] for node in summed}
         given = []
@@ -119,28 +119,28 @@ class Consorts:
             {node: one["keys"] for node, one in participants.items()},
             names,
         )
-        every = {node: [one[str(node)] for one in given] for node in (1, 2, 3)}
-        return from_sum(unmasked(total, every, summed, public, bound), len(summed), LIMIT, 3)
+        every = {node: [one[str(node)] for one in given] for node in public}
+        return from_sum(unmasked(total, every, summed, public, bound), len(summed), LIMIT, len(LABELS))
 
 
 @pytest.fixture
-def three(tmp_path):
+def four(tmp_path):
     return Consorts(tmp_path)
 
 
-def test_an_honest_server_gets_the_sum(three):
-    wanted = 0.5 * sum(three.updates[label].double() for label in LABELS)
-    assert torch.allclose(three.sum_of(), wanted, atol=1e-6)
+def test_an_honest_server_gets_the_sum(four):
+    wanted = 0.5 * sum(four.updates[label].double() for label in LABELS)
+    assert torch.allclose(four.sum_of(), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "other", [{"most": 10**7}, {"model": "another"}, {"settings": '{"lr": 1e-9}'}, {"rate": 1e-9}], ids=str
 )
-def test_hospitals_that_were_told_different_things_give_no_sum(three, other):
+def test_hospitals_that_were_told_different_things_give_no_sum(four, other):
     """With totals of its own for the others, the sum was the victim's update to 2e-6; a model in which the
     others learn nothing would do the same, as would a learning rate of next to nothing for the others."""
     with pytest.raises(MedFLError, match="still masked"):
-        three.sum_of(told=lambda label: other if label == "cleo" else {})
+        four.sum_of(told=lambda label: other if label == "cleo" else {})
 
 
 def test_keys_told_to_some_otherwise_give_no_sum():
@@ -200,40 +200,40 @@ def test_codes_that_are_not_the_others_for_this_sum_open_nothing(forge):
 
 
 @pytest.mark.parametrize("stage", ["keys", "shares", "update"])
-def test_no_stage_is_answered_for_a_run_that_was_not_joined(three, stage):
+def test_no_stage_is_answered_for_a_run_that_was_not_joined(four, stage):
     """A round that is summed under two runs' names, with a hospital and without it, gives its update."""
     asked = {"run": "another", "round": 1}
     with pytest.raises(MedFLError, match="another run than the one that was joined"):
         if stage == "keys":
-            three.ask("anna", Keys(query="keys", **asked))
+            four.ask("anna", Keys(query="keys", **asked))
         elif stage == "shares":
-            keys = three.participants()
-            three.ask("anna", Shares.model_validate({"query": "shares", "keys": keys, **asked}))
+            keys = four.participants()
+            four.ask("anna", Shares.model_validate({"query": "shares", "keys": keys, **asked}))
         else:
-            three.sums["anna"].check_run("another")  # as the app does before each update
+            four.sums["anna"].check_run("another")  # as the app does before each update
 
 
-def test_the_run_is_fixed_for_as_long_as_the_hospital_runs(three):
+def test_the_run_is_fixed_for_as_long_as_the_hospital_runs(four):
     with pytest.raises(MedFLError, match="another run than the one that was joined"):
-        three.sums["anna"].join("another")
-    three.start("anna", "another")  # by its people
+        four.sums["anna"].join("another")
+    four.start("anna", "another")  # by its people
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_rounds_1_2_1_give_no_second_sum_also_after_a_restart(three, restart):
-    three.sum_of()
-    three.sum_of(number=2)
+def test_rounds_1_2_1_give_no_second_sum_also_after_a_restart(four, restart):
+    four.sum_of()
+    four.sum_of(number=2)
     if restart:
         for label in LABELS:
-            three.start(label)
+            four.start(label)
     with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
-        three.sum_of(("anna", "bert"))
-    three.sum_of()  # of the same hospitals: a server that was killed before it saved
+        four.sum_of(("anna", "bert", "cleo"))
+    four.sum_of()  # of the same hospitals: a server that was killed before it saved
 
 
-def test_keys_of_one_round_are_not_used_in_another(three):
+def test_keys_of_one_round_are_not_used_in_another(four):
     with pytest.raises(MedFLError, match="another round than the keys are for"):
-        three.sum_of(number=1, told=lambda label: {"round": 2})
+        four.sum_of(number=1, told=lambda label: {"round": 2})
 
 
 def swapped(keys):
@@ -242,11 +242,11 @@ def swapped(keys):
 
 
 def invented(keys):
-    keys["4"] = {"label": "dora", "keys": Party().keys(4), "signature": None}
+    keys["5"] = {"label": "dora", "keys": Party().keys(5), "signature": None}
 
 
 def renamed(keys):
-    keys["4"] = {**keys["3"], "label": "dora", "keys": Party().keys(4)}
+    keys["5"] = {**keys["3"], "label": "dora", "keys": Party().keys(5)}
 
 
 def unsigned(keys):
@@ -260,23 +260,23 @@ def test_with_kits_the_server_can_neither_exchange_keys_nor_invent_hospitals(tmp
 
 
 def test_with_kits_keys_of_a_former_round_are_refused(tmp_path):
-    three = Consorts(tmp_path, kits=True)
-    former = three.participants(number=1)["2"]
+    four = Consorts(tmp_path, kits=True)
+    former = four.participants(number=1)["2"]
     with pytest.raises(HospitalError, match="bert's are not signed by it"):
-        three.sum_of(number=2, forge=lambda keys: keys.update({"2": former}))
+        four.sum_of(number=2, forge=lambda keys: keys.update({"2": former}))
 
 
 def test_with_kits_an_honest_server_gets_the_sum(tmp_path):
-    three = Consorts(tmp_path, kits=True)
-    wanted = 0.5 * sum(three.updates[label].double() for label in LABELS)
-    assert torch.allclose(three.sum_of(), wanted, atol=1e-6)
+    four = Consorts(tmp_path, kits=True)
+    wanted = 0.5 * sum(four.updates[label].double() for label in LABELS)
+    assert torch.allclose(four.sum_of(), wanted, atol=1e-6)
 
 
 def test_a_kit_without_the_consortiums_keys_does_not_join_a_secure_aggregation(tmp_path):
-    three = Consorts(tmp_path, kits=True)
-    three.identities["anna"] = three.identities["anna"].model_copy(update={"members": None})
+    four = Consorts(tmp_path, kits=True)
+    four.identities["anna"] = four.identities["anna"].model_copy(update={"members": None})
     with pytest.raises(MedFLError, match="members.pub"):
-        three.start("anna")
+        four.start("anna")
 
 
 class Spoiling(RealHospital):
