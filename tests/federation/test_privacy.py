@@ -14,6 +14,7 @@ from checkpoint import load_checkpoint
 from common import MedFLError
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
 from federation.privacy.hospitals import HospitalPrivacy
+from federation.privacy.noise import GRID, noised
 from federation.protocol.settings import FederationSettings, check_together
 from federation.runtime.job import announce_privacy
 from federation.server.state import BEST, LAST
@@ -88,6 +89,20 @@ def test_no_two_rounds_have_the_same_noise(updates):
     subject = HospitalPrivacy(settings())
     one, other = (private_mean(subject, updates({}, torch.zeros(N))) for _ in range(2))
     assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(N)
+
+
+def test_noise_is_of_the_systems_generator_and_on_a_grid(monkeypatch, updates):
+    """numpy's generator is no cryptographic one, and the last digits of a sum with noise can tell what the noise was
+    added to."""
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: pytest.fail("another generator"))
+    monkeypatch.setattr(
+        "federation.privacy.hospitals.noised", lambda *given: kept.append(noised(*given)) or kept[-1].clone()
+    )
+    kept: list[torch.Tensor] = []
+    for length in (0.0, 1.7, 1e-7):
+        private_mean(HospitalPrivacy(settings()), updates({"a": change("a", length)}))
+        steps = kept[-1] / (GRID * 2.0)
+        assert torch.equal(steps, steps.round()) and len(set(steps.tolist())) > 0.9 * N
 
 
 def test_what_is_not_trained_stays_as_it_was_and_no_change_is_no_error(updates):
