@@ -13,7 +13,7 @@ from benchmarks.local_federation import LocalHospital
 from common import __version__
 from dataset import load_dataset
 from evaluation.scoring import score_patients
-from federation.hospital.hospital import Hospital, HospitalError
+from federation.hospital.hospital import Hospital, HospitalError, Scored
 from federation.hospital.identity import ENDED, Identity
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.requests import Train
@@ -70,6 +70,24 @@ def test_the_score_is_of_the_validation_patients(hospital):
     )
     score = subject.score(model)
     assert (score.val_dice, score.val_patients) == (pytest.approx(wanted), 3)
+
+
+def test_a_server_gets_no_more_scores_than_runs_need(hospital, monkeypatch):
+    """With weights of its own making and as many exact scores as it liked, it could read masks pixel by pixel."""
+    monkeypatch.setattr("federation.hospital.hospital.score_patients", lambda *_: [{"dice": 0.123456}])
+    subject, model = hospital(val_fraction=0.3, rounds=3), TransUNet("mini", 32)
+    heard, bias = [], dict(model.named_parameters())["head.bias"]
+    for question in range(30):
+        with torch.no_grad():
+            bias.fill_(question)
+        heard.append(subject.told(subject.score(model)).val_dice)
+    assert heard == [0.1235] * 22 + [None] * 8
+    assert subject.score(model, "test") == Scored()
+    with torch.no_grad():
+        bias.fill_(0)
+    assert subject.score(model).val_dice == 0.123456  # the same model tells nothing new
+    started_again = hospital(val_fraction=0.3, rounds=3)
+    assert started_again.score(model, "test").val_dice == 0.123456
 
 
 def test_examples_are_the_training_slices(hospital):
