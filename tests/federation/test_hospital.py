@@ -14,7 +14,7 @@ from common import __version__
 from dataset import load_dataset
 from evaluation.scoring import score_patients
 from federation.hospital.hospital import Hospital, HospitalError, Scored
-from federation.hospital.identity import ENDED, Identity
+from federation.hospital.identity import ENDED, IDENTITY, Identity
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.requests import Train
 from federation.protocol.settings import FederationSettings
@@ -173,6 +173,18 @@ def test_a_question_of_another_form_gets_a_code(monkeypatch, tmp_path, phantoms,
     assert (
         read(reply.content)["failure"] == Failure.PROTOCOL and "the same version" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("gone", ["kit", "identity"])
+def test_no_path_leaves_with_a_fault_before_or_after_the_work(monkeypatch, tmp_path, phantoms, capsys, gone):
+    """Flower sends the text of an exception that leaves the app, in which a folder's name stood."""
+    make_messages_outside_of_a_run(monkeypatch)
+    node = LocalHospital(tmp_path, 0, phantoms)
+    node.identity.model_copy(update={"key": tmp_path / "of_dr_smith.key"}).save(node.folder)
+    if gone == "identity":
+        (node.folder / IDENTITY).write_text('{"data": "of_dr_smith"}', encoding="utf-8")
+    reply = node.answer(Message(message({"query": "ping"}), 1, "query"))
+    assert read(reply.content) == {"failure": Failure.BUG} and "of_dr_smith" in capsys.readouterr().out
 
 
 def test_a_share_whose_training_masks_are_black_is_told(hospital, monkeypatch):
