@@ -279,6 +279,51 @@ def test_a_kit_without_the_consortiums_keys_does_not_join_a_secure_aggregation(t
         four.start("anna")
 
 
+def test_a_suspended_server_that_goes_on_beside_its_successor_opens_one_sum_of_a_round():
+    """It was stopped when all updates of a round were there; the one that took its place asked for the round again,
+    with another model. Then the first one goes on, and leaves a hospital out."""
+    parties, everybody = {node: Party() for node in (1, 2, 3, 4)}, [1, 2, 3, 4]
+    change, tries = torch.full((LENGTH,), 0.1), []
+
+    def ask(model: str) -> None:
+        public = {str(node): party.keys(node) for node, party in parties.items()}
+        sealed = {node: party.share(public, {}, ["run", 1]) for node, party in parties.items()}
+        of = ["run", 1, MOST, model, "", None]
+        vectors = {}
+        for node, party in parties.items():
+            theirs = {str(by): sealed[by][str(node)] for by in sealed if by != node}
+            vectors[node] = party.masked(theirs, change, 0.5, LIMIT, of)
+        tries.append(({int(node): keys for node, keys in public.items()}, binding(of, public, {}), vectors))
+
+    def open_sum(summed: list[int], missing: list[int]) -> dict[int, list[str]]:
+        codes = {node: parties[node].agree(summed, missing) for node in summed}
+        given = [
+            parties[node].reveal(
+                summed, missing, {str(by): codes[by][str(node)] for by in summed if by != node}
+            )
+            for node in summed
+        ]
+        return {node: [one[str(node)] for one in given] for node in everybody}
+
+    ask("the suspended server's")
+    ask("its successor's")
+    shares = open_sum([1, 2, 3], [4])
+    for number, opens in ((0, False), (1, True)):
+        public, bound, vectors = tries[number]
+        total = sum((vectors[node] for node in (1, 2, 3)), np.zeros(LENGTH, np.uint32))
+        if opens:
+            bare = unmasked(total, shares, [1, 2, 3], public, bound)
+            assert torch.allclose(from_sum(bare, 3, LIMIT, 4), 1.5 * change.double(), atol=1e-6)
+        else:
+            with pytest.raises(MedFLError, match="wrong shares|still masked"):
+                from_sum(unmasked(total, shares, [1, 2, 3], public, bound), 3, LIMIT, 4)
+    with pytest.raises(MedFLError, match="twice or out of order"):
+        open_sum(everybody, [])
+    ask("its successor's, once more")
+    with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
+        open_sum(everybody, [])
+
+
 class Spoiling(RealHospital):
     """Changes what it says in a stage of secure aggregation."""
 
