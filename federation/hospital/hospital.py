@@ -44,7 +44,9 @@ from training import Learner, TrainingSettings
 from transunet import TransUNet
 from usage import choose_device
 
-TOLD_DIGITS = 4  # of a Dice: what makes a difference between models, and not all that 64 bits say of patients
+TOLD_DIGITS = (
+    4  # of a Dice or loss, after the point: what tells models apart, not all that 64 bits say of patients
+)
 
 
 class HospitalError(MedFLError):
@@ -203,15 +205,20 @@ class Hospital:
             or (self.identity.own_data and len(patients) < SMALLEST_GROUP)
         ):
             return Scored()
-        if not self.scored.admits(pack(model.state_dict()), part, self.federation.rounds):
-            self.tell(
-                f"the server asked for the score of more models than {counted(self.federation.rounds, 'round')} "
-                "need, and scores of made-up models tell of patients; no more are told until this hospital is "
-                "started again"
-            )
+        if not self._may_tell_of(pack(model.state_dict())):
             return Scored()
         rows = score_patients(model, self.data.dataset, patients, THRESHOLD)
         return Scored(float(np.mean([row["dice"] for row in rows])), len(rows), time.monotonic() - began)
+
+    def _may_tell_of(self, weights: torch.Tensor) -> bool:
+        """Whether scores and losses of a model that came, (n,) float32, may be told; it is said where not."""
+        if self.scored.admits(weights, self.federation.rounds):
+            return True
+        self.tell(
+            f"the server asked for scores of more models than {counted(self.federation.rounds, 'round')} need, and "
+            "scores of made-up models tell of patients; no more are told until this hospital is started again"
+        )
+        return False
 
     def told(self, score: Scored) -> Scored:
         """What the server gets of a score: few digits, and with a promise to patients none, because no noise
@@ -278,9 +285,10 @@ class Hospital:
         few = (
             self.identity.own_data and len(self.data.split.train) < SMALLEST_GROUP
         )  # a loss of one or two patients
+        tells = not (few or self.budget) and self._may_tell_of(before)
         return Worked(
             batches.slices,
-            None if few or self.budget else loss,
+            round(loss, TOLD_DIGITS) if tells else None,
             self.budget.spent if self.budget else None,
             time.monotonic() - began,
         ), update

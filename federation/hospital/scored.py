@@ -1,8 +1,9 @@
-"""Of how many models a hospital tells the score.
+"""Of how many models a hospital tells scores and losses.
 
 A score answers whatever question the weights ask of the patients: with weights that outline one place in a certain
-kind of scan and nothing else, whether one of them has a tumour there. So a hospital scores as many models as two runs
-need, for as long as it runs, and none after that; its training goes on.
+kind of scan and nothing else, whether one of them has a tumour there. The loss of a training does so for those who
+train. So a hospital tells them of as many models as two runs need, for as long as it runs, and of no others after
+that; its training goes on.
 """
 
 import hashlib
@@ -19,15 +20,16 @@ RUNS = 2  # the coordinator may have to begin again
 
 
 class ScoredModels:
-    """The models that were scored since this start of run_client.py. file: which; session: of the start."""
+    """The models of which something was told since this start of run_client.py. file: which; session: of the
+    start."""
 
     def __init__(self, file: Path, session: str):
         self.file, self.session = file, session
 
-    def admits(self, weights: torch.Tensor, part: str, rounds: int) -> bool:
-        """Whether the score of these weights, (n,) float32, may be told in a run of so many rounds; noted then. What
-        was scored before tells nothing new. part: whose score it is."""
-        this = hashlib.sha256(part.encode() + weights.contiguous().numpy().data).hexdigest()
+    def admits(self, weights: torch.Tensor, rounds: int) -> bool:
+        """Whether scores of these weights, (n,) float32, may be told in a run of so many rounds; noted then. The same
+        ones tell nothing new."""
+        this = hashlib.sha256(weights.contiguous().numpy().data).hexdigest()
         kept = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         models = kept["models"] if kept.get("session") == self.session else []
         if this in models:

@@ -83,11 +83,14 @@ def test_a_server_gets_no_more_scores_than_runs_need(hospital, monkeypatch):
         heard.append(subject.told(subject.score(model)).val_dice)
     assert heard == [0.1235] * 22 + [None] * 8
     assert subject.score(model, "test") == Scored()
+    assert work(subject)[0].train_loss is None
     with torch.no_grad():
         bias.fill_(0)
     assert subject.score(model).val_dice == 0.123456  # the same model tells nothing new
     started_again = hospital(val_fraction=0.3, rounds=3)
     assert started_again.score(model, "test").val_dice == 0.123456
+    loss = work(started_again, model)[0].train_loss
+    assert loss == round(loss, 4)
 
 
 def test_examples_are_the_training_slices(hospital):
