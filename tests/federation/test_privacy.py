@@ -12,6 +12,7 @@ from scripted import Worker, federate, make_fast
 
 from checkpoint import load_checkpoint
 from common import MedFLError
+from deployment.app.card import card_rows
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.privacy.noise import GRID, noised
@@ -207,6 +208,19 @@ def test_a_run_ends_when_the_budget_is_spent_and_keeps_its_last_model(monkeypatc
     assert told["scores"] == {}  # the Dice fell from round to round, and yet the last model was kept
     best, last = (load_checkpoint(tmp_path / name).model.head.weight for name in (BEST, LAST))
     assert torch.equal(best, last)
+
+
+def test_a_private_models_file_is_the_same_whoever_took_part(monkeypatch, tmp_path):
+    """Noise on the weights hid who took part, and the file beside them named the hospitals."""
+    make_fast(monkeypatch)
+    _, state, _ = run(tmp_path, 1)
+    with_both = state.metadata({}, 1)
+    del state.progress.hospitals["hospital-1"]
+    without = state.metadata({}, 1)
+    assert {**with_both, "created": None} == {**without, "created": None}
+    rows = dict(card_rows(load_checkpoint(tmp_path / BEST), "0" * 64))
+    assert rows["Trained"].startswith("federated, 2 hospitals, 1 rounds") and "hospital-" not in str(rows)
+    assert "patients" not in rows["Data"]
 
 
 def test_a_resumed_run_spends_nothing_twice(monkeypatch, tmp_path):
