@@ -49,7 +49,11 @@ def make_app(
     def hospital(settings: str, context: Context) -> Hospital:
         identity = Identity.load(folder_of(context))
         check_consent(settings, identity)
-        return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY, say)
+        training, federation = from_json(settings)
+        if not federation.secure_aggregation:
+            with refusing(Failure.CONSENT):
+                sums(context).refuse_bare()
+        return Hospital(identity, training, federation, folder_of(context) / MEMORY, say)
 
     def sums(context: Context) -> Sums:
         return Sums(Identity.load(folder_of(context)), folder_of(context))

@@ -45,6 +45,15 @@ class Sums:
                 "was given; if the consortium began a new run, start this hospital again"
             )
 
+    def refuse_bare(self) -> None:
+        """Refuse work without secure aggregation once a run with it was joined: settings come with each message, and
+        one that left it out would get the bare update."""
+        if self.joined.exists():
+            raise MedFLError(
+                "the server asked for something without secure aggregation after a run with it was joined; nothing "
+                "was done; if the consortium gave it up, start this hospital again"
+            )
+
     def signature(self, run: str, number: int, keys: list[str]) -> str | None:
         """Of this hospital's public keys in a round; None without a key of the consortium."""
         key = self.identity.private_key()
