@@ -138,7 +138,7 @@ class SecureRound:
         (n,) bool.
         """
         hospitals = len(self.public)
-        if len(labels) < max(threshold(hospitals), self.settings.quorum):
+        if len(labels) < max(threshold(hospitals), self.settings.quorum, LEAST):
             return None  # and nothing is uncovered
         here = [self.shared[label] for label in labels]
         summed = [member.node for member in here]

@@ -27,12 +27,13 @@ from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party, binding, from_sum, unmasked
 
 LIMIT, LENGTH, MOST = 2.0, 500, 100
-LABELS = ("anna", "bert", "cleo")
+LABELS = ("anna", "bert", "cleo", "dave")
+NODES = range(1, len(LABELS) + 1)
 OPENSSH = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
 class Consorts:
-    """Three hospitals that take part, and a server that asks them what it likes."""
+    """Four hospitals that take part, and a server that asks them what it likes."""
 
     def __init__(self, folder, kits: bool = False):
         self.folder, self.updates = folder, {label: 0.1 * torch.randn(LENGTH) for label in LABELS}
@@ -84,10 +85,10 @@ class Consorts:
         }
 
     def sum_of(
-        self, labels=LABELS, run="run", number=1, told=lambda label: {}, forge=lambda keys: None
+        self, labels=LABELS, run="run", number=1, told=lambda label: {}, forge=lambda keys: None, most=MOST
     ) -> torch.Tensor:
         """A sum of these hospitals' updates. told: what a hospital is told otherwise than the others; forge:
-        changes the list of keys."""
+        changes the list of keys; most: the total that their slices are divided by."""
         participants = self.participants(run, number)
         forge(participants)
         shares = Shares.model_validate({"query": "shares", "run": run, "round": number, "keys": participants})
@@ -97,7 +98,7 @@ class Consorts:
             theirs = {
                 str(by): sealed[other][str(node)] for by, other in enumerate(LABELS, 1) if other != label
             }
-            about = {"run": run, "round": number, "most": MOST, "model": model, "settings": "", "rate": None}
+            about = {"run": run, "round": number, "most": most, "model": model, "settings": "", "rate": None}
             about |= told(label)
             model_of = about.pop("model")
             task = Train(without=[], seconds=9, partition=None, sealed=theirs, **about)
@@ -105,7 +106,7 @@ class Consorts:
                 vector = masked(task, self.updates[label], 50, LIMIT, self.contexts[label], model_of)
                 total = total + vector
         summed = [node for node, label in enumerate(LABELS, 1) if label in labels]
-        missing = [node for node in (1, 2, 3) if node not in summed]
+        missing = [node for node in NODES if node not in summed]
         sum_ = {"summed": summed, "missing": missing}
         codes = {node: self.ask(LABELS[node - 1], Agree(query="agree", **sum_))["codes"] for node in summed}
         given = []
@@ -115,12 +116,12 @@ class Consorts:
         public = {int(node): one["keys"] for node, one in participants.items()}
         names = {node: one["label"] for node, one in participants.items()}
         bound = binding(
-            [run, number, MOST, model, "", None],
+            [run, number, most, model, "", None],
             {node: one["keys"] for node, one in participants.items()},
             names,
         )
-        every = {node: [one[str(node)] for one in given] for node in (1, 2, 3)}
-        return from_sum(unmasked(total, every, summed, public, bound), len(summed), LIMIT, 3)
+        every = {node: [one[str(node)] for one in given] for node in NODES}
+        return from_sum(unmasked(total, every, summed, public, bound), len(summed), LIMIT, len(LABELS))
 
 
 @pytest.fixture
@@ -227,8 +228,41 @@ def test_rounds_1_2_1_give_no_second_sum_also_after_a_restart(three, restart):
         for label in LABELS:
             three.start(label)
     with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
-        three.sum_of(("anna", "bert"))
+        three.sum_of(("anna", "bert", "cleo"))
     three.sum_of()  # of the same hospitals: a server that was killed before it saved
+
+
+def test_a_round_is_not_summed_by_two_totals(three):
+    """A hospital of 50 slices counts 50 / 100 by the one total and whole by the other: with hospitals of other
+    sizes the difference of two sums is a multiple of the smallest one's update."""
+    three.sum_of()
+    with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
+        three.sum_of(most=50)
+
+
+def test_an_update_is_masked_once_a_try(three):
+    """Shares of some came in a first message, which was refused for what else it held, and those of a missing
+    hospital in a second: masked with the missing one alone, the update came out to 1e-8."""
+    participants = three.participants()
+    shares = Shares.model_validate({"query": "shares", "run": "run", "round": 1, "keys": participants})
+    given = {str(node): three.ask(label, shares)["sealed"] for node, label in zip(NODES, LABELS)}
+    sealed = {node: texts["1"] for node, texts in given.items() if node != "1"}
+    task = {
+        "run": "run",
+        "round": 1,
+        "most": MOST,
+        "settings": "",
+        "rate": None,
+        "without": [],
+        "seconds": 9.0,
+    }
+    for theirs, sentence in (
+        ({**sealed, "4": "ab" * 60}, "can't be opened"),
+        ({"3": sealed["3"], "4": sealed["4"]}, "twice or out of order"),
+    ):
+        asked = Train(**task, partition=None, sealed=theirs)
+        with pytest.raises(HospitalError, match=sentence):
+            masked(asked, three.updates["anna"], 50, LIMIT, three.contexts["anna"], "m")
 
 
 def test_keys_of_one_round_are_not_used_in_another(three):
@@ -242,11 +276,11 @@ def swapped(keys):
 
 
 def invented(keys):
-    keys["4"] = {"label": "dora", "keys": Party().keys(4), "signature": None}
+    keys["5"] = {"label": "emil", "keys": Party().keys(5), "signature": None}
 
 
 def renamed(keys):
-    keys["4"] = {**keys["3"], "label": "dora", "keys": Party().keys(4)}
+    keys["5"] = {**keys["3"], "label": "emil", "keys": Party().keys(5)}
 
 
 def unsigned(keys):
