@@ -99,6 +99,9 @@ def make_app(
         """Score the model that came, train it, send the update."""
         task = request(Train, read(incoming.content))
         mine = hospital(task.settings, context)
+        if not mine.federation.secure_aggregation:
+            with refusing(Failure.CONSENT):
+                sums(context).check_plain()
         told, update = one_round(task, mine, incoming.content["arrays"])
         if mine.federation.secure_aggregation:
             limit, of = mine.federation.secure_range, mine.came

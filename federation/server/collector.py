@@ -100,6 +100,7 @@ class Collector:
                 self.state.progress.run,
                 model,
                 [self.exchange.about["settings"], self.state.rate],
+                self.exchange.mailbox.keys(),
             )
             own = secure.prepare(members)
             members = [member for member in members if member.label in own]

@@ -4,10 +4,12 @@ alone can not say so."""
 import json
 
 import pytest
+from flwr.app import Message
 from scripted import Worker, federate, make_fast
 
 from checkpoint import load_checkpoint
-from federation.protocol.weights import pack
+from federation.protocol.messages import message, read
+from federation.protocol.weights import from_record, pack
 from federation.server.state import load_run
 
 FACTORS = (
@@ -147,3 +149,29 @@ def test_under_privacy_no_score_decides(monkeypatch, tmp_path):
 def test_nothing_of_the_updates_is_left_on_the_disk(run, tmp_path):
     run([0.0, 0.6, 0.1, 0.6, 0.7], 3)
     assert not list(tmp_path.glob(".updates-*"))
+
+
+class Overflowing(Worker):
+    """Fails as a hospital of ours does where the weights that came are too large to train; or sends such weights
+    itself, in round `poison`."""
+
+    def __init__(self, number: int, poison: int | None = None):
+        super().__init__(f"hospital-{number}", [0.5] * 9)
+        self.poison = poison
+
+    def answer(self, incoming):
+        number = read(incoming.content).get("round")
+        if number and self.poison is None and from_record(incoming.content["arrays"]).abs().max() > 1e20:
+            return Message(message({"failure": "training"}), reply_to=incoming)
+        self.factor = 1e30 if number == self.poison else 1.0
+        return super().answer(incoming)
+
+
+def test_a_model_that_half_of_the_hospitals_cant_train_is_taken_back(monkeypatch, tmp_path):
+    """Of two hospitals one sent weights beyond what the other can compute with; that one failed from then on, and
+    the hostile one trained alone."""
+    make_fast(monkeypatch)
+    code, state, said = federate([Overflowing(0), Overflowing(1, poison=2)], 4, tmp_path)
+    assert code == 0 and any("round 2 ruined the model (half of the hospitals" in line for line in said), said
+    later = [row["site"] for row in state.progress.rows if row["round"] in (3, 4)]
+    assert later == ["hospital-0", "hospital-1"] * 2 and state.weights.abs().max() < 1e20

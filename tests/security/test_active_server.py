@@ -7,6 +7,7 @@ The hospitals' own functions are asked, as their app asks them; what a server wo
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,15 @@ from federation.hospital.hospital import HospitalError
 from federation.hospital.identity import Identity
 from federation.hospital.secure_stages import masked, secure_stage
 from federation.hospital.sums import Sums
-from federation.protocol.messages import message
+from federation.protocol.answers import Part
+from federation.protocol.messages import message, read
 from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party, binding, from_sum, unmasked
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import array_record
+from federation.server.mailbox import Answer
+from federation.server.membership import Member
+from federation.server.secure_round import SecureRound
 
 LIMIT, LENGTH, MOST = 2.0, 500, 100
 LABELS = ("anna", "bert", "cleo", "dave")
@@ -370,3 +377,66 @@ def test_who_breaks_the_protocol_is_named_and_the_round_goes_on(
     assert any(re.search(why, said) for said in of_it), named
     counted = {row["site"] for row in state.progress.rows if row["round"] == 1 + lost}
     assert counted == {f"hospital-{k}" for k in range(4 if stage == "unmask" else 3)}
+
+
+def test_keys_that_a_hospital_did_not_sign_are_its_own_failure(tmp_path, monkeypatch):
+    """Every other hospital would refuse the whole list, and the run ended for one that signed nothing."""
+    consorts = Consorts(tmp_path, kits=True)
+    said = consorts.participants()
+    said["2"] |= {"signature": said["3"]["signature"]}
+    signers = {node: consorts.identities["anna"].members[label] for node, label in zip(NODES, LABELS)}
+    part = Part(patients=4, slices=50)
+    told = SimpleNamespace(parts={"train": part})
+    members = [Member(label, node, label, told) for node, label in zip(NODES, LABELS)]
+    asked = []
+
+    def wait(purpose, of, title, limit):
+        if purpose == "p-keys":
+            abouts = {
+                m.label: {"keys": said[str(m.node)]["keys"], "signature": said[str(m.node)]["signature"]}
+                for m in of
+            }
+        else:
+            shares = [request for _, request in asked if request["query"] == "shares"][0]
+            shares = Shares.model_validate({**shares, "ticket": ""})
+            abouts = {m.label: consorts.ask(m.label, shares) for m in of}
+        return {label: Answer(0, purpose, about) for label, about in abouts.items()}, {}
+
+    mailbox = SimpleNamespace(send=lambda nodes, kind, purpose, about, limit: asked.append((nodes, about)))
+    settings = FederationSettings(clients=4, secure_aggregation=True)
+    secure = SecureRound(mailbox, wait, settings, 1, "p", LENGTH, "run", "m", ["", None], signers)
+    assert secure.prepare(members).keys() == {"anna", "cleo", "dave"}
+    assert secure.failures == {"bert": "it sent keys for the secure aggregation that it did not sign"}
+
+
+class Noise(RealHospital):
+    """Sends numbers of its own in the place of its masked update."""
+
+    def answer(self, incoming):
+        reply = super().answer(incoming)
+        if "sealed" not in json.loads(incoming.content["about"]["json"]):
+            return reply
+        numbers = np.random.default_rng(0).integers(
+            0, 2**32, reply.content["arrays"]["weights"].shape[0], np.uint32
+        )
+        return type(incoming)(message(read(reply.content), array_record(numbers)), reply_to=incoming)
+
+
+def test_an_update_that_is_noise_costs_rounds_and_the_run_goes_on_without_its_sender(
+    federate, phantoms, tmp_path
+):
+    """The masks hide who it was. The others' shares were given, and would never have been given again: the run
+    could not go on, not even without that hospital."""
+    four = [RealHospital(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    settings = {
+        "clients": 4,
+        "partition": "iid",
+        "val_fraction": 0.0,
+        "secure_aggregation": True,
+        "min_clients": 3,
+    }
+    with pytest.raises(AssertionError, match="the last two rounds have no sum"):
+        federate(4, hospitals=[*four, Noise(tmp_path / "out", 3, phantoms)], **settings)
+    state, _, _ = federate(4, hospitals=four, resume=True, round_timeout=2.0, **settings)
+    counted = {(row["round"], row["site"]) for row in state.progress.rows if row["examples"] is not None}
+    assert counted == {(number, f"hospital-{k}") for number in (3, 4) for k in range(3)}
