@@ -5,6 +5,7 @@ import json
 
 import pytest
 from flwr.app import Message
+from in_process import RealHospital
 from scripted import Worker, federate, make_fast
 
 from checkpoint import load_checkpoint
@@ -175,3 +176,25 @@ def test_a_model_that_half_of_the_hospitals_cant_train_is_taken_back(monkeypatch
     assert code == 0 and any("round 2 ruined the model (half of the hospitals" in line for line in said), said
     later = [row["site"] for row in state.progress.rows if row["round"] in (3, 4)]
     assert later == ["hospital-0", "hospital-1"] * 2 and state.weights.abs().max() < 1e20
+
+
+class Falling(RealHospital):
+    """Says that the model was good before round 1 and bad before round 2."""
+
+    def answer(self, incoming):
+        reply = super().answer(incoming)
+        number, told = read(incoming.content).get("round"), read(reply.content)
+        if not told.get("val_patients"):
+            return reply
+        told["val_dice"] = 0.1 if number == 2 else 0.6
+        return Message(message(told, reply.content.get("arrays")), reply_to=incoming)
+
+
+def test_under_masks_the_round_of_the_ruined_model_is_not_summed_again(federate, phantoms, tmp_path):
+    """Its shares were given: where one hospital left meanwhile, all others would refuse, and so after --resume."""
+    three = [Falling(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    settings = {"clients": 3, "partition": "iid", "secure_aggregation": True}
+    state, _, said = federate(3, hospitals=three, **settings)
+    assert any("round 1 ruined the model" in line for line in said) and state.progress.collapses == 1
+    assert [about["round"] for about in three[0].asked if "round" in about] == [1, 2, 3]
+    assert any("round 2 is lost" in line for line in said)
