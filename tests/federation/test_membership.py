@@ -180,6 +180,7 @@ def test_a_dispute_waits_for_the_holders_work(play):
         (facts("hospital-1", cid=0), End.UNFIT),
         (facts("two words"), End.UNFIT),
         (facts("mercy", parts={}), End.UNFIT),
+        (facts("mercy", own_data=False, partition_sha256="other"), End.UNFIT),
         (facts("mercy", images={"foreground_mean": 1}), End.UNFIT),
         (facts("mercy", versions=[]), End.UNFIT),
         (facts("mercy", parts={"train": 1, "val": 1, "test": 1}), End.UNFIT),
