@@ -141,7 +141,7 @@ class Collector:
                 del came.told[label]
             came.failures |= secure.failures
             came.lost = secure.lost
-            came.blamed = secure.blamed | self._accuse(number, secure)
+            came.blamed = secure.blamed | self._accuse(number, secure, came.failures)
             if mean is not None:
                 # of single updates nothing can be checked; a variance below 0 would ruin the model for everybody
                 mean = torch.where(self.variances & (mean < 0), self.state.weights, mean)
@@ -154,15 +154,18 @@ class Collector:
             self._accused = number, set()
         return [member for member in members if member.label not in self._accused[1] | self._banned]
 
-    def _accuse(self, number: int, secure: SecureRound) -> dict[str, str]:
+    def _accuse(self, number: int, secure: SecureRound, failures: dict[str, str]) -> dict[str, str]:
         """Who made shares that more than half of the other hospitals can't use, by label; they have no part in
         the next tries of this round, and who made a round impossible in none of this run. One hospital's word
-        is not enough: it may lie, and drops out itself."""
+        is not enough: it may lie, and drops out itself; whom it names is put to why it did, in `failures`."""
         found = {}
         for node, by in self.exchange.complaints().items():
             label, others = secure.names.get(node), {*secure.shared} - {secure.names.get(node)}
             if label and 2 * len(by & others) > len(others):
                 found[label] = f"its shares can't be used ({', '.join(sorted(by))} said so)"
+                continue
+            for accuser in by & failures.keys() if label else ():
+                failures[accuser] += f"; it says that it can't use the shares of {label}"
         self._accused[1].update(found)
         if secure.lost:
             self._banned |= secure.blamed.keys()

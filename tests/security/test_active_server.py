@@ -409,6 +409,17 @@ def test_keys_that_a_hospital_did_not_sign_are_its_own_failure(tmp_path, monkeyp
     assert secure.failures == {"bert": "it sent keys for the secure aggregation that it did not sign"}
 
 
+def test_who_gives_one_other_shares_of_no_use_is_named_beside_it(federate, phantoms, tmp_path):
+    """One word is not enough to leave the named one out, and the one that can't use the shares drops out."""
+    hospitals = [RealHospital(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    spoil = lambda said: said["sealed"].update({"1": "ab" * 60})  # noqa: E731
+    hospitals.append(Spoiling(tmp_path / "out", 3, phantoms, stage="shares", spoil=spoil))
+    federate(1, hospitals=hospitals, clients=4, partition="iid", val_fraction=0.0, secure_aggregation=True)
+    log = (tmp_path / "out" / "audit.jsonl").read_text(encoding="utf-8")
+    (left,) = [event for event in map(json.loads, log.splitlines()) if event["event"] == "left_out"]
+    assert left["hospital"] == "hospital-0" and "can't use the shares of hospital-3" in left["why"]
+
+
 class Noise(RealHospital):
     """Sends numbers of its own in the place of its masked update."""
 
