@@ -13,7 +13,7 @@ from common import EXIT_NO_QUORUM, counted, write_json
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.answers import Result, announced, parse
 from federation.protocol.log import say as say_on_the_terminal
-from federation.protocol.messages import FAILURES, End, Failure
+from federation.protocol.messages import End
 from federation.protocol.settings import to_json
 from federation.protocol.weights import part_mask
 from federation.server.aggregation import ROBUST
@@ -189,8 +189,8 @@ class Federation:
     def _can_hardly_train(self, asked: Collected) -> bool:
         """Whether half of the hospitals that were asked can't train the model: it has no use, whatever the others
         say of it. Who fails sends no score."""
-        failing = list(asked.failures.values()).count(FAILURES[Failure.TRAINING])
-        return not self.privacy and self.state.can_go_back and 2 * failing >= len(asked.members) > 0
+        many = 2 * len(asked.unable) >= len(asked.members) > 0
+        return not self.privacy and self.state.can_go_back and many
 
     def _end_if_nobody_is_found(self, asked: Collected) -> None:
         """Raises NoQuorum after two rounds in a row whose sum somebody made impossible who can't be named."""

@@ -179,10 +179,15 @@ def test_a_model_that_half_of_the_hospitals_cant_train_is_taken_back(monkeypatch
 
 
 class Falling(RealHospital):
-    """Says that the model was good before round 1 and bad before round 2."""
+    """Says that the model was good before round 1 and bad before round 2; unfit: or that its update of round 2
+    does not fit into the secure aggregation, as what a ruined model teaches does not."""
+
+    unfit = False
 
     def answer(self, incoming):
         reply = super().answer(incoming)
+        if self.unfit and read(incoming.content).get("round") == 2 and "query" not in read(incoming.content):
+            return Message(message({"failure": "protocol"}), reply_to=incoming)
         number, told = read(incoming.content).get("round"), read(reply.content)
         if not told.get("val_patients"):
             return reply
@@ -190,8 +195,13 @@ class Falling(RealHospital):
         return Message(message(told, reply.content.get("arrays")), reply_to=incoming)
 
 
-def test_under_masks_the_round_of_the_ruined_model_is_not_summed_again(federate, phantoms, tmp_path):
-    """Its shares were given: where one hospital left meanwhile, all others would refuse, and so after --resume."""
+@pytest.mark.parametrize("unfit", [False, True])
+def test_under_masks_the_round_of_the_ruined_model_is_not_summed_again(
+    federate, phantoms, tmp_path, monkeypatch, unfit
+):
+    """Its shares were given: where one hospital left meanwhile, all others would refuse, and so after --resume.
+    And where no honest update fitted any more, the run ended, and again after --resume."""
+    monkeypatch.setattr(Falling, "unfit", unfit)
     three = [Falling(tmp_path / "out", cid, phantoms) for cid in range(3)]
     settings = {"clients": 3, "partition": "iid", "secure_aggregation": True}
     state, _, said = federate(3, hospitals=three, **settings)
