@@ -49,11 +49,7 @@ def make_app(
     def hospital(settings: str, context: Context) -> Hospital:
         identity = Identity.load(folder_of(context))
         check_consent(settings, identity)
-        training, federation = from_json(settings)
-        if not federation.secure_aggregation:
-            with refusing(Failure.CONSENT):
-                sums(context).refuse_bare()
-        return Hospital(identity, training, federation, folder_of(context) / MEMORY, say)
+        return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY, say)
 
     def sums(context: Context) -> Sums:
         return Sums(Identity.load(folder_of(context)), folder_of(context))
@@ -110,6 +106,9 @@ def make_app(
         """Score the model that came, train it, send the update."""
         task = request(Train, read(incoming.content))
         mine = hospital(task.settings, context)
+        if not mine.federation.secure_aggregation:
+            with refusing(Failure.CONSENT):
+                sums(context).check_plain()
         told, update = one_round(task, mine, incoming.content["arrays"])
         if mine.federation.secure_aggregation:
             limit, of = mine.federation.secure_range, mine.came

@@ -141,6 +141,15 @@ def test_a_hospital_gives_no_shares_that_would_uncover_an_update(summed, missing
     assert set(group.parties[5].kept()) == {"stage", "given"}
 
 
+def test_no_sum_is_of_two():
+    """One of three that gives another shares it can't use is in a sum of two, and knows the other's update."""
+    group = Group(nodes=(5, 7, 40))
+    for node in (5, 7):
+        group.masked(node, torch.zeros(LENGTH))
+    with pytest.raises(MedFLError, match="uncover an update; nothing was given"):
+        group.parties[5].agree([5, 7], [40])
+
+
 @pytest.mark.parametrize("hospitals", range(3, 40))
 def test_no_two_groups_can_each_open_another_secret_of_one(hospitals):
     """A server that tells some that a hospital is in the sum and others that it is missing needs a threshold
@@ -323,11 +332,12 @@ def test_an_update_that_counts_too_much_or_is_of_another_round_is_left_out(
     federate, hospitals, phantoms, tmp_path, lies, reason
 ):
     four = [*hospitals("out"), Liar(tmp_path / "out", 3, phantoms, **lies)]
-    settings = {**THREE, "clients": 4, "val_fraction": 0.0}
-    state, _, said = federate(1, hospitals=four, secure_aggregation=True, **settings)
+    settings = {**THREE, "clients": 4, "val_fraction": 0.0, "secure_aggregation": True}
+    state, _, said = federate(1, hospitals=four, **settings)
     assert any(line.startswith("round 1 without hospital-3") and reason in line for line in said)
-    counted = {row["site"] for row in state.progress.rows if row["round"] == 1}
-    assert counted == {f"hospital-{k}" for k in range(3)}
+    assert {row["site"] for row in state.progress.rows if row["round"] == 1} == {
+        f"hospital-{k}" for k in range(3)
+    }
 
 
 def test_no_round_begins_with_two(federate, hospitals, monkeypatch, phantoms, tmp_path):

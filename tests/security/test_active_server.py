@@ -7,6 +7,7 @@ The hospitals' own functions are asked, as their app asks them; what a server wo
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,12 +23,19 @@ from federation.hospital.hospital import HospitalError
 from federation.hospital.identity import Identity
 from federation.hospital.secure_stages import masked, secure_stage
 from federation.hospital.sums import Sums
-from federation.protocol.messages import message
+from federation.protocol.answers import Part
+from federation.protocol.messages import message, read
 from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party, binding, from_sum, unmasked
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import array_record
+from federation.server.mailbox import Answer
+from federation.server.membership import Member
+from federation.server.secure_round import SecureRound
 
 LIMIT, LENGTH, MOST = 2.0, 500, 100
-LABELS = ("anna", "bert", "cleo", "edda")
+LABELS = ("anna", "bert", "cleo", "dave")
+NODES = range(1, len(LABELS) + 1)
 OPENSSH = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
@@ -84,10 +92,10 @@ class Consorts:
         }
 
     def sum_of(
-        self, labels=LABELS, run="run", number=1, told=lambda label: {}, forge=lambda keys: None
+        self, labels=LABELS, run="run", number=1, told=lambda label: {}, forge=lambda keys: None, most=MOST
     ) -> torch.Tensor:
         """A sum of these hospitals' updates. told: what a hospital is told otherwise than the others; forge:
-        changes the list of keys."""
+        changes the list of keys; most: the total that their slices are divided by."""
         participants = self.participants(run, number)
         forge(participants)
         shares = Shares.model_validate({"query": "shares", "run": run, "round": number, "keys": participants})
@@ -97,7 +105,7 @@ class Consorts:
             theirs = {
                 str(by): sealed[other][str(node)] for by, other in enumerate(LABELS, 1) if other != label
             }
-            about = {"run": run, "round": number, "most": MOST, "model": model, "settings": "", "rate": None}
+            about = {"run": run, "round": number, "most": most, "model": model, "settings": "", "rate": None}
             about |= told(label)
             model_of = about.pop("model")
             task = Train(without=[], seconds=9, partition=None, sealed=theirs, **about)
@@ -105,7 +113,7 @@ class Consorts:
                 vector = masked(task, self.updates[label], 50, LIMIT, self.contexts[label], model_of)
                 total = total + vector
         summed = [node for node, label in enumerate(LABELS, 1) if label in labels]
-        missing = [node for node in range(1, len(LABELS) + 1) if node not in summed]
+        missing = [node for node in NODES if node not in summed]
         sum_ = {"summed": summed, "missing": missing}
         codes = {node: self.ask(LABELS[node - 1], Agree(query="agree", **sum_))["codes"] for node in summed}
         given = []
@@ -115,32 +123,32 @@ class Consorts:
         public = {int(node): one["keys"] for node, one in participants.items()}
         names = {node: one["label"] for node, one in participants.items()}
         bound = binding(
-            [run, number, MOST, model, "", None],
+            [run, number, most, model, "", None],
             {node: one["keys"] for node, one in participants.items()},
             names,
         )
-        every = {node: [one[str(node)] for one in given] for node in public}
+        every = {node: [one[str(node)] for one in given] for node in NODES}
         return from_sum(unmasked(total, every, summed, public, bound), len(summed), LIMIT, len(LABELS))
 
 
 @pytest.fixture
-def four(tmp_path):
+def three(tmp_path):
     return Consorts(tmp_path)
 
 
-def test_an_honest_server_gets_the_sum(four):
-    wanted = 0.5 * sum(four.updates[label].double() for label in LABELS)
-    assert torch.allclose(four.sum_of(), wanted, atol=1e-6)
+def test_an_honest_server_gets_the_sum(three):
+    wanted = 0.5 * sum(three.updates[label].double() for label in LABELS)
+    assert torch.allclose(three.sum_of(), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "other", [{"most": 10**7}, {"model": "another"}, {"settings": '{"lr": 1e-9}'}, {"rate": 1e-9}], ids=str
 )
-def test_hospitals_that_were_told_different_things_give_no_sum(four, other):
+def test_hospitals_that_were_told_different_things_give_no_sum(three, other):
     """With totals of its own for the others, the sum was the victim's update to 2e-6; a model in which the
     others learn nothing would do the same, as would a learning rate of next to nothing for the others."""
     with pytest.raises(MedFLError, match="still masked"):
-        four.sum_of(told=lambda label: other if label == "cleo" else {})
+        three.sum_of(told=lambda label: other if label == "cleo" else {})
 
 
 def test_keys_told_to_some_otherwise_give_no_sum():
@@ -200,40 +208,73 @@ def test_codes_that_are_not_the_others_for_this_sum_open_nothing(forge):
 
 
 @pytest.mark.parametrize("stage", ["keys", "shares", "update"])
-def test_no_stage_is_answered_for_a_run_that_was_not_joined(four, stage):
+def test_no_stage_is_answered_for_a_run_that_was_not_joined(three, stage):
     """A round that is summed under two runs' names, with a hospital and without it, gives its update."""
     asked = {"run": "another", "round": 1}
     with pytest.raises(MedFLError, match="another run than the one that was joined"):
         if stage == "keys":
-            four.ask("anna", Keys(query="keys", **asked))
+            three.ask("anna", Keys(query="keys", **asked))
         elif stage == "shares":
-            keys = four.participants()
-            four.ask("anna", Shares.model_validate({"query": "shares", "keys": keys, **asked}))
+            keys = three.participants()
+            three.ask("anna", Shares.model_validate({"query": "shares", "keys": keys, **asked}))
         else:
-            four.sums["anna"].check_run("another")  # as the app does before each update
+            three.sums["anna"].check_run("another")  # as the app does before each update
 
 
-def test_the_run_is_fixed_for_as_long_as_the_hospital_runs(four):
+def test_the_run_is_fixed_for_as_long_as_the_hospital_runs(three):
     with pytest.raises(MedFLError, match="another run than the one that was joined"):
-        four.sums["anna"].join("another")
-    four.start("anna", "another")  # by its people
+        three.sums["anna"].join("another")
+    three.start("anna", "another")  # by its people
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_rounds_1_2_1_give_no_second_sum_also_after_a_restart(four, restart):
-    four.sum_of()
-    four.sum_of(number=2)
+def test_rounds_1_2_1_give_no_second_sum_also_after_a_restart(three, restart):
+    three.sum_of()
+    three.sum_of(number=2)
     if restart:
         for label in LABELS:
-            four.start(label)
+            three.start(label)
     with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
-        four.sum_of(("anna", "bert", "cleo"))
-    four.sum_of()  # of the same hospitals: a server that was killed before it saved
+        three.sum_of(("anna", "bert", "cleo"))
+    three.sum_of()  # of the same hospitals: a server that was killed before it saved
 
 
-def test_keys_of_one_round_are_not_used_in_another(four):
+def test_a_round_is_not_summed_by_two_totals(three):
+    """A hospital of 50 slices counts 50 / 100 by the one total and whole by the other: with hospitals of other
+    sizes the difference of two sums is a multiple of the smallest one's update."""
+    three.sum_of()
+    with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
+        three.sum_of(most=50)
+
+
+def test_an_update_is_masked_once_a_try(three):
+    """Shares of some came in a first message, which was refused for what else it held, and those of a missing
+    hospital in a second: masked with the missing one alone, the update came out to 1e-8."""
+    participants = three.participants()
+    shares = Shares.model_validate({"query": "shares", "run": "run", "round": 1, "keys": participants})
+    given = {str(node): three.ask(label, shares)["sealed"] for node, label in zip(NODES, LABELS)}
+    sealed = {node: texts["1"] for node, texts in given.items() if node != "1"}
+    task = {
+        "run": "run",
+        "round": 1,
+        "most": MOST,
+        "settings": "",
+        "rate": None,
+        "without": [],
+        "seconds": 9.0,
+    }
+    for theirs, sentence in (
+        ({**sealed, "4": "ab" * 60}, "can't be opened"),
+        ({"3": sealed["3"], "4": sealed["4"]}, "twice or out of order"),
+    ):
+        asked = Train(**task, partition=None, sealed=theirs)
+        with pytest.raises(HospitalError, match=sentence):
+            masked(asked, three.updates["anna"], 50, LIMIT, three.contexts["anna"], "m")
+
+
+def test_keys_of_one_round_are_not_used_in_another(three):
     with pytest.raises(MedFLError, match="another round than the keys are for"):
-        four.sum_of(number=1, told=lambda label: {"round": 2})
+        three.sum_of(number=1, told=lambda label: {"round": 2})
 
 
 def swapped(keys):
@@ -242,11 +283,11 @@ def swapped(keys):
 
 
 def invented(keys):
-    keys["5"] = {"label": "dora", "keys": Party().keys(5), "signature": None}
+    keys["5"] = {"label": "emil", "keys": Party().keys(5), "signature": None}
 
 
 def renamed(keys):
-    keys["5"] = {**keys["3"], "label": "dora", "keys": Party().keys(5)}
+    keys["5"] = {**keys["3"], "label": "emil", "keys": Party().keys(5)}
 
 
 def unsigned(keys):
@@ -260,23 +301,23 @@ def test_with_kits_the_server_can_neither_exchange_keys_nor_invent_hospitals(tmp
 
 
 def test_with_kits_keys_of_a_former_round_are_refused(tmp_path):
-    four = Consorts(tmp_path, kits=True)
-    former = four.participants(number=1)["2"]
+    three = Consorts(tmp_path, kits=True)
+    former = three.participants(number=1)["2"]
     with pytest.raises(HospitalError, match="bert's are not signed by it"):
-        four.sum_of(number=2, forge=lambda keys: keys.update({"2": former}))
+        three.sum_of(number=2, forge=lambda keys: keys.update({"2": former}))
 
 
 def test_with_kits_an_honest_server_gets_the_sum(tmp_path):
-    four = Consorts(tmp_path, kits=True)
-    wanted = 0.5 * sum(four.updates[label].double() for label in LABELS)
-    assert torch.allclose(four.sum_of(), wanted, atol=1e-6)
+    three = Consorts(tmp_path, kits=True)
+    wanted = 0.5 * sum(three.updates[label].double() for label in LABELS)
+    assert torch.allclose(three.sum_of(), wanted, atol=1e-6)
 
 
 def test_a_kit_without_the_consortiums_keys_does_not_join_a_secure_aggregation(tmp_path):
-    four = Consorts(tmp_path, kits=True)
-    four.identities["anna"] = four.identities["anna"].model_copy(update={"members": None})
+    three = Consorts(tmp_path, kits=True)
+    three.identities["anna"] = three.identities["anna"].model_copy(update={"members": None})
     with pytest.raises(MedFLError, match="members.pub"):
-        four.start("anna")
+        three.start("anna")
 
 
 def test_a_suspended_server_that_goes_on_beside_its_successor_opens_one_sum_of_a_round():
@@ -381,3 +422,77 @@ def test_who_breaks_the_protocol_is_named_and_the_round_goes_on(
     assert any(re.search(why, said) for said in of_it), named
     counted = {row["site"] for row in state.progress.rows if row["round"] == 1 + lost}
     assert counted == {f"hospital-{k}" for k in range(4 if stage == "unmask" else 3)}
+
+
+def test_keys_that_a_hospital_did_not_sign_are_its_own_failure(tmp_path, monkeypatch):
+    """Every other hospital would refuse the whole list, and the run ended for one that signed nothing."""
+    consorts = Consorts(tmp_path, kits=True)
+    said = consorts.participants()
+    said["2"] |= {"signature": said["3"]["signature"]}
+    signers = {node: consorts.identities["anna"].members[label] for node, label in zip(NODES, LABELS)}
+    part = Part(patients=4, slices=50)
+    told = SimpleNamespace(parts={"train": part})
+    members = [Member(label, node, label, told) for node, label in zip(NODES, LABELS)]
+    asked = []
+
+    def wait(purpose, of, title, limit):
+        if purpose == "p-keys":
+            abouts = {
+                m.label: {"keys": said[str(m.node)]["keys"], "signature": said[str(m.node)]["signature"]}
+                for m in of
+            }
+        else:
+            shares = [request for _, request in asked if request["query"] == "shares"][0]
+            shares = Shares.model_validate({**shares, "ticket": ""})
+            abouts = {m.label: consorts.ask(m.label, shares) for m in of}
+        return {label: Answer(0, purpose, about) for label, about in abouts.items()}, {}
+
+    mailbox = SimpleNamespace(send=lambda nodes, kind, purpose, about, limit: asked.append((nodes, about)))
+    settings = FederationSettings(clients=4, secure_aggregation=True)
+    secure = SecureRound(mailbox, wait, settings, 1, "p", LENGTH, "run", "m", ["", None], signers)
+    assert secure.prepare(members).keys() == {"anna", "cleo", "dave"}
+    assert secure.failures == {"bert": "it sent keys for the secure aggregation that it did not sign"}
+
+
+def test_who_gives_one_other_shares_of_no_use_is_named_beside_it(federate, phantoms, tmp_path):
+    """One word is not enough to leave the named one out, and the one that can't use the shares drops out."""
+    hospitals = [RealHospital(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    spoil = lambda said: said["sealed"].update({"1": "ab" * 60})  # noqa: E731
+    hospitals.append(Spoiling(tmp_path / "out", 3, phantoms, stage="shares", spoil=spoil))
+    federate(1, hospitals=hospitals, clients=4, partition="iid", val_fraction=0.0, secure_aggregation=True)
+    log = (tmp_path / "out" / "audit.jsonl").read_text(encoding="utf-8")
+    (left,) = [event for event in map(json.loads, log.splitlines()) if event["event"] == "left_out"]
+    assert left["hospital"] == "hospital-0" and "can't use the shares of hospital-3" in left["why"]
+
+
+class Noise(RealHospital):
+    """Sends numbers of its own in the place of its masked update."""
+
+    def answer(self, incoming):
+        reply = super().answer(incoming)
+        if "sealed" not in json.loads(incoming.content["about"]["json"]):
+            return reply
+        numbers = np.random.default_rng(0).integers(
+            0, 2**32, reply.content["arrays"]["weights"].shape[0], np.uint32
+        )
+        return type(incoming)(message(read(reply.content), array_record(numbers)), reply_to=incoming)
+
+
+def test_an_update_that_is_noise_costs_rounds_and_the_run_goes_on_without_its_sender(
+    federate, phantoms, tmp_path
+):
+    """The masks hide who it was. The others' shares were given, and would never have been given again: the run
+    could not go on, not even without that hospital."""
+    four = [RealHospital(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    settings = {
+        "clients": 4,
+        "partition": "iid",
+        "val_fraction": 0.0,
+        "secure_aggregation": True,
+        "min_clients": 3,
+    }
+    with pytest.raises(AssertionError, match="the last two rounds have no sum"):
+        federate(4, hospitals=[*four, Noise(tmp_path / "out", 3, phantoms)], **settings)
+    state, _, _ = federate(4, hospitals=four, resume=True, round_timeout=2.0, **settings)
+    counted = {(row["round"], row["site"]) for row in state.progress.rows if row["examples"] is not None}
+    assert counted == {(number, f"hospital-{k}") for number in (3, 4) for k in range(3)}

@@ -3,7 +3,6 @@ nothing."""
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 from federations import SMALL, Scene
@@ -11,11 +10,11 @@ from flwr.app import Context, Message, RecordDict
 from running import change, copy_of_medfl, run_here
 from scripted import make_messages_outside_of_a_run
 
-from benchmarks.local_federation import LocalHospital
 from common import MedFLError, __version__
 from federation.hospital.app import make_app
 from federation.hospital.identity import Identity
-from federation.protocol.messages import Failure, message, read
+from federation.hospital.sums import JOINED
+from federation.protocol.messages import message, read
 from federation.protocol.settings import FederationSettings, approval, to_json, unusual
 from federation.protocol.weights import pack, to_record
 from run_client import approved
@@ -110,31 +109,11 @@ def test_settings_that_change_after_joining_are_refused_in_the_round(ask, capsys
     )  # goes on, up to the partition it was not told
 
 
-def test_secure_aggregation_can_not_be_left_out_after_joining(monkeypatch, tmp_path, phantoms):
-    """Settings come with each message, and with one in which it was off the server got the bare update."""
-    make_messages_outside_of_a_run(monkeypatch)
-    hospital, training = LocalHospital(tmp_path, 0, phantoms), TrainingSettings(model="mini", image_size=32)
-    settings = FederationSettings(clients=3, partition="iid", rounds=1, secure_aggregation=True)
-    about = {
-        "query": "join",
-        "run": "run",
-        "versions": {},
-        "hospitals": 3,
-        "settings": to_json(training, settings),
-    }
-    joined = read(hospital.answer(Message(message(about), 1, "query")).content)
-    task = {
-        "run": "run",
-        "round": 1,
-        "rate": None,
-        "seconds": 60.0,
-        "without": [],
-        "partition": joined["partition_sha256"],
-        "settings": to_json(training, replace(settings, secure_aggregation=False)),
-    }
-    weights = to_record(pack(TransUNet("mini", 32).state_dict()))
-    reply = hospital.answer(Message(message(task, weights), 1, "train"))
-    assert read(reply.content)["failure"] == Failure.CONSENT and "arrays" not in reply.content
+def test_who_joined_a_secure_aggregation_trains_nothing_without_it(ask, capsys, tmp_path):
+    """Whatever it approved: the server would read the update."""
+    (tmp_path / JOINED).write_text('{"run": "r"}')
+    assert ask(SETTINGS, [approval(CODE, SETTINGS)])["failure"] == "consent"
+    assert "an update without masks" in capsys.readouterr().out
 
 
 def test_the_hash_is_of_code_and_settings():
