@@ -1,6 +1,7 @@
 """One study's series to a volume in the dataset's layout: channels laid over FLAIR, 8 bits, mask, and what is
 told of it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,9 +191,20 @@ def _about(flair: Series, fixed: sitk.Image) -> dict:
         "spacing_mm": [round(v, 4) for v in (between, row, column)],
         "slice_positions_mm": positions.round(3).tolist(),
         "field_strength_t": flair.field_strength,
-        "manufacturer": flair.manufacturer or None,
-        "model": flair.model or None,
+        "manufacturer": _without_patient(flair.manufacturer, flair),
+        "model": _without_patient(flair.model, flair),
     }
+
+
+def _without_patient(text: str, series: Series) -> str | None:
+    """What a tag says of the scanner; None where nothing, or a word of it is of the patient: somebody typed there."""
+    of_patient = _words_of(series.patient_id, *series.person, series.when[:8])
+    return None if not text or _words_of(text) & of_patient else text
+
+
+def _words_of(*texts: str) -> set[str]:
+    """Words of three letters or digits and more, in small letters."""
+    return {word for text in texts for word in re.split(r"[\W_]+", text.lower()) if len(word) >= 3}
 
 
 def write_study(prepared: Prepared, folder: Path, name: str) -> None:

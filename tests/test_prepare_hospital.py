@@ -21,9 +21,10 @@ from running import ROOT, run_here, run_script
 from common import MedFLError
 from dataset import load_dataset
 from radiology.geometry import to_uint8
+from radiology.preparation import _about
 from radiology.prepared import content_of, find_prepared
 from radiology.segmentation import write_segmentation
-from radiology.series import find_series
+from radiology.series import Series, find_series
 from radiology.truths import correction, save_truth
 
 # What an archive writes into its files, and nothing of it may be found again. Maker and model are known to
@@ -237,6 +238,24 @@ def test_no_identifying_value_is_found_in_the_output(scene):
     for value in values:
         for path, content in texts.items():
             assert value.encode() not in content, f"{value} in {path}"
+
+
+@pytest.mark.parametrize("typed", ["Siemens Zzyzxova", "QX-48151623", "Avanto 19540312", "1.5T 20190317"])
+def test_a_scanners_tag_in_which_somebody_typed_the_patient_is_left_out(typed):
+    series = Series(
+        uid="1",
+        study_uid="2",
+        patient_id="QX-48151623",
+        modality="MR",
+        description="flair",
+        files=(),
+        manufacturer=typed,
+        model="Prisma",
+        person=("Zzyzxova^Anna", "19540312", "F"),
+        when="20190317074912",
+    )
+    about = _about(series, sitk.Image(4, 4, 2, sitk.sitkUInt8))
+    assert (about["manufacturer"], about["model"]) == (None, "Prisma")
 
 
 def test_volume_json_holds_geometry_and_scanner_alone(scene):

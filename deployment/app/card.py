@@ -142,8 +142,9 @@ def _origin(origin: dict) -> str:
         names = ", ".join(labels[:LABELS]) + (
             f" and {len(labels) - LABELS} more" if len(labels) > LABELS else ""
         )
+        whom = f" ({names})" if names else ""  # privacy of hospitals tells no names
         return (
-            f"federated, {origin['hospitals']} hospitals ({names}), {origin['rounds']} rounds, "
+            f"federated, {origin['hospitals']} hospitals{whom}, {origin['rounds']} rounds, "
             f"{origin['strategy']}, data held by {origin['partition']}; {kept}, {noise}"
         )
     place = {"centralised": "in one place", "local": f"at {origin.get('hospital')} alone"}.get(
@@ -168,10 +169,11 @@ def _data(data: dict) -> str | None:
         if data.get(part)
     )
     phantoms = data.get("name") == "phantoms"
+    patients = f": {counts} patients" if counts else ""
     warning = (
         ". Phantoms are painted, not measured: the model knows nothing of real scans" if phantoms else ""
     )
-    return f"{data.get('name')}: {counts} patients{warning}"
+    return f"{data.get('name')}{patients}{warning}"
 
 
 def _calibration(about: dict) -> str | None:

@@ -215,11 +215,15 @@ function toBytes(values, isBytes) {
   return Uint8Array.from(values, (value) => Math.round(Math.min(Math.max(value * factor, 0), 255)));
 }
 
+// of a header: data_type and db_name, descrip and aux_file, intent_name. Converters write comments, times and names of patients there
+const TEXTS = [[4, 32], [148, 252], [328, 344]];
+
 /** A mask, count × height × width of 0 or 255, as .nii.gz, voxel for voxel on the scan that was opened, 1 where there is tumour. */
 export function writeNifti(opened, mask) {
   const { head, header, turned } = opened.nifti;
   const file = new Uint8Array(HEADER + 4 + mask.length); // 4 bytes that say: no extensions
   file.set(new Uint8Array(head));
+  for (const [from, to] of TEXTS) file.fill(0, from, to);
   const view = new DataView(file.buffer), little = header.littleEndian;
   view.setInt16(40, 3, little); // three dimensions, and none beyond
   for (let beyond = 4; beyond <= 7; beyond++) view.setInt16(40 + 2 * beyond, 1, little);

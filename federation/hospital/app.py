@@ -54,7 +54,7 @@ def make_app(
     def sums(context: Context) -> Sums:
         return Sums(Identity.load(folder_of(context)), folder_of(context))
 
-    def keep_errors_here(incoming: Message, context: Context, handle: Handle) -> Message:
+    def answer(incoming: Message, context: Context, handle: Handle) -> Message:
         identity, folder = Identity.load(folder_of(context)), folder_of(context)
         # hospitals that share one dataset share a terminal as well
         with shown(identity, folder) if identity.own_data else contextlib.nullcontext():
@@ -62,6 +62,13 @@ def make_app(
         if key := identity.private_key():
             sign_answer(reply.content, text_of(incoming), key)
         return reply
+
+    def keep_errors_here(incoming: Message, context: Context, handle: Handle) -> Message:
+        try:
+            return answer(incoming, context, handle)
+        except Exception:  # a kit that is gone, for instance; Flower would tell the server its path
+            say(traceback.format_exc())
+            return Message(message({"failure": Failure.BUG}), reply_to=incoming)
 
     app = ClientApp(mods=[keep_errors_here, before])
 
@@ -99,6 +106,9 @@ def make_app(
         """Score the model that came, train it, send the update."""
         task = request(Train, read(incoming.content))
         mine = hospital(task.settings, context)
+        if not mine.federation.secure_aggregation:
+            with refusing(Failure.CONSENT):
+                sums(context).check_plain()
         told, update = one_round(task, mine, incoming.content["arrays"])
         if mine.federation.secure_aggregation:
             limit, of = mine.federation.secure_range, mine.came

@@ -19,6 +19,7 @@ from federation.hospital.identity import Identity
 from federation.hospital.moments import Moments
 from federation.hospital.norms import OwnNorms
 from federation.hospital.pretraining import painter_of, pretraining
+from federation.hospital.scored import SCORED, ScoredModels
 from federation.hospital.statistics import ToldStatistics
 from federation.hospital.training import proximal_pull, rate_in_a_round, seed_of, train_round
 from federation.privacy.budget import PatientBudget
@@ -42,6 +43,10 @@ from federation.protocol.weights import (
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 from usage import choose_device
+
+TOLD_DIGITS = (
+    4  # of a Dice or loss, after the point: what tells models apart, not all that 64 bits say of patients
+)
 
 
 class HospitalError(MedFLError):
@@ -97,6 +102,7 @@ class Hospital:
         self.began, self.came = time.monotonic(), ""  # SHA-256 of the weights that came
         self.tell = tell
         self.identity, self.training, self.federation, self.memory = identity, training, federation, memory
+        self.scored = ScoredModels(memory.with_name(SCORED), identity.session)
         if identity.shared_cores:  # more threads than cores slow all down
             torch.set_num_threads(max(1, identity.shared_cores // federation.clients))
         self.device = choose_device(identity.device)
@@ -191,7 +197,7 @@ class Hospital:
     def score(self, model: TransUNet, part: str = "val") -> Scored:
         """The model's mean volume Dice over the patients of a part. Own data of fewer than 3 give none: a mean
         of one or two is a figure of a patient. Nor do patients without any tumour, for whom an empty mask is
-        perfect."""
+        perfect, and more models than runs need."""
         began, patients = time.monotonic(), self.data.split.part(part)
         if (
             self.federation.pretraining
@@ -199,12 +205,27 @@ class Hospital:
             or (self.identity.own_data and len(patients) < SMALLEST_GROUP)
         ):
             return Scored()
+        if not self._may_tell_of(pack(model.state_dict())):
+            return Scored()
         rows = score_patients(model, self.data.dataset, patients, THRESHOLD)
         return Scored(float(np.mean([row["dice"] for row in rows])), len(rows), time.monotonic() - began)
 
+    def _may_tell_of(self, weights: torch.Tensor) -> bool:
+        """Whether scores and losses of a model that came, (n,) float32, may be told; it is said where not."""
+        if self.scored.admits(weights, self.federation.rounds):
+            return True
+        self.tell(
+            f"the server asked for scores of more models than {counted(self.federation.rounds, 'round')} need, and "
+            "scores of made-up models tell of patients; no more are told until this hospital is started again"
+        )
+        return False
+
     def told(self, score: Scored) -> Scored:
-        """What the server gets of a score: with a promise to patients none, because no noise protects it."""
-        return Scored(seconds=score.seconds) if self.budget else score
+        """What the server gets of a score: few digits, and with a promise to patients none, because no noise
+        protects it."""
+        if self.budget or score.val_dice is None:
+            return Scored(seconds=score.seconds)
+        return replace(score, val_dice=round(score.val_dice, TOLD_DIGITS))
 
     def finish(self, model: TransUNet, task: Task) -> Scored:
         """Score the federation's last model. Where normalisation layers stayed here, it is one of this
@@ -264,9 +285,10 @@ class Hospital:
         few = (
             self.identity.own_data and len(self.data.split.train) < SMALLEST_GROUP
         )  # a loss of one or two patients
+        tells = not (few or self.budget) and self._may_tell_of(before)
         return Worked(
             batches.slices,
-            None if few or self.budget else loss,
+            round(loss, TOLD_DIGITS) if tells else None,
             self.budget.spent if self.budget else None,
             time.monotonic() - began,
         ), update

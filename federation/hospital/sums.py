@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common import MedFLError, atomic_write, write_json
 from federation.hospital.identity import Identity
-from federation.protocol.proofs import check, sign
+from federation.protocol.proofs import check, keys_statement, sign
 from federation.protocol.requests import Shares
 
 JOINED = "joined.json"  # beside hospital.json, so it lasts as long as this start of run_client.py
@@ -45,10 +45,21 @@ class Sums:
                 "was given; if the consortium began a new run, start this hospital again"
             )
 
+    def check_plain(self) -> None:
+        """See that no run with secure aggregation was joined: an update without masks would be the server's to
+        read."""
+        if self.joined.exists():
+            raise MedFLError(
+                "the server asked for an update without masks, and this hospital joined a run with secure "
+                "aggregation; nothing was trained; if the consortium began a run without, start this hospital again"
+            )
+
     def signature(self, run: str, number: int, keys: list[str]) -> str | None:
         """Of this hospital's public keys in a round; None without a key of the consortium."""
         key = self.identity.private_key()
-        return None if key is None else sign(key, "keys", _statement(run, number, self.identity.label, keys))
+        return (
+            None if key is None else sign(key, "keys", keys_statement(run, number, self.identity.label, keys))
+        )
 
     def participants(self, asked: Shares) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Public keys and labels of a round's participants, by node. With a kit each must have signed its keys
@@ -68,7 +79,7 @@ class Sums:
                         "members.pub; nothing was given; if the consortium has a new member, add its line"
                     )
                 try:
-                    statement = _statement(asked.run, asked.round, one.label, one.keys)
+                    statement = keys_statement(asked.run, asked.round, one.label, one.keys)
                     check(public, "keys", statement, one.signature or "")
                 except MedFLError as error:
                     raise MedFLError(
@@ -94,7 +105,3 @@ class Sums:
         """Keep that, before the shares leave."""
         with atomic_write(self.file, "w", private=True) as file:
             json.dump({"version": 1, "given": given}, file)
-
-
-def _statement(run: str, number: int, label: str, keys: list[str]) -> dict:
-    return {"run": run, "round": number, "label": label, "keys": keys}

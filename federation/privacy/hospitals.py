@@ -12,7 +12,6 @@ weights alone while its strategies weight by examples, and a change of nothing e
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -20,16 +19,12 @@ import torch
 
 from common import counted
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
+from federation.privacy.noise import noised
 from federation.protocol.settings import FederationSettings
 
 # a function that gives blocks: columns of the weights, and the hospitals' changes of these, (hospitals,
 # columns) float64
 Changes = Callable[[], Iterator[tuple[slice, np.ndarray]]]
-
-
-def secret_random() -> np.random.Generator:
-    """A generator seeded by the system's randomness, which nobody keeps."""
-    return np.random.default_rng(int.from_bytes(os.urandom(32)))
 
 
 class HospitalPrivacy:
@@ -62,13 +57,14 @@ class HospitalPrivacy:
         block by block, as often as it is called; travels: which weights were trained, (n,) bool. The others
         stay as they were.
         """
-        total = torch.from_numpy(secret_random().standard_normal(len(sent))).mul_(self.multiplier * self.clip)
+        total = torch.zeros(len(sent), dtype=torch.float64)
         squares: np.ndarray | float = 0.0
         for columns, block in changes():
             squares = squares + np.square(block[:, travels[columns].numpy()]).sum(axis=1)
         factors = np.minimum(1.0, self.clip / np.sqrt(squares).clip(min=1e-300))
         for columns, block in changes():
             total[columns] += torch.from_numpy(factors @ block)
+        total = noised(total, self.multiplier * self.clip)
         return total.mul_(travels).div_(self.settings.clients).add_(sent).float()
 
     def warning(self, values: int) -> str | None:

@@ -11,6 +11,7 @@ change the gradients of the others.
 """
 
 import math
+import secrets
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from batches import TrainingBatches
 from dataset import Dataset
-from federation.privacy.hospitals import secret_random
+from federation.privacy.noise import noised
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 
@@ -48,10 +49,12 @@ class PatientBatches:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches, made as they are asked for."""
-        random = secret_random()
+        chances = secrets.SystemRandom()
         for step in range(len(self)):
             drawn = [
-                next(one.epoch(epoch * len(self) + step)) for one in self.patients if random.random() < CHANCE
+                next(one.epoch(epoch * len(self) + step))
+                for one in self.patients
+                if chances.random() < CHANCE
             ]
             if drawn:
                 yield torch.stack([images for images, _ in drawn]), torch.stack([masks for _, masks in drawn])
@@ -74,15 +77,11 @@ class PrivateLearner(Learner):
         super().__init__(model, settings, device)
         self.deviation, self.expected = multiplier * CLIP, CHANCE * patients
         self.trained = [weight for name, weight in model.named_parameters() if name.startswith(TRAINED)]
-        self.random = secret_random()
 
     def set_gradients(self, images: Iterable[Tensor], masks: Iterable[Tensor]) -> tuple[float, float]:
         """Give TRAINED their gradients and the others none; loss and soft Dice, mean over the patients (0
         without any), of whom each gives images and masks."""
-        total = [
-            torch.from_numpy(self.random.standard_normal(tuple(weight.shape))).mul_(self.deviation)
-            for weight in self.trained
-        ]
+        total = [torch.zeros(weight.shape, dtype=torch.float64) for weight in self.trained]
         losses, dices = [], []
         for loss, dice in map(self.loss_of, images, masks):
             gradients = [gradient.double().cpu() for gradient in torch.autograd.grad(loss, self.trained)]
@@ -96,5 +95,5 @@ class PrivateLearner(Learner):
                 dices.append(dice.item())
         self.optimiser.zero_grad(set_to_none=True)
         for weight, one in zip(self.trained, total):
-            weight.grad = one.div_(self.expected).to(weight)
+            weight.grad = noised(one, self.deviation).div_(self.expected).to(weight)
         return sum(losses) / max(len(losses), 1), sum(dices) / max(len(dices), 1)

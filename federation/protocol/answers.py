@@ -113,6 +113,8 @@ class Facts(Introduction):
     def _consistent(self) -> "Facts":
         if self.parts.keys() != set(PARTS):
             raise ValueError("other parts")
+        if self.own_data != (self.cid is None):  # a share has a number
+            raise ValueError("own data with a number, or a share without one")
         if self.images is not None and self.parts["train"].patients < SMALLEST_GROUP:
             raise ValueError("a mean over so few patients")
         return self

@@ -18,6 +18,7 @@ from common import MedFLError
 
 SOON = timedelta(days=30)  # before a certificate or an admission ends: from then on it is told
 MOST_TEXT = 4_000_000  # letters of a message's text: the sealed shares of a thousand hospitals fit
+MOST_ENTRIES = 20_000  # and so many of these: to say what is wrong with each takes time and memory
 
 
 class Query(StrEnum):
@@ -112,7 +113,7 @@ def read(content: RecordDict) -> dict:
     """The `about` of a message. Raises MedFLError where there is none."""
     try:
         text = content["about"]["json"]
-        if not isinstance(text, str | bytes) or len(text) > MOST_TEXT:
+        if not isinstance(text, str) or len(text) > MOST_TEXT or text.count(",") > MOST_ENTRIES:
             raise TypeError("no text, or one that is too long")
         about = json.loads(text)
     except (LookupError, TypeError, ValueError, RecursionError, AttributeError) as error:

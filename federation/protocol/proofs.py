@@ -53,6 +53,11 @@ def asked(about: Mapping) -> Asked:
     return Asked(about.get("ticket", ""), about.get("run"), about.get("round"))
 
 
+def keys_statement(run: str, number: int, label: str, keys: list[str]) -> dict:
+    """What a hospital signs of its public keys in a round of secure aggregation."""
+    return {"run": run, "round": number, "label": label, "keys": keys}
+
+
 def sign(key: ec.EllipticCurvePrivateKey, kind: str, statement: Mapping) -> str:
     """The signature, in hexadecimal, of a statement of this kind."""
     return key.sign(_bytes(kind, statement), ec.ECDSA(hashes.SHA384())).hex()

@@ -50,7 +50,7 @@ from flwr.supercore.primitives.asymmetric import (
 
 from common import MedFLError
 
-LEAST = 3  # hospitals: of two, each knows the other's update from the sum
+LEAST = 3  # hospitals of a sum: of two, each knows the other's update from it
 
 
 class WrongShares(MedFLError):
@@ -108,7 +108,7 @@ def from_sum(total: np.ndarray, summands: int, limit: float, hospitals: int) -> 
     Raises MedFLError where it can't be one: a mask that was not taken off gives values all over the 32 bits.
     """
     if len(total) and int(total.max()) > summands * steps(hospitals):
-        raise MedFLError("the sum is still masked, because somebody gave wrong shares")
+        raise MedFLError("the sum is still masked, because somebody sent no masked update, or wrong shares")
     return torch.from_numpy(total.astype(np.float64) * (2 * limit / steps(hospitals)) - summands * limit)
 
 
@@ -160,8 +160,8 @@ class Party:
     """A hospital's part: one try of one round at a time.
 
     stage: the last one that it took part in. names: of the hospitals, by node. promised: SHA-256 of the
-    shares that it made of its seed and of its key, by node. given: who was summed in each round for which
-    it gave shares, the round as JSON of the run's name and its number. Binary values are kept as
+    shares that it made of its seed and of its key, by node. given: what was summed in each round for which
+    it gave shares (`_account`), the round as JSON of the run's name and its number. Binary values are kept as
     hexadecimal text, so that JSON holds them between two messages; nodes are keys as text. Each function
     raises MedFLError where the server asks for what it must not have.
     """
@@ -177,6 +177,7 @@ class Party:
         default_factory=dict
     )  # that others gave into care: of their seed, of their key
     round: list = field(default_factory=list)  # that the keys are for: the run's name, the round's number
+    counted: str = ""  # SHA-256 of the total that slices are divided by, the settings and the rate
     sum: list[list[int]] = field(default_factory=list)  # the hospitals in it and those missing, as agreed
     given: dict[str, list[str]] = field(default_factory=dict)
 
@@ -233,6 +234,9 @@ class Party:
         run, round, and what else the masks are bound to (`binding`); promised: SHA-256 of the shares that are
         sealed. Raises WrongShares where one is not what it should be."""
         self._expect("shares")
+        # once a try: asked again, it would mask with other hospitals than those whose shares it has in care, and
+        # the masks of a missing one alone would come off
+        self.stage = "revealed"
         others = self.public.keys() - {str(self.node)}
         if not sealed.keys() <= others or len(sealed) + 1 < threshold(len(self.public)):
             raise MedFLError(
@@ -267,7 +271,9 @@ class Party:
                 bytes.fromhex(self.private[0]), bytes.fromhex(self.public[node][0]), len(values), bound
             )
             values = values + between if self.node > int(node) else values - between
-        self.round, self.stage = of[:2], "masked"
+        run_and_round, most, settings_and_rate = of[:2], of[2:3], of[4:]
+        counted = hashlib.sha256(json.dumps([most, settings_and_rate]).encode()).hexdigest()
+        self.round, self.counted, self.stage = run_and_round, counted, "masked"
         return values
 
     def agree(self, summed: list[int], missing: list[int]) -> dict[str, str]:
@@ -281,14 +287,13 @@ class Party:
             len(set(all_of_them)) < len(all_of_them)
             or set(all_of_them) != known
             or self.node not in summed
-            or len(summed) < threshold(len(self.public))
+            or len(summed) < max(LEAST, threshold(len(self.public)))
         ):
             raise MedFLError(
                 "the server asked for shares that together would uncover an update; nothing was given"
             )
-        this = json.dumps(self.round)
-        names = sorted(self.names.get(str(node), str(node)) for node in summed)
-        if self.given.get(this, names) != names:
+        this, kept = json.dumps(self.round), self._account(summed)
+        if self.given.get(this, kept) != kept:
             raise MedFLError(
                 "the server asked for another sum of a round that was summed already, and two of them would "
                 "differ by an update; nothing was given; let the same hospitals take part, or begin the "
@@ -313,9 +318,14 @@ class Party:
                 "the hospitals were not told the same members of the sum, and different sums could uncover an "
                 "update; nothing was given"
             )
-        names = sorted(self.names.get(str(node), str(node)) for node in summed)
-        self.given = {**self.given, json.dumps(self.round): names}
+        self.given = {**self.given, json.dumps(self.round): self._account(summed)}
         return {str(node): self.shares[str(node)][node not in summed] for node in (*summed, *missing)}
+
+    def _account(self, summed: list[int]) -> list[str]:
+        """What is kept of a sum: the names of the hospitals in it, and a hash of what decides how much each of
+        them counts. Two sums of one round over the same hospitals, by two totals, would differ by a multiple of
+        the smallest one's update."""
+        return [*sorted(self.names.get(str(node), str(node)) for node in summed), self.counted]
 
     def _code(self, by: int, to: str, other: str) -> str:
         """What hospital `by` says to hospital `to` of the agreed sum. other: the one of the two that is not

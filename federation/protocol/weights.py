@@ -146,7 +146,12 @@ def values_of(arrays: Record | None, kind: type) -> np.ndarray:
         values = arrays[WEIGHTS].numpy()
     except Exception as error:  # bytes from elsewhere: numpy and Flower each raise their own kinds
         raise MedFLError("its weights can't be decoded") from error
-    if values.ndim != 1 or values.dtype != kind:
+    said = arrays[WEIGHTS]  # which is what counts as sent, and what was signed
+    if (
+        values.ndim != 1
+        or values.dtype != kind
+        or (said.dtype, tuple(said.shape)) != (str(values.dtype), values.shape)
+    ):
         raise MedFLError("its weights have another shape or type than they should")
     return values
 

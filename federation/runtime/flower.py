@@ -179,9 +179,27 @@ def tie_to_parent(parent: int, how: signal.Signals | None = None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def only_own_answers(push: Callable) -> Callable:
+    """What takes a hospital's message in at the SuperLink, for its own answers alone. Flower (1.41) looks at who
+    calls, and not at whom the message names as its sender: one that answers nothing and names the server would be
+    handed to another hospital as the server's."""
+    from fastapi import HTTPException
+
+    def pushed(request: Any, state: Any) -> Any:
+        for one in request.messages_list:
+            about = one.metadata
+            if about.src_node_id != request.node.node_id or not about.reply_to_message_id:
+                raise HTTPException(403, "a hospital sends its own answers alone")
+        return push(request=request, state=state)
+
+    return pushed
+
+
 def run_superlink(options: list[str]) -> None:
     from flwr.superlink.cli import flower_superlink
 
+    handlers = importlib.import_module("flwr.superlink.servicer.fleet.fleet_handlers")
+    vars(handlers)["push_messages"] = only_own_answers(handlers.push_messages)
     sys.argv = ["flower-superlink", *options]
     flower_superlink()
 

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from federation.protocol.proofs import check
 
 AUDIT = "audit.jsonl"  # in the folder that a run writes
 NOTHING = "0" * 64
-
+SHA256 = re.compile("[0-9a-f]{64}")
 
 ENDS = "audit_ends.json"  # in the server's kit: {path of a log: [lines, SHA-256 of the last]}
 
@@ -106,19 +107,26 @@ def check_signatures(path: Path, keys: Mapping[str, list[str]]) -> int:
     """How many updates the log says were signed, each by a key that its hospital has or had.
 
     keys: public keys (OpenSSH's lines) by label. Raises MedFLError that names the first line whose signature
-    is another's, or of something else than the line says, and a round that counts an update without one.
+    is another's, of no update, of another run, or of something else than the line says, and a round that counts an
+    update without one.
     """
     signed: set[tuple[str, str]] = set()
-    count, asked = 0, False
+    count, asked, run = 0, False, None
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         about = json.loads(line)
         where = f"line {number} of {path}"
         event = about.get("event")
         if event == "start":
             asked = bool(about.get("keys"))
-            signed = signed if about.get("resumed") else set()  # another run's rounds have the same numbers
+            if not about.get("resumed"):
+                signed, run = set(), None  # another run's rounds have the same numbers
         elif event == "signed":
             _check_signed(about, keys, where)
+            run = run or about["run"]
+            if about["run"] != run:
+                raise MedFLError(
+                    f"{where} is signed for another run than the lines before it; the log was changed"
+                )
             signed.add((str(about["round"]), str(about["hospital"])))
             count += 1
         elif event == "round" and asked:
@@ -137,6 +145,8 @@ def _check_signed(about: dict, keys: Mapping[str, list[str]], where: str) -> Non
         hospital, signature = str(about["hospital"]), str(about["signature"])
         statement = {name: about[name] for name in ("ticket", "run", "round", "answer", "update")}
         _ = int(about["round"])
+        if not SHA256.fullmatch(about["update"]):  # a hospital signs its refusals as well, which hold none
+            raise ValueError("no update")
     except (KeyError, TypeError, ValueError) as error:
         raise MedFLError(f"{where} says nothing that could have been signed; the log was changed") from error
     if hospital not in keys:
@@ -160,10 +170,21 @@ def check_line(path: Path, number: int, sha256: str, by: str) -> None:
         )
 
 
+def hashes_of(name: str, log: Path) -> list[str]:
+    """What the log says of a file of this name: its SHA-256 whenever it was written. Lines that can't be read say
+    nothing here; `verify` and `cut_half_line` tell of them."""
+    said = []
+    for line in log.read_bytes().splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
+            about = json.loads(line)
+            if about.get("file") == name:
+                said.append(about["sha256"])
+    return said
+
+
 def check_file(path: Path, log: Path) -> None:
     """Raises MedFLError where a file is another than the log says that it was when it was written last."""
-    lines = [json.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else []
-    said = [line["sha256"] for line in lines if line.get("file") == path.name]
+    said = hashes_of(path.name, log)
     if said and file_sha256(path) != said[-1]:
         raise MedFLError(
             f"{path} is not the file whose hash stands in {log}: it was changed; put back a copy of both, or "

@@ -7,6 +7,7 @@ import torch
 
 from common import MedFLError
 from federation.protocol.answers import Result, Trained, announced, parse
+from federation.protocol.messages import FAILURES, Failure
 from federation.protocol.proofs import Proof
 from federation.protocol.weights import (
     FULL,
@@ -33,7 +34,8 @@ class Collected:
     told: what hospitals said of their training, by label; observed: the scores of those that only observe.
     updates: those that may count. bytes: what went to each hospital and what came back. failures: why
     hospitals have no part in it. proofs: what they signed. blamed: who broke the secure aggregation, and how,
-    also where it counts all the same. lost: a hospital's wrong secret makes a sum of this round impossible.
+    also where it counts all the same. unable: who could not train the model, or whose update has no place in a
+    secure sum. lost: a hospital's wrong secret makes a sum of this round impossible.
     """
 
     members: list[Member]
@@ -44,6 +46,7 @@ class Collected:
     failures: dict[str, str] = field(default_factory=dict)
     proofs: dict[str, Proof] = field(default_factory=dict)
     blamed: dict[str, str] = field(default_factory=dict)
+    unable: set[str] = field(default_factory=set)
     lost: bool = False
 
     @property
@@ -100,6 +103,7 @@ class Collector:
                 self.state.progress.run,
                 model,
                 [self.exchange.about["settings"], self.state.rate],
+                self.exchange.mailbox.keys(),
             )
             own = secure.prepare(members)
             members = [member for member in members if member.label in own]
@@ -134,13 +138,18 @@ class Collector:
         _, came.failures = self.exchange.wait(
             purpose, [*members, *observers], f"round {number} of {self.settings.rounds}", take=take
         )
+        complaints = self.exchange.complaints()
+        unfit = (FAILURES[Failure.TRAINING], FAILURES[Failure.PROTOCOL])
+        came.unable = {label for label, why in came.failures.items() if why in unfit}.difference(
+            *complaints.values()
+        )
         if secure:
             mean = secure.mean(sorted(came.told), self.state.weights, travels)
             for label in secure.failures.keys() & came.told.keys():
                 del came.told[label]
             came.failures |= secure.failures
             came.lost = secure.lost
-            came.blamed = secure.blamed | self._accuse(number, secure)
+            came.blamed = secure.blamed | self._accuse(number, secure, complaints, came.failures)
             if mean is not None:
                 # of single updates nothing can be checked; a variance below 0 would ruin the model for everybody
                 mean = torch.where(self.variances & (mean < 0), self.state.weights, mean)
@@ -153,15 +162,20 @@ class Collector:
             self._accused = number, set()
         return [member for member in members if member.label not in self._accused[1] | self._banned]
 
-    def _accuse(self, number: int, secure: SecureRound) -> dict[str, str]:
+    def _accuse(
+        self, number: int, secure: SecureRound, complaints: dict[str, set[str]], failures: dict[str, str]
+    ) -> dict[str, str]:
         """Who made shares that more than half of the other hospitals can't use, by label; they have no part in
         the next tries of this round, and who made a round impossible in none of this run. One hospital's word
-        is not enough: it may lie, and drops out itself."""
+        is not enough: it may lie, and drops out itself; whom it names is put to why it did, in `failures`."""
         found = {}
-        for node, by in self.exchange.complaints().items():
+        for node, by in complaints.items():
             label, others = secure.names.get(node), {*secure.shared} - {secure.names.get(node)}
             if label and 2 * len(by & others) > len(others):
                 found[label] = f"its shares can't be used ({', '.join(sorted(by))} said so)"
+                continue
+            for accuser in by & failures.keys() if label else ():
+                failures[accuser] += f"; it says that it can't use the shares of {label}"
         self._accused[1].update(found)
         if secure.lost:
             self._banned |= secure.blamed.keys()

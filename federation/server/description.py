@@ -29,7 +29,8 @@ def describe_run(
         scores: of the model on validation patients, empty without any.
     """
     told = list(done.hospitals.values())
-    # differential privacy of hospitals puts noise on weights only, so nothing is told of the images
+    # differential privacy of hospitals puts noise on weights only, so beside them nothing is told that depends on
+    # who took part: no label, count or device, and nothing of the images
     images = (
         None
         if settings.private
@@ -64,7 +65,7 @@ def _training(
         **asdict(settings),
         "rounds_done": number,
         "seconds": round(done.seconds, 1),
-        "device": " ".join(sorted({facts.device for facts in told})),
+        "device": None if settings.private else " ".join(sorted({facts.device for facts in told})),
         "selected_by": "patient-weighted validation mean volume Dice"
         if scored
         else "nothing: the last model",
@@ -81,7 +82,7 @@ def _data(training: TrainingSettings, settings: FederationSettings, told: list[F
             "test_fraction": settings.test_fraction,
         },
     }
-    for part in PARTS:
+    for part in PARTS if not settings.private else ():
         data[part] = {
             "patients": sum(facts.parts[part].patients for facts in told),
             "slices": sum(facts.parts[part].slices for facts in told),
@@ -95,12 +96,12 @@ def _origin(settings: FederationSettings, done: Progress, told: list[Facts], num
         "secure_aggregation": settings.secure_aggregation,
         "epsilon": done.epsilon,
         "delta": settings.dp_delta if settings.private else None,
-        "patients": _patients_privacy(done),
+        "patients": {} if settings.private else _patients_privacy(done),
     }
     return {
         "kind": "federated",
-        "hospitals": len(told),
-        "labels": sorted(done.hospitals),
+        "hospitals": settings.clients if settings.private else len(told),
+        "labels": [] if settings.private else sorted(done.hospitals),
         "partition": settings.partition if simulated else "own data",
         "strategy": settings.strategy,
         "rounds": number,

@@ -120,11 +120,15 @@ class Ending:
             "settings": json.loads(to_json(self.state.training, self.state.federation)),
             "rounds_done": done.round,
             "run": done.run,
-            "hospitals": sorted(done.hospitals),
-            "volumes": sum(facts.parts["train"].patients for facts in done.hospitals.values()),
-            "slices": sum(facts.parts["train"].slices for facts in done.hospitals.values()),
             "created": utc_now(),
         }
+        if not self.state.federation.private:  # which hides who took part
+            parts = [facts.parts["train"] for facts in done.hospitals.values()]
+            about |= {
+                "hospitals": sorted(done.hospitals),
+                "volumes": sum(part.patients for part in parts),
+                "slices": sum(part.slices for part in parts),
+            }
         write_encoder(model.encoder, about, path)
         self.audit.write("encoder", round=done.round, file=path.name, sha256=file_sha256(path))
         self.say(f"wrote {path}")

@@ -2,11 +2,11 @@
 
 Two models are compared over the hospitals that scored both, each hospital with itself, so that one that
 leaves, or is missing for a round, neither helps a model nor hurts it. No hospital decides by itself: of three
-or more, the one whose verdict is most unlike the others' takes no part in the comparison, and patients count
-as weights up to a bound. A collapse is judged in the same way.
+or more, the best and the worst verdict take no part in the comparison (of three the middle one decides), so that
+whatever one hospital says, the outcome lies between the verdicts of the others; and patients count as weights up
+to a bound. A collapse is judged in the same way.
 """
 
-import statistics
 from dataclasses import dataclass, field
 
 from federation.server.updates import capped
@@ -25,33 +25,28 @@ def difference(before: Scores, now: Scores) -> float | None:
     both = sorted(before.keys() & now.keys())
     if not both:
         return None
-    kept = _without_the_odd_one(before, now, both)
-    weights = capped([now[label][1] for label in kept], WEIGHT)
-    return sum(weight * (now[label][0] - before[label][0]) for weight, label in zip(weights, kept)) / sum(
-        weights
-    )
+    kept = _without_the_ends(before, now, both)
+    weights = dict(zip(both, capped([now[label][1] for label in both], WEIGHT)))
+    gain = sum(weights[label] * (now[label][0] - before[label][0]) for label in kept)
+    return gain / sum(weights[label] for label in kept)
 
 
 def collapsed(before: Scores, now: Scores) -> bool:
-    """Whether the mean Dice of the hospitals that scored both models fell below half, the odd one of three or
-    more left out."""
+    """Whether the mean Dice of the hospitals that scored both models fell below half, the best and the worst
+    verdict of three or more left out."""
     both = sorted(before.keys() & now.keys())
     if not both:
         return False
-    kept = _without_the_odd_one(before, now, both)
+    kept = _without_the_ends(before, now, both)
     was, is_now = (sum(scores[label][0] for label in kept) / len(kept) for scores in (before, now))
     return was >= GOOD and is_now < COLLAPSE * was
 
 
-def _without_the_odd_one(before: Scores, now: Scores, labels: list[str]) -> list[str]:
-    """These hospitals without the one, of three or more, whose change of
-    the Dice is most unlike the others'."""
+def _without_the_ends(before: Scores, now: Scores, labels: list[str]) -> list[str]:
+    """These hospitals, of three or more without the one whose Dice rose most and the one whose Dice rose least."""
     if len(labels) < 3:
         return labels
-    gains = {label: now[label][0] - before[label][0] for label in labels}
-    middle = statistics.median(gains.values())
-    odd = max(labels, key=lambda label: abs(gains[label] - middle))
-    return [label for label in labels if label != odd]
+    return sorted(labels, key=lambda label: (now[label][0] - before[label][0], label))[1:-1]
 
 
 @dataclass

@@ -60,7 +60,7 @@ class Mailbox:
     """
 
     def __init__(self, grid: Any, keys: Callable[[], dict[int, str] | None] = lambda: None):
-        self._grid, self._puller, self._keys = grid, Puller(grid), keys
+        self._grid, self._puller, self.keys = grid, Puller(grid), keys
         self._open: dict[str, _Sent] = {}
         self._refused: list[Answer] = []
 
@@ -133,7 +133,7 @@ class Mailbox:
             if reply.has_error():
                 said = FLOWER_SAYS.get(reply.error.code, "its program could not answer")
                 return Answer(sent.node, sent.purpose, {}, failure=said)
-            keys, proof = self._keys(), None
+            keys, proof = self.keys(), None
             if keys is not None and sent.node not in keys:  # revoked after it was asked
                 return Answer(sent.node, sent.purpose, {}, failure=NOT_ADMITTED)
             if keys is not None:

@@ -186,7 +186,8 @@ class Membership:
             return
         if isinstance(seen, Refusal):
             self.say(f"{seen.label} refused: {seen.code}{' (' + seen.detail + ')' if seen.detail else ''}")
-            self.audit.write("refused", hospital=seen.label, why=seen.code)
+            # by its key, and not by the name that it gives itself, which may be another's
+            self.audit.write("refused", hospital=self._name(answer), node=str(answer.node), why=seen.code)
             self._refuse(answer.node, seen.code, seen.detail)
             return
         holder = self.members.get(seen.label)
@@ -201,9 +202,8 @@ class Membership:
 
     def _did_not_join(self, answer: Answer) -> None:
         """Bad data and a lack of consent are final; other trouble, Flower's own included, may pass."""
-        label = str(answer.about.get("label", "a hospital"))
         if answer.about.get("failure") == Failure.CODE:
-            return self._differs(answer.node, label, FAILURES[Failure.CODE])
+            return self._differs(answer, FAILURES[Failure.CODE])
         count = self._tries.get(answer.node, (0, 0.0))[0] + 1
         if answer.about.get("failure") in FINAL or count >= JOIN_TRIES:
             self._tries.pop(answer.node, None)
@@ -226,14 +226,15 @@ class Membership:
         label = answer.about.get("label") if known is None else known.get(answer.node)
         return label if isinstance(label, str) and LABEL.fullmatch(label) else None
 
-    def _differs(self, node: int, label: str, why: str) -> None:
+    def _differs(self, answer: Answer, why: str) -> None:
         """Another version is mended by a restart of either side, and then this hospital is asked again; it
         waits for that."""
         ours = self.about["versions"]
         commit = f", commit {ours['commit'][:12]}" if ours.get("commit") else ""
-        self._tries.pop(node, None)
-        self.say(f"{label} can't take part: {why} (here: MedFL {ours.get('medfl')}{commit})")
-        self.audit.write("refused", hospital=label if LABEL.fullmatch(label) else None, why=why)
+        self._tries.pop(answer.node, None)
+        name = self._name(answer)
+        self.say(f"{name or 'a hospital'} can't take part: {why} (here: MedFL {ours.get('medfl')}{commit})")
+        self.audit.write("refused", hospital=name, node=str(answer.node), why=why)
 
     def _pinged(self, answer: Answer) -> None:
         member = next((m for m in self.members.values() if m.node == answer.node), None)

@@ -78,6 +78,7 @@ class Federation:
         # what the last round's model was made of, until hospitals have scored it
         self._last: Updates | None = None
         self._robust = False  # whether that was by the median
+        self._unexplained = 0  # rounds in a row that have no sum, of nobody who is known
 
     def run(self) -> int:
         """All rounds; the exit code. What every round gave is on disk when it is over."""
@@ -147,13 +148,18 @@ class Federation:
         for attempt in count(1):
             asked = self.collector.collect(number, attempt, self.membership.partition)
             expected |= {member.label for member in asked.members}
-            if self._collapsed(asked.scores) and self._take_back(asked.scores):
+            ruined = self._collapsed(asked.scores) or self._can_hardly_train(asked)
+            if ruined and self._take_back(asked.scores):
+                if self.settings.secure_aggregation:  # hospitals sum no round twice
+                    return self._give_up(number, asked)
                 asked.updates.close()
                 sent = self.state.weights_as_sent
                 continue
             self._look_through(number, asked)
             if asked.lost:
-                return self._give_up(number, asked)
+                self._give_up(number, asked)
+                return self._end_if_nobody_is_found(asked)
+            self._unexplained = 0
             here = expected & {*self.membership.members, *asked.told}
             needed = max(self.settings.quorum, math.ceil(SHARE * len(here)))
             if len(asked.updates) and len(asked.told) >= needed:
@@ -180,9 +186,24 @@ class Federation:
         if absent := sorted({*self.exchange.missing(), *behind} - asked.failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
 
+    def _can_hardly_train(self, asked: Collected) -> bool:
+        """Whether half of the hospitals that were asked can't train the model: it has no use, whatever the others
+        say of it. Who fails sends no score."""
+        many = 2 * len(asked.unable) >= len(asked.members) > 0
+        return not self.privacy and self.state.can_go_back and many
+
+    def _end_if_nobody_is_found(self, asked: Collected) -> None:
+        """Raises NoQuorum after two rounds in a row whose sum somebody made impossible who can't be named."""
+        self._unexplained = 0 if asked.blamed else self._unexplained + 1
+        if self._unexplained == TRIES:
+            raise NoQuorum(
+                "the last two rounds have no sum, and masks hide who made it impossible; revoke or leave out one "
+                "hospital after the other, and go on with --resume"
+            )
+
     def _give_up(self, number: int, asked: Collected) -> None:
-        """Count a round for nothing whose sum one hospital made impossible: the others have given their shares
-        and give none of this round again."""
+        """Count a round for nothing whose sum one hospital made impossible, or whose model was ruined: the others
+        have given their shares and give none of this round again."""
         asked.updates.close()
         self._forget_updates()
         self.state.begin()
@@ -251,6 +272,9 @@ class Federation:
             mean_dice({label: scores[label] for label in done.before.keys() & now.keys()})[0] or 0.0
             for scores in (done.before, now)
         )
+        found = f"mean Dice {before:.3f} before it, {after:.3f} after it"
+        if not self._collapsed(now):
+            found = "half of the hospitals or more can't train it"
         updates, robust = self._last, self._robust or self.settings.strategy == ROBUST
         if updates is None and self._robust:
             return False
@@ -266,8 +290,7 @@ class Federation:
                 updates.close()
         done.collapses += 1
         self.say(
-            f"round {number} ruined the model (mean Dice {before:.3f} before it, {after:.3f} after it): it "
-            f"is taken back, and "
+            f"round {number} ruined the model ({found}): it is taken back, and "
             + what
             + ("; from now on every round is summed by the median" if done.collapses == OFTEN else "")
         )

@@ -11,7 +11,8 @@ from flwr.app import ArrayRecord
 
 from common import MedFLError
 from federation.protocol.answers import Agreed, OpenShares, PublicKeys, SealedShares, Trained, parse
-from federation.protocol.messages import Query
+from federation.protocol.messages import FAILURES, Failure, Query
+from federation.protocol.proofs import check, keys_statement
 from federation.protocol.secure_aggregation import (
     LEAST,
     WrongShares,
@@ -40,7 +41,8 @@ class SecureRound:
     wait: waits for the answers to a purpose from members, with a title and a limit in seconds; answers, and
     reasons for none, by label. purpose: a name for the try, unlike any other's. length: values of an update.
     run: the run's name; model: SHA-256 of the weights that are sent; told: settings, as they are sent, and the
-    rate. Masked updates are added up as they come,
+    rate; signers: public keys (OpenSSH's lines) by node, with which hospitals have to sign their keys, None where
+    no keys are asked for. Masked updates are added up as they come,
     so memory holds their sum and none of them.
     """
 
@@ -55,6 +57,7 @@ class SecureRound:
         run: str,
         model: str,
         told: list,
+        signers: dict[int, str] | None,
     ):
         self.mailbox, self.wait, self.settings, self.number, self.purpose = (
             mailbox,
@@ -63,7 +66,7 @@ class SecureRound:
             number,
             purpose,
         )
-        self.run, self.model, self.told = run, model, told
+        self.run, self.model, self.told, self.signers = run, model, told, signers
         self.total, self.examples = np.zeros(length, np.uint32), 0.0
         self.most = 0  # slices that count at most
         self.public: dict[int, list[str]] = {}  # keys, by node
@@ -82,7 +85,9 @@ class SecureRound:
         """The first two stages: what the message that asks for the update says besides, by label; nothing if
         too few are left."""
         this = {"run": self.run, "round": self.number}
-        keys, self.failures = self._ask("keys", members, lambda member: {"query": Query.KEYS, **this}, _keys)
+        keys, self.failures = self._ask(
+            "keys", members, lambda member: {"query": Query.KEYS, **this}, self._keys
+        )
         for label in _alike(keys):
             self.failures[label] = "it sent keys for the secure aggregation that another hospital has"
             del keys[label]
@@ -138,7 +143,7 @@ class SecureRound:
         (n,) bool.
         """
         hospitals = len(self.public)
-        if len(labels) < max(threshold(hospitals), self.settings.quorum):
+        if len(labels) < max(threshold(hospitals), self.settings.quorum, LEAST):
             return None  # and nothing is uncovered
         here = [self.shared[label] for label in labels]
         summed = [member.node for member in here]
@@ -150,6 +155,8 @@ class SecureRound:
         here = [member for member in here if member.label in agreed]
         if len(here) < threshold(hospitals):
             self.failures |= self.blamed
+            # shares of this round were given before, and some of those hospitals are not here
+            self.lost = FAILURES[Failure.PROTOCOL] in self.blamed.values()
             return None
         codes = {self.shared[label].node: one for label, one in agreed.items()}
         given, failures = self._ask(
@@ -172,8 +179,8 @@ class SecureRound:
             self.failures |= failures | {
                 "the sum": str(error)
             }  # without it a hospital that gave no shares is counted all the same
+            self.lost = True
             if isinstance(error, WrongShares):
-                self.lost = True
                 self.blamed[self.names[str(error.node)]] = "the secret that its shares give is not its own"
             return None
         weights = sent.double()
@@ -185,6 +192,19 @@ class SecureRound:
         """What the hospitals' masks are bound to."""
         of = [self.run, self.number, self.most, self.model, *self.told]
         return binding(of, {str(node): keys for node, keys in self.public.items()}, self.names)
+
+    def _keys(self, about: dict, member: Member) -> PublicKeys:
+        """A hospital's two public keys. Raises MedFLError where they are anything else, or not signed by it: the
+        other hospitals would refuse the whole list."""
+        keys = parse(PublicKeys, about, "its message of keys")
+        check_keys(keys.keys)
+        if self.signers is not None:
+            statement = keys_statement(self.run, self.number, member.label, keys.keys)
+            try:
+                check(self.signers.get(member.node, ""), "keys", statement, keys.signature or "")
+            except MedFLError as error:
+                raise MedFLError("it sent keys for the secure aggregation that it did not sign") from error
+        return keys
 
     def _codes(self, about: dict, member: Member) -> dict[int, str]:
         """What a hospital says to each other one of the sum, by node. Raises MedFLError for anything else."""
@@ -224,13 +244,6 @@ class SecureRound:
                 except Exception as error:  # whatever an answer raises is its hospital's failure
                     failures[member.label] = f"its answer can't be used ({type(error).__name__})"
         return found, failures
-
-
-def _keys(about: dict, member: Member) -> PublicKeys:
-    """A hospital's two public keys. Raises MedFLError where they are anything else."""
-    keys = parse(PublicKeys, about, "its message of keys")
-    check_keys(keys.keys)
-    return keys
 
 
 def _alike(keys: dict[str, PublicKeys]) -> list[str]:

@@ -14,7 +14,7 @@ from common import MedFLError, file_sha256
 from federation.protocol.settings import FederationSettings, from_json, to_json
 from federation.protocol.weights import in_precision, pack, statistics_mask, unpack
 from federation.server.aggregation import Aggregator
-from federation.server.audit import AUDIT, AuditLog, check_file, check_line, ended_well
+from federation.server.audit import AUDIT, AuditLog, check_file, check_line, ended_well, hashes_of
 from federation.server.description import describe_run
 from federation.server.judging import Scores
 from federation.server.progress import Progress
@@ -193,8 +193,7 @@ def finish_keeping(last: Path, log: Path) -> None:
     new = _beside(last)
     if not new.exists():
         return
-    lines = [json.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else []
-    said = [line["sha256"] for line in lines if line.get("file") == last.name]
+    said = hashes_of(last.name, log)
     if said and said[-1] == file_sha256(new):
         os.replace(new, last)
     new.unlink(missing_ok=True)

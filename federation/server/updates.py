@@ -65,7 +65,7 @@ class Updates:
     def add(self, label: str, weights: torch.Tensor, examples: int) -> None:
         """Take in a hospital's weights, (n,) float32, and the training slices behind them. Raises NoRoom on a
         full disk."""
-        path = self._folder / label
+        path = self._folder / label.encode().hex()  # some systems take mercy and Mercy for one file
         try:
             with open(path, "wb") as file:  # numpy's tofile is silent where the disk is full
                 file.write(weights.contiguous().numpy().data)

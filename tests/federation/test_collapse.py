@@ -4,10 +4,13 @@ alone can not say so."""
 import json
 
 import pytest
+from flwr.app import Message
+from in_process import RealHospital
 from scripted import Worker, federate, make_fast
 
 from checkpoint import load_checkpoint
-from federation.protocol.weights import pack
+from federation.protocol.messages import message, read
+from federation.protocol.weights import from_record, pack
 from federation.server.state import load_run
 
 FACTORS = (
@@ -147,3 +150,61 @@ def test_under_privacy_no_score_decides(monkeypatch, tmp_path):
 def test_nothing_of_the_updates_is_left_on_the_disk(run, tmp_path):
     run([0.0, 0.6, 0.1, 0.6, 0.7], 3)
     assert not list(tmp_path.glob(".updates-*"))
+
+
+class Overflowing(Worker):
+    """Fails as a hospital of ours does where the weights that came are too large to train; or sends such weights
+    itself, in round `poison`."""
+
+    def __init__(self, number: int, poison: int | None = None):
+        super().__init__(f"hospital-{number}", [0.5] * 9)
+        self.poison = poison
+
+    def answer(self, incoming):
+        number = read(incoming.content).get("round")
+        if number and self.poison is None and from_record(incoming.content["arrays"]).abs().max() > 1e20:
+            return Message(message({"failure": "training"}), reply_to=incoming)
+        self.factor = 1e30 if number == self.poison else 1.0
+        return super().answer(incoming)
+
+
+def test_a_model_that_half_of_the_hospitals_cant_train_is_taken_back(monkeypatch, tmp_path):
+    """Of two hospitals one sent weights beyond what the other can compute with; that one failed from then on, and
+    the hostile one trained alone."""
+    make_fast(monkeypatch)
+    code, state, said = federate([Overflowing(0), Overflowing(1, poison=2)], 4, tmp_path)
+    assert code == 0 and any("round 2 ruined the model (half of the hospitals" in line for line in said), said
+    later = [row["site"] for row in state.progress.rows if row["round"] in (3, 4)]
+    assert later == ["hospital-0", "hospital-1"] * 2 and state.weights.abs().max() < 1e20
+
+
+class Falling(RealHospital):
+    """Says that the model was good before round 1 and bad before round 2; unfit: or that its update of round 2
+    does not fit into the secure aggregation, as what a ruined model teaches does not."""
+
+    unfit = False
+
+    def answer(self, incoming):
+        reply = super().answer(incoming)
+        if self.unfit and read(incoming.content).get("round") == 2 and "query" not in read(incoming.content):
+            return Message(message({"failure": "protocol"}), reply_to=incoming)
+        number, told = read(incoming.content).get("round"), read(reply.content)
+        if not told.get("val_patients"):
+            return reply
+        told["val_dice"] = 0.1 if number == 2 else 0.6
+        return Message(message(told, reply.content.get("arrays")), reply_to=incoming)
+
+
+@pytest.mark.parametrize("unfit", [False, True])
+def test_under_masks_the_round_of_the_ruined_model_is_not_summed_again(
+    federate, phantoms, tmp_path, monkeypatch, unfit
+):
+    """Its shares were given: where one hospital left meanwhile, all others would refuse, and so after --resume.
+    And where no honest update fitted any more, the run ended, and again after --resume."""
+    monkeypatch.setattr(Falling, "unfit", unfit)
+    three = [Falling(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    settings = {"clients": 3, "partition": "iid", "secure_aggregation": True}
+    state, _, said = federate(3, hospitals=three, **settings)
+    assert any("round 1 ruined the model" in line for line in said) and state.progress.collapses == 1
+    assert [about["round"] for about in three[0].asked if "round" in about] == [1, 2, 3]
+    assert any("round 2 is lost" in line for line in said)

@@ -13,8 +13,8 @@ from benchmarks.local_federation import LocalHospital
 from common import __version__
 from dataset import load_dataset
 from evaluation.scoring import score_patients
-from federation.hospital.hospital import Hospital, HospitalError
-from federation.hospital.identity import ENDED, Identity
+from federation.hospital.hospital import Hospital, HospitalError, Scored
+from federation.hospital.identity import ENDED, IDENTITY, Identity
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.requests import Train
 from federation.protocol.settings import FederationSettings
@@ -70,6 +70,27 @@ def test_the_score_is_of_the_validation_patients(hospital):
     )
     score = subject.score(model)
     assert (score.val_dice, score.val_patients) == (pytest.approx(wanted), 3)
+
+
+def test_a_server_gets_no_more_scores_than_runs_need(hospital, monkeypatch):
+    """With weights of its own making and as many exact scores as it liked, it could read masks pixel by pixel."""
+    monkeypatch.setattr("federation.hospital.hospital.score_patients", lambda *_: [{"dice": 0.123456}])
+    subject, model = hospital(val_fraction=0.3, rounds=3), TransUNet("mini", 32)
+    heard, bias = [], dict(model.named_parameters())["head.bias"]
+    for question in range(30):
+        with torch.no_grad():
+            bias.fill_(question)
+        heard.append(subject.told(subject.score(model)).val_dice)
+    assert heard == [0.1235] * 22 + [None] * 8
+    assert subject.score(model, "test") == Scored()
+    assert work(subject)[0].train_loss is None
+    with torch.no_grad():
+        bias.fill_(0)
+    assert subject.score(model).val_dice == 0.123456  # the same model tells nothing new
+    started_again = hospital(val_fraction=0.3, rounds=3)
+    assert started_again.score(model, "test").val_dice == 0.123456
+    loss = work(started_again, model)[0].train_loss
+    assert loss == round(loss, 4)
 
 
 def test_examples_are_the_training_slices(hospital):
@@ -155,6 +176,18 @@ def test_a_question_of_another_form_gets_a_code(monkeypatch, tmp_path, phantoms,
     assert (
         read(reply.content)["failure"] == Failure.PROTOCOL and "the same version" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("gone", ["kit", "identity"])
+def test_no_path_leaves_with_a_fault_before_or_after_the_work(monkeypatch, tmp_path, phantoms, capsys, gone):
+    """Flower sends the text of an exception that leaves the app, in which a folder's name stood."""
+    make_messages_outside_of_a_run(monkeypatch)
+    node = LocalHospital(tmp_path, 0, phantoms)
+    node.identity.model_copy(update={"key": tmp_path / "of_dr_smith.key"}).save(node.folder)
+    if gone == "identity":
+        (node.folder / IDENTITY).write_text('{"data": "of_dr_smith"}', encoding="utf-8")
+    reply = node.answer(Message(message({"query": "ping"}), 1, "query"))
+    assert read(reply.content) == {"failure": Failure.BUG} and "of_dr_smith" in capsys.readouterr().out
 
 
 def test_a_share_whose_training_masks_are_black_is_told(hospital, monkeypatch):

@@ -71,12 +71,20 @@ def test_one_liar_of_three_can_neither_choose_nor_prevent():
     assert judge.number == 4
 
 
+@pytest.mark.parametrize("lie", [-1.0, -0.13, -0.1, -0.05, -0.01])
+def test_a_small_lie_does_not_turn_what_all_others_say(lie):
+    """Leaving out the one verdict most unlike the others' let a lie through that was less unlike than an honest one."""
+    before = scores(a=0.6, b=0.6, c=0.6)
+    assert difference(before, scores(a=0.7, b=0.62, c=0.6 + lie)) > 0
+    assert difference(before, scores(a=0.5, b=0.58, c=0.6 - lie)) < 0
+
+
 def test_a_claim_of_many_patients_does_not_rule():
     before, now = (
         {label: (0.5, 4) for label in "abcd"},
         {"a": (0.49, 10**6), "b": (0.52, 4), "c": (0.52, 4), "d": (0.52, 4)},
     )
-    assert difference(before, now) > 0  # a is the odd one
+    assert difference(before, now) > 0
     now["b"] = (0.48, 4)
     assert abs(difference(before, now)) < 0.02
 
@@ -102,5 +110,6 @@ def test_what_a_collapse_is(before, now, fell):
 
 
 def test_a_liar_can_neither_fake_nor_hide_a_collapse():
+    assert not collapsed(scores(a=0.2, b=0.1, c=0.29), scores(a=0.2, b=0.4, c=0.0))
     fine, ruined = scores(a=0.7, b=0.7, c=0.7), scores(a=0.0, b=0.0, c=0.9)
     assert not collapsed(fine, scores(a=0.7, b=0.7, c=0.0)) and collapsed(fine, ruined)

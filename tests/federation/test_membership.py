@@ -89,6 +89,16 @@ def test_a_key_and_a_label_belong_together(play):
     assert all(about["why"] == End.IDENTITY for event, about in p.audited if event == "refused")
 
 
+@pytest.mark.parametrize(
+    "says", [facts("mercy"), {"failure": "code", "label": "mercy"}, {"failure": "data", "label": "mercy"}]
+)
+def test_the_log_names_who_was_refused_by_its_key(play, says):
+    p = play(keys={1: "mercy", 2: "hope"})
+    p.grid.nodes = {1: Node(facts("mercy")), 2: Node(says)}
+    p.go()
+    assert [about["hospital"] for event, about in p.audited if event == "refused"] == ["hope"]
+
+
 def test_the_log_says_of_a_revoked_hospital_why_it_left(play):
     p = play(keys={1: "mercy", 2: "hope"})
     p.grid.nodes = {1: Node(facts("mercy")), 2: Node(facts("hope"))}
@@ -170,6 +180,7 @@ def test_a_dispute_waits_for_the_holders_work(play):
         (facts("hospital-1", cid=0), End.UNFIT),
         (facts("two words"), End.UNFIT),
         (facts("mercy", parts={}), End.UNFIT),
+        (facts("mercy", own_data=False, partition_sha256="other"), End.UNFIT),
         (facts("mercy", images={"foreground_mean": 1}), End.UNFIT),
         (facts("mercy", versions=[]), End.UNFIT),
         (facts("mercy", parts={"train": 1, "val": 1, "test": 1}), End.UNFIT),

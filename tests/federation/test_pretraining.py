@@ -54,6 +54,13 @@ def test_an_encoder_is_pretrained_together_and_a_training_begins_with_it(federat
     assert sizes[0] == len(start) and set(sizes[1:]) == {int(travels.sum())}, "then the encoder alone"
 
 
+def test_a_private_encoders_file_does_not_tell_who_took_part(federate, tmp_path):  # noqa: F811
+    federate(1, dp_clip=1.0, dp_noise_multiplier=1.0, **TOGETHER)
+    with safe_open(tmp_path / "out" / "encoder.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["medfl"])
+    assert about["rounds_done"] == 1 and not {"hospitals", "volumes", "slices"} & about.keys()
+
+
 def test_it_goes_on_after_a_stop(federate, tmp_path):  # noqa: F811
     federate(2, **TOGETHER)
     state, _, _ = federate(3, resume=True, **TOGETHER)

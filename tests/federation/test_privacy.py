@@ -12,8 +12,10 @@ from scripted import Worker, federate, make_fast
 
 from checkpoint import load_checkpoint
 from common import MedFLError
+from deployment.app.card import card_rows
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
 from federation.privacy.hospitals import HospitalPrivacy
+from federation.privacy.noise import GRID, noised
 from federation.protocol.settings import FederationSettings, check_together
 from federation.runtime.job import announce_privacy
 from federation.server.state import BEST, LAST
@@ -88,6 +90,20 @@ def test_no_two_rounds_have_the_same_noise(updates):
     subject = HospitalPrivacy(settings())
     one, other = (private_mean(subject, updates({}, torch.zeros(N))) for _ in range(2))
     assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(N)
+
+
+def test_noise_is_of_the_systems_generator_and_on_a_grid(monkeypatch, updates):
+    """numpy's generator is no cryptographic one, and the last digits of a sum with noise can tell what the noise was
+    added to."""
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: pytest.fail("another generator"))
+    monkeypatch.setattr(
+        "federation.privacy.hospitals.noised", lambda *given: kept.append(noised(*given)) or kept[-1].clone()
+    )
+    kept: list[torch.Tensor] = []
+    for length in (0.0, 1.7, 1e-7):
+        private_mean(HospitalPrivacy(settings()), updates({"a": change("a", length)}))
+        steps = kept[-1] / (GRID * 2.0)
+        assert torch.equal(steps, steps.round()) and len(set(steps.tolist())) > 0.9 * N
 
 
 def test_what_is_not_trained_stays_as_it_was_and_no_change_is_no_error(updates):
@@ -192,6 +208,19 @@ def test_a_run_ends_when_the_budget_is_spent_and_keeps_its_last_model(monkeypatc
     assert told["scores"] == {}  # the Dice fell from round to round, and yet the last model was kept
     best, last = (load_checkpoint(tmp_path / name).model.head.weight for name in (BEST, LAST))
     assert torch.equal(best, last)
+
+
+def test_a_private_models_file_is_the_same_whoever_took_part(monkeypatch, tmp_path):
+    """Noise on the weights hid who took part, and the file beside them named the hospitals."""
+    make_fast(monkeypatch)
+    _, state, _ = run(tmp_path, 1)
+    with_both = state.metadata({}, 1)
+    del state.progress.hospitals["hospital-1"]
+    without = state.metadata({}, 1)
+    assert {**with_both, "created": None} == {**without, "created": None}
+    rows = dict(card_rows(load_checkpoint(tmp_path / BEST), "0" * 64))
+    assert rows["Trained"].startswith("federated, 2 hospitals, 1 rounds") and "hospital-" not in str(rows)
+    assert "patients" not in rows["Data"]
 
 
 def test_a_resumed_run_spends_nothing_twice(monkeypatch, tmp_path):

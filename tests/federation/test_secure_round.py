@@ -122,7 +122,7 @@ def test_a_mask_needs_the_whole_key():
     [
         ([5, 7, 40, 2**63 + 11], [40]),  # both secrets of one
         ([7, 40, 2**63 + 11], [5]),  # this one's key
-        ([5, 7], [40, 2**63 + 11]),  # a sum of fewer than a threshold
+        ([5, 7], [40, 2**63 + 11]),  # a sum of two
         ([5, 7, 40], []),
         ([5, 7, 40, 6], [2**63 + 11]),
         ([5, 5, 7, 40], [2**63 + 11]),
@@ -139,6 +139,15 @@ def test_a_hospital_gives_no_shares_that_would_uncover_an_update(summed, missing
     with pytest.raises(MedFLError, match="twice or out of order"):
         group.parties[5].reveal(summed, missing, {})
     assert set(group.parties[5].kept()) == {"stage", "given"}
+
+
+def test_no_sum_is_of_two():
+    """One of three that gives another shares it can't use is in a sum of two, and knows the other's update."""
+    group = Group(nodes=(5, 7, 40))
+    for node in (5, 7):
+        group.masked(node, torch.zeros(LENGTH))
+    with pytest.raises(MedFLError, match="uncover an update; nothing was given"):
+        group.parties[5].agree([5, 7], [40])
 
 
 @pytest.mark.parametrize("hospitals", range(3, 40))
@@ -322,10 +331,13 @@ class Liar(RealHospital):
 def test_an_update_that_counts_too_much_or_is_of_another_round_is_left_out(
     federate, hospitals, phantoms, tmp_path, lies, reason
 ):
-    three = [*hospitals("out")[:2], Liar(tmp_path / "out", 2, phantoms, **lies)]
-    state, _, said = federate(1, hospitals=three, secure_aggregation=True, **THREE)
-    assert any(line.startswith("round 1 without hospital-2") and reason in line for line in said)
-    assert {row["site"] for row in state.progress.rows if row["round"] == 1} == {"hospital-0", "hospital-1"}
+    four = [*hospitals("out"), Liar(tmp_path / "out", 3, phantoms, **lies)]
+    settings = {**THREE, "clients": 4, "val_fraction": 0.0, "secure_aggregation": True}
+    state, _, said = federate(1, hospitals=four, **settings)
+    assert any(line.startswith("round 1 without hospital-3") and reason in line for line in said)
+    assert {row["site"] for row in state.progress.rows if row["round"] == 1} == {
+        f"hospital-{k}" for k in range(3)
+    }
 
 
 def test_no_round_begins_with_two(federate, hospitals, monkeypatch, phantoms, tmp_path):
@@ -379,12 +391,25 @@ def test_one_of_four_that_hangs_or_answers_nonsense_ends_no_round(
     )
 
 
-def test_too_few_for_a_sum_uncover_nothing(federate, hospitals, monkeypatch, phantoms, tmp_path):
-    """Two of three drop out before their updates: the third is never asked for shares, and the run ends
-    without a quorum."""
+def test_three_hospitals_or_none_are_in_a_sum():
+    """In a sum of two, each of the two finds the other's update: to 2e-6, when the third of three dropped out in
+    the middle of a round."""
+    group = Group(nodes=(5, 7, 40))
+    for node in (5, 7):
+        group.masked(node, torch.zeros(LENGTH))
+    with pytest.raises(MedFLError, match="uncover an update; nothing was given"):
+        group.parties[5].agree([5, 7], [40])
+
+
+@pytest.mark.parametrize("dead", [(2,), (1, 2)])
+def test_too_few_for_a_sum_uncover_nothing(federate, hospitals, monkeypatch, phantoms, tmp_path, dead):
+    """One or two of three drop out before their updates: the others are never asked for shares, and the run
+    ends without a quorum."""
     monkeypatch.setattr(federation.server.secure_round, "STAGE_TIME", 1.0)
     fails = {"stage": "update", "says": {"failure": "bug"}}
-    three = [hospitals("out")[0], *(Sleeper(tmp_path / "out", cid, phantoms, **fails) for cid in (1, 2))]
+    three = hospitals("out")
+    for cid in dead:
+        three[cid] = Sleeper(tmp_path / "out", cid, phantoms, **fails)
     with pytest.raises(AssertionError, match="has no sum"):
         federate(1, hospitals=three, secure_aggregation=True, min_clients=1, **THREE)
     kept = json.loads(three[0].context.state["secure"]["json"])

@@ -55,6 +55,13 @@ def test_what_is_dropped_or_cut_is_so_everywhere(updates):
     assert updates.products()[0].shape == (2, 2)
 
 
+def test_labels_that_differ_in_case_alone_are_two_files_everywhere(updates):
+    """On disks that take Mercy and mercy for one, the later update stood for both."""
+    for label in ("mercy", "Mercy"):
+        updates.add(label, SENT, 10)
+    assert len({update.file.name.lower() for update in updates}) == 5
+
+
 def test_no_hospital_counts_for_more_than_a_few_others():
     assert capped([10, 20, 30], 3.0) == [10, 20, 30] and capped([10, 10, 10, 10, 1_000], 3.0) == [
         10,
@@ -82,6 +89,6 @@ def test_nothing_is_left_behind(tmp_path, updates):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here to play a full disk")
 def test_a_full_disk_is_told_with_what_to_do(tmp_path, updates):
-    next(tmp_path.glob(".updates-*")).joinpath("d").symlink_to("/dev/full")
+    next(tmp_path.glob(".updates-*")).joinpath(b"d".hex()).symlink_to("/dev/full")
     with pytest.raises(MedFLError, match="free the disk"):
         updates.add("d", SENT, 1)

@@ -7,6 +7,7 @@ The hospitals' own functions are asked, as their app asks them; what a server wo
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,17 +23,24 @@ from federation.hospital.hospital import HospitalError
 from federation.hospital.identity import Identity
 from federation.hospital.secure_stages import masked, secure_stage
 from federation.hospital.sums import Sums
-from federation.protocol.messages import message
+from federation.protocol.answers import Part
+from federation.protocol.messages import message, read
 from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask
 from federation.protocol.secure_aggregation import Party, binding, from_sum, unmasked
+from federation.protocol.settings import FederationSettings
+from federation.protocol.weights import array_record
+from federation.server.mailbox import Answer
+from federation.server.membership import Member
+from federation.server.secure_round import SecureRound
 
 LIMIT, LENGTH, MOST = 2.0, 500, 100
-LABELS = ("anna", "bert", "cleo")
+LABELS = ("anna", "bert", "cleo", "dave")
+NODES = range(1, len(LABELS) + 1)
 OPENSSH = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
 class Consorts:
-    """Three hospitals that take part, and a server that asks them what it likes."""
+    """Four hospitals that take part, and a server that asks them what it likes."""
 
     def __init__(self, folder, kits: bool = False):
         self.folder, self.updates = folder, {label: 0.1 * torch.randn(LENGTH) for label in LABELS}
@@ -84,10 +92,10 @@ class Consorts:
         }
 
     def sum_of(
-        self, labels=LABELS, run="run", number=1, told=lambda label: {}, forge=lambda keys: None
+        self, labels=LABELS, run="run", number=1, told=lambda label: {}, forge=lambda keys: None, most=MOST
     ) -> torch.Tensor:
         """A sum of these hospitals' updates. told: what a hospital is told otherwise than the others; forge:
-        changes the list of keys."""
+        changes the list of keys; most: the total that their slices are divided by."""
         participants = self.participants(run, number)
         forge(participants)
         shares = Shares.model_validate({"query": "shares", "run": run, "round": number, "keys": participants})
@@ -97,7 +105,7 @@ class Consorts:
             theirs = {
                 str(by): sealed[other][str(node)] for by, other in enumerate(LABELS, 1) if other != label
             }
-            about = {"run": run, "round": number, "most": MOST, "model": model, "settings": "", "rate": None}
+            about = {"run": run, "round": number, "most": most, "model": model, "settings": "", "rate": None}
             about |= told(label)
             model_of = about.pop("model")
             task = Train(without=[], seconds=9, partition=None, sealed=theirs, **about)
@@ -105,7 +113,7 @@ class Consorts:
                 vector = masked(task, self.updates[label], 50, LIMIT, self.contexts[label], model_of)
                 total = total + vector
         summed = [node for node, label in enumerate(LABELS, 1) if label in labels]
-        missing = [node for node in (1, 2, 3) if node not in summed]
+        missing = [node for node in NODES if node not in summed]
         sum_ = {"summed": summed, "missing": missing}
         codes = {node: self.ask(LABELS[node - 1], Agree(query="agree", **sum_))["codes"] for node in summed}
         given = []
@@ -115,12 +123,12 @@ class Consorts:
         public = {int(node): one["keys"] for node, one in participants.items()}
         names = {node: one["label"] for node, one in participants.items()}
         bound = binding(
-            [run, number, MOST, model, "", None],
+            [run, number, most, model, "", None],
             {node: one["keys"] for node, one in participants.items()},
             names,
         )
-        every = {node: [one[str(node)] for one in given] for node in (1, 2, 3)}
-        return from_sum(unmasked(total, every, summed, public, bound), len(summed), LIMIT, 3)
+        every = {node: [one[str(node)] for one in given] for node in NODES}
+        return from_sum(unmasked(total, every, summed, public, bound), len(summed), LIMIT, len(LABELS))
 
 
 @pytest.fixture
@@ -227,8 +235,41 @@ def test_rounds_1_2_1_give_no_second_sum_also_after_a_restart(three, restart):
         for label in LABELS:
             three.start(label)
     with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
-        three.sum_of(("anna", "bert"))
+        three.sum_of(("anna", "bert", "cleo"))
     three.sum_of()  # of the same hospitals: a server that was killed before it saved
+
+
+def test_a_round_is_not_summed_by_two_totals(three):
+    """A hospital of 50 slices counts 50 / 100 by the one total and whole by the other: with hospitals of other
+    sizes the difference of two sums is a multiple of the smallest one's update."""
+    three.sum_of()
+    with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
+        three.sum_of(most=50)
+
+
+def test_an_update_is_masked_once_a_try(three):
+    """Shares of some came in a first message, which was refused for what else it held, and those of a missing
+    hospital in a second: masked with the missing one alone, the update came out to 1e-8."""
+    participants = three.participants()
+    shares = Shares.model_validate({"query": "shares", "run": "run", "round": 1, "keys": participants})
+    given = {str(node): three.ask(label, shares)["sealed"] for node, label in zip(NODES, LABELS)}
+    sealed = {node: texts["1"] for node, texts in given.items() if node != "1"}
+    task = {
+        "run": "run",
+        "round": 1,
+        "most": MOST,
+        "settings": "",
+        "rate": None,
+        "without": [],
+        "seconds": 9.0,
+    }
+    for theirs, sentence in (
+        ({**sealed, "4": "ab" * 60}, "can't be opened"),
+        ({"3": sealed["3"], "4": sealed["4"]}, "twice or out of order"),
+    ):
+        asked = Train(**task, partition=None, sealed=theirs)
+        with pytest.raises(HospitalError, match=sentence):
+            masked(asked, three.updates["anna"], 50, LIMIT, three.contexts["anna"], "m")
 
 
 def test_keys_of_one_round_are_not_used_in_another(three):
@@ -242,11 +283,11 @@ def swapped(keys):
 
 
 def invented(keys):
-    keys["4"] = {"label": "dora", "keys": Party().keys(4), "signature": None}
+    keys["5"] = {"label": "emil", "keys": Party().keys(5), "signature": None}
 
 
 def renamed(keys):
-    keys["4"] = {**keys["3"], "label": "dora", "keys": Party().keys(4)}
+    keys["5"] = {**keys["3"], "label": "emil", "keys": Party().keys(5)}
 
 
 def unsigned(keys):
@@ -277,6 +318,51 @@ def test_a_kit_without_the_consortiums_keys_does_not_join_a_secure_aggregation(t
     three.identities["anna"] = three.identities["anna"].model_copy(update={"members": None})
     with pytest.raises(MedFLError, match="members.pub"):
         three.start("anna")
+
+
+def test_a_suspended_server_that_goes_on_beside_its_successor_opens_one_sum_of_a_round():
+    """It was stopped when all updates of a round were there; the one that took its place asked for the round again,
+    with another model. Then the first one goes on, and leaves a hospital out."""
+    parties, everybody = {node: Party() for node in (1, 2, 3, 4)}, [1, 2, 3, 4]
+    change, tries = torch.full((LENGTH,), 0.1), []
+
+    def ask(model: str) -> None:
+        public = {str(node): party.keys(node) for node, party in parties.items()}
+        sealed = {node: party.share(public, {}, ["run", 1]) for node, party in parties.items()}
+        of = ["run", 1, MOST, model, "", None]
+        vectors = {}
+        for node, party in parties.items():
+            theirs = {str(by): sealed[by][str(node)] for by in sealed if by != node}
+            vectors[node] = party.masked(theirs, change, 0.5, LIMIT, of)
+        tries.append(({int(node): keys for node, keys in public.items()}, binding(of, public, {}), vectors))
+
+    def open_sum(summed: list[int], missing: list[int]) -> dict[int, list[str]]:
+        codes = {node: parties[node].agree(summed, missing) for node in summed}
+        given = [
+            parties[node].reveal(
+                summed, missing, {str(by): codes[by][str(node)] for by in summed if by != node}
+            )
+            for node in summed
+        ]
+        return {node: [one[str(node)] for one in given] for node in everybody}
+
+    ask("the suspended server's")
+    ask("its successor's")
+    shares = open_sum([1, 2, 3], [4])
+    for number, opens in ((0, False), (1, True)):
+        public, bound, vectors = tries[number]
+        total = sum((vectors[node] for node in (1, 2, 3)), np.zeros(LENGTH, np.uint32))
+        if opens:
+            bare = unmasked(total, shares, [1, 2, 3], public, bound)
+            assert torch.allclose(from_sum(bare, 3, LIMIT, 4), 1.5 * change.double(), atol=1e-6)
+        else:
+            with pytest.raises(MedFLError, match="wrong shares|still masked"):
+                from_sum(unmasked(total, shares, [1, 2, 3], public, bound), 3, LIMIT, 4)
+    with pytest.raises(MedFLError, match="twice or out of order"):
+        open_sum(everybody, [])
+    ask("its successor's, once more")
+    with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
+        open_sum(everybody, [])
 
 
 class Spoiling(RealHospital):
@@ -336,3 +422,77 @@ def test_who_breaks_the_protocol_is_named_and_the_round_goes_on(
     assert any(re.search(why, said) for said in of_it), named
     counted = {row["site"] for row in state.progress.rows if row["round"] == 1 + lost}
     assert counted == {f"hospital-{k}" for k in range(4 if stage == "unmask" else 3)}
+
+
+def test_keys_that_a_hospital_did_not_sign_are_its_own_failure(tmp_path, monkeypatch):
+    """Every other hospital would refuse the whole list, and the run ended for one that signed nothing."""
+    consorts = Consorts(tmp_path, kits=True)
+    said = consorts.participants()
+    said["2"] |= {"signature": said["3"]["signature"]}
+    signers = {node: consorts.identities["anna"].members[label] for node, label in zip(NODES, LABELS)}
+    part = Part(patients=4, slices=50)
+    told = SimpleNamespace(parts={"train": part})
+    members = [Member(label, node, label, told) for node, label in zip(NODES, LABELS)]
+    asked = []
+
+    def wait(purpose, of, title, limit):
+        if purpose == "p-keys":
+            abouts = {
+                m.label: {"keys": said[str(m.node)]["keys"], "signature": said[str(m.node)]["signature"]}
+                for m in of
+            }
+        else:
+            shares = [request for _, request in asked if request["query"] == "shares"][0]
+            shares = Shares.model_validate({**shares, "ticket": ""})
+            abouts = {m.label: consorts.ask(m.label, shares) for m in of}
+        return {label: Answer(0, purpose, about) for label, about in abouts.items()}, {}
+
+    mailbox = SimpleNamespace(send=lambda nodes, kind, purpose, about, limit: asked.append((nodes, about)))
+    settings = FederationSettings(clients=4, secure_aggregation=True)
+    secure = SecureRound(mailbox, wait, settings, 1, "p", LENGTH, "run", "m", ["", None], signers)
+    assert secure.prepare(members).keys() == {"anna", "cleo", "dave"}
+    assert secure.failures == {"bert": "it sent keys for the secure aggregation that it did not sign"}
+
+
+def test_who_gives_one_other_shares_of_no_use_is_named_beside_it(federate, phantoms, tmp_path):
+    """One word is not enough to leave the named one out, and the one that can't use the shares drops out."""
+    hospitals = [RealHospital(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    spoil = lambda said: said["sealed"].update({"1": "ab" * 60})  # noqa: E731
+    hospitals.append(Spoiling(tmp_path / "out", 3, phantoms, stage="shares", spoil=spoil))
+    federate(1, hospitals=hospitals, clients=4, partition="iid", val_fraction=0.0, secure_aggregation=True)
+    log = (tmp_path / "out" / "audit.jsonl").read_text(encoding="utf-8")
+    (left,) = [event for event in map(json.loads, log.splitlines()) if event["event"] == "left_out"]
+    assert left["hospital"] == "hospital-0" and "can't use the shares of hospital-3" in left["why"]
+
+
+class Noise(RealHospital):
+    """Sends numbers of its own in the place of its masked update."""
+
+    def answer(self, incoming):
+        reply = super().answer(incoming)
+        if "sealed" not in json.loads(incoming.content["about"]["json"]):
+            return reply
+        numbers = np.random.default_rng(0).integers(
+            0, 2**32, reply.content["arrays"]["weights"].shape[0], np.uint32
+        )
+        return type(incoming)(message(read(reply.content), array_record(numbers)), reply_to=incoming)
+
+
+def test_an_update_that_is_noise_costs_rounds_and_the_run_goes_on_without_its_sender(
+    federate, phantoms, tmp_path
+):
+    """The masks hide who it was. The others' shares were given, and would never have been given again: the run
+    could not go on, not even without that hospital."""
+    four = [RealHospital(tmp_path / "out", cid, phantoms) for cid in range(3)]
+    settings = {
+        "clients": 4,
+        "partition": "iid",
+        "val_fraction": 0.0,
+        "secure_aggregation": True,
+        "min_clients": 3,
+    }
+    with pytest.raises(AssertionError, match="the last two rounds have no sum"):
+        federate(4, hospitals=[*four, Noise(tmp_path / "out", 3, phantoms)], **settings)
+    state, _, _ = federate(4, hospitals=four, resume=True, round_timeout=2.0, **settings)
+    counted = {(row["round"], row["site"]) for row in state.progress.rows if row["examples"] is not None}
+    assert counted == {(number, f"hospital-{k}") for number in (3, 4) for k in range(3)}

@@ -12,7 +12,7 @@ from running import run_here
 from common import MedFLError
 from federation.protocol.proofs import sign
 from federation.runtime import admissions
-from federation.server.audit import ENDS, AuditLog
+from federation.server.audit import ENDS, AuditLog, check_signatures
 
 UNTIL = "2999-01-01T00:00:00+00:00"
 
@@ -43,8 +43,15 @@ class Run:
                 self.signed(number, label, self.keys[label])
             self.log.write("round", round=number, updates=sorted(self.keys))
 
-    def signed(self, number: int, label: str, key: ec.EllipticCurvePrivateKey) -> None:
-        one = {"ticket": "0" * 32, "run": "r", "round": number, "answer": "a" * 64, "update": "b" * 64}
+    def signed(self, number: int, label: str, key: ec.EllipticCurvePrivateKey, **other) -> None:
+        one = {
+            "ticket": "0" * 32,
+            "run": "r",
+            "round": number,
+            "answer": "a" * 64,
+            "update": "b" * 64,
+            **other,
+        }
         self.log.write("signed", hospital=label, **one, signature=sign(key, "answer", one))
 
     def audit(self):
@@ -156,3 +163,12 @@ def test_what_was_not_looked_at_is_said(ran, tmp_path):
     done = run_here("provision.py", "audit", ran.path, "--kit", tmp_path / "none")
     assert done.returncode == 0 and "signatures are not looked at" in done.stdout
     assert "no copy of its end" in done.stdout
+
+
+@pytest.mark.parametrize("other", [{"update": None}, {"run": "another"}], ids=str)
+def test_a_refusal_and_another_runs_update_are_no_update_of_this_run(ran, other):
+    """Hospitals sign these as well, and a server could put them into the log."""
+    ran.signed(3, "hope", ran.keys["hope"], **other)
+    keys = {label: [public(key)] for label, key in ran.keys.items()}
+    with pytest.raises(MedFLError, match="line 8 of .*(could have been signed|another run)"):
+        check_signatures(ran.path, keys)

@@ -13,6 +13,7 @@ from scripted import make_messages_outside_of_a_run
 from common import MedFLError, __version__
 from federation.hospital.app import make_app
 from federation.hospital.identity import Identity
+from federation.hospital.sums import JOINED
 from federation.protocol.messages import message, read
 from federation.protocol.settings import FederationSettings, approval, to_json, unusual
 from federation.protocol.weights import pack, to_record
@@ -106,6 +107,13 @@ def test_settings_that_change_after_joining_are_refused_in_the_round(ask, capsys
     assert (
         ask(SETTINGS, [approval(CODE, SETTINGS)])["failure"] == "data"
     )  # goes on, up to the partition it was not told
+
+
+def test_who_joined_a_secure_aggregation_trains_nothing_without_it(ask, capsys, tmp_path):
+    """Whatever it approved: the server would read the update."""
+    (tmp_path / JOINED).write_text('{"run": "r"}')
+    assert ask(SETTINGS, [approval(CODE, SETTINGS)])["failure"] == "consent"
+    assert "an update without masks" in capsys.readouterr().out
 
 
 def test_the_hash_is_of_code_and_settings():

@@ -223,7 +223,7 @@ def throw(server, kind: str, batch: list[dict]) -> None:
         server._scored(server.state.weights, 1, f"final.{next(grid.numbers)}")
     else:
         stage = SecureRound(
-            server.mailbox, server.exchange.wait, server.settings, 1, "round-1.1", 9, "r", "m", []
+            server.mailbox, server.exchange.wait, server.settings, 1, "round-1.1", 9, "r", "m", [], None
         )
         stage.prepare(there)
 

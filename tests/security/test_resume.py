@@ -10,7 +10,7 @@ from scripted import Worker, federate, make_fast
 
 from common import MedFLError, claim
 from federation.runtime import certificates, hospital_kit
-from federation.server.state import LAST, finish_keeping, load_run
+from federation.server.state import LAST, finish_keeping, load_run, nothing_left
 
 
 @pytest.fixture
@@ -43,6 +43,13 @@ def test_a_changed_checkpoint_or_log_is_not_gone_on_with(ran, harm):
     harm(ran)
     with pytest.raises(MedFLError, match="it was changed|cut off, written anew or taken away"):
         load_run(ran)
+
+
+def test_a_line_that_was_written_half_does_not_stop_a_start(ran):
+    """Whether anything is left to do is looked at before the log is mended."""
+    with open(ran / "audit.jsonl", "ab") as log:
+        log.write(b'{"n": 99, "ti')
+    assert not nothing_left(ran, None)
 
 
 def test_a_server_that_is_killed_between_log_and_file_goes_on(ran, monkeypatch):

@@ -50,6 +50,16 @@ def test_means_are_told_anew_only_of_patients_unlike_those_of_every_telling(told
     assert told.file.stat().st_mode & 0o077 == 0
 
 
+def test_three_means_are_not_told_that_give_a_patient_together(told):
+    """Each is unlike both others by nine patients or more: 17 times the third less 8 times the first and the second
+    was the seventeenth's own, to 0.05 deviations among patients."""
+    for first, count, value in ((0, 8, 0.1), (8, 8, 0.2)):
+        assert told.tell(names(first, count), images(value)) == images(value)
+    assert told.tell(names(0, 17), images(0.3)) == images(0.2)
+    assert told.tell(names(0, 24), images(0.4)) == images(0.4)
+    assert told.tell(names(0, 24), images(0.5)) == images(0.4)  # one of them was scanned again
+
+
 def test_few_digits_are_told_and_a_damaged_file_is_refused(told):
     assert told.tell(names(0, 8), images(0.123456)) == images(0.123)
     told.file.write_text("{", encoding="utf-8")
