@@ -248,6 +248,15 @@ def test_200_connections_held_open_stop_nobody(scene):
     assert time.monotonic() < until
 
 
+def test_each_connection_of_a_worker_finds_its_two_files():
+    """The usual limit of 1024 files ended 2,500 connections that one address had left half open."""
+    text = gateway.TEMPLATE.read_text(encoding="utf-8")
+    files, connections = (
+        int(re.search(rf"{name} (\d+);", text)[1]) for name in ("worker_rlimit_nofile", "worker_connections")
+    )
+    assert files >= 2 * connections
+
+
 def test_too_many_calls_are_slowed_down(scene):
     """From one address; others are not touched. A busy machine may answer so slowly that the calls are not too
     many yet: they go on until one is refused."""
