@@ -115,6 +115,8 @@ def run_script(main: Callable[[], None]) -> None:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # but nohup's
         signal.signal(signal.SIGHUP, interrupt)
     steady_output()
+    script = sys.modules[main.__module__]
+    script.__doc__ = script.__doc__ or "\n"  # --help begins with its first line, and `python -OO` takes it away
     try:
         main()
     except KeyboardInterrupt:

@@ -326,3 +326,9 @@ def test_a_container_without_a_folder_for_temporary_files_is_told(monkeypatch):
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
     with pytest.raises(MedFLError, match="no folder for temporary files .*; name one in TMPDIR"):
         run_folder("hospital")
+
+
+def test_python_that_drops_docstrings_still_has_help(monkeypatch):
+    monkeypatch.setattr("provision.__doc__", None)  # PYTHONOPTIMIZE=2
+    done = run_here("provision.py", "--help")
+    assert done.returncode == 0 and "admit a hospital" in done.stdout, done.stderr
