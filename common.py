@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -359,6 +360,11 @@ def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()
 def counted(number: int, noun: str) -> str:
     """A number of things in words: "1 patient", "5 patients", "2 series"."""
     return f"{number} {noun}" if number == 1 or noun.endswith("series") else f"{number} {noun}s"
+
+
+def typed(path: Path) -> str:
+    """A path as it is typed into a command: in quotes where it holds spaces or other signs of the shell."""
+    return shlex.quote(str(path)) if os.name == "posix" else subprocess.list2cmdline([str(path)])
 
 
 def tell(notes: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -339,3 +340,10 @@ def test_python_that_drops_docstrings_still_has_help(monkeypatch):
     monkeypatch.setattr("provision.__doc__", None)  # PYTHONOPTIMIZE=2
     done = run_here("provision.py", "--help")
     assert done.returncode == 0 and "admit a hospital" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other quotes there")
+def test_the_next_command_can_be_typed_where_a_folder_has_spaces(tmp_path):
+    out = tmp_path / "vor bereitet ü"
+    said = run_here("data/make_phantoms.py", "--patients", 1, "--size", 16, "--out", out).stdout
+    assert shlex.split(said.splitlines()[-1])[-1] == str(out)

@@ -145,6 +145,7 @@ WRONG = {
         "fractions lie from 0 to below 1",
     ),
     "an address without a port": (lambda f: parse_address("fl.example.org"), "write it as HOST:PORT"),
+    "an IPv6 address without brackets": (lambda f: parse_address("2001:db8::1"), "in brackets"),
     "a side that the network can't have": (lambda f: TransUNet("tiny", 100), "16"),
     "a seed that torch can't count to": (
         lambda f: TrainingSettings(seed=10**23),
