@@ -27,7 +27,7 @@ from scans.spacing import NAME, read_spacing
 from tasks import task_of
 
 CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
 DAY = 86_400.0  # seconds; no build takes as long
 SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again gets another time

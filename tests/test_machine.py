@@ -345,5 +345,7 @@ def test_python_that_drops_docstrings_still_has_help(monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="other quotes there")
 def test_the_next_command_can_be_typed_where_a_folder_has_spaces(tmp_path):
     out = tmp_path / "vor bereitet ü"
-    said = run_here("data/make_phantoms.py", "--patients", 1, "--size", 16, "--out", out).stdout
+    said = run_here(
+        "data/make_phantoms.py", "--patients", 1, "--size", 32, "--slices", 8, "--out", out
+    ).stdout
     assert shlex.split(said.splitlines()[-1])[-1] == str(out)
