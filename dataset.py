@@ -98,10 +98,12 @@ class Dataset:
         return tuple(patient for patient in patients if any(self.tumour_pixels(patient)))
 
     def check_trainable(self, patients: Iterable[str]) -> None:
-        """Raises MedFLError where no mask of these patients shows tumour: nothing could be learned, and saying
-        "no tumour" everywhere would look perfect."""
+        """Raises MedFLError where there is no patient, and where no mask of these patients shows tumour: nothing
+        could be learned, and saying "no tumour" everywhere would look perfect."""
         patients = list(patients)
-        if patients and not self.with_tumour(patients):
+        if not patients:
+            raise MedFLError("the split leaves nobody to train; name patients in its train part")
+        if not self.with_tumour(patients):
             raise MedFLError(
                 f"all masks of the {counted(len(patients), 'patient')} to train on are black (no tumour anywhere), as "
                 f"after a failed export; look at the _mask files in {self.root} and write them again"

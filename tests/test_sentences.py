@@ -140,6 +140,10 @@ WRONG = {
         ),
         r"s.json names zoe \(and 0 more\) that the dataset does not hold|names zoe that the dataset does not hold",
     ),
+    "a split without anybody to train": (
+        lambda f: load_dataset(scans(f), progress=False).check_trainable([]),
+        "leaves nobody to train; ",
+    ),
     "one patient, half for the test": (
         lambda f: make_split({"anna": "own", "bert": "own", "carl": "own"}, 0, 0.0, 1.0),
         "fractions lie from 0 to below 1",
