@@ -37,15 +37,16 @@ class Dataset:
     """Patients with their pixels, read from the cache as they are needed.
 
     Attributes: name ("LGG MRI segmentation", "phantoms", "own data" or the task's title), task (of the folder's
-    task.toml, or None), region (what the masks outline), root, patients, table (pandas: patient, site, slices,
-    pixels, tumour_slices, tumour_pixels, tumour_share, one row per patient), notes (sentences that a user should
-    read: what is not read, and what is odd).
+    task.toml, or None), region (what the masks outline), root, patients, content (a name for what the files hold,
+    another one where a pixel changed), table (pandas: patient, site, slices, pixels, tumour_slices, tumour_pixels,
+    tumour_share, one row per patient), notes (sentences that a user should read: what is not read, and what is odd).
     """
 
     def __init__(self, root: Path, patients: list[Patient], cache: Path):
         self.root, self.patients, self.task = root, patients, task_of(root)
         self.name = self.task.title if self.task else cohort_name(patients)
         self.region = self.task.region if self.task else "tumour"
+        self.content = cache.name
         self._folders = {patient.name: patient.images[0].parent for patient in patients}
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))["patients"]
         self._entries = {entry["patient"]: entry for entry in index}
