@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flwr.supercore.utils import get_flwr_home
 from running import run_here
 from test_cohort import patient
 from torch._inductor.runtime import cache_dir_utils
@@ -22,6 +23,7 @@ import common
 from checkpoint import save_checkpoint
 from common import MedFLError, atomic_write, claim, in_words, run_folder
 from dataset import cache_folder, load_dataset
+from federation.runtime.flower import name_home_where_missing
 from federation.runtime.processes import no_proxy
 from federation.runtime.proxies import leave_out_odd
 from torchvision_operators import name_cache_where_missing
@@ -349,3 +351,14 @@ def test_the_next_command_can_be_typed_where_a_folder_has_spaces(tmp_path):
         "data/make_phantoms.py", "--patients", 1, "--size", 32, "--slices", 8, "--out", out
     ).stdout
     assert shlex.split(said.splitlines()[-1])[-1] == str(out)
+
+
+def test_a_service_of_a_user_without_a_home_has_a_folder_for_flower(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("FLWR_HOME", "")  # so that what is set is taken back
+    monkeypatch.delenv("FLWR_HOME")
+    name_home_where_missing()
+    assert get_flwr_home().is_absolute()
