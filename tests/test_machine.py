@@ -26,6 +26,7 @@ from dataset import cache_folder, load_dataset
 from federation.runtime.flower import name_home_where_missing
 from federation.runtime.processes import no_proxy
 from federation.runtime.proxies import leave_out_odd
+from predict import output_names
 from torchvision_operators import name_cache_where_missing
 from training import TrainingSettings
 
@@ -362,3 +363,12 @@ def test_a_service_of_a_user_without_a_home_has_a_folder_for_flower(monkeypatch)
     monkeypatch.delenv("FLWR_HOME")
     name_home_where_missing()
     assert get_flwr_home().is_absolute()
+
+
+@pytest.mark.parametrize("other", ["p_1.tif", "P_1.tif", "p\u0301_1.tif"])
+def test_no_mask_takes_the_place_of_another_one_on_any_disk(other):
+    first = Path("anna/ṕ_1.tif" if "\u0301" in other else "anna/p_1.tif")
+    names = output_names([first, Path("bert") / other])
+    assert [name.split("_")[0] for name in names.values()] == ["anna", "bert"]
+    with pytest.raises(MedFLError, match="would be one file"):
+        output_names([first, Path("elsewhere/ANNA") / other])
