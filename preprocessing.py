@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
-from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL, TiffImageFile
 
 from common import MedFLError
 from limits import MAX_SIDE, MAX_VOXELS, fits, tiff_asks_for_more
@@ -178,14 +178,31 @@ def read_slice(path: PurePath, content: bytes | None = None) -> np.ndarray:
     channels.
 
     content: the file's bytes, if they are in memory and not on disk. Raises MedFLError for a file that is
-    unreadable, truncated, animated, huge, or not 8 bits a channel.
+    unreadable, truncated, animated, huge, or not 8 bits a channel, and for more channels.
     """
     picture = _open(path, content)
+    if _holds_more(picture):
+        raise MedFLError(
+            f"{path} has more channels than a slice, which is grey or RGB; save it with the three that are meant"
+        )
     if picture.mode in EIGHT_BIT:
         return np.asarray(picture.convert("RGB"))
     raise MedFLError(
         f"{path} has pixels of type {picture.mode}, and a slice has 8-bit grey or RGB; convert it first"
     )
+
+
+def _holds_more(picture: Image.Image) -> bool:
+    """Whether a picture has measurements in a channel beyond grey or RGB, such as a fourth sequence. Transparency
+    that is all or nothing, or the same everywhere, is none, and is left out."""
+    if isinstance(picture, TiffImageFile) and picture.tag_v2.get(SAMPLESPERPIXEL, 1) > len(
+        picture.getbands()
+    ):
+        return True
+    if picture.mode not in ("RGBA", "LA"):
+        return False
+    alpha = np.asarray(picture.getchannel("A"))
+    return bool(np.ptp(alpha)) and not np.isin(alpha, (0, 255)).all()
 
 
 def read_mask(path: PurePath, content: bytes | None = None) -> np.ndarray:
