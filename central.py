@@ -22,7 +22,7 @@ from checkpoint import (
     save_checkpoint,
     update_metadata,
 )
-from common import MedFLError, atomic_write, counted
+from common import MedFLError, atomic_write, counted, tell
 from data_parallel import Processes, loss_of_all
 from dataset import Dataset
 from encoders import go_on_from, start_model
@@ -139,6 +139,13 @@ class CentralTraining:
             raise MedFLError(
                 f"{self.last} was trained on another split; name its own with --split-file, or start "
                 f"without --resume"
+            )
+        if state.get("content", self.dataset.content) != self.dataset.content:
+            tell(
+                [
+                    f"scans or masks in {escaping.terminal(self.dataset.root)} are others than those that this run was "
+                    "trained on so far; for a model of the present ones alone, start without --resume"
+                ]
             )
         self.learner.load_state_dict(state["learner"])
         if self.plateau:
@@ -293,6 +300,7 @@ class CentralTraining:
             "plateau": self.plateau.state_dict() if self.plateau else None,
             "progress": asdict(done),
             "split": self.split.sha256(),
+            "content": self.dataset.content,
         }
         save_checkpoint(self.last, learner.weights_model.state_dict(), metadata, state)
         self.saved_epoch = done.epoch

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,7 @@ SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (cgroup 2): microseconds of work, and in how many
 NAME_KEPT = 40  # characters of a file's name in that of its half; a name has at most 255 bytes
+NO_TEMPORARY = "No usable temporary directory"  # as Python's tempfile says it
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what shares say that have none
 NO_MEMORY = (  # as torch says it, and oneDNN within it
     "can't allocate memory",
@@ -115,6 +117,10 @@ def run_script(main: Callable[[], None]) -> None:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # but nohup's
         signal.signal(signal.SIGHUP, interrupt)
     steady_output()
+    script = sys.modules[main.__module__]
+    script.__doc__ = (
+        script.__doc__ or "\n"
+    )  # --help begins with its first line, and `python -OO` takes it away
     try:
         main()
     except KeyboardInterrupt:
@@ -137,6 +143,8 @@ def in_words(error: Exception) -> str | None:
         return (
             "there is not enough memory; end other programs, or take a smaller --batch-size or --image-size"
         )
+    if isinstance(error, OSError) and NO_TEMPORARY in text:  # in a container without a writable folder
+        return "there is no folder for temporary files (as /tmp) that can be written; name one in TMPDIR"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return (
             f"the disk is full ({error.filename or 'where a file was written'}); free space and start again"
@@ -195,12 +203,7 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
 def run_folder(kind: str) -> Path:
     """A new folder in the system's place for temporary files, called medfl-KIND-…; those that killed runs of
     this kind left there are removed."""
-    try:
-        place = Path(tempfile.gettempdir())
-    except OSError as error:  # a container without a writable folder
-        raise MedFLError(
-            "there is no folder for temporary files (as /tmp) that can be written; name one in TMPDIR"
-        ) from error
+    place = Path(tempfile.gettempdir())
     _remove_leftovers(place, f"medfl-{kind}-")
     try:
         return Path(tempfile.mkdtemp(prefix=f"medfl-{kind}-{os.getpid()}-", dir=place))
@@ -357,6 +360,11 @@ def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()
 def counted(number: int, noun: str) -> str:
     """A number of things in words: "1 patient", "5 patients", "2 series"."""
     return f"{number} {noun}" if number == 1 or noun.endswith("series") else f"{number} {noun}s"
+
+
+def typed(path: Path) -> str:
+    """A path as it is typed into a command: in quotes where it holds spaces or other signs of the shell."""
+    return shlex.quote(str(path)) if os.name == "posix" else subprocess.list2cmdline([str(path)])
 
 
 def tell(notes: Iterable[str]) -> None:

@@ -26,6 +26,7 @@ from common import (
     run_script,
     settings_from,
     tell,
+    typed,
     utc_now,
     write_json,
 )
@@ -134,7 +135,7 @@ def main() -> None:
     write_json(arguments.out / "scores.json", {**about, **figures, **failed})
     write_patients(figures, arguments.out / "patients.csv")
     print(f"wrote {arguments.out / 'scores.json'} and {arguments.out / 'patients.csv'}")
-    print(f"next: python train_centralized.py --data-dir {arguments.data_dir}, for one model to use")
+    print(f"next: python train_centralized.py --data-dir {typed(arguments.data_dir)}, for one model to use")
     claimed.release()
 
 

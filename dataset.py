@@ -27,7 +27,7 @@ from scans.spacing import NAME, read_spacing
 from tasks import task_of
 
 CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
 DAY = 86_400.0  # seconds; no build takes as long
 SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again gets another time
@@ -37,15 +37,16 @@ class Dataset:
     """Patients with their pixels, read from the cache as they are needed.
 
     Attributes: name ("LGG MRI segmentation", "phantoms", "own data" or the task's title), task (of the folder's
-    task.toml, or None), region (what the masks outline), root, patients, table (pandas: patient, site, slices,
-    pixels, tumour_slices, tumour_pixels, tumour_share, one row per patient), notes (sentences that a user should
-    read: what is not read, and what is odd).
+    task.toml, or None), region (what the masks outline), root, patients, content (a name for what the files hold,
+    another one where a pixel changed), table (pandas: patient, site, slices, pixels, tumour_slices, tumour_pixels,
+    tumour_share, one row per patient), notes (sentences that a user should read: what is not read, and what is odd).
     """
 
     def __init__(self, root: Path, patients: list[Patient], cache: Path):
         self.root, self.patients, self.task = root, patients, task_of(root)
         self.name = self.task.title if self.task else cohort_name(patients)
         self.region = self.task.region if self.task else "tumour"
+        self.content = cache.name
         self._folders = {patient.name: patient.images[0].parent for patient in patients}
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))["patients"]
         self._entries = {entry["patient"]: entry for entry in index}
@@ -98,10 +99,12 @@ class Dataset:
         return tuple(patient for patient in patients if any(self.tumour_pixels(patient)))
 
     def check_trainable(self, patients: Iterable[str]) -> None:
-        """Raises MedFLError where no mask of these patients shows tumour: nothing could be learned, and saying
-        "no tumour" everywhere would look perfect."""
+        """Raises MedFLError where there is no patient, and where no mask of these patients shows tumour: nothing
+        could be learned, and saying "no tumour" everywhere would look perfect."""
         patients = list(patients)
-        if patients and not self.with_tumour(patients):
+        if not patients:
+            raise MedFLError("the split leaves nobody to train; name patients in its train part")
+        if not self.with_tumour(patients):
             raise MedFLError(
                 f"all masks of the {counted(len(patients), 'patient')} to train on are black (no tumour anywhere), as "
                 f"after a failed export; look at the _mask files in {self.root} and write them again"

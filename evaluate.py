@@ -15,7 +15,17 @@ from pathlib import Path
 
 import escaping
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
-from common import SMALLEST_GROUP, MedFLError, counted, run_script, tell, utc_now, write_csv, write_json
+from common import (
+    SMALLEST_GROUP,
+    MedFLError,
+    counted,
+    run_script,
+    tell,
+    typed,
+    utc_now,
+    write_csv,
+    write_json,
+)
 from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
 from energy import Meter, in_words
 from evaluation.calibration import draw_reliability
@@ -318,7 +328,7 @@ def main() -> None:
         update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
         print(f"wrote the test scores into {arguments.checkpoint}")
     print(
-        f"next: python predict.py FOLDER --checkpoint {arguments.checkpoint}, or look at scans with `make app`"
+        f"next: python predict.py FOLDER --checkpoint {typed(arguments.checkpoint)}, or look at scans with `make app`"
     )
 
 

@@ -16,6 +16,7 @@ marked as unverified research output; nothing is kept here. Needs requirements-d
 
 import argparse
 import tempfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -116,12 +117,27 @@ def find_slices(
 
 
 def output_names(files: list[Path]) -> dict[Path, str]:
-    """A name for each slice's outputs: its own, with the folder's before it where two slices share one."""
-    counts = Counter(file.stem for file in files)
-    names = {f: f.stem if counts[f.stem] == 1 else f"{f.parent.name}_{f.stem}_{f.suffix[1:]}" for f in files}
-    if len(set(names.values())) != len(names):
-        raise MedFLError("two slices would be written to one file; predict their folders one after the other")
+    """A name for each slice's outputs: its own, with the folder's before it where two slices share one. macOS and
+    Windows take names for one that differ only in case, or in how accents are written."""
+    counts = Counter(_on_any_disk(file.stem) for file in files)
+    names = {
+        file: file.stem
+        if counts[_on_any_disk(file.stem)] == 1
+        else f"{file.parent.name}_{file.stem}_{file.suffix[1:]}"
+        for file in files
+    }
+    first: dict[str, Path] = {}
+    for file, name in names.items():
+        if first.setdefault(_on_any_disk(name), file) != file:
+            raise MedFLError(
+                f"the masks of {first[_on_any_disk(name)]} and {file} would be one file; predict their folders one "
+                "after the other"
+            )
     return names
+
+
+def _on_any_disk(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def spacing_of(slices: list[Path]) -> tuple[float, float, float] | None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
-from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL, TiffImageFile
 
 from common import MedFLError
 from limits import MAX_SIDE, MAX_VOXELS, fits, tiff_asks_for_more
@@ -178,14 +178,31 @@ def read_slice(path: PurePath, content: bytes | None = None) -> np.ndarray:
     channels.
 
     content: the file's bytes, if they are in memory and not on disk. Raises MedFLError for a file that is
-    unreadable, truncated, animated, huge, or not 8 bits a channel.
+    unreadable, truncated, animated, huge, or not 8 bits a channel, and for more channels.
     """
     picture = _open(path, content)
+    if _holds_more(picture):
+        raise MedFLError(
+            f"{path} has more channels than a slice, which is grey or RGB; save it with the three that are meant"
+        )
     if picture.mode in EIGHT_BIT:
         return np.asarray(picture.convert("RGB"))
     raise MedFLError(
         f"{path} has pixels of type {picture.mode}, and a slice has 8-bit grey or RGB; convert it first"
     )
+
+
+def _holds_more(picture: Image.Image) -> bool:
+    """Whether a picture has measurements in a channel beyond grey or RGB, such as a fourth sequence. Transparency
+    that is all or nothing, or the same everywhere, is none, and is left out."""
+    if isinstance(picture, TiffImageFile) and picture.tag_v2.get(SAMPLESPERPIXEL, 1) > len(
+        picture.getbands()
+    ):
+        return True
+    if picture.mode not in ("RGBA", "LA"):
+        return False
+    alpha = np.asarray(picture.getchannel("A"))
+    return bool(np.ptp(alpha)) and not np.isin(alpha, (0, 255)).all()
 
 
 def read_mask(path: PurePath, content: bytes | None = None) -> np.ndarray:
@@ -201,17 +218,28 @@ def read_mask_and_form(path: PurePath, content: bytes | None = None) -> tuple[np
         raise MedFLError(
             f"{path} has pixels of type {picture.mode}, and a mask is 8-bit grey; convert it first"
         )
-    mask = np.asarray(picture.convert("L"))
-    if np.isin(mask, (0, 255)).all():
+    colours = np.asarray(picture.convert("RGB"))
+    mask, is_grey = colours[..., 0].copy(), not (colours != colours[..., :1]).any()
+    if is_grey and np.isin(mask, (0, 255)).all():
         return mask, False
+    if picture.mode == "RGB" and not is_grey:
+        raise MedFLError(
+            f"{path} has colours, and a mask is grey: 0 (no tumour) and 255 (tumour); write it again"
+        )
     numbers = np.asarray(picture) if picture.mode == "P" else mask
-    if numbers.max() == 1:
-        return numbers * np.uint8(255), True
+    if numbers.max() <= 1:
+        return np.where(numbers == _outlined(picture), np.uint8(255), np.uint8(0)), True
     odd = int(numbers[(numbers != 0) & (numbers != (1 if picture.mode == "P" else 255))][0])
     raise MedFLError(
         f"{path} has the value {odd}, and a mask holds 0 (no tumour) and 255 (tumour) only, or 0 and 1; write it "
         "again, with 255 for what is tumour"
     )
+
+
+def _outlined(picture: Image.Image) -> int:
+    """Which of 0 and 1 stands for what is outlined: 1, unless it is black in the picture's palette and 0 is not."""
+    palette = picture.getpalette() if picture.mode == "P" else None
+    return 0 if palette and any(palette[:3]) and len(palette) > 3 and not any(palette[3:6]) else 1
 
 
 def picture_size(path: PurePath, content: bytes | None = None) -> tuple[int, int]:
@@ -272,7 +300,7 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
     ) as error:  # what Pillow's decoders raise
         _refuse_pointer(path, content)
         raise MedFLError(
-            f"{path} can't be read as a picture (truncated or another format); copy it again"
+            f"{path} can't be read as a picture (truncated or another format); copy it again, or save it as PNG"
         ) from error
     return picture
 

@@ -35,6 +35,7 @@ from common import (
     run_script,
     setting,
     settings_from,
+    typed,
     utc_now,
 )
 from dataset import add_mask_option
@@ -151,7 +152,9 @@ def main() -> None:
         write_encoder(model.encoder, about, arguments.out)
         print(f"epoch {epoch:3d}  loss {loss:.4f}", flush=True)
     print(f"wrote {arguments.out}")
-    print(f"next: python train_centralized.py --data-dir {arguments.data_dir} --encoder {arguments.out}")
+    print(
+        f"next: python train_centralized.py --data-dir {typed(arguments.data_dir)} --encoder {typed(arguments.out)}"
+    )
 
 
 if __name__ == "__main__":

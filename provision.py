@@ -17,7 +17,7 @@ coordinator: the server can then neither exchange keys nor invent hospitals.
 import argparse
 from pathlib import Path
 
-from common import MedFLError, counted, run_script, text_of
+from common import MedFLError, counted, run_script, text_of, typed
 from federation.runtime.admissions import Admission, admit, public_lines, read_admissions, revoke
 from federation.runtime.certificates import (
     AUTHORITY_DAYS,
@@ -96,7 +96,7 @@ def make_server(arguments: argparse.Namespace) -> None:
         f"{made.not_valid_after_utc:%Y-%m-%d}"
     )
     print(f"give {kit / CA} to every hospital; keep the rest of {kit} to yourself, {CA_KEY} above all")
-    print(f"next: python provision.py admit KEY.pub --kit {kit} for each hospital's key")
+    print(f"next: python provision.py admit KEY.pub --kit {typed(kit)} for each hospital's key")
 
 
 def make_hospital(arguments: argparse.Namespace) -> None:
@@ -108,7 +108,9 @@ def make_hospital(arguments: argparse.Namespace) -> None:
         f"fingerprint by another way: {fingerprint}"
     )
     print(f"{arguments.kit / HOSPITAL_KEY} stays here; put the coordinator's {CA} beside it")
-    print(f"next: python run_client.py --own-data FOLDER --kit {arguments.kit} --server HOST:PORT --check")
+    print(
+        f"next: python run_client.py --own-data FOLDER --kit {typed(arguments.kit)} --server HOST:PORT --check"
+    )
 
 
 def admit_hospital(arguments: argparse.Namespace) -> None:
@@ -122,7 +124,9 @@ def admit_hospital(arguments: argparse.Namespace) -> None:
         f"{label} is admitted until {admission.until[:10]}; compare its fingerprint by telephone: "
         f"{admission.fingerprint}"
     )
-    print(f"next: python run_server.py --address 0.0.0.0:8443 --kit {arguments.kit}, where none runs yet")
+    print(
+        f"next: python run_server.py --address 0.0.0.0:8443 --kit {typed(arguments.kit)}, where none runs yet"
+    )
 
 
 def revoke_hospital(arguments: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from common import (
     run_script,
     tell,
     text_of,
+    typed,
     usable_cores,
 )
 from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
@@ -233,7 +234,7 @@ def next_step(who: Identity) -> str:
     if who.role == "check":
         return "the same command without --check takes part"
     if model.exists():
-        return f"python predict.py FOLDER --checkpoint {model}"
+        return f"python predict.py FOLDER --checkpoint {typed(model)}"
     return "the server's terminal says where the model is"
 
 

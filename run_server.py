@@ -30,6 +30,7 @@ from common import (
     run_folder,
     run_script,
     tell,
+    typed,
     usable_cores,
 )
 from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
@@ -228,9 +229,9 @@ def run_simulated(arguments: argparse.Namespace) -> int:
 def tell_next(out: Path, federation: FederationSettings, data: Path | None) -> None:
     """Say what to do with the model. data: the dataset that the hospitals shared, None where each has its own."""
     if federation.pretraining:
-        return say(f"next: python run_server.py --encoder {out / ENCODER_FILE} --out ANOTHER_FOLDER")
-    command = "predict.py FOLDER" if data is None else f"evaluate.py --data-dir {data}"
-    say(f"next: python {command} --checkpoint {out / BEST}")
+        return say(f"next: python run_server.py --encoder {typed(out / ENCODER_FILE)} --out ANOTHER_FOLDER")
+    command = "predict.py FOLDER" if data is None else f"evaluate.py --data-dir {typed(data)}"
+    say(f"next: python {command} --checkpoint {typed(out / BEST)}")
 
 
 def take_up(arguments: argparse.Namespace) -> None:

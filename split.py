@@ -121,6 +121,8 @@ def load_split(path: Path, patients: set[str]) -> Split:
         ) from error
     except OSError as error:
         raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
+    except json.JSONDecodeError as error:
+        raise MedFLError(f"{path} is no JSON ({error}); correct it there, or delete the file") from error
     except (ValueError, KeyError, TypeError) as error:
         raise MedFLError(
             f"{path} is no split file of MedFL; name the split.json that the training wrote"
@@ -134,7 +136,7 @@ def load_split(path: Path, patients: set[str]) -> Split:
     if len(set(named)) != len(named):
         twice = next(name for name in named if named.count(name) > 1)
         raise MedFLError(
-            f"{path} names {twice} in two parts, and a patient is in one; correct it or delete the file"
+            f"{path} names {twice} twice, and a patient is in one part once; correct it or delete the file"
         )
     unknown = sorted(set(named) - patients)
     if unknown:

@@ -4,9 +4,15 @@ A CPU-only torch beside the package index's torchvision (built for CUDA) fails a
 torchvision::nms does not exist": torchvision can't load its compiled operators and then describes them all
 the same. timm never calls them, so a declaration without code is enough. Where torchvision imports by itself
 nothing is touched.
+
+torchvision also loads torch's compiler, which asks for a folder for its cache at once. Nothing here compiles, so
+where no temporary folder can be written any folder will do.
 """
 
+import os
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -35,4 +41,13 @@ def declare_where_missing() -> bool:
     return True
 
 
+def name_cache_where_missing() -> None:
+    """Name a folder for the compiler's cache where there is none for temporary files; nothing is written there."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent))
+
+
+name_cache_where_missing()
 DECLARED = declare_where_missing()

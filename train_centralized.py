@@ -28,7 +28,7 @@ from checkpoint import (
     refuse_to_overwrite,
     update_metadata,
 )
-from common import MedFLError, add_settings, claim, counted, run_script, settings_from, tell
+from common import MedFLError, add_settings, claim, counted, run_script, settings_from, tell, typed
 from data_parallel import Processes
 from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
 from energy import NAME as ENERGY
@@ -239,7 +239,9 @@ def main() -> None:
     )
     print(training.told_at_the_end())
     if share.test:
-        print(f"next: python evaluate.py --checkpoint {training.best} --data-dir {arguments.data_dir}")
+        print(
+            f"next: python evaluate.py --checkpoint {typed(training.best)} --data-dir {typed(arguments.data_dir)}"
+        )
     if claimed:
         claimed.release()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import MedFLError, run_script
+from common import MedFLError, run_script, typed
 from dataset import find_dataset, read_patients
 
 HANDLE = "mateuszbuda/lgg-mri-segmentation"
@@ -201,7 +201,7 @@ def main() -> None:
         print(f"{cache_folder()} holds kagglehub's copy of the archive; delete it at will")
         if (chosen := find_dataset(arguments.out)) != folder:
             print(f"note: --data-dir {arguments.out} means {chosen}; name {folder} with --data-dir")
-    print(f"next: python train_centralized.py --data-dir {folder}")
+    print(f"next: python train_centralized.py --data-dir {typed(folder)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ A phantom is painted, not measured: a score on phantoms says nothing about real 
 import argparse
 from pathlib import Path
 
-from common import counted, run_script
+from common import counted, run_script, typed
 from phantoms import make_phantoms
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     root = make_phantoms(**vars(arguments), progress=True)
     print(f"{counted(arguments.patients, 'phantom')} in {root}")
-    print(f"next: python train_centralized.py --data-dir {arguments.out}")
+    print(f"next: python train_centralized.py --data-dir {typed(arguments.out)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from common import MedFLError, counted, run_script
+from common import MedFLError, counted, run_script, typed
 from escaping import terminal
 from scans.folders import walk
 
@@ -256,11 +256,11 @@ def main() -> None:
         f"and stays here"
     )
     if any(m.mask for m in made):
-        print(f"next: python run_client.py --own-data {arguments.out} --name LABEL --check")
+        print(f"next: python run_client.py --own-data {typed(arguments.out)} --name LABEL --check")
     else:
         print(
-            f"without masks nobody here can train; next: python predict.py {arguments.out / UNMASKED} --checkpoint "
-            "MODEL, or prepare again with their DICOM SEG or RTSTRUCT"
+            f"without masks nobody here can train; next: python predict.py {typed(arguments.out / UNMASKED)} "
+            "--checkpoint MODEL, or prepare again with their DICOM SEG or RTSTRUCT"
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common import MedFLError, atomic_write, counted, run_script, text_of, write_json
+from common import MedFLError, atomic_write, counted, run_script, text_of, typed, write_json
 from limits import fits
 from preprocessing import IMAGE_SUFFIXES, read_slice
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
@@ -149,7 +149,7 @@ def main() -> None:
     with atomic_write(arguments.out / NAME, "w") as file:
         file.write(content)
     print(f"{task.title}: {counted(len(found), 'patient')} in {arguments.out}")
-    print(f"next: python train_centralized.py --data-dir {arguments.out}")
+    print(f"next: python train_centralized.py --data-dir {typed(arguments.out)}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ else:
 
 from appearance import doubts, features
 from checkpoint import Checkpoint, load_checkpoint
-from common import MedFLError, __version__, atomic_write, git_commit, run_script
+from common import MedFLError, __version__, atomic_write, git_commit, run_script, typed
 from deployment.app.card import card_rows
 from inference import BLOCK, predict_volume, probability, to_mask
 from phantoms import make_phantoms
@@ -312,7 +312,7 @@ def main() -> None:
         file.write(content)
     print(told(difference))
     print(f"wrote {arguments.out}, {len(content) / 1e6:.1f} MB")
-    print(f"next: python deployment/serve_browser.py --checkpoint {arguments.checkpoint}")
+    print(f"next: python deployment/serve_browser.py --checkpoint {typed(arguments.checkpoint)}")
 
 
 if __name__ == "__main__":

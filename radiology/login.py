@@ -22,7 +22,7 @@ import requests
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, model_validator
 from requests.auth import HTTPBasicAuth
 
-from common import MedFLError
+from common import MedFLError, text_of
 
 PROMPT = "ask"  # instead of a file's name
 
@@ -110,7 +110,7 @@ def read_login(source: str | None) -> Login:
     try:
         if os.name != "nt" and stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise MedFLError(f"{path} can be read by others, and it opens the archive; chmod 600 {path}")
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(text_of(path))
         for name in {"certificate", "key", "authority"} & content.keys():
             content[name] = (path.parent / str(content[name])).resolve()
             if not content[name].is_file():

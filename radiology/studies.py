@@ -78,10 +78,11 @@ def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study
 
 
 def shared_numbers(found: list[Series]) -> dict[str, str]:
-    """Patient numbers that stand for several people, as "ANONYMOUS" may, and what differs: a sentence each."""
+    """Patient numbers that stand for several people, as "ANONYMOUS" may, and what differs: a sentence each. So for
+    none at all, where it stands for several studies."""
     people = defaultdict(set)
     for series in found:
-        if series.person:
+        if series.person and series.patient_id:
             people[series.patient_id].add(series.person)
     told = {}
     for number, persons in people.items():
@@ -92,6 +93,12 @@ def shared_numbers(found: list[Series]) -> dict[str, str]:
                 f"one patient number stands for series with different {' and '.join(what)}: only one study of them "
                 f"trains; give each patient a number of their own in the export"
             )
+    nameless = {series.study_uid for series in found if not series.patient_id}
+    if len(nameless) > 1:
+        told[""] = (
+            f"{len(nameless)} studies have no patient number, and each is taken for a patient of its own: two of one "
+            "person could come into training and test; give each patient a number in the export"
+        )
     return told
 
 

@@ -1,5 +1,6 @@
 """What lies in a folder on disk: all of it or a refusal, so that nothing is left out without a word."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -40,8 +41,10 @@ def as_text(path: str | PurePath) -> str:
 
 
 def refuse_dangling(path: Path) -> None:
-    """Raises MedFLError for a link whose target is not there."""
+    """Raises MedFLError for a link whose target is not there, or that leads to itself."""
     if path.is_symlink() and not os.path.exists(path):
+        if _is_circle(path):
+            raise MedFLError(f"{path} is a link that leads to itself; take it away")
         raise MedFLError(
             f"{path} is a link to {os.readlink(path)}, which is not there; fetch it (`git annex get`, "
             "`datalad get`), connect the share that it is on, or take the link away"
@@ -50,14 +53,27 @@ def refuse_dangling(path: Path) -> None:
 
 def walk(top: Path) -> Iterator[tuple[Path, list[Path]]]:
     """Every folder from `top` down and its files, nearest first. Links to folders are followed, unless they
-    lead back up. Raises MedFLError for what `contents` refuses."""
+    lead back to a folder that the way here came through. Raises MedFLError for what `contents` refuses."""
     level = [top]
     while level:
         below: list[Path] = []
         for folder in level:
             folders, files = contents(folder)
             yield folder, files
-            below += [
-                f for f in folders if not (f.is_symlink() and folder.resolve().is_relative_to(f.resolve()))
-            ]
+            below += [inside for inside in folders if not _leads_back(inside)]
         level = below
+
+
+def _leads_back(folder: Path) -> bool:
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    return any(way.resolve().is_relative_to(target) for way in folder.absolute().parents)
+
+
+def _is_circle(link: Path) -> bool:
+    try:
+        link.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False

@@ -356,6 +356,8 @@ def test_a_login_is_private_and_an_address_is_encrypted_and_carries_none(tmp_pat
     path.chmod(0o600)
     login = read_login(str(path))
     assert "abc-secret" not in repr(login) + str(login)
+    path.write_text('token = "abc-secret"\n', encoding="utf-8-sig")  # as Windows' editor writes it
+    assert read_login(str(path)) == login
     for wrong, why in (
         ('user = "me"\n', "belong together"),
         ('passwort = "abc-secret"\n', "wrong at: passwort"),

@@ -87,6 +87,18 @@ def test_patience_counts_epochs(central):
     assert subject._finished()
 
 
+def test_a_resumed_run_says_when_its_scans_are_others_by_now(central, capsys):
+    subject = central()
+    subject.progress.epoch = 1
+    subject._record(EpochResult(1.0, 0.5, 1), None, None)
+    capsys.readouterr()
+    again = central(resume=True)
+    assert "are others" not in capsys.readouterr().out
+    again.dataset.content = "of a mask that was drawn again"
+    again._resume()
+    assert "scans or masks in" in (said := capsys.readouterr().out) and "start without --resume" in said
+
+
 def test_the_minutes_are_those_of_the_clock_and_go_on_after_a_resume(central):
     subject = central(minutes=1.0)
     subject.began = time.monotonic() - 30

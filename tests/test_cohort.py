@@ -17,6 +17,7 @@ from common import MedFLError
 from dataset import load_dataset
 from deployment.app.cases import add_truth, read_case
 from preprocessing import group_volumes, read_mask, read_slice
+from scans.folders import walk
 from scans.pairing import pair
 from split import Split, load_split, make_split, save_split
 from transunet import TransUNet
@@ -132,6 +133,19 @@ def test_a_linked_folder_is_read_and_a_loop_is_not_followed(tmp_path):
     (tmp_path / "scans" / "anna").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "scans" / "bert" / "up").symlink_to(tmp_path / "scans")
     assert load(tmp_path / "scans") == (["anna", "bert"], [])
+
+
+def test_links_that_lead_to_one_another_are_followed_once(tmp_path):
+    patient(tmp_path / "a" / "anna", 1)
+    patient(tmp_path / "b" / "bert", 2)
+    (tmp_path / "a" / "x").symlink_to("../b")
+    (tmp_path / "b" / "y").symlink_to("../a")
+    assert [str(folder.relative_to(tmp_path)) for folder, _ in walk(tmp_path)] == [
+        *(".", "a", "b", "a/anna", "a/x", "b/bert", "b/y", "a/x/bert", "b/y/anna")
+    ]
+    (tmp_path / "a" / "self").symlink_to("self")
+    with pytest.raises(MedFLError, match="self is a link that leads to itself; take it away"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

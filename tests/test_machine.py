@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,15 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flwr.supercore.utils import get_flwr_home
 from running import run_here
 from test_cohort import patient
+from torch._inductor.runtime import cache_dir_utils
 
 import common
 from checkpoint import save_checkpoint
 from common import MedFLError, atomic_write, claim, in_words, run_folder
 from dataset import cache_folder, load_dataset
+from federation.runtime.flower import name_home_where_missing
 from federation.runtime.processes import no_proxy
 from federation.runtime.proxies import leave_out_odd
+from predict import output_names
+from torchvision_operators import name_cache_where_missing
 from training import TrainingSettings
 
 ROOT = Path(common.__file__).parent
@@ -324,5 +330,45 @@ def test_a_share_that_keeps_its_own_permissions_and_a_long_name_are_written(tmp_
 def test_a_container_without_a_folder_for_temporary_files_is_told(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
-    with pytest.raises(MedFLError, match="no folder for temporary files .*; name one in TMPDIR"):
+    with pytest.raises(FileNotFoundError) as raised:
         run_folder("hospital")
+    assert "no folder for temporary files" in in_words(raised.value) and "TMPDIR" in in_words(raised.value)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what is set is taken back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    name_cache_where_missing()  # before torchvision, whose import asks torch for this folder
+    assert cache_dir_utils.cache_dir()
+
+
+def test_python_that_drops_docstrings_still_has_help(monkeypatch):
+    monkeypatch.setattr("provision.__doc__", None)  # PYTHONOPTIMIZE=2
+    done = run_here("provision.py", "--help")
+    assert done.returncode == 0 and "admit a hospital" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other quotes there")
+def test_the_next_command_can_be_typed_where_a_folder_has_spaces(tmp_path):
+    out = tmp_path / "vor bereitet ü"
+    said = run_here(
+        "data/make_phantoms.py", "--patients", 1, "--size", 32, "--slices", 8, "--out", out
+    ).stdout
+    assert shlex.split(said.splitlines()[-1])[-1] == str(out)
+
+
+def test_a_service_of_a_user_without_a_home_has_a_folder_for_flower(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("FLWR_HOME", "")  # so that what is set is taken back
+    monkeypatch.delenv("FLWR_HOME")
+    name_home_where_missing()
+    assert get_flwr_home().is_absolute()
+
+
+@pytest.mark.parametrize("other", ["p_1.tif", "P_1.tif", "p\u0301_1.tif"])
+def test_no_mask_takes_the_place_of_another_one_on_any_disk(other):
+    first = Path("anna/ṕ_1.tif" if "\u0301" in other else "anna/p_1.tif")
+    names = output_names([first, Path("bert") / other])
+    assert [name.split("_")[0] for name in names.values()] == ["anna", "bert"]
+    with pytest.raises(MedFLError, match="would be one file"):
+        output_names([first, Path("elsewhere/ANNA") / other])

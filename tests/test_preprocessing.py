@@ -222,6 +222,51 @@ def test_a_mask_with_another_value_is_refused(tmp_path, value):
         read_mask(save(tmp_path / "a_1_mask.tif", mask))
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("bands", [2, 4])
+def test_a_fourth_sequence_is_not_taken_for_transparency(tmp_path, bands, suffix):
+    path, stack = tmp_path / f"a_1.{suffix}", np.repeat(pixels(1)[..., :1], bands, axis=-1)
+    for alpha in (np.full_like(stack[..., 0], 7), np.where(stack[..., 0] > 99, 255, 0).astype(np.uint8)):
+        Image.fromarray(np.dstack([stack[..., :-1], alpha])).save(path)
+        assert np.array_equal(read_slice(path), np.repeat(stack[..., :1], 3, axis=-1))
+    Image.fromarray(stack).save(path)
+    with pytest.raises(MedFLError, match="has more channels than a slice"):
+        read_slice(path)
+    if suffix == "tif" and bands == 4:
+        Image.fromarray(stack).save(path, tiffinfo={338: 0})  # it says itself that this is no transparency
+        with pytest.raises(MedFLError, match="has more channels than a slice"):
+            read_slice(path)
+
+
+@pytest.mark.parametrize("colour", [(1, 0, 0), (0, 0, 4), (0, 255, 0)])
+def test_a_coloured_mask_is_refused_and_never_read_as_black(tmp_path, colour):
+    mask = np.zeros((16, 16, 3), np.uint8)
+    mask[3, 4] = colour
+    with pytest.raises(MedFLError, match="has colours, and a mask is grey"):
+        read_mask(save(tmp_path / "a_1_mask.tif", mask))
+
+
+@pytest.mark.parametrize(
+    "palette, outlined",
+    [
+        ([0, 0, 0, 200, 30, 30], {1}),
+        ([200, 30, 30, 0, 0, 0], {0}),
+        ([0, 0, 0, 0, 0, 4], {1}),
+        ([255, 255, 255, 0, 0, 0], {0}),
+        ([9, 9, 9], {1}),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_palette_shows_as_black_is_not_outlined(tmp_path, palette, outlined, whole):
+    numbers = np.zeros((16, 16), np.uint8)
+    numbers[3, 4] = 0 if whole or len(palette) == 3 else 1
+    picture = Image.fromarray(numbers, mode="P")
+    picture.putpalette(palette)
+    picture.save(tmp_path / "a_1_mask.png")
+    wanted = np.where(np.isin(numbers, list(outlined)), 255, 0)
+    assert np.array_equal(read_mask(tmp_path / "a_1_mask.png"), wanted)
+
+
 def test_a_volume_has_one_size_and_keeps_the_order_given(tmp_path):
     paths = [save(tmp_path / f"a_{i}.tif", pixels(i)) for i in (1, 2, 3)]
     assert np.array_equal(read_volume(paths), np.stack([pixels(i) for i in (1, 2, 3)]))

@@ -140,11 +140,16 @@ WRONG = {
         ),
         r"s.json names zoe \(and 0 more\) that the dataset does not hold|names zoe that the dataset does not hold",
     ),
+    "a split without anybody to train": (
+        lambda f: load_dataset(scans(f), progress=False).check_trainable([]),
+        "leaves nobody to train; ",
+    ),
     "one patient, half for the test": (
         lambda f: make_split({"anna": "own", "bert": "own", "carl": "own"}, 0, 0.0, 1.0),
         "fractions lie from 0 to below 1",
     ),
     "an address without a port": (lambda f: parse_address("fl.example.org"), "write it as HOST:PORT"),
+    "an IPv6 address without brackets": (lambda f: parse_address("2001:db8::1"), "in brackets"),
     "a side that the network can't have": (lambda f: TransUNet("tiny", 100), "16"),
     "a seed that torch can't count to": (
         lambda f: TrainingSettings(seed=10**23),

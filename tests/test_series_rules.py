@@ -1,5 +1,7 @@
 """radiology/rules.py and studies.py: which series becomes which channel, and what is said of the others."""
 
+from dataclasses import replace
+
 import pytest
 
 from common import MedFLError
@@ -148,6 +150,9 @@ def test_one_number_of_several_people_is_noticed():
         ]
     )
     assert told.keys() == {"ANONYMOUS"} and "different names:" in told["ANONYMOUS"]
+    nameless = [replace(of(uid, "", "A^B", "", "F"), study_uid=uid) for uid in ("1", "2")]
+    assert "2 studies have no patient number, and each is taken for a patient" in shared_numbers(nameless)[""]
+    assert shared_numbers(nameless[:1]) == {}
 
 
 @pytest.mark.parametrize(

@@ -147,13 +147,14 @@ GOOD = {"version": 1, "seed": 0, "train": ["a", "b"], "val": ["c"], "test": ["d"
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        ("not JSON {", "no split file of MedFL"),
+        ('{"version": 1,\n "train": ["a",]}', "is no JSON .*line 2 column"),
+        ("", "is no JSON"),
         ("[1, 2]", "no split file of MedFL"),
         ({**GOOD, "train": None}, "no split file of MedFL"),
         ({key: value for key, value in GOOD.items() if key != "test"}, "no split file of MedFL"),
         ({**GOOD, "version": 2}, "version 2"),
-        ({**GOOD, "val": ["c", "d"]}, "names d in two parts"),
-        ({**GOOD, "train": ["a", "b", "b"]}, "names b in two parts"),
+        ({**GOOD, "val": ["c", "d"]}, "names d twice"),
+        ({**GOOD, "train": ["a", "b", "b"]}, "names b twice"),
         ({**GOOD, "test": ["d", "x", "y"]}, r"names x \(and 1 more\) that the dataset does not hold"),
     ],
 )

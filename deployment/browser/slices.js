@@ -12,6 +12,9 @@ const PNG_PALETTE = 3; // colour type
 /** A slice: {width, height, pixels: Uint8Array of height × width × 3}. A grey picture fills all three channels. */
 export async function readSlice(name, bytes) {
   const { width, height, channels, data } = await decoded(name, bytes);
+  if (holdsMore(channels, data)) {
+    throw new UserError(`${short(name)} has more channels than a slice, which is grey or RGB; save it with the three that are meant`);
+  }
   const pixels = new Uint8Array(width * height * 3);
   for (let from = 0, to = 0; to < pixels.length; from += channels, to += 3) {
     pixels[to] = data[from];
@@ -19,6 +22,15 @@ export async function readSlice(name, bytes) {
     pixels[to + 2] = data[channels > 2 ? from + 2 : from];
   }
   return { width, height, pixels };
+}
+
+/** Whether a channel beyond grey or RGB holds measurements, such as a fourth sequence, and not transparency: that is all or nothing, or
+ *  the same everywhere. */
+function holdsMore(channels, data) {
+  if (channels > 4) return true;
+  if (channels % 2) return false;
+  const alpha = data.filter((_, k) => k % channels === channels - 1);
+  return alpha.some((value) => value !== alpha[0]) && alpha.some((value) => value !== 0 && value !== 255);
 }
 
 /** A mask: {width, height, pixels: Uint8Array of height × width, 0 or 255, otherForm: whether it was stored as 0 and 1}. */

@@ -51,6 +51,18 @@ clientapp = "{client}:app"
 """
 
 
+def name_home_where_missing() -> None:
+    """Name a folder for Flower, which asks for one when it is imported, where a service's user has no home.
+    Flower's programs get one of their own (`processes.environment`); in this process nothing is written there."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ.setdefault("FLWR_HOME", str(Path.cwd() / ".flwr"))
+
+
+name_home_where_missing()
+
+
 def build_bundle(files: dict[str, bytes], version: str) -> bytes:
     """Flower's app bundle (FAB) of these files; the same files give the same bytes."""
     from flwr.cli.build import build_fab_from_files

@@ -147,6 +147,11 @@ def parse_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise MedFLError(f"{address} is no address; write it as HOST:PORT, such as 127.0.0.1:8080")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise MedFLError(
+            f"in {address} it can't be told which part is the port; write an IPv6 address in brackets, such as "
+            "[2001:db8::1]:8443"
+        )
     return host.strip("[]"), int(port)
 
 

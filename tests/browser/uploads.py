@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 RNG = np.random.default_rng(3)
 COLOURS = RNG.integers(0, 255, (40, 52, 3), np.uint8)
 GREY = COLOURS[..., 0]
+TRANSPARENCY = np.where(GREY > 99, 255, 0).astype(np.uint8)
 BITS = Image.fromarray(GREY).convert("1")
 
 
@@ -35,9 +36,9 @@ def palette(colours=256) -> Image.Image:
     return Image.fromarray(COLOURS).quantize(colours)
 
 
-def with_alpha(mode) -> Image.Image:
+def with_alpha(mode, alpha=TRANSPARENCY) -> Image.Image:
     image = Image.fromarray(COLOURS).convert(mode)
-    image.putalpha(Image.fromarray(GREY))
+    image.putalpha(Image.fromarray(alpha))
     return image
 
 
@@ -222,6 +223,9 @@ BROKEN = {
         ("a_1.tif", picture(Image.new("1", (20_000, 20_000)), "TIFF", compression="tiff_adobe_deflate"))
     ],
     "CMYK": [("a_1.tif", picture(Image.new("CMYK", (40, 40)), "TIFF"))],
+    "a fourth sequence": [("a_1.png", picture(with_alpha("RGB", GREY)))],
+    "a second sequence": [("a_1.png", picture(with_alpha("L", GREY)))],
+    "a fourth sequence, TIFF": [("a_1.tif", picture(with_alpha("RGB", GREY), "TIFF"))],
     "16 bits": [("a_1.png", picture(np.full((40, 40), 40_000, np.uint16)))],
     "16 bits, TIFF": [("a_1.tif", picture(np.full((40, 40), 40_000, np.uint16), "TIFF"))],
     "floats, TIFF": [("a_1.tif", picture(np.full((40, 40), 0.5, np.float32), "TIFF"))],
