@@ -50,6 +50,8 @@ except ModuleNotFoundError as error:
 else:
     missing = None
 
+NAMED = 5  # patients whom the archive does not have
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,9 +154,16 @@ def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
 
 def find_studies(archive: "Archive", arguments: argparse.Namespace) -> "list[FoundStudy]":
     """The archive's studies that match. Raises MedFLError where none does."""
-    studies = ordered(archive.find_studies(read_query(arguments)))
+    query = read_query(arguments)
+    studies = ordered(archive.find_studies(query))
     if not studies:
         raise MedFLError("the archive has no study that matches; check --patients, --query and --since")
+    there = {study.patient_id.strip() for study in studies}
+    if absent := [patient for patient in query.patients if patient not in there]:
+        tell(
+            f"of {counted(len(absent), 'patient')} that {arguments.patients} names the archive has no study that "
+            f"matches: {', '.join(absent[:NAMED])}{', …' if len(absent) > NAMED else ''}"
+        )
     return studies
 
 
