@@ -33,6 +33,13 @@ class Plan(BaseModel, strict=True):
     norm: Annotated[str, Field(max_length=64)]
 
 
+class Data(BaseModel, strict=True):
+    """What a checkpoint says of the patients that it was trained on."""
+
+    name: str = ""
+    train: dict[str, Any] = {}
+
+
 class Told(BaseModel, strict=True):
     """What a checkpoint's metadata must say before anything is made of it; other entries are for readers."""
 
@@ -41,6 +48,9 @@ class Told(BaseModel, strict=True):
     preprocessing: dict[str, Any]
     threshold: Annotated[float, Field(ge=0, le=1)]
     origin: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    data: Data = Data()
+    scores: dict[str, dict[str, Any] | None] | None = None
 
 
 @dataclass
