@@ -120,7 +120,7 @@ def read_header(head: bytes) -> Any:
     try:
         header = getattr(nibabel, HEADERS[length])(head[:length])
         begins = int(header["vox_offset"])
-        promised(header), header.get_best_affine()
+        promised(header), header.get_best_affine(), header.get_qform(coded=True), header.get_sform(coded=True)
     except Exception as error:  # nibabel raises many kinds for values that can't be
         raise MedFLError("can't be read as NIfTI, its header is damaged; copy it again") from error
     if begins < length + 4:  # some readers would take the header for voxels, and shift all others

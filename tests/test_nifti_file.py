@@ -12,7 +12,7 @@ import pytest
 
 import scans.nifti_file
 from common import MedFLError
-from scans.nifti_file import read_image, unlike_sizes
+from scans.nifti_file import doubt, read_image, unlike_sizes
 
 SCAN = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
 ELSEWHERE = (
@@ -62,6 +62,15 @@ def test_voxels_do_not_begin_within_the_header(begins):
     struct.pack_into("<f", content, 108, begins)
     with pytest.raises(MedFLError, match="within its header|header is damaged"):
         read_image(bytes(content))
+
+
+def test_a_rotation_that_is_none_is_told():
+    image = nibabel.Nifti1Image(SCAN, np.eye(4))
+    image.set_qform(image.affine, 1)
+    content = bytearray(image.to_bytes())
+    struct.pack_into("<f", content, 256, 2.0)  # a quaternion that is longer than 1
+    with pytest.raises(MedFLError, match="header is damaged"):
+        doubt(read_image(bytes(content)).header)
 
 
 def test_two_sizes_of_a_voxel_are_told():
