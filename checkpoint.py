@@ -16,12 +16,12 @@ from torch import nn
 
 import preprocessing
 from common import MedFLError, __version__, atomic_write, file_sha256, git_commit, utc_now
-from limits import MAX_NETWORK_SIDE, read_json, unpacks_to_more
+from limits import MAX_NETWORK_SIDE, read_json
+from torch_file import DAMAGED, read_torch_file
 from transunet import TransUNet
 
 FORMAT = 1
 LFS_POINTER = b"version https://git-lfs"
-VIEWS = 4  # times that a file's values may be shared; weights are, by a run's state and the model
 THRESHOLD = 0.5  # of the probability, unless the metadata says otherwise
 
 
@@ -33,6 +33,13 @@ class Plan(BaseModel, strict=True):
     norm: Annotated[str, Field(max_length=64)]
 
 
+class Data(BaseModel, strict=True):
+    """What a checkpoint says of the patients that it was trained on."""
+
+    name: str = ""
+    train: dict[str, Any] = {}
+
+
 class Told(BaseModel, strict=True):
     """What a checkpoint's metadata must say before anything is made of it; other entries are for readers."""
 
@@ -41,6 +48,9 @@ class Told(BaseModel, strict=True):
     preprocessing: dict[str, Any]
     threshold: Annotated[float, Field(ge=0, le=1)]
     origin: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    data: Data = Data()
+    scores: dict[str, dict[str, Any] | None] | None = None
 
 
 @dataclass
@@ -262,6 +272,8 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
 
 def _read(path: Path) -> Any:
     """What torch reads in the file without running any code of it."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise MedFLError(f"{path} is a pipe or a device, and a checkpoint is a file; name another")
     try:
         with open(path, "rb") as file:
             head = file.read(len(LFS_POINTER))
@@ -282,54 +294,16 @@ def _read(path: Path) -> Any:
     if head[:2] == b"PK" and not zipfile.is_zipfile(path):
         raise MedFLError(f"{path} is truncated; copy it again")
     try:
-        if head[:2] == b"PK":  # the one kind that torch reads without taking what a few bytes ask for
-            if unpacks_to_more(path):
-                raise MedFLError(
-                    f"{path} is packed, or claims more than it holds; take the file as MedFL wrote it"
-                )
-            _check_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-        if head[:1] == b"\x80":
-            raise pickle.UnpicklingError("a pickle by itself")
-        raise ValueError("no file of torch")
+        return read_torch_file(path)
     except pickle.UnpicklingError as error:
         raise MedFLError(
             f"{path} holds Python objects besides weights and may be malicious: nothing of it was run; "
             "take a checkpoint of MedFL from a source you trust"
         ) from error
-    except (
-        zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError, TypeError, AttributeError,
-        IndexError, OverflowError, MemoryError,
-    ) as error:  # fmt: skip
+    except DAMAGED as error:
         raise MedFLError(
             f"{path} is no checkpoint, or a damaged one; choose a file that train_centralized.py wrote"
         ) from error
-
-
-def _check_tensors(content: Any, path: Path) -> None:
-    """Raises MedFLError for tensors that stand for more values than the file holds: repeated or sparse ones,
-    and many of the same bytes."""
-    waiting, seen, claimed = [content], set(), 0
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            if one.layout != torch.strided or one.numel() > _held(one):
-                raise MedFLError(f"{path} holds tensors that are not plain values; take one that MedFL wrote")
-            claimed += one.numel() * one.element_size()
-        elif isinstance(one, dict):
-            waiting += [*one.keys(), *one.values()]
-        elif isinstance(one, (list, tuple, set, frozenset)):
-            waiting += one
-    if claimed > VIEWS * path.stat().st_size:
-        raise MedFLError(f"{path} claims more values than it holds; take the file as MedFL wrote it")
-
-
-def _held(tensor: torch.Tensor) -> int:
-    """How many values lie behind a tensor."""
-    return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
 def update_metadata(path: Path, **entries: Any) -> None:

@@ -65,8 +65,9 @@ class MedFLError(Exception):
 
 
 class SteadyStream:
-    """A terminal, file or pipe that never ends a run: what it can't show is escaped, and when it is gone (a
-    closed pipe, a full disk, a terminal that was closed) what is said goes nowhere."""
+    """A terminal, file or pipe that never ends a run and that no name commands: what it can't show is escaped, as
+    are control codes, and when it is gone (a closed pipe, a full disk, a terminal that was closed) what is said
+    goes nowhere."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -75,7 +76,7 @@ class SteadyStream:
 
     def write(self, text: str) -> int:
         with self._unbroken():
-            self._stream.write(text)
+            self._stream.write(escaping.stream(text))
         return len(text)
 
     def flush(self) -> None:
@@ -370,7 +371,7 @@ def typed(path: Path) -> str:
 def tell(notes: Iterable[str]) -> None:
     """Print what a user should know before trusting a result, a line each."""
     for note in notes:
-        print(f"note: {note}", flush=True)
+        print(f"note: {escaping.terminal(note)}", flush=True)
 
 
 def text_of(path: Path, errors: str = "strict", most: int = -1) -> str:

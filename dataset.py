@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from appearance.features import describe_volume, image_statistics
 from common import MedFLError, counted, file_sha256, write_json
+from limits import MAX_VOXELS, fits
 from preprocessing import IMAGE_SUFFIXES, MASK_SUFFIX, read_mask_and_form, read_slice
 from scans.cohort import SITE, Cohort, Patient, cohort_name, find_cohort
 from scans.spacing import NAME, read_spacing
@@ -385,6 +386,11 @@ def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
     other_forms = 0
     for image, mask in zip(patient.images, patient.masks):
         volume.append(read_slice(image))
+        if not fits((len(patient.images), *volume[0].shape[:2])):
+            raise MedFLError(
+                f"{image.parent} holds {len(patient.images)} slices of {volume[0].shape[1]}×{volume[0].shape[0]} "
+                f"pixels, more than are read at once ({MAX_VOXELS >> 20} million pixels); make them smaller"
+            )
         pixels, other = read_mask_and_form(mask)
         truth.append(pixels)
         other_forms += other

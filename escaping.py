@@ -45,6 +45,14 @@ def lines(text: object) -> str:
     return "\n".join(map(plain, str(text).split("\n")))
 
 
+def stream(text: str) -> str:
+    """What a program writes to a terminal, piece by piece: its lines and tabs stay, and a bar of progress may begin
+    its line again."""
+    again = "\r" if text.startswith("\r") else ""
+    shown = ("\t".join(map(plain, line.split("\t"))) for line in text.removeprefix(again).split("\n"))
+    return again + "\n".join(shown)
+
+
 def web(text: object) -> str:
     """A text for HTML, within an element or a quoted attribute."""
     return html.escape(plain(text))

@@ -28,6 +28,7 @@ from checkpoint import load_checkpoint
 from common import ROOT, MedFLError, atomic_write, counted, run_script, write_csv
 from dataset import add_mask_option
 from deployment.app.card import find_checkpoints
+from escaping import terminal
 from evaluation.components import COLUMNS as OF_COMPONENT
 from evaluation.components import find_components
 from inference import predict_volume, to_mask
@@ -167,7 +168,8 @@ def predict_slices(arguments: argparse.Namespace) -> None:
     path = arguments.checkpoint or find_checkpoints(ROOT / "models")[0]
     checkpoint = load_checkpoint(path, choose_device(arguments.device))
     if arguments.checkpoint is None:
-        print(f"with {path}, trained on {checkpoint.metadata.get('data', {}).get('name', 'unknown data')}")
+        data = terminal(checkpoint.metadata.get("data", {}).get("name", "unknown data"))
+        print(f"with {path}, trained on {data}")
     rows: list[tuple] = []
     parts: list[tuple] = []
     for patient, slices in tqdm(volumes, desc="segmenting", unit="volume", disable=None):

@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL, TiffImageFile
 
 from common import MedFLError
-from limits import MAX_SIDE, MAX_VOXELS, fits, tiff_asks_for_more
+from limits import MAX_SIDE, MAX_VOXELS, fits, has_many_scans, tiff_asks_for_more
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 MASK_SUFFIX = "_mask"  # ends a mask's name, after its slice's, where nothing else is said
@@ -253,7 +253,13 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
     try:
         with BytesIO(content) if content is not None else open(path, "rb") as file:
             if tiff_asks_for_more(file, file.seek(0, SEEK_END) - file.seek(0)):
-                raise MedFLError(f"{path} holds tags that are larger than the file; save the picture again")
+                raise MedFLError(
+                    f"{path} holds tags, tiles or pictures that are more than the file or a slice can have; save the "
+                    f"picture again"
+                )
+            file.seek(0)
+            if has_many_scans(file):
+                raise MedFLError(f"{path} is refined in hundreds of passes; save the picture again")
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
@@ -349,8 +355,10 @@ def read_volume(paths: list[Path]) -> np.ndarray:
             f"{len(paths)} slices of {columns}×{rows} pixels, as {paths[0].name} is, are more than can be read "
             f"at once ({MAX_VOXELS >> 20} million pixels); name fewer of them"
         )
-    slices = [read_slice(path) for path in paths]
-    for path, pixels in zip(paths, slices):
+    slices: list[np.ndarray] = []
+    for path in paths:
+        pixels = read_slice(path)
+        slices.append(pixels)
         if pixels.shape != slices[0].shape:
             raise MedFLError(
                 f"{path} is {_size(pixels)} and {paths[0].name} is {_size(slices[0])}, "

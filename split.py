@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import MedFLError, counted, write_json
-from limits import read_json
+from limits import read_json_file
 
 PARTS = ("train", "val", "test")
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2  # of the patients, where nothing else is asked
@@ -113,7 +113,7 @@ def load_split(path: Path, patients: set[str]) -> Split:
     """The split in `path`. Raises MedFLError for another format, unknown patients,
     or a patient in two parts."""
     try:
-        content = read_json(Path(path).read_bytes())
+        content = read_json_file(Path(path))
         split = Split(int(content["seed"]), *(tuple(map(str, content[part])) for part in PARTS))
     except FileNotFoundError as error:
         raise MedFLError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from common import MedFLError
 from limits import MAX_NETWORK_SIDE
+from torch_file import read_torch_file
 
 GROUPS = 8  # of a GroupNorm; every width below is divisible by it
 UPSCALE = 2  # from the decoder's last block to the logits
@@ -187,16 +188,14 @@ def _load_encoder(encoder: VisionTransformer, path: Path) -> None:
     """Load weights in timm's names (.safetensors or .pth); position embeddings are resampled to the encoder's
     side."""
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        state = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
         state = checkpoint_filter_fn(state, encoder)
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         encoder.load_state_dict(state)
     except FileNotFoundError as error:
         raise MedFLError(f"there is no weights file {path}; check --encoder") from error
+    except MedFLError:
+        raise
     except Exception as error:  # pickle, safetensors and timm each raise their own kinds for a foreign file
         raise MedFLError(
             f"{path} does not hold this encoder's weights; take the file of the same timm model"

@@ -22,7 +22,7 @@ from radiology.rules import FLAIR, Rules
 from radiology.series import Refused
 from radiology.studies import Study
 
-VERSION = 3  # of what is made; another one makes every study again
+VERSION = 4  # of what is made; another one makes every study again
 MADE, REPORT = "prepared.json", "report.csv"  # in the private folder
 PAGE, SHEETS = "index.html", "contact_sheets"  # in the output, and the folders of studies that don't train
 PARTS = {

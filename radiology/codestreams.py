@@ -2,11 +2,14 @@
 ask for, whatever the DICOM header tells."""
 
 import struct
+from collections.abc import Iterator
+from io import BytesIO
 
 import pydicom
 from pydicom.encaps import get_frame
 
 from common import MedFLError
+from limits import has_many_scans
 
 JPEG, JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
 NO_FRAME = {
@@ -14,23 +17,70 @@ NO_FRAME = {
     0xC8,
     0xCC,
 }  # among the markers C0 to CF of JPEG that begin a frame; F7 begins one of JPEG-LS
+MOST_PRECINCTS = (
+    2**16
+)  # of a frame of JPEG 2000; its decoder makes half a kilobyte of each, before it reads a pixel
+MOST_TILES, MOST_COMPONENTS = 2**12, 4
 BEGINNING = 2**10  # bytes in which the size of JPEG 2000 stands, also within a file's boxes
 
 
 def check_frame(content: pydicom.Dataset, frame: int) -> None:
-    """Raises MedFLError for a compressed frame of another size than the header's, and for one that is far
-    longer than its pixels; errors of pydicom for one that is not there."""
+    """Raises MedFLError for a compressed frame of another size than the header's, for one that is far longer than
+    its pixels, and for one of countless parts; errors of pydicom for one that is not there."""
     if not content.file_meta.TransferSyntaxUID.is_encapsulated:
         return
     frames, rows, columns = int(content.get("NumberOfFrames") or 1), int(content.Rows), int(content.Columns)
     data = get_frame(content.PixelData, frame, number_of_frames=frames)
     told = told_size(data)
     pixels = rows * columns * max(1, content.BitsAllocated // 8)
+    if has_many_scans(BytesIO(data)) or _is_cut_small(data, rows, columns):
+        raise MedFLError("a frame is cut into more parts than any encoder makes; export it again")
     if told not in (None, (rows, columns)) or len(data) > 2 * pixels + BEGINNING:
         raise MedFLError(
             f"a frame says that it has {'×'.join(map(str, told[::-1])) if told else 'more'} pixels, and the header "
             f"{columns}×{rows}; export it again"
         )
+
+
+def _is_cut_small(data: bytes, rows: int, columns: int) -> bool:
+    """Whether a frame of JPEG 2000 is cut into countless tiles, components or precincts. How precincts are cut
+    stands in segments COD and COC, anywhere before or between the pixels; only one that fits its own length is
+    taken for such."""
+    start = data[:BEGINNING].find(JPEG_2000)
+    if start < 0:
+        return False
+    wide, tall = struct.unpack_from(">2I", data, start + 24)
+    (components,) = struct.unpack_from(">H", data, start + 40)
+    tiles = -(-rows // max(tall, 1)) * -(-columns // max(wide, 1))
+    if not wide or not tall or tiles > MOST_TILES or components > MOST_COMPONENTS:
+        return True
+    return any(
+        _precincts(sizes, rows, columns) > MOST_PRECINCTS
+        for marker, before in ((b"\xff\x52", 9), (b"\xff\x53", 6))
+        for sizes in _precinct_sizes(data, marker, before)
+    )
+
+
+def _precinct_sizes(data: bytes, marker: bytes, before: int) -> Iterator[bytes]:
+    """The sizes of precincts in the segments that begin with a marker, a byte for each resolution, the coarsest
+    first. before: bytes from the marker to the number of levels."""
+    place = data.find(marker)
+    while place >= 0:
+        head = data[place : place + before + 6]
+        if len(head) == before + 6:
+            levels, length = head[before], int.from_bytes(head[2:4], "big")
+            if levels <= 32 and length == before + 4 + levels:
+                yield data[place + before + 5 : place + before + 6 + levels]
+        place = data.find(marker, place + 1)
+
+
+def _precincts(sizes: bytes, rows: int, columns: int) -> int:
+    """How many precincts a frame is cut into at all resolutions together."""
+    count = 0
+    for coarser, size in enumerate(reversed(sizes)):
+        tall, wide = coarser + (size >> 4), coarser + (size & 15)
+        count += ((rows - 1 >> tall) + 1) * ((columns - 1 >> wide) + 1)
+    return count
 
 
 def told_size(data: bytes) -> tuple[int, int] | None:

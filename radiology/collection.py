@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import MedFLError
-from limits import read_json
+from limits import read_json_file
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS
 from scans.nifti_file import stem
 
@@ -67,7 +67,7 @@ def collection_in(root: Path) -> Collection | None:
     if not path.is_file():
         return None
     try:
-        told = read_json(path.read_bytes())
+        told = read_json_file(path)
         channels = told.get("channel_names") or told["modality"]
         return Collection(
             {int(number): str(name) for number, name in channels.items()}, _labels(told.get("labels", {}))

@@ -232,6 +232,8 @@ def _rings(stored: pydicom.Dataset, number: int) -> Iterator[np.ndarray]:
         if int(outline.ReferencedROINumber) == number:
             for contour in outline.get("ContourSequence") or ():
                 points = np.array(contour.ContourData, float).reshape(-1, 3)
+                if not np.isfinite(points).all():
+                    raise ValueError("a point that lies nowhere")
                 if not str(contour.ContourGeometricType).startswith("CLOSED") or len(points) < 3:
                     raise MedFLError(
                         "it holds points or open lines, which enclose nothing; draw closed outlines"

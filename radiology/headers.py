@@ -11,9 +11,18 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pydicom
+from pydicom.dataset import FileMetaDataset
 from pydicom.errors import InvalidDicomError
+from pydicom.filebase import DicomIO
 from pydicom.filereader import read_dataset
-from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.filewriter import write_file_meta_info
+from pydicom.uid import (
+    UID,
+    AllTransferSyntaxes,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from common import MedFLError
 from limits import MAX_HEADER, MAX_ITEMS, MAX_SIDE, MAX_UNPACKED, fits
@@ -58,7 +67,10 @@ TAGS: list = [  # what is read of a header
     "SliceThickness",
     "SpacingBetweenSlices",
     "SamplesPerPixel",
+    "PhotometricInterpretation",
     "BitsAllocated",
+    "BitsStored",
+    "HighBit",
     "NumberOfFrames",
     "FrameOfReferenceUID",
     "BurnedInAnnotation",
@@ -77,7 +89,8 @@ TAGS: list = [  # what is read of a header
 
 PREAMBLE = 132  # bytes, which end in DICM
 META = 0x0002  # the group of tags that says how the file is written
-ITEM = b"\xfe\xff\x00\xe0"  # begins each item of a sequence; the other order of bytes is out of use
+ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # begins each item of a sequence, in either order of bytes
+GREY = ("MONOCHROME1", "MONOCHROME2")
 
 
 class InMemory(io.BytesIO):
@@ -136,12 +149,16 @@ def read_header(path: File) -> Header:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what deviates from the standard and can be read
-            beginning = _beginning(path, file)
+            beginning, length = _beginning(path, file)
             header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=TAGS)
             _refuse_what_is_no_picture(header)
-            left = path.stat().st_size - beginning.tell()
-            if header.get("Modality") != "RTSTRUCT":  # which has no pixels
-                _check_size(path, header, left)
+            left = length - beginning.tell()
+            if header.get("Modality") != "RTSTRUCT":
+                _check_size(header, length, left)
+            elif length > MAX_HEADER:  # it has no pixels, and each number becomes an object
+                raise MedFLError(
+                    f"holds more than {MAX_HEADER >> 20} MB of outlines; export the tumour's by itself"
+                )
             uid = str(header.get("SeriesInstanceUID") or path)
             return Header(
                 str(header.get("SOPInstanceUID") or path),
@@ -185,32 +202,43 @@ def check_bounds(path: File) -> None:
     with contextlib.suppress(Exception), path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            beginning = _beginning(path, file)
+            beginning, length = _beginning(path, file)
             tags = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"]
             header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=tags)
-            _check_size(path, header, path.stat().st_size - beginning.tell())
+            _check_size(header, length, length - beginning.tell())
         except MedFLError as error:
             refusal = MedFLError(f"{path} {error}")
     if refusal:
         raise refusal
 
 
-def _beginning(path: File, file: Any) -> Any:
-    """What pydicom is to read of an open file up to its pixels: of a large one a part, so that a header of
-    countless elements ends somewhere. Raises MedFLError for a file that inflates without end, and for one
-    whose header holds sequences of countless items."""
-    deflated = False
+def _beginning(path: File, file: Any) -> tuple[Any, int]:
+    """What pydicom is to read of an open file up to its pixels, and the whole file's bytes, both as they are
+    without deflation. Of a large one it is a part, so that a header of countless elements ends somewhere. Raises
+    MedFLError for a file that inflates without end, and for one whose header holds sequences of countless items."""
+    length = path.stat().st_size
     if file.read(PREAMBLE)[128:] == b"DICM":
         meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != META)
-        deflated = meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
-    content = _inflated(file.read()) if deflated else b""
+        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            file = _plain(meta, _inflated(file.read()))
+            length = len(file.getbuffer())
     file.seek(0)
-    if not deflated and path.stat().st_size > 2 * len(ITEM) * MAX_ITEMS:  # smaller ones can't hold so many
-        content = file.read(MAX_HEADER)
-    if content[:MAX_HEADER].count(ITEM) > MAX_ITEMS:
+    if length <= 2 * len(ITEMS[0]) * MAX_ITEMS:  # it can't hold so many
+        return file, length
+    content = file.read(MAX_HEADER)
+    if max(map(content.count, ITEMS)) > MAX_ITEMS:
         raise MedFLError(f"holds more than {MAX_ITEMS:,} items in its header; export it again")
-    file.seek(0)
-    return io.BytesIO(content) if content and not deflated else file
+    return io.BytesIO(content), length
+
+
+def _plain(meta: pydicom.Dataset, content: bytes) -> io.BytesIO:
+    """A deflated file as it is without deflation. meta: the group of tags that says how it is written."""
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    plain = io.BytesIO()
+    plain.write(bytes(PREAMBLE - 4) + b"DICM")
+    write_file_meta_info(DicomIO(plain), FileMetaDataset(meta), enforce_standard=False)
+    plain.write(content)
+    return plain
 
 
 def _inflated(content: bytes) -> bytes:
@@ -222,9 +250,9 @@ def _inflated(content: bytes) -> bytes:
     return unpacked
 
 
-def _check_size(path: File, header: pydicom.Dataset, left: int) -> None:
+def _check_size(header: pydicom.Dataset, length: int, left: int) -> None:
     """Raises MedFLError for a picture that claims more pixels than can be read, before anything is made of
-    them. left: bytes from its pixels on."""
+    them. length: bytes of the file; left: from its pixels on."""
     frames, rows, columns = int(header.get("NumberOfFrames") or 1), int(header.Rows), int(header.Columns)
     if not fits((frames, rows, columns)) or max(rows, columns) > MAX_SIDE:
         raise MedFLError(
@@ -232,8 +260,7 @@ def _check_size(path: File, header: pydicom.Dataset, left: int) -> None:
             f"smaller series"
         )
     pixels = frames * rows * columns * 8 * (header.get("SamplesPerPixel") or 1)
-    deflated = header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
-    if not deflated and (left > pixels + MAX_HEADER or path.stat().st_size - left >= MAX_HEADER):
+    if left > pixels + MAX_HEADER or length - left >= MAX_HEADER:
         raise MedFLError("holds far more than its picture; export it again without what was added to it")
 
 
@@ -344,7 +371,9 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
         problems.append(f"{OTHER_MODALITY} {modality}, not MR")
     if "LOCALIZER" in (str(part).upper() for part in header.get("ImageType") or ()):
         problems.append("it is a localizer")
-    if (header.get("SamplesPerPixel") or 1) != 1:
+    if (header.get("SamplesPerPixel") or 1) != 1 or header.get(
+        "PhotometricInterpretation", GREY[0]
+    ) not in GREY:
         problems.append("it is in colour, a screen capture or a map, not a scan")
     if _is_mosaic(header):
         problems.append(
@@ -352,6 +381,11 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
         )
     if modality == "RTSTRUCT":  # without pixels
         return problems
+    stored, highest = _number(header.get("BitsStored")), _number(header.get("HighBit"))
+    if stored is not None and highest is not None and highest != stored - 1:
+        problems.append(
+            f"its values of {stored:.0f} bits end at bit {highest:.0f}, an old form that can't be read; export it again"
+        )
     syntax = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     if syntax not in AllTransferSyntaxes:  # and not those that another package registered
         name = "" if syntax.name == syntax else f" ({syntax.name})"

@@ -20,7 +20,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from common import MedFLError
-from limits import fits, read_json
+from limits import fits, is_size_mm, read_json_file
 from radiology.collection import IMAGES, LABELS, NAME, Collection, collection_in, trees_in
 from radiology.geometry import on_grid
 from radiology.series import Refused, Series
@@ -33,7 +33,6 @@ DERIVATIVES = "derivatives"
 MASK = "seg"  # a name that the rules take for a mask
 KINDS_OF_SCAN = ("anat",)  # BIDS's folders of a session that say what was scanned, not whose it is
 WHOLE = 1e-4  # by which a label may lie beside a whole number: 255 × 0.00392157 is 1.00000035
-JSON_BYTES = 2**20
 
 
 def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:
@@ -133,8 +132,14 @@ def _series(
         problems.append("it holds complex numbers, and a scan has real ones; export its magnitude")
     if why := nifti_file.doubt(header):
         problems.append(f"it {why}: left and right can't be told; convert the scan's DICOM files again")
+    if why := nifti_file.unlike_sizes(header):
+        problems.append(f"it {why}; convert the scan's DICOM files again")
     columns, rows, slices = (*shape, 1, 1)[:3]
     column, row, between = (*map(float, header.get_zooms()[:3]), 1.0, 1.0)[:3]
+    if not all(map(is_size_mm, (between, row, column))):
+        problems.append(
+            f"it tells voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; convert it again"
+        )
     return Series(
         uid=str(path) if volume is None else f"{path}#{volume}",
         study_uid="/".join(map(as_text, folders)),
@@ -171,7 +176,7 @@ def _told_beside(path: Path) -> dict:
     none."""
     beside = path.parent / f"{nifti_file.stem(path.name)}.json"
     try:
-        told = read_json(beside.read_bytes()) if beside.stat().st_size <= JSON_BYTES else {}
+        told = read_json_file(beside)
     except (OSError, ValueError):
         return {}
     if not isinstance(told, dict):

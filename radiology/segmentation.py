@@ -228,7 +228,10 @@ def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...]
                 for n in stored.segment_numbers
                 if n
             }
-            frames = pixel_array(stored) if kind != SegmentationTypeValues.FRACTIONAL else None
+            frames = None
+            if kind != SegmentationTypeValues.FRACTIONAL:
+                frames = pixel_array(stored).reshape(-1, stored.Rows, stored.Columns)
+                corners = [_corners(stored, number) for number in range(len(frames))]
     except Exception as error:  # highdicom and pydicom raise many kinds for a damaged or unusual file
         raise MedFLError(
             f"{path} can't be read as a DICOM SEG whose frames lie in parallel; export it again"
@@ -244,8 +247,8 @@ def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...]
     if not frames.any():
         raise MedFLError(f"{path} is empty: no pixel is marked as tumour")
     tumour = np.zeros(reference.GetSize()[::-1], np.uint8)
-    for number, frame in enumerate(frames.reshape(-1, *frames.shape[-2:])):
-        if not _draw(tumour, frame > 0, _corners(stored, number), reference):
+    for frame, corner in zip(frames, corners):
+        if not _draw(tumour, frame > 0, corner, reference):
             raise MedFLError(
                 f"{path} lies on another grid than its series; draw or export the mask on the series itself"
             )

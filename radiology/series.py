@@ -22,13 +22,18 @@ from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import UID, JPEGExtended12Bit
 
 from common import MedFLError
-from limits import fits
+from limits import MAX_LARGE, fits, is_size_mm
 from radiology.codestreams import check_frame
 from radiology.headers import OUTLINES, File, Place, Slice, read_header
 
 END_OF_JPEG = b"\xff\xd9"
 SAME_PLACE = 0.01  # mm; nearer slices lie at one place
 UNEVEN = 0.05  # of the distance between slices; scanners round positions
+OF_ONE = {  # what all files of a series have in common
+    "patients": ("patient_id", "person"),
+    "studies": ("study_uid",),
+    "frames of reference": ("frame_of_reference",),
+}
 TURNED = 1e-3  # in direction cosines, which are written with six digits or so
 
 
@@ -121,8 +126,12 @@ def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
             refused.append(Refused(path, f"the same image as {seen[header.instance].name}; it counts once"))
             continue
         seen[header.instance] = path
-        heads.setdefault(header.series, header.about)
-        notes[header.series] += header.problems
+        head = heads.setdefault(header.series, header.about)
+        notes[header.series] += header.problems + [
+            f"its files name different {what} under one series number: export each by itself"
+            for what, names in OF_ONE.items()
+            if any(head[name] != header.about[name] for name in names)
+        ]
         slices[header.series] += header.slices
     found = [_assemble(head, slices[uid], notes[uid]) for uid, head in heads.items()]
     return sorted(
@@ -197,6 +206,12 @@ def _geometry(slices: list[Place], thickness: float) -> tuple[dict | None, str |
     if between <= 0:
         problem = problem or "it is a single slice that does not say how thick it is"
         between = 1.0
+    if not all(map(is_size_mm, (between, *first.pixel_spacing))):
+        row, column = first.pixel_spacing
+        return (
+            None,
+            f"it tells voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; export it again",
+        )
     sideways = places[order] - places[order[0]] - np.outer(along - along[0], normal)
     if not problem and np.abs(sideways).max() > min(first.pixel_spacing):
         problem = "its slices do not lie straight above each other (a tilted gantry, or several stacks)"
@@ -235,8 +250,9 @@ def load_series(series: Series) -> sitk.Image:
     """The pixels of a series with its place in the patient, float32 (size: columns, rows, slices; mm; left,
     back, up).
 
-    Rescale slope and intercept are applied, MONOCHROME1 is turned so that bright is bright. Raises MedFLError
-    for a series with problems, for a file that can't be decoded, and where a decoder is not installed.
+    Rescale slope and intercept are applied, MONOCHROME1 is turned so that bright is bright, and padding gets the
+    least of all other values. Raises MedFLError for a series with problems, for a file that can't be decoded or
+    whose values are none, and where a decoder is not installed.
     """
     if series.problems:
         raise MedFLError(f"the series “{series.description}” can't be used: {'; '.join(series.problems)}")
@@ -245,6 +261,10 @@ def load_series(series: Series) -> sitk.Image:
     for index in range(series.slices):
         path, frame = series.place_of(index)
         volume[index] = _decode(path, whole.get(path), frame or 0)
+    if (padding := np.isnan(volume)).any():
+        if padding.all():
+            raise MedFLError(f"the series “{series.description}” holds nothing but padding; export it again")
+        volume[padding] = volume[~padding].min()
     image = sitk.GetImageFromArray(volume)
     between, row, column = series.spacing
     image.SetSpacing((column, row, between))
@@ -256,7 +276,7 @@ def load_series(series: Series) -> sitk.Image:
 
 
 def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray:
-    """One slice's values, (rows, columns) float32."""
+    """One slice's values, (rows, columns) float32; NaN is padding."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of padding, and of what the decoder then raises
@@ -274,11 +294,17 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
                 if syntax != JPEGExtended12Bit or frame:
                     raise
                 return _by_gdcm(path, content)
+            padding = _padding(content, stored)
             if content.PhotometricInterpretation == "MONOCHROME1":
                 stored = (-1 if content.PixelRepresentation else 2**content.BitsStored - 1) - stored.astype(
                     np.int64
                 )
-            return _rescaled(content, stored, frame).astype(np.float32)
+            values = _rescaled(content, stored, frame)
+            if not (np.abs(values) <= MAX_LARGE).all():
+                raise MedFLError(
+                    f"{path} has values that are no numbers (its rescale slope?); export it again"
+                )
+            return np.where(padding, np.float32(np.nan), values.astype(np.float32))
     except MedFLError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds for a damaged file
@@ -318,6 +344,18 @@ def _can_decode(syntax: UID) -> bool:
         return False
 
 
+def _padding(content: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
+    """Which stored values only fill up the picture, bool: the one that the file names, or a range."""
+    told = content.get("PixelPaddingValue")
+    if told is None or stored.dtype.kind == "f":
+        return np.zeros(stored.shape, bool)
+    ends = [told, content.get("PixelPaddingRangeLimit", told)]
+    first, last = sorted(
+        np.array(ends, np.int64).astype(stored.dtype)
+    )  # a signed one may be told as unsigned
+    return (stored >= first) & (stored <= last)
+
+
 def _rescaled(content: pydicom.Dataset, stored: np.ndarray, frame: int) -> np.ndarray:
     """Stored values to the values they stand for: the transformation lies in the file, or in functional
     groups of frames."""
@@ -325,7 +363,8 @@ def _rescaled(content: pydicom.Dataset, stored: np.ndarray, frame: int) -> np.nd
         if index < len(content.get(groups) or ()) and content[groups].value[index].get(
             "PixelValueTransformationSequence"
         ):
-            return apply_modality_lut(
-                stored, content[groups].value[index].PixelValueTransformationSequence[0]
-            )
+            content = content[groups].value[index].PixelValueTransformationSequence[0]
+            break
+    if content.get("RescaleSlope") == 0:
+        raise ValueError("every value would be the same")
     return apply_modality_lut(stored, content)

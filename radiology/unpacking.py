@@ -10,11 +10,13 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from common import MedFLError
+from limits import BUDGET
 from scans.folders import OF_THE_SYSTEM
 
 UNPACKED = "unpacked"  # in the private folder
 MOST_FILES = 50_000  # of one archive: a study of many series
 MOST_BYTES = 16 * 2**30  # that it may unpack to
+MOST_TIMES = 200  # of its own size, beyond the budget; scans are packed to a half or a third
 ROOM = 2**30  # bytes that stay free on the disk
 PIECE = 2**20
 DAMAGED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, ValueError, zlib.error)
@@ -90,6 +92,10 @@ def _check(path: Path, entries: list[zipfile.ZipInfo], into: Path) -> None:
         raise MedFLError(
             f"{path} holds {len(entries):,} files of {asked / 2**30:.0f} GiB, more than a patient's; pack each patient "
             "by itself"
+        )
+    if asked > max(BUDGET, MOST_TIMES * path.stat().st_size):
+        raise MedFLError(
+            f"{path} would unpack to {asked / 2**20:.0f} MiB, far more than scans of its size do; pack it again"
         )
     if asked > free - ROOM:
         raise MedFLError(

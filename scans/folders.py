@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from common import MedFLError
+from limits import MAX_FILES
 
 # of file systems and shares, and never scans; ext4's lost+found can't even be read, Synology's @eaDir holds thumbnails
 OF_THE_SYSTEM = {"lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "__MACOSX"}
@@ -17,7 +18,8 @@ TREES_OF_MASKS = {"masks", "mask", "labels", "label", "labelstr"}
 def contents(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders and the files in `folder`, each by name, hidden ones and a system's own left out.
 
-    Raises MedFLError where it can't be read, and for a link to what is not there.
+    Raises MedFLError where it can't be read, for a link to what is not there, and for a pipe or a device, whose
+    reader would wait or read for ever.
     """
     folders: list[Path] = []
     files: list[Path] = []
@@ -29,6 +31,8 @@ def contents(folder: Path) -> tuple[list[Path], list[Path]]:
                 path = folder / entry.name
                 if entry.is_symlink():
                     refuse_dangling(path)
+                if not entry.is_dir() and not entry.is_file():
+                    raise MedFLError(f"{path} is a pipe or a device, and no file; take it away")
                 (folders if entry.is_dir() else files).append(path)
     except OSError as error:
         raise MedFLError(f"{folder} can't be read ({error.strerror}); check its permissions") from error
@@ -53,14 +57,26 @@ def refuse_dangling(path: Path) -> None:
 
 def walk(top: Path) -> Iterator[tuple[Path, list[Path]]]:
     """Every folder from `top` down and its files, nearest first. Links to folders are followed, unless they
-    lead back to a folder that the way here came through. Raises MedFLError for what `contents` refuses."""
-    level = [top]
+    lead back to a folder that the way here came through. Raises MedFLError for what `contents` refuses, and for
+    links that lead to the same folders over and over: thirty of them can name a folder in a billion ways."""
+    level, seen, again = [top], set(), 0
     while level:
         below: list[Path] = []
         for folder in level:
             folders, files = contents(folder)
             yield folder, files
-            below += [inside for inside in folders if not _leads_back(inside)]
+            for inside in folders:
+                if _leads_back(inside):
+                    continue
+                if inside.is_symlink():
+                    real = inside.resolve()
+                    again += real in seen
+                    seen.add(real)
+                below.append(inside)
+            if again > MAX_FILES:
+                raise MedFLError(
+                    f"links below {top} lead to the same folders more than {MAX_FILES:,} times; take them away"
+                )
         level = below
 
 

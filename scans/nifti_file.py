@@ -17,13 +17,15 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from common import MedFLError
-from limits import BUDGET, MAX_UNPACKED, fits
+from limits import BUDGET, MAX_LARGE, MAX_UNPACKED, fits
 from scans.orientation import APART, distance_apart, is_sheared
 
+UNLIKE = 0.01  # of a voxel's size, by which its two records may differ
 SUFFIXES = (".nii", ".nii.gz", ".nrrd")
 GZIP, NRRD = b"\x1f\x8b", b"NRRD"
 HEADERS = {348: "Nifti1Header", 540: "Nifti2Header"}  # of nibabel, by their length in bytes
 HEAD = 544  # bytes with which every header is whole
+MAX_BYTES = BUDGET // 3  # of a file without its packing: they are held twice, beside the volume
 BEHIND = 2**20  # bytes that may lie behind a NIfTI file's voxels
 OTHERS = {  # what lies beside NIfTI in a scientist's folders
     (".mgz", ".mgh"): "is FreeSurfer's format; convert it with `mri_convert IN OUT.nii.gz`",
@@ -73,9 +75,11 @@ def read_content(path: Path) -> bytes:
     holds more."""
     with path.open("rb") as file:
         head = read_head(file)
-        most = BUDGET // 2 if head[:4] == NRRD else promised(read_header(head)) + BEHIND
-        if most > BUDGET:
-            raise MedFLError("holds more voxels than are read at once; make it smaller")
+        most = MAX_BYTES if head[:4] == NRRD else promised(read_header(head)) + BEHIND
+        if most > MAX_BYTES:
+            raise MedFLError(
+                "holds more voxels than are read at once; make it smaller, or store single precision"
+            )
         file.seek(0)
         start = file.read(2)
         file.seek(0)
@@ -115,9 +119,12 @@ def read_header(head: bytes) -> Any:
         )
     try:
         header = getattr(nibabel, HEADERS[length])(head[:length])
-        promised(header), header.get_best_affine()
+        begins = int(header["vox_offset"])
+        promised(header), header.get_best_affine(), header.get_qform(coded=True), header.get_sform(coded=True)
     except Exception as error:  # nibabel raises many kinds for values that can't be
         raise MedFLError("can't be read as NIfTI, its header is damaged; copy it again") from error
+    if begins < length + 4:  # some readers would take the header for voxels, and shift all others
+        raise MedFLError(f"says that its voxels begin at byte {begins}, within its header; convert it again")
     return header
 
 
@@ -151,11 +158,11 @@ def read_image(content: bytes) -> Any:
 
 
 def finite(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Values with the background's in place of NaN and infinity (0, or the least where others lie below), and
-    how many that were. Raises MedFLError where there is no other."""
+    """Values with the background's in place of NaN, infinity and what is too large to compute with (0, or the
+    least where others lie below), and how many that were. Raises MedFLError where there is no other."""
     if values.dtype.kind != "f":
         return values, 0
-    good = np.isfinite(values)
+    good = np.abs(values) <= MAX_LARGE
     if good.all():
         return values, 0
     if not good.any():
@@ -189,6 +196,17 @@ def doubt(header: Any) -> str | None:
     return None
 
 
+def unlike_sizes(header: Any) -> str | None:
+    """Two sizes of a header's voxels that contradict each other, in words, or None where its pixel size is that of
+    its place in the patient."""
+    sizes = np.abs(np.array(header.get_zooms()[:3], float))
+    steps = np.linalg.norm(header.get_best_affine()[:3, :3], axis=0)[: len(sizes)]
+    if (np.abs(sizes - steps) <= UNLIKE * steps).all():
+        return None
+    one, other = (" × ".join(f"{mm:g}" for mm in values) for values in (sizes, steps))
+    return f"tells voxels of {one} mm and places them {other} mm apart"
+
+
 def nrrd_sizes(content: bytes) -> tuple[int, ...]:
     """The sides that the header of a NRRD file tells. Raises MedFLError for a damaged one."""
     import nrrd
@@ -213,7 +231,6 @@ def _unpacked(voxels: bytes, encoding: str | None) -> bytes:
 
 def _read_nrrd(content: bytes) -> Any:
     """A NRRD file as NIfTI image; without a `space` that is the patient's, its codes are 0."""
-    import nibabel
     import nrrd
 
     if not fits(nrrd_sizes(content)[::-1]):
@@ -238,6 +255,18 @@ def _read_nrrd(content: bytes) -> Any:
             f"has {values.ndim} dimensions (Slicer's segments that overlap have 4), and a volume has 3; "
             f"export it as a label map"
         )
+    try:
+        return _placed_nrrd(values, header)
+    except Exception as error:  # numpy and nibabel raise many kinds for directions that are none
+        raise MedFLError(
+            "has directions, an origin or spacings that can't be right; export it again"
+        ) from error
+
+
+def _placed_nrrd(values: np.ndarray, header: dict) -> Any:
+    """Voxels at the place that a header of NRRD gives them. Raises many kinds where it is none."""
+    import nibabel
+
     signs = NRRD_SPACES.get(str(header.get("space", "")).lower())
     directions, origin = header.get("space directions"), header.get("space origin")
     affine = np.eye(4)

@@ -6,7 +6,7 @@
 from pathlib import Path, PurePath
 
 from common import MedFLError
-from limits import SIZES_MM, is_size_mm, read_json
+from limits import SIZES_MM, is_size_mm, read_json, read_json_file
 
 NAME = "volume.json"
 VERSION = 1
@@ -21,7 +21,7 @@ def read_spacing(path: PurePath, slices: int, content: bytes | None = None) -> t
     """
     again = "make it again with data/prepare_hospital.py, or take it away to do without millimetres"
     try:
-        told = read_json(Path(path).read_bytes() if content is None else content)
+        told = read_json_file(Path(path)) if content is None else read_json(content)
         version = told["version"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MedFLError(f"{path} is no {NAME} of a prepared patient; {again}") from error

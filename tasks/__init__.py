@@ -22,9 +22,10 @@ FOLDER = Path(__file__).parent
 NAME = "task.toml"  # in a dataset's folder
 DEFAULT = "lgg"
 MOST_BYTES = 10_000  # of a task file
+MOST_LETTERS = 200  # of a patient's name in which its site is looked for
 # A regular expression comes with a dataset, and some take for ever on a name of 50 letters: those that repeat a group,
-# or many things in a row.
-REPEATED_GROUP, REPEATS, MOST_REPEATS = re.compile(r"\)[*+{]"), re.compile(r"[*+{]"), 3
+# or leave many choices.
+REPEATED_GROUP, CHOICES, MOST_CHOICES = re.compile(r"\)[*+{]"), re.compile(r"[*+{|]|(?<!\()\?"), 3
 
 
 class Task(BaseModel):
@@ -63,9 +64,9 @@ class Task(BaseModel):
             raise ValueError(f"site is no regular expression ({error})") from error
         if groups != 1:
             raise ValueError("site has one group, which is the site's code")
-        if REPEATED_GROUP.search(site or "") or len(REPEATS.findall(site or "")) > MOST_REPEATS:
+        if REPEATED_GROUP.search(site or "") or len(CHOICES.findall(site or "")) > MOST_CHOICES:
             raise ValueError(
-                f"site repeats its group, or more than {MOST_REPEATS} things: it could take for ever"
+                f"site repeats its group, or leaves more than {MOST_CHOICES} choices: it could take for ever"
             )
         return site
 
@@ -78,7 +79,7 @@ class Task(BaseModel):
 
     def site_of(self, patient: str) -> str | None:
         """The site's code in a patient's name, or None."""
-        found = re.match(self.site, patient) if self.site else None
+        found = re.match(self.site, patient[:MOST_LETTERS]) if self.site else None
         return found[1] if found else None
 
 

@@ -1,5 +1,5 @@
 """Small files that ask for a machine's memory, through every way in. Run as a script it reads each of them
-and prints a line of JSON: name, what came out, and the memory that it took.
+and prints a line of JSON: name, what came out, the memory that it took, and the seconds.
 
     python tests/bombs.py FOLDER       an empty folder, for the ways that read from disk
 """
@@ -8,8 +8,10 @@ import gzip
 import io
 import json
 import resource
+import signal
 import struct
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -46,6 +48,7 @@ from tasks import read_task
 from transunet import TransUNet
 
 MIB = 2**20
+LONGEST = 20  # seconds; what is refused takes one or two, most of it to make the file
 Files = list[tuple[str, bytes]]
 
 
@@ -389,22 +392,35 @@ def out_of_memory(error: BaseException | None) -> bool:
     )
 
 
+class TooLongError(BaseException):
+    """Which no reader takes for a fault of its file."""
+
+
+def too_long(*_: object) -> None:
+    raise TooLongError
+
+
 def main() -> None:
+    from traps import traps  # which makes its files as this does
+
     folder = Path(sys.argv[1])
-    reads = bombs(folder)
+    reads = bombs(folder) | traps(folder)
+    signal.signal(signal.SIGALRM, too_long)
     small_case()  # what is loaded once is no bomb's
     _, limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + 2**30 + 2**28, limit))
     for name, read in reads.items():
         Path("/proc/self/clear_refs").write_text("5")  # the most that was used is counted anew
-        before = memory("VmRSS")
+        before, began = memory("VmRSS"), time.monotonic()
+        signal.alarm(LONGEST)
         try:
             told = f"accepted: {type(read()).__name__}"
         except MedFLError as error:
             told = f"refused: {error}" if not out_of_memory(error) else "out of memory"
         except BaseException as error:  # noqa: B036  the test names what came
             told = f"{type(error).__name__}: {str(error)[:200]}"
-        print(json.dumps([name, told, memory("VmHWM") - before]), flush=True)
+        signal.alarm(0)
+        print(json.dumps([name, told, memory("VmHWM") - before, time.monotonic() - began]), flush=True)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,8 @@ def test_damaged_metadata(saved, tmp_path):
     whole = {name: value for name, value in describe(saved[1]).items() if name != "threshold"}
     torch.save({"model": saved[1].state_dict(), "metadata": json.dumps(whole)}, tmp_path / "few.pth")
     assert "has no threshold" in refused(tmp_path / "few.pth")
+    for name, value in {"data": "text", "training": [1], "scores": {"val": 1}}.items():
+        assert f"damaged metadata ({name}" in changed(saved, tmp_path / "odd.pth", **{name: value})
 
 
 def test_update_metadata_keeps_the_run_and_the_threshold_counts(saved, tmp_path):

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,6 +20,7 @@ import timm
 
 import encoders
 from checkpoint import Checkpoint, load_checkpoint
+from common import MedFLError
 from encoders import RANDOM, go_on_from, start_model
 from training import Learner, TrainingSettings
 from transunet import TransUNet
@@ -115,6 +117,19 @@ def test_a_hub_that_answers_and_then_fails_is_said(tmp_path, monkeypatch):
         path, why = encoders.pretrained_weights("tiny")
         server.shutdown()
     assert path is None and "can't be loaded from the hub (ConnectionError)" in why
+
+
+def test_a_packed_file_is_not_read(tmp_path):
+    """Its zeros are a gigabyte for each megabyte."""
+    torch.save({"cls_token": torch.zeros(1000)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "x.pth", "w", 8) as packed,
+    ):
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    with pytest.raises(MedFLError, match="is packed"):
+        TransUNet("tiny", 32, "batch", tmp_path / "x.pth")
 
 
 def test_mini_has_no_pretrained_weights():

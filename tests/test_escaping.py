@@ -24,7 +24,7 @@ from streamlit.testing.v1 import AppTest
 
 import escaping
 from checkpoint import describe, load_checkpoint, save_checkpoint
-from common import MedFLError, run_script
+from common import MedFLError, SteadyStream, run_script, tell
 from deployment.app.cases import read_case
 from deployment.app.readout import Prediction, csv_text, slice_rows
 from deployment.app.report import draw_report
@@ -94,6 +94,19 @@ def test_errors_and_lines_of_a_run_reach_the_terminal_as_text(capsys):
         assert is_one_harmless_line(capsys.readouterr().err.removesuffix("\n"))
     say("\n".join(name.replace("\n", " ") for name in NAMES))
     assert all(map(is_one_harmless_line, capsys.readouterr().out.splitlines()))
+
+
+def test_what_a_script_prints_commands_no_terminal(capsys):
+    """Whichever line a name stands in: tables, notes, the worst patients."""
+    shown = io.StringIO()
+    for name in NAMES:
+        SteadyStream(shown).write(f"worst: {name} 0.028\n")
+        tell([name])
+        assert is_one_harmless_line(capsys.readouterr().out.removesuffix("\n"))
+    assert all(is_one_harmless_line(line.replace("\t", " ")) for line in shown.getvalue().split("\n"))
+    bar = io.StringIO()
+    SteadyStream(bar).write("\r 50%\t1/2\n")
+    assert bar.getvalue() == "\r 50%\t1/2\n"
 
 
 def archive(folder):

@@ -3,14 +3,16 @@
 import bz2
 import gzip
 import io
+import struct
 
+import nibabel
 import nrrd
 import numpy as np
 import pytest
 
 import scans.nifti_file
 from common import MedFLError
-from scans.nifti_file import read_image
+from scans.nifti_file import doubt, read_image, unlike_sizes
 
 SCAN = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
 ELSEWHERE = (
@@ -36,6 +38,47 @@ def test_a_header_that_leads_elsewhere_is_refused(tmp_path, line):
     with pytest.raises(MedFLError, match="in pieces"):
         read_image(stored(line.format(secret)))
     assert (read_image(stored("byte skip: 0")).dataobj == SCAN).all()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "space directions: (1,0,0) (0,1,0)",
+        "space directions: none (0,1,0) (0,0,1)",
+        "space directions: (nan,0,0) (0,1,0) (0,0,1)",
+        "space directions: (0,0,0) (0,0,0) (0,0,0)",
+        "space directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0)",
+    ],
+)
+def test_directions_that_can_not_be_right_are_told(line):
+    with pytest.raises(MedFLError, match="directions, an origin or spacings"):
+        read_image(stored(f"space: left-posterior-superior\n{line}"))
+
+
+@pytest.mark.parametrize("begins", [0, 100, float("nan")])
+def test_voxels_do_not_begin_within_the_header(begins):
+    """Read from byte 0, as some readers do, every voxel would lie beside its place."""
+    content = bytearray(nibabel.Nifti1Image(SCAN, np.eye(4)).to_bytes())
+    struct.pack_into("<f", content, 108, begins)
+    with pytest.raises(MedFLError, match="within its header|header is damaged"):
+        read_image(bytes(content))
+
+
+def test_a_rotation_that_is_none_is_told():
+    image = nibabel.Nifti1Image(SCAN, np.eye(4))
+    image.set_qform(image.affine, 1)
+    content = bytearray(image.to_bytes())
+    struct.pack_into("<f", content, 256, 2.0)  # a quaternion that is longer than 1
+    with pytest.raises(MedFLError, match="header is damaged"):
+        doubt(read_image(bytes(content)).header)
+
+
+def test_two_sizes_of_a_voxel_are_told():
+    header = nibabel.Nifti1Image(SCAN, np.diag([-2.0, -2, 4, 1])).header
+    assert unlike_sizes(header) is None
+    header.set_qform(None, 0)
+    header["pixdim"][1:4] = 1
+    assert unlike_sizes(header) == "tells voxels of 1 × 1 × 1 mm and places them 2 × 2 × 4 mm apart"
 
 
 @pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("bz2", bz2.compress)])

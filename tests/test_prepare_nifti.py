@@ -20,6 +20,7 @@ from dicom_phantoms import phantom
 from prepared import SCRIPT, pixels, report
 from running import ROOT, run_script
 
+import radiology.unpacking
 from common import MedFLError
 from radiology.collection import collection_in
 from radiology.nifti import find_volumes, load_volume
@@ -217,6 +218,14 @@ def test_a_zip_that_needs_more_than_the_disk_has_is_told(tmp_path, monkeypatch):
         archive.writestr("a.nii", b"x" * 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
     with pytest.raises(MedFLError, match="the disk has 0.0 GiB free; free the space, or name another"):
+        unpack(tmp_path / "a.zip", tmp_path / "private" / "a")
+
+
+def test_a_zip_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.nii", bytes(2**22))
+    monkeypatch.setattr(radiology.unpacking, "BUDGET", 2**20)
+    with pytest.raises(MedFLError, match="would unpack to 4 MiB"):
         unpack(tmp_path / "a.zip", tmp_path / "private" / "a")
 
 

@@ -169,6 +169,10 @@ def test_outlines_off_the_slices_are_refused(proposal, tmp_path):
     made.save_as(tmp_path / "rt.dcm", enforce_file_format=True)
     with pytest.raises(MedFLError, match="off the slices"):
         read_structure_set(tmp_path / "rt.dcm", grid_of(proposal.series))
+    contour.ContourData = ["NaN"] * 9
+    made.save_as(tmp_path / "rt.dcm", enforce_file_format=True)
+    with pytest.raises(MedFLError, match="can't be read as an RTSTRUCT"):
+        read_structure_set(tmp_path / "rt.dcm", grid_of(proposal.series))
 
 
 def test_an_rtstruct_is_the_truth_in_the_preparation_as_a_seg_is(proposal, tmp_path):

@@ -157,6 +157,8 @@ def fractional(file):
         (with_another_segment, r"holds 2 segments \(tumour, oedema\)"),
         (fractional, "holds shares of tumour, not a mask"),
         (lambda file: file.__delattr__("SegmentSequence"), "can't be read as a DICOM SEG"),
+        (lambda file: file.__delattr__("PerFrameFunctionalGroupsSequence"), "can't be read as a DICOM SEG"),
+        (lambda file: file.PerFrameFunctionalGroupsSequence.pop(), "can't be read as a DICOM SEG"),
     ],
 )
 def test_segmentations_that_are_no_mask_of_a_tumour(source, tmp_path, what, sentence):

@@ -272,6 +272,15 @@ def of_another_size(paths):
             "not at right angles",
         ),
         (lambda paths: [change(p, PixelSpacing=[0, 0]) for p in paths], "pixels have no size"),
+        (
+            lambda paths: [change(p, PixelSpacing=[1e5, 1e5]) for p in paths],
+            "voxels of 100000 × 100000 × 5 mm",
+        ),
+        (lambda paths: change(paths[2], PatientID="another"), "name different patients under one"),
+        (lambda paths: change(paths[2], StudyInstanceUID="1.2.4"), "name different studies under one"),
+        (lambda paths: change(paths[2], FrameOfReferenceUID="1.2.4"), "name different frames of reference"),
+        (lambda paths: change(paths[2], PhotometricInterpretation="PALETTE COLOR"), "it is in colour"),
+        (lambda paths: change(paths[2], BitsStored=12), "of 12 bits end at bit 15"),
     ],
 )
 def test_what_is_wrong_with_a_series_is_told(tmp_path, spoil, sentence):
@@ -281,6 +290,29 @@ def test_what_is_wrong_with_a_series_is_told(tmp_path, spoil, sentence):
     assert any(sentence in problem for problem in series.problems), series.problems
     with pytest.raises(MedFLError, match="can't be used"):
         load_series(series)
+
+
+@pytest.mark.parametrize("padding, signed", [(-2000, True), (63536, True), (40_000, False)])
+def test_padding_is_as_dark_as_the_darkest_pixel(tmp_path, padding, signed):
+    """Far below everything it would make all tissue white, far above it all tissue black."""
+    stored = values()
+    stored[:, :5] = -2000 if signed else padding
+    paths = write_series(tmp_path, image_of(stored, SPACING), signed=signed, slope=2.0, intercept=0.0)
+    for path in paths:
+        file = pydicom.dcmread(path)
+        file.PixelData = stored.astype("<i2" if signed else "<u2")[paths.index(path)].tobytes()
+        file.add_new("PixelPaddingValue", "SS" if padding < 0 else "US", padding)
+        file.save_as(path)
+    found = sitk.GetArrayFromImage(load_series(only(paths)))
+    assert np.array_equal(found[:, 5:], 2 * stored[:, 5:]) and (found[:, :5] == 2 * stored[:, 5:].min()).all()
+
+
+@pytest.mark.parametrize("slope", [b"NaN ", b"9e99", b"0.00"])
+def test_a_slope_that_is_none_is_told(tmp_path, slope):
+    paths = write_series(tmp_path, image_of(values(), SPACING), slope=1.75)
+    paths[2].write_bytes(paths[2].read_bytes().replace(b"1.75", slope))
+    with pytest.raises(MedFLError, match="no numbers|can't be decoded"):
+        load_series(only(paths))
 
 
 def test_one_bad_series_does_not_spoil_another(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import nibabel
 import numpy as np
@@ -38,6 +39,8 @@ def test_the_tasks_that_come_with_medfl():
         ('region = "hippocampus"', 'region = "a"\nsite = "("', "no regular expression"),
         ('region = "hippocampus"', 'region = "a"\nsite = "^(a+)+$"', "could take for ever"),
         ('region = "hippocampus"', 'region = "a"\nsite = "a*a*a*a*(b)"', "could take for ever"),
+        ('region = "hippocampus"', f'region = "a"\nsite = "{"(?:a|aa)" * 40}(b)"', "could take for ever"),
+        ('region = "hippocampus"', f'region = "a"\nsite = "{"a?" * 40}(b)"', "could take for ever"),
         ('title = "', "title = ", "no task file"),
         ('title = "', r'title = "\u001b[2J', "can't be printed"),
         ('title = "', "a = " + "[" * 5_000 + "\ntitle = ", "no task file"),
@@ -49,6 +52,12 @@ def test_a_wrong_file_is_told_in_one_sentence(tmp_path, before, after, sentence)
     (tmp_path / "own.toml").write_text(text.replace(before, after))
     with pytest.raises(MedFLError, match=sentence):
         read_task(tmp_path / "own.toml")
+
+
+def test_a_pattern_is_looked_for_in_the_beginning_of_a_name():
+    task = named_task("lgg").model_copy(update={"site": ".*.*.*(b)"})
+    began = time.monotonic()
+    assert task.site_of("a" * 4_000) is None and time.monotonic() - began < 5
 
 
 def test_an_unknown_name_is_told():

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from common import MedFLError
 from deployment.app.case import short
-from limits import MAX_FILES, MAX_UNPACKED
+from limits import MAX_FILES, MAX_NAME, MAX_UNPACKED
 
 # what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another
 # kind
@@ -35,6 +35,12 @@ def check_number(files: int) -> None:
         raise MedFLError(
             f"{files} files are more than the {MAX_FILES} of one case; upload one patient at a time"
         )
+
+
+def check_lengths(names: Iterable[str]) -> None:
+    """Raises MedFLError for a name that no file system could hold."""
+    if long := next((name for name in names if max(map(len, name.split("/"))) > MAX_NAME), None):
+        raise MedFLError(f"{short(long)} has a name of more than {MAX_NAME} letters; rename it")
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 
 from common import MedFLError, counted
-from deployment.app.archives import check_names, check_number, unpack_zip
+from deployment.app.archives import check_lengths, check_names, check_number, unpack_zip
 from deployment.app.case import LONE_SLICE, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
 from limits import MAX_PIXELS
@@ -50,6 +50,7 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
             raise MedFLError(f"{short(archives[0])} came with other files; upload a ZIP by itself")
         files = unpack_zip(*files[0])
     check_number(len(files))
+    check_lengths(name for name, _ in files)
     if any(_is_dicom(*file) for file in files):  # whose names say nothing
         return _dicom().read_dicom(files)
     check_names(name for name, _ in files)
@@ -232,6 +233,7 @@ def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
     fit."""
     check_number(len(files))
     given = [(PurePosixPath(name.replace("\\", "/")), content) for name, content in files]
+    check_lengths(str(path) for path, _ in given)
     if len(given) == 1:
         path, content = given[0]
         if case.dicom is not None and path.suffix.lower() not in IMAGE_SUFFIXES:

@@ -17,6 +17,7 @@ from scans.nifti_file import (
     doubt,
     finite,
     stem,
+    unlike_sizes,
 )
 from scans.orientation import (
     UNKNOWN,
@@ -78,7 +79,8 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
             "the slices"
         )
     columns, rows, between = (float(stored.header.get_zooms()[axis]) for axis in axes[0])
-    measured = all(map(is_size_mm, (rows, columns, between)))
+    unlike = unlike_sizes(stored.header)
+    measured = not unlike and all(map(is_size_mm, (rows, columns, between)))
     case = Case(
         name=stem(name),
         slices=[f"{stem(name)}_{k + 1}" for k in range(len(volume))],
@@ -89,7 +91,9 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
         nifti=stored,
         notes=notes + more,
     )
-    if not measured:
+    if unlike:
+        case.notes.append(f"{name} {unlike}: there are no figures in mm unless you give the sizes.")
+    elif not measured:
         case.notes.append(
             f"The file tells voxels of {columns:g} × {rows:g} × {between:g} mm, which can't be right (they are "
             f"{SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm): there are no figures in mm unless you give the sizes."

@@ -5,6 +5,7 @@ import { Gunzip, gzipSync, unzipSync, zipSync } from "fflate";
 import { UserError, short } from "./common.js";
 
 export const MAX_FILES = 1000; // in one case, masks and all
+const MAX_NAME = 255; // characters of a file's name
 export const MAX_UNPACKED = 256 * 2 ** 20; // bytes
 
 const tooLarge = (name) => new UserError(`${short(name)} unpacks to more than ${MAX_UNPACKED >> 20} MB; pack one patient at a time`);
@@ -20,6 +21,12 @@ export function crc32(bytes, before = 0) {
   let crc = ~before;
   for (let k = 0; k < bytes.length; k++) crc = CRC[(crc ^ bytes[k]) & 255] ^ (crc >>> 8);
   return ~crc >>> 0;
+}
+
+/** Throws UserError for a name that no file system could hold, and in which patterns are looked for without end. */
+export function checkLengths(names) {
+  const long = names.find((name) => name.split("/").some((part) => part.length > MAX_NAME));
+  if (long !== undefined) throw new UserError(`${short(long)} has a name of more than ${MAX_NAME} letters; rename it`);
 }
 
 /** Throws UserError for a name that is there twice: one of the two files would be lost. */

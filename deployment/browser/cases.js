@@ -1,6 +1,6 @@
 // From the files that a reader opens to a case, by the rules of deployment/app/cases.py.
 
-import { checkNames, checkNumber, unpackZip } from "./archives.js";
+import { checkLengths, checkNames, checkNumber, unpackZip } from "./archives.js";
 import { UserError, counted, isSizeMm, short, SIZES_MM } from "./common.js";
 import { isDicom, readDicom } from "./dicom.js";
 import { isNifti, readNifti, readNiftiMask } from "./nifti.js";
@@ -39,6 +39,7 @@ export async function readCase(files, loadDicom) {
     files = unpackZip(archive.name, archive.bytes);
   }
   checkNumber(files.length);
+  checkLengths(files.map(({ name }) => name));
   checkNames(files.map(({ name }) => name));
   const other = Object.keys(OTHERS).find((ending) => files.some(({ name }) => name.toLowerCase().endsWith(ending)));
   if (other && !files.some(({ name }) => isNifti(name))) throw new UserError(`a ${other} file ${OTHERS[other]}`);
@@ -265,6 +266,7 @@ async function readTruth(opened, masks) {
     `_mask`; for a lone slice any one mask does. Throws UserError where they don't fit. */
 export async function readMasks(opened, files) {
   checkNumber(files.length);
+  checkLengths(files.map(({ name }) => name));
   if (files.length === 1 && isNifti(files[0].name)) return readNiftiMask(opened, files[0]);
   if (files.length === 1 && opened.count === 1) return readTruth(opened, files);
   const named = files.map((mask) => [stem(mask.name).toLowerCase().replace(MASK_END, ""), mask]);

@@ -10,6 +10,7 @@ import { affine, doubt, samePlace, turn } from "./orientation.js";
 
 const BRIGHTEST = 0.999; // quantile of the voxels above 0 that becomes 255
 const BELOW = 0.25, DARKEST = 0.005; // more of what is not 0 lies below it: 0 is not the black; the quantile that is
+const MAX_LARGE = 1e15, UNLIKE = 0.01; // of a voxel's value; of a voxel's size, by which its two records may differ: limits.py, nifti_file.py
 const HEADER = 348; // bytes
 const READERS = { // by NIfTI's data type: bytes of a voxel and how one is read
   2: [1, (view, at) => view.getUint8(at)], 256: [1, (view, at) => view.getInt8(at)],
@@ -62,7 +63,11 @@ export function readNifti(files) {
     truth: null, spacing: null, measured: false, oriented: !stored.doubt, notes, frame: null,
     nifti: { head: stored.head, header, turned: stored.turned },
   };
-  if ([rows, columns, between].every(isSizeMm)) {
+  const steps = [0, 1, 2].map((axis) => Math.hypot(...stored.turned.shown.map((row) => row[axis])));
+  if ([columns, rows, between].some((size, axis) => !(Math.abs(size - steps[axis]) <= UNLIKE * steps[axis]))) {
+    notes.push(`${name} tells voxels of ${[columns, rows, between].join(" × ")} mm and places them ${steps.map((mm) => +mm.toPrecision(6)).join(" × ")} ` +
+      "mm apart: there are no figures in mm unless you give the sizes.");
+  } else if ([rows, columns, between].every(isSizeMm)) {
     Object.assign(opened, { spacing: [rows, columns, between], measured: true });
   } else {
     notes.push(`The file tells voxels of ${columns} × ${rows} × ${between} mm, which can't be right: there are no figures in mm ` +
@@ -141,6 +146,9 @@ function load({ name, bytes }) {
   const stacked = header.dims.slice(4, 1 + dimensions).reduce((product, side) => product * side, 1);
   const volumes = colours * stacked;
   if (!read || dimensions > 7 || !(length > 0)) throw broken;
+  if (!(header.vox_offset >= HEADER + 4)) { // also NaN; some readers would take the header for voxels, and shift all others
+    throw new UserError(`${short(name)} says that its voxels begin at byte ${header.vox_offset}, within its header; convert it again`);
+  }
   const promised = header.vox_offset + length * volumes * bytesOf;
   if (promised > data.byteLength) {
     throw new UserError(`${short(name)} is truncated: its header promises ${promised} bytes, and it has ${data.byteLength}; copy it again`);
@@ -177,13 +185,15 @@ function refuseOthers(name, bytes, broken) {
   throw new UserError(`${short(name)} ${what}; ${remedy}`);
 }
 
-/** Put the background's value in the place of NaN and infinity, in `values`; how many that were. */
+const isMeasured = (value) => Math.abs(value) <= MAX_LARGE; // false for NaN
+
+/** Put the background's value in the place of NaN, infinity and what is too large to compute with, in `values`; how many that were. */
 function background(name, values) {
   let odd = 0, least = Infinity;
-  for (const value of values) if (Number.isFinite(value)) least = Math.min(least, value);
+  for (const value of values) if (isMeasured(value)) least = Math.min(least, value);
     else odd++;
   if (odd === values.length) throw new UserError(`${name} holds no value that is finite; export it again`);
-  if (odd) for (let k = 0; k < values.length; k++) if (!Number.isFinite(values[k])) values[k] = Math.min(0, least);
+  if (odd) for (let k = 0; k < values.length; k++) if (!isMeasured(values[k])) values[k] = Math.min(0, least);
   return odd;
 }
 

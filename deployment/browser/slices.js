@@ -3,6 +3,7 @@
 import { decode as decodePng, encode as encodePng } from "fast-png";
 import { decode as decodeTiff } from "tiff";
 
+import { plainPng, tiffAsksForMore, tiffUnpacksToMore } from "./bounds.js";
 import { UserError, short } from "./common.js";
 
 const MAX_SIDE = 4096; // pixels
@@ -118,6 +119,9 @@ function refuseType(name, what) {
 }
 
 function fromTiff(name, bytes) {
+  if (tiffAsksForMore(bytes)) {
+    throw new UserError(`${short(name)} holds tags, tiles or pictures that are more than the file or a slice can have; save the picture again`);
+  }
   const pages = decodeTiff(bytes, { ignoreImageData: true });
   const page = pages[0];
   checkSize(name, page.width, page.height);
@@ -130,6 +134,7 @@ function fromTiff(name, bytes) {
   if (page.planarConfiguration !== 1 || (page.tiled && page.samplesPerPixel > 1)) {
     throw new UserError(`${short(name)} keeps its channels apart or in tiles, which this page can't read; save it in another way`);
   }
+  if (tiffUnpacksToMore(bytes, page)) throw new Error("unpacks to more than it shows");
   const [picture] = decodeTiff(bytes);
   let { data, samplesPerPixel: channels } = picture;
   if (page.type === TIFF_PALETTE) {
@@ -148,7 +153,7 @@ function fromPng(name, bytes) {
   if (String.fromCharCode(...bytes.subarray(0, 512)).includes("acTL")) {
     throw new UserError(`${short(name)} is animated, and a slice is one picture; save each as a file of its own`);
   }
-  const picture = decodePng(bytes, { checkCrc: true });
+  const picture = decodePng(plainPng(bytes), { checkCrc: true });
   const { width, height, palette } = picture;
   const values = bits === 8 ? picture.data : unpacked(picture, bits);
   if (header.getUint8(25) === PNG_PALETTE) {

@@ -2,6 +2,7 @@
 large and sagittal DICOM series; and the network is given what the preparation makes."""
 
 import gzip
+import struct
 
 import nibabel
 import nrrd
@@ -99,8 +100,23 @@ def test_what_is_not_finite_is_counted_and_told(tmp_path):
     assert odd == 10 * 64 * 20 and sitk.GetArrayFromImage(image).min() == 0
     case = read_case([("flair.nii", nifti(values))])
     assert f"{odd} values were not finite" in " ".join(case.notes) and (case.volume == 0).mean() > 0.15
+    values = SCAN.astype(float)
+    values[:10] = 1e39  # which single precision does not hold
+    assert read_case([("flair.nii", nifti(values))]).volume.any()
+    assert load_counted(found(tmp_path, "large.nii", nifti(values)))[1] == 10 * 64 * 20
     with pytest.raises(MedFLError, match="no value that is finite"):
         load_volume(found(tmp_path, "nan.nii", nifti(np.full((9, 9, 9), np.nan, np.float32))))
+
+
+def test_a_volume_of_two_sizes_has_no_millimetres(tmp_path):
+    content = bytearray(nifti(SCAN))
+    struct.pack_into(
+        "<h", content, 252, 0
+    )  # of the two records of its place, one that the pixel size is not part of
+    struct.pack_into("<3f", content, 80, 9, 9, 9)
+    case = read_case([("flair.nii", bytes(content))])
+    assert case.spacing is None and "flair.nii tells voxels of 9 × 9 × 9 mm" in " ".join(case.notes)
+    assert "places them" in found(tmp_path, "flair.nii", bytes(content)).problems[0]
 
 
 def test_a_sequence_around_0_is_brought_into_range():

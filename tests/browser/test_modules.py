@@ -14,7 +14,18 @@ from heads import head_in, nifti
 from PIL import Image
 from running import ROOT
 from scipy.ndimage import gaussian_filter
-from uploads import BITS, BROKEN, MASKS, READ, SCANS, VOLUME, picture, tiled_tiff
+from uploads import (
+    BITS,
+    BROKEN,
+    MASKS,
+    READ,
+    SCANS,
+    VOLUME,
+    picture,
+    pixels_that_unpack,
+    strip_that_unpacks,
+    tiled_tiff,
+)
 
 from common import MedFLError
 from deployment.app.cases import add_truth, read_case
@@ -115,6 +126,12 @@ TOLD = {
     "a turned JPEG": "orientation tag is 6",
     "a turned PNG": "orientation tag is 6",
     "a turned TIFF": "orientation tag is 6",
+    "a name of 60,000 signs": "more than 255 letters",
+    "a TIFF that follows itself": "tags, tiles or pictures",
+    "a TIFF of 60,000 tags": "tags, tiles or pictures",
+    "a tile that is larger than a slice": "tags, tiles or pictures",
+    "voxels within the header": "within its header",
+    "voxels that begin nowhere": "within its header",
     "two slices of one number": "the same slice twice",
     "slices 10⁹ mm apart": "0.01 to 100 mm",
     "gzip bomb": "unpacks to more than 256 MB",
@@ -127,7 +144,13 @@ TOLD = {
 
 def test_what_the_app_reads_and_the_page_can_not_is_told(ask):
     tiles = [("a_1.tif", tiled_tiff())]
-    for files, sentence in (([("a_1.tif", picture(BITS, "TIFF"))], "1 bit a pixel"), (tiles, "in tiles")):
+    strip, pixels = [("a_1.tif", strip_that_unpacks())], [("a_1.png", pixels_that_unpack())]
+    for files, sentence in (
+        ([("a_1.tif", picture(BITS, "TIFF"))], "1 bit a pixel"),
+        (tiles, "in tiles"),
+        (strip, "can't be read as a picture"),  # the app's decoder stops where the picture is whole
+        (pixels, "can't be read as a picture"),
+    ):
         assert read_case(files)
         assert sentence in ask((files, {}))[0]["error"]
 

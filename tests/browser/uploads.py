@@ -3,12 +3,16 @@
 import gzip
 import io
 import json
+import struct
 import warnings
 import zipfile
+import zlib
 
 import nibabel
 import numpy as np
+from bombs import tiff_of_tags, zeros_deflated
 from PIL import ExifTags, Image
+from traps import tags, tiff_of_a_tile
 
 RNG = np.random.default_rng(3)
 COLOURS = RNG.integers(0, 255, (40, 52, 3), np.uint8)
@@ -212,6 +216,22 @@ STORED = gzip.compress(
 FLIPPED = bytearray(picture(COLOURS, compress_level=0))
 FLIPPED[len(FLIPPED) // 2] ^= 1
 FLIPPED = bytes(FLIPPED)
+
+
+def following_itself(tiff: bytes) -> bytes:
+    """A TIFF whose picture is followed by itself."""
+    (start,) = struct.unpack_from("<I", tiff, 4)
+    end = start + 2 + 12 * struct.unpack_from("<H", tiff, start)[0]
+    return tiff[:end] + struct.pack("<I", start) + tiff[end + 4 :]
+
+
+def beginning_at(byte: float) -> bytes:
+    """A NIfTI file that says that its voxels begin there."""
+    content = bytearray(SCANS["int16"])
+    struct.pack_into("<f", content, 108, byte)
+    return bytes(content)
+
+
 BROKEN = {
     "empty": [("a_1.tif", b"")],
     "text": [("a_1.tif", b"Dear Dr Smith, enclosed please find")],
@@ -289,8 +309,29 @@ BROKEN = {
     "a colour TIFF that is none": [("a_1.tif", picture(Image.new("YCbCr", (40, 40)), "TIFF"))],
     "a PNG with a flipped bit": [("a_1.png", FLIPPED)],
     "a mask of three volumes": [("s.nii", scan(LAS)), ("s_mask.nii", scan(LAS, (20, 24, 18, 3), np.uint8))],
+    "a name of 60,000 signs": [(" (conflict" * 6000 + "_1.png", VOLUME[0][1]), ("b_2.png", VOLUME[0][1])],
+    "a TIFF that follows itself": [("a_1.tif", following_itself(picture(COLOURS, "TIFF")))],
+    "a TIFF of 60,000 tags": [("a_1.tif", tiff_of_tags(60_000))],
+    "a tile that is larger than a slice": [("a_1.tif", tiff_of_a_tile(32_768))],
+    "voxels within the header": [("s.nii", beginning_at(0))],
+    "voxels that begin nowhere": [("s.nii", beginning_at(float("nan")))],
     "a mask of another scan": [("s.nii", scan(LAS)), ("s_mask.nii", scan(LAS, (20, 24, 19), np.uint8))],
 }
+
+
+def strip_that_unpacks() -> bytes:
+    """A TIFF of 64×64 pixels whose strip unpacks to 300 MiB."""
+    data = b"\x78\xda" + zeros_deflated(300) + bytes(4)
+    one = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1)]
+    one += [(273, 4, 1, 8 + 2 + 12 * 9 + 4), (277, 3, 1, 1), (278, 4, 1, 64), (279, 4, 1, len(data))]
+    return b"II*\0" + struct.pack("<I", 8) + tags(*one) + data
+
+
+def pixels_that_unpack() -> bytes:
+    """A PNG of 64×64 pixels whose pixels unpack to 300 MiB."""
+    plain, data = picture(Image.new("L", (64, 64))), b"\x78\xda" + zeros_deflated(300) + bytes(4)
+    chunk = struct.pack(">I", len(data)) + b"IDAT" + data + struct.pack(">I", zlib.crc32(b"IDAT" + data))
+    return plain[: plain.index(b"IDAT") - 4] + chunk + plain[-12:]
 
 
 def tiled_tiff() -> bytes:
