@@ -134,8 +134,7 @@ def main() -> None:
                     times["next slice"].append(until_new(page, WORDS, partial(page.keyboard.press, key)))
                 page.keyboard.press("e")
                 times["stroke"].append(until_new(page, FIGURES, partial(stroke, page)))
-                page.keyboard.press("Control+z")  # closing would ask
-                page.get_by_text("0 pixels changed", exact=True).wait_for()
+                until_new(page, FIGURES, partial(page.keyboard.press, "Control+z"))  # closing would ask
                 close(page)
             for _ in range(arguments.uploads - 2 * REPEATS - 1):
                 open_files(page, files, len(files))
