@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from batches import augment
 from common import MedFLError, atomic_write
-from preprocessing import MASK_SUFFIX, group_volumes, network_input, read_volume, volume_statistics
+from preprocessing import network_input, volume_statistics
 from scans.cohort import UNMASKED
 from scans.folders import walk
+from scans.naming import MASK_SUFFIX, group_volumes
 from scans.pairing import pair
+from scans.pictures import read_volume
 from split import Split
 from training import EpochResult
 from transunet import ARCHITECTURES, PATCH, TransUNet

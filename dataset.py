@@ -22,8 +22,9 @@ from tqdm import tqdm
 from appearance.features import describe_volume, image_statistics
 from common import MedFLError, counted, file_sha256, write_json
 from limits import MAX_VOXELS, fits
-from preprocessing import IMAGE_SUFFIXES, MASK_SUFFIX, read_mask_and_form, read_slice
 from scans.cohort import SITE, Cohort, Patient, cohort_name, find_cohort
+from scans.naming import IMAGE_SUFFIXES, MASK_SUFFIX
+from scans.pictures import read_mask_and_form, read_slice
 from scans.spacing import NAME, read_spacing
 from tasks import task_of
 

@@ -32,9 +32,10 @@ from escaping import terminal
 from evaluation.components import COLUMNS as OF_COMPONENT
 from evaluation.components import find_components
 from inference import predict_volume, to_mask
-from preprocessing import MASK_SUFFIX, group_volumes, is_image, is_mask, read_volume, slice_number
 from scans.folders import refuse_dangling, walk
+from scans.naming import MASK_SUFFIX, group_volumes, is_image, is_mask, slice_number
 from scans.pairing import pair
+from scans.pictures import read_volume
 from scans.spacing import NAME, read_spacing
 from usage import choose_device
 

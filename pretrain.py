@@ -39,8 +39,8 @@ from common import (
     utc_now,
 )
 from dataset import add_mask_option
-from preprocessing import is_image, volume_name
 from scans.folders import walk
+from scans.naming import is_image, volume_name
 from split import load_split
 from training import rate_scale
 from usage import choose_device

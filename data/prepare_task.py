@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from common import MedFLError, atomic_write, counted, run_script, text_of, typed, write_json
 from limits import fits
-from preprocessing import IMAGE_SUFFIXES, read_slice
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
+from scans.naming import IMAGE_SUFFIXES
 from scans.nifti_file import read_content, read_image
+from scans.pictures import read_slice
 from scans.spacing import NAME as SPACING
 from tasks import FOLDER, NAME, Task, known, named_task
 

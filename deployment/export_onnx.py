@@ -40,7 +40,8 @@ from common import MedFLError, __version__, atomic_write, git_commit, run_script
 from deployment.app.card import card_rows
 from inference import BLOCK, predict_volume, probability, to_mask
 from phantoms import make_phantoms
-from preprocessing import CHANNELS, read_volume, volume_statistics
+from preprocessing import CHANNELS, volume_statistics
+from scans.pictures import read_volume
 from transunet import TransUNet
 
 FORMAT = "2"  # of the file's properties; deployment/browser/model.js reads this one

@@ -15,7 +15,7 @@ from scans.orientation import EDGES
 
 TILE, ACROSS = 128, 10  # pixels of a slice's side, and slices in a row
 OUTLINE, MARK = (255, 150, 0), (255, 255, 255)
-SUFFIX = "_contact_sheet.png"  # preprocessing.is_image passes over these
+SUFFIX = "_contact_sheet.png"  # scans.naming.is_image passes over these
 COLUMNS = (
     "pseudonym",
     "patient_id",

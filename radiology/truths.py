@@ -17,9 +17,9 @@ from PIL import Image
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from common import MedFLError, counted
-from preprocessing import picture_size
 from radiology.layout import LOG, MORE, TRAINING, UNMASKED, turn_in
 from radiology.prepared import PreparedPatient, content_of, find_patient, find_prepared
+from scans.pictures import picture_size
 
 FORMER = ".former"
 SAVING, OLD = ".saving-", "old"

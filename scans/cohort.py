@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import MedFLError, counted
-from preprocessing import MASK_SUFFIX, group_volumes, slice_number
 from scans.folders import TREES_OF_IMAGES, as_text, walk
+from scans.naming import MASK_SUFFIX, group_volumes, slice_number
 from scans.pairing import Pairing, pair
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")

@@ -13,8 +13,8 @@ from pathlib import PurePath
 from typing import Generic
 
 from common import MedFLError
-from preprocessing import MASK_SUFFIX, AnyPath, is_image, is_mask, masked_stem
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS
+from scans.naming import MASK_SUFFIX, AnyPath, is_image, is_mask, masked_stem
 
 
 @dataclass

@@ -36,12 +36,12 @@ from common import MedFLError
 from data.prepare_task import read_nifti
 from deployment.app.card import card_rows
 from deployment.app.cases import add_truth, read_case
-from preprocessing import read_mask, read_slice, read_volume
 from radiology.headers import InMemory
 from radiology.nifti import find_volumes, load_volume
 from radiology.segmentation import read_segmentation
 from radiology.series import find_series, load_series
 from scans.nifti_file import read_content
+from scans.pictures import read_mask, read_slice, read_volume
 from scans.spacing import read_spacing
 from split import load_split
 from tasks import read_task

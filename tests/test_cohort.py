@@ -16,9 +16,10 @@ from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from dataset import load_dataset
 from deployment.app.cases import add_truth, read_case
-from preprocessing import group_volumes, read_mask, read_slice
 from scans.folders import walk
+from scans.naming import group_volumes
 from scans.pairing import pair
+from scans.pictures import read_mask, read_slice
 from split import Split, load_split, make_split, save_split
 from transunet import TransUNet
 

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import f1_score, jaccard_score
 
 from common import MedFLError
-from evaluation import metrics
+from evaluation import metrics, surfaces
 from training import segmentation_loss
 
 SEEDS = range(6)
@@ -100,13 +100,13 @@ def test_empty_truth(figure):
 
 
 def test_different_shapes_are_refused():
-    for call in (metrics.counts, metrics.hd95, lambda p, t: metrics.score_patient("p", "CS", p, t)):
+    for call in (metrics.counts, surfaces.hd95, lambda p, t: metrics.score_patient("p", "CS", p, t)):
         with pytest.raises(MedFLError, match="differ in shape"):
             call(np.zeros((1, 4, 4)), np.zeros((1, 4, 5)))
 
 
 def test_a_single_slice_is_no_volume():
-    for call in (metrics.hd95, lambda p, t: metrics.score_patient("p", "CS", p, t)):
+    for call in (surfaces.hd95, lambda p, t: metrics.score_patient("p", "CS", p, t)):
         with pytest.raises(MedFLError, match="stack the slices"):
             call(np.ones((4, 4)), np.ones((4, 4)))
 
@@ -134,8 +134,8 @@ def brute_force_distances(prediction, truth, spacing):
 def test_surfaces_in_three_dimensions_agree_with_brute_force(masks, seed):
     prediction, truth = masks(seed)
     distances = brute_force_distances(prediction, truth, SPACING)
-    assert metrics.hd95(prediction, truth, SPACING) == pytest.approx(np.percentile(distances, 95))
-    assert metrics.surface_dice(prediction, truth, SPACING) == pytest.approx(np.mean(distances <= 2.0))
+    assert surfaces.hd95(prediction, truth, SPACING) == pytest.approx(np.percentile(distances, 95))
+    assert surfaces.surface_dice(prediction, truth, SPACING) == pytest.approx(np.mean(distances <= 2.0))
 
 
 def test_a_false_tumour_on_other_slices_is_far_and_never_hidden():
@@ -145,26 +145,26 @@ def test_a_false_tumour_on_other_slices_is_far_and_never_hidden():
     false, missing = truth.copy(), np.zeros_like(truth)
     false[15:18, 5:60, 5:60] = 1
     missing[5, 20:30, 20:30] = 1
-    assert metrics.hd95_in_plane(false, truth) == (0.0, 3)
-    assert metrics.hd95(false, truth, (5.0, 1.0, 1.0)) > 40
-    assert metrics.hd95_in_plane(missing, truth) == (0.0, 2)
-    assert metrics.hd95(missing, truth, (5.0, 1.0, 1.0)) == 10.0
-    assert metrics.surface_dice(missing, truth, (5.0, 1.0, 1.0)) < 0.7
+    assert surfaces.hd95_in_plane(false, truth) == (0.0, 3)
+    assert surfaces.hd95(false, truth, (5.0, 1.0, 1.0)) > 40
+    assert surfaces.hd95_in_plane(missing, truth) == (0.0, 2)
+    assert surfaces.hd95(missing, truth, (5.0, 1.0, 1.0)) == 10.0
+    assert surfaces.surface_dice(missing, truth, (5.0, 1.0, 1.0)) < 0.7
 
 
 def test_an_empty_mask_has_no_distance_and_no_surface_in_common():
     empty, full = np.zeros((2, 3, 4, 4))
     full[1, 1, 1] = 1
-    assert metrics.hd95(empty, full) is metrics.hd95(full, empty) is metrics.hd95(empty, empty) is None
-    assert metrics.surface_dice(empty, full, SPACING) == metrics.surface_dice(full, empty, SPACING) == 0
-    assert metrics.surface_dice(empty, empty, SPACING) is None
+    assert surfaces.hd95(empty, full) is surfaces.hd95(full, empty) is surfaces.hd95(empty, empty) is None
+    assert surfaces.surface_dice(empty, full, SPACING) == surfaces.surface_dice(full, empty, SPACING) == 0
+    assert surfaces.surface_dice(empty, empty, SPACING) is None
 
 
 def test_surface_dice_counts_what_lies_within_two_millimetres():
     prediction, truth = np.zeros((2, 1, 1, 9))
     prediction[0, 0, 2], truth[0, 0, 4] = 1, 1
-    assert metrics.surface_dice(prediction, truth, (1.0, 1.0, 1.0)) == 1
-    assert metrics.surface_dice(prediction, truth, (1.0, 1.0, 1.01)) == 0
+    assert surfaces.surface_dice(prediction, truth, (1.0, 1.0, 1.0)) == 1
+    assert surfaces.surface_dice(prediction, truth, (1.0, 1.0, 1.01)) == 0
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -172,7 +172,7 @@ def test_surface_dice_counts_what_lies_within_two_millimetres():
 def test_hd95_in_the_plane_agrees_with_brute_force(masks, seed):
     prediction, truth = masks(seed)
     expected = brute_force_hd95_in_plane(prediction, truth)
-    got, lonely = metrics.hd95_in_plane(prediction, truth)
+    got, lonely = surfaces.hd95_in_plane(prediction, truth)
     assert got is expected is None or got == pytest.approx(expected, abs=1e-9)
     assert lonely == sum(bool(p.any()) != bool(t.any()) for p, t in zip(prediction, truth))
 
@@ -180,43 +180,43 @@ def test_hd95_in_the_plane_agrees_with_brute_force(masks, seed):
 def test_hd95_by_hand():
     prediction, truth = np.zeros((2, 1, 9, 9))
     prediction[0, 1, 1] = truth[0, 4, 5] = 1
-    assert metrics.hd95(prediction, truth) == 5.0
-    assert metrics.hd95_in_plane(prediction, truth) == (5.0, 0)
+    assert surfaces.hd95(prediction, truth) == 5.0
+    assert surfaces.hd95_in_plane(prediction, truth) == (5.0, 0)
 
 
 def test_hd95_pools_the_distances_of_both_directions_and_all_slices():
     prediction, truth = np.zeros((2, 2, 3, 40))
     prediction[0, 1, :19] = truth[0, 1, :19] = 1  # 38 distances of 0
     prediction[1, 1, 0] = truth[1, 1, 10] = 1  # 2 distances of 10
-    assert metrics.hd95_in_plane(prediction, truth)[0] == pytest.approx(0.5)
+    assert surfaces.hd95_in_plane(prediction, truth)[0] == pytest.approx(0.5)
     far = (30.0, 1.0, 1.0)  # so that the nearest lies in the same slice
-    assert metrics.hd95(prediction, truth, far) == pytest.approx(0.5)
+    assert surfaces.hd95(prediction, truth, far) == pytest.approx(0.5)
 
 
 def test_hd95_takes_the_volumes_edge_as_outside():
     full, corner = np.ones((1, 5, 5)), np.zeros((1, 5, 5))
     corner[0, 0, 0] = 1
     assert len(boundary_by_loop(full[0])) == 16
-    assert metrics.hd95_in_plane(full, full)[0] == 0.0
-    assert metrics.hd95_in_plane(full, corner)[0] == pytest.approx(brute_force_hd95_in_plane(full, corner))
+    assert surfaces.hd95_in_plane(full, full)[0] == 0.0
+    assert surfaces.hd95_in_plane(full, corner)[0] == pytest.approx(brute_force_hd95_in_plane(full, corner))
     block = np.ones((3, 3, 3))
     assert len(surface_by_loop(block)) == 26
-    assert metrics.hd95(block, block) == 0.0
+    assert surfaces.hd95(block, block) == 0.0
 
 
 def test_hd95_in_the_plane_is_none_where_no_slice_has_both():
     prediction, truth = np.zeros((2, 2, 4, 4))
-    assert metrics.hd95_in_plane(prediction, truth) == (None, 0)
+    assert surfaces.hd95_in_plane(prediction, truth) == (None, 0)
     prediction[0, 1, 1] = truth[1, 1, 1] = 1
-    assert metrics.hd95_in_plane(prediction, truth) == (None, 2)
+    assert surfaces.hd95_in_plane(prediction, truth) == (None, 2)
 
 
 def test_hd95_does_not_depend_on_where_the_tumour_lies():
     prediction, truth = blobs(1)
     moved = [np.pad(mask, ((2, 1), (30, 5), (7, 40))) for mask in (prediction, truth)]
     padded = [np.pad(mask, 1) for mask in (prediction, truth)]
-    assert metrics.hd95(*moved) == metrics.hd95(*padded)
-    assert metrics.hd95_in_plane(*moved) == metrics.hd95_in_plane(*padded)
+    assert surfaces.hd95(*moved) == surfaces.hd95(*padded)
+    assert surfaces.hd95_in_plane(*moved) == surfaces.hd95_in_plane(*padded)
 
 
 # One patient

@@ -13,7 +13,9 @@ import torch
 import phantoms
 from common import ROOT, MedFLError
 from phantoms import make_phantoms
-from preprocessing import apply_statistics, is_mask, numeric_order, read_mask, read_volume, volume_statistics
+from preprocessing import apply_statistics, volume_statistics
+from scans.naming import is_mask, numeric_order
+from scans.pictures import read_mask, read_volume
 
 PATIENTS, SLICES, SIZE = 14, 10, 64
 

@@ -1,4 +1,5 @@
-"""preprocessing.py: names and their order, files that are wrong, and what normalisation promises."""
+"""scans/naming.py, scans/pictures.py and preprocessing.py: names and their order, files that are wrong, and what
+normalisation promises."""
 
 import struct
 import zlib
@@ -10,24 +11,18 @@ import torch
 from PIL import ExifTags, Image
 
 from common import MedFLError
+from limits import MAX_SIDE
 from preprocessing import (
     CLIP,
     DESCRIPTION,
-    MAX_SIDE,
     apply_statistics,
     description,
-    is_image,
-    is_mask,
     network_input,
-    numeric_order,
-    read_mask,
-    read_slice,
-    read_volume,
     resize,
-    slice_number,
-    volume_name,
     volume_statistics,
 )
+from scans.naming import is_image, is_mask, numeric_order, slice_number, volume_name
+from scans.pictures import read_mask, read_slice, read_volume
 
 
 def pixels(seed=0, shape=(16, 20, 3)):

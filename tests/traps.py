@@ -35,8 +35,8 @@ from pydicom.uid import (
 from checkpoint import load_checkpoint
 from dataset import choose_cache, load_dataset
 from deployment.app.cases import read_case
-from preprocessing import read_slice, read_volume
 from scans.folders import walk
+from scans.pictures import read_slice, read_volume
 from tasks import read_task
 from transunet import TransUNet
 

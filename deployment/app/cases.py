@@ -15,20 +15,11 @@ from deployment.app.archives import check_lengths, check_names, check_number, un
 from deployment.app.case import LONE_SLICE, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
 from limits import MAX_PIXELS
-from preprocessing import (
-    IMAGE_SUFFIXES,
-    group_volumes,
-    is_mask,
-    masked_stem,
-    picture_size,
-    read_mask_and_form,
-    read_slice,
-    slice_number,
-    volume_name,
-)
+from scans.naming import IMAGE_SUFFIXES, group_volumes, is_mask, masked_stem, slice_number, volume_name
 from scans.nifti_file import SUFFIXES as NIFTI
 from scans.nifti_file import other_format
 from scans.pairing import pair
+from scans.pictures import picture_size, read_mask_and_form, read_slice
 from scans.spacing import NAME, read_spacing
 
 DICOM = (".dcm", ".dicom", ".ima")  # or any other name, where the content says so

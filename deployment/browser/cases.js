@@ -10,12 +10,12 @@ export const MAX_PIXELS = 16 * 2 ** 20; // of a case: 256 slices of 256×256
 export const MAX_BYTES = 200 * 2 ** 20; // of a file
 export const MIN_SIDE = 16; // pixels
 const IMAGE = /\.(tiff?|png|jpe?g)$/i;
-const MASK = /_mask(?:[ (].*)?\.(tiff?|png|jpe?g)$/i; // also of a copy, by the rules of preprocessing.py
+const MASK = /_mask(?:[ (].*)?\.(tiff?|png|jpe?g)$/i; // also of a copy, by the rules of scans/naming.py
 const MASK_END = /_mask(?:[ (].*)?$/i;
 const COPY = / (?:(?:- )?(?:copy|copie|copia|kopie)(?: ?\(?\d+\)?)?|\(.*(?:conflict|konflikt).*\))$/i;
 const SHEET = /_contact_sheet\.[^.]*$/; // of a prepared patient, to look through
 const MEASURES = "volume.json"; // of a prepared patient, by the rules of scans/spacing.py
-const NUMBER = /[_\-. (]*(?<!\d)(\d{1,18})\)?$/; // of a slice, by the rules of preprocessing.py
+const NUMBER = /[_\-. (]*(?<!\d)(\d{1,18})\)?$/; // of a slice, by the rules of scans/naming.py
 const KIND_OF_SCAN = /(?:^|[^a-z])t[12]$/i;
 const IMAGE_TREE = /^(images?|imagestr)$/i, MASK_TREE = /^(masks?|labels?|labelstr)$/i; // by the rules of scans/pairing.py
 
@@ -85,7 +85,7 @@ function treesOf(name, fits) {
     rest: parts.slice(k + 1).map((p) => `${p}/`).join("") })).filter(({ part }) => fits.test(part)).reverse();
 }
 
-/** The slices of each volume in order, by the rules of preprocessing.group_volumes. */
+/** The slices of each volume in order, by the rules of scans.naming.group_volumes. */
 function groupVolumes(images, isFolder) {
   const volumes = [];
   for (const [place, inside] of grouped(images, ({ name }) => folder(name))) {

@@ -1,4 +1,4 @@
-// From a file's bytes to pixels, as preprocessing.py reads them: 8-bit grey or RGB, one picture, of a sensible size.
+// From a file's bytes to pixels, as scans/pictures.py reads them: 8-bit grey or RGB, one picture, of a sensible size.
 
 import { decode as decodePng, encode as encodePng } from "fast-png";
 import { decode as decodeTiff } from "tiff";

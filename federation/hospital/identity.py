@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from common import atomic_write
 from federation.protocol.answers import Introduction, PatientPrivacy
 from federation.protocol.messages import local_versions
-from preprocessing import MASK_SUFFIX
+from scans.naming import MASK_SUFFIX
 
 # in the folder that run_client.py makes for its app: who the hospital is, how the federation ended for it, and
 # why it waits for a server of the same version

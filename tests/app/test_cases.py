@@ -12,7 +12,7 @@ from deployment.app import archives
 from deployment.app.archives import MAX_FILES
 from deployment.app.cases import add_truth, read_case
 from deployment.app.nifti import write_nifti
-from preprocessing import read_slice
+from scans.pictures import read_slice
 
 
 def test_slices_are_in_numeric_order_and_one_group(slices, zipped):

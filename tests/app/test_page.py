@@ -19,7 +19,7 @@ from deployment.app import beside, models
 from deployment.app.card import PHANTOM_MODEL
 from deployment.app.readout import predict_case
 from inference import to_mask
-from preprocessing import volume_name
+from scans.naming import volume_name
 
 pytestmark = pytest.mark.slow
 APP = ROOT / "deployment" / "app" / "app.py"
