@@ -1,6 +1,5 @@
 """The patients below a folder: found in every layout that people end up with, and what of it is left out."""
 
-import hashlib
 import os
 import re
 from collections import Counter, defaultdict
@@ -12,14 +11,10 @@ from common import MedFLError, counted
 from scans.folders import TREES_OF_IMAGES, as_text, walk
 from scans.naming import MASK_SUFFIX, group_volumes, slice_number
 from scans.pairing import Pairing, pair
+from scans.repeats import Slices, first_visits, without_copies
 
 SITE = re.compile(r"^TCGA_([A-Z]{2})_")
 PHANTOM = re.compile(r"^TCGA_[A-Z]{2}_PH\d+_")
-VISIT = re.compile(
-    r"(?:^|(?<=[-_ ]))(?:ses|session|visit|timepoint|week)(?:[-_ ][a-z0-9]+|\d+)(?:-\d+)?(?=$|[-_ ])",
-    re.IGNORECASE,
-)
-SUBJECT = re.compile(r"^sub-[a-z0-9]+", re.IGNORECASE)  # BIDS: what lies below is of one person
 MARK = re.compile(r"^[-_. ]?[a-z][-_. a-z]*$", re.IGNORECASE)  # what may end a mask's name
 UNMASKED = "without_masks"
 KEPT_APART = {"more_studies", UNMASKED}  # by data/prepare_hospital.py, from those that train
@@ -101,7 +96,7 @@ def find_cohort(
     if unread:
         kinds = ", ".join(sorted(unread))
         left_out.append(f"{counted(unread.total(), 'file')} of kinds that are no slices ({kinds}): not read")
-    kept = _first_visits(top, _without_copies(top, places, file_hash, left_out), left_out)
+    kept = first_visits(top, without_copies(top, places, file_hash, left_out), left_out)
     phantoms = [place for place in kept if PHANTOM.match(place.name)]
     if 0 < len(phantoms) < len(kept):
         kept = {place: patient for place, patient in kept.items() if place not in phantoms}
@@ -144,9 +139,6 @@ def _no_folder(top: Path) -> str:
     if str(top).startswith("~"):
         return f"there is no folder {top}, for the shell did not replace the ~; write the whole path, or no quotes"
     return f"there is no folder {top}; {HOW_TO_GET}"
-
-
-Slices = tuple[list[Path], list[Path]]  # images in numeric order, and the mask of each
 
 
 def _places(top: Path, left_out: list[str], mask_suffix: str, unread: Counter[str]) -> dict[Path, Slices]:
@@ -242,92 +234,6 @@ def _mask_of(image: Path, pairing: Pairing, mask_suffix: str) -> Path:
         f"{image} has no mask ({image.stem}{mask_suffix}{image.suffix}), nor one of its name in a tree of masks; "
         "add it or take the slice away"
     )
-
-
-def _first_visits(top: Path, places: dict[Path, Slices], left_out: list[str]) -> dict[Path, Slices]:
-    """The patients less further visits of a person (`sub-01/ses-2`, `anna/week_12`): one person must not be on
-    both sides of a split, nor count twice."""
-    visits: defaultdict[Path, list[Path]] = defaultdict(list)
-    for place in sorted(places):
-        visits[_person(place.relative_to(top))].append(place)
-    further = {place for of_one in visits.values() for place in of_one[1:]}
-    if further:
-        people = sum(len(of_one) > 1 for of_one in visits.values())
-        left_out.append(
-            f"{counted(len(further), 'further visit')} of {counted(people, 'patient')} (such as "
-            f"{min(further).relative_to(top)}): not read, the first visit of each is; a person must not be on both "
-            "sides of a split"
-        )
-    return {place: slices for place, slices in places.items() if place not in further}
-
-
-def _person(place: Path) -> Path:
-    """Whose visit a patient's folder holds, by its path below the top: the path itself where it names none."""
-    parts: list[str] = []
-    for part in place.parts:
-        left = re.sub(r"[-_ ]{2,}", "_", VISIT.sub("", part)).strip("-_ ")
-        parts += [left] if left else []
-        if subject := SUBJECT.match(part):
-            return Path(*parts[:-1], subject[0])
-    return Path(*parts) if parts else place
-
-
-def _without_copies(
-    top: Path, places: dict[Path, Slices], file_hash: Callable[[Path], str], left_out: list[str]
-) -> dict[Path, Slices]:
-    """The patients less those whose slices and masks are another's, nearer to `top`. Only those whose slices
-    are as many and as large can be copies, and only of them files are read."""
-    alike: defaultdict[tuple, list[Path]] = defaultdict(list)
-    for place, (images, _) in places.items():
-        alike[tuple(_size(image) for image in images)].append(place)
-    content = {place: str(place) for place in places}  # of slices, in hexadecimal, where they may be copies
-    for same in alike.values():
-        for place in same if len(same) > 1 else ():
-            content[place] = _digest(places[place][0], file_hash)
-    first: dict[str, Path] = {}
-    copies: dict[Path, Path] = {}
-    for place in sorted(places, key=lambda place: (len(place.parts), place)):
-        original = first.setdefault(content[place], place)
-        if original != place:
-            if _digest(places[place][1], file_hash) != _digest(places[original][1], file_hash):
-                raise MedFLError(
-                    f"{original} and {place} hold the same slices with different masks; take one of them away"
-                )
-            copies[place] = original
-    _refuse_partial_copies(copies, content)
-    folders: defaultdict[tuple[Path, Path], int] = defaultdict(int)
-    for copy, original in copies.items():
-        folders[copy.parent, original.parent] += 1
-    for (there, here), number in folders.items():
-        are = "is a copy of one" if number == 1 else "are copies of those"
-        left_out.append(f"{counted(number, 'patient')} in {there} {are} in {here}: not read")
-    return {place: slices for place, slices in places.items() if place not in copies}
-
-
-def _refuse_partial_copies(copies: dict[Path, Path], content: dict[Path, str]) -> None:
-    """Raises MedFLError where two folders beside each other share patients and differ in others: two versions
-    of one dataset, and only the user knows which one is meant."""
-    inside: defaultdict[Path, set[str]] = defaultdict(set)
-    for place, value in content.items():
-        inside[place.parent].add(value)
-    for copy, original in copies.items():
-        one, other = original.parent, copy.parent
-        beside = not (one.is_relative_to(other) or other.is_relative_to(one))
-        if beside and inside[one] != inside[other]:
-            raise MedFLError(
-                f"{one} and {other} hold different patients, and some are in both; name one of them with --data-dir"
-            )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
-
-
-def _digest(files: list[Path], file_hash: Callable[[Path], str]) -> str:
-    return hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()
 
 
 def cohort_name(patients: list[Patient]) -> str:
