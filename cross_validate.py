@@ -30,11 +30,12 @@ from common import (
     utc_now,
     write_json,
 )
-from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
+from dataset import Dataset, add_mask_option, load_dataset
 from evaluate import print_table, write_patients
 from evaluation.failures import as_lines, failures
 from evaluation.metrics import report
 from evaluation.scoring import score_patients
+from scans.cache import add_cache_option, choose_cache
 from split import VAL_FRACTION, Split, make_folds, save_split
 from training import TrainingSettings
 from usage import choose_device

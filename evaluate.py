@@ -26,7 +26,7 @@ from common import (
     write_csv,
     write_json,
 )
-from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
+from dataset import Dataset, add_mask_option, load_dataset
 from energy import Meter, in_words
 from evaluation.calibration import draw_reliability
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
@@ -35,6 +35,7 @@ from evaluation.metrics import NO_INTERVAL, report
 from evaluation.overlays import draw_outlines
 from evaluation.scoring import fit_temperature, score_patients
 from inference import predict_volume, to_mask
+from scans.cache import add_cache_option, choose_cache
 from split import Split, load_split, make_split
 from usage import choose_device
 

@@ -20,7 +20,8 @@ import pandas as pd
 
 import escaping
 from common import MedFLError, atomic_write, counted, run_script, tell, write_json
-from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
+from dataset import add_mask_option, load_dataset
+from scans.cache import add_cache_option, choose_cache
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
 
 KINDS = ("iid", "site", "dirichlet", "quantity", "tumour-size")

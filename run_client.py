@@ -30,7 +30,7 @@ from common import (
     typed,
     usable_cores,
 )
-from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
+from dataset import add_mask_option, load_dataset
 from federation.hospital.identity import Identity
 from federation.privacy.budget import PatientBudget
 from federation.protocol.answers import LABEL, PatientPrivacy
@@ -42,6 +42,7 @@ from federation.runtime.hospital_kit import hold_kit, hospital_label, read_membe
 from federation.runtime.kit import CA, HOSPITAL_KEY
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
 from federation.runtime.proxies import go_direct, leave_out_odd, perhaps_the_proxy, tell_proxies
+from scans.cache import add_cache_option, choose_cache
 from usage import choose_device
 
 MODELS = Path("models")  # for files of this hospital's own

@@ -33,7 +33,7 @@ from common import (
     typed,
     usable_cores,
 )
-from dataset import add_cache_option, add_mask_option, choose_cache, load_dataset
+from dataset import add_mask_option, load_dataset
 from federation.protocol.log import say
 from federation.protocol.settings import (
     TRAINING_OPTIONS,
@@ -52,6 +52,7 @@ from federation.server.ending import ENCODER_FILE
 from federation.server.events import Messenger
 from federation.server.state import BEST, LAST, SHARED, nothing_left
 from partition import make_partition
+from scans.cache import add_cache_option, choose_cache
 from split import make_split
 from tracking import add_tracking, check_installed
 from training import TrainingSettings

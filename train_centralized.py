@@ -30,10 +30,11 @@ from checkpoint import (
 )
 from common import MedFLError, add_settings, claim, counted, run_script, settings_from, tell, typed
 from data_parallel import Processes
-from dataset import Dataset, add_cache_option, add_mask_option, choose_cache, load_dataset
+from dataset import Dataset, add_mask_option, load_dataset
 from energy import NAME as ENERGY
 from energy import Meter, in_words, keep, summed
 from partition import add_partition_options, make_partition
+from scans.cache import add_cache_option, choose_cache
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
 from tracking import add_tracking, check_installed, open_trackers
 from training import TrainingSettings

@@ -1,5 +1,6 @@
 """dataset.py: every layout, every kind of wrong data, and a cache that is right or built again."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -13,8 +14,10 @@ from PIL import Image
 
 import dataset
 from common import MedFLError
-from dataset import cache_folder, find_dataset, load_dataset, read_patients
+from dataset import find_dataset, load_dataset, read_patients
 from preprocessing import volume_statistics
+from scans import cache
+from scans.cache import cache_folder
 
 NAMES = ("TCGA_CS_4941_19960909", "TCGA_HT_7473_19970826")
 ROOT = Path(dataset.__file__).parent
@@ -249,9 +252,9 @@ def test_the_cache_is_built_again_when_a_file_changes_or_is_added(tmp_path):
     assert len(load(root).table) == 3 and len(caches()) == 3 and set(before) < set(caches())
 
 
-@pytest.mark.parametrize("settled", [-1, dataset.SETTLED])
+@pytest.mark.parametrize("settled", [-1, cache.SETTLED])
 def test_a_mask_replaced_by_one_of_the_same_size_and_time_is_seen(tmp_path, monkeypatch, settled):
-    monkeypatch.setattr(dataset, "SETTLED", settled)  # -1: what is known of a file is used at once
+    monkeypatch.setattr(cache, "SETTLED", settled)  # -1: what is known of a file is used at once
     root = write_patients(tmp_path / "scans")
     assert load(root).tumour_pixels(NAMES[0])[1] == 3
     mask = root / NAMES[0] / f"{NAMES[0]}_2_mask.tif"
@@ -263,11 +266,11 @@ def test_a_mask_replaced_by_one_of_the_same_size_and_time_is_seen(tmp_path, monk
 
 
 def test_files_that_did_not_change_are_not_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "SETTLED", -1)
+    monkeypatch.setattr(cache, "SETTLED", -1)
     root = write_patients(tmp_path / "scans")
     load(root)
     read = []
-    monkeypatch.setattr(dataset, "file_sha256", read.append)
+    monkeypatch.setattr(cache, "file_sha256", read.append)
     if os.name != "nt":
         load(root)
     assert read == []
@@ -300,7 +303,7 @@ def test_caches_of_what_was_there_before_go_when_nobody_uses_them(tmp_path):
 
 
 def test_notes_about_files_that_are_damaged_are_made_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "SETTLED", -1)
+    monkeypatch.setattr(cache, "SETTLED", -1)
     root = write_patients(tmp_path / "scans")
     load(root)
     notes = next(cache_folder().glob("*.files.json"))
@@ -309,15 +312,15 @@ def test_notes_about_files_that_are_damaged_are_made_again(tmp_path, monkeypatch
 
 
 BUILD = """
-import hashlib, sys
+import dataset, hashlib, sys
 from pathlib import Path
-import dataset
-build = dataset._build_cache
+from scans import cache
+build = cache._build_cache
 def build_and_wait(*arguments):
     build(*arguments)
     print("built", flush=True)
     sys.stdin.readline()
-dataset._build_cache = build_and_wait
+cache._build_cache = build_and_wait
 found = dataset.load_dataset(Path(sys.argv[1]), progress=False)
 print(hashlib.sha256(b"".join(part.tobytes() for p in found.patients for part in found.volume(p.name))).hexdigest())
 """
@@ -345,7 +348,7 @@ def test_two_processes_that_build_at_once_both_succeed(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], ends
     found = load(root)
     content = b"".join(part.tobytes() for p in found.patients for part in found.volume(p.name))
-    assert ends[0][0] == ends[1][0] == dataset.hashlib.sha256(content).hexdigest() + "\n"
+    assert ends[0][0] == ends[1][0] == hashlib.sha256(content).hexdigest() + "\n"
     assert len(caches()) == 1  # and nothing half-built beside it
 
 

@@ -22,11 +22,12 @@ from torch._inductor.runtime import cache_dir_utils
 import common
 from checkpoint import save_checkpoint
 from common import MedFLError, atomic_write, claim, in_words, run_folder
-from dataset import cache_folder, load_dataset
+from dataset import load_dataset
 from federation.runtime.flower import name_home_where_missing
 from federation.runtime.processes import no_proxy
 from federation.runtime.proxies import leave_out_odd
 from predict import output_names
+from scans.cache import cache_folder
 from torchvision_operators import name_cache_where_missing
 from training import TrainingSettings
 
@@ -327,9 +328,9 @@ def test_a_share_that_keeps_its_own_permissions_and_a_long_name_are_written(tmp_
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_container_without_a_folder_for_temporary_files_is_told(monkeypatch):
+def test_a_container_without_a_folder_for_temporary_files_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
     with pytest.raises(FileNotFoundError) as raised:
         run_folder("hospital")
     assert "no folder for temporary files" in in_words(raised.value) and "TMPDIR" in in_words(raised.value)

@@ -33,8 +33,9 @@ from pydicom.uid import (
 )
 
 from checkpoint import load_checkpoint
-from dataset import choose_cache, load_dataset
+from dataset import load_dataset
 from deployment.app.cases import read_case
+from scans.cache import choose_cache
 from scans.folders import walk
 from scans.pictures import read_slice, read_volume
 from tasks import read_task

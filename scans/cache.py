@@ -1,0 +1,236 @@
+"""The pixels of a dataset as one memory-mapped cache, which is built again where a file's content changed."""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from appearance.features import describe_volume
+from common import MedFLError, file_sha256, write_json
+from limits import MAX_VOXELS, fits
+from scans.cohort import Patient
+from scans.pictures import read_mask_and_form, read_slice
+
+CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
+CACHE_VERSION = 5
+ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
+DAY = 86_400.0  # seconds; no build takes as long
+SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again gets another time
+
+
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """The option that puts the cache elsewhere."""
+    parser.add_argument(
+        "--cache", type=Path, help="folder for decoded scans, instead of ~/.cache/medfl (a copy of the scans)"
+    )
+
+
+def choose_cache(folder: Path | None) -> None:
+    """Keep caches in this folder, in this process and those that it starts; None leaves the usual one."""
+    if folder is not None:
+        os.environ[CACHE] = str(folder.resolve())
+
+
+def cache_folder() -> Path:
+    """Where caches lie: outside of every dataset, in the folder that `choose_cache` named or the user's own
+    cache folder, readable by the user alone. Raises MedFLError where it can't be used."""
+    elsewhere = "name a folder of your own with --cache"
+    try:
+        folder = Path(os.environ[CACHE]) if os.environ.get(CACHE) else Path.home() / ".cache" / "medfl"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except RuntimeError as error:  # neither HOME is set nor has this user one
+        raise MedFLError(f"there is no home folder to keep decoded scans in; {elsewhere}") from error
+    except OSError as error:
+        raise MedFLError(
+            f"the cache folder {folder} can't be made ({error.strerror}); {elsewhere}, or free the disk"
+        ) from error
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise MedFLError(f"the cache folder {folder} is not yours to write; {elsewhere}")
+    return folder
+
+
+class Contents:
+    """SHA-256 of files at and below a folder, remembered in the cache folder.
+
+    A file is read again when its size, times or inode are others than they were. Its ctime is set by the
+    kernel, so that also a file that was replaced by one of the same size and time is read; Windows has no
+    such time, and all files are read there. Used in a `with` block, at whose end what was read is noted.
+    """
+
+    def __init__(self, top: Path):
+        self.top = top
+        self._known: dict[str, list] | None = None
+        self._now: dict[str, list | None] = {}
+
+    def of(self, path: Path) -> str:
+        """A file's SHA-256, in hexadecimal. Raises MedFLError where it can't be read."""
+        if self._known is None:
+            self._known = _read_notes(self._notes())
+        name = str(path.relative_to(self.top))
+        try:
+            about = path.stat()
+            stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+            *before, content = self._known.get(name, [None])
+            if before != stamp or os.name == "nt":
+                content = file_sha256(path)
+        except OSError as error:
+            raise MedFLError(
+                f"{path} can't be read ({error.strerror}); check its permissions, and that its disk is there"
+            ) from error
+        settled = time.time_ns() - about.st_ctime_ns > SETTLED  # else it may change again without a new time
+        self._now[name] = [*stamp, content] if settled else None
+        return content
+
+    def _notes(self) -> Path:
+        place = hashlib.sha256(os.fsencode(self.top.resolve())).hexdigest()[:12]
+        return cache_folder() / f"{place}.files.json"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._known is None or kind is not None:
+            return
+        others = {n: e for n, e in self._known.items() if n not in self._now and (self.top / n).exists()}
+        notes = others | {name: entry for name, entry in self._now.items() if entry}
+        if notes != self._known:
+            write_json(self._notes(), notes)
+
+
+def _read_notes(path: Path) -> dict[str, list]:
+    """What is known of the files of a dataset; nothing where that can't be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _content(root: Path, patients: list[Patient]) -> str:
+    """A name for what these patients' files hold, in hexadecimal: whatever changes a pixel, or a patient's
+    name, changes it."""
+    digest = hashlib.sha256(f"{CACHE_VERSION}".encode())
+    with Contents(root) as contents:
+        for patient in patients:
+            digest.update(f"{patient.name} {len(patient.images)}\n".encode())
+            for path in patient.images + patient.masks:
+                digest.update(f"{contents.of(path)}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
+    """The cache of these files' content, whatever their folder or the site's label is called. Built beside
+    and renamed: of two processes that build at once, the first one's stays."""
+    folder = cache_folder() / _content(root, patients)
+    if _is_whole(folder):
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # in use
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # a cleaner or a full disk damaged it
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    try:
+        _build_cache(beside, patients, progress)
+        (beside / ROOT_NOTE).write_bytes(os.fsencode(root.resolve()))
+        try:
+            os.rename(beside, folder)
+        except OSError:
+            if not (
+                folder / "index.json"
+            ).exists():  # else another process was quicker, with the same content
+                raise
+    except OSError as error:
+        raise MedFLError(
+            f"the cache in {folder.parent} can't be written ({error.strerror}); free the disk, or name another "
+            "folder with --cache"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    _remove_stale(folder, root)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache's files are there, and as large as its index says."""
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))["patients"]
+        pixels = sum(math.prod(entry["shape"]) for entry in index)
+        sizes = [(folder / name).stat().st_size for name in ("images.bin", "masks.bin")]
+        starts = [entry["start"] for entry in index if entry["measured"] and entry["tumour_pixels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return len(starts) == len(index) > 0 and sizes == [3 * pixels, pixels]
+
+
+def _remove_stale(folder: Path, root: Path) -> None:
+    """Remove what a killed build left, and caches of what the dataset held before, unless they were in use
+    within a day: another process may be about to open one."""
+    for other in folder.parent.iterdir():
+        try:
+            old = time.time() - other.stat().st_mtime > DAY
+            of_this = other.name.startswith(".building-") or (other / ROOT_NOTE).read_bytes() == os.fsencode(
+                root.resolve()
+            )
+        except OSError:
+            continue
+        if old and of_this and other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
+    """Write `images.bin`, `masks.bin` (uint8, patient after patient) and `index.json`. Reads and so checks
+    every file."""
+    index, start = [], 0
+    with open(folder / "images.bin", "wb") as images, open(folder / "masks.bin", "wb") as masks:
+        for patient in tqdm(
+            patients, desc="reading scans", unit="patient", disable=None if progress else True
+        ):
+            volume, truth, other_forms = _read_pair(patient)
+            images.write(volume.tobytes())
+            masks.write(truth.tobytes())
+            index.append(
+                {
+                    "patient": patient.name,
+                    "shape": list(truth.shape),
+                    "start": start,
+                    "measured": describe_volume(torch.from_numpy(volume)),
+                    "other_forms": other_forms,
+                    "tumour_pixels": np.count_nonzero(truth, axis=(1, 2)).tolist(),
+                }
+            )
+            start += truth.size
+    (folder / "index.json").write_text(json.dumps({"patients": index}), encoding="utf-8")
+
+
+def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
+    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8, and how many masks have another form than 0
+    and 255. Raises MedFLError where a size differs."""
+    volume: list[np.ndarray] = []
+    truth: list[np.ndarray] = []
+    other_forms = 0
+    for image, mask in zip(patient.images, patient.masks):
+        volume.append(read_slice(image))
+        if not fits((len(patient.images), *volume[0].shape[:2])):
+            raise MedFLError(
+                f"{image.parent} holds {len(patient.images)} slices of {volume[0].shape[1]}×{volume[0].shape[0]} "
+                f"pixels, more than are read at once ({MAX_VOXELS >> 20} million pixels); make them smaller"
+            )
+        pixels, other = read_mask_and_form(mask)
+        truth.append(pixels)
+        other_forms += other
+        for path, pixels in ((image, volume[-1]), (mask, truth[-1])):
+            if pixels.shape[:2] != volume[0].shape[:2]:
+                raise MedFLError(
+                    f"{path} is {pixels.shape[1]}×{pixels.shape[0]} pixels and {patient.images[0].name} is "
+                    f"{volume[0].shape[1]}×{volume[0].shape[0]}; a patient's slices and masks have one size"
+                )
+    return np.stack(volume), np.stack(truth), other_forms
