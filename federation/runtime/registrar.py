@@ -38,14 +38,18 @@ class Registrar:
     def _apply(self) -> None:
         admitted = {label: a for label, a in read_admissions(self.kit).items() if a.state == "admitted"}
         changed = not self.nodes_file.exists()
-        for label, (key, node) in list(self._open.items()):
-            if label not in admitted or admitted[label].public_key != key:
-                self.control.unregister(node)
-                del self._open[label]
-                changed = True
-                self.say(
-                    f"{label} is put out: its key is revoked or its admission over ({self.kit / HOSPITALS})"
-                )
+        out = [
+            label
+            for label, (key, _) in self._open.items()
+            if label not in admitted or admitted[label].public_key != key
+        ]
+        if out:  # noted first, so that the server knows why a hospital is gone the moment that it is
+            self._note({label: self._open[label] for label in self._open.keys() - out})
+            changed = True
+        for label in out:
+            self.control.unregister(self._open[label][1])
+            del self._open[label]
+            self.say(f"{label} is put out: its key is revoked or its admission over ({self.kit / HOSPITALS})")
         for label in sorted(admitted.keys() - self._open.keys()):
             self._open[label] = (
                 admitted[label].public_key,
@@ -55,7 +59,10 @@ class Registrar:
         until = {str(node): admitted[label].until[:10] for label, (_, node) in self._open.items()}
         if changed or until != self._until:
             self._until = until
-            keys = {str(node): key for key, node in self._open.values()}
-            write_json(self.nodes_file.with_name(KEYS), keys)
             write_json(self.nodes_file.with_name(UNTIL), until)
-            write_json(self.nodes_file, {str(node): label for label, (_, node) in self._open.items()})
+            self._note(self._open)
+
+    def _note(self, there: dict[str, tuple[str, int]]) -> None:
+        """Write who may take part, by label, for the server's own process."""
+        write_json(self.nodes_file.with_name(KEYS), {str(node): key for key, node in there.values()})
+        write_json(self.nodes_file, {str(node): label for label, (_, node) in there.items()})

@@ -39,7 +39,10 @@ def test_who_is_admitted_comes_in_and_who_is_revoked_goes_out(consortium, tmp_pa
     assert nodes(tmp_path) == ["hope", "mercy"] and len(control.inside) == 2
     consortium.provision("revoke", "mercy", "--kit", consortium.kit)
     consortium.hospital("late")
+    put_out, known = control.unregister, []
+    control.unregister = lambda node: (known.append(nodes(tmp_path)), put_out(node))
     registrar.update()
+    assert known == [["hope"]], "the server knows why before the hospital is gone"
     assert nodes(tmp_path) == ["hope", "late"] and len(control.out) == 1
     until = json.loads((tmp_path / UNTIL).read_text())
     admitted = read_admissions(consortium.kit)
