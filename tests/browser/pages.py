@@ -32,8 +32,9 @@ def choose(page, files, field: str = "#files") -> None:
 
 
 def shown(page, count: int) -> None:
-    """Wait until a case of so many slices is on the page."""
+    """Wait until a case of so many slices is on the page, with its outline, and nothing moves the picture any more."""
     page.locator(".words", has_text=f"of {count}:").wait_for()
+    page.locator("#cancel").wait_for(state="hidden")
 
 
 def at_slice(page, number: int, count: int) -> None:
