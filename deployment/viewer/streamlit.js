@@ -3,18 +3,22 @@
 import { createViewer } from "./viewer.js";
 
 const REST = 250; // ms without a further change after which the page hears of one, so that no stroke waits for it
+const GRACE = 1000; // ms in which the page may take the viewer out and put it elsewhere, as it does where something comes above it
 const CODES = 200; // probability 1
 
 const element = document.createElement("div"); // one viewer for all cases of a page: browsers allow few with WebGL
 const held = { voxels: null, masks: null, beside: null }; // numbers of what came last
 const waiting = { slice: null, drawn: null }; // timers of what the page has not heard yet
 let viewer = null, tell = null, quiet = false, queue = Promise.resolve();
+let given = ""; // what the page last gave to be drawn on
+let calls = 0; // of the function below
 
 /** Show what Streamlit gives. Called again whenever the page has run; returns what ends it. */
 export default function ({ data, parentElement, setTriggerValue }) {
   tell = setTriggerValue;
-  if (element.parentElement !== parentElement) parentElement.append(element); // beside its style
-  queue = queue.then(() => take(data)).catch((error) => {
+  const moved = element.parentElement !== parentElement, call = ++calls;
+  if (moved) parentElement.append(element); // beside its style
+  queue = queue.then(() => take(data)).then(() => moved && tellAgain()).catch((error) => {
     console.error(error);
     const textContent = viewer ? `The viewer failed: ${error.message}. Open the case again.`
       : "This browser draws no three-dimensional pictures (WebGL 2): switch on its hardware acceleration, or use another browser.";
@@ -22,8 +26,15 @@ export default function ({ data, parentElement, setTriggerValue }) {
     if (viewer) viewer.opened = null; // hears no key any more
     viewer = null;
   });
-  return () => (queue = queue.then(() => element.parentElement === parentElement && forget()));
+  return () => setTimeout(() => (queue = queue.then(() => call === calls && forget())), GRACE);
 }
+
+/** What was told from the place where the viewer stood before may have been lost with that place. */
+function tellAgain() {
+  if (viewer?.opened && drawnOn() !== given) later("drawn");
+}
+
+const drawnOn = () => `${viewer.edits.steps} ${viewer.threshold}`;
 
 function forget() {
   for (const what of Object.keys(waiting)) cancel(what);
@@ -42,27 +53,28 @@ function unpacked(data) {
 }
 
 async function take(data) {
-  const given = unpacked(data);
-  const number = given.beside?.number ?? null;
-  if ((given.voxels !== held.voxels && !given.pixels) || (given.masks !== held.masks && !given.mask) ||
-    (number !== null && number !== held.beside && !given.beside_pixels)) return tell("wanted", true);
+  const message = unpacked(data);
+  const number = message.beside?.number ?? null;
+  if ((message.voxels !== held.voxels && !message.pixels) || (message.masks !== held.masks && !message.mask) ||
+    (number !== null && number !== held.beside && !message.beside_pixels)) return tell("wanted", true);
   viewer ??= await createViewer(element, { slice: () => later("slice"), mask: () => later("drawn") });
-  quiet = true; // what is given need not be told
+  if (message.voxels !== held.voxels) await open(message);
+  else await renew(message);
+  if (number !== held.beside) await openBeside(message);
+}
+
+async function open(message) {
+  const { count, height, width, spacing, oriented, together, pixels, codes, threshold } = message;
+  const opened = { count, height, width, spacing, oriented, together, pixels, truth: message.truth.length ? message.truth : null };
+  quiet = true; // what comes from the page need not be told to it
   try {
-    if (given.voxels !== held.voxels) await open(given);
-    else await renew(given);
-    if (number !== held.beside) await openBeside(given);
+    await viewer.show(opened, new Float32Array(codes).map((code) => code / CODES), threshold);
+    if (message.mask.length) viewer.takeMask(message.mask);
   } finally {
     quiet = false;
   }
-}
-
-async function open(given) {
-  const { count, height, width, spacing, oriented, together, pixels, codes, threshold } = given;
-  const opened = { count, height, width, spacing, oriented, together, pixels, truth: given.truth.length ? given.truth : null };
-  await viewer.show(opened, new Float32Array(codes).map((code) => code / CODES), threshold);
-  if (given.mask.length) viewer.takeMask(given.mask);
-  Object.assign(held, { voxels: given.voxels, masks: given.masks, beside: null });
+  Object.assign(held, { voxels: message.voxels, masks: message.masks, beside: null });
+  given = drawnOn();
 }
 
 /** What stands beside the case, or nothing any more. */
@@ -72,16 +84,20 @@ async function openBeside({ beside, beside_pixels: pixels, beside_mask: mask }) 
   else viewer.beside.close();
 }
 
-async function renew(given) {
+async function renew(message) {
   const { opened } = viewer;
-  if (`${opened.spacing}` !== `${given.spacing}` || opened.oriented !== given.oriented) {
-    opened.oriented = given.oriented;
-    await viewer.setSpacing(given.spacing);
+  if (`${opened.spacing}` !== `${message.spacing}` || opened.oriented !== message.oriented) {
+    opened.oriented = message.oriented;
+    await viewer.setSpacing(message.spacing);
   }
-  if (given.masks === held.masks) return;
-  held.masks = given.masks;
-  viewer.setTruth(given.truth.length ? given.truth : null);
-  if (waiting.drawn === null) viewer.takeMask(given.mask.length ? given.mask : null); // a stroke that the page has not heard of is not lost
+  if (message.masks === held.masks) return;
+  held.masks = message.masks;
+  viewer.setTruth(message.truth.length ? message.truth : null);
+  if (waiting.drawn !== null) return; // a stroke that the page has not heard of is not lost
+  quiet = true; // for this moment only: what the reader draws while something is awaited has to be told
+  viewer.takeMask(message.mask.length ? message.mask : null);
+  quiet = false;
+  given = drawnOn();
 }
 
 // ---- what the page hears ----
