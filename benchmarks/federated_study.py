@@ -70,7 +70,7 @@ PRIVATE = {"plain": PLAIN} | {
     for epsilon in ("1e5", "1e4", "1e3", "100", "8")
 }
 STUDIES = {
-    "demo": Study(FEDAVG, clients=3, rounds=8, image_size=64),
+    "demo": Study(FEDAVG, clients=3, rounds=16, image_size=64, model="mini"),
     "sites": Study(FEDAVG | FEDPROX, seeds=(0, 1)),
     "strategies": Study(
         FEDAVG
