@@ -15,9 +15,10 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
 import preprocessing
-from common import MedFLError, __version__, atomic_write, file_sha256, git_commit, utc_now
-from limits import MAX_NETWORK_SIDE, read_json
-from torch_file import DAMAGED, read_torch_file
+from borders.limits import MAX_NETWORK_SIDE, read_json
+from common import MedFLError, __version__, git_commit, utc_now
+from storage.files import atomic_write, file_sha256
+from storage.torch_file import DAMAGED, read_torch_file
 from transunet import TransUNet
 
 FORMAT = 1

@@ -1,34 +1,22 @@
-"""What every part of MedFL may use: the user's error, exit codes, atomic writes, settings as options, the
-version."""
+"""What every part of MedFL may use: the user's error, exit codes, settings as options, words, the version."""
 
 import argparse
 import ast
-import codecs
-import contextlib
-import csv
 import dataclasses
 import errno
-import glob
-import hashlib
-import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
-import escaping
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from borders import escaping
+from borders.terminal import steady_output
 
 __version__ = "0.3.0"
 
@@ -41,19 +29,13 @@ SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (cgroup 2): microseconds of work, and in how many
-NAME_KEPT = 40  # characters of a file's name in that of its half; a name has at most 255 bytes
 NO_TEMPORARY = "No usable temporary directory"  # as Python's tempfile says it
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what shares say that have none
 NO_MEMORY = (  # as torch says it, and oneDNN within it
     "can't allocate memory",
     "CUDA out of memory",
     "MPS backend out of memory",
     "could not create a primitive",
 )
-TORN = (
-    "PytorchStreamWriter",
-    "inline_container",
-)  # torch's words in the error of a file that it could not write
 
 EXIT_BAD_INPUT = 2
 EXIT_NO_QUORUM = 3
@@ -62,49 +44,6 @@ EXIT_INTERRUPTED = 130
 
 class MedFLError(Exception):
     """A user's mistake, or the machine's: one sentence that says what is wrong; and what to do."""
-
-
-class SteadyStream:
-    """A terminal, file or pipe that never ends a run and that no name commands: what it can't show is escaped, as
-    are control codes, and when it is gone (a closed pipe, a full disk, a terminal that was closed) what is said
-    goes nowhere."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-        if hasattr(stream, "reconfigure"):  # not so in a notebook
-            stream.reconfigure(errors="backslashreplace")
-
-    def write(self, text: str) -> int:
-        with self._unbroken():
-            self._stream.write(escaping.stream(text))
-        return len(text)
-
-    def flush(self) -> None:
-        with self._unbroken():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _unbroken(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError):  # ValueError: it was closed
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())  # also for what Python still holds, at the end
-                os.close(nowhere)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def steady_output() -> None:
-    """See to it that nothing that is printed from now on raises. A service may have been started with both closed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            stream = open(os.devnull, "w")  # noqa: SIM115  until the process ends
-        if not isinstance(stream, SteadyStream):
-            setattr(sys, name, SteadyStream(stream))
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -156,134 +95,6 @@ def in_words(error: Exception) -> str | None:
             "that its disk is there"
         )
     return None
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterator[IO]:
-    """An open file that takes the place of `path` at the end of the block, whole or not at all. Only its
-    owner can read a private one.
-
-    Raises MedFLError where the folder can't be made or written, or the disk is full.
-    """
-    path = Path(path)
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
-    beside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hidden = f".{path.name[:NAME_KEPT]}."
-        _remove_leftovers(path.parent, hidden)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{hidden}{os.getpid()}-")
-        beside = Path(name)
-        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if not private:
-            with contextlib.suppress(OSError):  # many shares keep their own permissions
-                beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        _replace(beside, path)
-    except PermissionError as error:
-        raise MedFLError(
-            f"{path} can't be written; close the program that has it open, or choose a folder of your own"
-        ) from error
-    except OSError as error:
-        raise MedFLError(
-            f"{path} can't be written ({error.strerror or error}); free the space or choose another place"
-        ) from error
-    except RuntimeError as error:  # torch's word for a file that took no more bytes
-        if not any(sign in str(error) for sign in TORN):
-            raise
-        raise MedFLError(
-            f"{path} can't be written (the disk is full?); free the space or choose another place"
-        ) from error
-    finally:
-        if beside is not None:
-            beside.unlink(missing_ok=True)
-
-
-def run_folder(kind: str) -> Path:
-    """A new folder in the system's place for temporary files, called medfl-KIND-…; those that killed runs of
-    this kind left there are removed."""
-    place = Path(tempfile.gettempdir())
-    _remove_leftovers(place, f"medfl-{kind}-")
-    try:
-        return Path(tempfile.mkdtemp(prefix=f"medfl-{kind}-{os.getpid()}-", dir=place))
-    except OSError as error:
-        raise MedFLError(
-            f"no folder can be made in {place} ({error.strerror}); free space there, or name another place in TMPDIR"
-        ) from error
-
-
-def claim(out: Path, what: str) -> "FileLock":
-    """The lock of a folder for as long as it is kept: one `what` ("server", "training") at a time writes there.
-    Where the file system has no locks nobody is held off. Raises MedFLError where another one does."""
-    from filelock import FileLock, Timeout  # not there where scans are prepared only
-
-    lock = FileLock(out / f".{what}.lock")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise MedFLError(
-            f"another {what} writes into {out}; wait for its end, or choose another --out"
-        ) from error
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise MedFLError(
-                f"{out} can't be written ({error.strerror or error}); free it, or choose another --out"
-            ) from error
-    return lock
-
-
-def _remove_leftovers(place: Path, prefix: str) -> None:
-    """Remove what processes that are no more left in `place` under `prefix` and their number."""
-    if os.name != "posix":
-        return
-    for left in place.glob(f"{glob.escape(prefix)}*-*"):
-        number = left.name[len(prefix) :].split("-")[0]
-        if number.isdigit() and left.lstat().st_uid == os.getuid() and not _is_alive(int(number)):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it is another user's
-    return True
-
-
-def _replace(beside: Path, path: Path) -> None:
-    """Rename, with patience: on Windows a virus scanner or a viewer can hold the old file for a moment."""
-    for wait in (0.1, 0.3, 0.6, 1.0):
-        try:
-            return os.replace(beside, path)
-        except PermissionError:
-            time.sleep(wait)
-    os.replace(beside, path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_csv(path: Path, rows: Iterable[Sequence], private: bool = False) -> None:
-    """Write rows of values as CSV, the names of the columns first, atomically; texts in it are no formulas."""
-    with atomic_write(path, "w", private=private) as file:
-        csv.writer(file).writerows([escaping.cell(value) for value in row] for row in rows)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; NaN is a bug here, not a number."""
-    with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.write("\n")
 
 
 def setting(default: Any, help: str, choices: tuple | None = None, kind: type | None = None) -> Any:
@@ -374,17 +185,6 @@ def tell(notes: Iterable[str]) -> None:
         print(f"note: {escaping.terminal(note)}", flush=True)
 
 
-def text_of(path: Path, errors: str = "strict", most: int = -1) -> str:
-    """A text file that a person wrote or a terminal did: UTF-8, or UTF-16 with its mark, as Windows' `>` writes it.
-    most: bytes, any number where it is below 0. Raises OSError, and ValueError where it is neither or longer."""
-    with open(path, "rb") as file:
-        content = file.read(most + 1 if most >= 0 else -1)
-    if 0 <= most < len(content):
-        raise ValueError(f"more than {most:,} bytes")
-    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_wide else "utf-8-sig", errors)
-
-
 def usable_cores() -> int:
     """Cores that this process may use: a batch system, `taskset` or a container's quota can leave it fewer than the
     machine has."""
@@ -394,12 +194,6 @@ def usable_cores() -> int:
         return min(there, max(1, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # another system, or "max"
         return there
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def utc_now() -> str:

@@ -16,29 +16,20 @@ from pathlib import Path
 
 import torch
 
-from central import CentralTraining, stored_settings
 from checkpoint import load_checkpoint
-from common import (
-    MedFLError,
-    add_settings,
-    claim,
-    counted,
-    run_script,
-    settings_from,
-    tell,
-    typed,
-    utc_now,
-    write_json,
-)
+from common import MedFLError, add_settings, counted, run_script, settings_from, tell, typed, utc_now
 from dataset import Dataset, add_mask_option, load_dataset
 from evaluate import print_table, write_patients
 from evaluation.failures import as_lines, failures
 from evaluation.metrics import report
 from evaluation.scoring import score_patients
+from runs.central import CentralTraining
+from runs.history import stored_settings
+from runs.usage import choose_device
 from scans.cache import add_cache_option, choose_cache
 from split import VAL_FRACTION, Split, make_folds, save_split
+from storage.files import claim, write_json
 from training import TrainingSettings
-from usage import choose_device
 
 LAST = "transunet_centralized_last.pth"
 

@@ -13,21 +13,10 @@ volume.json (data/prepare_hospital.py writes it), volumes in cm³, HD95 in mm an
 import argparse
 from pathlib import Path
 
-import escaping
+from borders import escaping
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
-from common import (
-    SMALLEST_GROUP,
-    MedFLError,
-    counted,
-    run_script,
-    tell,
-    typed,
-    utc_now,
-    write_csv,
-    write_json,
-)
+from common import SMALLEST_GROUP, MedFLError, counted, run_script, tell, typed, utc_now
 from dataset import Dataset, add_mask_option, load_dataset
-from energy import Meter, in_words
 from evaluation.calibration import draw_reliability
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
 from evaluation.failures import as_lines, failures, without_sizes
@@ -35,9 +24,11 @@ from evaluation.metrics import NO_INTERVAL, report
 from evaluation.overlays import draw_outlines
 from evaluation.scoring import fit_temperature, score_patients
 from inference import predict_volume, to_mask
+from runs.energy import Meter, in_words
+from runs.usage import choose_device
 from scans.cache import add_cache_option, choose_cache
 from split import Split, load_split, make_split
-from usage import choose_device
+from storage.files import write_csv, write_json
 
 
 def parse() -> argparse.Namespace:

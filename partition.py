@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import escaping
-from common import MedFLError, atomic_write, counted, run_script, tell, write_json
+from borders import escaping
+from common import MedFLError, counted, run_script, tell
 from dataset import add_mask_option, load_dataset
 from scans.cache import add_cache_option, choose_cache
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, make_split
+from storage.files import atomic_write, write_json
 
 KINDS = ("iid", "site", "dirichlet", "quantity", "tumour-size")
 MIN_TRAIN = 2  # training patients that every hospital gets

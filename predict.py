@@ -24,20 +24,21 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from borders.escaping import terminal
 from checkpoint import load_checkpoint
-from common import ROOT, MedFLError, atomic_write, counted, run_script, write_csv
+from common import ROOT, MedFLError, counted, run_script
 from dataset import add_mask_option
-from deployment.app.card import find_checkpoints
-from escaping import terminal
 from evaluation.components import COLUMNS as OF_COMPONENT
 from evaluation.components import find_components
 from inference import predict_volume, to_mask
+from runs.models import find_checkpoints
+from runs.usage import choose_device
 from scans.folders import refuse_dangling, walk
 from scans.naming import MASK_SUFFIX, group_volumes, is_image, is_mask, slice_number
 from scans.pairing import pair
 from scans.pictures import read_volume
 from scans.spacing import NAME, read_spacing
-from usage import choose_device
+from storage.files import atomic_write, write_csv
 
 COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
 

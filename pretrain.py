@@ -18,15 +18,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from autoencoder import (
-    HIDDEN,
-    EncoderLearner,
-    MaskedAutoencoder,
-    UnlabelledBatches,
-    of_training,
-    unlabelled_volumes,
-    write_encoder,
-)
 from common import (
     MedFLError,
     __version__,
@@ -39,11 +30,20 @@ from common import (
     utc_now,
 )
 from dataset import add_mask_option
+from pretraining.autoencoder import (
+    HIDDEN,
+    EncoderLearner,
+    MaskedAutoencoder,
+    UnlabelledBatches,
+    of_training,
+    unlabelled_volumes,
+    write_encoder,
+)
+from runs.usage import choose_device
 from scans.folders import walk
 from scans.naming import is_image, volume_name
 from split import load_split
 from training import rate_scale
-from usage import choose_device
 
 
 @dataclass(frozen=True)

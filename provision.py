@@ -17,7 +17,7 @@ coordinator: the server can then neither exchange keys nor invent hospitals.
 import argparse
 from pathlib import Path
 
-from common import MedFLError, counted, run_script, text_of, typed
+from common import MedFLError, counted, run_script, typed
 from federation.runtime.admissions import Admission, admit, public_lines, read_admissions, revoke
 from federation.runtime.certificates import (
     AUTHORITY_DAYS,
@@ -30,6 +30,7 @@ from federation.runtime.certificates import (
 from federation.runtime.hospital_kit import make_hospital_key
 from federation.runtime.kit import CA, CA_KEY, HOSPITAL_KEY, HOSPITAL_PUBLIC, SERVER, check_owner
 from federation.server.audit import ENDS, check_end, check_signatures, verify
+from storage.files import text_of
 
 
 def parse() -> argparse.Namespace:

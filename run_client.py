@@ -16,17 +16,15 @@ import shutil
 import sys
 from pathlib import Path
 
-import escaping
+from borders import escaping
 from common import (
     EXIT_NO_QUORUM,
     MedFLError,
     __version__,
     counted,
     git_commit,
-    run_folder,
     run_script,
     tell,
-    text_of,
     typed,
     usable_cores,
 )
@@ -42,8 +40,9 @@ from federation.runtime.hospital_kit import hold_kit, hospital_label, read_membe
 from federation.runtime.kit import CA, HOSPITAL_KEY
 from federation.runtime.processes import is_healthy, is_loopback, join_address, parse_address
 from federation.runtime.proxies import go_direct, leave_out_odd, perhaps_the_proxy, tell_proxies
+from runs.usage import choose_device
 from scans.cache import add_cache_option, choose_cache
-from usage import choose_device
+from storage.files import run_folder, text_of
 
 MODELS = Path("models")  # for files of this hospital's own
 WAIT_HERE, WAIT_BEYOND = 300.0, 86_400.0  # seconds for a server on this machine, and on another

@@ -21,18 +21,7 @@ import tempfile
 from pathlib import Path
 
 from checkpoint import refuse_to_overwrite
-from common import (
-    MedFLError,
-    add_settings,
-    claim,
-    counted,
-    given_options,
-    run_folder,
-    run_script,
-    tell,
-    typed,
-    usable_cores,
-)
+from common import MedFLError, add_settings, counted, given_options, run_script, tell, typed, usable_cores
 from dataset import add_mask_option, load_dataset
 from federation.protocol.log import say
 from federation.protocol.settings import (
@@ -52,11 +41,12 @@ from federation.server.ending import ENCODER_FILE
 from federation.server.events import Messenger
 from federation.server.state import BEST, LAST, SHARED, nothing_left
 from partition import make_partition
+from runs.tracking import add_tracking, check_installed
+from runs.usage import choose_device
 from scans.cache import add_cache_option, choose_cache
 from split import make_split
-from tracking import add_tracking, check_installed
+from storage.files import claim, run_folder
 from training import TrainingSettings
-from usage import choose_device
 
 
 def parse() -> argparse.Namespace:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import MedFLError, counted, write_json
-from limits import read_json_file
+from borders.limits import read_json_file
+from common import MedFLError, counted
+from storage.files import write_json
 
 PARTS = ("train", "val", "test")
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2  # of the patients, where nothing else is asked

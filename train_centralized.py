@@ -3,7 +3,7 @@
     python train_centralized.py --data-dir data --epochs 30
     python train_centralized.py --data-dir data --minutes 28
     python train_centralized.py --resume                      --start-or-resume: the right one of the two
-    torchrun --nproc-per-node 2 train_centralized.py --data-dir data     by several processes (data_parallel.py)
+    torchrun --nproc-per-node 2 train_centralized.py --data-dir data     by several processes (runs/data_parallel.py)
     python train_centralized.py --cid 0 --clients 4 --partition site --out models/local_0    one hospital by itself
     python train_centralized.py --cid 0 --clients 4 --init models/transunet_federated_best.pth --steps 50
 
@@ -20,25 +20,27 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-import escaping
-from central import CentralTraining, stored_settings
+from borders import escaping
 from checkpoint import (
     load_checkpoint,
     load_start,
     refuse_to_overwrite,
     update_metadata,
 )
-from common import MedFLError, add_settings, claim, counted, run_script, settings_from, tell, typed
-from data_parallel import Processes
+from common import MedFLError, add_settings, counted, run_script, settings_from, tell, typed
 from dataset import Dataset, add_mask_option, load_dataset
-from energy import NAME as ENERGY
-from energy import Meter, in_words, keep, summed
 from partition import add_partition_options, make_partition
+from runs.central import CentralTraining
+from runs.data_parallel import Processes
+from runs.energy import NAME as ENERGY
+from runs.energy import Meter, in_words, keep, summed
+from runs.history import stored_settings
+from runs.tracking import add_tracking, check_installed, open_trackers
+from runs.usage import choose_device
 from scans.cache import add_cache_option, choose_cache
 from split import PARTS, TEST_FRACTION, VAL_FRACTION, Split, load_split, make_split, save_split, split_for
-from tracking import add_tracking, check_installed, open_trackers
+from storage.files import claim
 from training import TrainingSettings
-from usage import choose_device
 
 
 def parse() -> argparse.Namespace:

@@ -191,7 +191,7 @@ class Learner:
         self.settings, self.device = settings, device
         self.precision = choose_precision(settings.precision, device)
         self.model: TransUNet = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave memory_format out
-        # what is trained by several processes goes through others (data_parallel.py)
+        # what is trained by several processes goes through others (runs/data_parallel.py)
         self.network: nn.Module = self.model
         self.loss = segmentation_loss
         self.average = (

@@ -19,9 +19,9 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from borders.limits import MAX_NETWORK_SIDE
 from common import MedFLError
-from limits import MAX_NETWORK_SIDE
-from torch_file import read_torch_file
+from storage.torch_file import read_torch_file
 
 GROUPS = 8  # of a GroupNorm; every width below is divisible by it
 UPSCALE = 2  # from the decoder's last block to the logits

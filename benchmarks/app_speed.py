@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from benchmarks.serving import served
 from common import ROOT, MedFLError, run_script
 from dataset import load_dataset
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
 
 SLICES = 40
 REPEATS = 5

@@ -28,15 +28,16 @@ from torch import Tensor, nn
 import batches
 from batches import TrainingBatches
 from checkpoint import THRESHOLD
-from common import MedFLError, run_script, write_json
+from common import MedFLError, run_script
 from dataset import Dataset, load_dataset
 from evaluation.metrics import paired_difference, score_patient, summarise
 from inference import BLOCK, to_mask
 from preprocessing import network_input, resize, volume_statistics
+from runs.usage import choose_device
 from split import make_split
+from storage.files import write_json
 from training import Learner, TrainingSettings, rate_scale, segmentation_loss
 from transunet import Pyramid, TransUNet
-from usage import choose_device
 
 TEST = 0.5  # of the patients
 DEFAULT = "default"

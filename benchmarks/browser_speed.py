@@ -26,7 +26,7 @@ from common import MedFLError, run_script
 from dataset import load_dataset
 from deployment.serve_browser import server
 from deployment.staging import stage_browser
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
 
 SLICES, MANY = 40, 200
 REPEATS = 3

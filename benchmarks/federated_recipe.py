@@ -25,17 +25,18 @@ import torch
 
 from benchmarks.local_federation import LocalHospital, run
 from checkpoint import THRESHOLD, load_checkpoint
-from common import run_script, write_json
+from common import run_script
 from dataset import Dataset, load_dataset
 from evaluation.comparison import ALL, Row, draw_table, table_of
 from evaluation.metrics import paired_difference, summarise
 from evaluation.scoring import score_patients
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import unpack
+from runs.usage import choose_device
 from split import make_split
+from storage.files import write_json
 from training import TrainingSettings
 from transunet import TransUNet
-from usage import choose_device
 
 TEST = 0.5  # of the patients
 # options of the federation, and of the training; --batch-size is of all four hospitals together

@@ -28,13 +28,14 @@ import numpy as np
 
 from batches import TrainingBatches
 from checkpoint import load_checkpoint
-from common import ROOT, MedFLError, atomic_write, run_script, write_json
+from common import ROOT, MedFLError, run_script
 from dataset import Dataset, load_dataset
 from evaluation.comparison import ALL, Row, as_text, compare, draw_table, lines_of, table_of
 from evaluation.comparison import COLUMNS as OF_A_TABLE
 from federation.runtime.processes import free_port
 from partition import make_partition
 from split import make_split
+from storage.files import atomic_write, write_json
 
 COLUMNS = ("partition", "seed", *OF_A_TABLE)
 FEDERATED, LOCAL, CENTRAL = (

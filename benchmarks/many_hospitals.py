@@ -27,7 +27,7 @@ from federation.runtime import flower
 from federation.runtime.bundle import hospital_code, hospital_files
 from federation.runtime.connection import FAR
 from federation.runtime.processes import Child, free_port, is_healthy, parse_address
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
 
 AT_ONCE = 4  # SuperNodes that start together
 ROUND = re.compile(r"round (\d+) of \d+: ([\d.]+) s, of which ([\d.]+) s")

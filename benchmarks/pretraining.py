@@ -16,21 +16,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoencoder import (
+from common import run_script
+from cross_validate import fold_rows
+from dataset import load_dataset
+from evaluation.metrics import mean_interval, paired_difference
+from pretrain import PretrainingSettings, pretrained_by_epochs
+from pretraining.autoencoder import (
     MaskedAutoencoder,
     UnlabelledBatches,
     of_training,
     unlabelled_volumes,
     write_encoder,
 )
-from common import run_script, write_json
-from cross_validate import fold_rows
-from dataset import load_dataset
-from evaluation.metrics import mean_interval, paired_difference
-from pretrain import PretrainingSettings, pretrained_by_epochs
+from runs.usage import choose_device
 from split import Split, make_split
+from storage.files import write_json
 from training import TrainingSettings
-from usage import choose_device
 
 SHARES = (1.0, 0.5, 0.25)  # of the training patients, with masks
 RANDOM, PRETRAINED = "random", "pretrained here"

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from common import counted, run_script, typed
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from borders.escaping import terminal
 from common import MedFLError, counted, run_script, typed
-from escaping import terminal
 from scans.folders import walk
 
 try:

@@ -16,13 +16,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common import MedFLError, atomic_write, counted, run_script, text_of, typed, write_json
-from limits import fits
+from borders.limits import fits
+from common import MedFLError, counted, run_script, typed
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
 from scans.naming import IMAGE_SUFFIXES
 from scans.nifti_file import read_content, read_image
 from scans.pictures import read_slice
 from scans.spacing import NAME as SPACING
+from storage.files import atomic_write, text_of, write_json
 from tasks import FOLDER, NAME, Task, known, named_task
 
 NIFTI = (".nii", ".nii.gz")

@@ -102,7 +102,7 @@ def sending(arguments: argparse.Namespace, archive: "DICOMweb", retrieval: "Retr
     """What predicts a study and sends it back, and the model's hash."""
     from checkpoint import load_checkpoint  # torch is not needed to prepare
     from radiology.delivery import predict_and_send
-    from usage import choose_device
+    from runs.usage import choose_device
 
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
 

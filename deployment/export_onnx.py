@@ -36,12 +36,13 @@ else:
 
 from appearance import doubts, features
 from checkpoint import Checkpoint, load_checkpoint
-from common import MedFLError, __version__, atomic_write, git_commit, run_script, typed
+from common import MedFLError, __version__, git_commit, run_script, typed
 from deployment.app.card import card_rows
 from inference import BLOCK, predict_volume, probability, to_mask
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
 from preprocessing import CHANNELS, volume_statistics
 from scans.pictures import read_volume
+from storage.files import atomic_write
 from transunet import TransUNet
 
 FORMAT = "2"  # of the file's properties; deployment/browser/model.js reads this one

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from central import CentralTraining
 from checkpoint import load_checkpoint, update_metadata
 from common import run_script
 from dataset import load_dataset
-from deployment.app.card import PHANTOM_MODEL
 from evaluation.failures import failures, without_sizes
 from evaluation.metrics import summarise
 from evaluation.scoring import score_patients
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
+from runs.central import CentralTraining
+from runs.models import PHANTOM_MODEL
 from split import make_split
 from training import TrainingSettings
 

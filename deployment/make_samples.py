@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from dataset import load_dataset
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
 
 SAMPLES = Path(__file__).parent / "app" / "samples"
 SEED = 2026  # of no phantom that the README's models were trained on

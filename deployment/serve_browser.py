@@ -13,9 +13,9 @@ from pathlib import Path
 
 from checkpoint import load_checkpoint
 from common import ROOT, MedFLError, run_script
-from deployment.app.card import find_checkpoints
 from deployment.export_onnx import told
 from deployment.staging import BROWSER, stage_browser
+from runs.models import find_checkpoints
 
 
 def parse() -> argparse.Namespace:

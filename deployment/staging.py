@@ -9,11 +9,11 @@ import shutil
 import tomllib
 from pathlib import Path
 
+from borders.escaping import markdown
 from checkpoint import Checkpoint
 from common import ROOT, MedFLError, files_needed
 from deployment.app.card import NOTICE, card_rows
 from deployment.export_onnx import Difference, export
-from escaping import markdown
 
 SPACE, BROWSER = ROOT / "models" / "space", ROOT / "models" / "browser"
 DATASET_LICENCE = "cc-by-nc-sa-4.0"  # of the LGG scans, which weights trained on them carry as well

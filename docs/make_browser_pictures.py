@@ -19,9 +19,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from checkpoint import load_checkpoint
 from common import ROOT, MedFLError, run_script
-from deployment.app.card import PHANTOM_MODEL
 from deployment.serve_browser import server
 from deployment.staging import stage_browser
+from runs.models import PHANTOM_MODEL
 
 SIZES = {"desktop": (1280, 720), "large": (1920, 1080), "phone": (390, 844)}
 STATES = ("empty", "axial", "planes", "3-D", "probability", "edit", "two")

@@ -12,10 +12,11 @@ import re
 from pathlib import Path
 from unittest import mock
 
-from central import HISTORY as OF_A_TRAINING
-from common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_QUORUM, atomic_write, run_script
+from common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_QUORUM, run_script
 from evaluation.comparison import COLUMNS as OF_A_COMPARISON
 from federation.server.history import COLUMNS as OF_A_FEDERATION
+from runs.history import HISTORY as OF_A_TRAINING
+from storage.files import atomic_write
 
 PAGE = Path(__file__).with_name("reference.md")
 SCRIPTS = (

@@ -19,7 +19,7 @@ from playwright.sync_api import sync_playwright
 
 from common import ROOT, MedFLError, run_script
 from federation.runtime.processes import free_port
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
 
 ROUNDS, LEAVES = 10, 5  # the federation's, and after which of them a hospital goes
 WIDTH, HEIGHT = 1000, 900  # of the pictures in pixels, at most

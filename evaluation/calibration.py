@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import log_expit, logit
 
-from common import atomic_write
 from evaluation.curves import BLUE, ORANGE, new_figure
+from storage.files import atomic_write
 
 EDGES = np.array([0.0, 0.01, *np.arange(1, 10) / 10, 1.0])  # of the bins; the first is what nobody doubts
 COLUMNS = 3  # of a bin: pixels, sum of the probability, tumour pixels

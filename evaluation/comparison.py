@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-import escaping
+from borders import escaping
 from checkpoint import Checkpoint
-from common import MedFLError, atomic_write, counted
+from common import MedFLError, counted
 from dataset import Dataset
 from evaluation.alike import Made, made
 from evaluation.curves import BLUE, ORANGE, new_figure
@@ -22,6 +22,7 @@ from evaluation.metrics import FIGURES_OF_A_PATIENT, NO_INTERVAL, mean_interval,
 from evaluation.scoring import score_patients
 from partition import make_partition
 from split import Split
+from storage.files import atomic_write
 
 ALL = "all"
 FULL = "float32"  # precision of a federation's messages, unless another is named

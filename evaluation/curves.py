@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import escaping
-from common import atomic_write
+from borders import escaping
+from storage.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-import escaping
-from common import atomic_write
+from borders import escaping
 from evaluation.curves import new_figure
 from scans.orientation import EDGES, UNKNOWN
+from storage.files import atomic_write
 
 BLUE, ORANGE = (
     "#56B4E9",

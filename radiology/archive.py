@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import MedFLError, atomic_write
+from common import MedFLError
 from radiology.layout import MORE, TRAINING, UNMASKED, has_truth, turn_in
 from radiology.overview import SUFFIX, contact_sheet, report_rows, write_page, write_report, write_rows
 from radiology.preparation import Prepared, prepare, write_study
@@ -21,6 +21,7 @@ from radiology.pseudonyms import Pseudonyms
 from radiology.rules import FLAIR, Rules
 from radiology.series import Refused
 from radiology.studies import Study
+from storage.files import atomic_write
 
 VERSION = 4  # of what is made; another one makes every study again
 MADE, REPORT = "prepared.json", "report.csv"  # in the private folder

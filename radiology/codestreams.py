@@ -8,8 +8,8 @@ from io import BytesIO
 import pydicom
 from pydicom.encaps import get_frame
 
+from borders.limits import has_many_scans
 from common import MedFLError
-from limits import has_many_scans
 
 JPEG, JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
 NO_FRAME = {

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from borders.limits import read_json_file
 from common import MedFLError
-from limits import read_json_file
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS
 from scans.nifti_file import stem
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from pydicom.datadict import tag_for_keyword
 
-from common import MedFLError, text_of
+from common import MedFLError
 from radiology.dicomweb import DICOMweb
 from radiology.dimse import DIMSE
 from radiology.login import PROMPT, read_login
 from radiology.retrieval import Query
+from storage.files import text_of
 
 
 def add_login_option(parser: argparse.ArgumentParser) -> None:

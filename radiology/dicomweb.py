@@ -18,9 +18,10 @@ import urllib3
 from dicomweb_client import DICOMwebClient
 from requests.adapters import HTTPAdapter
 
-from common import MedFLError, atomic_write
+from common import MedFLError
 from radiology.login import Login
 from radiology.retrieval import SUFFIX, Denied, FoundSeries, FoundStudy, Missing, Query, Unreachable
+from storage.files import atomic_write
 
 WAITS = (1.0, 4.0, 15.0)  # s, before the archive is asked again after a fault
 TIMEOUT = (10, 120)  # s, to connect, and between two pieces of an answer

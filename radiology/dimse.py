@@ -40,9 +40,10 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made when it
     StudyRootQueryRetrieveInformationModelMove,
 )
 
-from common import MedFLError, atomic_write
+from common import MedFLError
 from radiology.login import Login
 from radiology.retrieval import SUFFIX, Denied, FoundSeries, FoundStudy, Missing, Query, Unreachable
+from storage.files import atomic_write
 
 WAITS = (1.0, 4.0, 15.0)  # s, before the archive is asked again after a fault
 TIMEOUT = 120  # s, for an answer

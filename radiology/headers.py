@@ -24,8 +24,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from borders.limits import MAX_HEADER, MAX_ITEMS, MAX_SIDE, MAX_UNPACKED, fits
 from common import MedFLError
-from limits import MAX_HEADER, MAX_ITEMS, MAX_SIDE, MAX_UNPACKED, fits
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
 OTHER_MODALITY = (

@@ -8,7 +8,8 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from common import MedFLError, atomic_write
+from common import MedFLError
+from storage.files import atomic_write
 
 LEDGER = "archive.jsonl"
 

@@ -22,7 +22,8 @@ import requests
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, model_validator
 from requests.auth import HTTPBasicAuth
 
-from common import MedFLError, text_of
+from common import MedFLError
+from storage.files import text_of
 
 PROMPT = "ask"  # instead of a file's name
 

@@ -19,8 +19,8 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from borders.limits import fits, is_size_mm, read_json_file
 from common import MedFLError
-from limits import fits, is_size_mm, read_json_file
 from radiology.collection import IMAGES, LABELS, NAME, Collection, collection_in, trees_in
 from radiology.geometry import on_grid
 from radiology.series import Refused, Series

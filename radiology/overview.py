@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common import atomic_write, write_csv
-from escaping import web
+from borders.escaping import web
 from radiology.series import Refused
 from radiology.studies import Study
 from scans.orientation import EDGES
+from storage.files import atomic_write, write_csv
 
 TILE, ACROSS = 128, 10  # pixels of a slice's side, and slices in a row
 OUTLINE, MARK = (255, 150, 0), (255, 255, 255)

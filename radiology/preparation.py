@@ -9,7 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 from PIL import Image
 
-from common import MedFLError, write_json
+from common import MedFLError
 from radiology.contours import read_structure_set
 from radiology.geometry import POOR, agreement, register, resample, resample_mask, to_axial, to_uint8
 from radiology.nifti import load_counted, read_labels
@@ -17,6 +17,7 @@ from radiology.rules import CHANNELS, FLAIR, Rules
 from radiology.segmentation import MANUFACTURER, read_segmentation
 from radiology.series import Series, load_series
 from radiology.studies import Study
+from storage.files import write_json
 
 LOST = 0.1  # of a mask's volume, from where on it is told
 TEXT_SHARE, TEXT_PIXELS, TEXT_LEVEL = (

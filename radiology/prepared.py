@@ -5,11 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import MedFLError, file_sha256
+from common import MedFLError
 from radiology.layout import MORE, TRAINING, UNMASKED
 from scans.folders import contents
 from scans.naming import group_volumes
 from scans.pairing import pair
+from storage.files import file_sha256
 
 STUDY = re.compile(r"(p[0-9a-f]{12})_s[0-9a-f]{8}")  # a pseudonym: the patient's part first
 

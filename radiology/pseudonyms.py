@@ -13,8 +13,9 @@ import secrets
 import stat
 from pathlib import Path
 
-from common import MedFLError, atomic_write, write_csv
-from escaping import cell
+from borders.escaping import cell
+from common import MedFLError
+from storage.files import atomic_write, write_csv
 
 KEY, TABLE = "pseudonyms.key", "patients.csv"
 COLUMNS = ("pseudonym", "patient_id", "study")

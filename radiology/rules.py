@@ -6,9 +6,10 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import MedFLError, text_of
+from common import MedFLError
 from radiology.headers import OUTLINES
 from radiology.series import Series
+from storage.files import text_of
 
 DEFAULT = Path(__file__).with_name("series_rules.toml")
 PRE, FLAIR, POST, MASK = "pre-contrast", "FLAIR", "post-contrast", "mask"

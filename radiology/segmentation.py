@@ -17,10 +17,11 @@ from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
 from pydicom.uid import MRImageStorage, generate_uid
 
-from common import MedFLError, __version__, atomic_write
+from common import MedFLError, __version__
 from radiology.geometry import OFF_GRID
 from radiology.headers import File, check_bounds
 from radiology.series import Series
+from storage.files import atomic_write
 
 EXPECTED = (
     "PatientID",

@@ -21,8 +21,8 @@ from pydicom.pixels import get_decoder, pixel_array
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import UID, JPEGExtended12Bit
 
+from borders.limits import MAX_LARGE, fits, is_size_mm
 from common import MedFLError
-from limits import MAX_LARGE, fits, is_size_mm
 from radiology.codestreams import check_frame
 from radiology.headers import OUTLINES, File, Place, Slice, read_header
 

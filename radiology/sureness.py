@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from common import atomic_write
+from borders.limits import MAX_TEXT
 from evaluation.failures import confidence
-from limits import MAX_TEXT
 from radiology.layout import MORE, TRAINING, UNMASKED, turn_in
 from radiology.prepared import PreparedPatient
+from storage.files import atomic_write
 
 FOLDER = ".medfl-sureness"  # hidden, so that no training looks into it
 MODELS = 5  # files that are kept, of the models that were asked last

@@ -9,8 +9,8 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from borders.limits import BUDGET
 from common import MedFLError
-from limits import BUDGET
 from scans.folders import OF_THE_SYSTEM
 
 UNPACKED = "unpacked"  # in the private folder

@@ -17,10 +17,11 @@ import torch
 from tqdm import tqdm
 
 from appearance.features import describe_volume
-from common import MedFLError, file_sha256, write_json
-from limits import MAX_VOXELS, fits
+from borders.limits import MAX_VOXELS, fits
+from common import MedFLError
 from scans.cohort import Patient
 from scans.pictures import read_mask_and_form, read_slice
+from storage.files import file_sha256, write_json
 
 CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
 CACHE_VERSION = 5

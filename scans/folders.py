@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
+from borders.limits import MAX_FILES
 from common import MedFLError
-from limits import MAX_FILES
 
 # of file systems and shares, and never scans; ext4's lost+found can't even be read, Synology's @eaDir holds thumbnails
 OF_THE_SYSTEM = {"lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "__MACOSX"}

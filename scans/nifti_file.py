@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from borders.limits import BUDGET, MAX_LARGE, MAX_UNPACKED, fits
 from common import MedFLError
-from limits import BUDGET, MAX_LARGE, MAX_UNPACKED, fits
 from scans.orientation import APART, distance_apart, is_sheared
 
 UNLIKE = 0.01  # of a voxel's size, by which its two records may differ

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL, TiffImageFile
 
+from borders.limits import MAX_SIDE, MAX_VOXELS, fits, has_many_scans, tiff_asks_for_more
 from common import MedFLError
-from limits import MAX_SIDE, MAX_VOXELS, fits, has_many_scans, tiff_asks_for_more
 
 FORMATS = ("TIFF", "PNG", "JPEG")  # whatever a file is called: no other decoder is started
 EIGHT_BIT = ("L", "1", "P", "RGBA", "LA", "RGB")  # Pillow's modes that a slice may have

@@ -5,8 +5,8 @@
 
 from pathlib import Path, PurePath
 
+from borders.limits import SIZES_MM, is_size_mm, read_json, read_json_file
 from common import MedFLError
-from limits import SIZES_MM, is_size_mm, read_json, read_json_file
 
 NAME = "volume.json"
 VERSION = 1

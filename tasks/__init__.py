@@ -16,7 +16,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import preprocessing
-from common import MedFLError, text_of
+from common import MedFLError
+from storage.files import text_of
 
 FOLDER = Path(__file__).parent
 NAME = "task.toml"  # in a dataset's folder

@@ -58,7 +58,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def phantoms(home, tmp_path_factory) -> Path:
     """A cohort of 10 small phantoms, about 8 slices of 64 pixels each."""
-    from phantoms import make_phantoms
+    from phantoms.patients import make_phantoms
 
     out = tmp_path_factory.mktemp("phantoms")
     make_phantoms(out, patients=10, slices=8, size=64, seed=0)

@@ -92,9 +92,9 @@ SPACING = (6.0, 0.9, 0.9)  # mm, of a phantom's own grid
 
 def phantom(seed: int = 0, slices: int = 16, size: int = 256) -> tuple[list[sitk.Image], sitk.Image]:
     """Pre-contrast, FLAIR and post-contrast of a painted head of size × 0.9 mm, on one grid, and its mask."""
-    from phantoms import SCANNERS, _patient
+    from phantoms.painting import SCANNERS, paint_patient
 
-    volume, truth = _patient(np.random.default_rng(seed), SCANNERS["DU"], slices, size, None)
+    volume, truth = paint_patient(np.random.default_rng(seed), SCANNERS["DU"], slices, size, None)
     spacing = (SPACING[0], 230.4 / size, 230.4 / size)
     origin = (-115.0, -110.0, -30.0)
     return [image_of(volume[..., c], spacing, origin) for c in range(3)], image_of(truth > 0, spacing, origin)

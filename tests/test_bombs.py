@@ -9,7 +9,7 @@ import sys
 import pytest
 from running import ROOT
 
-from limits import BUDGET
+from borders.limits import BUDGET
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux tells it")
 

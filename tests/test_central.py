@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from central import CentralTraining
 from checkpoint import load_checkpoint
 from dataset import load_dataset
+from runs.central import CentralTraining
 from split import make_split, save_split
 from train_centralized import choose_split
 from training import EpochResult, TrainingSettings
@@ -33,7 +33,7 @@ def central(phantoms, tmp_path):
 def test_what_is_kept_is_what_was_scored_on_the_validation_patients(central, monkeypatch):
     subject, seen = central(), []
     monkeypatch.setattr(
-        "central.score_patients",
+        "runs.central.score_patients",
         lambda model, _, patients, threshold, with_loss: seen.append((model, patients, threshold)) or [],
     )
     subject.run()

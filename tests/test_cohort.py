@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from running import run_here
 
-from autoencoder import of_training, unlabelled_volumes
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from dataset import load_dataset
 from deployment.app.cases import add_truth, read_case
+from pretraining.autoencoder import of_training, unlabelled_volumes
 from scans.folders import walk
 from scans.naming import group_volumes
 from scans.pairing import pair

@@ -1,4 +1,4 @@
-"""common.py: files that are whole or not there, options made from settings, exit codes of real processes."""
+"""common.py and storage/files.py: files that are whole or not there, options made from settings, exit codes of real processes."""
 
 import argparse
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import common
-from common import MedFLError, add_settings, atomic_write, setting, settings_from, text_of, write_json
+from common import MedFLError, add_settings, setting, settings_from
+from storage.files import atomic_write, text_of, write_json
 
 
 @dataclass(frozen=True)

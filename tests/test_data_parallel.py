@@ -10,8 +10,8 @@ from two_processes import central, gradients
 
 from checkpoint import load_checkpoint
 from common import MedFLError
-from data_parallel import Processes
 from federation.protocol.weights import pack
+from runs.data_parallel import Processes
 
 NAMES = ("transunet_centralized_best.pth", "transunet_centralized_last.pth")
 

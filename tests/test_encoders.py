@@ -18,10 +18,10 @@ import torchvision_operators  # noqa: F401  must come before timm
 # isort: split
 import timm
 
-import encoders
 from checkpoint import Checkpoint, load_checkpoint
 from common import MedFLError
-from encoders import RANDOM, go_on_from, start_model
+from pretraining import encoders
+from pretraining.encoders import RANDOM, go_on_from, start_model
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 

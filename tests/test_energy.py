@@ -5,9 +5,9 @@ import time
 import pytest
 from running import run_here
 
-import energy
 from checkpoint import load_checkpoint
-from energy import Counter, Meter, in_words, keep, rapl_counters, summed
+from runs import energy
+from runs.energy import Counter, Meter, in_words, keep, rapl_counters, summed
 
 
 def package(folder, name: str, value: int, most: int = 999_999):

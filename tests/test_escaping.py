@@ -22,9 +22,10 @@ from pydicom.uid import generate_uid
 from running import ROOT, run_here
 from streamlit.testing.v1 import AppTest
 
-import escaping
+from borders import escaping
+from borders.terminal import SteadyStream
 from checkpoint import describe, load_checkpoint, save_checkpoint
-from common import MedFLError, SteadyStream, run_script, tell
+from common import MedFLError, run_script, tell
 from deployment.app.cases import read_case
 from deployment.app.readout import Prediction, csv_text, slice_rows
 from deployment.app.report import draw_report

@@ -14,7 +14,7 @@ from running import run_here
 from checkpoint import load_checkpoint
 from dataset import load_dataset
 from federation.server.state import LAST, RunState, load_run
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
 from split import load_split
 
 FILES = Path(__file__).parent / "files"

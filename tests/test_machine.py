@@ -21,13 +21,14 @@ from torch._inductor.runtime import cache_dir_utils
 
 import common
 from checkpoint import save_checkpoint
-from common import MedFLError, atomic_write, claim, in_words, run_folder
+from common import MedFLError, in_words
 from dataset import load_dataset
 from federation.runtime.flower import name_home_where_missing
 from federation.runtime.processes import no_proxy
 from federation.runtime.proxies import leave_out_odd
 from predict import output_names
 from scans.cache import cache_folder
+from storage.files import atomic_write, claim, run_folder
 from torchvision_operators import name_cache_where_missing
 from training import TrainingSettings
 
@@ -124,7 +125,7 @@ def test_what_a_killed_run_left_is_removed_at_the_next(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     code = (
         f"import os, signal, tempfile; tempfile.tempdir = {str(tmp_path / 'tmp')!r}\n"
-        "from common import atomic_write, run_folder; from pathlib import Path\n"
+        "from storage.files import atomic_write, run_folder; from pathlib import Path\n"
         "run_folder('server')\n"
         f"with atomic_write(Path({str(tmp_path / 'm.pth')!r})) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import phantoms
 from common import ROOT, MedFLError
-from phantoms import make_phantoms
+from phantoms import patients
+from phantoms.patients import make_phantoms
 from preprocessing import apply_statistics, volume_statistics
 from scans.naming import is_mask, numeric_order
 from scans.pictures import read_mask, read_volume
@@ -58,7 +58,7 @@ def test_layout_is_the_downloads(cohort: Path) -> None:
 def test_pixels_are_the_downloads(cohort: Path) -> None:
     folder = folders(cohort)[0]
     for suffix, mode in ((".tif", "RGB"), ("_mask.tif", "L")):
-        with phantoms.Image.open(folder / f"{folder.name}_5{suffix}") as picture:
+        with patients.Image.open(folder / f"{folder.name}_5{suffix}") as picture:
             assert (picture.format, picture.mode, picture.size) == ("TIFF", mode, (SIZE, SIZE))
             assert picture.info["compression"] == "raw"
     assert all(set(np.unique(read_mask(f))) <= {0, 255} for f in folder.glob("*_mask.tif"))
@@ -117,10 +117,10 @@ def test_patient_does_not_depend_on_their_number(cohort: Path, tmp_path: Path) -
 
 def test_sites_are_in_proportion_and_large_enough_to_split() -> None:
     for count in (12, 24, 109):
-        sites = phantoms._sites(count)
+        sites = patients._sites(count)
         assert min(sites.count(site) for site in set(sites)) >= 3
     assert {site: sites.count(site) for site in sites} == {"DU": 45, "HT": 34, "CS": 16, "FG": 14}
-    assert set(phantoms._sites(2)) == {"DU"}
+    assert set(patients._sites(2)) == {"DU"}
 
 
 def test_flair_stands_in_for_a_missing_sequence(cohort: Path) -> None:
@@ -130,7 +130,7 @@ def test_flair_stands_in_for_a_missing_sequence(cohort: Path) -> None:
         same = [np.array_equal(volume[..., channel], volume[..., 1]) for channel in (0, 2)]
         assert not all(same)
         missing += any(same)
-    assert missing == PATIENTS // phantoms.MISSING_EVERY
+    assert missing == PATIENTS // patients.MISSING_EVERY
 
 
 def test_sites_differ_in_intensity(cohort: Path) -> None:

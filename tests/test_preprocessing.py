@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from borders.limits import MAX_SIDE
 from common import MedFLError
-from limits import MAX_SIDE
 from preprocessing import (
     CLIP,
     DESCRIPTION,

@@ -9,9 +9,15 @@ from PIL import Image
 from running import run_here
 from safetensors import safe_open
 
-from autoencoder import MaskedAutoencoder, UnlabelledBatches, of_training, patches, unlabelled_volumes
 from common import MedFLError
-from encoders import start_model
+from pretraining.autoencoder import (
+    MaskedAutoencoder,
+    UnlabelledBatches,
+    of_training,
+    patches,
+    unlabelled_volumes,
+)
+from pretraining.encoders import start_model
 from split import Split, make_split, save_split
 from training import TrainingSettings
 

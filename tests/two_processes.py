@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from central import CentralTraining
-from data_parallel import Processes
 from dataset import load_dataset
+from runs.central import CentralTraining
+from runs.data_parallel import Processes
 from split import make_split
 from training import TrainingSettings
 

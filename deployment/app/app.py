@@ -17,6 +17,7 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.starlette import App
 
 from appearance.doubts import doubts
+from borders.escaping import markdown
 from checkpoint import Checkpoint
 from common import MedFLError, counted
 from deployment.app.card import NOTICE
@@ -30,7 +31,6 @@ from deployment.app.pictures import icon
 from deployment.app.readout import predict_case
 from deployment.app.uploads import take_uploads
 from deployment.app.viewer import show_case
-from escaping import markdown
 
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE = "This is a phantom: painted, not measured."

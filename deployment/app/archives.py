@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from borders.limits import MAX_FILES, MAX_NAME, MAX_UNPACKED
 from common import MedFLError
 from deployment.app.case import short
-from limits import MAX_FILES, MAX_NAME, MAX_UNPACKED
 
 # what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another
 # kind

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import streamlit as st
 
+from borders.escaping import markdown
 from checkpoint import Checkpoint
 from common import MedFLError
-from deployment.app.card import find_checkpoints
 from deployment.app.case import Case, short
 from deployment.app.cases import read_case
 from deployment.app.models import MODELS, load_model, named
 from deployment.app.readout import predict_case
 from deployment.app.uploads import take_uploads
-from escaping import markdown
 from inference import to_mask
+from runs.models import find_checkpoints
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,12 @@
-"""Which models there are, and what the model card says of one."""
+"""What the model card says of a model."""
 
-import functools
-import os
-from pathlib import Path
-
-from checkpoint import Checkpoint, read_metadata, validation_dice
+from checkpoint import Checkpoint, validation_dice
 from common import MedFLError
-from energy import in_words
+from runs.energy import in_words
 
 UNTRAINED = 0.1  # validation Dice, below which a model hardly learnt anything
 LABELS = 8  # hospitals that are named
-PHANTOM_MODEL = Path(__file__).parent / "samples" / "phantom_model.pth"  # deployment/make_phantom_model.py
 NOTICE = "Research use only, not a medical device. No output may guide a diagnosis or a treatment."
-
-
-def find_checkpoints(models: Path) -> list[Path]:
-    """The models to choose from, the best by their validation Dice first, of equal ones the newest:
-    MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in `models` and the folders in it; without any, the
-    one that was trained on phantoms. Raises MedFLError where that is gone as well."""
-    named = os.environ.get("MEDFL_CHECKPOINT")
-    if named and not Path(named).is_file():
-        raise MedFLError(
-            f"MEDFL_CHECKPOINT names {named}, and there is no such file; correct it, or unset it"
-        )
-    found = sorted(
-        [*models.glob("*_best.pth"), *models.glob("*/*_best.pth")],
-        key=lambda path: (_dice(path), path.stat().st_mtime),
-        reverse=True,
-    )
-    every = list(dict.fromkeys(([Path(named)] if named else []) + found))
-    if not every and PHANTOM_MODEL.is_file():
-        return [PHANTOM_MODEL]
-    if not every:
-        raise MedFLError(
-            f"there is no model in {models}; train one with `make demo` or train_centralized.py, or set "
-            "MEDFL_CHECKPOINT to a .pth file"
-        )
-    return every
-
-
-@functools.cache
-def _dice_at(path: Path, _: float) -> float:
-    try:
-        return validation_dice(read_metadata(path)) or 0.0
-    except MedFLError:
-        return 0.0
-
-
-def _dice(path: Path) -> float:
-    """A file's validation Dice; 0 where it tells none, or is no checkpoint."""
-    return _dice_at(path, path.stat().st_mtime)
 
 
 def warning(metadata: dict) -> str | None:

@@ -6,18 +6,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # both are optional
+if TYPE_CHECKING:  # optional
     import nibabel
 
     from deployment.app.framing import Feed
-    from deployment.app.patients import Opened
     from deployment.app.source import Source
+    from radiology.prepared import PreparedPatient
 
 MIN_SIDE = 16  # pixels
 LONE_SLICE = (
     "A lone slice is normalised by itself and not with its patient's other slices: its mask is less "
     "reliable. Open a patient's slices together."
 )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A prepared patient as it was when it was opened. slices: what its slices held; version: its truth."""
+
+    patient: "PreparedPatient"
+    slices: str
+    version: str
 
 
 @dataclass

@@ -10,11 +10,11 @@ from types import ModuleType
 
 import numpy as np
 
+from borders.limits import MAX_PIXELS
 from common import MedFLError, counted
 from deployment.app.archives import check_lengths, check_names, check_number, unpack_zip
 from deployment.app.case import LONE_SLICE, MIN_SIDE, Case, short
 from deployment.app.nifti import read_nifti, read_nifti_mask
-from limits import MAX_PIXELS
 from scans.naming import IMAGE_SUFFIXES, group_volumes, is_mask, masked_stem, slice_number, volume_name
 from scans.nifti_file import SUFFIXES as NIFTI
 from scans.nifti_file import other_format

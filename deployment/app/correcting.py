@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import streamlit as st
 
+from borders.escaping import markdown
 from checkpoint import Checkpoint
 from common import MedFLError, counted
 from deployment.app.case import Case
@@ -18,7 +19,6 @@ from deployment.app.patients import DATA
 from deployment.app.readout import Prediction
 from deployment.app.scan_viewer import take_drawing
 from deployment.app.uploads import take_uploads
-from escaping import markdown
 from evaluation.components import INTERVAL, Component, Components, find_components, volume_interval
 from inference import to_mask
 

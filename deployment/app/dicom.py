@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import SimpleITK as sitk
 
+from borders.limits import MAX_PIXELS
 from common import MedFLError
 from deployment.app.case import LONE_SLICE, MIN_SIDE, Case
 from deployment.app.framing import FRAMED
 from deployment.app.nifti import nifti_bytes
 from deployment.app.source import Source
-from limits import MAX_PIXELS
 from preprocessing import CHANNELS
 from radiology.geometry import (
     POOR,

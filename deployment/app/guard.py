@@ -17,7 +17,7 @@ from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.websocket_session_manager import WebsocketSessionManager
 
-from limits import BUDGET, MAX_FILES
+from borders.limits import BUDGET, MAX_FILES
 
 UPLOADS, MEDIA = "/_stcore/upload_file/", "/media/"
 GRACE = 30.0  # seconds that a reader whose connection broke has to come back to the open case

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import streamlit as st
 
+from borders.escaping import markdown, web
 from checkpoint import Checkpoint, load_checkpoint
 from common import ROOT, MedFLError
-from deployment.app.card import card_rows, find_checkpoints
-from escaping import markdown, web
-from usage import choose_device
+from deployment.app.card import card_rows
+from runs.models import find_checkpoints
+from runs.usage import choose_device
 
 MODELS = ROOT / "models"
 ARENA_MAX = -8  # glibc's M_ARENA_MAX: threads share their heaps, so what one frees another can use

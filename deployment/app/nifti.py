@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from borders.limits import MAX_PIXELS, SIZES_MM, is_size_mm
 from common import MedFLError
 from deployment.app.case import MIN_SIDE, Case
 from deployment.app.framing import FRAMED, Frame, frame
 from deployment.app.volumes import load, same_place, short, size
-from limits import MAX_PIXELS, SIZES_MM, is_size_mm
 from preprocessing import CHANNELS
 from scans.nifti_file import (
     SUFFIXES,

@@ -2,20 +2,19 @@
 them the ones that the model is least sure of. Without that variable the page has no such list."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from borders.escaping import markdown, plain
+from borders.limits import MAX_UNPACKED
 from checkpoint import Checkpoint
 from common import MedFLError, counted
-from deployment.app.case import Case
+from deployment.app.case import Case, Opened
 from deployment.app.cases import read_case
 from deployment.app.readout import Prediction, predict_case
-from escaping import markdown, plain
 from inference import to_mask
-from limits import MAX_UNPACKED
 from scans.spacing import NAME
 
 if TYPE_CHECKING:  # radiology/ is optional
@@ -23,15 +22,6 @@ if TYPE_CHECKING:  # radiology/ is optional
 
 DATA = "MEDFL_DATA"
 AT_ONCE = 20  # patients that are measured at a press
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A prepared patient as it was when it was opened. slices: what its slices held; version: its truth."""
-
-    patient: "PreparedPatient"
-    slices: str
-    version: str
 
 
 def data_folder() -> Path | None:

@@ -12,10 +12,10 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from appearance.features import FLAIR
+from borders.escaping import cell
 from deployment.app.case import Case
 from deployment.app.pictures import png
 from deployment.app.turns import TURNS
-from escaping import cell
 from evaluation import metrics
 from evaluation.components import COLUMNS, Component
 from evaluation.diameters import largest_diameter

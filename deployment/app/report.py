@@ -6,8 +6,8 @@ import textwrap
 import numpy as np
 from matplotlib.figure import Figure
 
+from borders.escaping import drawn
 from deployment.app.card import NOTICE
-from escaping import drawn
 
 ORANGE = "#C77700"
 PAGE = (8.27, 11.69)  # inches, A4

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
+from borders.escaping import markdown
+from borders.limits import is_size_mm
 from checkpoint import Checkpoint
 from common import MedFLError
 from deployment.app.beside import choose_beside
@@ -30,8 +32,6 @@ from deployment.app.report import draw_report
 from deployment.app.scan_viewer import show_scan
 from deployment.app.sending import send_button
 from deployment.app.uploads import take_uploads
-from escaping import markdown
-from limits import is_size_mm
 from transunet import TransUNet
 
 if TYPE_CHECKING:  # radiology/ is optional

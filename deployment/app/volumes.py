@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from borders.limits import MAX_PIXELS, fits
 from common import MedFLError
 from deployment.app.archives import gzip_begins_with, unpack_gzip
-from limits import MAX_PIXELS, fits
 from scans.nifti_file import GZIP, HEAD, NRRD, header_length, nrrd_sizes, read_header, read_image
 from scans.orientation import closest_axes, distance_apart, mirrored, shown_affine
 

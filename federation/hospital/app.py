@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from common import DISK_FULL, NO_MEMORY, MedFLError, in_words, write_json
+from common import DISK_FULL, NO_MEMORY, MedFLError, in_words
 from federation.hospital.hospital import Hospital, HospitalError
 from federation.hospital.identity import ENDED, WAITING, Identity
 from federation.hospital.joining import check_consent, introduce
@@ -27,6 +27,7 @@ from federation.protocol.proofs import sign_answer
 from federation.protocol.requests import QUERIES, Agree, Join, Keys, Model, Over, Score, Shares, Train, Unmask
 from federation.protocol.settings import from_json
 from federation.protocol.weights import Record, array_record, to_record
+from storage.files import write_json
 from transunet import TransUNet
 
 MEMORY = "model.pt"

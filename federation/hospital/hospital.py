@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoencoder import EncoderLearner, UnlabelledBatches
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, describe, save_checkpoint
-from common import SMALLEST_GROUP, MedFLError, atomic_write, counted
+from common import SMALLEST_GROUP, MedFLError, counted
 from evaluation.scoring import score_patients
 from federation.hospital.data import HospitalData
 from federation.hospital.identity import Identity
@@ -40,9 +39,11 @@ from federation.protocol.weights import (
     unpack,
     weights_sha256,
 )
+from pretraining.autoencoder import EncoderLearner, UnlabelledBatches
+from runs.usage import choose_device
+from storage.files import atomic_write
 from training import Learner, TrainingSettings
 from transunet import TransUNet
-from usage import choose_device
 
 TOLD_DIGITS = (
     4  # of a Dice or loss, after the point: what tells models apart, not all that 64 bits say of patients

@@ -8,10 +8,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field
 
-from common import atomic_write
 from federation.protocol.answers import Introduction, PatientPrivacy
 from federation.protocol.messages import local_versions
 from scans.naming import MASK_SUFFIX
+from storage.files import atomic_write
 
 # in the folder that run_client.py makes for its app: who the hospital is, how the federation ended for it, and
 # why it waits for a server of the same version

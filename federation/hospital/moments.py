@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common import atomic_write
+from storage.files import atomic_write
 
 
 class Moments:

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import torch
 
-from common import atomic_write
+from storage.files import atomic_write
 from training import averaging_weight
 
 

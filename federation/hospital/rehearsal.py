@@ -4,10 +4,10 @@ import itertools
 import time
 from dataclasses import replace
 
-from autoencoder import EncoderLearner, UnlabelledBatches
 from batches import TrainingBatches
 from federation.hospital.hospital import Hospital
 from federation.hospital.pretraining import pretraining
+from pretraining.autoencoder import EncoderLearner, UnlabelledBatches
 from training import Learner
 from transunet import TransUNet
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common import write_json
+from storage.files import write_json
 
 SCORED = "scored.json"  # beside hospital.json
 BESIDE = 8  # models of a run besides each round's: of the end, of the test, of rounds that are taken back

@@ -10,8 +10,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from common import MedFLError, atomic_write
+from common import MedFLError
 from federation.protocol.answers import Images
+from storage.files import atomic_write
 
 ENOUGH = 8  # patients of a mean, and of whatever means can be worked out of several
 DIGITS = 3  # that count

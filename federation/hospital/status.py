@@ -6,10 +6,11 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import MedFLError, utc_now, write_json
+from common import MedFLError, utc_now
 from federation.hospital.identity import Identity
 from federation.protocol import page
 from federation.protocol.log import terminal
+from storage.files import write_json
 
 KEPT = 50  # lines
 

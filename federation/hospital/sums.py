@@ -5,10 +5,11 @@ joined, that the other participants are hospitals of its consortium, and which s
 import json
 from pathlib import Path
 
-from common import MedFLError, atomic_write, write_json
+from common import MedFLError
 from federation.hospital.identity import Identity
 from federation.protocol.proofs import check, keys_statement, sign
 from federation.protocol.requests import Shares
+from storage.files import atomic_write, write_json
 
 JOINED = "joined.json"  # beside hospital.json, so it lasts as long as this start of run_client.py
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from autoencoder import EncoderLearner, UnlabelledBatches
 from batches import TrainingBatches
 from federation.privacy.patients import PatientBatches
+from pretraining.autoencoder import EncoderLearner, UnlabelledBatches
+from runs.usage import LOG_SECONDS
+from runs.usage import in_time as in_words
 from training import Learner, rate_scale
-from usage import LOG_SECONDS
-from usage import in_time as in_words
 
 
 def seed_of(seed: int, label: str) -> int:

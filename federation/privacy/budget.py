@@ -8,8 +8,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from common import MedFLError, counted, write_json
+from common import MedFLError, counted
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
+from storage.files import write_json
 
 LEAST = 1e-3  # multiplier
 NEXT_TO_NOTHING = 0.01  # of a budget: with less than this left no run begins

@@ -5,7 +5,7 @@ import sys
 
 from tqdm import tqdm
 
-import escaping
+from borders import escaping
 
 
 class _Terminal(logging.Handler):

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import escaping
-from common import atomic_write
+from borders import escaping
+from storage.files import atomic_write
 
 RENEW = 10  # seconds between two looks of a browser at the file
 STYLE = """

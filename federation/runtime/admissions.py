@@ -9,8 +9,9 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 
-from common import MedFLError, atomic_write
+from common import MedFLError
 from federation.runtime.kit import HOSPITALS, now, parse_public
+from storage.files import atomic_write
 
 
 @dataclass

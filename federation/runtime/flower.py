@@ -33,7 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from common import steady_output
+from borders.terminal import steady_output
 
 POLL = 0.1  # seconds between two looks for a task
 # how each of the programs is started; -P keeps its working folder, where no module lies, off the path

@@ -7,7 +7,7 @@ from typing import IO
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common import MedFLError, text_of
+from common import MedFLError
 from federation.protocol.answers import LABEL
 from federation.runtime.kit import (
     CA,
@@ -21,6 +21,7 @@ from federation.runtime.kit import (
     read_private,
     write_new,
 )
+from storage.files import text_of
 
 
 def make_hospital_key(kit: Path, label: str) -> str:

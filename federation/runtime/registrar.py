@@ -4,10 +4,11 @@ runs."""
 from collections.abc import Callable
 from pathlib import Path
 
-from common import MedFLError, write_json
+from common import MedFLError
 from federation.runtime.admissions import read_admissions
 from federation.runtime.flower import Control
 from federation.runtime.kit import HOSPITALS
+from storage.files import write_json
 
 # for the server's app: {node id: label}, {node id: public key}, and {node id: the day on which its admission ends}
 NODES, KEYS, UNTIL = "nodes.json", "keys.json", "until.json"

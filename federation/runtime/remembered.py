@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common import MedFLError, atomic_write
+from common import MedFLError
+from storage.files import atomic_write
 
 FILE = "server.json"
 

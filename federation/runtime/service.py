@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from common import MedFLError, write_json
+from common import MedFLError
 from federation.protocol.log import say
 from federation.runtime.bundle import make_bundle
 from federation.runtime.expiry import tell_kit
@@ -19,6 +19,7 @@ from federation.runtime.proxies import go_direct
 from federation.runtime.registrar import Registrar
 from federation.server.events import Messenger
 from federation.server.state import LAST
+from storage.files import write_json
 
 START_TIME = 90.0  # seconds for Flower's SuperLink to answer
 DAY = 86_400.0  # seconds between two looks at what of the kit ends soon

@@ -9,9 +9,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-import escaping
+from borders import escaping
 from checkpoint import load_checkpoint
-from common import EXIT_BAD_INPUT, MedFLError, write_json
+from common import EXIT_BAD_INPUT, MedFLError
 from federation.protocol.settings import from_json
 from federation.server.audit import AUDIT
 from federation.server.events import Journal, Messenger
@@ -20,6 +20,7 @@ from federation.server.state import RunState, load_run, with_rounds
 from federation.server.status import Status
 from federation.server.tracking import trackers
 from federation.server.updates import remove_leftovers
+from storage.files import write_json
 
 JOB, OUTCOME, NODES = Path("job.json"), Path("outcome.json"), Path("nodes.json")
 KEYS, UNTIL = Path("keys.json"), Path("until.json")

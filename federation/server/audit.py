@@ -23,8 +23,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from common import MedFLError, atomic_write, file_sha256, utc_now
+from common import MedFLError, utc_now
 from federation.protocol.proofs import check
+from storage.files import atomic_write, file_sha256
 
 AUDIT = "audit.jsonl"  # in the folder that a run writes
 NOTHING = "0" * 64

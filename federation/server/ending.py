@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoencoder import write_encoder
 from checkpoint import load_checkpoint, read_metadata, update_metadata
-from common import __version__, counted, file_sha256, utc_now, write_json
+from common import __version__, counted, utc_now
 from federation.protocol.answers import Tested, announced, parse
 from federation.protocol.messages import Query
 from federation.protocol.settings import to_json
@@ -20,6 +19,8 @@ from federation.server.exchange import Exchange
 from federation.server.mailbox import NOT_ADMITTED, Answer
 from federation.server.membership import Member
 from federation.server.state import RunState
+from pretraining.autoencoder import write_encoder
+from storage.files import file_sha256, write_json
 
 TEST, ENCODER_FILE = "federated_test.json", "encoder.safetensors"
 DRAWS = 2_000  # of the interval

@@ -11,10 +11,11 @@ have no training columns.
 from pathlib import Path
 from typing import TypedDict
 
-import escaping
-from common import counted, write_csv
+from borders import escaping
+from common import counted
 from evaluation.curves import new_figure, save_curves
 from federation.server.judging import Scores, mean_dice
+from storage.files import write_csv
 
 
 class Row(TypedDict):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from common import MedFLError, counted, file_sha256
+from common import MedFLError, counted
 from federation.protocol.answers import Result, Trained
 from federation.server.audit import AuditLog
 from federation.server.history import Row, draw_curves, scores_of, table, write_history
 from federation.server.judging import Scores, mean_dice
 from federation.server.state import RunState, keep_last
-from usage import in_time, memory_in_words
+from runs.usage import in_time, memory_in_words
+from storage.files import file_sha256
 
 
 def row_of(number: int, label: str, told: Result, sent: int, received: int) -> Row:

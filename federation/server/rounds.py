@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common import EXIT_NO_QUORUM, counted, write_json
+from common import EXIT_NO_QUORUM, counted
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.answers import Result, announced, parse
 from federation.protocol.log import say as say_on_the_terminal
@@ -29,6 +29,7 @@ from federation.server.record import Record, row_of
 from federation.server.screening import COMPARED
 from federation.server.state import RunState, keep_last
 from federation.server.updates import Updates
+from storage.files import write_json
 
 END_TIME = 15.0  # seconds in which hospitals may take note of the end
 TRIES = 2  # of a round that too few hospitals complete

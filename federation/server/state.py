@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
-from common import MedFLError, file_sha256
+from common import MedFLError
 from federation.protocol.settings import FederationSettings, from_json, to_json
 from federation.protocol.weights import in_precision, pack, statistics_mask, unpack
 from federation.server.aggregation import Aggregator
@@ -18,6 +18,7 @@ from federation.server.audit import AUDIT, AuditLog, check_file, check_line, end
 from federation.server.description import describe_run
 from federation.server.judging import Scores
 from federation.server.progress import Progress
+from storage.files import file_sha256
 from training import TrainingSettings, averaging_weight, plateau
 from transunet import TransUNet
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from federation.server.events import Listener
 from federation.server.history import Row
-from tracking import Tracker, open_trackers
+from runs.tracking import Tracker, open_trackers
 
 if TYPE_CHECKING:
     from federation.server.rounds import Federation

@@ -13,8 +13,8 @@ from appearance.doubts import doubts
 from appearance.features import describe_volume
 from checkpoint import load_checkpoint
 from common import MedFLError
-from deployment.app import archives, card, cases, readout
-from deployment.app.card import card_rows, find_checkpoints
+from deployment.app import archives, cases, readout
+from deployment.app.card import card_rows
 from deployment.app.case import Case
 from deployment.app.cases import add_truth, read_case
 from deployment.app.nifti import write_nifti
@@ -23,6 +23,8 @@ from deployment.app.readout import Prediction, flip_spread, predict_case, slice_
 from deployment.serve_browser import headers, server
 from deployment.staging import ROOT, stage_space
 from inference import to_mask
+from runs import models
+from runs.models import find_checkpoints
 
 
 def test_a_zip_of_a_folder_with_masks_has_a_truth_and_hidden_files_are_left_out(slices, picture, zipped):
@@ -166,8 +168,8 @@ def test_the_bounds_of_size_and_shape(rows, columns, wanted):
 
 def test_the_newest_model_comes_first_and_a_named_one_before_it(tmp_path, monkeypatch):
     monkeypatch.delenv("MEDFL_CHECKPOINT", raising=False)
-    assert find_checkpoints(tmp_path) == [card.PHANTOM_MODEL]
-    monkeypatch.setattr(card, "PHANTOM_MODEL", tmp_path / "gone.pth")
+    assert find_checkpoints(tmp_path) == [models.PHANTOM_MODEL]
+    monkeypatch.setattr(models, "PHANTOM_MODEL", tmp_path / "gone.pth")
     with pytest.raises(MedFLError, match="there is no model"):
         find_checkpoints(tmp_path)
     (tmp_path / "demo").mkdir()
@@ -183,15 +185,15 @@ def test_the_newest_model_comes_first_and_a_named_one_before_it(tmp_path, monkey
 
 def test_a_fresh_clone_has_a_model_of_phantoms_that_says_so():
     """Small, outside of Git LFS, and carded as a phantom's."""
-    assert card.PHANTOM_MODEL.stat().st_size < 3_000_000
+    assert models.PHANTOM_MODEL.stat().st_size < 3_000_000
     told = subprocess.run(
-        ["git", "check-attr", "filter", "diff", "--", card.PHANTOM_MODEL],
+        ["git", "check-attr", "filter", "diff", "--", models.PHANTOM_MODEL],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert "lfs" not in told.stdout
-    checkpoint = load_checkpoint(card.PHANTOM_MODEL)
+    checkpoint = load_checkpoint(models.PHANTOM_MODEL)
     rows = dict(card_rows(checkpoint, "0" * 64))
     assert checkpoint.metadata["data"]["name"] == "phantoms" and "painted, not measured" in rows["Data"]
     assert "random weights" in rows["Network"] and "found" in rows["Lesions"] and "Calibration" in rows

@@ -16,9 +16,9 @@ from streamlit.testing.v1 import AppTest
 from checkpoint import load_checkpoint
 from dataset import load_dataset
 from deployment.app import beside, models
-from deployment.app.card import PHANTOM_MODEL
 from deployment.app.readout import predict_case
 from inference import to_mask
+from runs.models import PHANTOM_MODEL
 from scans.naming import volume_name
 
 pytestmark = pytest.mark.slow

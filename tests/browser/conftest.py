@@ -10,7 +10,7 @@ import pytest
 from running import ROOT, run_script
 
 from dataset import load_dataset
-from deployment.app.card import PHANTOM_MODEL
+from runs.models import PHANTOM_MODEL
 
 PAGE = ROOT / "deployment" / "browser"
 VIEWER = ROOT / "deployment" / "viewer" / "dist" / "viewer.js"

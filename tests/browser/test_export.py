@@ -23,10 +23,10 @@ from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError, __version__, git_commit
 from dataset import load_dataset
 from deployment import export_onnx
-from deployment.app.card import PHANTOM_MODEL
 from deployment.app.cases import read_case
 from deployment.export_onnx import export
 from inference import predict_volume
+from runs.models import PHANTOM_MODEL
 from transunet import ARCHITECTURES, TransUNet
 
 

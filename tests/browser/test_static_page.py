@@ -19,7 +19,7 @@ from uploads import picture
 
 from checkpoint import load_checkpoint
 from common import __version__, git_commit
-from deployment.app.card import PHANTOM_MODEL
+from runs.models import PHANTOM_MODEL
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from federation.runtime.status_port import serve_status
 from federation.server.app import run
 from federation.server.ending import pooled
 from federation.server.events import Journal, Messenger
-from tracking import mlflow_address
+from runs.tracking import mlflow_address
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -209,7 +209,7 @@ def test_mlflows_files_count_from_where_the_script_was_started(given, taken, tmp
 
 def test_mlflow_keeps_a_run_in_a_local_folder(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
-    from tracking import open_trackers
+    from runs.tracking import open_trackers
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     (one,) = open_trackers(tmp_path, False, "local")

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from common import MedFLError, write_json
+from common import MedFLError
 from federation.runtime import connection
+from storage.files import write_json
 
 AGAIN = 0.02
 

@@ -26,7 +26,7 @@ from federation.server.aggregation import Aggregator
 from federation.server.judging import COLLAPSE
 from federation.server.screening import check_update, screen
 from federation.server.updates import Updates
-from phantoms import make_phantoms
+from phantoms.patients import make_phantoms
 from training import Learner, TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from scripted import Worker, federate, make_fast
 
-from common import MedFLError, claim
+from common import MedFLError
 from federation.runtime import certificates, hospital_kit
 from federation.server.state import LAST, finish_keeping, load_run, nothing_left
+from storage.files import claim
 
 
 @pytest.fixture

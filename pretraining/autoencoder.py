@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from batches import augment
-from common import MedFLError, atomic_write
+from common import MedFLError
 from preprocessing import network_input, volume_statistics
 from scans.cohort import UNMASKED
 from scans.folders import walk
@@ -29,6 +29,7 @@ from scans.naming import MASK_SUFFIX, group_volumes
 from scans.pairing import pair
 from scans.pictures import read_volume
 from split import Split
+from storage.files import atomic_write
 from training import EpochResult
 from transunet import ARCHITECTURES, PATCH, TransUNet
 

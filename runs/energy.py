@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import MedFLError, utc_now, write_json
+from common import MedFLError, utc_now
+from storage.files import write_json
 
 try:
     import pynvml

@@ -3,17 +3,16 @@
 `train_centralized.py` starts it; cross-validation and the phantoms' model use it as well.
 """
 
-import csv
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import escaping
 from batches import TrainingBatches
+from borders import escaping
 from checkpoint import (
     THRESHOLD,
     Checkpoint,
@@ -22,45 +21,19 @@ from checkpoint import (
     save_checkpoint,
     update_metadata,
 )
-from common import MedFLError, atomic_write, counted, tell
-from data_parallel import Processes, loss_of_all
+from common import MedFLError, counted, tell
 from dataset import Dataset
-from encoders import go_on_from, start_model
 from evaluation.curves import draw_curves
 from evaluation.metrics import summarise
 from evaluation.scoring import fit_temperature, score_patients
+from pretraining.encoders import go_on_from, start_model
+from runs.data_parallel import Processes, loss_of_all
+from runs.history import HISTORY, Progress, write_history
+from runs.tracking import Tracker
+from runs.usage import LOG_SECONDS, RunLog, in_time, memory_in_words
 from split import PARTS, Split
-from tracking import Tracker
 from training import EpochResult, Learner, TrainingSettings, plateau, rate_scale
 from transunet import TransUNet
-from usage import LOG_SECONDS, RunLog, in_time, memory_in_words
-
-HISTORY = (
-    "epoch",
-    "step",
-    "seconds",
-    "learning_rate",
-    "train_loss",
-    "train_dice",
-    "val_loss",
-    "val_dice",
-    "val_dice_median",
-    "encoder",
-)
-
-
-@dataclass
-class Progress:
-    """How far a run is, saved after each epoch."""
-
-    epoch: int = 0
-    seconds: float = 0.0
-    ending_seconds: float = (
-        0.0  # of the last epoch's scoring and saving, so that --minutes can leave room for the next
-    )
-    best: float = -1.0
-    best_epoch: int = 0
-    rows: list[dict] = field(default_factory=list)
 
 
 class CentralTraining:
@@ -360,23 +333,3 @@ class CentralTraining:
             scores=scores,
             task=self.dataset.task.model_dump(mode="json") if self.dataset.task else None,
         )
-
-
-def write_history(rows: list[dict], path: Path) -> None:
-    """All epochs so far as CSV; whole or not at all, so that a kill leaves no half line."""
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, HISTORY)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def stored_settings(last: Path) -> TrainingSettings:
-    """The settings of an interrupted run."""
-    if not last.exists():
-        raise MedFLError(f"there is no {last} to go on from; start without --resume")
-    stored = dict(load_checkpoint(last).metadata["training"])
-    if "encoder" not in stored:  # a file of before --encoder
-        stored["encoder"] = "pretrained" if stored.get("pretrained") else "random"
-    if "steps_done" not in stored:  # a file of before --steps, whose "steps" are those that were done
-        stored = {**stored, "steps": None}
-    return TrainingSettings(**{name: stored[name] for name in asdict(TrainingSettings()) if name in stored})

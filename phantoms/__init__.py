@@ -1,0 +1,1 @@
+"""Synthetic patients, for tests and first tries without any real scan."""

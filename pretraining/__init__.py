@@ -1,0 +1,1 @@
+"""What an encoder starts with, and how one learns from scans without masks."""
