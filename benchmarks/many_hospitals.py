@@ -23,7 +23,7 @@ from pathlib import Path
 
 from common import ROOT, __version__, run_script
 from federation.hospital.identity import Identity
-from federation.runtime import flower
+from federation.runtime import flower, programs
 from federation.runtime.bundle import hospital_code, hospital_files
 from federation.runtime.connection import FAR
 from federation.runtime.processes import Child, free_port, is_healthy, parse_address
@@ -74,8 +74,8 @@ def serve(folders: dict[str, Path]) -> None:
         for address, source in sources.items():
             if token := source.next_token():
                 os.chdir(folders[address])
-                flower._in_fork(address, token)
-        time.sleep(flower.POLL)
+                programs.run_in_fork(address, token)
+        time.sleep(programs.POLL)
 
 
 def main() -> None:

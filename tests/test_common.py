@@ -1,4 +1,4 @@
-"""common.py and storage/files.py: files that are whole or not there, options made from settings, exit codes of real processes."""
+"""common.py and storage/files.py: whole files or none, options made from settings, exit codes of real processes."""
 
 import argparse
 import json

@@ -52,8 +52,8 @@ def test_no_terminal_ends_a_run(encoding):
 
 
 def test_flowers_programs_say_what_they_say_on_every_terminal():
-    code = "import sys; from federation.runtime import flower; flower.tie_to_parent = lambda *_: None\n"
-    code += "flower.run_superlink = lambda *_: print('round – 1'); sys.argv = ['', '1', 'superlink']; flower.main()"
+    code = "import sys; from federation.runtime import programs; programs.tie_to_parent = lambda *_: None\n"
+    code += "programs.run_superlink = lambda *_: print('round – 1'); sys.argv = ['', '1', 'superlink']; programs.main()"
     done = python(code, "latin-1")
     assert done.returncode == 0 and done.stdout == b"round \\u2013 1\n", done.stderr
 

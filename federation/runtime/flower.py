@@ -1,44 +1,11 @@
-"""All that MedFL touches of Flower besides its public API, in one place: these names may change with Flower's
-version.
+"""Flower's side of a federation that is no public API, but for the programs (`programs.py`): these names may change
+with Flower's version."""
 
-Run as a module it is one of Flower's programs, tied to the process that started it:
-
-    python -m federation.runtime.flower PARENT superlink OPTIONS             Flower's own
-    python -m federation.runtime.flower PARENT supernode SECONDS OPTIONS     Flower's own, with its longest sleep
-    python -m federation.runtime.flower PARENT gateway NGINX OPTIONS         nginx in front of the SuperLink
-    python -m federation.runtime.flower PARENT serverapp ADDRESS [CA]        the server's part of one run
-    python -m federation.runtime.flower PARENT hospital ADDRESS              the hospital's part of each message
-    python -m federation.runtime.flower PARENT clientapp ADDRESS             one message, where a fork is unsafe
-
-serverapp and clientapp read a token from standard input.
-
-The ServerApp runs the code that run_server.py put into its bundle. A hospital never unpacks a bundle: it runs
-the MedFL that is installed there, and looks whether the server's is the same.
-"""
-
-import contextlib
-import ctypes
 import hashlib
-import importlib
-import io
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
-from borders.terminal import steady_output
-
-POLL = 0.1  # seconds between two looks for a task
-# how each of the programs is started; -P keeps its working folder, where no module lies, off the path
-PROGRAM = (sys.executable, "-P", "-m", "federation.runtime.flower")
-CAN_FORK = sys.platform == "linux"  # elsewhere a fork after importing torch is not safe
 SERVER_APP, CLIENT_APP = "federation.server.app", "federation.hospital.app"
 PYPROJECT = """[project]
 name = "medfl"
@@ -77,7 +44,7 @@ class Control:
     def __init__(self, address: str, ca: Path | None = None):
         from flwr.supercore.control.control_http_client import ControlHttpClient
 
-        self._client = ControlHttpClient.from_server_address(address, **_transport(ca), interceptors=[])
+        self._client = ControlHttpClient.from_server_address(address, **transport(ca), interceptors=[])
 
     def submit(self, bundle: bytes) -> int:
         """Start a run of the bundle; the run's id."""
@@ -128,7 +95,7 @@ def ask_admission(address: str, ca: Path, key: Path) -> str:
     asked = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0)
     try:
         with FleetHttpClient.from_server_address(
-            address, **_transport(ca), interceptors=interceptors
+            address, **transport(ca), interceptors=interceptors
         ) as client:
             client.ActivateNode(asked)
     except httpx.HTTPStatusError as error:
@@ -138,7 +105,7 @@ def ask_admission(address: str, ca: Path, key: Path) -> str:
     return ""
 
 
-def _transport(ca: Path | str | None) -> dict:
+def transport(ca: Path | str | None) -> dict:
     """How Flower's clients are told to speak TLS, or not to."""
     return {"insecure": ca is None, "root_certificates": None if ca is None else Path(ca).read_bytes()}
 
@@ -154,7 +121,7 @@ class TaskSource:
         self.kind = kind
         self._client = RuntimeHttpClient.from_server_address(
             server_address=address,
-            **_transport(ca),
+            **transport(ca),
             retry_invoker=make_simple_http_retry_invoker(),
             interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec")],
         )
@@ -165,192 +132,3 @@ class TaskSource:
 
         got = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self.kind]))
         return got.token if got.HasField("task") and got.token else None
-
-
-def tie_to_parent(parent: int, how: signal.Signals | None = None) -> None:
-    """End with the process `parent`, also when it is killed. Linux sees to it, by the signal `how` (SIGKILL);
-    elsewhere a thread watches."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, how or signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before we asked
-            os._exit(1)
-        return
-
-    def watch() -> None:
-        if os.name == "nt":
-            synchronize, forever = 0x00100000, 0xFFFFFFFF
-            ctypes.windll.kernel32.WaitForSingleObject(
-                ctypes.windll.kernel32.OpenProcess(synchronize, False, parent), forever
-            )
-        else:
-            while os.getppid() == parent:
-                time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def only_own_answers(push: Callable) -> Callable:
-    """What takes a hospital's message in at the SuperLink, for its own answers alone. Flower (1.41) looks at who
-    calls, and not at whom the message names as its sender: one that answers nothing and names the server would be
-    handed to another hospital as the server's."""
-    from fastapi import HTTPException
-
-    def pushed(request: Any, state: Any) -> Any:
-        for one in request.messages_list:
-            about = one.metadata
-            if about.src_node_id != request.node.node_id or not about.reply_to_message_id:
-                raise HTTPException(403, "a hospital sends its own answers alone")
-        return push(request=request, state=state)
-
-    return pushed
-
-
-def run_superlink(options: list[str]) -> None:
-    from flwr.superlink.cli import flower_superlink
-
-    handlers = importlib.import_module("flwr.superlink.servicer.fleet.fleet_handlers")
-    vars(handlers)["push_messages"] = only_own_answers(handlers.push_messages)
-    sys.argv = ["flower-superlink", *options]
-    flower_superlink()
-
-
-def run_supernode(longest: float, options: list[str]) -> None:
-    """longest: seconds that it sleeps between two looks for a message."""
-    from flwr.supernode.cli import flower_supernode
-
-    loop = importlib.import_module("flwr.supernode.start_client_internal")
-    vars(loop)["time"] = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, longest)))
-    sys.argv = ["flower-supernode", *options]
-    flower_supernode()
-    os._exit(1)  # it gave up; a thread of its own would keep a process alive that does nothing
-
-
-def run_gateway(parent: int, command: list[str]) -> None:
-    """Become nginx. Its death signal is one that it passes on to its workers; it survives the change of
-    program."""
-    if sys.platform == "linux":
-        tie_to_parent(parent, signal.SIGTERM)
-        os.execv(command[0], command)
-    tie_to_parent(parent)
-    sys.exit(subprocess.run(command, check=False).returncode)
-
-
-def run_server_app(address: str, ca: str | None = None) -> None:
-    from queue import Queue
-
-    module = importlib.import_module(
-        "flwr.superlink.runtime.run_serverapp"
-    )  # a function of the package has its name
-    vars(module)["install_from_fab"] = _quietly(module.install_from_fab)
-    transport = _transport(ca)
-    module.run_serverapp(
-        address,
-        Queue(),
-        sys.stdin.readline().strip(),
-        insecure=transport["insecure"],
-        certificates=transport["root_certificates"],
-    )
-
-
-def run_client_app(address: str, token: str) -> None:
-    """Handle one message by the app that is installed here. The bundle that came along is looked at and not
-    run.
-
-    What Flower itself would say of an exception is replaced: its text can hold a file's name.
-    """
-    from flwr.app.error import Error
-
-    from federation.hospital.app import app_for
-    from federation.runtime.bundle import code_in
-
-    module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
-    came: list[str] = []
-    vars(module).update(
-        install_from_fab=lambda content, **_: came.append(code_in(content)),
-        get_load_client_app_fn=lambda **_: lambda *_: app_for(came[0]),
-        Error=lambda code, reason: Error(code=code, reason="at the hospital"),
-    )
-    module.run_clientapp(address, token, insecure=True)
-
-
-def _quietly(install: Callable) -> Callable:
-    """Unpack the bundle without a line on the user's terminal for each message."""
-
-    def quiet(*arguments: Any, **options: Any) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return install(*arguments, **options)
-
-    return quiet
-
-
-def serve_hospital(address: str) -> None:
-    """Run the app for each message that comes: in a fork that has all loaded already, or in a new process."""
-    for module in (CLIENT_APP, "flwr.supernode.runtime.run_clientapp"):
-        importlib.import_module(module)
-    importlib.import_module("federation.runtime.bundle").hospital_files()  # forks need not look for them
-    source = TaskSource(address, "flwr-clientapp")
-    while True:
-        token = source.next_token()
-        if token is None:
-            time.sleep(POLL)
-            continue
-        if CAN_FORK:
-            code = _in_fork(address, token)
-        else:
-            command = [*PROGRAM, str(os.getpid()), "clientapp", address]
-            code = subprocess.run(command, input=token + "\n", text=True, check=False).returncode
-        # without an answer, maybe, and then the SuperNode would wait for it for ever: run_client.py renews
-        # both
-        if code:
-            why = "killed, perhaps because memory ran out" if code < 0 else f"exit code {code}"
-            sys.exit(f"the program that works on a message ended before its time ({why})")
-
-
-def _in_fork(address: str, token: str) -> int:
-    """Handle one message in a fork of this process; its exit code, negative where a signal ended it."""
-    parent = os.getpid()
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(
-            os.waitpid(child, 0)[1]
-        )  # one message at a time, as the SuperNode hands them out
-    code = 1
-    try:
-        tie_to_parent(parent)
-        run_client_app(address, token)
-    except SystemExit as end:
-        # a text in the code's place means 1, as wherever Python ends
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def main() -> None:
-    parent, program, *options = sys.argv[1:]
-    if program == "gateway":
-        return run_gateway(int(parent), options)
-    tie_to_parent(int(parent))
-    steady_output()
-    if program == "superlink":
-        run_superlink(options)
-    elif program == "supernode":
-        run_supernode(float(options[0]), options[1:])
-    elif program == "serverapp":
-        run_server_app(*options)
-    elif program == "hospital":
-        serve_hospital(*options)
-    elif program == "clientapp":
-        (address,) = options
-        run_client_app(address, sys.stdin.readline().strip())
-    else:
-        sys.exit(f"there is no program {program}")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 from common import ROOT, MedFLError
-from federation.runtime.flower import PROGRAM
+from federation.runtime.programs import PROGRAM
 
 GRACE = 5.0  # seconds between asking a child to end and making it
 LAST_LINES = 15  # of a child's log, shown when it ended unasked
@@ -75,7 +75,7 @@ class NotTls(MedFLError):
 
 
 class Child:
-    """One of the programs in flower.py, in its own process group, so that Ctrl-C reaches us alone and we stop
+    """One of the programs in programs.py, in its own process group, so that Ctrl-C reaches us alone and we stop
     it.
 
     folder: where it runs and keeps its files. log: what it prints goes there; None leaves it on our terminal.

@@ -144,7 +144,7 @@ def left_running(folder: Path, seconds: float = 10.0) -> list[str]:
 
 def child_of(script: Script, program: str) -> int:
     """The process id of one of a script's programs."""
-    command = f"federation.runtime.flower {script.process.pid} {program}"
+    command = f"federation.runtime.programs {script.process.pid} {program}"
     return next(int(c.split()[0]) for c in children(script.folder) if command in c)
 
 

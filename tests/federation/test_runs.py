@@ -181,7 +181,7 @@ def test_a_killed_server_goes_on_where_it_was(whole, scene, phantoms):
     until = time.monotonic() + 10
     while (
         left := [
-            c for c in children(scene.folder) if re.search(r"runtime.flower \d+ (superlink|serverapp)", c)
+            c for c in children(scene.folder) if re.search(r"runtime.programs \d+ (superlink|serverapp)", c)
         ]
     ) and time.monotonic() < until:
         time.sleep(0.1)

@@ -17,7 +17,7 @@ from flwr.superlink.federation.noop_federation_manager import NoOpFederationMana
 from flwr.superlink.servicer.fleet import fleet_handlers
 
 from federation.protocol.messages import End, Query, message
-from federation.runtime.flower import only_own_answers
+from federation.runtime.programs import only_own_answers
 
 SERVER = 1  # the number of Flower's SuperLink among the nodes
 
