@@ -19,10 +19,10 @@ import torch
 from checkpoint import load_checkpoint
 from common import MedFLError, add_settings, counted, run_script, settings_from, tell, typed, utc_now
 from dataset import Dataset, add_mask_option, load_dataset
-from evaluate import print_table, write_patients
 from evaluation.failures import as_lines, failures
 from evaluation.metrics import report
 from evaluation.scoring import score_patients
+from evaluation.tables import table_lines, write_patients
 from runs.central import CentralTraining
 from runs.history import stored_settings
 from runs.usage import choose_device
@@ -121,7 +121,7 @@ def main() -> None:
         f"\n{dataset.name}, {counted(len(rows), 'patient')}, each by the one of {len(splits)} models that never "
         "saw the patient"
     )
-    print_table(figures, dataset.region)
+    print(*table_lines(figures, dataset.region), sep="\n")
     print("", *as_lines(failed, dataset.region), sep="\n")
     about = {"data": dataset.name, "folds": len(splits), "settings": asdict(settings), "created": utc_now()}
     write_json(arguments.out / "scores.json", {**about, **figures, **failed})

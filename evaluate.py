@@ -20,9 +20,10 @@ from dataset import Dataset, add_mask_option, load_dataset
 from evaluation.calibration import draw_reliability
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
 from evaluation.failures import as_lines, failures, without_sizes
-from evaluation.metrics import NO_INTERVAL, report
+from evaluation.metrics import report
 from evaluation.overlays import draw_outlines
 from evaluation.scoring import fit_temperature, score_patients
+from evaluation.tables import table_lines, without_mm, write_patients
 from inference import predict_volume, to_mask
 from runs.energy import Meter, in_words
 from runs.usage import choose_device
@@ -118,67 +119,6 @@ def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkp
     return split
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure as the tables show it."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def print_table(figures: dict, region: str) -> None:
-    """One line per site and one over all patients; where a spacing is known, the same in cm³ and mm. region: what is
-    outlined."""
-    slices = f"{region} slices"
-    wide = max(15, len(slices) + 2)
-    print(
-        f"{'site':8}{'patients':>9}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'IoU':>7}{slices:>{wide}}"
-        f"{'false on empty':>16}{'missed':>8}{'HD95 in the plane px':>22}{'slices of one only':>20}"
-    )
-    for site, row in [*figures["sites"].items(), ("all", figures)]:
-        ci95 = row["volume_dice"]["ci95"]
-        interval = f"{ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else NO_INTERVAL
-        print(
-            f"{escaping.terminal(site):8}{row['patients_scored']:>9}{number(row['volume_dice']['mean']):>11}"
-            f"{number(row['volume_dice']['median']):>8}{interval:>17}{number(row['volume_iou']['mean']):>7}"
-            f"{number(row['slice_dice_tumour']):>{wide}}{number(row['empty_slice_false_positive_rate']):>16}"
-            f"{row['missed_patients']:>8}{number(row['hd95_in_plane_px']['mean'], 1):>22}"
-            f"{row['hd95_in_plane_px']['slices_with_one_mask']:>20}"
-        )
-    if "volume_cm3" in figures:
-        print_table_in_mm(figures)
-
-
-def print_table_in_mm(figures: dict) -> None:
-    """Means in cm³ and mm over the patients whose spacing is known, one line per site that has some and one
-    over all."""
-    print(
-        f"\n{'site':8}{'with mm':>9}{'truth cm³':>11}{'predicted':>11}{'difference':>12}"
-        f"{'|difference|':>14}{'HD95 mm':>9}{'undefined':>11}{'surface Dice 2 mm':>19}"
-    )
-    for site, row in [*figures["sites"].items(), ("all", figures)]:
-        if volume := row.get("volume_cm3"):
-            print(
-                f"{escaping.terminal(site):8}{volume['patients']:>9}{volume['truth']:>11.2f}{volume['prediction']:>11.2f}"
-                f"{volume['difference']:>+12.2f}{volume['absolute_difference']:>14.2f}"
-                f"{number(row['hd95_mm']['mean'], 1):>9}{row['hd95_mm']['undefined']:>11}"
-                f"{number(row['surface_dice_2mm']['mean']):>19}"
-            )
-
-
-def write_patients(figures: dict, path: Path) -> None:
-    """A line per patient: patient, site, slices, dice, iou, HD95 in the plane, and `metrics.FIGURES_IN_MM` where a
-    spacing is known."""
-    patients = figures["patients"]
-    write_csv(path, [list(patients[0]), *(row.values() for row in patients)])
-
-
-def without_mm(figures: dict) -> dict:
-    """Figures of `metrics.summarise` less those that need a spacing."""
-    return {
-        name: value
-        for name, value in figures.items()
-        if name not in ("hd95_mm", "surface_dice_2mm", "volume_cm3")
-    }
-
-
 def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, folder: Path) -> None:
     """Pictures of the patients with the best, the median and the worst Dice, called so."""
     ranked = sorted(figures["patients"], key=lambda row: row["dice"])
@@ -250,15 +190,8 @@ def compare_models(arguments: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
-def main() -> None:
-    arguments = parse()
-    choose_cache(arguments.cache)
-    if arguments.compare:
-        return compare_models(arguments)
-    if arguments.plot:
-        raise MedFLError("--plot draws the table of --compare; leave it out, or use --overlays")
-    if arguments.write_back and arguments.split != "test":
-        raise MedFLError("--write-back stores test scores alone; leave --split at test")
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Score one model, print its tables, and write what was asked for."""
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
     tell(dataset.notes)
@@ -274,7 +207,7 @@ def main() -> None:
     )
     figures, failed = report(rows), failures(rows)
     print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {counted(len(rows), 'patient')}")
-    print_table(figures, dataset.region)
+    print(*table_lines(figures, dataset.region), sep="\n")
     if without := figures["patients_without_tumour"]:
         print(
             f"note: {without} of {counted(len(rows), 'patient')} have no {dataset.region} in their masks; their Dice "
@@ -283,6 +216,17 @@ def main() -> None:
     print("", *as_lines(failed, dataset.region), sep="\n")
     if meter:
         print_energy(meter.record(), checkpoint, figures)
+    write_results(arguments, figures, failed, dataset, checkpoint)
+    if arguments.overlays:
+        write_overlays(figures, dataset, checkpoint, arguments.overlays)
+    if arguments.write_back:
+        write_back(figures, failed, checkpoint)
+
+
+def write_results(
+    arguments: argparse.Namespace, figures: dict, failed: dict, dataset: Dataset, checkpoint: Checkpoint
+) -> None:
+    """The files that the options name: all figures, a line per patient, the reliability diagram."""
     if arguments.json:
         about = {
             "checkpoint": arguments.checkpoint.name,
@@ -294,31 +238,39 @@ def main() -> None:
             "created": utc_now(),
         }
         write_json(arguments.json, {**about, **figures, **failed})
-        print(f"wrote {arguments.json}")
     if arguments.csv:
         write_patients(figures, arguments.csv)
-        print(f"wrote {arguments.csv}")
     if arguments.reliability:
-        draw_reliability(
-            failed["calibration"], arguments.reliability, f"{dataset.name}: {counted(len(rows), 'patient')}"
-        )
-        print(f"wrote {arguments.reliability}")
-    if arguments.overlays:
-        write_overlays(figures, dataset, checkpoint, arguments.overlays)
-    if arguments.write_back:
-        # a checkpoint is handed on: no site of one patient or two, and no word of how large the patients'
-        # tumours are
-        told = {
-            site: row for site, row in figures["sites"].items() if row["patients_scored"] >= SMALLEST_GROUP
-        }
-        test = {
-            **without_mm(figures),
-            **without_sizes(failed),
-            "patients": len(rows),
-            "sites": {site: without_mm(row) for site, row in told.items()},
-        }
-        update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
-        print(f"wrote the test scores into {arguments.checkpoint}")
+        title = f"{dataset.name}: {counted(len(figures['patients']), 'patient')}"
+        draw_reliability(failed["calibration"], arguments.reliability, title)
+    for path in filter(None, (arguments.json, arguments.csv, arguments.reliability)):
+        print(f"wrote {path}")
+
+
+def write_back(figures: dict, failed: dict, checkpoint: Checkpoint) -> None:
+    """Put the test scores into the checkpoint. It is handed on: no site of one patient or two, and no word of how
+    large the patients' tumours are."""
+    told = {site: row for site, row in figures["sites"].items() if row["patients_scored"] >= SMALLEST_GROUP}
+    test = {
+        **without_mm(figures),
+        **without_sizes(failed),
+        "patients": len(figures["patients"]),
+        "sites": {site: without_mm(row) for site, row in told.items()},
+    }
+    update_metadata(checkpoint.path, scores={**checkpoint.metadata["scores"], "test": test})
+    print(f"wrote the test scores into {checkpoint.path}")
+
+
+def main() -> None:
+    arguments = parse()
+    choose_cache(arguments.cache)
+    if arguments.compare:
+        return compare_models(arguments)
+    if arguments.plot:
+        raise MedFLError("--plot draws the table of --compare; leave it out, or use --overlays")
+    if arguments.write_back and arguments.split != "test":
+        raise MedFLError("--write-back stores test scores alone; leave --split at test")
+    evaluate(arguments)
     print(
         f"next: python predict.py FOLDER --checkpoint {typed(arguments.checkpoint)}, or look at scans with `make app`"
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from borders import escaping
 from checkpoint import (
+    Checkpoint,
     load_checkpoint,
     load_start,
     refuse_to_overwrite,
@@ -142,77 +143,71 @@ def share_of(arguments: argparse.Namespace, dataset: Dataset, split: Split, seed
     return partition.hospitals[arguments.cid], origin
 
 
-def main() -> None:
-    arguments = parse()
-    choose_cache(arguments.cache)
-    check_installed(arguments.tensorboard, arguments.mlflow)
+def started_from(path: Path, settings: TrainingSettings, split: Split) -> tuple[Checkpoint, str]:
+    """The checkpoint of --init, and what the new one says of it. Says so where it may have seen test patients."""
+    start = load_start(path, settings.model, settings.image_size, settings.norm)
+    if start.metadata.get("data", {}).get("split_sha256") not in (None, split.sha256()):
+        print(
+            f"note: {path} was trained on another split, and may have seen patients that are "
+            "kept for the test here"
+        )
+    before = start.metadata.get("origin", {})
+    return start, before.get("strategy") or before.get("kind") or path.name
+
+
+def prepare(arguments: argparse.Namespace, processes: Processes) -> CentralTraining:
+    """The training that the options ask for, and a few lines about it."""
     settings = settings_from(arguments, TrainingSettings)
     name = "centralized" if arguments.cid is None else "local"
     best, last = (arguments.out / f"transunet_{name}_{which}.pth" for which in ("best", "last"))
     if arguments.start_or_resume:
         arguments.resume = last.exists()
+    kept: dict = {}
     if arguments.resume:
         settings, kept = stored_settings(last), load_checkpoint(last).metadata["origin"]
         for option in ("partition", "clients", "alpha"):
             setattr(arguments, option, kept.get(option, getattr(arguments, option)))
         print("the settings are those of the run in --out; other training options are ignored")
-    processes = Processes()
     device = choose_device(arguments.device)
     with processes.first_before_others():
-        claimed = claim(arguments.out, "training") if processes.first else None
         dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
         tell(dataset.notes)
         split = choose_split(arguments, {p.name: p.site for p in dataset.patients}, settings.seed)
         if not (arguments.resume or arguments.overwrite):
             refuse_to_overwrite([best, last])
-    share, origin = split, {"kind": "centralised"}
+    share, whole, origin = split, None, {"kind": "centralised"}
     if arguments.cid is not None:
+        whole = split
         share, origin = share_of(arguments, dataset, split, settings.seed)
     start = None
     if arguments.resume:
         origin = {**kept, **origin}
     elif arguments.init:
-        start = load_start(arguments.init, settings.model, settings.image_size, settings.norm)
-        before = start.metadata.get("origin", {})
-        origin["started_from"] = before.get("strategy") or before.get("kind") or arguments.init.name
-        if start.metadata.get("data", {}).get("split_sha256") not in (None, split.sha256()):
-            print(
-                f"note: {arguments.init} was trained on another split, and may have seen patients that are "
-                "kept for the test here"
-            )
+        start, origin["started_from"] = started_from(arguments.init, settings, split)
     print(
         f"{dataset.name} in {escaping.terminal(dataset.root)}: "
         f"{counted(len(share.train), 'patient')} to train on, {len(share.val)} for "
         f"validation, {len(share.test)} kept for the test"
     )
     training = CentralTraining(
-        dataset,
-        share,
-        settings,
-        device,
-        arguments.out,
-        arguments.resume,
-        None if arguments.cid is None else split,
-        origin,
-        start,
-        processes,
+        dataset, share, settings, device, arguments.out, arguments.resume, whole, origin, start, processes
     )
-    if processes.first:
-        training.trackers = open_trackers(arguments.out, arguments.tensorboard, arguments.mlflow)
-    for tracker in training.trackers:
-        tracker.settings(asdict(settings))
     precision = str(training.learner.precision).removeprefix("torch.")
     print(
         f"{settings.model} at {settings.image_size} pixels, encoder {training.settings.encoder}, "
         f"{device.type}, {precision}, "
         f"{len(training.batches)} steps an epoch{f', by {processes.count} processes' * (processes.count > 1)}"
     )
-    meter = Meter("training", device.type == "cuda") if arguments.energy and processes.first else None
     if arguments.resume and training.is_complete:
         print(
             f"this run is finished ({counted(training.progress.epoch, 'epoch')}); nothing was trained. Start a new one "
             f"in another --out, with --init {training.best} to train its model further"
         )
+    return training
+
+
+def train(arguments: argparse.Namespace, training: CentralTraining, meter: Meter | None) -> None:
+    """Run it to its end. Ctrl-C tells how it can go on."""
     try:
         training.run()
     except KeyboardInterrupt:
@@ -224,27 +219,51 @@ def main() -> None:
             + (f"--resume goes on after epoch {saved}" if saved else "nothing to resume yet")
         )
         raise
-    processes.close()
-    if not processes.first:
-        return
+
+
+def finish(arguments: argparse.Namespace, training: CentralTraining, meter: Meter | None) -> None:
+    """Tell what came out, what it took, and the next command."""
     if meter:
         used = summed(keep(meter.record(), arguments.out, arguments.resume))
         update_metadata(training.best, energy=used)
         print(in_words(used))
-    done = training.progress
     for tracker in training.trackers:
-        tracker.picture("curves", arguments.out / f"{name}_curves.png")
+        tracker.picture("curves", arguments.out / f"{training.name}_curves.png")
         tracker.model(training.best)
         tracker.close()
+    done = training.progress
     print(
         f"{training.best}: epoch {done.best_epoch}"
         + (f", validation Dice {done.best:.3f}" if training.chooses else ", the last: nothing was chosen")
     )
     print(training.told_at_the_end())
-    if share.test:
+    if training.split.test:
         print(
             f"next: python evaluate.py --checkpoint {typed(training.best)} --data-dir {typed(arguments.data_dir)}"
         )
+
+
+def main() -> None:
+    arguments = parse()
+    choose_cache(arguments.cache)
+    check_installed(arguments.tensorboard, arguments.mlflow)
+    processes = Processes()
+    with processes.first_before_others():
+        claimed = claim(arguments.out, "training") if processes.first else None
+    training = prepare(arguments, processes)
+    if processes.first:
+        training.trackers = open_trackers(arguments.out, arguments.tensorboard, arguments.mlflow)
+    for tracker in training.trackers:
+        tracker.settings(asdict(training.settings))
+    meter = (
+        Meter("training", training.learner.device.type == "cuda")
+        if arguments.energy and processes.first
+        else None
+    )
+    train(arguments, training, meter)
+    processes.close()
+    if processes.first:
+        finish(arguments, training, meter)
     if claimed:
         claimed.release()
 

@@ -1,0 +1,70 @@
+"""A report's figures as the table that a terminal shows."""
+
+from pathlib import Path
+
+from borders import escaping
+from evaluation.metrics import NO_INTERVAL
+from storage.files import write_csv
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure as the tables show it."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def table_lines(figures: dict, region: str) -> list[str]:
+    """A head, a line per site and one over all patients; where a spacing is known, the same in cm³ and mm.
+
+    figures: of `metrics.report`; region: what is outlined.
+    """
+    slices = f"{region} slices"
+    wide = max(15, len(slices) + 2)
+    lines = [
+        f"{'site':8}{'patients':>9}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'IoU':>7}{slices:>{wide}}"
+        f"{'false on empty':>16}{'missed':>8}{'HD95 in the plane px':>22}{'slices of one only':>20}"
+    ]
+    for site, row in [*figures["sites"].items(), ("all", figures)]:
+        ci95 = row["volume_dice"]["ci95"]
+        interval = f"{ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else NO_INTERVAL
+        lines.append(
+            f"{escaping.terminal(site):8}{row['patients_scored']:>9}{number(row['volume_dice']['mean']):>11}"
+            f"{number(row['volume_dice']['median']):>8}{interval:>17}{number(row['volume_iou']['mean']):>7}"
+            f"{number(row['slice_dice_tumour']):>{wide}}{number(row['empty_slice_false_positive_rate']):>16}"
+            f"{row['missed_patients']:>8}{number(row['hd95_in_plane_px']['mean'], 1):>22}"
+            f"{row['hd95_in_plane_px']['slices_with_one_mask']:>20}"
+        )
+    return lines + (lines_in_mm(figures) if "volume_cm3" in figures else [])
+
+
+def lines_in_mm(figures: dict) -> list[str]:
+    """Means in cm³ and mm over the patients whose spacing is known, one line per site that has some and one
+    over all."""
+    lines = [
+        f"\n{'site':8}{'with mm':>9}{'truth cm³':>11}{'predicted':>11}{'difference':>12}"
+        f"{'|difference|':>14}{'HD95 mm':>9}{'undefined':>11}{'surface Dice 2 mm':>19}"
+    ]
+    for site, row in [*figures["sites"].items(), ("all", figures)]:
+        if volume := row.get("volume_cm3"):
+            lines.append(
+                f"{escaping.terminal(site):8}{volume['patients']:>9}{volume['truth']:>11.2f}{volume['prediction']:>11.2f}"
+                f"{volume['difference']:>+12.2f}{volume['absolute_difference']:>14.2f}"
+                f"{number(row['hd95_mm']['mean'], 1):>9}{row['hd95_mm']['undefined']:>11}"
+                f"{number(row['surface_dice_2mm']['mean']):>19}"
+            )
+    return lines
+
+
+def without_mm(figures: dict) -> dict:
+    """Figures of `metrics.summarise` less those that need a spacing."""
+    return {
+        name: value
+        for name, value in figures.items()
+        if name not in ("hd95_mm", "surface_dice_2mm", "volume_cm3")
+    }
+
+
+def write_patients(figures: dict, path: Path) -> None:
+    """A line per patient: patient, site, slices, dice, iou, HD95 in the plane, and `metrics.FIGURES_IN_MM` where a
+    spacing is known."""
+    patients = figures["patients"]
+    write_csv(path, [list(patients[0]), *(row.values() for row in patients)])
