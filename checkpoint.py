@@ -19,6 +19,7 @@ from borders.limits import MAX_NETWORK_SIDE, read_json
 from common import MedFLError, __version__, git_commit, utc_now
 from storage.files import atomic_write, file_sha256
 from storage.torch_file import DAMAGED, read_torch_file
+from tasks import LGG, Task
 from transunet import TransUNet
 
 FORMAT = 1
@@ -67,6 +68,14 @@ class Checkpoint:
     @property
     def threshold(self) -> float:
         return float(self.metadata["threshold"])
+
+    @property
+    def task(self) -> Task:
+        """What the model outlines, and in what."""
+        try:
+            return Task(**self.metadata["task"])
+        except (KeyError, TypeError, ValueError):  # it has none, or somebody changed the file
+            return LGG
 
     @property
     def shrunk_otherwise(self) -> bool:

@@ -16,7 +16,7 @@ from scans.cache import Contents, cache_of
 from scans.cohort import SITE, Cohort, Patient, cohort_name, find_cohort
 from scans.naming import IMAGE_SUFFIXES, MASK_SUFFIX
 from scans.spacing import NAME, read_spacing
-from tasks import task_of
+from tasks import LGG, task_of
 
 
 class Dataset:
@@ -31,7 +31,7 @@ class Dataset:
     def __init__(self, root: Path, patients: list[Patient], cache: Path):
         self.root, self.patients, self.task = root, patients, task_of(root)
         self.name = self.task.title if self.task else cohort_name(patients)
-        self.region = self.task.region if self.task else "tumour"
+        self.region = (self.task or LGG).region
         self.content = cache.name
         self._folders = {patient.name: patient.images[0].parent for patient in patients}
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))["patients"]
@@ -68,7 +68,7 @@ class Dataset:
             )
         if other := sum(entry["other_forms"] for entry in self._entries.values()):
             odd.append(
-                f"{counted(other, 'mask')} with 0 and 1, or a palette, in the place of 0 and 255: 1 is read as tumour"
+                f"{counted(other, 'mask')} with 0 and 1, or a palette, in the place of 0 and 255: 1 is read as 255"
             )
         return odd
 

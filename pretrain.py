@@ -30,7 +30,7 @@ from common import (
     utc_now,
 )
 from dataset import add_mask_option
-from pretraining.autoencoder import (
+from encoders.autoencoder import (
     HIDDEN,
     EncoderLearner,
     MaskedAutoencoder,

@@ -19,15 +19,15 @@ import torch
 from common import run_script
 from cross_validate import fold_rows
 from dataset import load_dataset
-from evaluation.metrics import mean_interval, paired_difference
-from pretrain import PretrainingSettings, pretrained_by_epochs
-from pretraining.autoencoder import (
+from encoders.autoencoder import (
     MaskedAutoencoder,
     UnlabelledBatches,
     of_training,
     unlabelled_volumes,
     write_encoder,
 )
+from evaluation.metrics import mean_interval, paired_difference
+from pretrain import PretrainingSettings, pretrained_by_epochs
 from runs.usage import choose_device
 from split import Split, make_split
 from storage.files import write_json

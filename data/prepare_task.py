@@ -11,6 +11,7 @@ script knows what they are. NIfTI needs nibabel (pip install nibabel).
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -21,10 +22,14 @@ from common import MedFLError, counted, run_script, typed
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
 from scans.naming import IMAGE_SUFFIXES
 from scans.nifti_file import read_content, read_image
+from scans.orientation import same_place
 from scans.pictures import read_slice
 from scans.spacing import NAME as SPACING
 from storage.files import atomic_write, text_of, write_json
 from tasks import FOLDER, NAME, Task, known, named_task
+
+if TYPE_CHECKING:  # not needed for pictures
+    import nibabel
 
 NIFTI = (".nii", ".nii.gz")
 ENDS = (0.5, 99.5)  # percentiles of the voxels above 0 that become black and white
@@ -66,9 +71,10 @@ def pairs(source: Path) -> list[tuple[str, Path, Path]]:
     return [(name, image, found["labels"][name]) for name, image in found["images"].items()]
 
 
-def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """A NIfTI volume as axial slices (S, H, W) as a radiologist sees them (the patient's right at the left, front
-    up), and the mm between slices, rows and columns. Raises MedFLError for a file that is no volume."""
+def read_nifti(path: Path) -> tuple["nibabel.Nifti1Image", np.ndarray, tuple[float, float, float]]:
+    """A NIfTI image with its axes sorted, its axial slices (S, H, W) as a radiologist sees them (the patient's right
+    at the left, front up), and the mm between slices, rows and columns. Raises MedFLError for a file that is no
+    volume."""
     try:
         import nibabel
     except ImportError as error:
@@ -87,7 +93,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     if values.ndim != 3 or not np.isfinite(values).all():
         raise MedFLError(f"{path} is no volume of finite values with three sides; export it again")
     column, row, between = map(float, image.header.get_zooms()[:3])
-    return np.flip(values.transpose(2, 1, 0), axis=(1, 2)), (between, row, column)
+    return image, np.flip(values.transpose(2, 1, 0), axis=(1, 2)), (between, row, column)
 
 
 def to_8_bits(volume: np.ndarray) -> np.ndarray:
@@ -115,7 +121,11 @@ def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) ->
     """Write one patient's folder. Raises MedFLError where image and label don't fit."""
     spacing = None
     if image.name.lower().endswith(NIFTI):
-        (values, spacing), (labels, _) = read_nifti(image), read_nifti(label)
+        (scan, values, spacing), (outline, labels, _) = read_nifti(image), read_nifti(label)
+        if scan.shape == outline.shape and not same_place(scan, outline):
+            raise MedFLError(
+                f"{image} and {label} lie at different places; export the label on the image's own grid"
+            )
         pixels = to_8_bits(values)
     else:
         pixels = read_slice(image)[None]

@@ -17,10 +17,10 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, RTStructureSetStorage
 
 from common import MedFLError, __version__
-from radiology.geometry import OFF_GRID
 from radiology.headers import File
 from radiology.segmentation import EXPECTED, MANUFACTURER
 from radiology.series import Series
+from scans.orientation import OFF_GRID
 
 STUDY_COMPONENT = (
     "1.2.840.10008.3.1.2.3.1"  # the SOP class that a study is referred to by; retired, and asked for

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from common import MedFLError
 from scans.field_of_view import DISTANCE, find_head
-from scans.orientation import closest_axes
+from scans.orientation import OFF_GRID, closest_axes
 
 SIDE = 256  # pixels, of the dataset's slices
 AS_ACQUIRED = 20.0  # degrees; slices tilted less, as technicians do along the skull's base, stay as they are
@@ -22,7 +22,6 @@ LOW, HIGH, BRIGHT = (
     170,
 )  # percentiles that become 0 and 170: the dataset's 99.9th is 162 to 176 in the median
 
-OFF_GRID = 0.1  # voxels by which a mask's grid may lie beside that of its series; writers round
 FACTORS = (8, 4, 2)  # pixels binned in the plane, coarse to fine, for the registration
 BINS, SAMPLES, SEED = 48, 60_000, 1
 STEPS = 150  # of the optimiser, at most

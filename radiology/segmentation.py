@@ -18,9 +18,9 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import MRImageStorage, generate_uid
 
 from common import MedFLError, __version__
-from radiology.geometry import OFF_GRID
 from radiology.headers import File, check_bounds
 from radiology.series import Series
+from scans.orientation import OFF_GRID
 from storage.files import atomic_write
 
 EXPECTED = (

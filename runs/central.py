@@ -23,15 +23,16 @@ from checkpoint import (
 )
 from common import MedFLError, counted, tell
 from dataset import Dataset
+from encoders.weights import go_on_from, start_model
 from evaluation.curves import draw_curves
 from evaluation.metrics import summarise
 from evaluation.scoring import fit_temperature, score_patients
-from pretraining.encoders import go_on_from, start_model
 from runs.data_parallel import Processes, loss_of_all
 from runs.history import HISTORY, Progress, write_history
 from runs.tracking import Tracker
 from runs.usage import LOG_SECONDS, RunLog, in_time, memory_in_words
 from split import PARTS, Split
+from tasks import stored
 from training import EpochResult, Learner, TrainingSettings, plateau, rate_scale
 from transunet import TransUNet
 
@@ -331,5 +332,5 @@ class CentralTraining:
             origin=self.origin,
             data=data,
             scores=scores,
-            task=self.dataset.task.model_dump(mode="json") if self.dataset.task else None,
+            task=stored(self.dataset.task),
         )

@@ -5,12 +5,18 @@ Directions are in mm to the patient's left, back and head (LPS), as DICOM counts
 prepared as in the training set: the nose up, the patient's left on the picture's right, from feet to head.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    import nibabel
 
 SHOWN = "LPS"  # where columns, rows and slices of a shown volume lead to
 EDGES = {"left": "R", "right": "L", "top": "A", "bottom": "P"}  # the letters at the edges of a shown slice
 UNKNOWN = "orientation unknown"
 SHEARED = 0.005  # cosine of the angle between two stored axes; over 200 mm that is 1 mm
+OFF_GRID = 0.1  # voxels by which a mask's grid may lie beside that of its scan; writers round
 APART = 1.0  # mm between the places that two records of one file give to a voxel
 
 Axes = tuple[tuple[int, ...], tuple[bool, ...]]
@@ -80,3 +86,15 @@ def distance_apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -
         [[*(np.array(corner) * (np.array(shape[:3]) - 1)), 1] for corner in np.ndindex(2, 2, 2)]
     )
     return float(np.linalg.norm(((one - other) @ corners.T)[:3], axis=0).max())
+
+
+def same_place(one: "nibabel.Nifti1Image", other: "nibabel.Nifti1Image") -> bool:
+    """Whether two images have one grid, in whatever order their voxels are stored."""
+    sizes, places = [], []
+    for image in (one, other):
+        affine = mirrored(image.affine)
+        axes = closest_axes(affine[:3, :3])
+        sizes.append(tuple(image.shape[axis] for axis in axes[0]))
+        places.append(shown_affine(affine, image.shape, axes))
+    finest = np.linalg.norm(places[0][:3, :3], axis=0).min()
+    return sizes[0] == sizes[1] and distance_apart(places[0], places[1], sizes[0]) <= OFF_GRID * finest

@@ -68,15 +68,15 @@ def read_mask_and_form(path: PurePath, content: bytes | None = None) -> tuple[np
         return mask, False
     if picture.mode == "RGB" and not is_grey:
         raise MedFLError(
-            f"{path} has colours, and a mask is grey: 0 (no tumour) and 255 (tumour); write it again"
+            f"{path} has colours, and a mask is grey: 0, and 255 for what is outlined; write it again"
         )
     numbers = np.asarray(picture) if picture.mode == "P" else mask
     if numbers.max() <= 1:
         return np.where(numbers == _outlined(picture), np.uint8(255), np.uint8(0)), True
     odd = int(numbers[(numbers != 0) & (numbers != (1 if picture.mode == "P" else 255))][0])
     raise MedFLError(
-        f"{path} has the value {odd}, and a mask holds 0 (no tumour) and 255 (tumour) only, or 0 and 1; write it "
-        "again, with 255 for what is tumour"
+        f"{path} has the value {odd}, and a mask holds 0 and 255 only, or 0 and 1; write it "
+        "again, with 255 for what is outlined"
     )
 
 

@@ -2,7 +2,7 @@
 
 name           of the file, and of --task
 title          of the dataset, in tables and on cards
-region         what is outlined: "tumour", "hippocampus"
+region         what is outlined, in the words of pages and tables: "tumour", "hippocampus"
 channels       one to three; one fills all three of the network's input
 labels         values of a mask that are the region; together, where there are several
 site           regular expression of a patient's name whose group is the site's code (optional)
@@ -12,6 +12,7 @@ normalisation  of the pixels; there is one way (preprocessing.py)
 import re
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -37,10 +38,10 @@ class Task(BaseModel):
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")
     title: str = Field(min_length=1, max_length=60)
     region: str = Field(min_length=1, max_length=30)
-    channels: tuple[str, ...] = Field(min_length=1, max_length=3)
-    labels: tuple[int, ...] = Field(min_length=1)
-    site: str | None = None
-    normalisation: str
+    channels: tuple[Annotated[str, Field(max_length=30)], ...] = Field(min_length=1, max_length=3)
+    labels: tuple[int, ...] = Field(min_length=1, max_length=255)
+    site: str | None = Field(default=None, max_length=200)
+    normalisation: str = Field(max_length=60)
 
     @field_validator("title", "region", "channels")
     @classmethod
@@ -78,10 +79,31 @@ class Task(BaseModel):
             raise ValueError(f"normalisation is {preprocessing.DESCRIPTION['name']}")
         return name
 
+    @property
+    def outlines(self) -> tuple:
+        """What is outlined in what: models of tasks that differ in it are models of different things."""
+        return self.region, self.channels, self.labels, self.normalisation
+
     def site_of(self, patient: str) -> str | None:
         """The site's code in a patient's name, or None."""
         found = re.match(self.site, patient[:MOST_LETTERS]) if self.site else None
         return found[1] if found else None
+
+
+LGG = Task(  # tasks/lgg.toml, which a bundle and a page do without
+    name=DEFAULT,
+    title="LGG MRI segmentation",
+    region="tumour",
+    channels=preprocessing.CHANNELS,
+    labels=(255,),
+    site="^TCGA_([A-Z]{2})_",
+    normalisation=str(preprocessing.DESCRIPTION["name"]),
+)
+
+
+def stored(task: Task | None) -> dict | None:
+    """A task as a checkpoint holds it."""
+    return task.model_dump(mode="json") if task else None
 
 
 def read_task(path: Path) -> Task:

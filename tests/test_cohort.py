@@ -15,7 +15,7 @@ from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from dataset import load_dataset
 from deployment.app.cases import add_truth, read_case
-from pretraining.autoencoder import of_training, unlabelled_volumes
+from encoders.autoencoder import of_training, unlabelled_volumes
 from scans.folders import walk
 from scans.naming import group_volumes
 from scans.pairing import pair

@@ -20,8 +20,8 @@ import timm
 
 from checkpoint import Checkpoint, load_checkpoint
 from common import MedFLError
-from pretraining import encoders
-from pretraining.encoders import RANDOM, go_on_from, start_model
+from encoders import weights
+from encoders.weights import RANDOM, go_on_from, start_model
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 
@@ -68,7 +68,7 @@ def in_the_cache(folder, state, file: str) -> None:
     written(state, repo / "snapshots" / ("a" * 40) / file)
 
 
-@pytest.mark.parametrize("file", encoders.FILES)
+@pytest.mark.parametrize("file", weights.FILES)
 def test_weights_in_the_hubs_cache_need_no_network(as_timm_has_it, tmp_path, monkeypatch, file):
     in_the_cache(tmp_path, as_timm_has_it, file)
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
@@ -82,7 +82,7 @@ def test_without_the_hub_it_goes_on_at_once_and_says_so(tmp_path, monkeypatch, w
     """One try, no retries; also where somebody listens and never answers."""
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", way == "offline")
-    monkeypatch.setattr(encoders, "PATIENCE", 0.5)
+    monkeypatch.setattr(weights, "PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1] if way == "silent" else 9
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
@@ -114,7 +114,7 @@ def test_a_hub_that_answers_and_then_fails_is_said(tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        path, why = encoders.pretrained_weights("tiny")
+        path, why = weights.pretrained_weights("tiny")
         server.shutdown()
     assert path is None and "can't be loaded from the hub (ConnectionError)" in why
 
@@ -133,7 +133,7 @@ def test_a_packed_file_is_not_read(tmp_path):
 
 
 def test_mini_has_no_pretrained_weights():
-    path, why = encoders.pretrained_weights("mini")
+    path, why = weights.pretrained_weights("mini")
     assert path is None and "no pretrained weights for mini" in why
 
 

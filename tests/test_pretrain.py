@@ -10,14 +10,14 @@ from running import run_here
 from safetensors import safe_open
 
 from common import MedFLError
-from pretraining.autoencoder import (
+from encoders.autoencoder import (
     MaskedAutoencoder,
     UnlabelledBatches,
     of_training,
     patches,
     unlabelled_volumes,
 )
-from pretraining.encoders import start_model
+from encoders.weights import start_model
 from split import Split, make_split, save_split
 from training import TrainingSettings
 

@@ -31,6 +31,7 @@ from deployment.app.pictures import icon
 from deployment.app.readout import predict_case
 from deployment.app.uploads import take_uploads
 from deployment.app.viewer import show_case
+from tasks import LGG, Task
 
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE = "This is a phantom: painted, not measured."
@@ -139,17 +140,25 @@ def close_case() -> None:
     give_memory_back()
 
 
+def what_to_open(task: Task) -> str:
+    """The page's first words: what scans the model is for."""
+    if task == LGG:
+        return "Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
+    channels = task.channels[0] if len(task.channels) == 1 else " and ".join(task.channels)
+    return f"Open slices ({markdown(channels)}) as in {markdown(task.title)}"
+
+
 def choose_case(checkpoint: Checkpoint, sha256: str) -> None:
     """The start of a visit: the hospital's prepared patients where there are any, sample cases and uploads."""
     number = st.session_state.get("uploads", 0)
     takes_dicom = (
         importlib.util.find_spec("radiology") is not None
     )  # a Space goes without, so that no name is sent there
+    task = checkpoint.task
     st.markdown(
-        "Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
-        f"{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines what it takes "
-        f"for lower-grade "
-        f"glioma. Nothing is stored{' except a truth that you save' if data_folder() else ''}, and nothing leaves the "
+        f"{what_to_open(task)}{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines "
+        f"what it takes for {'lower-grade glioma' if task == LGG else markdown(task.region)}. "
+        f"Nothing is stored{' except a truth that you save' if data_folder() else ''}, and nothing leaves the "
         "computer that runs this page."
     )
     if refusal := st.session_state.get("refusal"):
@@ -229,8 +238,11 @@ def main() -> None:
     st.html(STYLE + (READING if reading else "") + (FOLDED if state.get("folded") else ""))
     with st.container(key="notice"):
         st.warning(NOTICE, icon=":material/warning:")
-    st.title("MedFL: tumour segmentation")
+    heading = st.empty()
+    heading.title(f"MedFL: {markdown(state.get('region', LGG.region))} segmentation")
     checkpoint, card = choose_model()
+    state.region = checkpoint.task.region
+    heading.title(f"MedFL: {markdown(state.region)} segmentation")
     sha256 = dict(card)["SHA-256"]
     if "case" not in state:
         choose_case(checkpoint, sha256)

@@ -23,7 +23,7 @@ from scans.pictures import picture_size, read_mask_and_form, read_slice
 from scans.spacing import NAME, read_spacing
 
 DICOM = (".dcm", ".dicom", ".ima")  # or any other name, where the content says so
-ONES = "{masks} with 1, or a palette, in the place of 255: 1 is read as tumour."
+ONES = "{masks} with 1, or a palette, in the place of 255: 1 is read as 255."
 # that the page's upload offers
 KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "nrrd", "json"]
 

@@ -183,7 +183,9 @@ def _offer_to_save(checkpoint: Checkpoint, sha256: str, done: Corrected) -> None
         on_change=_keep_reader,
     )
     empty = not done.mask.any()
-    agreed = not empty or st.checkbox("There is no tumour in this patient", key="no_tumour")
+    agreed = not empty or st.checkbox(
+        f"There is no {markdown(checkpoint.task.region)} in this patient", key="no_tumour"
+    )
     st.button(
         "Save as truth",
         key="save",
@@ -215,7 +217,7 @@ def _save(model: str, sha256: str) -> None:
     done = as_drawn()
     state.reader, state.saved, state.save_refusal = state.get("who") or state.get("reader", ""), None, None
     if not done.mask.any() and not state.get("no_tumour"):
-        state.save_refusal = "The mask is empty now; tick that there is no tumour, and save again."
+        state.save_refusal = "The mask is empty now; tick the line above the button, and save again."
         return
     try:
         there, saved = save_truth(

@@ -8,7 +8,7 @@ import numpy as np
 
 from scans.field_of_view import DISTANCE, Box, Spacing, find_head, square_margins
 
-FRAMED = "The network was given the scan as it learned from such, {told}; beyond that no tumour is found."
+FRAMED = "The network was given the scan as it learned from such, {told}; beyond that nothing is found."
 
 
 class Feed(Protocol):

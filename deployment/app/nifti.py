@@ -10,7 +10,7 @@ from borders.limits import MAX_PIXELS, SIZES_MM, is_size_mm
 from common import MedFLError
 from deployment.app.case import MIN_SIDE, Case
 from deployment.app.framing import FRAMED, Frame, frame
-from deployment.app.volumes import load, same_place, short, size
+from deployment.app.volumes import load, short, size
 from preprocessing import CHANNELS
 from scans.nifti_file import (
     SUFFIXES,
@@ -24,6 +24,7 @@ from scans.orientation import (
     closest_axes,
     from_shown,
     mirrored,
+    same_place,
     to_shown,
 )
 

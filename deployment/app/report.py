@@ -22,11 +22,12 @@ def draw_report(
     figures: list[tuple[str, str]],
     card: list[tuple[str, str]],
     doubts: list[str],
+    region: str,
 ) -> bytes:
     """The report as PNG. pictures: two of (caption, (h, w, 3) uint8); rows: `readout.slice_rows`; figures,
-    card: (name, text)."""
+    card: (name, text); region: what is outlined."""
     page = Figure(figsize=PAGE, dpi=DPI, facecolor="white")
-    page.text(0.07, 0.955, "MedFL: tumour segmentation", fontsize=17, weight="bold")
+    page.text(0.07, 0.955, drawn(f"MedFL: {region} segmentation"), fontsize=17, weight="bold")
     title = title if len(title) <= LETTERS else f"{title[: LETTERS - 20]}…{title[-18:]}"
     page.text(0.07, 0.935, drawn(title), fontsize=10, color="#444444")
     page.text(0.07, 0.912, NOTICE, fontsize=10, weight="bold", color="#8A1C00")
@@ -44,7 +45,7 @@ def draw_report(
         )
         chart.locator_params(axis="x", integer=True)
         chart.set_xlabel("slice", fontsize=8)
-        chart.set_ylabel("tumour pixels", fontsize=8)
+        chart.set_ylabel(drawn(f"{region} pixels"), fontsize=8)
         chart.tick_params(labelsize=8)
         chart.spines[["top", "right"]].set_visible(False)
     _table(page, 0.07, top, "Figures", figures, 0.17, width=18)

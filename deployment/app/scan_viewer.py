@@ -34,6 +34,7 @@ from deployment.app.beside import Beside
 from deployment.app.case import Case
 from deployment.app.readout import Prediction
 from inference import to_mask
+from tasks import LGG, Task
 
 FOLDER = "deployment/viewer/dist"  # the built files
 KEY = "scan"  # of the component in the session's state
@@ -84,9 +85,14 @@ def show_scan(
     proposal: np.ndarray,
     threshold: float,
     beside: Beside | None,
+    task: Task,
 ) -> None:
-    """The viewer with a case. mask: what the reader stands by; proposal: of the model at the threshold, both (S, H, W)
-    uint8 0/255. beside: a second picture. What the reader draws becomes `st.session_state.edited`."""
+    """The viewer with a case.
+
+    mask: what the reader stands by; proposal: of the model at the threshold, both (S, H, W) uint8 0/255. beside: a
+    second picture; task: the model's, which names the channels. What the reader draws becomes
+    `st.session_state.edited`.
+    """
     state = st.session_state
     shown: Shown = state.setdefault("shown", Shown())
     wanted = state.pop("wanted", False)
@@ -114,7 +120,9 @@ def show_scan(
     head = {
         "voxels": shown.voxels, "masks": shown.masks, "count": count, "height": height, "width": width,
         "spacing": case.spacing, "oriented": case.oriented, "together": case.is_volume, "threshold": threshold,
-        "beside": beside and _told(beside, shown.besides), "parts": [(name, part.size) for name, part in parts.items()],
+        "beside": beside and _told(beside, shown.besides),
+        "channels": None if task == LGG else task.channels,
+        "parts": [(name, part.size) for name, part in parts.items()],
     }  # fmt: skip
     _mount(head, parts)
 

@@ -32,6 +32,7 @@ from deployment.app.report import draw_report
 from deployment.app.scan_viewer import show_scan
 from deployment.app.sending import send_button
 from deployment.app.uploads import take_uploads
+from tasks import Task
 from transunet import TransUNet
 
 if TYPE_CHECKING:  # radiology/ is optional
@@ -50,7 +51,7 @@ def show_case(checkpoint: Checkpoint, card: list[tuple[str, str]]) -> None:
     done = corrected(case, prediction, threshold)
     picture, side = st.columns([3, 1], gap="small")
     with picture:
-        show_scan(case, prediction, done.mask, done.proposal, threshold, state.get("beside"))
+        show_scan(case, prediction, done.mask, done.proposal, threshold, state.get("beside"), checkpoint.task)
     with side, st.container(key="side"):
         show_side(checkpoint, card, case, prediction, done, threshold)
 
@@ -72,23 +73,24 @@ def show_side(
     rows = slice_rows(case, prediction, threshold, done.mask)
     figures = summary(case, rows, done.mask)
     number = state.get("slice", 1 + int(np.argmax([row["tumour_pixels"] for row in rows])))
-    show_figures(case, rows[number - 1], figures, done)
+    lines = figure_texts(case, figures, done, checkpoint.task.region)
+    show_figures(case, rows[number - 1], lines)
     show_components(done)
     more(checkpoint, case, prediction)
     correct(checkpoint, dict(card)["SHA-256"], case, done)
     downloads(
         case, prediction.probability, done, rows,
-        texts_of_report(case, figures, done, threshold), number, card, state.doubts,
+        texts_of_report(lines, done, threshold), number, card, state.doubts, checkpoint.task,
     )  # fmt: skip
     if case.dicom is not None:
         send_button(case.dicom, done, prediction.probability, threshold, checkpoint)
 
 
-def figure_texts(case: Case, figures: dict, done: Corrected) -> list[tuple[str, str]]:
-    """The case's figures in words, with their units."""
+def figure_texts(case: Case, figures: dict, done: Corrected, region: str) -> list[tuple[str, str]]:
+    """The case's figures in words, with their units. region: what is outlined."""
     texts = [
-        ("Tumour", f"{figures['tumour_pixels']:,} pixels"),
-        ("Slices with tumour", f"{figures['slices_with_tumour']} of {figures['slices']}"),
+        (region[:1].upper() + region[1:], f"{figures['tumour_pixels']:,} pixels"),
+        (f"Slices with {region}", f"{figures['slices_with_tumour']} of {figures['slices']}"),
         ("Share of the head", f"{100 * figures['foreground_share']:.1f} %"),
         ("Largest diameter", f"{figures['largest_diameter_px']:.1f} pixels"),
     ]
@@ -111,18 +113,18 @@ def figure_texts(case: Case, figures: dict, done: Corrected) -> list[tuple[str, 
     return texts
 
 
-def texts_of_report(case: Case, figures: dict, done: Corrected, threshold: float) -> list[tuple[str, str]]:
-    """The figures that the report shows: the case's, how the mask came to be, and its largest components."""
-    texts = [*figure_texts(case, figures, done), ("Threshold", f"{threshold:.2f}")]
+def texts_of_report(lines: list[tuple[str, str]], done: Corrected, threshold: float) -> list[tuple[str, str]]:
+    """The figures that the report shows: the case's lines, how the mask came to be, and its largest components."""
+    texts = [*lines, ("Threshold", f"{threshold:.2f}")]
     if done.changed:
         texts.append(("Corrected", f"{done.changed:,} pixels of the proposal changed"))
     return texts + [("Component", said_of(part)) for part in done.parts[:REPORTED]]
 
 
-def show_figures(case: Case, row: dict, figures: dict, done: Corrected) -> None:
+def show_figures(case: Case, row: dict, lines: list[tuple[str, str]]) -> None:
     """The case's figures, then those of the slice that is shown."""
     st.header("All slices" if len(case.slices) > 1 else "This slice")
-    st.table(pd.DataFrame(figure_texts(case, figures, done), columns=["figure", "value"]).set_index("figure"))
+    st.table(pd.DataFrame(lines, columns=["figure", "value"]).map(markdown).set_index("figure"))
     said = [f"{row['tumour_pixels']:,} pixels", f"{row['largest_diameter_px']:.1f} pixels across"]
     if row["mean_probability"] is not None:
         said.append(f"mean probability inside of the mask {row['mean_probability']:.2f}")
@@ -219,6 +221,7 @@ def downloads(
     number: int,
     card: list[tuple[str, str]],
     doubts: list[str],
+    task: Task,
 ) -> None:
     """What the reader can take along; each is made when it is asked for, in a thread that can't see the
     session."""
@@ -230,10 +233,13 @@ def downloads(
         picture = outline(flair_picture(case.volume[index]), masks[index])
         likely = probability_picture(probability[index])
         pictures = [
-            (f"slice {index + 1}, FLAIR, mask outlined", marked(picture, case.oriented)),
+            (
+                f"slice {index + 1}, {task.channels[len(task.channels) // 2]}, mask outlined",
+                marked(picture, case.oriented),
+            ),
             ("probability, 0 dark blue to 1 yellow", marked(likely, case.oriented)),
         ]
-        return draw_report(f"{case.name}, {slices}", pictures, rows, figures, card, doubts)
+        return draw_report(f"{case.name}, {slices}", pictures, rows, figures, card, doubts, task.region)
 
     offers: list[tuple[str, Callable[[], str | bytes], str, str]] = [
         (

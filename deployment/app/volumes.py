@@ -1,4 +1,4 @@
-"""A NIfTI (or NRRD) file's bytes as nibabel's image, within the bounds of a page, and whether two lie on one grid."""
+"""A NIfTI (or NRRD) file's bytes as nibabel's image, within the bounds of a page."""
 
 import math
 from typing import TYPE_CHECKING
@@ -9,12 +9,9 @@ from borders.limits import MAX_PIXELS, fits
 from common import MedFLError
 from deployment.app.archives import gzip_begins_with, unpack_gzip
 from scans.nifti_file import GZIP, HEAD, NRRD, header_length, nrrd_sizes, read_header, read_image
-from scans.orientation import closest_axes, distance_apart, mirrored, shown_affine
 
 if TYPE_CHECKING:
-    import nibabel
-
-OFF_GRID = 0.1  # voxels by which a mask may lie beside its scan; writers round
+    pass
 
 
 def load(name: str, content: bytes):
@@ -65,18 +62,6 @@ def _check_size(content: bytes) -> None:
             f"asks for {'×'.join(map(str, shape))} values, which this page can't hold; prepare it with "
             "data/prepare_hospital.py and open the slices"
         )
-
-
-def same_place(one: "nibabel.Nifti1Image", other: "nibabel.Nifti1Image") -> bool:
-    """Whether two images have one grid, in whatever order their voxels are stored."""
-    sizes, places = [], []
-    for image in (one, other):
-        affine = mirrored(image.affine)
-        axes = closest_axes(affine[:3, :3])
-        sizes.append(tuple(image.shape[axis] for axis in axes[0]))
-        places.append(shown_affine(affine, image.shape, axes))
-    finest = np.linalg.norm(places[0][:3, :3], axis=0).min()
-    return sizes[0] == sizes[1] and distance_apart(places[0], places[1], sizes[0]) <= OFF_GRID * finest
 
 
 def size(slices: np.ndarray) -> str:

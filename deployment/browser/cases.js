@@ -258,7 +258,7 @@ async function readTruth(opened, masks) {
     truth.set(one.pixels, k * height * width);
     otherForms += one.otherForm;
   }
-  if (otherForms) opened.notes.push(`${counted(otherForms, "mask")} with 1, or a palette, in the place of 255: 1 is read as tumour.`);
+  if (otherForms) opened.notes.push(`${counted(otherForms, "mask")} with 1, or a palette, in the place of 255: 1 is read as 255.`);
   return truth;
 }
 

@@ -3,10 +3,10 @@
 import { fixed, plain } from "./common.js";
 import { agreement, summary } from "./readout.js";
 
-/** The lines of the table, [[name, value]], from the slices' rows; changed: whether a person drew in the mask. */
-export function figureLines(opened, rows, changed) {
+/** The lines of the table, [[name, value]], from the slices' rows; changed: whether a person drew in the mask; region: what is outlined. */
+export function figureLines(opened, rows, changed, region) {
   const found = summary(opened, rows);
-  const lines = [["Tumour", `${found.pixels.toLocaleString("en")} pixels`], ["Slices with tumour", `${found.slices} of ${found.count}`],
+  const lines = [[region[0].toUpperCase() + region.slice(1), `${found.pixels.toLocaleString("en")} pixels`], [`Slices with ${region}`, `${found.slices} of ${found.count}`],
     ["Share of the head", `${(100 * found.share).toFixed(1)} %`], ["Largest diameter", `${found.diameter.toFixed(1)} pixels`]];
   const [low, high] = found.bounds;
   if (found.pixels) {

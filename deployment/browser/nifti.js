@@ -90,7 +90,7 @@ export function readNifti(files) {
     const { place, axes } = stored.turned;
     opened.frame = frameOf(opened, (k) => flair[place(k)], [between, rows, columns], axes[2] === 2); // slices follow the last stored axis
     if (opened.frame?.told.length) {
-      notes.push(`The network was given the scan as it learned from such, ${opened.frame.told.join(" and ")}; beyond that no tumour is found.`);
+      notes.push(`The network was given the scan as it learned from such, ${opened.frame.told.join(" and ")}; beyond that nothing is found.`);
     }
   }
   if (truths.length) opened.truth = readNiftiMask(opened, truths[0]);

@@ -70,7 +70,16 @@ function showParts() {
   else document.querySelector(".page").append($("card"), $("foot"));
 }
 
+/** What the model outlines: of another task than the default its file tells. */
+const outlined = () => state.model.metadata.task?.region ?? "tumour";
+
 function showCard(size) {
+  const { task } = state.model.metadata;
+  $("heading").textContent = `MedFL: ${outlined()} segmentation`;
+  if (task && task.name !== "lgg") {
+    $("what").textContent = `Open slices (${task.channels.join(" and ")}) as in ${task.title}.`;
+    $("outlined").textContent = task.region;
+  }
   const { medfl, commit, model } = state.model.version;
   $("version").textContent = `MedFL ${medfl}, commit ${commit?.slice(0, 12) ?? "unknown"}; model ${model.slice(0, 12)} (SHA-256)`;
   const rows = [...state.model.card, ["This file", `model.onnx, ${(size / 1e6).toFixed(1)} MB`]];
@@ -205,6 +214,7 @@ async function showScan() {
   $("spacing").hidden = opened.measured;
   $("side").hidden = opened.oriented || !opened.nifti;
   $("figures-title").textContent = opened.count === 1 ? "This slice" : "All slices";
+  opened.channels = model.metadata.task?.name === "lgg" ? null : model.metadata.task?.channels;
   await viewer.show(opened, null, model.metadata.threshold);
   $("name").tabIndex = -1;
   $("name").focus({ preventScroll: true });
@@ -237,7 +247,7 @@ function measure() {
   if (!state.probability) return; // closed meanwhile
   const { opened, probability, viewer } = state, { changed } = viewer.edits;
   state.rows = sliceRows(opened, probability, viewer.mask());
-  $("figures").replaceChildren(...tableRows(figureLines(opened, state.rows, changed)));
+  $("figures").replaceChildren(...tableRows(figureLines(opened, state.rows, changed, outlined())));
   showComponents();
   $("edited").textContent = changed ? `You changed ${counted(changed, "pixel")} of the model's proposal: the files hold your mask, and the ` +
     "ZIP the proposal beside it." : "";

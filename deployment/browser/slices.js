@@ -41,15 +41,15 @@ export async function readMask(name, bytes) {
   for (let k = 0; k < pixels.length; k++) {
     pixels[k] = data[k * channels];
     if (channels > 2 && (data[k * channels + 1] !== pixels[k] || data[k * channels + 2] !== pixels[k])) {
-      throw new UserError(`${short(name)} has colours, and a mask is grey: 0 (no tumour) and 255 (tumour); write it again`);
+      throw new UserError(`${short(name)} has colours, and a mask is grey: 0, and 255 for what is outlined; write it again`);
     }
   }
   const most = pixels.reduce((one, other) => Math.max(one, other), 0);
   if (most === 1) return { width, height, pixels: pixels.map((value) => 255 * value), otherForm: true };
   const odd = pixels.find((value) => value !== 0 && value !== 255);
   if (odd !== undefined) {
-    throw new UserError(`${short(name)} has the value ${odd}, and a mask holds 0 (no tumour) and 255 (tumour) only, or 0 and 1; write it ` +
-      "again, with 255 for what is tumour");
+    throw new UserError(`${short(name)} has the value ${odd}, and a mask holds 0 and 255 only, or 0 and 1; write it ` +
+      "again, with 255 for what is outlined");
   }
   return { width, height, pixels, otherForm: false };
 }

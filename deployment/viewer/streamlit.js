@@ -64,8 +64,8 @@ async function take(data) {
 }
 
 async function open(message) {
-  const { count, height, width, spacing, oriented, together, pixels, codes, threshold } = message;
-  const opened = { count, height, width, spacing, oriented, together, pixels, truth: message.truth.length ? message.truth : null };
+  const { count, height, width, spacing, oriented, together, channels, pixels, codes, threshold } = message;
+  const opened = { count, height, width, spacing, oriented, together, channels, pixels, truth: message.truth.length ? message.truth : null };
   quiet = true; // what comes from the page need not be told to it
   try {
     await viewer.show(opened, new Float32Array(codes).map((code) => code / CODES), threshold);

@@ -162,6 +162,8 @@ export class Tools {
     this.side.title = look.radiological ? "The patient's right is on the picture's left; press to exchange"
       : "The patient's left is on the picture's left; press to exchange";
     this.channel.select.value = look.channel;
+    for (const option of this.channel.select.options) option.textContent = this.#named(option.value);
+    this.channel.field.hidden = opened.channels?.length === 1;
     this.overlay.select.value = look.overlay;
     const there = { truth: Boolean(viewer.truth), changes: true };
     for (const option of this.overlay.select.options) option.hidden = option.disabled = there[option.value] === false;
@@ -187,15 +189,21 @@ export class Tools {
     this.#parts();
   }
 
+  /** What a channel is called in this case: another task than the default names its own, and one alone fills all three. */
+  #named(channel) {
+    const { channels } = this.viewer.opened;
+    return channels?.[channels.length === 1 ? 0 : CHANNELS[channel]] ?? channel;
+  }
+
   #words(changed, waits) {
     const { viewer } = this, { opened, look, slice } = viewer, pixels = this.counts.counts[slice];
-    const marked = waits ? ", no outline yet" : pixels ? `: ${pixels.toLocaleString("en")} pixels marked` : ": no tumour found";
+    const marked = waits ? ", no outline yet" : pixels ? `: ${pixels.toLocaleString("en")} pixels marked` : ": nothing outlined";
     const [low, high] = viewer.window;
     this.words.textContent = `Slice ${slice + 1} of ${opened.count}${marked}. Level ${Math.round((low + high) / 2)}, width ${Math.round(high - low)}` +
       `${opened.oriented ? "" : ". Orientation unknown"}`;
     this.legend.textContent = waits ? "The model is at work; its outline comes by itself." : look.hidden ? "Overlay hidden (press o)." : LEGENDS[look.overlay];
     this.said.textContent = `Slice ${slice + 1} of ${opened.count}${marked}${changed ? `, ${changed} changed in the case` : ""}`;
-    this.canvas.setAttribute("aria-label", `${look.plane} view, ${look.channel}, slice ${slice + 1} of ${opened.count}${marked}; ` +
+    this.canvas.setAttribute("aria-label", `${look.plane} view, ${this.#named(look.channel)}, slice ${slice + 1} of ${opened.count}${marked}; ` +
       (opened.oriented ? `the patient's ${look.radiological ? "left" : "right"} is on the right` : "orientation unknown"));
   }
 

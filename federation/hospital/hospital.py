@@ -12,6 +12,7 @@ import torch
 from batches import TrainingBatches
 from checkpoint import THRESHOLD, describe, save_checkpoint
 from common import SMALLEST_GROUP, MedFLError, counted
+from encoders.autoencoder import EncoderLearner, UnlabelledBatches
 from evaluation.scoring import score_patients
 from federation.hospital.data import HospitalData
 from federation.hospital.identity import Identity
@@ -39,9 +40,9 @@ from federation.protocol.weights import (
     unpack,
     weights_sha256,
 )
-from pretraining.autoencoder import EncoderLearner, UnlabelledBatches
 from runs.usage import choose_device
 from storage.files import atomic_write
+from tasks import stored
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 
@@ -166,6 +167,7 @@ class Hospital:
             split_sha256=self.data.split_sha256,
             partition_sha256=self.data.partition_sha256,
             patient_privacy=self.identity.patient_privacy,
+            task=self.data.dataset.task,
         )
 
     def _images_told(self) -> Images | None:
@@ -416,5 +418,6 @@ class Hospital:
             origin=origin,
             data=data,
             scores=scores,
+            task=stored(self.data.dataset.task),
         )
         save_checkpoint(self.identity.file("federated_best.pth"), model.state_dict(), about)

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from federation.hospital.identity import Identity
-from federation.hospital.moments import Moments
-from pretraining.autoencoder import (
+from encoders.autoencoder import (
     EncoderLearner,
     MaskedAutoencoder,
     UnlabelledBatches,
     of_training,
     unlabelled_volumes,
 )
+from federation.hospital.identity import Identity
+from federation.hospital.moments import Moments
 from split import Split
 from training import TrainingSettings
 from transunet import TransUNet

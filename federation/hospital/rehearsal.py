@@ -5,9 +5,9 @@ import time
 from dataclasses import replace
 
 from batches import TrainingBatches
+from encoders.autoencoder import EncoderLearner, UnlabelledBatches
 from federation.hospital.hospital import Hospital
 from federation.hospital.pretraining import pretraining
-from pretraining.autoencoder import EncoderLearner, UnlabelledBatches
 from training import Learner
 from transunet import TransUNet
 

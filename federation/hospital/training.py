@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from batches import TrainingBatches
+from encoders.autoencoder import EncoderLearner, UnlabelledBatches
 from federation.privacy.patients import PatientBatches
-from pretraining.autoencoder import EncoderLearner, UnlabelledBatches
 from runs.usage import LOG_SECONDS
 from runs.usage import in_time as in_words
 from training import Learner, rate_scale

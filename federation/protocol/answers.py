@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from appearance.features import MEASURES
 from common import SMALLEST_GROUP, MedFLError
 from split import PARTS
+from tasks import DEFAULT, Task
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
 NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")  # of an entry that is named in a sentence
@@ -98,7 +99,7 @@ Images = Annotated[
 
 class Facts(Introduction):
     """What a hospital says of itself at joining. images: what its training images look like on average, of
-    enough patients."""
+    enough patients; task: what is outlined in its data, None for the default."""
 
     own_data: bool
     data: Text
@@ -108,6 +109,12 @@ class Facts(Introduction):
     split_sha256: Text | None
     partition_sha256: Text | None
     patient_privacy: PatientPrivacy | None
+    task: Task | None = None
+
+    @property
+    def outlined(self) -> tuple | None:
+        """What is outlined in its data, and in what; None for the default."""
+        return self.task.outlines if self.task and self.task.name != DEFAULT else None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Facts":

@@ -72,6 +72,7 @@ class End(StrEnum):
     TAKEN = "taken"
     NUMBER = "number"
     SPLIT = "split"
+    TASK = "task"
     UNFIT = "unfit"
     FULL = "full"
     IDENTITY = "identity"
@@ -93,6 +94,10 @@ ENDS = {  # exit code and the sentence at the hospital
     End.SPLIT: (
         2,
         "refused: the other hospitals divide another dataset; use the same patients in --data-dir everywhere",
+    ),
+    End.TASK: (
+        2,
+        "refused: the other hospitals' data are of another task ({detail}); use the same task.toml everywhere",
     ),
     End.UNFIT: (2, "this hospital can't take part; the lines above say why"),
     End.IDENTITY: (2, "refused: this key is {detail}'s; give that name, or a kit of your own with --kit"),

@@ -10,6 +10,8 @@ import torch
 
 from checkpoint import describe, load_checkpoint, load_start, save_checkpoint
 from common import MedFLError, __version__, counted, git_commit, settings_from
+from encoders.autoencoder import check_name
+from encoders.weights import PRETRAINED, RANDOM, RECIPES, go_on_from, start_model, with_recipe
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.protocol.log import say
 from federation.protocol.messages import local_versions
@@ -23,8 +25,6 @@ from federation.protocol.weights import part_mask
 from federation.runtime.bundle import hospital_code
 from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
 from federation.server.state import LAST, load_run, with_rounds
-from pretraining.autoencoder import check_name
-from pretraining.encoders import PRETRAINED, RANDOM, RECIPES, go_on_from, start_model, with_recipe
 from storage.files import file_sha256
 from training import TrainingSettings
 from transunet import TransUNet

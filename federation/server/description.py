@@ -9,6 +9,7 @@ from federation.protocol.settings import FederationSettings
 from federation.server.judging import Scores, mean_dice
 from federation.server.progress import Progress
 from split import PARTS
+from tasks import stored
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -47,6 +48,7 @@ def describe_run(
         origin=_origin(settings, done, told, number),
         data=_data(training, settings, told),
         scores={"val": val} if scores else {},
+        task=stored(told[0].task) if told else None,  # all have the same one
     )
     about["versions"].update(commit=commit, flwr=told[0].versions["flwr"] if told else None)
     return about

@@ -10,6 +10,7 @@ import torch
 
 from checkpoint import load_checkpoint, read_metadata, update_metadata
 from common import __version__, counted, utc_now
+from encoders.autoencoder import write_encoder
 from federation.protocol.answers import Tested, announced, parse
 from federation.protocol.messages import Query
 from federation.protocol.settings import to_json
@@ -19,7 +20,6 @@ from federation.server.exchange import Exchange
 from federation.server.mailbox import NOT_ADMITTED, Answer
 from federation.server.membership import Member
 from federation.server.state import RunState
-from pretraining.autoencoder import write_encoder
 from storage.files import file_sha256, write_json
 
 TEST, ENCODER_FILE = "federated_test.json", "encoder.safetensors"

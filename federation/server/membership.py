@@ -10,6 +10,7 @@ from federation.protocol.messages import FAILURES, End, Failure, Query
 from federation.protocol.settings import FederationSettings
 from federation.server.audit import AuditLog
 from federation.server.mailbox import NOT_ADMITTED, Answer, Mailbox
+from tasks import LGG
 
 LOOK = 1.0  # seconds between two looks at who is connected
 JOIN_TIME = 600.0  # seconds for a hospital's answer at joining; it may have to read its scans first
@@ -104,8 +105,12 @@ class Membership:
     def partition(self) -> str | None:
         """The SHA-256 of the partition that the simulated hospitals share; None before the first, or without
         any."""
-        facts = [*(member.facts for member in self.members.values()), *self.contributors.values()]
-        return next((f.partition_sha256 for f in facts if not f.own_data), None)
+        return next((f.partition_sha256 for f in self._known if not f.own_data), None)
+
+    @property
+    def _known(self) -> list[Facts]:
+        """What members say of themselves, and those who contributed before."""
+        return [*(member.facts for member in self.members.values()), *self.contributors.values()]
 
     @property
     def disputed(self) -> bool:
@@ -268,6 +273,8 @@ class Membership:
         facts = parse(Facts, about)
         if not facts.own_data and self.partition not in (None, facts.partition_sha256):
             return Refusal(facts.label, End.SPLIT)
+        if any(facts.outlined != known.outlined for known in self._known):
+            return Refusal(facts.label, End.TASK, (self._known[0].task or LGG).region)
         return facts
 
     def _refusal(self, node: int, who: Introduction) -> Refusal | None:

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from test_hospital import work
 
 from common import MedFLError
+from encoders.weights import start_model
 from federation.hospital.data import HospitalData
 from federation.hospital.hospital import Hospital, HospitalError
 from federation.protocol.answers import PatientPrivacy
 from federation.protocol.settings import FederationSettings, check_together
 from federation.protocol.weights import pack, part_mask, unpack
-from pretraining.encoders import start_model
 from training import TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
 
