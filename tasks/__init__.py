@@ -40,7 +40,7 @@ class Task(BaseModel):
     region: str = Field(min_length=1, max_length=30)
     channels: tuple[Annotated[str, Field(max_length=30)], ...] = Field(min_length=1, max_length=3)
     labels: tuple[int, ...] = Field(min_length=1, max_length=255)
-    site: str | None = Field(default=None, max_length=200)
+    site: str | None = Field(default=None, max_length=1_000)
     normalisation: str = Field(max_length=60)
 
     @field_validator("title", "region", "channels")

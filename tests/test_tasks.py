@@ -9,19 +9,27 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import run_here
+from scripted import facts as said
 
 from checkpoint import load_checkpoint
 from common import MedFLError
 from data.prepare_task import read_nifti, to_8_bits
 from dataset import load_dataset
 from deployment.app.card import card_rows
-from tasks import FOLDER, named_task, read_task
+from federation.protocol.answers import Facts, parse
+from federation.protocol.settings import FederationSettings
+from federation.server.description import describe_run
+from federation.server.progress import Progress
+from tasks import FOLDER, LGG, named_task, read_task
+from training import TrainingSettings
+from transunet import TransUNet
 
 
 def test_the_tasks_that_come_with_medfl():
     assert {path.stem: read_task(path).name for path in FOLDER.glob("*.toml")} == {
         name: name for name in ("lgg", "hippocampus", "wounds")
     }
+    assert named_task("lgg") == LGG  # which a bundle has without its file
     assert named_task("lgg").site_of("TCGA_CS_4941_19960909") == "CS"
     assert named_task("hippocampus").site_of("hippocampus_001") is None
 
@@ -100,12 +108,12 @@ def test_slices_lie_as_a_radiologist_sees_them(tmp_path):
     values = np.zeros((4, 5, 3), np.float32)
     values[0, 0, 0], values[3, 4, 2] = 1, 2
     nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 1.0, 3.0, 1.0])), tmp_path / "a.nii")
-    volume, spacing = read_nifti(tmp_path / "a.nii")
+    _, volume, spacing = read_nifti(tmp_path / "a.nii")
     assert volume.shape == (3, 5, 4) and spacing == (3.0, 1.0, 2.0)
     assert volume[0, 4, 3] == 1 and volume[2, 0, 0] == 2
     turned = nibabel.Nifti1Image(values[::-1], np.diag([-2.0, 1.0, 3.0, 1.0]))  # stored the other way round
     nibabel.save(turned, tmp_path / "b.nii")
-    assert (read_nifti(tmp_path / "b.nii")[0] == volume).all()
+    assert (read_nifti(tmp_path / "b.nii")[1] == volume).all()
 
 
 def test_any_intensities_become_8_bits():
@@ -168,3 +176,40 @@ def test_what_does_not_fit_is_told(tmp_path):
     shutil.rmtree(labels)
     none = run_here(*command, tmp_path / "d", "--task", "wounds")
     assert none.returncode == 2 and "there is no folder" in none.stderr
+
+
+def test_a_label_of_another_place_is_refused(tmp_path):
+    volumes(tmp_path / "source", 1)
+    path = tmp_path / "source" / "labels" / "h_00.nii.gz"
+    values = np.asarray(nibabel.load(path).dataobj)
+    beside = np.diag([2.0, 1.0, 3.0, 1.0])
+    beside[0, 3] = 4  # two voxels to the right
+    nibabel.save(nibabel.Nifti1Image(values, beside), path)
+    command = (
+        "data/prepare_task.py",
+        "--task",
+        "hippocampus",
+        "--source",
+        tmp_path / "source",
+        "--out",
+        tmp_path / "out",
+    )
+    done = run_here(*command)
+    assert done.returncode == 2 and "lie at different places" in done.stderr
+    turned = nibabel.Nifti1Image(
+        values[::-1], np.array([[-2.0, 0, 0, 38], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])
+    )
+    nibabel.save(turned, path)  # the same place, stored the other way round
+    assert run_here(*command).returncode == 0
+
+
+def test_a_federations_model_tells_its_task():
+    """As a hospital says it at joining, in JSON."""
+    task = named_task("hippocampus")
+    facts = parse(Facts, json.loads(json.dumps(said("mercy", task=task.model_dump()))))
+    done = Progress(hospitals={"mercy": facts})
+    settings, training = FederationSettings(clients=1), TrainingSettings(model="mini", image_size=32)
+    about = describe_run(TransUNet("mini", 32), training, settings, done, None, {}, 1)
+    assert about["task"] == task.model_dump(mode="json")
+    lacks = Progress(hospitals={"mercy": parse(Facts, said("mercy"))})
+    assert describe_run(TransUNet("mini", 32), training, settings, lacks, None, {}, 1)["task"] is None

@@ -124,7 +124,8 @@ def texts_of_report(lines: list[tuple[str, str]], done: Corrected, threshold: fl
 def show_figures(case: Case, row: dict, lines: list[tuple[str, str]]) -> None:
     """The case's figures, then those of the slice that is shown."""
     st.header("All slices" if len(case.slices) > 1 else "This slice")
-    st.table(pd.DataFrame(lines, columns=["figure", "value"]).map(markdown).set_index("figure"))
+    names, values = zip(*lines)
+    st.table(pd.DataFrame({"value": values}, index=pd.Index(map(markdown, names), name="figure")))
     said = [f"{row['tumour_pixels']:,} pixels", f"{row['largest_diameter_px']:.1f} pixels across"]
     if row["mean_probability"] is not None:
         said.append(f"mean probability inside of the mask {row['mean_probability']:.2f}")

@@ -13,13 +13,15 @@ import torch
 from running import ROOT
 from streamlit.testing.v1 import AppTest
 
-from checkpoint import load_checkpoint
+from borders.escaping import markdown
+from checkpoint import load_checkpoint, update_metadata
 from dataset import load_dataset
 from deployment.app import beside, models
 from deployment.app.readout import predict_case
 from inference import to_mask
 from runs.models import PHANTOM_MODEL
 from scans.naming import volume_name
+from tasks import named_task
 
 pytestmark = pytest.mark.slow
 APP = ROOT / "deployment" / "app" / "app.py"
@@ -57,6 +59,22 @@ def patient_files(phantoms, masks: bool) -> list[tuple[str, bytes]]:
 
 def figures(page: AppTest) -> dict[str, str]:
     return page.table[0].value["value"].to_dict()
+
+
+@pytest.mark.parametrize("region", ["hippocampus", "**no tumour**"])
+def test_the_page_names_what_another_task_outlines(tmp_path, monkeypatch, region):
+    other = shutil.copy(PHANTOM_MODEL, tmp_path / "other_best.pth")
+    update_metadata(other, task={**named_task("hippocampus").model_dump(mode="json"), "region": region})
+    monkeypatch.setenv("MEDFL_CHECKPOINT", str(other))
+    page = AppTest.from_file(APP, default_timeout=120).run()
+    shown = markdown(region)
+    assert page.title[0].value == f"MedFL: {shown} segmentation"
+    assert any(
+        "Open slices (T1)" in text.value and f"takes for {shown}" in text.value for text in page.markdown
+    )
+    page.button(key="phantom_1").click().run()
+    assert not page.exception
+    assert {markdown(region[:1].upper() + region[1:]), f"Slices with {shown}"} <= figures(page).keys()
 
 
 def test_a_sample_from_opening_to_closing(page):
@@ -243,7 +261,6 @@ def test_a_model_that_cant_be_used_is_told(tmp_path, monkeypatch, content, sente
 
 
 def test_the_card_tells_a_federation_and_a_central_model_apart(trained):
-    from checkpoint import load_checkpoint
     from deployment.app.card import card_rows
 
     checkpoint = load_checkpoint(trained / BEST)

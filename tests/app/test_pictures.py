@@ -131,6 +131,7 @@ def test_the_report_is_one_page(case, prediction, grey):
         [("Tumour", "600 pixels")],
         [("Trained", "in one place"), ("SHA-256", "0" * 64)],
         ["It does not look like a brain. " * 20],
+        "tumour",
     )
     page = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
     assert page.shape[0] / page.shape[1] == pytest.approx(2**0.5, abs=0.01)

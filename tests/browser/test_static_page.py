@@ -5,11 +5,14 @@ import csv
 import gzip
 import http.server
 import io
+import json
+import shutil
 import threading
 import zipfile
 
 import nibabel
 import numpy as np
+import onnx
 import pytest
 from dicom_phantoms import phantom, write_series
 from pages import WIDTHS, assert_equal_masks, at_slice, choose, fetched, masks_of, opened, seen, shown
@@ -20,6 +23,7 @@ from uploads import picture
 from checkpoint import load_checkpoint
 from common import __version__, git_commit
 from runs.models import PHANTOM_MODEL
+from tasks import named_task
 
 pytestmark = pytest.mark.slow
 
@@ -198,6 +202,27 @@ def test_on_a_graphics_card_the_masks_are_the_same(launch, address, patient):
     assert_equal_masks([found[f"{path.stem}_mask.png"] for path in one.images], expected, "WebGPU")
     assert page.failures == []
     chromium.close()
+
+
+def test_the_page_names_what_another_task_outlines(browser, staged, serve, patient, tmp_path):
+    shutil.copytree(staged, tmp_path / "page")
+    path = tmp_path / "page" / "model.onnx"
+    exported = onnx.load(path)
+    entry = next(one for one in exported.metadata_props if one.key == "metadata")
+    task = {**named_task("hippocampus").model_dump(mode="json"), "region": "<b>hippocampus</b>"}
+    entry.value = json.dumps({**json.loads(entry.value), "task": task})
+    onnx.save(exported, path)
+    page = opened(browser, serve(tmp_path / "page"))
+    page.get_by_text("Ready.").wait_for()
+    assert page.get_by_role("heading", level=1).inner_text() == "MedFL: <b>hippocampus</b> segmentation"
+    assert page.locator("#intro").inner_text().startswith("Open slices (T1) as in MSD hippocampus MRI.")
+    choose(page, list(patient[0].images))
+    shown(page, len(patient[0].images))
+    assert "Slices with <b>hippocampus</b>" in page.locator("#figures").inner_text()
+    assert page.get_by_label("Channel", exact=True).is_hidden()  # one fills all three
+    assert page.get_by_role("img").first.get_attribute("aria-label").startswith("axial view, T1, slice")
+    assert page.failures == []
+    page.close()
 
 
 def test_the_page_says_which_version_it_is(page):

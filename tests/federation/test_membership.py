@@ -16,6 +16,7 @@ from federation.protocol.messages import End, read
 from federation.protocol.settings import FederationSettings
 from federation.server.mailbox import Mailbox
 from federation.server.membership import Membership
+from tasks import LGG, named_task
 
 
 class Play:
@@ -176,6 +177,8 @@ def test_a_dispute_waits_for_the_holders_work(play):
         (facts("hospital-0", versions={**VERSIONS, "timm": "2"}), End.VERSION),
         (facts("hospital-7"), End.NUMBER),
         (facts("hospital-1", partition_sha256="other"), End.SPLIT),
+        (facts("mercy", task=named_task("hippocampus").model_dump(mode="json")), End.TASK),
+        (facts("mercy", task={**LGG.model_dump(mode="json"), "region": "\x1b[2J"}), End.UNFIT),
         ({"failure": "data", "label": "mercy"}, End.UNFIT),
         (facts("hospital-1", cid=0), End.UNFIT),
         (facts("two words"), End.UNFIT),
