@@ -87,6 +87,59 @@ def check_log(log: Path, ends: Path | None, resume: bool) -> None:
         raise MedFLError(f"there is no {log} beside the run to go on with; put back a copy of it")
 
 
+def taken_up(
+    arguments: argparse.Namespace, out: Path
+) -> tuple[dict, TrainingSettings, FederationSettings, TransUNet]:
+    """A run that was interrupted: what the job tells of it, its own settings, and its model."""
+    training, federation, state, model = load_run(out)
+    done = state["progress"]["round"]
+    federation = with_rounds(federation, arguments.rounds if "rounds" in arguments.given else None, done)
+    say(
+        f"going on after round {done} of {federation.rounds}, with that run's own settings; other options are "
+        "ignored"
+        if done < federation.rounds
+        else f"all {federation.rounds} rounds of this run are done; what is left is to score the model and to "
+        "tell the hospitals the end (for a new run leave --resume out)"
+    )
+    return {"rounds": federation.rounds}, training, federation, model
+
+
+def begun(
+    arguments: argparse.Namespace, folder: Path
+) -> tuple[dict, TrainingSettings, FederationSettings, TransUNet]:
+    """A new run: what the job tells of it, the settings that the options make, and the model to begin with."""
+    training = settings_from(arguments, TrainingSettings)
+    federation = settings_from(arguments, FederationSettings)
+    told: dict = {}
+    if arguments.evaluate:
+        arguments.init = arguments.evaluate
+        training = replace(training, **network_of(arguments.evaluate))
+        federation = replace(federation, rounds=0)  # a hospital that agrees to that trains nothing
+        told["evaluate"] = {"model": arguments.evaluate.name, "sha256": file_sha256(arguments.evaluate)}
+    elif not federation.rounds:
+        raise MedFLError("--rounds is 0; choose a number above 0, or score a model with --evaluate MODEL")
+    check_together(training, federation)
+    if federation.pretraining:
+        check_name(training.model)
+        # all of a loaded encoder learns, from the first round
+        training = with_recipe(training, RECIPES[False])
+    model, started_from, init_split, training = starting_model(arguments, training)
+    start = folder / "start.pth"
+    save_checkpoint(start, model.state_dict(), describe(model))
+    told |= {
+        "settings": to_json(training, federation),
+        "start": str(start),
+        "started_from": started_from,
+        "init_split": init_split,
+    }
+    numbers = sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
+    say(
+        f"{training.model} at {training.image_size} pixels from {started_from}; {4 * numbers / 1e6:.0f} MB each way "
+        f"a round and hospital"
+    )
+    return told, training, federation, model
+
+
 def prepare_job(
     arguments: argparse.Namespace, folder: Path
 ) -> tuple[dict, TrainingSettings, FederationSettings]:
@@ -94,59 +147,13 @@ def prepare_job(
     if arguments.evaluate:
         arguments.out = arguments.out / "evaluation"
     out = arguments.out.resolve()
-    job: dict = {
-        **{name: getattr(arguments, name) for name in ("notify", "on_event", "tensorboard", "mlflow")},
-        "started_in": str(Path.cwd()),
-        "out": str(out),
-        "resume": arguments.resume,
-        "commit": (commit := git_commit()),
-        "versions": {**local_versions(__version__), **({"commit": commit} if commit else {})},
-        "ends": arguments.kit and str(arguments.kit.resolve() / ENDS),
-    }
-    check_log(out / AUDIT, job["ends"] and Path(job["ends"]), arguments.resume)
-    if arguments.resume:
-        training, federation, state, model = load_run(out)
-        done = state["progress"]["round"]
-        asked = arguments.rounds if "rounds" in arguments.given else None
-        federation = with_rounds(federation, asked, done)
-        settings = to_json(training, federation)
-        job["rounds"] = federation.rounds
-        say(
-            f"going on after round {done} of {federation.rounds}, with that run's own settings; other options are "
-            "ignored"
-            if done < federation.rounds
-            else f"all {federation.rounds} rounds of this run are done; what is left is to score the model and to "
-            "tell the hospitals the end (for a new run leave --resume out)"
-        )
-    else:
-        training, federation = (
-            settings_from(arguments, TrainingSettings),
-            settings_from(arguments, FederationSettings),
-        )
-        if arguments.evaluate:
-            arguments.init = arguments.evaluate
-            training = replace(training, **network_of(arguments.evaluate))
-            federation = replace(federation, rounds=0)  # a hospital that agrees to that trains nothing
-            job["evaluate"] = {"model": arguments.evaluate.name, "sha256": file_sha256(arguments.evaluate)}
-        elif not federation.rounds:
-            raise MedFLError("--rounds is 0; choose a number above 0, or score a model with --evaluate MODEL")
-        check_together(training, federation)
-        if federation.pretraining:
-            check_name(training.model)
-            # all of a loaded encoder learns, from the first round
-            training = with_recipe(training, RECIPES[False])
-        model, started_from, init_split, training = starting_model(arguments, training)
-        start = folder / "start.pth"
-        save_checkpoint(start, model.state_dict(), describe(model))
-        settings = to_json(training, federation)
-        job.update(settings=settings, start=str(start), started_from=started_from, init_split=init_split)
-        size = (
-            4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point()) / 1e6
-        )
-        say(
-            f"{training.model} at {training.image_size} pixels from {started_from}; {size:.0f} MB each way "
-            f"a round and hospital"
-        )
+    commit = git_commit()
+    versions = {**local_versions(__version__), **({"commit": commit} if commit else {})}
+    ends = arguments.kit and arguments.kit.resolve() / ENDS
+    check_log(out / AUDIT, ends, arguments.resume)
+    told, training, federation, model = (
+        taken_up(arguments, out) if arguments.resume else begun(arguments, folder)
+    )
     if federation.secure_aggregation:
         say(
             "secure aggregation: this server learns the sum of a round's updates, and none by itself; they "
@@ -154,15 +161,23 @@ def prepare_job(
         )
     if federation.private:
         announce_privacy(HospitalPrivacy(federation), model, training)
-    job["audit"] = {
-        "code": hospital_code(),
-        "settings": hashlib.sha256(settings.encode()).hexdigest(),
-        "versions": job["versions"],
-        "commit": job["commit"],
-        "keys": arguments.kit is not None,
+    settings, code = to_json(training, federation), hospital_code()
+    say(f"code and settings, for hospitals that ask what they approve: {approval(code, settings)}")
+    job = {
+        **{name: getattr(arguments, name) for name in ("notify", "on_event", "tensorboard", "mlflow")},
+        "started_in": str(Path.cwd()),
+        "out": str(out),
+        "resume": arguments.resume,
+        "commit": commit,
+        "versions": versions,
+        "ends": ends and str(ends),
+        **told,
+        "audit": {
+            "code": code,
+            "settings": hashlib.sha256(settings.encode()).hexdigest(),
+            "versions": versions,
+            "commit": commit,
+            "keys": arguments.kit is not None,
+        },
     }
-    say(
-        f"code and settings, for hospitals that ask what they approve: "
-        f"{approval(job['audit']['code'], settings)}"
-    )
     return job, training, federation
