@@ -15,7 +15,7 @@ import torch
 from scripted import TINIER
 
 from batches import TrainingBatches
-from benchmarks.poisoned_hospital import ATTACKS, UNDEFENDED, Round, spoiled_copy
+from benchmarks.attacks import ATTACKS, UNDEFENDED, Round, spoiled_copy
 from checkpoint import THRESHOLD
 from common import MedFLError
 from dataset import Dataset, load_dataset
