@@ -242,52 +242,25 @@ class CentralTraining:
             return self.learner.train_epoch(self.processes.epoch(self.batches, epoch), before_step, bar)
 
     def _record(self, result: EpochResult, val: dict | None, val_loss: float | None) -> None:
-        """Write what the epoch gave: best and last checkpoint, history, curves, a line on the terminal."""
+        """Keep what the epoch gave: best and last checkpoint, history, curves, a line on the terminal."""
         done, learner = self.progress, self.learner
-        row = dict(
-            zip(
-                HISTORY,
-                (
-                    done.epoch,
-                    learner.step_count,
-                    round(done.seconds, 1),
-                    learner.optimiser.param_groups[0]["lr"],
-                    result.loss,
-                    result.dice,
-                    val_loss,
-                    val["mean"] if val else None,
-                    val["median"] if val else None,
-                    self.settings.encoder,
-                ),
-            )
+        values = (
+            done.epoch,
+            learner.step_count,
+            round(done.seconds, 1),
+            learner.optimiser.param_groups[0]["lr"],
+            result.loss,
+            result.dice,
+            val_loss,
+            val["mean"] if val else None,
+            val["median"] if val else None,
+            self.settings.encoder,
         )
+        row = dict(zip(HISTORY, values))
         done.rows.append(row)
-        metadata = self._describe(val)
         better = val is None or val["mean"] > done.best
-        if better:
-            done.best, done.best_epoch = (val["mean"] if val else -1.0), done.epoch
-            save_checkpoint(self.best, learner.weights_model.state_dict(), metadata)
-        if self.plateau and val:
-            self.plateau.step(val["mean"])
-        state = {
-            "learner": learner.state_dict(),
-            "plateau": self.plateau.state_dict() if self.plateau else None,
-            "progress": asdict(done),
-            "split": self.split.sha256(),
-            "content": self.dataset.content,
-        }
-        save_checkpoint(self.last, learner.weights_model.state_dict(), metadata, state)
-        self.saved_epoch = done.epoch
-        try:
-            write_history(done.rows, self.out / f"{self.name}_history.csv")
-            what = (
-                "Centralised training"
-                if self.name == "centralized"
-                else f"Training of {self.origin['hospital']} alone"
-            )
-            draw_curves(done.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}")
-        except MedFLError as error:  # a viewer may hold the file; both are written again after the next epoch
-            print(f"not this time: {escaping.terminal(error)}")
+        self._save(val, better)
+        self._draw()
         figures = {
             n: float(v) for n, v in row.items() if n not in ("epoch", "step") and isinstance(v, int | float)
         }
@@ -306,6 +279,40 @@ class CentralTraining:
         )
         self.log.write(line)
         print(line, flush=True)
+
+    def _save(self, val: dict | None, better: bool) -> None:
+        """Write the last checkpoint, and before it the best if that is what this epoch gave."""
+        done, learner = self.progress, self.learner
+        metadata = self._describe(val)
+        if better:
+            done.best, done.best_epoch = (val["mean"] if val else -1.0), done.epoch
+            save_checkpoint(self.best, learner.weights_model.state_dict(), metadata)
+        if self.plateau and val:
+            self.plateau.step(val["mean"])
+        state = {
+            "learner": learner.state_dict(),
+            "plateau": self.plateau.state_dict() if self.plateau else None,
+            "progress": asdict(done),
+            "split": self.split.sha256(),
+            "content": self.dataset.content,
+        }
+        save_checkpoint(self.last, learner.weights_model.state_dict(), metadata, state)
+        self.saved_epoch = done.epoch
+
+    def _draw(self) -> None:
+        """Write history and curves anew."""
+        try:
+            write_history(self.progress.rows, self.out / f"{self.name}_history.csv")
+            what = (
+                "Centralised training"
+                if self.name == "centralized"
+                else f"Training of {self.origin['hospital']} alone"
+            )
+            draw_curves(
+                self.progress.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}"
+            )
+        except MedFLError as error:  # a viewer may hold the file; both are written again after the next epoch
+            print(f"not this time: {escaping.terminal(error)}")
 
     def _describe(self, val: dict | None) -> dict:
         data: dict = {"name": self.dataset.name, "split_sha256": self.whole.sha256()}
