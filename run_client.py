@@ -107,6 +107,11 @@ def parse() -> argparse.Namespace:
         help="score the rounds' models on this hospital's patients, and train nothing",
     )
     parser.add_argument(
+        "--energy",
+        action="store_true",
+        help="measure the electricity of this hospital's work, and report it to the server",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="look at data and connection, ask a running server whether this hospital could join, train nothing",
@@ -189,6 +194,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
         approved=None if arguments.approve is None else approved(arguments.approve),
         patient_privacy=privacy,
         role="check" if arguments.check else "observe" if arguments.observer else "train",
+        energy=arguments.energy,
         key=arguments.kit and arguments.kit / HOSPITAL_KEY,
         members=arguments.kit and read_members(arguments.kit),
     )

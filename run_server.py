@@ -82,6 +82,12 @@ def parse() -> argparse.Namespace:
         "--overwrite", action="store_true", help="start although --out holds a run, which is lost"
     )
     parser.add_argument(
+        "--energy",
+        action="store_true",
+        help="measure the electricity, add what hospitals with --energy report, and write it into energy.json and the "
+        "best model's card",
+    )
+    parser.add_argument(
         "--simulate",
         type=int,
         metavar="N",

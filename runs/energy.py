@@ -122,14 +122,22 @@ def _gpus() -> list:
 def keep(record: dict, folder: Path, again: bool) -> list[dict]:
     """Write a record into the folder's `energy.json`, after those of the same run that was interrupted if
     `again`; all of them. Raises MedFLError for a file that is none."""
-    path, records = folder / NAME, []
-    if again and path.exists():
-        try:
-            records = list(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise MedFLError(f"{path} can't be read; move it away") from error
-    write_json(path, [*records, record])
-    return [*records, record]
+    path = folder / NAME
+    records = [*(read_records(path) if again else []), record]
+    write_json(path, records)
+    return records
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records in a run's file, none where it is not there. Raises MedFLError for a file that is none."""
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        summed(records)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise MedFLError(f"{path} can't be read; move it away") from error
+    return records
 
 
 def summed(records: list[dict]) -> dict:

@@ -20,13 +20,14 @@ from federation.hospital.keeping import keep_model
 from federation.hospital.secure_stages import fix_run, masked, refusing, secure_stage
 from federation.hospital.status import shown
 from federation.hospital.sums import Sums
-from federation.protocol.answers import Kind, Result, Tested, Trained, Typed, parse
+from federation.protocol.answers import Energy, Kind, Result, Tested, Trained, Typed, parse
 from federation.protocol.log import say
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.proofs import sign_answer
 from federation.protocol.requests import QUERIES, Agree, Join, Keys, Model, Over, Score, Shares, Train, Unmask
 from federation.protocol.settings import from_json
 from federation.protocol.weights import Record, array_record, to_record
+from runs.energy import Meter
 from storage.files import write_json
 from transunet import TransUNet
 
@@ -110,7 +111,9 @@ def make_app(
         if not mine.federation.secure_aggregation:
             with refusing(Failure.CONSENT):
                 sums(context).check_plain()
+        used = meter(mine)
         told, update = one_round(task, mine, incoming.content["arrays"])
+        told = told.model_copy(update={"energy": used()})
         if mine.federation.secure_aggregation:
             limit, of = mine.federation.secure_range, mine.came
             with refusing():
@@ -128,12 +131,27 @@ def make_app(
         model = mine.received(task, incoming.content["arrays"])
         if task.part == "test":
             return Message(message(tested(mine, model).model_dump()), reply_to=incoming)
+        used = meter(mine)
         score = mine.finish(model, task) if task.last else mine.score(model)
         if score.val_dice is not None:
             say(f"{'last' if task.last else 'current'} model: validation Dice {score.val_dice:.3f}")
-        return Message(message(Result(**asdict(mine.told(score))).model_dump()), reply_to=incoming)
+        result = Result(**asdict(mine.told(score)), energy=used())
+        return Message(message(result.model_dump()), reply_to=incoming)
 
     return app
+
+
+def meter(hospital: Hospital) -> Callable[[], Energy | None]:
+    """Measure electricity from now on, if the hospital does; what is called gives what was used."""
+    if not hospital.identity.energy:
+        return lambda: None
+    running = Meter("message", hospital.device.type == "cuda")
+
+    def used() -> Energy:
+        record = running.record()
+        return Energy(kwh=record["kwh"], method=record["method"], cpu_seconds=record["cpu_seconds"])
+
+    return used
 
 
 def text_of(incoming: Message) -> dict:

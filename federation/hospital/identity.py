@@ -42,7 +42,7 @@ class Identity(BaseModel):
     without a kit. members: the public keys of the consortium's hospitals by label, as this one knows them,
     None without a kit or a list. approved: hashes of code and settings that it consents to, None for any
     settings of this code. patient_privacy: what it promises its patients, None without. role: whether it
-    trains, only scores, or asks whether it could join.
+    trains, only scores, or asks whether it could join. energy: whether it measures its electricity and reports it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +62,7 @@ class Identity(BaseModel):
     approved: list[str] | None = None
     patient_privacy: PatientPrivacy | None = None
     role: Literal["train", "observe", "check"] = "train"
+    energy: bool = False
     session: str = Field(default_factory=lambda: secrets.token_hex(8))
 
     @property

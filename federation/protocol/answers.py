@@ -127,12 +127,23 @@ class Facts(Introduction):
         return self
 
 
+class Energy(Typed):
+    """Electricity of a hospital's work on one message. kwh: the least and the most that it can have been; method:
+    how that is known."""
+
+    kwh: Annotated[list[Annotated[float, Field(ge=0, le=1e4)]], Field(min_length=2, max_length=2)]
+    method: Text256
+    cpu_seconds: Seconds
+
+
 class Result(Typed):
-    """A model's score: mean volume Dice over so many validation patients; None over none."""
+    """A model's score: mean volume Dice over so many validation patients; None over none. energy: of the work, where
+    the hospital measures it."""
 
     val_dice: Share | None
     val_patients: Count
     seconds: Seconds
+    energy: Energy | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Result":

@@ -164,7 +164,10 @@ def prepare_job(
     settings, code = to_json(training, federation), hospital_code()
     say(f"code and settings, for hospitals that ask what they approve: {approval(code, settings)}")
     job = {
-        **{name: getattr(arguments, name) for name in ("notify", "on_event", "tensorboard", "mlflow")},
+        **{
+            name: getattr(arguments, name)
+            for name in ("notify", "on_event", "tensorboard", "mlflow", "energy")
+        },
         "started_in": str(Path.cwd()),
         "out": str(out),
         "resume": arguments.resume,

@@ -160,6 +160,7 @@ def simulate(
                 models=Path(job["out"]),
                 code=job["audit"]["code"],
                 shared_cores=cores,
+                energy=job.get("energy", False),
             ).save(home)
         for_one = max(1, min(cores // hospitals, most))
         _run_engine(server_app, make_app(folder_of), hospitals, for_one, stopped)

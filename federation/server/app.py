@@ -85,7 +85,16 @@ def run(grid: Grid, job: dict) -> int:
         journal = Journal(out / AUDIT, job.get("ends") and Path(job["ends"]))
         journal.write("start", resumed=job["resume"], **job["audit"])
         federation = Federation(
-            grid, prepare(job), job["versions"], out, job["resume"], journal, labels, keys=keys, until=until
+            grid,
+            prepare(job),
+            job["versions"],
+            out,
+            job["resume"],
+            journal,
+            labels,
+            keys=keys,
+            until=until,
+            energy=job.get("energy", False),
         )
         journal.listeners.append(Status(federation, journal, out))
         if job.get("notify") or job.get("on_event"):

@@ -4,6 +4,7 @@ every hospital."""
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from federation.protocol.messages import Query
 from federation.protocol.settings import to_json
 from federation.protocol.weights import in_precision, model_hash, pack, to_record, unpack
 from federation.server.audit import AuditLog
+from federation.server.energy import FederationEnergy
 from federation.server.exchange import Exchange
 from federation.server.mailbox import NOT_ADMITTED, Answer
 from federation.server.membership import Member
 from federation.server.state import RunState
+from runs.energy import in_words, summed
 from storage.files import file_sha256, write_json
 
 TEST, ENCODER_FILE = "federated_test.json", "encoder.safetensors"
@@ -103,13 +106,31 @@ class Ending:
         # no noise covers a score, so none goes out with a model that is to be private
         if scores["best"] and self.state.best.exists() and not self.state.federation.private:
             about = read_metadata(self.state.best)
-            update_metadata(self.state.best, scores={**about.get("scores", {}), "test": scores["best"]})
-            self.audit.write(
-                "checkpoint",
-                round=self.state.progress.judge.number,
-                file=self.state.best.name,
-                sha256=file_sha256(self.state.best),
-            )
+            self._update_best(scores={**about.get("scores", {}), "test": scores["best"]})
+
+    def keep_energy(self, energy: FederationEnergy) -> None:
+        """Write what the run used, and put it into the best model's card. Who used it is not told of a private run."""
+        done = self.state.progress
+        used = summed(energy.write())
+        moved = sum(row["bytes_sent"] + row["bytes_received"] for row in done.rows)
+        score = None
+        if self.state.best.exists() and not self.state.federation.private:
+            score = read_metadata(self.state.best).get("scores", {}).get("test")
+            used |= {"hospitals": sorted(energy.hospitals), "bytes_moved": moved}
+            self._update_best(energy=used)
+        dice = score["volume_dice"]["mean"] if score else None
+        reporting = f"the server and {len(energy.hospitals)} of {counted(len(done.hospitals), 'hospital')}"
+        self.say(f"{in_words(used, dice)}, of {reporting}; {moved / 1e6:.0f} MB moved")
+
+    def _update_best(self, **entries: Any) -> None:
+        """Put entries into the best model's metadata, and the file's new hash into the audit log."""
+        update_metadata(self.state.best, **entries)
+        self.audit.write(
+            "checkpoint",
+            round=self.state.progress.judge.number,
+            file=self.state.best.name,
+            sha256=file_sha256(self.state.best),
+        )
 
     def keep_encoder(self) -> None:
         """Write what pretraining ends with: the encoder, as a file that `--encoder` takes."""

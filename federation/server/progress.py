@@ -16,7 +16,7 @@ class Progress:
     collapses: rounds whose model was taken back. epsilon: of a hospital's differential privacy, spent so far.
     started_from: in words, such as "random weights". init_split: SHA-256 of the split that this checkpoint
     was trained on. rows: the history. hospitals: what each that ever gave an update said at joining, by
-    label.
+    label. energy: what each hospital that measures it used so far, by label.
     """
 
     run: str = ""
@@ -30,6 +30,7 @@ class Progress:
     init_split: str | None = None
     rows: list[Row] = field(default_factory=list)
     hospitals: dict[str, Facts] = field(default_factory=dict)
+    energy: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def best(self) -> float:

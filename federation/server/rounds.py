@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,7 @@ from federation.server.aggregation import ROBUST
 from federation.server.audit import AuditLog
 from federation.server.collector import Collected, Collector
 from federation.server.ending import Ending
+from federation.server.energy import FederationEnergy
 from federation.server.exchange import Exchange, NoQuorum
 from federation.server.history import Row, scores_of
 from federation.server.judging import Scores, collapsed, mean_dice
@@ -54,6 +55,7 @@ class Federation:
         say: Callable[[str], None] = say_on_the_terminal,
         keys: Callable[[], dict[int, str] | None] = lambda: None,
         until: Callable[[], dict[int, str]] = dict,
+        energy: bool = False,
     ):
         self.state, self.out, self.resumed, self.audit, self.say = state, out, resumed, audit, say
         self.training, self.settings = state.training, state.federation
@@ -76,6 +78,7 @@ class Federation:
         self.record = Record(state, out, audit, say, chooses=self.privacy is None)
         self.collector = Collector(state, self.exchange, out)
         self.ending = Ending(state, self.exchange, out, audit, say)
+        self.energy = FederationEnergy(out, state.progress.energy, resumed) if energy else None
         # what the last round's model was made of, until hospitals have scored it
         self._last: Updates | None = None
         self._robust = False  # whether that was by the median
@@ -101,6 +104,8 @@ class Federation:
                 self.ending.keep_encoder()
             else:
                 self.ending.test()
+                if self.energy:
+                    self.ending.keep_energy(self.energy)
                 self.ending.deliver()
         except NoQuorum as error:
             self.say(str(error))
@@ -149,6 +154,7 @@ class Federation:
         for attempt in count(1):
             asked = self.collector.collect(number, attempt, self.membership.partition)
             expected |= {member.label for member in asked.members}
+            self._add_energy({**asked.told, **asked.observed})
             ruined = self._collapsed(asked.scores) or self._can_hardly_train(asked)
             if ruined and self._take_back(asked.scores):
                 if self.settings.secure_aggregation:  # hospitals sum no round twice
@@ -186,6 +192,11 @@ class Federation:
         behind = [label for label, member in self.membership.members.items() if member.behind]
         if absent := sorted({*self.exchange.missing(), *behind} - asked.failures.keys()):
             self.say(f"  not there: {', '.join(absent)}")
+
+    def _add_energy(self, told: Mapping[str, Result]) -> None:
+        for label, one in told.items():
+            if self.energy:
+                self.energy.add(label, one)
 
     def _can_hardly_train(self, asked: Collected) -> bool:
         """Whether half of the hospitals that were asked can't train the model: it has no use, whatever the others
@@ -330,6 +341,7 @@ class Federation:
             results[member.label] = result
 
         _, failures = self.exchange.wait(purpose, members, "scoring the last model", take=take)
+        self._add_energy(results)
         for label, reason in sorted(failures.items()):
             self.say(f"the last model is not scored by {label}: {reason}")
         return [row_of(number, label, result, size[label], 0) for label, result in sorted(results.items())]

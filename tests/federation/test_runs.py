@@ -24,11 +24,11 @@ def whole(home, phantoms, tmp_path_factory):
     scene = Scene(tmp_path_factory.mktemp("whole"))
     tap = Wiretap(scene.address)
     hospitals = [
-        scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms, address=tap.address)
-        for k in (0, 1)
+        scene.hospital(f"hospital-{k}", "--cid", k, "--data-dir", phantoms, *more, address=tap.address)
+        for k, more in enumerate([["--energy"], []])
     ]
     hospitals[0].wait_for("no server at")  # hospitals may start first
-    server = scene.server("--rounds", ROUNDS, *SMALL)
+    server = scene.server("--rounds", ROUNDS, "--energy", *SMALL)
     assert server.end() == 0, server.output
     ended = time.monotonic()
     codes = [hospital.end() for hospital in hospitals]
@@ -93,6 +93,25 @@ def test_the_checkpoint_tells_how_it_came_about(whole, phantoms):
     assert done.returncode == 0 and "test: 2 patients" in done.stdout, done.stderr
 
 
+def test_energy_is_summed_over_the_server_and_the_hospitals_that_measure_it(whole):
+    scene, server, *_ = whole
+    records = {one["what"]: one for one in json.loads((scene.out / "energy.json").read_text())}
+    assert records.keys() == {"server", "hospital hospital-0"}
+    used = load_checkpoint(scene.out / BEST).metadata["energy"]
+    for end in (0, 1):
+        assert used["kwh"][end] == pytest.approx(sum(one["kwh"][end] for one in records.values()))
+        assert all(one["kwh"][end] > 0 for one in records.values())
+    assert used["hospitals"] == ["hospital-0"] and used["method"]
+    rows = history(scene.out)
+    assert used["bytes_moved"] == sum(int(row["bytes_sent"]) + int(row["bytes_received"]) for row in rows)
+    assert re.search(r"energy .* of the server and 1 of 2 hospitals; \d+ MB moved", server.output)
+    done = run_script("provision.py", "audit", scene.out / "audit.jsonl")
+    assert (
+        done.returncode == 0
+        and load_checkpoint(scene.out / BEST).sha256() in (scene.out / "audit.jsonl").read_text()
+    )
+
+
 def test_no_message_and_no_file_names_a_patient(whole, phantoms):
     """Neither names nor paths nor figures of one slice: in what travels, and in what the server writes and
     prints."""
@@ -107,6 +126,7 @@ def test_no_message_and_no_file_names_a_patient(whole, phantoms):
         "federated_curves.png",
         "federated_test.json",
         "audit.jsonl",
+        "energy.json",
     }
     assert written | {"server.json", "index.html", ".server.lock"} == set(files)
     places = {
@@ -131,6 +151,11 @@ def test_no_message_and_no_file_names_a_patient(whole, phantoms):
         b"flwr",
         b"torch",
         b"timm",
+        b"energy",
+        b"kwh",
+        b"method",
+        b"cpu_seconds",
+        b"task",
         b"own_data",
         b"data",
         b"parts",
