@@ -14,6 +14,7 @@ from split import TEST_FRACTION, VAL_FRACTION
 from training import TrainingSettings
 
 STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")
+LOOK_AT_SINGLE_UPDATES = ("fedmedian", "fedtrimmedavg", "krum")
 SMALLEST_BATCH = 4  # of a hospital: BatchNorm takes its statistics of it
 MOST_RATE = 2.0  # times --lr, at which hospitals train
 SERVER_RATES = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}  # where none is given
@@ -217,7 +218,7 @@ class FederationSettings:
             )
         if not 0 < self.dp_delta < 1:
             raise MedFLError(f"--dp-delta is {self.dp_delta}; choose a number between 0 and 1, such as 1e-5")
-        if self.private and self.strategy in ("fedmedian", "fedtrimmedavg", "krum"):
+        if self.private and self.strategy in LOOK_AT_SINGLE_UPDATES:
             raise MedFLError(
                 f"--strategy {self.strategy} looks at each hospital's update, and differential privacy is "
                 "worked out for a sum of all; take fedavg, fedprox or a strategy with a server's optimiser"
@@ -232,7 +233,7 @@ class FederationSettings:
                 f"other's update from the sum; --clients is {self.clients}"
             )
         sum_alone = "and with --secure-aggregation the server sees their sum alone"
-        if self.strategy in ("fedmedian", "fedtrimmedavg", "krum"):
+        if self.strategy in LOOK_AT_SINGLE_UPDATES:
             raise MedFLError(
                 f"--strategy {self.strategy} looks at each hospital's update, {sum_alone}; take fedavg, "
                 "fedprox or a strategy with a server's optimiser"
