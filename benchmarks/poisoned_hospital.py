@@ -35,6 +35,9 @@ from split import make_split
 from training import TrainingSettings
 from transunet import TransUNet
 
+HONEST, WITHOUT = "all honest", ", undefended"  # names of rows
+LINES = ("-", "--", ":", "-.")
+
 
 class Bench:
     """The federations of this benchmark, and their scores."""
@@ -107,20 +110,27 @@ class Bench:
 
 
 def draw(curves: dict[str, list[float]], data: str, path: Path) -> None:
-    """Write a PNG of the Dice over the rounds."""
-    figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
-    for number, (name, values) in enumerate(curves.items()):
-        style = (
-            {"color": "black", "linewidth": 2.5}
-            if name == "all honest"
-            else {"linestyle": ("-", "--", ":", "-.")[number % 4]}
-        )
-        axes.plot(range(1, len(values) + 1), values, label=name, **style)
-    axes.set(xlabel="round of the attack", ylabel=f"mean validation Dice ({data})", ylim=(0, 1))
-    axes.locator_params(axis="x", integer=True)
-    axes.legend(frameon=False, ncols=2, fontsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
+    """Write a PNG of the Dice over the rounds: with the defences, and without them if that was asked for."""
+    kinds = {"with the defences": {n: c for n, c in curves.items() if not n.endswith(WITHOUT)}}
+    if len(kinds["with the defences"]) < len(curves):
+        without = {n.removesuffix(WITHOUT): c for n, c in curves.items() if n.endswith(WITHOUT)}
+        kinds["without screening, cut and bound"] = {HONEST: curves[HONEST], **without}
+    figure = Figure(figsize=(4.5 * len(kinds) + 0.5, 5.2), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, (title, shown) in zip(panels, kinds.items()):
+        for number, (name, values) in enumerate(shown.items()):
+            style = (
+                {"color": "black", "linewidth": 2.5}
+                if name == HONEST
+                else {"linestyle": LINES[number % len(LINES)]}
+            )
+            axes.plot(range(1, len(values) + 1), values, label=name, **style)
+        axes.set(title=title, xlabel="round of the attack", ylim=(0, 1))
+        axes.locator_params(axis="x", integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"mean validation Dice ({data})")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", frameon=False, ncols=len(kinds), fontsize=7)
     figure.savefig(path)
 
 
@@ -188,11 +198,11 @@ def main() -> None:
     )
     attacks = [ATTACKS[name] for name in arguments.attacks if name != "none"]
     cases: list[tuple[str, Attack | None, dict | None]] = [
-        ("all honest", None, None),
+        (HONEST, None, None),
         *((attack.name, attack, None) for attack in attacks),
     ]
     if arguments.undefended:
-        cases += [(f"{attack.name}, undefended", attack, UNDEFENDED) for attack in attacks]
+        cases += [(f"{attack.name}{WITHOUT}", attack, UNDEFENDED) for attack in attacks]
     curves: dict[str, list[float]] = {}
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="medfl-poison-") as folder:
@@ -200,7 +210,7 @@ def main() -> None:
         start = begin(bench, arguments)
         for name, attack, bounds in cases:
             weights, curves[name], events = bench.federate(name, attack, arguments.rounds, start, bounds)
-            honest = figures["all honest"]["dice"] if figures else None
+            honest = figures[HONEST]["dice"] if figures else None
             dice = bench.score(weights) if bool(torch.isfinite(weights).all()) else 0.0
             figures[name] = {
                 "dice": dice,
