@@ -118,7 +118,7 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
             )
         if min(width, height) < MIN_SIDE:
             raise MedFLError(
-                f"{path} is {width}×{height} pixels, too thin for a slice; take it away, or save it again"
+                f"{path} is {width}×{height} pixels, too small for a slice; take it away, or choose another file"
             )
         frames = getattr(picture, "n_frames", 1)
         if frames != 1:

@@ -609,5 +609,5 @@ def test_trees_in_each_patients_folder_are_paired_in_time():
 
 def test_a_picture_of_one_column_is_refused(tmp_path):
     Image.new("RGB", (1, 64)).save(tmp_path / "p_1.png")
-    with pytest.raises(MedFLError, match="1×64 pixels, too thin"):
+    with pytest.raises(MedFLError, match="1×64 pixels, too small"):
         read_slice(tmp_path / "p_1.png")
