@@ -18,12 +18,11 @@ import preprocessing
 from borders.limits import MAX_NETWORK_SIDE, read_json
 from common import MedFLError, __version__, git_commit, utc_now
 from storage.files import atomic_write, file_sha256
-from storage.torch_file import DAMAGED, read_torch_file
+from storage.torch_file import DAMAGED, read_torch_file, refuse_pointer
 from tasks import LGG, Task
 from transunet import TransUNet
 
 FORMAT = 1
-LFS_POINTER = b"version https://git-lfs"
 THRESHOLD = 0.5  # of the probability, unless the metadata says otherwise
 
 
@@ -285,8 +284,9 @@ def _read(path: Path) -> Any:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise MedFLError(f"{path} is a pipe or a device, and a checkpoint is a file; name another")
     try:
+        refuse_pointer(path)
         with open(path, "rb") as file:
-            head = file.read(len(LFS_POINTER))
+            is_archive = file.read(2) == b"PK"
     except FileNotFoundError as error:
         raise MedFLError(
             f"there is no checkpoint {path} that can be read; train one with train_centralized.py"
@@ -297,11 +297,7 @@ def _read(path: Path) -> Any:
         ) from error
     except OSError as error:
         raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
-    if head == LFS_POINTER:
-        raise MedFLError(
-            f"{path} is a Git LFS pointer, not the weights; run `git lfs install` and `git lfs pull`"
-        )
-    if head[:2] == b"PK" and not zipfile.is_zipfile(path):
+    if is_archive and not zipfile.is_zipfile(path):
         raise MedFLError(f"{path} is truncated; copy it again")
     try:
         return read_torch_file(path)

@@ -53,6 +53,7 @@ def run_script(main: Callable[[], None]) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    sys.argv[1:] = [_with_home(word) for word in sys.argv[1:]]
     signal.signal(signal.SIGTERM, interrupt)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # but nohup's
         signal.signal(signal.SIGHUP, interrupt)
@@ -72,6 +73,13 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: {escaping.terminal(sentence)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+
+
+def _with_home(word: str) -> str:
+    """A word of the command line with the home folder for `~/`: shells leave it behind `=` (`--out=~/models`) and in
+    quotes, and a folder called ~ would be made."""
+    option, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{sign}{os.path.expanduser(value)}" if value == "~" or value.startswith("~/") else word
 
 
 def in_words(error: Exception) -> str | None:
@@ -202,10 +210,12 @@ def utc_now() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this working copy, or None outside one."""
+    """The commit of this working copy, or None outside one: git would take that of a repository around it."""
+    if not (ROOT / ".git").exists():
+        return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
             timeout=10,

@@ -15,6 +15,7 @@ marked as unverified research output; nothing is kept here. Needs requirements-d
 """
 
 import argparse
+import csv
 import tempfile
 import unicodedata
 from collections import Counter
@@ -24,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from borders.escaping import terminal
+from borders.escaping import cell, terminal
 from checkpoint import load_checkpoint
 from common import ROOT, MedFLError, counted, run_script
 from dataset import add_mask_option
@@ -40,6 +41,7 @@ from scans.pictures import read_volume
 from scans.spacing import NAME, read_spacing
 from storage.files import atomic_write, write_csv
 
+TABLE = "predictions.csv"
 COLUMNS = ("file", "patient", "slice", "tumour_pixels", "tumour_share")
 
 
@@ -139,6 +141,21 @@ def output_names(files: list[Path]) -> dict[Path, str]:
     return names
 
 
+def refuse_to_mix(names: dict[Path, str], out: Path) -> None:
+    """Raises MedFLError where a mask of an earlier run is another slice's: patients whose slices have the same names
+    would be mixed."""
+    try:
+        with open(out / TABLE, encoding="utf-8", newline="") as table:
+            former = {row["file"] for row in csv.DictReader(table)}
+    except (OSError, KeyError, ValueError):  # no run came to its end here
+        return
+    for file, name in names.items():
+        if (out / f"{name}_mask.png").exists() and cell(str(file)) not in former:
+            raise MedFLError(
+                f"{out} holds a mask of another slice called {name}; choose another --out, or empty that one"
+            )
+
+
 def _on_any_disk(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
@@ -167,6 +184,7 @@ def predict_slices(arguments: argparse.Namespace) -> None:
             f"--out"
         )
     names, volumes = output_names(files), group_volumes(files, folders)
+    refuse_to_mix(names, arguments.out)
     path = arguments.checkpoint or find_checkpoints(ROOT / "models")[0]
     checkpoint = load_checkpoint(path, choose_device(arguments.device))
     if arguments.checkpoint is None:
@@ -189,14 +207,14 @@ def predict_slices(arguments: argparse.Namespace) -> None:
                 )
             tumour = int(np.count_nonzero(mask))
             rows.append((str(file), patient, slice_number(file), tumour, tumour / mask.size))
-    write_csv(arguments.out / "predictions.csv", [COLUMNS, *rows])
+    write_csv(arguments.out / TABLE, [COLUMNS, *rows])
     write_csv(arguments.out / "components.csv", [("patient", *OF_COMPONENT), *parts])
     print(
         f"{counted(len(rows), 'slice')} segmented in {counted(len(volumes), 'volume')}, tumour in "
         f"{sum(tumour > 0 for *_, tumour, _ in rows)}; wrote "
         f"{arguments.out}"
     )
-    print(f"next: look at {arguments.out / 'predictions.csv'}, or at the slices with `make app`")
+    print(f"next: look at {arguments.out / TABLE}, or at the slices with `make app`")
 
 
 def predict_study(arguments: argparse.Namespace) -> None:

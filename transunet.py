@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from borders.limits import MAX_NETWORK_SIDE
 from common import MedFLError
-from storage.torch_file import read_torch_file
+from storage.torch_file import read_torch_file, refuse_pointer
 
 GROUPS = 8  # of a GroupNorm; every width below is divisible by it
 UPSCALE = 2  # from the decoder's last block to the logits
@@ -188,6 +188,7 @@ def _load_encoder(encoder: VisionTransformer, path: Path) -> None:
     """Load weights in timm's names (.safetensors or .pth); position embeddings are resampled to the encoder's
     side."""
     try:
+        refuse_pointer(path)
         state = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
         state = checkpoint_filter_fn(state, encoder)
         state = {name: value for name, value in state.items() if not name.startswith("head.")}

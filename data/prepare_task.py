@@ -11,7 +11,6 @@ script knows what they are. NIfTI needs nibabel (pip install nibabel).
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -22,17 +21,16 @@ from common import MedFLError, counted, run_script, typed
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
 from scans.naming import IMAGE_SUFFIXES
 from scans.nifti_file import read_content, read_image
-from scans.orientation import same_place
+from scans.orientation import APART, distance_apart
 from scans.pictures import read_slice
 from scans.spacing import NAME as SPACING
 from storage.files import atomic_write, text_of, write_json
 from tasks import FOLDER, NAME, Task, known, named_task
 
-if TYPE_CHECKING:  # not needed for pictures
-    import nibabel
-
 NIFTI = (".nii", ".nii.gz")
-ENDS = (0.5, 99.5)  # percentiles of the voxels above 0 that become black and white
+ENDS = (0.5, 99.5)  # percentiles that become black and white
+NOISE = 0.05  # of white: values that lie no further below 0 are resampling's, and black
+BACKGROUND = 0.1  # of the voxels: from where on exactly 0 is what lies around a head, whatever lies below it
 
 
 def parse() -> argparse.Namespace:
@@ -61,7 +59,9 @@ def pairs(source: Path) -> list[tuple[str, Path, Path]]:
             if suffix:
                 name = path.name[: path.name.lower().index(suffix)]
                 # nnU-Net numbers the channels of an image; a task's scan has the first one
-                files[name.removesuffix("_0000") if kind == "images" else name] = path
+                name = name.removesuffix("_0000") if kind == "images" else name
+                if files.setdefault(name, path) != path:
+                    raise MedFLError(f"{files[name]} and {path.name} are both {name}; take one of them away")
     if odd := sorted(found["images"].keys() ^ found["labels"].keys()):
         raise MedFLError(
             f"{odd[0]} is in one of {source}'s images/ and labels/ only; add the other, or move it away"
@@ -71,10 +71,10 @@ def pairs(source: Path) -> list[tuple[str, Path, Path]]:
     return [(name, image, found["labels"][name]) for name, image in found["images"].items()]
 
 
-def read_nifti(path: Path) -> tuple["nibabel.Nifti1Image", np.ndarray, tuple[float, float, float]]:
-    """A NIfTI image with its axes sorted, its axial slices (S, H, W) as a radiologist sees them (the patient's right
-    at the left, front up), and the mm between slices, rows and columns. Raises MedFLError for a file that is no
-    volume."""
+def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, float, float], np.ndarray]:
+    """A NIfTI volume as axial slices (S, H, W) as a radiologist sees them (the patient's right at the left, front
+    up), the mm between slices, rows and columns, and the affine (4, 4) of the voxels. Raises MedFLError for a file that
+    is no volume."""
     try:
         import nibabel
     except ImportError as error:
@@ -93,17 +93,22 @@ def read_nifti(path: Path) -> tuple["nibabel.Nifti1Image", np.ndarray, tuple[flo
     if values.ndim != 3 or not np.isfinite(values).all():
         raise MedFLError(f"{path} is no volume of finite values with three sides; export it again")
     column, row, between = map(float, image.header.get_zooms()[:3])
-    return image, np.flip(values.transpose(2, 1, 0), axis=(1, 2)), (between, row, column)
+    return np.flip(values.transpose(2, 1, 0), axis=(1, 2)), (between, row, column), image.affine
 
 
 def to_8_bits(volume: np.ndarray) -> np.ndarray:
-    """Any intensities as uint8; what is not above 0 is black."""
+    """Any intensities as uint8. 0 is black, or the least value where much lies below 0, as in CT and standardised MRI;
+    then a background of exactly 0 stays black."""
     above = volume[volume > 0]
     if not above.size:
         return np.zeros(volume.shape, np.uint8)
-    low, high = np.percentile(above, ENDS)
-    scaled = (volume - min(low, 0.0)) / max(high - min(low, 0.0), 1e-6)
-    return (255 * scaled.clip(0, 1)).round().astype(np.uint8)
+    low, high = np.percentile(volume[volume != 0], ENDS[0]), np.percentile(above, ENDS[1])
+    low = low if low < -NOISE * high else 0.0
+    bright = (255 * ((volume - low) / max(high - low, 1e-6)).clip(0, 1)).round().astype(np.uint8)
+    outside = volume == 0
+    if outside.mean() > BACKGROUND:
+        bright[outside] = 0
+    return bright
 
 
 def region(labels: np.ndarray, task: Task, path: Path) -> np.ndarray:
@@ -119,14 +124,10 @@ def region(labels: np.ndarray, task: Task, path: Path) -> np.ndarray:
 
 def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) -> None:
     """Write one patient's folder. Raises MedFLError where image and label don't fit."""
-    spacing = None
+    spacing, apart = None, 0.0
     if image.name.lower().endswith(NIFTI):
-        (scan, values, spacing), (outline, labels, _) = read_nifti(image), read_nifti(label)
-        if scan.shape == outline.shape and not same_place(scan, outline):
-            raise MedFLError(
-                f"{image} and {label} lie at different places; export the label on the image's own grid"
-            )
-        pixels = to_8_bits(values)
+        (values, spacing, place), (labels, _, of_label) = read_nifti(image), read_nifti(label)
+        pixels, apart = to_8_bits(values), distance_apart(place, of_label, labels.shape[::-1])
     else:
         pixels = read_slice(image)[None]
         labels = read_slice(label)
@@ -137,6 +138,10 @@ def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) ->
         labels = labels[None, ..., 0]
     if pixels.shape[:3] != labels.shape:
         raise MedFLError(f"{image} and {label} differ in size; export the label on the image's own grid")
+    if apart > APART:  # each was turned by its own header, and they would not lie on each other
+        raise MedFLError(
+            f"{image} and {label} place a voxel {apart:.0f} mm apart; export the label on the image's own grid"
+        )
     masks = region(labels, task, label)
     for number, (picture, mask) in enumerate(zip(pixels, masks), start=1):
         for content, kind in ((picture, ""), (mask, "_mask")):

@@ -16,6 +16,7 @@ import torchvision_operators  # noqa: F401  must come before timm
 import timm
 
 from checkpoint import Checkpoint
+from common import MedFLError
 from training import TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
 
@@ -55,7 +56,11 @@ def start_model(settings: TrainingSettings) -> tuple[TransUNet, TrainingSettings
 
 def go_on_from(start: Checkpoint, settings: TrainingSettings) -> TrainingSettings:
     """The settings of a training that begins with a checkpoint: its encoder is what that began with, and it is
-    trained as the rest, because the decoder is trained already."""
+    trained as the rest, because the decoder is trained already. Raises MedFLError where another encoder is named."""
+    if settings.encoder not in (PRETRAINED, RANDOM):
+        raise MedFLError(
+            f"--init brings an encoder of its own, and --encoder names {settings.encoder}; give one of them"
+        )
     encoder = start.metadata.get("training", {}).get("encoder", RANDOM)
     return with_recipe(replace(settings, encoder=encoder), RECIPES[False])
 

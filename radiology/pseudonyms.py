@@ -52,14 +52,16 @@ class Pseudonyms:
         """The name of a patient's study, the same for the same key: letters and digits, the patient's part
         first.
 
-        Raises MedFLError where two studies would get one name, which is next to impossible.
+        Raises MedFLError where the table tells another study of that name: two studies of one are next to impossible,
+        but a spreadsheet that saved the table takes away leading zeros.
         """
         patient = self._digest("patient", patient_id or f"study {study}")[:12]
         name = f"p{patient}_s{self._digest('study', patient_id, study)[:8]}"
         who = (cell(patient_id), cell(study))  # as the table holds them
         if self._table.setdefault(name, who) != who:
             raise MedFLError(
-                f"two studies would be called {name}; take another key: move {self.folder / KEY} away"
+                f"{self.folder / TABLE} tells another number or study of {name} than the archive does, as after a "
+                "spreadsheet saved it; put back a copy, or move the table away (the key stays, and so do all names)"
             )
         return name
 

@@ -22,14 +22,20 @@ from batches import TrainingBatches
 from common import EXIT_BAD_INPUT, MedFLError
 
 PATIENCE = timedelta(hours=6)  # for the first process, which scores while the others wait
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells each of several processes
 
 
 class Processes:
     """The processes of this run. Without torchrun there is one, and nothing below does anything."""
 
     def __init__(self) -> None:
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.count, self.rank = _told("WORLD_SIZE", 1), _told("RANK", 0)
         if self.count > 1:
+            if missing := [name for name in TORCHRUN if not os.environ.get(name)]:
+                raise MedFLError(
+                    f"WORLD_SIZE is {self.count} in the environment, as for several processes, but {missing[0]} is not "
+                    "set; start them by torchrun, or unset WORLD_SIZE to train by one"
+                )
             if self.rank:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
             gpu = torch.cuda.is_available()
@@ -150,3 +156,13 @@ def loss_of_all(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     entropy, number, both, proposed, true = Sum.apply(parts).unbind()
     dice = (2 * both + 1) / (proposed + true + 1)
     return entropy / number + 1 - dice, dice
+
+
+def _told(name: str, default: int) -> int:
+    """A number of the environment. Raises MedFLError for what is none."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdigit():
+        raise MedFLError(
+            f"{name} is {text} in the environment, and is a number where torchrun sets it; unset it"
+        )
+    return int(text)

@@ -48,7 +48,8 @@ def cache_folder() -> Path:
     cache folder, readable by the user alone. Raises MedFLError where it can't be used."""
     elsewhere = "name a folder of your own with --cache"
     try:
-        folder = Path(os.environ[CACHE]) if os.environ.get(CACHE) else Path.home() / ".cache" / "medfl"
+        named = os.environ.get(CACHE)
+        folder = Path(named).expanduser() if named else Path.home() / ".cache" / "medfl"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except RuntimeError as error:  # neither HOME is set nor has this user one
         raise MedFLError(f"there is no home folder to keep decoded scans in; {elsewhere}") from error

@@ -31,10 +31,11 @@ def pair(paths: Iterable[AnyPath], mask_suffix: str = MASK_SUFFIX) -> Pairing[An
     """The pictures among `paths` as slices and their masks. Raises MedFLError for two masks of one slice."""
     pictures = [path for path in paths if is_image(path, mask_suffix) or is_mask(path, mask_suffix)]
     trees = {folder for path in pictures for folder in path.parents if folder.name.lower() in TREES_OF_IMAGES}
+    first: dict[PurePath, PurePath] = {tree.parent: tree for tree in sorted(trees, reverse=True)}
     images: list[AnyPath] = []
     masks: dict[PurePath, AnyPath] = {}
     for path in pictures:
-        tree = _tree_of(path, trees)
+        tree = _tree_of(path, first)
         if tree is None and is_image(path, mask_suffix):
             images.append(path)
             continue
@@ -60,11 +61,10 @@ def _in_one_form(path: PurePath) -> PurePath:
     return type(path)(unicodedata.normalize("NFC", str(path)))
 
 
-def _tree_of(path: PurePath, trees: set) -> tuple[PurePath, PurePath] | None:
-    """The tree of masks that a picture lies in and the tree of images beside it, or None."""
+def _tree_of(path: PurePath, trees: dict[PurePath, PurePath]) -> tuple[PurePath, PurePath] | None:
+    """The tree of masks that a picture lies in and the tree of images beside it, or None. trees: of images, by the
+    folder that they lie in."""
     for folder in path.parents:
-        if folder.name.lower() in TREES_OF_MASKS:
-            for tree in sorted(trees):
-                if tree.parent == folder.parent:
-                    return folder, tree
+        if folder.name.lower() in TREES_OF_MASKS and (tree := trees.get(folder.parent)):
+            return folder, tree
     return None

@@ -14,6 +14,7 @@ from common import MedFLError
 FORMATS = ("TIFF", "PNG", "JPEG")  # whatever a file is called: no other decoder is started
 EIGHT_BIT = ("L", "1", "P", "RGBA", "LA", "RGB")  # Pillow's modes that a slice may have
 TURNED, UPRIGHT = ExifTags.Base.Orientation, 1  # EXIF's and TIFF's tag, and its value where nothing is turned
+MIN_SIDE = 2  # pixels of a slice; one has no neighbour to measure it by
 POINTER_BYTES = 64  # enough to know a note of Git LFS or git-annex
 
 
@@ -114,6 +115,10 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
             raise MedFLError(
                 f"{path} is {width}×{height} pixels, and a slice has at most {MAX_SIDE} a side; shrink it "
                 f"first"
+            )
+        if min(width, height) < MIN_SIDE:
+            raise MedFLError(
+                f"{path} is {width}×{height} pixels, too small for a slice; take it away, or choose another file"
             )
         frames = getattr(picture, "n_frames", 1)
         if frames != 1:

@@ -10,6 +10,7 @@ import torch
 
 from common import MedFLError
 
+LFS_POINTER = b"version https://git-lfs"
 VIEWS = 4  # times that a file's values may be shared; weights are, by a run's state and the model
 PICKLE = "data.pkl"  # in the archive: what the file holds, without the values of tensors
 MODULES = (
@@ -24,6 +25,15 @@ DAMAGED = (
     zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError, TypeError, AttributeError,
     IndexError, OverflowError, MemoryError, NotImplementedError,
 )  # fmt: skip
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises MedFLError for Git LFS's note in the place of weights, and OSError for what can't be read."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise MedFLError(
+                f"{path} is a Git LFS pointer, not the weights; run `git lfs install` and `git lfs pull`"
+            )
 
 
 def read_torch_file(path: Path) -> Any:

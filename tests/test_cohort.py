@@ -3,8 +3,9 @@
 import os
 import shutil
 import sys
+import time
 import unicodedata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -577,3 +578,36 @@ def test_what_medfl_wrote_among_the_scans_is_not_read_and_told(tmp_path):
     (tmp_path / "anna" / "predictions.csv").write_text("file")
     names, notes = load(tmp_path)
     assert names == ["anna"] and notes == ["2 folders with what MedFL wrote (a run, predictions): not read"]
+
+
+def test_a_second_patients_masks_do_not_mix_with_the_firsts(tmp_path):
+    """Slices of two patients have one name; the same patient again takes the place of its own masks."""
+    model = TransUNet("mini", 32)
+    save_checkpoint(tmp_path / "m.pth", model.state_dict(), describe(model))
+    for number, name in enumerate(("anna", "bert")):
+        patient(tmp_path / name, number, name="slice_{}")
+    codes = []
+    for name in ("anna", "anna", "bert"):
+        done = run_here(
+            "predict.py", tmp_path / name, "--checkpoint", tmp_path / "m.pth", "--out", tmp_path / "o"
+        )
+        codes.append(done.returncode)
+    assert codes == [0, 0, 2] and "holds a mask of another slice called slice_" in done.stderr
+
+
+def test_trees_in_each_patients_folder_are_paired_in_time():
+    files = [
+        PurePosixPath(f"/d/p{patient}/{tree}/{number}.png")
+        for patient in range(2_000)
+        for tree in ("images", "masks")
+        for number in range(5)
+    ]
+    began = time.process_time()
+    assert len(pair(files).masks) == 10_000
+    assert time.process_time() - began < 10
+
+
+def test_a_picture_of_one_column_is_refused(tmp_path):
+    Image.new("RGB", (1, 64)).save(tmp_path / "p_1.png")
+    with pytest.raises(MedFLError, match="1×64 pixels, too small"):
+        read_slice(tmp_path / "p_1.png")

@@ -194,3 +194,24 @@ def test_what_windows_writes_as_text_is_read(tmp_path, encoding):
     windows.write_bytes(b"\xfc")
     with pytest.raises(UnicodeDecodeError):
         text_of(windows)
+
+
+def test_the_home_folder_is_meant_where_the_shell_left_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    words = ["--out=~/models", "~/scans", "~", "--name", "~bert", "a~/b", "--mask-suffix=~"]
+    assert [common._with_home(word) for word in words] == [
+        "--out=/home/anna/models", "/home/anna/scans", "/home/anna", "--name", "~bert", "a~/b",
+        "--mask-suffix=/home/anna",
+    ]  # fmt: skip
+
+
+def test_a_repository_around_an_unpacked_copy_is_not_its_commit(tmp_path, monkeypatch):
+    git = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    (tmp_path / "medfl").mkdir()
+    monkeypatch.setattr(common, "ROOT", tmp_path / "medfl")
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "medfl" / "common.py"))
+    assert common.git_commit() is None
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert len(common.git_commit()) == 40

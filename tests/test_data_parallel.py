@@ -61,3 +61,14 @@ def test_without_torchrun_there_is_one():
     layer = torch.nn.BatchNorm2d(2)
     processes.whole_batches(layer)
     assert type(layer) is torch.nn.BatchNorm2d and processes.network(layer) is layer
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [({"WORLD_SIZE": "4"}, "RANK is not set"), ({"WORLD_SIZE": "four"}, "WORLD_SIZE is four")],
+)
+def test_half_of_what_torchrun_sets_is_told(monkeypatch, variables, sentence):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MedFLError, match=sentence):
+        Processes()

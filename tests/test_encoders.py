@@ -17,10 +17,10 @@ import torchvision_operators  # noqa: F401  must come before timm
 
 # isort: split
 import timm
+from pretraining.encoders import weights
 
 from checkpoint import Checkpoint, load_checkpoint
 from common import MedFLError
-from encoders import weights
 from encoders.weights import RANDOM, go_on_from, start_model
 from training import Learner, TrainingSettings
 from transunet import TransUNet
@@ -180,3 +180,17 @@ def test_random_weights_are_said_in_one_line(phantoms, home, tmp_path):
     )
     assert silent.returncode == 0 and "random weights" not in silent.stdout
     assert isinstance(load_checkpoint(tmp_path / "transunet_centralized_best.pth").model, TransUNet)
+
+
+def test_an_encoder_beside_a_checkpoint_is_refused(tmp_path):
+    start = Checkpoint(tmp_path, TransUNet("mini", 32), {}, None)
+    with pytest.raises(MedFLError, match="--init brings an encoder"):
+        go_on_from(start, replace(SMALL, encoder="vit.safetensors"))
+
+
+def test_a_note_of_git_lfs_in_the_place_of_an_encoder_is_told(tmp_path):
+    (tmp_path / "vit.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    with pytest.raises(MedFLError, match="git lfs pull"):
+        start_model(replace(SMALL, encoder=str(tmp_path / "vit.safetensors")))

@@ -39,6 +39,19 @@ def test_the_table_leads_back_and_keeps_former_runs(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_a_table_that_a_spreadsheet_changed_does_not_cost_the_key(tmp_path):
+    """It takes leading zeros away; without its key every patient would get another name."""
+    pseudonyms = Pseudonyms(tmp_path)
+    name = pseudonyms.name("0012", "1.2.3")
+    pseudonyms.save()
+    table = tmp_path / TABLE
+    table.write_text(table.read_text().replace("0012", "12"))
+    with pytest.raises(MedFLError, match="the key stays"):
+        Pseudonyms(tmp_path).name("0012", "1.2.3")
+    table.unlink()
+    assert Pseudonyms(tmp_path).name("0012", "1.2.3") == name
+
+
 def test_key_and_table_are_for_their_owner_alone(tmp_path):
     pseudonyms = Pseudonyms(tmp_path / "private")
     pseudonyms.name("4711", "1.2.3")

@@ -13,7 +13,7 @@ from scripted import facts as said
 
 from checkpoint import load_checkpoint
 from common import MedFLError
-from data.prepare_task import read_nifti, to_8_bits
+from data.prepare_task import pairs, read_nifti, to_8_bits
 from dataset import load_dataset
 from deployment.app.card import card_rows
 from federation.protocol.answers import Facts, parse
@@ -108,18 +108,29 @@ def test_slices_lie_as_a_radiologist_sees_them(tmp_path):
     values = np.zeros((4, 5, 3), np.float32)
     values[0, 0, 0], values[3, 4, 2] = 1, 2
     nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 1.0, 3.0, 1.0])), tmp_path / "a.nii")
-    _, volume, spacing = read_nifti(tmp_path / "a.nii")
+    volume, spacing, _ = read_nifti(tmp_path / "a.nii")
     assert volume.shape == (3, 5, 4) and spacing == (3.0, 1.0, 2.0)
     assert volume[0, 4, 3] == 1 and volume[2, 0, 0] == 2
     turned = nibabel.Nifti1Image(values[::-1], np.diag([-2.0, 1.0, 3.0, 1.0]))  # stored the other way round
     nibabel.save(turned, tmp_path / "b.nii")
-    assert (read_nifti(tmp_path / "b.nii")[1] == volume).all()
+    assert (read_nifti(tmp_path / "b.nii")[0] == volume).all()
 
 
 def test_any_intensities_become_8_bits():
     assert to_8_bits(np.zeros((2, 3))).max() == 0
     wide = to_8_bits(np.linspace(0, 3_000, 1_000).reshape(10, 100))
     assert wide.min() == 0 and wide.max() == 255 and wide.dtype == np.uint8
+    ringing = to_8_bits(np.concatenate([np.full(50, -20.0), np.linspace(1, 3_000, 50)]))
+    assert (ringing[:50] == 0).all()
+
+
+def test_what_lies_below_0_is_not_black_where_it_matters():
+    """Standardised MRI around a background of 0, and CT in Hounsfield units."""
+    head = np.random.default_rng(0).normal(size=5_000)
+    standardised = to_8_bits(np.concatenate([np.zeros(3_000), head]))
+    assert (standardised[:3_000] == 0).all() and (standardised[3_000:] == 0).mean() < 0.02
+    air, fat, liver, bone = to_8_bits(np.repeat([-1000.0, -100.0, 60.0, 900.0], 100))[::100].astype(int)
+    assert air == 0 < fat < liver < bone == 255
 
 
 @pytest.mark.parametrize(
@@ -178,31 +189,6 @@ def test_what_does_not_fit_is_told(tmp_path):
     assert none.returncode == 2 and "there is no folder" in none.stderr
 
 
-def test_a_label_of_another_place_is_refused(tmp_path):
-    volumes(tmp_path / "source", 1)
-    path = tmp_path / "source" / "labels" / "h_00.nii.gz"
-    values = np.asarray(nibabel.load(path).dataobj)
-    beside = np.diag([2.0, 1.0, 3.0, 1.0])
-    beside[0, 3] = 4  # two voxels to the right
-    nibabel.save(nibabel.Nifti1Image(values, beside), path)
-    command = (
-        "data/prepare_task.py",
-        "--task",
-        "hippocampus",
-        "--source",
-        tmp_path / "source",
-        "--out",
-        tmp_path / "out",
-    )
-    done = run_here(*command)
-    assert done.returncode == 2 and "lie at different places" in done.stderr
-    turned = nibabel.Nifti1Image(
-        values[::-1], np.array([[-2.0, 0, 0, 38], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])
-    )
-    nibabel.save(turned, path)  # the same place, stored the other way round
-    assert run_here(*command).returncode == 0
-
-
 def test_a_federations_model_tells_its_task():
     """As a hospital says it at joining, in JSON."""
     task = named_task("hippocampus")
@@ -213,3 +199,22 @@ def test_a_federations_model_tells_its_task():
     assert about["task"] == task.model_dump(mode="json")
     lacks = Progress(hospitals={"mercy": parse(Facts, said("mercy"))})
     assert describe_run(TransUNet("mini", 32), training, settings, lacks, None, {}, 1)["task"] is None
+
+
+def test_a_label_that_lies_elsewhere_is_refused(tmp_path):
+    """As saved with no place in the patient: turned by its own header, it would be mirrored."""
+    volumes(tmp_path / "source", 2)
+    label = tmp_path / "source" / "labels" / "h_00.nii.gz"
+    values = np.asarray(nibabel.load(label).dataobj)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([-2.0, -1.0, 3.0, 1.0])), label)
+    command = ("data/prepare_task.py", "--task", "hippocampus", "--source", tmp_path / "source")
+    done = run_here(*command, "--out", tmp_path / "data")
+    assert done.returncode == 2 and "place a voxel 44 mm apart" in done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("other", ["south_1.jpg", "south_1_0000.png"])
+def test_two_pictures_of_one_name_are_refused(tmp_path, other):
+    photographs(tmp_path, 2)
+    Image.new("RGB", (64, 48)).save(tmp_path / "images" / other)
+    with pytest.raises(MedFLError, match="are both south_1"):
+        pairs(tmp_path)

@@ -13,7 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartParser
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from streamlit import runtime
+from streamlit import get_option, runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.websocket_session_manager import WebsocketSessionManager
 
@@ -102,11 +102,12 @@ class Guard:
         ):
             refusal = PlainTextResponse("more is uploaded than this page holds at once", 413)
             return await refusal(scope, receive, self._with_policy(scope, send))
-        if scope["type"] == "http" and scope["path"] == KEEP:
+        below = _below()
+        if scope["type"] == "http" and scope["path"] == below + KEEP:
             script = Response(ASKS_FIRST, media_type="text/javascript")
             return await script(scope, receive, self._with_policy(scope, send))
         if (
-            scope["type"] == "http" and scope["path"] == "/"
+            scope["type"] == "http" and scope["path"] == f"{below}/"
         ):  # unpacked, so that the script can be named in it
             rest = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
             scope, send = {**scope, "headers": rest}, _with_script(send)
@@ -132,6 +133,12 @@ class Guard:
             await send(message)
 
         return answer
+
+
+def _below() -> str:
+    """The path that the page lies below, behind somebody's proxy: `--server.baseUrlPath`, or nothing."""
+    below = str(get_option("server.baseUrlPath") or "").strip("/")
+    return f"/{below}" if below else ""
 
 
 def _with_script(send: Send) -> Send:

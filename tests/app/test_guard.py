@@ -17,6 +17,7 @@ from pages import shown
 from PIL import Image
 from running import ROOT
 from starlette.requests import Request
+from starlette.responses import Response
 
 from benchmarks.serving import served
 from checkpoint import describe, save_checkpoint
@@ -195,3 +196,25 @@ def test_an_open_case_is_not_left_without_a_question(page):
     page.reload()
     page.get_by_text("Try a sample").wait_for()
     assert asked == ["beforeunload"] and page.refused == []
+
+
+@pytest.mark.parametrize("below", ["", "tools/medfl"])
+def test_the_pages_own_script_is_there_below_somebodys_path(monkeypatch, below):
+    monkeypatch.setattr(guard, "get_option", lambda name: below)
+    place = f"/{below}" if below else ""
+
+    async def streamlit_page(scope, receive, send):
+        await Response(b"<head></head>", media_type="text/html")(scope, receive, send)
+
+    def answer(path: str) -> bytes:
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+        asyncio.run(guard.Guard(streamlit_page)(scope, None, send))
+        return b"".join(message.get("body", b"") for message in sent)
+
+    assert f'src=".{guard.KEEP}"'.encode() in answer(f"{place}/")
+    assert b"beforeunload" in answer(place + guard.KEEP)
