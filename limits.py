@@ -28,6 +28,9 @@ MAX_HEADER = 8 * 2**20  # bytes of a DICOM file without its pixels
 MAX_SCANS = 100  # passes in which a JPEG is refined; each decodes the whole picture again, and ten are usual
 MAX_LARGE = 1e15  # of a voxel's value; squares of larger ones are no numbers in single precision
 MAX_ITEMS = 100_000  # of all sequences in such a header; each becomes an object of a kilobyte
+MAX_SEGMENTS = (
+    1_000  # of a DICOM SEG, whose reader takes 3 ms for each; an atlas of the brain has two hundred
+)
 SIZES_MM = (0.01, 100.0)  # of a pixel, or between slices
 
 _PIECE = 2**20  # bytes that are looked through at a time
