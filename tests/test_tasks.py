@@ -12,7 +12,7 @@ from running import run_here
 
 from checkpoint import load_checkpoint
 from common import MedFLError
-from data.prepare_task import read_nifti, to_8_bits
+from data.prepare_task import read_nifti, to_8_bits, write_patient
 from dataset import load_dataset
 from deployment.app.card import card_rows
 from tasks import FOLDER, named_task, read_task
@@ -100,12 +100,37 @@ def test_slices_lie_as_a_radiologist_sees_them(tmp_path):
     values = np.zeros((4, 5, 3), np.float32)
     values[0, 0, 0], values[3, 4, 2] = 1, 2
     nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 1.0, 3.0, 1.0])), tmp_path / "a.nii")
-    volume, spacing = read_nifti(tmp_path / "a.nii")
+    volume, spacing, _ = read_nifti(tmp_path / "a.nii")
     assert volume.shape == (3, 5, 4) and spacing == (3.0, 1.0, 2.0)
     assert volume[0, 4, 3] == 1 and volume[2, 0, 0] == 2
     turned = nibabel.Nifti1Image(values[::-1], np.diag([-2.0, 1.0, 3.0, 1.0]))  # stored the other way round
     nibabel.save(turned, tmp_path / "b.nii")
-    assert (read_nifti(tmp_path / "b.nii")[0] == volume).all()
+    assert (read_nifti(tmp_path / "b.nii").slices == volume).all()
+
+
+@pytest.mark.parametrize("stored", ["turned", "as the scan", "beside it", "nowhere"])
+def test_a_label_lies_on_its_scan_or_is_refused(tmp_path, stored):
+    """Labels that are saved with a plain affine, as many scripts do, would be mirrored."""
+    values = np.zeros((16, 20, 3), np.float32)
+    values[2:5, 4:9, 1] = 100
+    scan = np.diag([-1.0, 1.0, 3.0, 1.0])
+    label = nibabel.Nifti1Image((values > 0).astype(np.uint8), scan)
+    if stored == "turned":  # the same places, in another order
+        label = nibabel.as_closest_canonical(label)
+    elif stored == "beside it":
+        label = nibabel.Nifti1Image(label.dataobj, np.diag([1.0, 1.0, 3.0, 1.0]))
+    elif stored == "nowhere":
+        label.set_sform(None, 0)
+    for name, image in (("scan", nibabel.Nifti1Image(values, scan)), ("label", label)):
+        nibabel.save(image, tmp_path / f"{name}.nii")
+    files = ("a", tmp_path / "scan.nii", tmp_path / "label.nii", named_task("hippocampus"), tmp_path)
+    if stored in ("beside it", "nowhere"):
+        with pytest.raises(MedFLError, match="another place|does not say how the patient lies"):
+            write_patient(*files)
+        return
+    write_patient(*files)
+    picture, mask = (np.asarray(Image.open(tmp_path / "a" / f"a_2{kind}.png")) for kind in ("", "_mask"))
+    assert mask.any() and np.array_equal(picture > 0, mask > 0)
 
 
 def test_any_intensities_become_8_bits():
