@@ -20,6 +20,7 @@ from common import MedFLError
 from limits import BUDGET, MAX_LARGE, MAX_UNPACKED, fits
 from scans.orientation import APART, distance_apart, is_sheared
 
+WHOLE = 1e-4  # by which a label may lie beside a whole number: 255 × 0.00392157 is 1.00000035
 UNLIKE = 0.01  # of a voxel's size, by which its two records may differ
 SUFFIXES = (".nii", ".nii.gz", ".nrrd")
 GZIP, NRRD = b"\x1f\x8b", b"NRRD"
