@@ -66,6 +66,16 @@ def gzipped(head: bytes, mib: int) -> bytes:
     return gzip.compress(b"")[:10] + start + zeros_deflated(mib) + bytes(8)
 
 
+def gzipped_lines(mib: int) -> bytes:
+    """A gzip file of a NRRD header that goes on for so many MiB of comments."""
+    head = b"NRRD0004\ntype: short\ndimension: 3\nsizes: 64 64 20\nencoding: raw\n"
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    piece = packer.compress(b"#\n" * (MIB // 2)) + packer.flush(zlib.Z_FULL_FLUSH)
+    text = b"#\n" * (MIB // 2 * mib)
+    end = struct.pack("<II", zlib.crc32(text), len(text))
+    return gzip.compress(head) + gzip.compress(b"")[:10] + piece * mib + b"\x03\x00" + end
+
+
 def zipped(files: Files) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
@@ -293,6 +303,7 @@ def bombs(folder: Path) -> dict[str, Callable[[], object]]:
         "a NIfTI of negative sides": page(("a.nii", nifti((-64, -64, 64)))),
         "a NIfTI within the bounds, cut off": page(("a.nii", nifti((256, 256, 190), 64, 64))),
         "a NIfTI of 1024×1024×250 bytes": page(("a.nii.gz", gzipped(nifti((1024, 1024, 250), 2, 8, 0), 251))),
+        "a NRRD of 60 million lines": page(("a.nii.gz", gzipped_lines(120))),
         "a mask of 6.8 GB": lambda: add_truth(small_case(), [("m.nii", nifti((1500, 1500, 1500)))]),
         "a volume.json of brackets": page(*slices, ("volume.json", nested)),
         "a volume.json of one number": page(*slices, ("volume.json", long_number)),
