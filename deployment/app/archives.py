@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import lzma
 import zipfile
 import zlib
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import PurePosixPath
 
 from common import MedFLError
 from deployment.app.case import short
-from limits import MAX_FILES, MAX_NAME, MAX_UNPACKED
+from limits import MAX_FILES, MAX_NAME, MAX_UNPACKED, ZIP_KINDS
 
 # what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another
 # kind
@@ -24,7 +23,6 @@ DAMAGED = (
     ValueError,
     IndexError,
     zlib.error,
-    lzma.LZMAError,
     MemoryError,
 )
 
@@ -66,6 +64,8 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
                     raise MedFLError(
                         f"{short(name)} holds a name that points out of the archive; pack the slices again"
                     )
+            if any(entry.compress_type not in ZIP_KINDS for entry in entries):
+                raise MedFLError(f"{short(name)} is packed by bzip2 or LZMA; pack it again as a usual ZIP")
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
                 raise MedFLError(
                     f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time"
