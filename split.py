@@ -124,7 +124,7 @@ def load_split(path: Path, patients: set[str]) -> Split:
         raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
     except json.JSONDecodeError as error:
         raise MedFLError(f"{path} is no JSON ({error}); correct it there, or delete the file") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:  # the last of an infinite seed
         raise MedFLError(
             f"{path} is no split file of MedFL; name the split.json that the training wrote"
         ) from error

@@ -8,6 +8,7 @@ much a file of a few bytes claims to hold. Sizes that are told twice are told he
 import json
 import math
 import struct
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -18,6 +19,10 @@ MAX_NAME = (
     255  # characters of a file's name, as file systems have it; patterns look through a longer one for ever
 )
 MAX_UNPACKED = BUDGET // 4  # bytes that an archive may unpack to
+ZIP_KINDS = (
+    zipfile.ZIP_STORED,
+    zipfile.ZIP_DEFLATED,
+)  # Python unpacks others without bounds: 1 kB to gigabytes
 MAX_VOXELS = BUDGET // 16  # of a series: float32, and turning, resampling and comparing hold four at once
 MAX_PIXELS = 12 * 2**20  # of a case on a page: 192 slices of 256×256; normalising more needs over 1.5 GiB
 MAX_SIDE = 4096  # pixels of a slice; larger than any of a brain
@@ -28,6 +33,9 @@ MAX_HEADER = 8 * 2**20  # bytes of a DICOM file without its pixels
 MAX_SCANS = 100  # passes in which a JPEG is refined; each decodes the whole picture again, and ten are usual
 MAX_LARGE = 1e15  # of a voxel's value; squares of larger ones are no numbers in single precision
 MAX_ITEMS = 100_000  # of all sequences in such a header; each becomes an object of a kilobyte
+MAX_SEGMENTS = (
+    1_000  # of a DICOM SEG, whose reader takes 3 ms for each; an atlas of the brain has two hundred
+)
 SIZES_MM = (0.01, 100.0)  # of a pixel, or between slices
 
 _PIECE = 2**20  # bytes that are looked through at a time

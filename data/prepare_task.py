@@ -11,6 +11,7 @@ script knows what they are. NIfTI needs nibabel (pip install nibabel).
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,8 +21,8 @@ from borders.limits import fits
 from common import MedFLError, counted, run_script, typed
 from scans.folders import TREES_OF_IMAGES, TREES_OF_MASKS, contents
 from scans.naming import IMAGE_SUFFIXES
-from scans.nifti_file import read_content, read_image
-from scans.orientation import APART, distance_apart
+from scans.nifti_file import doubt, read_content, read_image, unlike_sizes
+from scans.orientation import OFF_GRID, distance_apart
 from scans.pictures import read_slice
 from scans.spacing import NAME as SPACING
 from storage.files import atomic_write, text_of, write_json
@@ -71,16 +72,28 @@ def pairs(source: Path) -> list[tuple[str, Path, Path]]:
     return [(name, image, found["labels"][name]) for name, image in found["images"].items()]
 
 
-def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, float, float], np.ndarray]:
-    """A NIfTI volume as axial slices (S, H, W) as a radiologist sees them (the patient's right at the left, front
-    up), the mm between slices, rows and columns, and the affine (4, 4) of the voxels. Raises MedFLError for a file that
-    is no volume."""
+class Volume(NamedTuple):
+    """Axial slices (S, H, W) as a radiologist sees them (the patient's right at the left, front up), the mm between
+    slices, rows and columns, and where the voxels lie, (4, 4)."""
+
+    slices: np.ndarray
+    spacing: tuple[float, float, float]
+    affine: np.ndarray
+
+
+def read_nifti(path: Path) -> Volume:
+    """A NIfTI volume. Raises MedFLError for a file that is no volume, or does not say how the patient lies in it."""
     try:
         import nibabel
     except ImportError as error:
         raise MedFLError("NIfTI files need nibabel; install it with `pip install nibabel`") from error
     try:
-        image = nibabel.as_closest_canonical(read_image(read_content(path)))
+        stored = read_image(read_content(path))
+        if why := doubt(stored.header):
+            raise MedFLError(f"{why}: left and right can't be told; convert the scan again")
+        if why := unlike_sizes(stored.header):
+            raise MedFLError(f"{why}; convert the scan again")
+        image = nibabel.as_closest_canonical(stored)
         if not fits(image.shape[::-1]):
             raise MedFLError("has more voxels than are read at once; make it smaller")
         values = np.asarray(image.get_fdata(dtype=np.float32))
@@ -93,7 +106,15 @@ def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, float, float], np.n
     if values.ndim != 3 or not np.isfinite(values).all():
         raise MedFLError(f"{path} is no volume of finite values with three sides; export it again")
     column, row, between = map(float, image.header.get_zooms()[:3])
-    return np.flip(values.transpose(2, 1, 0), axis=(1, 2)), (between, row, column), image.affine
+    slices = np.flip(values.transpose(2, 1, 0), axis=(1, 2))
+    return Volume(slices, (between, row, column), image.affine)
+
+
+def lie_together(one: Volume, other: Volume) -> bool:
+    """Whether the voxels of two volumes of one size lie at the same places: a label that was saved without its scan's
+    orientation would be mirrored."""
+    apart = distance_apart(one.affine, other.affine, one.slices.shape[::-1])
+    return apart <= OFF_GRID * min(one.spacing)
 
 
 def to_8_bits(volume: np.ndarray) -> np.ndarray:
@@ -124,10 +145,14 @@ def region(labels: np.ndarray, task: Task, path: Path) -> np.ndarray:
 
 def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) -> None:
     """Write one patient's folder. Raises MedFLError where image and label don't fit."""
-    spacing, apart = None, 0.0
+    spacing = None
     if image.name.lower().endswith(NIFTI):
-        (values, spacing, place), (labels, _, of_label) = read_nifti(image), read_nifti(label)
-        pixels, apart = to_8_bits(values), distance_apart(place, of_label, labels.shape[::-1])
+        scan, outlined = read_nifti(image), read_nifti(label)
+        if scan.slices.shape == outlined.slices.shape and not lie_together(scan, outlined):
+            raise MedFLError(
+                f"{label} lies at another place than {image}, by its affine; export the label on the image's own grid"
+            )
+        pixels, labels, spacing = to_8_bits(scan.slices), outlined.slices, scan.spacing
     else:
         pixels = read_slice(image)[None]
         labels = read_slice(label)
@@ -138,10 +163,6 @@ def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) ->
         labels = labels[None, ..., 0]
     if pixels.shape[:3] != labels.shape:
         raise MedFLError(f"{image} and {label} differ in size; export the label on the image's own grid")
-    if apart > APART:  # each was turned by its own header, and they would not lie on each other
-        raise MedFLError(
-            f"{image} and {label} place a voxel {apart:.0f} mm apart; export the label on the image's own grid"
-        )
     masks = region(labels, task, label)
     for number, (picture, mask) in enumerate(zip(pixels, masks), start=1):
         for content, kind in ((picture, ""), (mask, "_mask")):

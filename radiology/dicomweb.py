@@ -51,6 +51,15 @@ class _WildcardsAsTheyAre(HTTPAdapter):
         return super().send(request, *more, **how)
 
 
+class _Encrypted(HTTPAdapter):
+    """Sends nothing unencrypted to another machine, wherever an archive refers to."""
+
+    def send(self, request: requests.PreparedRequest, *more: Any, **how: Any) -> requests.Response:
+        if (refusal := _clear_text(request.url or "")) is not None:
+            raise Denied(f"the archive refers to {refusal}; correct its settings, or the address")
+        return super().send(request, *more, **how)
+
+
 class DICOMweb:
     """An archive at an address such as https://pacs.example/dicom-web. waits: seconds before each further try.
 
@@ -62,6 +71,7 @@ class DICOMweb:
         self.waits = waits
         _check_address(url)
         session = login.session()
+        session.mount("http://", _Encrypted())
         session.mount(url, _WildcardsAsTheyAre())
         self._client = DICOMwebClient(url.rstrip("/"), session=session, timeout=TIMEOUT)
         self._client.set_http_retry_params(retry=False)  # its own retries don't know of broken connections
@@ -190,10 +200,16 @@ def _check_address(url: str) -> None:
         raise MedFLError(
             "the archive's address carries a login, which others can see there; put it into a --login file"
         )
-    if parts.scheme == "http" and parts.hostname not in HERE:
-        raise MedFLError(
-            f"http://{parts.hostname} is not encrypted, and names would cross the network; use https://"
-        )
+    if (refusal := _clear_text(url)) is not None:
+        raise MedFLError(f"{refusal}; use https://")
+
+
+def _clear_text(url: str) -> str | None:
+    """Why nothing is sent to an address, or None where it is encrypted or of this machine."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname in HERE:
+        return None
+    return f"http://{parts.hostname}, which is not encrypted, and names would cross the network"
 
 
 def _judge(error: requests.HTTPError) -> str:

@@ -24,7 +24,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from borders.limits import MAX_HEADER, MAX_ITEMS, MAX_SIDE, MAX_UNPACKED, fits
+from borders.limits import MAX_HEADER, MAX_ITEMS, MAX_SEGMENTS, MAX_SIDE, MAX_UNPACKED, fits
 from common import MedFLError
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
@@ -203,9 +203,11 @@ def check_bounds(path: File) -> None:
         warnings.simplefilter("ignore")
         try:
             beginning, length = _beginning(path, file)
-            tags = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"]
+            tags = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "SegmentSequence"]
             header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=tags)
             _check_size(header, length, length - beginning.tell())
+            if (segments := len(header.get("SegmentSequence") or ())) > MAX_SEGMENTS:
+                raise MedFLError(f"holds {segments:,} segments; export the tumour's by itself")
         except MedFLError as error:
             refusal = MedFLError(f"{path} {error}")
     if refusal:

@@ -26,13 +26,12 @@ from radiology.geometry import on_grid
 from radiology.series import Refused, Series
 from scans import nifti_file
 from scans.folders import as_text
-from scans.nifti_file import NRRD, SUFFIXES
+from scans.nifti_file import NRRD, SUFFIXES, WHOLE
 from scans.orientation import mirrored
 
 DERIVATIVES = "derivatives"
 MASK = "seg"  # a name that the rules take for a mask
 KINDS_OF_SCAN = ("anat",)  # BIDS's folders of a session that say what was scanned, not whose it is
-WHOLE = 1e-4  # by which a label may lie beside a whole number: 255 × 0.00392157 is 1.00000035
 
 
 def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:

@@ -28,6 +28,7 @@ from radiology.studies import Line, Study, plan_studies
 INCOMING = "incoming"  # in the private folder
 SCANS = ("MR",)
 SUFFIX = ".dcm"
+UNREADABLE = (AttributeError, TypeError, ValueError, LookupError)  # of pydicom, for tags that can't be
 
 
 class Missing(MedFLError):
@@ -198,15 +199,10 @@ class Retrieval:
             return _bare(listed, f"{OTHER_MODALITY} {listed.modality or 'unknown'}, not MR")
         try:
             header = self.archive.header(study.uid, listed.uid, _series_folder(folder, listed.uid))
+            return _from_header(header, listed)
         except Missing:
             return _bare(listed, "the archive lists it and has no file of it")
-        try:
-            return _from_header(header, listed)
-        except (
-            AttributeError,
-            TypeError,
-            ValueError,
-        ):  # a header that pydicom can't write: the files will tell
+        except UNREADABLE:  # a header that pydicom can't take over: the files will tell
             return _bare(listed)
 
 

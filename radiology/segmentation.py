@@ -18,6 +18,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import MRImageStorage, generate_uid
 
 from common import MedFLError, __version__
+from radiology.codestreams import check_frame
 from radiology.headers import File, check_bounds
 from radiology.series import Series
 from scans.orientation import OFF_GRID
@@ -225,14 +226,16 @@ def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...]
             stored = segread(path)
             kind = stored.segmentation_type
             names = {
-                int(n): str(stored.get_segment_description(n).segment_label)
-                for n in stored.segment_numbers
-                if n
+                int(s.SegmentNumber): str(s.SegmentLabel) for s in stored.SegmentSequence if s.SegmentNumber
             }
             frames = None
             if kind != SegmentationTypeValues.FRACTIONAL:
+                for number in range(int(stored.NumberOfFrames)):
+                    check_frame(stored, number)
                 frames = pixel_array(stored).reshape(-1, stored.Rows, stored.Columns)
                 corners = [_corners(stored, number) for number in range(len(frames))]
+    except MedFLError as error:
+        raise MedFLError(f"{path}: {error}") from error
     except Exception as error:  # highdicom and pydicom raise many kinds for a damaged or unusual file
         raise MedFLError(
             f"{path} can't be read as a DICOM SEG whose frames lie in parallel; export it again"

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from borders.limits import BUDGET
+from borders.limits import BUDGET, ZIP_KINDS
 from common import MedFLError
 from scans.folders import OF_THE_SYSTEM
 
@@ -87,6 +87,8 @@ def _check(path: Path, entries: list[zipfile.ZipInfo], into: Path) -> None:
         raise MedFLError(f"{path} holds a name that points out of the archive; pack it again")
     if len({str(name).lower() for name in names}) < len(names):
         raise MedFLError(f"{path} holds two files of one name, of which one would be lost; pack it again")
+    if any(entry.compress_type not in ZIP_KINDS for entry in entries):
+        raise MedFLError(f"{path} is packed by bzip2 or LZMA; pack it again as a usual ZIP")
     asked, free = sum(entry.file_size for entry in entries), shutil.disk_usage(into).free
     if len(entries) > MOST_FILES or asked > MOST_BYTES:
         raise MedFLError(

@@ -20,12 +20,14 @@ from borders.limits import BUDGET, MAX_LARGE, MAX_UNPACKED, fits
 from common import MedFLError
 from scans.orientation import APART, distance_apart, is_sheared
 
+WHOLE = 1e-4  # by which a label may lie beside a whole number: 255 × 0.00392157 is 1.00000035
 UNLIKE = 0.01  # of a voxel's size, by which its two records may differ
 SUFFIXES = (".nii", ".nii.gz", ".nrrd")
 GZIP, NRRD = b"\x1f\x8b", b"NRRD"
 HEADERS = {348: "Nifti1Header", 540: "Nifti2Header"}  # of nibabel, by their length in bytes
 HEAD = 544  # bytes with which every header is whole
 MAX_BYTES = BUDGET // 3  # of a file without its packing: they are held twice, beside the volume
+NRRD_HEADER = 2**18  # bytes; one of Slicer's with a hundred segments has half of them
 BEHIND = 2**20  # bytes that may lie behind a NIfTI file's voxels
 OTHERS = {  # what lies beside NIfTI in a scientist's folders
     (".mgz", ".mgh"): "is FreeSurfer's format; convert it with `mri_convert IN OUT.nii.gz`",
@@ -208,9 +210,12 @@ def unlike_sizes(header: Any) -> str | None:
 
 
 def nrrd_sizes(content: bytes) -> tuple[int, ...]:
-    """The sides that the header of a NRRD file tells. Raises MedFLError for a damaged one."""
+    """The sides that the header of a NRRD file tells. Raises MedFLError for a damaged one, and one that goes on and
+    on: its reader takes 10 s for a million lines, which pack to a few kilobytes."""
     import nrrd
 
+    if not re.search(rb"\n\r?\n", content[:NRRD_HEADER]):
+        raise MedFLError("can't be read as NRRD, its header has no end; copy it again")
     try:
         return tuple(int(side) for side in nrrd.read_header(io.BytesIO(content))["sizes"])
     except Exception as error:  # pynrrd raises many kinds
@@ -277,7 +282,16 @@ def _placed_nrrd(values: np.ndarray, header: dict) -> Any:
             :, None
         ]  # NIfTI counts to the right and front
         return nibabel.Nifti1Image(values, affine, dtype=values.dtype)
-    image = nibabel.Nifti1Image(values, np.diag([*np.asarray(header.get("spacings", [1, 1, 1]), float), 1]))
+    sizes = (
+        header.get("spacings")
+        if directions is None
+        else np.linalg.norm(np.asarray(directions, float), axis=1)
+    )
+    image = nibabel.Nifti1Image(
+        values, np.diag([*([1, 1, 1] if sizes is None else np.asarray(sizes, float)), 1])
+    )
     image.set_sform(None, 0)
     image.set_qform(None, 0)
+    if sizes is None:  # nothing tells them, and 1 mm would be made up
+        image.header.set_zooms((0, 0, 0))
     return image

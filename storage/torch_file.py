@@ -1,7 +1,9 @@
 """A file of torch, read without running anything of it and without taking more memory than it has bytes."""
 
+import os
 import pickle
 import pickletools
+import struct
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +14,11 @@ from common import MedFLError
 
 LFS_POINTER = b"version https://git-lfs"
 VIEWS = 4  # times that a file's values may be shared; weights are, by a run's state and the model
-PICKLE = "data.pkl"  # in the archive: what the file holds, without the values of tensors
+PICKLE = (
+    "data.pkl"  # in the archive, in letters of any size: what the file holds, without the values of tensors
+)
+END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"  # the ends of a ZIP, the last two of a large one
+END_BYTES, LOCATOR_BYTES, END_64_BYTES = 22, 20, 56
 MODULES = (
     "torch ",
     "torch.storage ",
@@ -55,19 +61,47 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Raises MedFLError for packed entries, for more bytes than the file has (torch packs nothing), and what
-    `_check_names` raises."""
+    """Raises MedFLError for packed entries, for more bytes than the file has (torch packs nothing), for entries that
+    torch would not see as we do, and what `_check_names` raises."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        if (
+            packed
+            or sum(entry.file_size for entry in entries) > path.stat().st_size
+            or not _has_one_list(path)
+        ):
             raise MedFLError(
                 f"{path} is packed, or claims more than it holds; take the file as it was written"
             )
         for entry in entries:
-            if entry.filename.endswith(PICKLE):
+            if entry.orig_filename.lower().endswith(PICKLE):
                 with archive.open(entry) as content:
                     _check_names(content)
+
+
+def _has_one_list(path: Path) -> bool:
+    """Whether a ZIP has one list of its entries for every reader: Python takes the one that lies before the end, and
+    torch the one whose place the end tells."""
+    with open(path, "rb") as file:
+        place = file.seek(0, os.SEEK_END) - END_BYTES
+        end = _read_at(file, place, END_BYTES)
+        if not end.startswith(END):
+            return False
+        size, offset = struct.unpack_from("<II", end, 12)
+        locator = _read_at(file, place - LOCATOR_BYTES, LOCATOR_BYTES)
+        if locator.startswith(LOCATOR_64):
+            place -= LOCATOR_BYTES + END_64_BYTES
+            end = _read_at(file, place, END_64_BYTES)
+            if not end.startswith(END_64) or struct.unpack_from("<Q", locator, 8) != (place,):
+                return False
+            size, offset = struct.unpack_from("<QQ", end, 40)
+    return bool(size + offset == place)
+
+
+def _read_at(file: IO[bytes], place: int, count: int) -> bytes:
+    file.seek(max(0, place))
+    return file.read(count)
 
 
 def _check_names(content: IO[bytes]) -> None:

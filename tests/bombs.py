@@ -4,6 +4,7 @@ and prints a line of JSON: name, what came out, the memory that it took, and the
     python tests/bombs.py FOLDER       an empty folder, for the ways that read from disk
 """
 
+import bz2
 import gzip
 import io
 import json
@@ -40,6 +41,7 @@ from radiology.headers import InMemory
 from radiology.nifti import find_volumes, load_volume
 from radiology.segmentation import read_segmentation
 from radiology.series import find_series, load_series
+from radiology.unpacking import unpack
 from scans.nifti_file import read_content
 from scans.pictures import read_mask, read_slice, read_volume
 from scans.spacing import read_spacing
@@ -59,11 +61,26 @@ def zeros_deflated(mib: int) -> bytes:
     return piece * mib + b"\x03\x00"
 
 
+def zeros_by_bzip2(mib: int) -> bytes:
+    packer = bz2.BZ2Compressor()
+    return b"".join([packer.compress(bytes(MIB)) for _ in range(mib)] + [packer.flush()])
+
+
 def gzipped(head: bytes, mib: int) -> bytes:
     """A gzip file of `head` and so many MiB of zeros."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     start = packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH)
     return gzip.compress(b"")[:10] + start + zeros_deflated(mib) + bytes(8)
+
+
+def gzipped_lines(mib: int) -> bytes:
+    """A gzip file of a NRRD header that goes on for so many MiB of comments."""
+    head = b"NRRD0004\ntype: short\ndimension: 3\nsizes: 64 64 20\nencoding: raw\n"
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    piece = packer.compress(b"#\n" * (MIB // 2)) + packer.flush(zlib.Z_FULL_FLUSH)
+    text = b"#\n" * (MIB // 2 * mib)
+    end = struct.pack("<II", zlib.crc32(text), len(text))
+    return gzip.compress(head) + gzip.compress(b"")[:10] + piece * mib + b"\x03\x00" + end
 
 
 def zipped(files: Files) -> bytes:
@@ -74,10 +91,11 @@ def zipped(files: Files) -> bytes:
     return file.getvalue()
 
 
-def zip_that_lies(mib: int, claimed: int) -> bytes:
+def zip_that_lies(mib: int, claimed: int, kind: int = zipfile.ZIP_DEFLATED) -> bytes:
     """A ZIP of one entry that unpacks to so many MiB and says that it has `claimed` bytes."""
-    content, name = zeros_deflated(mib), b"a_1.png"
-    about = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 33, 0, len(content), claimed, len(name), 0)
+    name = b"a_1.png"
+    content = zeros_deflated(mib) if kind == zipfile.ZIP_DEFLATED else zeros_by_bzip2(mib)
+    about = struct.pack("<HHHHHIIIHH", 20, 0, kind, 0, 33, 0, len(content), claimed, len(name), 0)
     local = b"PK\3\4" + about + name + content
     central = b"PK\1\2" + struct.pack("<H", 20) + about + struct.pack("<HHHII", 0, 0, 0, 0, 0) + name
     return local + central + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 1, 1, len(central), len(local), 0)
@@ -277,11 +295,14 @@ def bombs(folder: Path) -> dict[str, Callable[[], object]]:
     big = picture((4096, 4096), mode="RGB")
     claims = nifti((4000, 4000, 400), 64, 64)
     many = [(f"p_{k}.png", big) for k in range(60)]
+    by_bzip2 = zip_that_lies(1200, 1000, zipfile.ZIP_BZIP2)
     return {
         "60 slices of 4096×4096 in a ZIP": page(("p.zip", zipped(many))),
         "60 slices of 4096×4096": page(*many),
         "a ZIP of 1.2 GiB in one entry": page(("p.zip", zip_that_lies(1200, 1200 * MIB))),
         "a ZIP that says it is small": page(("p.zip", zip_that_lies(1200, 1000))),
+        "a ZIP of 1.2 GiB by bzip2": page(("p.zip", by_bzip2)),
+        "the same in preparation": lambda: unpack(written(folder / "p.zip", by_bzip2), folder / "unpacked"),
         "a ZIP of 5,000 files": page(("p.zip", zipped([(f"{k}.png", b"") for k in range(5_000)]))),
         "a ZIP of 5,000 folders": page(("p.zip", zipped([(f"{k}/", b"") for k in range(5_000)]))),
         "a gzip of 1.2 GiB": page(("a.nii.gz", gzipped(nifti((64, 64, 20)), 1200))),
@@ -293,6 +314,7 @@ def bombs(folder: Path) -> dict[str, Callable[[], object]]:
         "a NIfTI of negative sides": page(("a.nii", nifti((-64, -64, 64)))),
         "a NIfTI within the bounds, cut off": page(("a.nii", nifti((256, 256, 190), 64, 64))),
         "a NIfTI of 1024×1024×250 bytes": page(("a.nii.gz", gzipped(nifti((1024, 1024, 250), 2, 8, 0), 251))),
+        "a NRRD of 60 million lines": page(("a.nii.gz", gzipped_lines(120))),
         "a mask of 6.8 GB": lambda: add_truth(small_case(), [("m.nii", nifti((1500, 1500, 1500)))]),
         "a volume.json of brackets": page(*slices, ("volume.json", nested)),
         "a volume.json of one number": page(*slices, ("volume.json", long_number)),

@@ -17,7 +17,7 @@ import torchvision_operators  # noqa: F401  must come before timm
 
 # isort: split
 import timm
-from pretraining.encoders import weights
+from encoders import weights
 
 from checkpoint import Checkpoint, load_checkpoint
 from common import MedFLError

@@ -100,3 +100,22 @@ def test_what_pynrrd_writes_is_read():
         {"space": "left-posterior-superior", "space directions": np.eye(3), "space origin": [0] * 3},
     )
     assert (read_image(file.getvalue()).dataobj == SCAN).all()
+
+
+@pytest.mark.parametrize(
+    ("told", "sizes"),
+    [
+        ({"space": "left-posterior-superior"}, (0.5, 0.5, 5.0)),
+        ({"space": "scanner-xyz"}, (0.5, 0.5, 5.0)),
+        ({"space dimension": 3}, (0.5, 0.5, 5.0)),
+        ({}, (0.0, 0.0, 0.0)),
+        ({"spacings": [0.5, 0.5, 5.0]}, (0.5, 0.5, 5.0)),
+    ],
+)
+def test_voxels_of_a_nrrd_file_are_as_large_as_it_says_whatever_its_space(told, sizes):
+    """Where nothing tells their size none is made up: no scan has voxels of 0 mm."""
+    if told and "spacings" not in told:
+        told = {**told, "space directions": np.diag([0.5, 0.5, 5.0])}
+    file = io.BytesIO()
+    nrrd.write(file, SCAN, told)
+    assert tuple(map(float, read_image(file.getvalue()).header.get_zooms())) == sizes

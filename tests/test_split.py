@@ -151,6 +151,7 @@ GOOD = {"version": 1, "seed": 0, "train": ["a", "b"], "val": ["c"], "test": ["d"
         ("", "is no JSON"),
         ("[1, 2]", "no split file of MedFL"),
         ({**GOOD, "train": None}, "no split file of MedFL"),
+        ({**GOOD, "seed": float("inf")}, "no split file of MedFL"),
         ({key: value for key, value in GOOD.items() if key != "test"}, "no split file of MedFL"),
         ({**GOOD, "version": 2}, "version 2"),
         ({**GOOD, "val": ["c", "d"]}, "names d twice"),

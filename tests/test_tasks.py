@@ -13,7 +13,7 @@ from scripted import facts as said
 
 from checkpoint import load_checkpoint
 from common import MedFLError
-from data.prepare_task import pairs, read_nifti, to_8_bits
+from data.prepare_task import pairs, read_nifti, to_8_bits, write_patient
 from dataset import load_dataset
 from deployment.app.card import card_rows
 from federation.protocol.answers import Facts, parse
@@ -113,7 +113,32 @@ def test_slices_lie_as_a_radiologist_sees_them(tmp_path):
     assert volume[0, 4, 3] == 1 and volume[2, 0, 0] == 2
     turned = nibabel.Nifti1Image(values[::-1], np.diag([-2.0, 1.0, 3.0, 1.0]))  # stored the other way round
     nibabel.save(turned, tmp_path / "b.nii")
-    assert (read_nifti(tmp_path / "b.nii")[0] == volume).all()
+    assert (read_nifti(tmp_path / "b.nii").slices == volume).all()
+
+
+@pytest.mark.parametrize("stored", ["turned", "as the scan", "beside it", "nowhere"])
+def test_a_label_lies_on_its_scan_or_is_refused(tmp_path, stored):
+    """Labels that are saved with a plain affine, as many scripts do, would be mirrored."""
+    values = np.zeros((16, 20, 3), np.float32)
+    values[2:5, 4:9, 1] = 100
+    scan = np.diag([-1.0, 1.0, 3.0, 1.0])
+    label = nibabel.Nifti1Image((values > 0).astype(np.uint8), scan)
+    if stored == "turned":  # the same places, in another order
+        label = nibabel.as_closest_canonical(label)
+    elif stored == "beside it":
+        label = nibabel.Nifti1Image(label.dataobj, np.diag([1.0, 1.0, 3.0, 1.0]))
+    elif stored == "nowhere":
+        label.set_sform(None, 0)
+    for name, image in (("scan", nibabel.Nifti1Image(values, scan)), ("label", label)):
+        nibabel.save(image, tmp_path / f"{name}.nii")
+    files = ("a", tmp_path / "scan.nii", tmp_path / "label.nii", named_task("hippocampus"), tmp_path)
+    if stored in ("beside it", "nowhere"):
+        with pytest.raises(MedFLError, match="another place|does not say how the patient lies"):
+            write_patient(*files)
+        return
+    write_patient(*files)
+    picture, mask = (np.asarray(Image.open(tmp_path / "a" / f"a_2{kind}.png")) for kind in ("", "_mask"))
+    assert mask.any() and np.array_equal(picture > 0, mask > 0)
 
 
 def test_any_intensities_become_8_bits():
@@ -199,17 +224,6 @@ def test_a_federations_model_tells_its_task():
     assert about["task"] == task.model_dump(mode="json")
     lacks = Progress(hospitals={"mercy": parse(Facts, said("mercy"))})
     assert describe_run(TransUNet("mini", 32), training, settings, lacks, None, {}, 1)["task"] is None
-
-
-def test_a_label_that_lies_elsewhere_is_refused(tmp_path):
-    """As saved with no place in the patient: turned by its own header, it would be mirrored."""
-    volumes(tmp_path / "source", 2)
-    label = tmp_path / "source" / "labels" / "h_00.nii.gz"
-    values = np.asarray(nibabel.load(label).dataobj)
-    nibabel.save(nibabel.Nifti1Image(values, np.diag([-2.0, -1.0, 3.0, 1.0])), label)
-    command = ("data/prepare_task.py", "--task", "hippocampus", "--source", tmp_path / "source")
-    done = run_here(*command, "--out", tmp_path / "data")
-    assert done.returncode == 2 and "place a voxel 44 mm apart" in done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("other", ["south_1.jpg", "south_1_0000.png"])

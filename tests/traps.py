@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
     JPEGBaseline8Bit,
 )
+from traps_of_masks import frame_of_precincts, jpeg_of_passes, traps_of_masks
 
 from checkpoint import load_checkpoint
 from dataset import load_dataset
@@ -85,26 +87,10 @@ def tiff_of_a_tile(side: int) -> bytes:
     return b"II*\0" + struct.pack("<I", 8) + tags(*one) + data
 
 
-def jpeg_of_passes(count: int, side: int) -> bytes:
-    """A JPEG whose last pass is there so many times."""
-    plain = picture((side, side), "JPEG", progressive=True)
-    last = plain.rindex(b"\xff\xda")
-    return plain[:-2] + plain[last:-2] * count + plain[-2:]
-
-
 def dicom_of_passes() -> bytes:
     bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
     frame = encapsulate([jpeg_of_passes(3_000, 2048)])
     return stored(dicom(side=2048, syntax=JPEGBaseline8Bit, PixelData=frame, **bits))
-
-
-def frame_of_precincts(side: int) -> bytes:
-    """A frame of JPEG 2000 whose precincts are a pixel large, without a pixel."""
-    size = struct.pack(">HIIIIIIIIHBBB", 0, side, side, 0, 0, side, side, 0, 0, 1, 15, 1, 1)
-    coding = struct.pack(">BBHBBBBBBB", 1, 0, 1, 0, 0, 4, 4, 0, 1, 0)
-    parts = [(b"\xff\x51", size), (b"\xff\x52", coding), (b"\xff\x5c", b"\x40\x48")]
-    head = b"\xff\x4f" + b"".join(name + struct.pack(">H", len(part) + 2) + part for name, part in parts)
-    return head + b"\xff\x90" + struct.pack(">HHIBB", 10, 0, 54, 0, 1) + b"\xff\x93" + bytes(40) + b"\xff\xd9"
 
 
 def deflated(change: Callable[[bytes], bytes], **about) -> bytes:
@@ -203,6 +189,42 @@ def encoder(path: Path, value: object) -> TransUNet:
     return TransUNet("tiny", 32, "batch", path)
 
 
+def under_other_names(path: Path, old: str, new: str) -> Path:
+    """The same file of torch, whose entries are called otherwise."""
+    return written(path, stored_zip([(name.replace(old, new), content) for name, content in entries(path)]))
+
+
+def of_two_lists(path: Path, shown: Path) -> Path:
+    """A file of torch with what another holds behind it: its end tells the place of its own list of entries, and the
+    other's list lies before the end."""
+    own, others = entries(path), dict(entries(shown))
+    same = [(name, others.get(name.replace(path.stem, shown.stem, 1), b"")) for name, _ in own]
+    first, second = stored_zip(own)[:-22], bytearray(stored_zip(same))
+    length, at = struct.unpack_from("<II", second, len(second) - 10)
+    start = len(first) - length
+    moved = start - at
+    for _ in own:
+        lengths = struct.unpack_from("<HHH", second, at + 28)
+        (place,) = struct.unpack_from("<I", second, at + 42)
+        struct.pack_into("<I", second, at + 42, (place + moved) % 2**32)
+        at += 46 + sum(lengths)
+    struct.pack_into("<I", second, len(second) - 6, start)
+    return written(path, first + second)
+
+
+def entries(path: Path) -> list[tuple[str, bytes]]:
+    with zipfile.ZipFile(path) as archive:
+        return [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+
+
+def stored_zip(files: list[tuple[str, bytes]]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in files:
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
 def task(folder: Path, site: str) -> object:
     about = {"name": "x", "title": "t", "region": "r", "channels": ["a"], "labels": [1], "site": site}
     about["normalisation"] = "volume-foreground-v1"
@@ -252,6 +274,17 @@ def traps(folder: Path) -> dict[str, Callable[[], object]]:
         "a model with a bytearray of 2 GiB": lambda: load_checkpoint(
             checkpoint_of(folder, "bytes", with_state(ManyBytes()))
         ),
+        "the same under a name in capitals": lambda: load_checkpoint(
+            under_other_names(
+                checkpoint_of(folder, "capitals", with_state(ManyBytes())), "data.pkl", "DATA.PKL"
+            )
+        ),
+        "the same in a list that torch alone sees": lambda: load_checkpoint(
+            of_two_lists(
+                checkpoint_of(folder, "lists", with_state(ManyBytes())),
+                checkpoint_of(folder, "plain", lambda content: None),
+            )
+        ),
         "an encoder with a bytearray of 2 GiB": lambda: encoder(folder / "encoder.pth", ManyBytes()),
         "a pipe among the slices": lambda: load_dataset(with_pipe(folder / "pipe")),
         "a device among the slices": lambda: load_dataset(with_link(folder / "device", "p_2_mask.png")),
@@ -261,4 +294,4 @@ def traps(folder: Path) -> dict[str, Callable[[], object]]:
         "a small slice before 60 of 4096×4096": lambda: of_two_sizes(folder),
         "a patient of 30 slices of 4096×4096": lambda: load_dataset(patient(folder / "large", 4096, 30).parent),
         "a pattern of 40 choices": lambda: task(folder, "(?:a|aa)" * 40 + "(b)"),
-    }  # fmt: skip
+    } | traps_of_masks()  # fmt: skip

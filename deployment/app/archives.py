@@ -2,14 +2,13 @@
 
 import gzip
 import io
-import lzma
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from borders.limits import MAX_FILES, MAX_NAME, MAX_UNPACKED
+from borders.limits import MAX_FILES, MAX_NAME, MAX_UNPACKED, ZIP_KINDS
 from common import MedFLError
 from deployment.app.case import short
 
@@ -24,7 +23,6 @@ DAMAGED = (
     ValueError,
     IndexError,
     zlib.error,
-    lzma.LZMAError,
     MemoryError,
 )
 
@@ -66,6 +64,8 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
                     raise MedFLError(
                         f"{short(name)} holds a name that points out of the archive; pack the slices again"
                     )
+            if any(entry.compress_type not in ZIP_KINDS for entry in entries):
+                raise MedFLError(f"{short(name)} is packed by bzip2 or LZMA; pack it again as a usual ZIP")
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
                 raise MedFLError(
                     f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time"

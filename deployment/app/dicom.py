@@ -29,7 +29,7 @@ from radiology.geometry import (
     to_axial,
     to_uint8,
 )
-from radiology.headers import File, InMemory
+from radiology.headers import File, InMemory, read_header
 from radiology.rules import FLAIR, LEFT_OUT, POST, PRE, load_rules, role_of
 from radiology.segmentation import make_segmentation, read_segmentation, refusal
 from radiology.series import Refused, Series, find_series, load_series
@@ -276,7 +276,15 @@ def _source(of: Case | Source) -> Source:
 def read_dicom_mask(of: Case | Source, name: str, content: bytes) -> np.ndarray:
     """A mask of the case's shape from a DICOM SEG of its series, (S, H, W) uint8. Raises MedFLError for any
     other."""
-    return _mask_on_page(_source(of), InMemory(name, content))
+    source, file = _source(of), InMemory(name, content)
+    mask = _mask_on_page(source, file)
+    file.seek(0)
+    told, own = read_header(file).about["frame_of_reference"], source.series.frame_of_reference
+    if told and own and told != own:  # two scans of one protocol lie on the same millimetres
+        raise MedFLError(
+            f"{name} is of another scan, by its frame of reference; choose the mask of this scan"
+        )
+    return mask
 
 
 def _mask_on_page(source: Source, file: File) -> np.ndarray:

@@ -14,6 +14,7 @@ from deployment.app.volumes import load, short, size
 from preprocessing import CHANNELS
 from scans.nifti_file import (
     SUFFIXES,
+    WHOLE,
     doubt,
     finite,
     stem,
@@ -243,7 +244,7 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def read_nifti_mask(case: Case, name: str, content: bytes) -> np.ndarray:
-    """A mask of the case's shape and place from a NIfTI file, (S, H, W) uint8: every value above 0 is tumour."""
+    """A mask of the case's shape and place from a NIfTI file, (S, H, W) uint8: every label above 0 is tumour."""
     image = load(name, content)
     values = np.asarray(image.dataobj)
     if values.dtype.names:
@@ -261,7 +262,17 @@ def read_nifti_mask(case: Case, name: str, content: bytes) -> np.ndarray:
         raise MedFLError(
             f"{short(name)} lies at another place than the scan, by its affine; choose the mask of this scan"
         )
-    return np.where(mask > 0, np.uint8(255), np.uint8(0))
+    if case.nifti is None and (why := doubt(image.header)):
+        raise MedFLError(
+            f"{short(name)} {why}, so it can't be laid on these slices; choose a mask that tells it"
+        )
+    told = mask[np.isfinite(mask)]
+    if ((told < 0) | (np.abs(told - np.rint(told)) > WHOLE)).any():
+        raise MedFLError(
+            f"{short(name)} holds values that are no labels (0, 1, 2 and so on), as probabilities are; save it as a "
+            "mask"
+        )
+    return np.where(mask > 0.5, np.uint8(255), np.uint8(0))
 
 
 def mirror(case: Case) -> None:

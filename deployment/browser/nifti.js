@@ -11,6 +11,7 @@ import { affine, doubt, samePlace, turn } from "./orientation.js";
 const BRIGHTEST = 0.999; // quantile of the voxels above 0 that becomes 255
 const BELOW = 0.25, DARKEST = 0.005; // more of what is not 0 lies below it: 0 is not the black; the quantile that is
 const MAX_LARGE = 1e15, UNLIKE = 0.01; // of a voxel's value; of a voxel's size, by which its two records may differ: limits.py, nifti_file.py
+const WHOLE = 1e-4; // by which a label may lie beside a whole number: nifti_file.py
 const HEADER = 348; // bytes
 const READERS = { // by NIfTI's data type: bytes of a voxel and how one is read
   2: [1, (view, at) => view.getUint8(at)], 256: [1, (view, at) => view.getInt8(at)],
@@ -97,7 +98,7 @@ export function readNifti(files) {
   return opened;
 }
 
-/** A mask of the case's shape from a NIfTI file, 0 or 255: every value above 0 is tumour. */
+/** A mask of the case's shape from a NIfTI file, 0 or 255: every label above 0 is tumour. */
 export function readNiftiMask(opened, file) {
   const stored = load(file);
   const { count, height, width, place } = stored.turned;
@@ -107,8 +108,12 @@ export function readNiftiMask(opened, file) {
   if (opened.nifti && !samePlace(opened.nifti.turned, stored.turned)) {
     throw new UserError(`${short(file.name)} lies at another place than the scan, by its affine; choose the mask of this scan`);
   }
+  if (!opened.nifti && stored.doubt) throw new UserError(`${short(file.name)} ${stored.doubt}, so it can't be laid on these slices; choose a mask that tells it`);
   const values = stored.values(0);
-  return Uint8Array.from({ length: values.length }, (_, k) => (values[place(k)] > 0 ? 255 : 0));
+  if (values.some((value) => Number.isFinite(value) && !(value >= 0 && Math.abs(value - Math.round(value)) <= WHOLE))) {
+    throw new UserError(`${short(file.name)} holds values that are no labels (0, 1, 2 and so on), as probabilities are; save it as a mask`);
+  }
+  return Uint8Array.from({ length: values.length }, (_, k) => (values[place(k)] > 0.5 ? 255 : 0));
 }
 
 /** Exchange left and right of a case whose file does not tell them; a mask is still written voxel for voxel. */
@@ -132,7 +137,7 @@ function load({ name, bytes }) {
   if (!bytes.length) throw new UserError(`${short(name)} is empty; copy it again`);
   const data = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
   refuseOthers(name, bytes, broken);
-  const header = readHeader(data);
+  const header = readHeader(data.slice(0, HEADER)); // without extensions: one of negative length would be read for ever, and none is of use
   if (!header?.dims) throw broken;
   const dimensions = header.dims[0];
   if (dimensions < 3) throw new UserError(`${short(name)} has ${dimensions} dimensions, and a scan has three; choose another file`);

@@ -131,8 +131,10 @@ function fromTiff(name, bytes) {
   const bits = page.bitsPerSample ?? 1;
   if (!TIFF_TYPES.includes(page.type)) refuseType(name, "other colours");
   if (bits !== 8) refuseType(name, bits === 1 ? "1 bit a pixel" : `${bits} bits a channel`);
-  if (page.planarConfiguration !== 1 || (page.tiled && page.samplesPerPixel > 1)) {
-    throw new UserError(`${short(name)} keeps its channels apart or in tiles, which this page can't read; save it in another way`);
+  if (page.sampleFormat !== 1) refuseType(name, "signed or fractional numbers a channel");
+  if (page.planarConfiguration !== 1 || (page.tiled && page.samplesPerPixel > 1) || page.fillOrder !== 1) {
+    throw new UserError(`${short(name)} keeps its channels apart, in tiles, or its bits the other way round, which this page can't read; ` +
+      "save it in another way");
   }
   if (tiffUnpacksToMore(bytes, page)) throw new Error("unpacks to more than it shows");
   const [picture] = decodeTiff(bytes);

@@ -6,6 +6,7 @@ import hashlib
 import io
 import zipfile
 
+from borders.limits import ZIP_KINDS
 from common import ROOT, __version__, files_needed
 from federation.runtime.flower import CLIENT_APP, SERVER_APP, build_bundle
 
@@ -44,11 +45,17 @@ def code_in(bundle: bytes) -> str:
     """The same of a bundle that came, by the files that run at a hospital here; nothing of it is run."""
     try:
         with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
-            there = [name for name in hospital_files() if sizes.get(name, LARGEST) < LARGEST]
-            return _hash({name: archive.read(name) for name in there})
+            entries = {info.filename: info for info in archive.infolist() if info.compress_type in ZIP_KINDS}
+            there = [entries[name] for name in hospital_files() if name in entries]
+            return _hash({e.filename: _unpacked(archive, e) for e in there if e.file_size < LARGEST})
     except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, NotImplementedError):
         return _hash({})
+
+
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """A file of an archive, and no byte more than the archive says that it has."""
+    with archive.open(entry) as file:
+        return file.read(entry.file_size)
 
 
 def _hash(files: dict[str, bytes]) -> str:

@@ -267,6 +267,9 @@ def test_a_truth_must_be_a_mask_of_this_series(series, picture):
         with pytest.raises(MedFLError, match=sentence) as error:
             add_truth(case, [(name, content)])
         assert name in str(error.value) and "Upload" not in str(error.value)
+    same_places = read_case(series(np.ones((6, 32, 32)) * np.arange(32), FrameOfReferenceUID=generate_uid()))
+    with pytest.raises(MedFLError, match="seg.dcm is of another scan"):
+        add_truth(case, [("seg.dcm", write_segmentation(same_places.dicom, random_mask(same_places)))])
     assert "1 DICOM SEG were ignored" in " ".join(read_case([*files, ("seg.dcm", seg)]).notes)
     masks = [
         (f"slice_{k}_mask.png", picture(np.full((32, 32), 255 * (k == 2), np.uint8))) for k in range(1, 7)

@@ -4,6 +4,7 @@ masks."""
 import csv
 import gzip
 import io
+import struct
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from heads import head_in, nifti
 from PIL import Image
 from running import ROOT
 from scipy.ndimage import gaussian_filter
+from traps import tags
 from uploads import (
     BITS,
     BROKEN,
@@ -112,6 +114,51 @@ def test_what_is_no_case_gets_one_sentence_in_both(ask):
             answer,
         )
         assert TOLD.get(name, "") in answer["error"], (name, answer)
+
+
+@pytest.mark.parametrize("length", [32, -32, 24, 0])
+def test_extensions_of_a_scan_are_passed_over(ask, length):
+    """The second is said to be so many bytes long: with fewer than none a reader would begin again and again."""
+    plain = SCANS["int16"]
+    extensions = struct.pack("<ii24x", 32, 4) + struct.pack("<ii24x", length, 4)
+    extended = bytearray(plain[:352] + extensions + plain[352:])
+    struct.pack_into("<f", extended, 108, 352.0 + len(extensions))
+    extended[348] = 1
+    one, other = ask(([("s.nii", plain)], {}), ([("s.nii", bytes(extended))], {}))
+    assert "error" not in other and np.array_equal(pixels(one), pixels(other))
+
+
+def test_a_mask_that_can_not_be_laid_or_holds_no_labels_is_refused_by_both(ask):
+    """Shares of tumour would all be tumour, and a mask without an orientation could be mirrored."""
+    labels = (np.arange(12 * 52 * 40).reshape(52, 40, 12) % 5 == 0).astype(np.float32)
+    whole = nibabel.Nifti1Image(labels, np.diag([-1.0, -1.0, 3.0, 1.0]))
+    nowhere = nibabel.Nifti1Image(labels, np.diag([-1.0, -1.0, 3.0, 1.0]))
+    nowhere.set_sform(None, 0)
+    shares = nibabel.Nifti1Image(labels * 0.3, whole.affine)
+    below = nibabel.Nifti1Image(-labels, whole.affine)
+    nearly = nibabel.Nifti1Image(labels * 1.00001 + 1e-6, whole.affine)
+    told = ("does not say", "are no labels", "are no labels")
+    given = [("m.nii", image.to_bytes()) for image in (nowhere, shares, below, whole, nearly)]
+    answers = ask(*[(VOLUME, {"masks": [mask]}) for mask in given])
+    for sentence, mask, answer in zip(told, given, answers):
+        assert answer["kind"] == "UserError" and sentence in answer["error"], answer
+        with pytest.raises(MedFLError, match=sentence):
+            add_truth(read_case(VOLUME), [mask])
+    for mask, answer in zip(given[3:], answers[3:]):
+        truth = add_truth(read_case(VOLUME), [mask])
+        assert np.count_nonzero(truth) == np.count_nonzero(labels)
+        assert np.array_equal(pixels(answer, ".truth", ()), truth)
+
+
+@pytest.mark.parametrize(
+    ("tag", "sentence"), [((339, 3, 1, 2), "signed"), ((266, 3, 1, 2), "the other way round")]
+)
+def test_samples_that_the_decoder_of_tiff_does_not_look_at_are_refused(ask, tag, sentence):
+    one = [(256, 3, 1, 40), (257, 3, 1, 40), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
+    one += [(273, 4, 1, 8 + 2 + 12 * 9 + 4), (279, 4, 1, 1600), tag]
+    content = b"II*\0" + struct.pack("<I", 8) + tags(*sorted(one)) + bytes(range(40)) * 40
+    (answer,) = ask(([("a_1.tif", content)], {}))
+    assert answer["kind"] == "UserError" and sentence in answer["error"], answer
 
 
 TOLD = {

@@ -1,13 +1,17 @@
 """A hospital's connection: what is waited out and what ends it, what it asks for, and what it compares."""
 
 import contextlib
+import io
 import json
 import os
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
+import zipfile
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -143,6 +147,21 @@ def test_the_hash_is_of_what_runs_at_a_hospital(monkeypatch):
         )
         other = bundle.make_bundle.__wrapped__()
         assert other != sent and (bundle.code_in(other) == before) is same, changed
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_a_bundle_that_unpacks_to_more_than_it_says_takes_no_memory(kind):
+    """A hospital looks into what the server sends, whatever that is."""
+    name, file = bundle.hospital_files()[0], io.BytesIO()
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        archive.writestr(name, bytes(200 << 20))
+    content = bytearray(file.getvalue())
+    for place in (22, content.rindex(b"PK\1\2") + 24):
+        struct.pack_into("<I", content, place, 1000)
+    tracemalloc.start()
+    assert bundle.code_in(bytes(content)) != bundle.hospital_code()
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
 
 
 @pytest.fixture

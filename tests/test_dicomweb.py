@@ -1,0 +1,75 @@
+"""Answers of an archive that no archive of ours gives, from a server of a few lines."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from radiology.dicomweb import DICOMweb
+from radiology.login import Login
+from radiology.retrieval import Denied, FoundStudy, Query, Retrieval
+from radiology.rules import load_rules
+
+SERIES = {
+    "0020000E": {"vr": "UI", "Value": ["1.2.3"]},
+    "00080018": {"vr": "UI", "Value": ["1.2.3.4"]},
+    "00080060": {"vr": "CS", "Value": ["MR"]},
+    "0008103E": {"vr": "LO", "Value": ["FLAIR"]},
+    "00201209": {"vr": "IS", "Value": [9]},
+}
+
+
+@pytest.fixture
+def archive():
+    """An archive of one series, what it tells of its header, and where it refers to."""
+
+    class Answers(BaseHTTPRequestHandler):
+        header, refers_to = [SERIES], ""
+
+        def do_GET(self):
+            if self.refers_to:
+                self.send_response(302)
+                self.send_header("Location", self.refers_to + self.path)
+                self.end_headers()
+                return
+            told = self.header if "/metadata" in self.path else [SERIES] if "offset=0" in self.path else []
+            body = json.dumps(told).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/dicom+json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield DICOMweb(f"http://127.0.0.1:{server.server_port}/dicom-web", Login(), waits=()), Answers
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [{"00180087": {"vr": "DS", "Value": ["1.5 T"]}}],
+        [{"00280010": {"vr": "US", "Value": ["many"]}}],
+        [{"00080060": {"vr": "CS", "Value": "MR"}}],
+        [{"00080060": {"Value": ["MR"]}}],
+        [],
+        [None],
+    ],
+)
+def test_a_header_that_can_not_be_taken_over_costs_no_other_series(archive, header, tmp_path):
+    there, answers = archive
+    answers.header = header
+    plan = Retrieval(there, load_rules(), tmp_path).plan(FoundStudy("1.2", "p", "20260101"))
+    assert [(line.series.description, line.used_as) for line in plan.lines] == [("FLAIR", "FLAIR")]
+
+
+def test_an_archive_that_refers_to_a_machine_without_encryption_is_not_followed(archive):
+    there, answers = archive
+    answers.refers_to = "http://pacs.example"
+    with pytest.raises(Denied, match="pacs.example, which is not encrypted"):
+        there.find_studies(Query(patients=("QX-1",)))
