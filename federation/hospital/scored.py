@@ -2,8 +2,9 @@
 
 A score answers whatever question the weights ask of the patients: with weights that outline one place in a certain
 kind of scan and nothing else, whether one of them has a tumour there. The loss of a training does so for those who
-train. So a hospital tells them of as many models as two runs need, for as long as it runs, and of no others after
-that; its training goes on.
+train, and one model has as many losses as there are rounds, rates and settings to train it by, and moments that other
+models left. So a hospital tells scores of as many models, and as many losses, as two runs need, for as long as it
+runs, and no others after that; its training goes on.
 """
 
 import hashlib
@@ -20,8 +21,7 @@ RUNS = 2  # the coordinator may have to begin again
 
 
 class ScoredModels:
-    """The models of which something was told since this start of run_client.py. file: which; session: of the
-    start."""
+    """What was told since this start of run_client.py. file: keeps that; session: of the start."""
 
     def __init__(self, file: Path, session: str):
         self.file, self.session = file, session
@@ -29,12 +29,32 @@ class ScoredModels:
     def admits(self, weights: torch.Tensor, rounds: int) -> bool:
         """Whether scores of these weights, (n,) float32, may be told in a run of so many rounds; noted then. The same
         ones tell nothing new."""
-        this = hashlib.sha256(weights.contiguous().numpy().data).hexdigest()
-        kept = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-        models = kept["models"] if kept.get("session") == self.session else []
-        if this in models:
-            return True
-        if len(models) >= RUNS * (rounds + BESIDE):
-            return False
-        write_json(self.file, {"session": self.session, "models": [*models, this]})
+        this, kept = _hash(weights), self._kept()
+        if this not in kept["models"]:
+            if len(kept["models"]) >= RUNS * (rounds + BESIDE):
+                return False
+            kept["models"].append(this)
+            write_json(self.file, kept)
         return True
+
+    def loss(self, weights: torch.Tensor, way: str, loss: float, rounds: int) -> float | None:
+        """What may be told of the loss of a training of these weights, (n,) float32, in a run of so many rounds; of a
+        training that was told of before the same again. way: all else that the server chose of it."""
+        if not self.admits(weights, rounds):
+            return None
+        this, kept = hashlib.sha256(f"{_hash(weights)} {way}".encode()).hexdigest(), self._kept()
+        if this not in kept["losses"]:
+            if len(kept["losses"]) >= RUNS * (rounds + BESIDE):
+                return None
+            kept["losses"][this] = loss
+            write_json(self.file, kept)
+        return kept["losses"][this]
+
+    def _kept(self) -> dict:
+        kept = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        fresh = {"session": self.session, "models": [], "losses": {}}
+        return kept if kept.get("session") == self.session else fresh
+
+
+def _hash(weights: torch.Tensor) -> str:
+    return hashlib.sha256(weights.contiguous().numpy().data).hexdigest()

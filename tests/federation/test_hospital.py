@@ -1,6 +1,7 @@
 """A hospital's work in one message, in this process: what it scores, trains, keeps for itself and refuses."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,29 @@ def test_a_server_gets_no_more_scores_than_runs_need(hospital, monkeypatch):
     assert started_again.score(model, "test").val_dice == 0.123456
     loss = work(started_again, model)[0].train_loss
     assert loss == round(loss, 4)
+
+
+def test_one_model_has_no_more_losses_than_runs_need(hospital):
+    """Rates, rounds and settings make many trainings of one model, each with a loss of its own."""
+    subject = hospital(rounds=1, training={"schedule": "plateau"})
+    losses = [work(subject, rate=0.01 * (k + 1))[0].train_loss for k in range(18)]
+    subject.training = replace(subject.training, seed=1)
+    assert None not in losses and work(subject, rate=0.01)[0].train_loss is None
+
+
+def test_a_loss_that_was_told_is_told_again_though_another_model_left_other_moments(hospital):
+    subject, other = hospital(rounds=3), TransUNet("mini", 32)
+    first = work(subject, round=2, run="one")[0].train_loss
+    work(subject, other, round=1, run="one")
+    assert subject._moments("one").before(2) and work(subject, round=2, run="one")[0].train_loss == first
+
+
+def test_a_loss_over_a_part_of_the_slices_stays_here(hospital, phantoms):
+    """With one step a round it would be of a few slices, and of one patient now and then."""
+    assert work(hospital(None, local_steps=1))[0].train_loss is None
+    subject = hospital(None, local_steps=40)
+    assert work(subject)[0].train_loss is not None
+    assert work(hospital(0, local_steps=1))[0].train_loss is not None  # a public dataset has no secret
 
 
 def test_examples_are_the_training_slices(hospital):
