@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,23 @@ def test_no_identifying_value_is_found_in_the_output(scene):
     for value in values:
         for path, content in texts.items():
             assert value.encode() not in content, f"{value} in {path}"
+
+
+def test_neither_order_nor_times_of_what_is_handed_on_follow_the_patients_numbers(home, tmp_path):
+    """Who has a list of those who were prepared could put names to pseudonyms; and a worker that prepares each study
+    as it comes would leave its day."""
+    archive, out, before = tmp_path / "export", tmp_path / "prepared", time.time()
+    for number in range(5):
+        small_study(archive / str(number), number, f"P{number}", f"1.2.{number}", "20200101", channels=(1,))
+    assert run_script(SCRIPT, "--dicom", archive, "--out", out).returncode == 0
+    names = [row["pseudonym"] for row in report(archive) if row["used_as"] == "FLAIR"]
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert sorted(names, key=page.index) == sorted(names)
+    times = {name: {path.stat().st_mtime for path in (out / name, *(out / name).iterdir())} for name in names}
+    assert all(len(one) == 1 and max(one) < before - 86_400 for one in times.values())
+    assert len({*map(max, times.values())}) == 5  # another content, another time
+    sheets = {path.stat().st_mtime for path in (out / "contact_sheets").iterdir()}
+    assert sheets == {*map(max, times.values())}
 
 
 @pytest.mark.parametrize("typed", ["Siemens Zzyzxova", "QX-48151623", "Avanto 19540312", "1.5T 20190317"])
