@@ -188,6 +188,16 @@ def without_mm(figures: dict) -> dict:
     }
 
 
+def sites_told(figures: dict) -> dict[str, dict]:
+    """The sites that a file which is handed on may tell: none of one patient or two, and not so many that those who
+    are left, whose figures are all patients' less the sites', are one or two."""
+    counts = {site: row["patients_scored"] for site, row in figures["sites"].items()}
+    told = [site for site in sorted(counts, key=lambda site: -counts[site]) if counts[site] >= SMALLEST_GROUP]
+    while told and 0 < figures["patients_scored"] - sum(counts[site] for site in told) < SMALLEST_GROUP:
+        told.pop()
+    return {site: figures["sites"][site] for site in sorted(told)}
+
+
 def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, folder: Path) -> None:
     """Pictures of the patients with the best, the median and the worst Dice, called so."""
     ranked = sorted(figures["patients"], key=lambda row: row["dice"])
@@ -315,16 +325,12 @@ def main() -> None:
     if arguments.overlays:
         write_overlays(figures, dataset, checkpoint, arguments.overlays)
     if arguments.write_back:
-        # a checkpoint is handed on: no site of one patient or two, and no word of how large the patients'
-        # tumours are
-        told = {
-            site: row for site, row in figures["sites"].items() if row["patients_scored"] >= SMALLEST_GROUP
-        }
+        # a checkpoint is handed on: no word of how large the patients' tumours are
         test = {
             **without_mm(figures),
             **without_sizes(failed),
             "patients": len(rows),
-            "sites": {site: without_mm(row) for site, row in told.items()},
+            "sites": {site: without_mm(row) for site, row in sites_told(figures).items()},
         }
         update_metadata(arguments.checkpoint, scores={**checkpoint.metadata["scores"], "test": test})
         print(f"wrote the test scores into {arguments.checkpoint}")
