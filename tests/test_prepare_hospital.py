@@ -258,7 +258,14 @@ def test_neither_order_nor_times_of_what_is_handed_on_follow_the_patients_number
     assert sheets == {*map(max, times.values())}
 
 
-@pytest.mark.parametrize("typed", ["Siemens Zzyzxova", "QX-48151623", "Avanto 19540312", "1.5T 20190317"])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *("Siemens Zzyzxóva", "QX-48151623", "Avanto 19540312", "1.5T 20190317"),
+        *("Li, Avanto", "ZZYZXOVALI", "Avanto lizzyzxova", "Zzyzxo\u0301va", "qx48151623"),
+        *("Avanto 12.03.1954", "1954-03-12", "03/12/1954", "Avanto(17.03.2019)"),
+    ],
+)
 def test_a_scanners_tag_in_which_somebody_typed_the_patient_is_left_out(typed):
     series = Series(
         uid="1",
@@ -269,7 +276,7 @@ def test_a_scanners_tag_in_which_somebody_typed_the_patient_is_left_out(typed):
         files=(),
         manufacturer=typed,
         model="Prisma",
-        person=("Zzyzxova^Anna", "19540312", "F"),
+        person=("Zzyzxóva^Li", "19540312", "F"),
         when="20190317074912",
     )
     about = _about(series, sitk.Image(4, 4, 2, sitk.sitkUInt8))
