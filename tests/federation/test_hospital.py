@@ -18,8 +18,8 @@ from federation.hospital.hospital import Hospital, HospitalError, Scored
 from federation.hospital.identity import ENDED, IDENTITY, Identity
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.requests import Train
-from federation.protocol.settings import FederationSettings
-from federation.protocol.weights import pack
+from federation.protocol.settings import FederationSettings, to_json
+from federation.protocol.weights import pack, to_record
 from split import VAL_FRACTION, Split, make_split, save_split
 from training import TrainingSettings
 from transunet import TransUNet
@@ -200,6 +200,18 @@ def test_a_question_of_another_form_gets_a_code(monkeypatch, tmp_path, phantoms,
     assert (
         read(reply.content)["failure"] == Failure.PROTOCOL and "the same version" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_hospital_that_only_checks_tells_no_score(monkeypatch, tmp_path, phantoms, capsys, part):
+    make_messages_outside_of_a_run(monkeypatch)
+    node = LocalHospital(tmp_path, 0, phantoms)
+    node.identity.model_copy(update={"cid": None, "role": "check"}).save(node.folder)
+    settings = to_json(TrainingSettings(model="mini", image_size=32), FederationSettings(val_fraction=0.3))
+    asked = {"settings": settings, "run": "this", "without": [], "part": part, "last": False}
+    weights = to_record(pack(TransUNet("mini", 32).state_dict()))
+    reply = node.answer(Message(message(asked, weights), 1, "evaluate"))
+    assert read(reply.content)["failure"] == Failure.CONSENT and "nothing was told" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gone", ["kit", "identity"])
