@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import MedFLError, atomic_write, file_sha256
+from common import MedFLError, atomic_write, counted, file_sha256
 from radiology.layout import MORE, TRAINING, UNMASKED, has_truth, turn_in
 from radiology.overview import SUFFIX, contact_sheet, report_rows, write_page, write_report, write_rows
 from radiology.preparation import Prepared, prepare, write_study
@@ -26,6 +26,7 @@ VERSION = 4  # of what is made; another one makes every study again
 MADE, REPORT = "prepared.json", "report.csv"  # in the private folder
 FIRST_TIME = 315_532_800  # of prepared files: the beginning of 1980, where those of ZIP begin
 PAGE, SHEETS = "index.html", "contact_sheets"  # in the output, and the folders of studies that don't train
+NAMED = 5  # studies of former runs
 PARTS = {
     TRAINING: "for training",
     MORE: "another study of a patient who trains already, so kept apart",
@@ -134,6 +135,14 @@ class Preparation:
         ]
         if entries:
             write_page(entries, self.out / PAGE)
+        there = {folder.name for part in PARTS for folder in (self.out / part).glob("p*_s*")}
+        if former := sorted(there - {*names}):
+            more = ", …" if len(former) > NAMED else ""
+            self.tell(
+                f"{self.out} also holds {counted(len(former), 'folder')} of studies that are not among these "
+                f"({', '.join(former[:NAMED])}{more}), and training reads them: delete those of patients who "
+                "should not take part, and the cache of decoded scans"
+            )
 
     def _read(self) -> dict[str, Made]:
         try:

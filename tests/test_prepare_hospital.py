@@ -369,6 +369,20 @@ def test_a_broken_off_run_goes_on(scene):
             assert before[path] == mark, path
 
 
+def test_a_patient_who_is_in_the_export_no_more_and_still_in_the_output_is_told(home, tmp_path):
+    """Whoever withdrew would train on, on a page that does not show it."""
+    for number in range(2):
+        small_study(
+            tmp_path / "x" / str(number), number, f"P{number}", f"1.2.{number}", "20200101", channels=(1,)
+        )
+    command = (SCRIPT, "--dicom", tmp_path / "x", "--out", tmp_path / "prepared")
+    assert "also holds" not in run_script(*command).stderr
+    gone = next(row["pseudonym"] for row in report(tmp_path / "x") if row["patient_id"] == "P0")
+    shutil.rmtree(tmp_path / "x" / "0")
+    said = run_script(*command).stderr
+    assert f"also holds 1 folder of studies that are not among these ({gone})" in said
+
+
 def test_a_later_export_of_a_patient_who_trains_is_kept_apart(home, tmp_path):
     out, private = tmp_path / "out", tmp_path / "private"
     for number, date in ((1, "20200101"), (2, "20210101")):
