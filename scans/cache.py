@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from appearance.features import describe_volume
-from common import MedFLError, file_sha256, write_json
+from common import MedFLError, atomic_write, file_sha256
 from limits import MAX_VOXELS, fits
 from scans.cohort import Patient
 from scans.pictures import read_mask_and_form, read_slice
@@ -105,7 +105,8 @@ class Contents:
         others = {n: e for n, e in self._known.items() if n not in self._now and (self.top / n).exists()}
         notes = others | {name: entry for name, entry in self._now.items() if entry}
         if notes != self._known:
-            write_json(self._notes(), notes)
+            with atomic_write(self._notes(), "w", private=True) as file:  # files can be named after patients
+                json.dump(notes, file)
 
 
 def _read_notes(path: Path) -> dict[str, list]:
