@@ -19,7 +19,7 @@ from federation.hospital.identity import Identity
 from federation.hospital.moments import Moments
 from federation.hospital.norms import OwnNorms
 from federation.hospital.pretraining import painter_of, pretraining
-from federation.hospital.scored import SCORED, ScoredModels
+from federation.hospital.scored import ScoredModels
 from federation.hospital.statistics import ToldStatistics
 from federation.hospital.training import proximal_pull, rate_in_a_round, seed_of, train_round
 from federation.privacy.budget import PatientBudget
@@ -102,7 +102,7 @@ class Hospital:
         self.began, self.came = time.monotonic(), ""  # SHA-256 of the weights that came
         self.tell = tell
         self.identity, self.training, self.federation, self.memory = identity, training, federation, memory
-        self.scored = ScoredModels(memory.with_name(SCORED), identity.session)
+        self.scored = ScoredModels(identity.file("scored.json"))
         if identity.shared_cores:  # more threads than cores slow all down
             torch.set_num_threads(max(1, identity.shared_cores // federation.clients))
         self.device = choose_device(identity.device)
@@ -205,7 +205,10 @@ class Hospital:
             or (self.identity.own_data and len(patients) < SMALLEST_GROUP)
         ):
             return Scored()
-        if not self.scored.admits(pack(model.state_dict()), self.federation.rounds):
+        # a share of a public dataset has no secret
+        if self.identity.own_data and not self.scored.admits(
+            pack(model.state_dict()), self.federation.rounds
+        ):
             self._say_that_enough_was_told()
             return Scored()
         rows = score_patients(model, self.data.dataset, patients, THRESHOLD)
@@ -214,7 +217,7 @@ class Hospital:
     def _say_that_enough_was_told(self) -> None:
         self.tell(
             f"the server asked for more scores or losses than {counted(self.federation.rounds, 'round')} need, and "
-            "those of made-up models tell of patients; no more are told until this hospital is started again"
+            "those of made-up models tell of patients; no more are told before a day has passed"
         )
 
     def told(self, score: Scored) -> Scored:
@@ -295,6 +298,8 @@ class Hospital:
         few = len(self.data.split.train) < SMALLEST_GROUP or not passes_over_all
         if self.budget or (self.identity.own_data and few):
             return None
+        if not self.identity.own_data:
+            return round(loss, TOLD_DIGITS)
         way = f"{task.round} {task.rate} {to_json(self.training, self.federation)}"
         told = self.scored.loss(before, way, round(loss, TOLD_DIGITS), self.federation.rounds)
         if told is None:
