@@ -15,7 +15,7 @@ from pathlib import Path
 
 from borders import escaping
 from checkpoint import Checkpoint, load_checkpoint, update_metadata
-from common import SMALLEST_GROUP, MedFLError, counted, run_script, tell, typed, utc_now
+from common import MedFLError, counted, run_script, tell, typed, utc_now
 from dataset import Dataset, add_mask_option, load_dataset
 from evaluation.calibration import draw_reliability
 from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_of
@@ -23,7 +23,7 @@ from evaluation.failures import as_lines, failures, without_sizes
 from evaluation.metrics import report
 from evaluation.overlays import draw_outlines
 from evaluation.scoring import fit_temperature, score_patients
-from evaluation.tables import table_lines, without_mm, write_patients
+from evaluation.tables import sites_told, table_lines, without_mm, write_patients
 from inference import predict_volume, to_mask
 from runs.energy import Meter, in_words
 from runs.usage import choose_device
@@ -248,14 +248,12 @@ def write_results(
 
 
 def write_back(figures: dict, failed: dict, checkpoint: Checkpoint) -> None:
-    """Put the test scores into the checkpoint. It is handed on: no site of one patient or two, and no word of how
-    large the patients' tumours are."""
-    told = {site: row for site, row in figures["sites"].items() if row["patients_scored"] >= SMALLEST_GROUP}
+    """Put the test scores into the checkpoint. It is handed on: no word of how large the patients' tumours are."""
     test = {
         **without_mm(figures),
         **without_sizes(failed),
         "patients": len(figures["patients"]),
-        "sites": {site: without_mm(row) for site, row in told.items()},
+        "sites": {site: without_mm(row) for site, row in sites_told(figures).items()},
     }
     update_metadata(checkpoint.path, scores={**checkpoint.metadata["scores"], "test": test})
     print(f"wrote the test scores into {checkpoint.path}")

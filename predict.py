@@ -16,7 +16,6 @@ marked as unverified research output; nothing is kept here. Needs requirements-d
 
 import argparse
 import csv
-import tempfile
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -223,7 +222,7 @@ def predict_study(arguments: argparse.Namespace) -> None:
         from radiology.delivery import predict_and_send
         from radiology.dicomweb import DICOMweb
         from radiology.login import read_login
-        from radiology.retrieval import Retrieval
+        from radiology.retrieval import Retrieval, passing_folder
         from radiology.rules import DEFAULT, load_rules
     except ModuleNotFoundError as error:
         raise MedFLError(
@@ -233,8 +232,8 @@ def predict_study(arguments: argparse.Namespace) -> None:
     rules = load_rules(arguments.rules or DEFAULT)
     checkpoint = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     study = archive.find_study(arguments.study)
-    with tempfile.TemporaryDirectory() as private:  # only its owner can read it
-        retrieval = Retrieval(archive, rules, Path(private))
+    with passing_folder() as private:
+        retrieval = Retrieval(archive, rules, private)
         listed = archive.find_series(study.uid)
         proposal, sent = predict_and_send(study, listed, archive, retrieval, checkpoint, arguments.rtstruct)
     for note in proposal.notes:

@@ -82,7 +82,8 @@ def say(text: str) -> None:
 def preparing(arguments: argparse.Namespace, retrieval: "Retrieval", ledger: "Ledger") -> "Deal":
     """What prepares a study, as data/prepare_hospital.py does, and with its ledger."""
     check_folders(arguments.private / INCOMING, arguments.out, arguments.private)
-    preparation = Preparation(arguments.out, Pseudonyms(arguments.private), retrieval.rules, say)
+    # what it would say can quote headers; page and report hold it
+    preparation = Preparation(arguments.out, Pseudonyms(arguments.private), retrieval.rules, lambda _: None)
 
     def deal(study: "FoundStudy", listed: "list[FoundSeries]") -> "Entry":
         with retrieval.fetched(study, listed) as whole:

@@ -65,7 +65,13 @@ ONNXRUNTIME = {
 
 
 def stage_space(checkpoint: Checkpoint, folder: Path = SPACE) -> list[Path]:
-    """Put the Streamlit page, its modules and one model into `folder`; the files' paths."""
+    """Put the Streamlit page, its modules and one model into `folder`; the files' paths. Raises MedFLError for a file
+    that holds more than a model."""
+    if checkpoint.state is not None:
+        raise MedFLError(
+            f"{checkpoint.path} also holds what its run needs to go on: what the optimiser learnt of single scans, and "
+            "a federation's hospitals; publish the _best.pth beside it"
+        )
     code = files_needed("deployment/app/app.py", without=NOT_IN_A_SPACE)
     sources = {name: ROOT / name for name in (*code, *SPACE_OTHERS)}
     sources |= {name: ROOT / "deployment" / "space" / name for name in SPACE_TOP}

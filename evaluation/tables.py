@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from borders import escaping
+from common import SMALLEST_GROUP
 from evaluation.metrics import NO_INTERVAL
 from storage.files import write_csv
 
@@ -68,3 +69,13 @@ def write_patients(figures: dict, path: Path) -> None:
     spacing is known."""
     patients = figures["patients"]
     write_csv(path, [list(patients[0]), *(row.values() for row in patients)])
+
+
+def sites_told(figures: dict) -> dict[str, dict]:
+    """The sites that a file which is handed on may tell: none of one patient or two, and not so many that those who
+    are left, whose figures are all patients' less the sites', are one or two."""
+    counts = {site: row["patients_scored"] for site, row in figures["sites"].items()}
+    told = [site for site in sorted(counts, key=lambda site: -counts[site]) if counts[site] >= SMALLEST_GROUP]
+    while told and 0 < figures["patients_scored"] - sum(counts[site] for site in told) < SMALLEST_GROUP:
+        told.pop()
+    return {site: figures["sites"][site] for site in sorted(told)}

@@ -27,6 +27,9 @@ from pydicom.uid import (
 from borders.limits import MAX_HEADER, MAX_ITEMS, MAX_SEGMENTS, MAX_SIDE, MAX_UNPACKED, fits
 from common import MedFLError
 
+# its warnings of odd values quote them: a patient's date of birth in an old form, for instance, in a worker's log
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
 OTHER_MODALITY = (
     "it is of modality"  # how that problem begins: a segmentation has it, and is of use all the same

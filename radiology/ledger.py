@@ -30,7 +30,7 @@ class Ledger:
     """The lines of a folder's ledger. Raises MedFLError for a damaged one."""
 
     def __init__(self, folder: Path, name: str = LEDGER):
-        self._file = folder / name
+        self.file = folder / name
         self._entries = self._read()
 
     def find(self, study: str, state: str) -> Entry | None:
@@ -51,7 +51,7 @@ class Ledger:
         self._entries[entry.study] = entry
         line = json.dumps(asdict(entry)) + "\n"
         try:
-            handle = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(handle, "ab") as file:
                 before = os.fstat(file.fileno()).st_size
                 try:
@@ -59,33 +59,33 @@ class Ledger:
                     file.flush()
                     os.fsync(file.fileno())
                 except OSError:
-                    os.truncate(self._file, before)  # half a line would spoil the next
+                    os.truncate(self.file, before)  # half a line would spoil the next
                     raise
         except OSError as error:
             raise MedFLError(
-                f"{self._file} can't be written ({error.strerror or error}); free the space or name another "
+                f"{self.file} can't be written ({error.strerror or error}); free the space or name another "
                 "folder"
             ) from error
 
     def _read(self) -> dict[str, Entry]:
         """The file's entries. A last line that was cut off is dropped: that study is dealt with again."""
         try:
-            text = self._file.read_text(encoding="utf-8")
+            text = self.file.read_text(encoding="utf-8")
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             raise MedFLError(
-                f"{self._file} can't be read; move it away, and every study is seen as new"
+                f"{self.file} can't be read; move it away, and every study is seen as new"
             ) from error
         whole, _, cut = text.rpartition("\n")
         try:
             entries = [Entry(**json.loads(line)) for line in whole.splitlines()]
         except (ValueError, TypeError) as error:
             raise MedFLError(
-                f"{self._file} is damaged; move it away, and every study is seen as new"
+                f"{self.file} is damaged; move it away, and every study is seen as new"
             ) from error
         latest = {entry.study: entry for entry in entries}
         if cut or len(latest) < len(entries):
-            with atomic_write(self._file, "w", private=True) as file:
+            with atomic_write(self.file, "w", private=True) as file:
                 file.writelines(json.dumps(asdict(entry)) + "\n" for entry in latest.values())
         return latest

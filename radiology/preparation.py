@@ -2,6 +2,7 @@
 told of it."""
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,14 +199,34 @@ def _about(flair: Series, fixed: sitk.Image) -> dict:
 
 
 def _without_patient(text: str, series: Series) -> str | None:
-    """What a tag says of the scanner; None where nothing, or a word of it is of the patient: somebody typed there."""
-    of_patient = _words_of(series.patient_id, *series.person, series.when[:8])
-    return None if not text or _words_of(text) & of_patient else text
+    """What a tag says of the scanner; None where nothing, or a word of it is of the patient, or the patient's number,
+    name or dates stand in it however they are written: somebody typed there."""
+    name, born = (*series.person, "", "")[:2]
+    texts = series.patient_id, *series.person, series.when[:8]
+    names = [word for word in _words_of(name) if not word.isdigit()]
+    whole = {_together(series.patient_id), "".join(names), "".join(reversed(names))}
+    for day in map(_together, (born, series.when[:8])):
+        whole |= {day, day[6:] + day[4:6] + day[:4], day[4:] + day[:4]}  # year, day or month first
+    typed = _together(text)
+    stands = any(len(one) >= 4 and one in typed for one in whole)
+    return None if not text or stands or set(_words_of(text)) & set(_words_of(*texts)) else text
 
 
-def _words_of(*texts: str) -> set[str]:
-    """Words of three letters or digits and more, in small letters."""
-    return {word for text in texts for word in re.split(r"[\W_]+", text.lower()) if len(word) >= 3}
+def _words_of(*texts: str) -> list[str]:
+    """Words of three letters or digits and more, or of two letters, as names have, in small letters without accents."""
+    words = [word for text in texts for word in re.split(r"[\W_]+", _folded(text))]
+    return [word for word in words if len(word) >= 3 or (len(word) == 2 and word.isalpha())]
+
+
+def _together(text: str) -> str:
+    """A text's letters and digits alone."""
+    return re.sub(r"[\W_]+", "", _folded(text))
+
+
+def _folded(text: str) -> str:
+    """A text in small letters without accents."""
+    apart = unicodedata.normalize("NFKD", text)
+    return "".join(sign for sign in apart if not unicodedata.combining(sign)).casefold()
 
 
 def write_study(prepared: Prepared, folder: Path, name: str) -> None:

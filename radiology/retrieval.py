@@ -7,7 +7,6 @@ Nothing but headers crosses the network before the rules have chosen.
 import contextlib
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -24,6 +23,7 @@ from radiology.rules import Rules
 from radiology.segmentation import MANUFACTURER
 from radiology.series import Series, find_series
 from radiology.studies import Line, Study, plan_studies
+from storage.files import run_folder
 
 INCOMING = "incoming"  # in the private folder
 SCANS = ("MR",)
@@ -123,9 +123,9 @@ class Retrieval:
 
     def plan(self, study: FoundStudy) -> Study:
         """What would be taken of a study, by the archive's list and a header of each series that could be used."""
-        with tempfile.TemporaryDirectory() as folder:  # only its owner can read it
+        with passing_folder() as folder:
             listed = self.archive.find_series(study.uid)
-            return self._plan(study, {s.uid: self._described(study, s, Path(folder)) for s in listed})
+            return self._plan(study, {s.uid: self._described(study, s, folder) for s in listed})
 
     @contextlib.contextmanager
     def fetched(
@@ -253,6 +253,17 @@ def _read(folder: Path, listed: FoundSeries, described: Series) -> Series:
         why = refused[0].why if refused else "the archive sent another series"
         return replace(described, problems=(f"a file of it can't be used: {why}",))
     return mine[0]
+
+
+@contextlib.contextmanager
+def passing_folder() -> Iterator[Path]:
+    """A folder for files that name patients, which only its owner can read: gone when the block ends, and with it what
+    killed runs left."""
+    folder = run_folder("study")
+    try:
+        yield folder
+    finally:
+        _remove(folder)
 
 
 def _remove(folder: Path) -> None:

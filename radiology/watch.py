@@ -92,6 +92,8 @@ class Watch:
         except MedFLError as error:
             if isinstance(error.__cause__, OSError):  # a full disk is no study's fault
                 raise
-            self._tell(f"a study is left out: {error}")
+            self._tell(
+                f"a study is left out; {self._ledger.file.name} says why"
+            )  # the reason can quote its headers
             return Entry(study.uid, state, why=str(error))
         return Entry(study.uid, state, made.name, made.rows, made.why)

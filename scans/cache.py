@@ -21,7 +21,7 @@ from borders.limits import MAX_VOXELS, fits
 from common import MedFLError
 from scans.cohort import Patient
 from scans.pictures import read_mask_and_form, read_slice
-from storage.files import file_sha256, write_json
+from storage.files import atomic_write, file_sha256
 
 CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
 CACHE_VERSION = 5
@@ -107,7 +107,8 @@ class Contents:
         others = {n: e for n, e in self._known.items() if n not in self._now and (self.top / n).exists()}
         notes = others | {name: entry for name, entry in self._now.items() if entry}
         if notes != self._known:
-            write_json(self._notes(), notes)
+            with atomic_write(self._notes(), "w", private=True) as file:  # files can be named after patients
+                json.dump(notes, file)
 
 
 def _read_notes(path: Path) -> dict[str, list]:

@@ -5,8 +5,10 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from base64 import b64encode
@@ -41,7 +43,15 @@ from radiology.dimse import DIMSE
 from radiology.ledger import Ledger
 from radiology.login import Login, read_login
 from radiology.pseudonyms import Pseudonyms
-from radiology.retrieval import Denied, FoundStudy, Missing, Query, Retrieval, Unreachable
+from radiology.retrieval import (
+    Denied,
+    FoundStudy,
+    Missing,
+    Query,
+    Retrieval,
+    Unreachable,
+    passing_folder,
+)
 from radiology.rules import load_rules
 from radiology.segmentation import make_segmentation
 from radiology.series import find_series
@@ -523,3 +533,21 @@ def test_tls_is_verified_and_a_client_certificate_opens_the_archive(archive, beh
         Denied, match="does not stand the check of TLS"
     ):  # nobody we know signed the archive's
         DICOMweb(safe, read_login(str(path)), waits=()).find_studies(Query())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process to kill")
+def test_what_a_killed_run_fetched_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if not (child := os.fork()):
+        try:
+            with passing_folder() as folder:
+                (folder / "of_anna.dcm").write_bytes(b"DICM")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.rglob("*.dcm")
+    assert left.parent.stat().st_mode & 0o077 == 0
+    with passing_folder():
+        assert not left.exists()
+    assert not list(tmp_path.iterdir())

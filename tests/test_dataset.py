@@ -242,6 +242,17 @@ def test_the_cache_is_built_once_and_outside_the_dataset(tmp_path):
     assert cache_folder().is_relative_to(tmp_path / "home")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="modes do not protect there")
+def test_a_cache_in_a_folder_that_others_can_open_names_nobody_to_them(tmp_path, monkeypatch):
+    (tmp_path / "shared").mkdir(mode=0o755)
+    monkeypatch.setenv(cache.CACHE, str(tmp_path / "shared"))
+    monkeypatch.setattr(cache, "SETTLED", 0)  # so that files are noted at once
+    load(write_patients(tmp_path / "scans", ("anna_smith", "eva_jones")))
+    (notes,) = (tmp_path / "shared").glob("*.files.json")
+    assert "anna_smith" in notes.read_text()
+    assert not [path for path in (tmp_path / "shared").iterdir() if path.stat().st_mode & 0o077]
+
+
 def test_the_cache_is_built_again_when_a_file_changes_or_is_added(tmp_path):
     root = write_patients(tmp_path / "scans")
     load(root)

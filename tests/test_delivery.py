@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import highdicom
@@ -230,8 +231,33 @@ def test_the_worker_waits_until_a_study_is_quiet_and_remembers_what_it_can_not_u
         archive.add(*new)
         looks.append(watching.look())
     assert looks == [0, 0, 0, 1, 0] and watching.waiting == 0
-    assert "a study is left out: the study has no FLAIR" in capsys.readouterr().err
+    assert "a study is left out; sent.jsonl says why" in capsys.readouterr().err
+    assert "the study has no FLAIR" in (tmp_path / "worker" / "sent.jsonl").read_text()
     assert "1.2.840.78.3" not in {o.StudyInstanceUID for o in stored(archive, "SR")}
+
+
+@pytest.mark.parametrize("prepares", [True, False])
+def test_the_workers_lines_quote_nothing_of_a_study_that_it_leaves_out(archive, model, tmp_path, prepares):
+    number, images = "1.2.840.78.4", phantom(0, slices=8, size=64)[0]
+    blank = images[1] * 0
+    born = {"PatientID": f"QX-4{prepares}", "PatientName": NAME, "PatientBirthDate": "1943.11.17"}
+    born |= {"PixelPaddingValue": 0, "SeriesDescription": f"AX FLAIR {NAME}", "Manufacturer": "M" * 70}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        files_of_it = write_series(tmp_path / "scan", blank, born, study=f"{number}{int(prepares)}")
+    archive.add(*files_of_it)
+    done = run_script(
+        "data/watch_archive.py",
+        *("--dicomweb", archive.url, "--login", archive.write_login(tmp_path)),
+        *("--private", tmp_path / "worker", "--query", f"PatientID=QX-4{prepares}", "--quiet", 0),
+        *(("--prepare-only", "--out", tmp_path / "out") if prepares else ("--checkpoint", model)),
+        *("--every", 0.1, "--once"),
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and ("could not be prepared" in said or "left out" in said), said
+    assert not [secret for secret in ("Zzyzxova", "1943", "QX-4", number) if secret in said], said
+    kept = (tmp_path / "worker" / ("report.csv" if prepares else "sent.jsonl")).read_text(encoding="utf-8")
+    assert "nothing but padding" in kept
 
 
 def test_the_worker_can_only_prepare(archive, tmp_path):

@@ -17,10 +17,10 @@ import torchvision_operators  # noqa: F401  must come before timm
 
 # isort: split
 import timm
-from encoders import weights
 
 from checkpoint import Checkpoint, load_checkpoint
 from common import MedFLError
+from encoders import weights
 from encoders.weights import RANDOM, go_on_from, start_model
 from training import Learner, TrainingSettings
 from transunet import TransUNet

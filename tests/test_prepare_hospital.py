@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,31 @@ def test_no_identifying_value_is_found_in_the_output(scene):
             assert value.encode() not in content, f"{value} in {path}"
 
 
-@pytest.mark.parametrize("typed", ["Siemens Zzyzxova", "QX-48151623", "Avanto 19540312", "1.5T 20190317"])
+def test_neither_order_nor_times_of_what_is_handed_on_follow_the_patients_numbers(home, tmp_path):
+    """Who has a list of those who were prepared could put names to pseudonyms; and a worker that prepares each study
+    as it comes would leave its day."""
+    archive, out, before = tmp_path / "export", tmp_path / "prepared", time.time()
+    for number in range(5):
+        small_study(archive / str(number), number, f"P{number}", f"1.2.{number}", "20200101", channels=(1,))
+    assert run_script(SCRIPT, "--dicom", archive, "--out", out).returncode == 0
+    names = [row["pseudonym"] for row in report(archive) if row["used_as"] == "FLAIR"]
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert sorted(names, key=page.index) == sorted(names)
+    times = {name: {path.stat().st_mtime for path in (out / name, *(out / name).iterdir())} for name in names}
+    assert all(len(one) == 1 and max(one) < before - 86_400 for one in times.values())
+    assert len({*map(max, times.values())}) == 5  # another content, another time
+    sheets = {path.stat().st_mtime for path in (out / "contact_sheets").iterdir()}
+    assert sheets == {*map(max, times.values())}
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *("Siemens Zzyzxóva", "QX-48151623", "Avanto 19540312", "1.5T 20190317"),
+        *("Li, Avanto", "ZZYZXOVALI", "Avanto lizzyzxova", "Zzyzxo\u0301va", "qx48151623"),
+        *("Avanto 12.03.1954", "1954-03-12", "03/12/1954", "Avanto(17.03.2019)"),
+    ],
+)
 def test_a_scanners_tag_in_which_somebody_typed_the_patient_is_left_out(typed):
     series = Series(
         uid="1",
@@ -251,7 +276,7 @@ def test_a_scanners_tag_in_which_somebody_typed_the_patient_is_left_out(typed):
         files=(),
         manufacturer=typed,
         model="Prisma",
-        person=("Zzyzxova^Anna", "19540312", "F"),
+        person=("Zzyzxóva^Li", "19540312", "F"),
         when="20190317074912",
     )
     about = _about(series, sitk.Image(4, 4, 2, sitk.sitkUInt8))
@@ -342,6 +367,20 @@ def test_a_broken_off_run_goes_on(scene):
     for path, mark in tree(scene["out"]).items():
         if scene["names"]["TWO1.2.22"] not in path and path != "index.html":
             assert before[path] == mark, path
+
+
+def test_a_patient_who_is_in_the_export_no_more_and_still_in_the_output_is_told(home, tmp_path):
+    """Whoever withdrew would train on, on a page that does not show it."""
+    for number in range(2):
+        small_study(
+            tmp_path / "x" / str(number), number, f"P{number}", f"1.2.{number}", "20200101", channels=(1,)
+        )
+    command = (SCRIPT, "--dicom", tmp_path / "x", "--out", tmp_path / "prepared")
+    assert "also holds" not in run_script(*command).stderr
+    gone = next(row["pseudonym"] for row in report(tmp_path / "x") if row["patient_id"] == "P0")
+    shutil.rmtree(tmp_path / "x" / "0")
+    said = run_script(*command).stderr
+    assert f"also holds 1 folder of studies that are not among these ({gone})" in said
 
 
 def test_a_later_export_of_a_patient_who_trains_is_kept_apart(home, tmp_path):

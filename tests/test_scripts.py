@@ -18,6 +18,7 @@ from checkpoint import load_checkpoint, update_metadata
 from common import MedFLError
 from dataset import load_dataset
 from evaluation.metrics import FIGURES_OF_A_PATIENT
+from evaluation.tables import sites_told
 from inference import predict_volume, to_mask
 from split import make_split
 
@@ -290,6 +291,21 @@ def test_evaluate_writes_back_no_figure_of_one_patient(phantoms, trained, tmp_pa
         and "worst_patients" not in test
     )
     assert set(test["lesions"]) == {"found", "missed", "false"}
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ({"CS": 10, "DU": 1}, []),  # eleven less ten are one
+        ({"CS": 10, "DU": 5, "FG": 1, "HT": 1}, ["CS"]),
+        ({"CS": 3, "DU": 4}, ["CS", "DU"]),
+        ({"CS": 5, "DU": 1, "FG": 2}, ["CS"]),
+        ({"CS": 2}, []),
+    ],
+)
+def test_no_two_figures_of_a_checkpoint_give_one_patient_by_subtraction(counts, told):
+    sites = {site: {"patients_scored": count} for site, count in counts.items()}
+    assert list(sites_told({"patients_scored": sum(counts.values()), "sites": sites})) == told
 
 
 def test_the_temperature_is_fitted_on_validation_patients_and_kept(phantoms, trained, tmp_path):

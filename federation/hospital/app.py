@@ -53,6 +53,15 @@ def make_app(
         check_consent(settings, identity)
         return Hospital(identity, *from_json(settings), folder_of(context) / MEMORY, say)
 
+    def joined(settings: str, context: Context) -> Hospital:
+        mine = hospital(settings, context)
+        if mine.identity.role == "check":
+            raise HospitalError(
+                Failure.CONSENT,
+                "this hospital only asks whether it could join; no work was done and nothing was told",
+            )
+        return mine
+
     def sums(context: Context) -> Sums:
         return Sums(Identity.load(folder_of(context)), folder_of(context))
 
@@ -87,7 +96,7 @@ def make_app(
                 fix_run(asked.run, sums(context))
         elif isinstance(asked, Model):
             arrays = incoming.content["arrays"]
-            mine = hospital(asked.settings, context)
+            mine = joined(asked.settings, context)
             path = keep_model(mine, asked.which, arrays, asked.metadata, asked.sha256)
             say(f"the federation's {asked.which} model: {path}")
         elif isinstance(asked, Keys | Shares | Agree | Unmask):
@@ -107,7 +116,7 @@ def make_app(
     def train(incoming: Message, context: Context) -> Message:
         """Score the model that came, train it, send the update."""
         task = request(Train, read(incoming.content))
-        mine = hospital(task.settings, context)
+        mine = joined(task.settings, context)
         if not mine.federation.secure_aggregation:
             with refusing(Failure.CONSENT):
                 sums(context).check_plain()
@@ -127,7 +136,7 @@ def make_app(
     def evaluate(incoming: Message, context: Context) -> Message:
         """Score the model that came: after the last round, or, where this hospital only observes, in each."""
         task = request(Score, read(incoming.content))
-        mine = hospital(task.settings, context)
+        mine = joined(task.settings, context)
         model = mine.received(task, incoming.content["arrays"])
         if task.part == "test":
             return Message(message(tested(mine, model).model_dump()), reply_to=incoming)

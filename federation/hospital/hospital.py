@@ -19,7 +19,7 @@ from federation.hospital.identity import Identity
 from federation.hospital.moments import Moments
 from federation.hospital.norms import OwnNorms
 from federation.hospital.pretraining import painter_of, pretraining
-from federation.hospital.scored import SCORED, ScoredModels
+from federation.hospital.scored import ScoredModels
 from federation.hospital.statistics import ToldStatistics
 from federation.hospital.training import proximal_pull, rate_in_a_round, seed_of, train_round
 from federation.privacy.budget import PatientBudget
@@ -27,7 +27,7 @@ from federation.privacy.patients import CHANCE, STEPS, PatientBatches, PrivateLe
 from federation.protocol.answers import Facts, Images
 from federation.protocol.messages import Failure
 from federation.protocol.requests import Task, Train
-from federation.protocol.settings import FederationSettings
+from federation.protocol.settings import FederationSettings, to_json
 from federation.protocol.weights import (
     FULL,
     Record,
@@ -104,7 +104,7 @@ class Hospital:
         self.began, self.came = time.monotonic(), ""  # SHA-256 of the weights that came
         self.tell = tell
         self.identity, self.training, self.federation, self.memory = identity, training, federation, memory
-        self.scored = ScoredModels(memory.with_name(SCORED), identity.session)
+        self.scored = ScoredModels(identity.file("scored.json"))
         if identity.shared_cores:  # more threads than cores slow all down
             torch.set_num_threads(max(1, identity.shared_cores // federation.clients))
         self.device = choose_device(identity.device)
@@ -208,20 +208,20 @@ class Hospital:
             or (self.identity.own_data and len(patients) < SMALLEST_GROUP)
         ):
             return Scored()
-        if not self._may_tell_of(pack(model.state_dict())):
+        # a share of a public dataset has no secret
+        if self.identity.own_data and not self.scored.admits(
+            pack(model.state_dict()), self.federation.rounds
+        ):
+            self._say_that_enough_was_told()
             return Scored()
         rows = score_patients(model, self.data.dataset, patients, THRESHOLD)
         return Scored(float(np.mean([row["dice"] for row in rows])), len(rows), time.monotonic() - began)
 
-    def _may_tell_of(self, weights: torch.Tensor) -> bool:
-        """Whether scores and losses of a model that came, (n,) float32, may be told; it is said where not."""
-        if self.scored.admits(weights, self.federation.rounds):
-            return True
+    def _say_that_enough_was_told(self) -> None:
         self.tell(
-            f"the server asked for scores of more models than {counted(self.federation.rounds, 'round')} need, and "
-            "scores of made-up models tell of patients; no more are told until this hospital is started again"
+            f"the server asked for more scores or losses than {counted(self.federation.rounds, 'round')} need, and "
+            "those of made-up models tell of patients; no more are told before a day has passed"
         )
-        return False
 
     def told(self, score: Scored) -> Scored:
         """What the server gets of a score: few digits, and with a promise to patients none, because no noise
@@ -266,12 +266,13 @@ class Hospital:
         frozen, before = task.round <= self.training.frozen_epochs, pack(model.state_dict())
         model.set_encoder_trainable(not frozen)
         warmup = 0.0 if self.budget else self.training.warmup  # few steps, of a model that is trained already
+        steps = settings.steps_a_round(len(batches))
         loss = train_round(
             learner,
             batches,
             task.round,
             settings.rounds,
-            settings.steps_a_round(len(batches)),
+            steps,
             seed,
             rate_in_a_round(warmup, task.rate),
             lambda: self._check_time(task),
@@ -285,16 +286,28 @@ class Hospital:
             painter_of(self.identity, task.run).keep(task.round, learner.model.painter())
         if settings.keep_norm_local:
             self._norms(task.run).keep(task.round, after[norm_mask(model)], self.training.ema_decay)
-        few = (
-            self.identity.own_data and len(self.data.split.train) < SMALLEST_GROUP
-        )  # a loss of one or two patients
-        tells = not (few or self.budget) and self._may_tell_of(before)
         return Worked(
             batches.slices,
-            round(loss, TOLD_DIGITS) if tells else None,
+            self._loss_told(loss, task, before, passes_over_all=steps >= len(batches)),
             self.budget.spent if self.budget else None,
             time.monotonic() - began,
         ), update
+
+    def _loss_told(
+        self, loss: float, task: Train, before: torch.Tensor, passes_over_all: bool
+    ) -> float | None:
+        """What the server gets of the mean loss of a training from these weights, (n,) float32. Own data of fewer than
+        3 patients give none, nor does a part of the slices, which can be one patient's."""
+        few = len(self.data.split.train) < SMALLEST_GROUP or not passes_over_all
+        if self.budget or (self.identity.own_data and few):
+            return None
+        if not self.identity.own_data:
+            return round(loss, TOLD_DIGITS)
+        way = f"{task.round} {task.rate} {to_json(self.training, self.federation)}"
+        told = self.scored.loss(before, way, round(loss, TOLD_DIGITS), self.federation.rounds)
+        if told is None:
+            self._say_that_enough_was_told()
+        return told
 
     def _refuse_what_was_not_agreed(self, task: Train) -> None:
         if not self.identity.own_data and self.data.partition_sha256 != task.partition:

@@ -27,6 +27,7 @@ OwnFile = Literal[
     "painter.pt",
     "sums.json",
     "images.json",
+    "scored.json",
 ]
 
 

@@ -75,8 +75,10 @@ def _training(
 
 
 def _data(training: TrainingSettings, settings: FederationSettings, told: list[Facts]) -> dict:
+    # what hospitals call data of their own depends on who took part
+    names = {"own data" if settings.private and facts.own_data else facts.data for facts in told}
     data: dict = {
-        "name": " and ".join(sorted({facts.data for facts in told})),
+        "name": " and ".join(sorted(names)),
         "split_sha256": next((facts.split_sha256 for facts in told if not facts.own_data), None),
         "split": {
             "seed": training.seed,

@@ -48,6 +48,21 @@ def staged(trained, tmp_path_factory):
     return folder
 
 
+def test_a_file_with_a_runs_state_is_not_published(tmp_path):
+    """The optimiser's moments are gradients of the last scans, and a federation's state names its hospitals."""
+    from checkpoint import describe, load_checkpoint, save_checkpoint
+    from common import MedFLError
+    from deployment.staging import stage_space
+    from transunet import TransUNet
+
+    model, last = TransUNet("mini", 32), tmp_path / "transunet_federated_last.pth"
+    about = describe(model, origin={"kind": "centralised"}, scores={})
+    save_checkpoint(last, model.state_dict(), about, {"moments": {}})
+    with pytest.raises(MedFLError, match="publish the _best.pth"):
+        stage_space(load_checkpoint(last), tmp_path / "staged")
+    assert not (tmp_path / "staged").exists()
+
+
 def test_the_folder_holds_the_app_and_nothing_of_a_federation(staged):
     names = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
     assert {

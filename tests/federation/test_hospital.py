@@ -1,6 +1,9 @@
 """A hospital's work in one message, in this process: what it scores, trains, keeps for itself and refuses."""
 
 import json
+import os
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +13,15 @@ from scripted import make_messages_outside_of_a_run
 
 from benchmarks.federated_against_central import loop_of_a_hospital
 from benchmarks.local_federation import LocalHospital
-from common import __version__
+from common import MedFLError, __version__
 from dataset import load_dataset
 from evaluation.scoring import score_patients
 from federation.hospital.hospital import Hospital, HospitalError, Scored
 from federation.hospital.identity import ENDED, IDENTITY, Identity
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.requests import Train
-from federation.protocol.settings import FederationSettings
-from federation.protocol.weights import pack
+from federation.protocol.settings import FederationSettings, to_json
+from federation.protocol.weights import pack, to_record
 from split import VAL_FRACTION, Split, make_split, save_split
 from training import TrainingSettings
 from transunet import TransUNet
@@ -75,7 +78,7 @@ def test_the_score_is_of_the_validation_patients(hospital):
 def test_a_server_gets_no_more_scores_than_runs_need(hospital, monkeypatch):
     """With weights of its own making and as many exact scores as it liked, it could read masks pixel by pixel."""
     monkeypatch.setattr("federation.hospital.hospital.score_patients", lambda *_: [{"dice": 0.123456}])
-    subject, model = hospital(val_fraction=0.3, rounds=3), TransUNet("mini", 32)
+    subject, model = hospital(None, val_fraction=0.3, rounds=3), TransUNet("mini", 32)
     heard, bias = [], dict(model.named_parameters())["head.bias"]
     for question in range(30):
         with torch.no_grad():
@@ -87,10 +90,48 @@ def test_a_server_gets_no_more_scores_than_runs_need(hospital, monkeypatch):
     with torch.no_grad():
         bias.fill_(0)
     assert subject.score(model).val_dice == 0.123456  # the same model tells nothing new
-    started_again = hospital(val_fraction=0.3, rounds=3)
-    assert started_again.score(model, "test").val_dice == 0.123456
-    loss = work(started_again, model)[0].train_loss
-    assert loss == round(loss, 4)
+
+
+def test_a_server_that_ends_a_service_gets_no_more_scores_once_it_has_started_again(hospital, monkeypatch):
+    """A unit starts again what ended with an error, which a server can tell it to do."""
+    monkeypatch.setattr("federation.hospital.hospital.score_patients", lambda *_: [{"dice": 0.123456}])
+    model, heard = TransUNet("mini", 32), []
+    for question in range(20):
+        with torch.no_grad():
+            dict(model.named_parameters())["head.bias"].fill_(question)
+        heard.append(hospital(None, val_fraction=0.3, rounds=1).score(model).val_dice)
+    assert heard == [0.123456] * 18 + [None] * 2
+    now = time.time()
+    monkeypatch.setattr("federation.hospital.scored.time.time", lambda: now + 90_000)
+    assert hospital(None, val_fraction=0.3, rounds=1).score(model).val_dice == 0.123456  # a day later
+    file = hospital(None).scored.file
+    assert file.stat().st_mode & 0o077 == 0 or os.name == "nt"
+    file.write_text("{", encoding="utf-8")
+    with pytest.raises(MedFLError, match="is damaged"):
+        hospital(None).score(model)
+
+
+def test_one_model_has_no_more_losses_than_runs_need(hospital):
+    """Rates, rounds and settings make many trainings of one model, each with a loss of its own."""
+    subject = hospital(None, rounds=1, training={"schedule": "plateau"})
+    losses = [work(subject, rate=0.01 * (k + 1))[0].train_loss for k in range(18)]
+    subject.training = replace(subject.training, seed=1)
+    assert None not in losses and work(subject, rate=0.01)[0].train_loss is None
+
+
+def test_a_loss_that_was_told_is_told_again_though_another_model_left_other_moments(hospital):
+    subject, other = hospital(None, rounds=3), TransUNet("mini", 32)
+    first = work(subject, round=2, run="one")[0].train_loss
+    work(subject, other, round=1, run="one")
+    assert subject._moments("one").before(2) and work(subject, round=2, run="one")[0].train_loss == first
+
+
+def test_a_loss_over_a_part_of_the_slices_stays_here(hospital, phantoms):
+    """With one step a round it would be of a few slices, and of one patient now and then."""
+    assert work(hospital(None, local_steps=1))[0].train_loss is None
+    subject = hospital(None, local_steps=40)
+    assert work(subject)[0].train_loss is not None
+    assert work(hospital(0, local_steps=1))[0].train_loss is not None  # a public dataset has no secret
 
 
 def test_examples_are_the_training_slices(hospital):
@@ -176,6 +217,18 @@ def test_a_question_of_another_form_gets_a_code(monkeypatch, tmp_path, phantoms,
     assert (
         read(reply.content)["failure"] == Failure.PROTOCOL and "the same version" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_hospital_that_only_checks_tells_no_score(monkeypatch, tmp_path, phantoms, capsys, part):
+    make_messages_outside_of_a_run(monkeypatch)
+    node = LocalHospital(tmp_path, 0, phantoms)
+    node.identity.model_copy(update={"cid": None, "role": "check"}).save(node.folder)
+    settings = to_json(TrainingSettings(model="mini", image_size=32), FederationSettings(val_fraction=0.3))
+    asked = {"settings": settings, "run": "this", "without": [], "part": part, "last": False}
+    weights = to_record(pack(TransUNet("mini", 32).state_dict()))
+    reply = node.answer(Message(message(asked, weights), 1, "evaluate"))
+    assert read(reply.content)["failure"] == Failure.CONSENT and "nothing was told" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gone", ["kit", "identity"])

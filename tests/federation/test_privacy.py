@@ -215,9 +215,15 @@ def test_a_private_models_file_is_the_same_whoever_took_part(monkeypatch, tmp_pa
     make_fast(monkeypatch)
     _, state, _ = run(tmp_path, 1)
     with_both = state.metadata({}, 1)
-    del state.progress.hospitals["hospital-1"]
+    hospitals = state.progress.hospitals
+    other = hospitals.pop("hospital-1")
     without = state.metadata({}, 1)
     assert {**with_both, "created": None} == {**without, "created": None}
+    own = {"cid": None, "own_data": True}
+    hospitals["hospital-0"] = hospitals["hospital-0"].model_copy(update={**own, "data": "own data"})
+    without = state.metadata({}, 1)
+    hospitals["hospital-1"] = other.model_copy(update={**own, "data": "Prostates of Mercy"})  # a task's title
+    assert {**state.metadata({}, 1), "created": None} == {**without, "created": None}
     rows = dict(card_rows(load_checkpoint(tmp_path / BEST), "0" * 64))
     assert rows["Trained"].startswith("federated, 2 hospitals, 1 rounds") and "hospital-" not in str(rows)
     assert "patients" not in rows["Data"]
