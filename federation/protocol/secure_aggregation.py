@@ -54,7 +54,7 @@ LEAST = 3  # hospitals of a sum: of two, each knows the other's update from it
 
 
 class WrongShares(MedFLError):
-    """Shares that are not what they should be. node: of the hospital that made them."""
+    """Shares or codes that are not what they should be. node: of the hospital that made them."""
 
     def __init__(self, sentence: str, node: int):
         super().__init__(sentence)
@@ -292,13 +292,7 @@ class Party:
             raise MedFLError(
                 "the server asked for shares that together would uncover an update; nothing was given"
             )
-        this, kept = json.dumps(self.round), self._account(summed)
-        if self.given.get(this, kept) != kept:
-            raise MedFLError(
-                "the server asked for another sum of a round that was summed already, and two of them would "
-                "differ by an update; nothing was given; let the same hospitals take part, or begin the "
-                "federation again"
-            )
+        self._expect_no_other_sum(summed)
         self.sum, self.stage = [sorted(summed), sorted(missing)], "agreed"
         return {node: self._code(self.node, node, node) for node in self.public if node != str(self.node)}
 
@@ -307,19 +301,31 @@ class Party:
         missing in it. agreed: the other hospitals' codes for this one, by node."""
         self._expect("agreed")
         self.stage = "revealed"  # once
-        others = self.public.keys() - {str(self.node)}
-        same = [
+        self._expect_no_other_sum(summed)  # another try may have opened one since this one was agreed on
+        others = [node for node in agreed if node in self.public and node != str(self.node)]
+        unlike = [
             node
-            for node, code in agreed.items()
-            if node in others and hmac.compare_digest(code, self._code(int(node), str(self.node), node))
+            for node in others
+            if not hmac.compare_digest(agreed[node], self._code(int(node), str(self.node), node))
         ]
-        if [sorted(summed), sorted(missing)] != self.sum or len(same) + 1 < threshold(len(self.public)):
-            raise MedFLError(
+        agreeing = 1 + len(others) - len(unlike)
+        if [sorted(summed), sorted(missing)] != self.sum or agreeing < threshold(len(self.public)):
+            sentence = (
                 "the hospitals were not told the same members of the sum, and different sums could uncover an "
                 "update; nothing was given"
             )
+            raise WrongShares(sentence, int(unlike[0])) if unlike else MedFLError(sentence)
         self.given = {**self.given, json.dumps(self.round): self._account(summed)}
         return {str(node): self.shares[str(node)][node not in summed] for node in (*summed, *missing)}
+
+    def _expect_no_other_sum(self, summed: list[int]) -> None:
+        kept = self._account(summed)
+        if self.given.get(json.dumps(self.round), kept) != kept:
+            raise MedFLError(
+                "the server asked for another sum of a round that was summed already, and two of them would "
+                "differ by an update; nothing was given; let the same hospitals take part, or begin the "
+                "federation again"
+            )
 
     def _account(self, summed: list[int]) -> list[str]:
         """What is kept of a sum: the names of the hospitals in it, and a hash of what decides how much each of
