@@ -1,5 +1,5 @@
-"""All that MedFL touches of Flower besides its public API, in one place: these names may change with Flower's
-version.
+"""All that MedFL touches of Flower besides its public API, in one place (and the SuperLink's objects in
+flower_objects.py): these names may change with Flower's version.
 
 Run as a module it is one of Flower's programs, tied to the process that started it:
 
@@ -210,6 +210,10 @@ def only_own_answers(push: Callable) -> Callable:
 def run_superlink(options: list[str]) -> None:
     from flwr.superlink.cli import flower_superlink
 
+    from federation.runtime.flower_objects import ObjectsByMessage
+
+    stores = importlib.import_module("flwr.supercore.object_store.object_store_factory")
+    vars(stores)["InMemoryObjectStore"] = ObjectsByMessage
     handlers = importlib.import_module("flwr.superlink.servicer.fleet.fleet_handlers")
     vars(handlers)["push_messages"] = only_own_answers(handlers.push_messages)
     sys.argv = ["flower-superlink", *options]
