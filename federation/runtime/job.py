@@ -24,7 +24,7 @@ from federation.protocol.settings import (
 from federation.protocol.weights import part_mask
 from federation.runtime.bundle import hospital_code
 from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
-from federation.server.state import LAST, load_run, with_rounds
+from federation.server.state import LAST, check_best, load_run, with_rounds
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -105,6 +105,7 @@ def prepare_job(
     check_log(out / AUDIT, job["ends"] and Path(job["ends"]), arguments.resume)
     if arguments.resume:
         training, federation, state, model = load_run(out)
+        check_best(out)
         done = state["progress"]["round"]
         asked = arguments.rounds if "rounds" in arguments.given else None
         federation = with_rounds(federation, asked, done)

@@ -2,6 +2,7 @@
 every hospital."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from federation.server.audit import AuditLog
 from federation.server.exchange import Exchange
 from federation.server.mailbox import NOT_ADMITTED, Answer
 from federation.server.membership import Member
-from federation.server.state import RunState
+from federation.server.state import RunState, keep
 
 TEST, ENCODER_FILE = "federated_test.json", "encoder.safetensors"
 DRAWS = 2_000  # of the interval
@@ -101,14 +102,19 @@ class Ending:
         write_json(self.out / TEST, scores)
         # no noise covers a score, so none goes out with a model that is to be private
         if scores["best"] and self.state.best.exists() and not self.state.federation.private:
-            about = read_metadata(self.state.best)
-            update_metadata(self.state.best, scores={**about.get("scores", {}), "test": scores["best"]})
-            self.audit.write(
+            number = self.state.progress.judge.number
+            keep(
+                self.state.best,
+                lambda path: self._with_score(path, scores["best"]),
+                self.audit,
                 "checkpoint",
-                round=self.state.progress.judge.number,
-                file=self.state.best.name,
-                sha256=file_sha256(self.state.best),
+                round=number,
             )
+
+    def _with_score(self, path: Path, score: dict | None) -> None:
+        """Write the best model with its test score."""
+        shutil.copyfile(self.state.best, path)
+        update_metadata(path, scores={**read_metadata(path).get("scores", {}), "test": score})
 
     def keep_encoder(self) -> None:
         """Write what pretraining ends with: the encoder, as a file that `--encoder` takes."""
