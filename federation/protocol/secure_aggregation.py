@@ -177,7 +177,8 @@ class Party:
         default_factory=dict
     )  # that others gave into care: of their seed, of their key
     round: list = field(default_factory=list)  # that the keys are for: the run's name, the round's number
-    counted: str = ""  # SHA-256 of the total that slices are divided by, the settings and the rate
+    # SHA-256 of the total that slices are divided by, the settings, the rate, and what the training began with
+    counted: str = ""
     sum: list[list[int]] = field(default_factory=list)  # the hospitals in it and those missing, as agreed
     given: dict[str, list[str]] = field(default_factory=dict)
 
@@ -229,10 +230,12 @@ class Party:
         limit: float,
         of: list,
         promised: dict[str, list[str]] | None = None,
+        begun: str = "",
     ) -> np.ndarray:
         """Stage 3: the others' shares came; this hospital's weighted change under its masks, (n,) uint32. of:
         run, round, and what else the masks are bound to (`binding`); promised: SHA-256 of the shares that are
-        sealed. Raises WrongShares where one is not what it should be."""
+        sealed; begun: of what only this hospital's training began with. Raises WrongShares where one is not what it
+        should be."""
         self._expect("shares")
         # once a try: asked again, it would mask with other hospitals than those whose shares it has in care, and
         # the masks of a missing one alone would come off
@@ -272,7 +275,7 @@ class Party:
             )
             values = values + between if self.node > int(node) else values - between
         run_and_round, most, settings_and_rate = of[:2], of[2:3], of[4:]
-        counted = hashlib.sha256(json.dumps([most, settings_and_rate]).encode()).hexdigest()
+        counted = hashlib.sha256(json.dumps([most, settings_and_rate, begun]).encode()).hexdigest()
         self.round, self.counted, self.stage = run_and_round, counted, "masked"
         return values
 
@@ -329,8 +332,9 @@ class Party:
 
     def _account(self, summed: list[int]) -> list[str]:
         """What is kept of a sum: the names of the hospitals in it, and a hash of what decides how much each of
-        them counts. Two sums of one round over the same hospitals, by two totals, would differ by a multiple of
-        the smallest one's update."""
+        them counts and how this one trained. Two sums of one round over the same hospitals, by two totals, would
+        differ by a multiple of the smallest one's update; and where one hospital trained otherwise in between, because
+        what it keeps from round to round was changed or forgotten, by what that made of its update alone."""
         return [*sorted(self.names.get(str(node), str(node)) for node in summed), self.counted]
 
     def _code(self, by: int, to: str, other: str) -> str:
