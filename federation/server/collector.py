@@ -195,9 +195,13 @@ class Collector:
         """Check an update and put it to the others. travels: which of the weights are in it, (n,) bool."""
         precision, sent = self.settings.update_dtype, self.state.weights
         update = from_record(answer.arrays, precision)
-        weights = update
-        if len(update) == int(travels.sum()):
-            weights = sent.clone()
-            weights[travels] = update + (0 if precision == FULL else sent[travels])
+        if len(update) != int(
+            travels.sum()
+        ):  # of the whole model, it would change what is frozen, or kept elsewhere
+            raise MedFLError(
+                f"its update has {len(update)} weights and the model {int(travels.sum())} that travel in this round"
+            )
+        weights = sent.clone()
+        weights[travels] = update + (0 if precision == FULL else sent[travels])
         check_update(weights, told.examples, len(sent), member.facts.parts["train"].slices, self.variances)
         updates.add(member.label, weights, told.examples)
