@@ -66,6 +66,10 @@ class TrainingBatches:
             parts.append(drawn[:needed].reshape(len(self), places))
         return np.concatenate(parts, axis=1)
 
+    def patients_of(self, epoch: int, steps: int) -> set[str]:
+        """Whose slices the first so many batches of an epoch hold."""
+        return {self._slices[k][0] for k in self.order(epoch)[:steps].flat}
+
     def epoch(self, epoch: int, share: slice = slice(None)) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The epoch's batches, made as they are asked for. share: the part of each batch that is given, varied as
         in the whole batch; the rest is not read."""

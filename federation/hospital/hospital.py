@@ -287,9 +287,8 @@ class Hospital:
             painter_of(self.identity, task.run).keep(task.round, learner.model.painter())
         if settings.keep_norm_local:
             self._norms(task.run).keep(task.round, after[norm_mask(model)], self.training.ema_decay)
-        few = (
-            self.identity.own_data and len(self.data.split.train) < SMALLEST_GROUP
-        )  # a loss of one or two patients
+        steps = settings.steps_a_round(len(batches))
+        few = self.identity.own_data and self._patients_behind(batches, task.round, steps) < SMALLEST_GROUP
         tells = not (few or self.budget) and self._may_tell_of(before)
         return Worked(
             batches.slices,
@@ -297,6 +296,14 @@ class Hospital:
             self.budget.spent if self.budget else None,
             time.monotonic() - began,
         ), update
+
+    def _patients_behind(
+        self, batches: TrainingBatches | PatientBatches | UnlabelledBatches, number: int, steps: int
+    ) -> int:
+        """How many patients a round's loss is of: all who train, or fewer where a round is less than a pass."""
+        if steps >= len(batches):
+            return len(self.data.split.train)
+        return len(batches.patients_of(number, steps)) if isinstance(batches, TrainingBatches) else 0
 
     def _kept_sha256(self, task: Train) -> str:
         """SHA-256 of what this hospital kept from the rounds before this one, and begins it with."""
