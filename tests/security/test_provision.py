@@ -103,6 +103,12 @@ def test_a_label_and_a_key_belong_together(consortium):
     assert "can't be read" in refused(consortium, "admit", consortium.folder / "none.pub", *admit)
 
 
+@pytest.mark.parametrize("host", ["klinik-köln.example", "a..b", "*.example"])
+def test_a_name_that_is_no_machines_is_told(consortium, host):
+    told = refused(consortium, "server", "--host", host, "--kit", consortium.folder / "new")
+    assert told.count("\n") == 1 and "is no name and no address" in told
+
+
 @pytest.mark.parametrize("letters", ["{}.{}", "{}-{}", "{}{}="])
 def test_a_revoked_key_is_known_however_it_is_written(consortium, letters):
     """Base64 leaves room: signs that stand for nothing are read over."""
