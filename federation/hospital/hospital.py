@@ -214,9 +214,20 @@ class Hospital:
         return Scored(float(np.mean([row["dice"] for row in rows])), len(rows), time.monotonic() - began)
 
     def _may_tell_of(self, weights: torch.Tensor) -> bool:
-        """Whether scores and losses of a model that came, (n,) float32, may be told; it is said where not."""
-        if self.scored.admits(weights, self.federation.rounds):
-            return True
+        """Whether scores of a model that came, (n,) float32, may be told; it is said where not."""
+        return self.scored.admits(weights, self.federation.rounds) or self._told_enough()
+
+    def _loss_told(self, weights: torch.Tensor, task: Train, loss: float) -> float | None:
+        """What the server gets of the loss of a training from these weights, (n,) float32."""
+        training = f"{task.round} {task.rate} {task.settings}"
+        if not self._may_tell_of(weights):
+            return None
+        told = self.scored.loss(weights, training, self.federation.rounds, round(loss, TOLD_DIGITS))
+        if told is None:
+            self._told_enough()
+        return told
+
+    def _told_enough(self) -> bool:
         self.tell(
             f"the server asked for scores of more models than {counted(self.federation.rounds, 'round')} need, and "
             "scores of made-up models tell of patients; no more are told until this hospital is started again"
@@ -289,10 +300,10 @@ class Hospital:
             self._norms(task.run).keep(task.round, after[norm_mask(model)], self.training.ema_decay)
         steps = settings.steps_a_round(len(batches))
         few = self.identity.own_data and self._patients_behind(batches, task.round, steps) < SMALLEST_GROUP
-        tells = not (few or self.budget) and self._may_tell_of(before)
+        told = None if few or self.budget else self._loss_told(before, task, loss)
         return Worked(
             batches.slices,
-            round(loss, TOLD_DIGITS) if tells else None,
+            told,
             self.budget.spent if self.budget else None,
             time.monotonic() - began,
         ), update

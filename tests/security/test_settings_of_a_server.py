@@ -39,7 +39,9 @@ def test_settings_have_their_types(name, value, fine):
         from_json(json.dumps(settings))
 
 
-def test_a_round_of_one_step_tells_no_loss_of_one_or_two_patients(monkeypatch, phantoms, tmp_path):
+@pytest.fixture
+def mercy(monkeypatch, phantoms, tmp_path):
+    """Makes a hospital with data of its own, and settings of one step a round."""
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINIER)
     who = Identity(
         label="mercy",
@@ -50,21 +52,43 @@ def test_a_round_of_one_step_tells_no_loss_of_one_or_two_patients(monkeypatch, p
         models=tmp_path / "models",
         code="0" * 64,
     )
-    training = TrainingSettings(image_size=32, freeze_encoder_epochs=0)
-    settings = FederationSettings(rounds=30, local_steps=1, clients=4, moments="reset")
-    subject = Hospital(who, training, settings, tmp_path / "model.pt")
+
+    def make(rounds: int, clients: int) -> Hospital:
+        settings = FederationSettings(rounds=rounds, local_steps=1, clients=clients, moments="reset")
+        return Hospital(who, TrainingSettings(image_size=32), settings, tmp_path / "model.pt")
+
+    return make
+
+
+def loss_of(subject: Hospital, number: int, model: int, settings: str = "") -> float | None:
+    """What is told of a round that begins with one of several models."""
+    torch.manual_seed(model)
+    task = Train(
+        settings=settings, run="r", without=[], round=number, rate=None, seconds=60.0, partition=None
+    )
+    return subject.train(TransUNet("tiny", 32), task)[0].train_loss
+
+
+def test_one_model_gives_no_losses_over_more_and_more_different_slices(mercy):
+    """From losses of one model over many sets of slices those of single slices follow."""
+    subject = mercy(rounds=2, clients=1)
+    told = [loss_of(subject, 1 + k % 2, 0, f"settings {k // 2}") for k in range(30)]
+    assert sum(loss is not None for loss in told) == 2 * (2 + 8) and told[-1] is None
+    assert loss_of(subject, 2, 0, "settings 0") == told[1] is not None
+
+
+def test_a_round_of_one_step_tells_no_loss_of_one_or_two_patients(mercy):
+    subject = mercy(rounds=30, clients=4)
     batches = TrainingBatches(
         subject.data.dataset,
         subject.data.split.train,
         32,
-        settings.batch_of_one(training.batch_size),
+        subject.federation.batch_of_one(subject.training.batch_size),
         seed_of(0, "mercy"),
     )
     told = {}
-    for number in range(1, settings.rounds + 1):
-        torch.manual_seed(number)
-        task = Train(settings="", run="r", without=[], round=number, rate=None, seconds=60.0, partition=None)
-        work, _ = subject.train(TransUNet("tiny", 32), task)
+    for number in range(1, 31):
+        loss = loss_of(subject, number, number)
         patients = {batches._slices[k][0] for k in batches.order(number)[0]}
-        told.setdefault(len(patients) >= SMALLEST_GROUP, set()).add(work.train_loss is not None)
+        told.setdefault(len(patients) >= SMALLEST_GROUP, set()).add(loss is not None)
     assert told == {True: {True}, False: {False}}
