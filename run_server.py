@@ -37,6 +37,7 @@ from federation.runtime.remembered import Remembered, remembered
 from federation.runtime.service import Service
 from federation.runtime.simulation import check_ray, simulate
 from federation.runtime.status_port import serve_status
+from federation.server.audit import AUDIT, ENDS, check_end, verify
 from federation.server.ending import ENCODER_FILE
 from federation.server.events import Messenger
 from federation.server.state import BEST, LAST, SHARED, nothing_left
@@ -249,6 +250,8 @@ def take_up(arguments: argparse.Namespace) -> None:
             if name not in arguments.given:
                 setattr(arguments, name, getattr(before, name))
     if there and nothing_left(out, arguments.rounds if "rounds" in arguments.given else None):
+        verify(out / AUDIT)  # whose last line says so
+        check_end(out / AUDIT, arguments.kit and arguments.kit / ENDS)
         say(f"the run in {out} is over, nothing is left to do; more --rounds go on with it")
         sys.exit(0)
 

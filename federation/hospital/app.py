@@ -117,17 +117,18 @@ def make_app(
         """Score the model that came, train it, send the update."""
         task = request(Train, read(incoming.content))
         mine = joined(task.settings, context)
-        if not mine.federation.secure_aggregation:
+        if mine.federation.secure_aggregation:
+            with refusing():
+                sums(context).check_run(task.run)
+        else:
             with refusing(Failure.CONSENT):
                 sums(context).check_plain()
         used = meter(mine)
         told, update = one_round(task, mine, incoming.content["arrays"])
         told = told.model_copy(update={"energy": used()})
         if mine.federation.secure_aggregation:
-            limit, of = mine.federation.secure_range, mine.came
-            with refusing():
-                sums(context).check_run(task.run)
-            arrays = array_record(masked(task, update, told.examples, limit, context, of))
+            limit = mine.federation.secure_range
+            arrays = array_record(masked(task, update, told.examples, limit, context, mine.came, mine.begun))
         else:
             arrays = to_record(update, mine.federation.update_dtype)
         return Message(message(told.model_dump(), arrays), reply_to=incoming)

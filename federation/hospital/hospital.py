@@ -1,6 +1,8 @@
 """What a hospital does with a message: say who it is, score the model that came, train it, give back the
 update."""
 
+import hashlib
+import io
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +29,7 @@ from federation.privacy.patients import CHANCE, STEPS, PatientBatches, PrivateLe
 from federation.protocol.answers import Facts, Images
 from federation.protocol.messages import Failure
 from federation.protocol.requests import Task, Train
-from federation.protocol.settings import FederationSettings, to_json
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import (
     FULL,
     Record,
@@ -102,6 +104,7 @@ class Hospital:
         tell: Callable[[str], None] = lambda _: None,
     ):
         self.began, self.came = time.monotonic(), ""  # SHA-256 of the weights that came
+        self.begun = ""  # SHA-256 of what else a training under masks began with
         self.tell = tell
         self.identity, self.training, self.federation, self.memory = identity, training, federation, memory
         self.scored = ScoredModels(identity.file("scored.json"))
@@ -261,6 +264,8 @@ class Hospital:
         if self.identity.role != "train":
             raise HospitalError(Failure.CONSENT, "this hospital only observes; nothing was trained")
         self._refuse_what_was_not_agreed(task)
+        if settings.secure_aggregation:
+            self.begun = self._kept_sha256(task)
         seed = seed_of(self.training.seed, self.identity.label)
         learner, batches = self._learner(model, task, seed)
         frozen, before = task.round <= self.training.frozen_epochs, pack(model.state_dict())
@@ -303,11 +308,19 @@ class Hospital:
             return None
         if not self.identity.own_data:
             return round(loss, TOLD_DIGITS)
-        way = f"{task.round} {task.rate} {to_json(self.training, self.federation)}"
+        way = f"{task.round} {task.rate} {task.settings}"
         told = self.scored.loss(before, way, round(loss, TOLD_DIGITS), self.federation.rounds)
         if told is None:
             self._say_that_enough_was_told()
         return told
+
+    def _kept_sha256(self, task: Train) -> str:
+        """SHA-256 of what this hospital kept from the rounds before this one, and begins it with."""
+        moments, painter = self._moments(task.run), painter_of(self.identity, task.run)
+        norms, content = self._norms(task.run).before(task.round), io.BytesIO()
+        kept = [moments.before(task.round), painter.before(task.round), norms and norms.last]
+        torch.save(kept, content)
+        return hashlib.sha256(content.getbuffer()).hexdigest()
 
     def _refuse_what_was_not_agreed(self, task: Train) -> None:
         if not self.identity.own_data and self.data.partition_sha256 != task.partition:

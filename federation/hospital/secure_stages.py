@@ -39,10 +39,16 @@ def secure_stage(asked: Keys | Shares | Agree | Unmask, node: int, context: Cont
 
 
 def masked(
-    task: Train, update: torch.Tensor, examples: int, limit: float, context: Context, model: str
+    task: Train,
+    update: torch.Tensor,
+    examples: int,
+    limit: float,
+    context: Context,
+    model: str,
+    begun: str = "",
 ) -> np.ndarray:
-    """The weighted update under its masks, (n,) uint32. model: SHA-256 of the weights that came. Raises
-    HospitalError where the message does not say what is needed."""
+    """The weighted update under its masks, (n,) uint32. model: SHA-256 of the weights that came; begun: of what else
+    the training began with. Raises HospitalError where the message does not say what is needed."""
     if task.sealed is None or not task.most:
         raise HospitalError(
             Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares"
@@ -52,7 +58,7 @@ def masked(
     # be one hospital's update
     of = [task.run, task.round, task.most, model, task.settings, task.rate]
     with party(context) as mine:
-        return mine.masked(task.sealed, update, share, limit, of, task.promised)
+        return mine.masked(task.sealed, update, share, limit, of, task.promised, begun)
 
 
 def fix_run(run: str, sums: Sums) -> None:

@@ -54,7 +54,7 @@ LEAST = 3  # hospitals of a sum: of two, each knows the other's update from it
 
 
 class WrongShares(MedFLError):
-    """Shares that are not what they should be. node: of the hospital that made them."""
+    """Shares or codes that are not what they should be. node: of the hospital that made them."""
 
     def __init__(self, sentence: str, node: int):
         super().__init__(sentence)
@@ -177,7 +177,8 @@ class Party:
         default_factory=dict
     )  # that others gave into care: of their seed, of their key
     round: list = field(default_factory=list)  # that the keys are for: the run's name, the round's number
-    counted: str = ""  # SHA-256 of the total that slices are divided by, the settings and the rate
+    # SHA-256 of the total that slices are divided by, the settings, the rate, and what the training began with
+    counted: str = ""
     sum: list[list[int]] = field(default_factory=list)  # the hospitals in it and those missing, as agreed
     given: dict[str, list[str]] = field(default_factory=dict)
 
@@ -229,10 +230,12 @@ class Party:
         limit: float,
         of: list,
         promised: dict[str, list[str]] | None = None,
+        begun: str = "",
     ) -> np.ndarray:
         """Stage 3: the others' shares came; this hospital's weighted change under its masks, (n,) uint32. of:
         run, round, and what else the masks are bound to (`binding`); promised: SHA-256 of the shares that are
-        sealed. Raises WrongShares where one is not what it should be."""
+        sealed; begun: of what only this hospital's training began with. Raises WrongShares where one is not what it
+        should be."""
         self._expect("shares")
         # once a try: asked again, it would mask with other hospitals than those whose shares it has in care, and
         # the masks of a missing one alone would come off
@@ -272,7 +275,7 @@ class Party:
             )
             values = values + between if self.node > int(node) else values - between
         run_and_round, most, settings_and_rate = of[:2], of[2:3], of[4:]
-        counted = hashlib.sha256(json.dumps([most, settings_and_rate]).encode()).hexdigest()
+        counted = hashlib.sha256(json.dumps([most, settings_and_rate, begun]).encode()).hexdigest()
         self.round, self.counted, self.stage = run_and_round, counted, "masked"
         return values
 
@@ -292,13 +295,7 @@ class Party:
             raise MedFLError(
                 "the server asked for shares that together would uncover an update; nothing was given"
             )
-        this, kept = json.dumps(self.round), self._account(summed)
-        if self.given.get(this, kept) != kept:
-            raise MedFLError(
-                "the server asked for another sum of a round that was summed already, and two of them would "
-                "differ by an update; nothing was given; let the same hospitals take part, or begin the "
-                "federation again"
-            )
+        self._expect_no_other_sum(summed)
         self.sum, self.stage = [sorted(summed), sorted(missing)], "agreed"
         return {node: self._code(self.node, node, node) for node in self.public if node != str(self.node)}
 
@@ -307,24 +304,37 @@ class Party:
         missing in it. agreed: the other hospitals' codes for this one, by node."""
         self._expect("agreed")
         self.stage = "revealed"  # once
-        others = self.public.keys() - {str(self.node)}
-        same = [
+        self._expect_no_other_sum(summed)  # another try may have opened one since this one was agreed on
+        others = [node for node in agreed if node in self.public and node != str(self.node)]
+        unlike = [
             node
-            for node, code in agreed.items()
-            if node in others and hmac.compare_digest(code, self._code(int(node), str(self.node), node))
+            for node in others
+            if not hmac.compare_digest(agreed[node], self._code(int(node), str(self.node), node))
         ]
-        if [sorted(summed), sorted(missing)] != self.sum or len(same) + 1 < threshold(len(self.public)):
-            raise MedFLError(
+        agreeing = 1 + len(others) - len(unlike)
+        if [sorted(summed), sorted(missing)] != self.sum or agreeing < threshold(len(self.public)):
+            sentence = (
                 "the hospitals were not told the same members of the sum, and different sums could uncover an "
                 "update; nothing was given"
             )
+            raise WrongShares(sentence, int(unlike[0])) if unlike else MedFLError(sentence)
         self.given = {**self.given, json.dumps(self.round): self._account(summed)}
         return {str(node): self.shares[str(node)][node not in summed] for node in (*summed, *missing)}
 
+    def _expect_no_other_sum(self, summed: list[int]) -> None:
+        kept = self._account(summed)
+        if self.given.get(json.dumps(self.round), kept) != kept:
+            raise MedFLError(
+                "the server asked for another sum of a round that was summed already, and two of them would "
+                "differ by an update; nothing was given; let the same hospitals take part, or begin the "
+                "federation again"
+            )
+
     def _account(self, summed: list[int]) -> list[str]:
         """What is kept of a sum: the names of the hospitals in it, and a hash of what decides how much each of
-        them counts. Two sums of one round over the same hospitals, by two totals, would differ by a multiple of
-        the smallest one's update."""
+        them counts and how this one trained. Two sums of one round over the same hospitals, by two totals, would
+        differ by a multiple of the smallest one's update; and where one hospital trained otherwise in between, because
+        what it keeps from round to round was changed or forgotten, by what that made of its update alone."""
         return [*sorted(self.names.get(str(node), str(node)) for node in summed), self.counted]
 
     def _code(self, by: int, to: str, other: str) -> str:

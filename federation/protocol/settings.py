@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from common import MedFLError, setting
 from federation.protocol.secure_aggregation import LEAST
@@ -383,8 +384,18 @@ def from_json(text: str, stored: bool = False) -> tuple[TrainingSettings, Federa
             known = {f.name for f in fields(kind)}
             if set(values) - known or not stored and known - set(values):
                 raise KeyError("settings of another MedFL")
+            if not all(
+                _fits(values[name], hint) for name, hint in get_type_hints(kind).items() if name in values
+            ):
+                raise TypeError("a share of a step, or a text in a number's place")
         return TrainingSettings(**training), FederationSettings(**federation)
     except (ValueError, KeyError, TypeError) as error:
         raise MedFLError(
             "the server sent settings that this MedFL does not know; use the same version on both sides"
         ) from error
+
+
+def _fits(value: object, hint: type) -> bool:
+    """Whether a setting is of its type; a whole number may stand for any."""
+    types = get_args(hint) or (hint,)
+    return type(value) in types or type(value) is int and float in types

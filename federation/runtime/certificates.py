@@ -120,6 +120,7 @@ def _general_name(host: str) -> x509.GeneralName:
     if (
         not host
         or len(host) > 253
+        or not host.isascii()
         or not all(part and part.replace("-", "").isalnum() for part in host.split("."))
     ):
         raise MedFLError(

@@ -1,5 +1,5 @@
-"""Flower's side of a federation that is no public API, but for the programs (`programs.py`): these names may change
-with Flower's version."""
+"""Flower's side of a federation that is no public API, but for the programs (`programs.py`) and the SuperLink's objects
+(`flower_objects.py`): these names may change with Flower's version."""
 
 import hashlib
 import os

@@ -24,7 +24,7 @@ from federation.protocol.settings import (
 from federation.protocol.weights import part_mask
 from federation.runtime.bundle import hospital_code
 from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
-from federation.server.state import LAST, load_run, with_rounds
+from federation.server.state import LAST, check_best, load_run, with_rounds
 from storage.files import file_sha256
 from training import TrainingSettings
 from transunet import TransUNet
@@ -92,6 +92,7 @@ def taken_up(
 ) -> tuple[dict, TrainingSettings, FederationSettings, TransUNet]:
     """A run that was interrupted: what the job tells of it, its own settings, and its model."""
     training, federation, state, model = load_run(out)
+    check_best(out)
     done = state["progress"]["round"]
     federation = with_rounds(federation, arguments.rounds if "rounds" in arguments.given else None, done)
     say(

@@ -77,7 +77,8 @@ def check_owner(kit: Path) -> None:
 
 
 def parse_public(line: str) -> tuple[str, str]:
-    """Label and key of a `hospital.pub`. Raises MedFLError for anything else."""
+    """Label and key of a `hospital.pub`, the key always in the same letters: base64 can be written in many ways, and
+    keys are compared as texts. Raises MedFLError for anything else."""
     parts = line.split()
     try:
         key = serialization.load_ssh_public_key(" ".join(parts[:2]).encode())
@@ -91,7 +92,8 @@ def parse_public(line: str) -> tuple[str, str]:
             "this key is of another kind, or has no label; take the hospital.pub that `provision.py "
             "hospital` wrote"
         )
-    return parts[2], " ".join(parts[:2])
+    openssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    return parts[2], key.public_bytes(*openssh).decode()
 
 
 def read_certificate(path: Path) -> x509.Certificate:

@@ -81,6 +81,10 @@ def only_own_answers(push: Callable) -> Callable:
 def run_superlink(options: list[str]) -> None:
     from flwr.superlink.cli import flower_superlink
 
+    from federation.runtime.flower_objects import ObjectsByMessage
+
+    stores = importlib.import_module("flwr.supercore.object_store.object_store_factory")
+    vars(stores)["InMemoryObjectStore"] = ObjectsByMessage
     handlers = importlib.import_module("flwr.superlink.servicer.fleet.fleet_handlers")
     vars(handlers)["push_messages"] = only_own_answers(handlers.push_messages)
     sys.argv = ["flower-superlink", *options]

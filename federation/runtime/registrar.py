@@ -22,6 +22,7 @@ class Registrar:
         self.control, self.kit, self.nodes_file, self.say = control, kit, folder / NODES, say
         self._open: dict[str, tuple[str, int]] = {}  # by label: public key and node id
         self._until: dict[str, str] = {}  # by node
+        self._out: dict[str, str] = {}  # public keys that were put out, with the label; each is told once
         self._complained = False
         self._apply()
         say(f"admitted: {', '.join(sorted(self._open)) or 'nobody yet (provision.py admit)'}")
@@ -48,10 +49,14 @@ class Registrar:
             self._note({label: self._open[label] for label in self._open.keys() - out})
             changed = True
         for label in out:
-            self.control.unregister(self._open[label][1])
-            del self._open[label]
+            key, node = self._open.pop(label)
+            self.control.unregister(node)
+            self._out[key] = ""
             self.say(f"{label} is put out: its key is revoked or its admission over ({self.kit / HOSPITALS})")
         for label in sorted(admitted.keys() - self._open.keys()):
+            if admitted[label].public_key in self._out:
+                self._tell_to_start_again(admitted[label].public_key, label)
+                continue
             self._open[label] = (
                 admitted[label].public_key,
                 self.control.register(admitted[label].pem, label),
@@ -62,6 +67,12 @@ class Registrar:
             self._until = until
             write_json(self.nodes_file.with_name(UNTIL), until)
             self._note(self._open)
+
+    def _tell_to_start_again(self, key: str, label: str) -> None:
+        """Say once that a key whose admission was over has to wait: the SuperLink takes none again that was put out."""
+        if self._out[key] != label:
+            self._out[key] = label
+            self.say(f"{label} is admitted again, and comes in when the server is started again (--resume)")
 
     def _note(self, there: dict[str, tuple[str, int]]) -> None:
         """Write who may take part, by label, for the server's own process."""

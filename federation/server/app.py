@@ -16,7 +16,7 @@ from federation.protocol.settings import from_json
 from federation.server.audit import AUDIT
 from federation.server.events import Journal, Messenger
 from federation.server.rounds import Federation
-from federation.server.state import RunState, load_run, with_rounds
+from federation.server.state import RunState, check_best, load_run, with_rounds
 from federation.server.status import Status
 from federation.server.tracking import trackers
 from federation.server.updates import remove_leftovers
@@ -33,6 +33,7 @@ def prepare(job: dict) -> RunState:
     out = Path(job["out"])
     remove_leftovers(out)
     if job["resume"]:
+        check_best(out)
         training, federation, kept, model = load_run(out)
         federation = with_rounds(federation, job.get("rounds"), kept["progress"]["round"])
         state = RunState(model, training, federation, out, job["commit"])

@@ -23,6 +23,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from filelock import FileLock
+
 from common import MedFLError, utc_now
 from federation.protocol.proofs import check
 from storage.files import atomic_write, file_sha256
@@ -31,7 +33,8 @@ AUDIT = "audit.jsonl"  # in the folder that a run writes
 NOTHING = "0" * 64
 SHA256 = re.compile("[0-9a-f]{64}")
 
-ENDS = "audit_ends.json"  # in the server's kit: {path of a log: [lines, SHA-256 of the last]}
+# in the server's kit: {path of a log: [lines, SHA-256 of the last]}, and that of the next one while it is written
+ENDS = "audit_ends.json"
 
 
 class AuditLog:
@@ -64,6 +67,8 @@ class AuditLog:
             ensure_ascii=False,
             allow_nan=False,
         )
+        new = hashlib.sha256(line.encode()).hexdigest()
+        self._keep_end(self._count, self._last, new)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
@@ -77,9 +82,15 @@ class AuditLog:
                 f"{self.path} can't be written ({error.strerror or error}); free the space, then go on with "
                 "--resume"
             ) from error
-        self._count, self._last = self._count + 1, hashlib.sha256(line.encode()).hexdigest()
-        if self.ends:
-            kept = {**_read_ends(self.ends), str(self.path.resolve()): [self._count, self._last]}
+        self._count, self._last = self._count + 1, new
+        self._keep_end(self._count, self._last)
+
+    def _keep_end(self, *end: int | str) -> None:
+        """Keep the log's end, and what its next line is to be, in the kit, where other runs may keep theirs."""
+        if not self.ends:
+            return
+        with FileLock(f"{self.ends}.lock"):
+            kept = {**_read_ends(self.ends), str(self.path.resolve()): end}
             with atomic_write(self.ends, "w", private=True) as file:
                 json.dump(kept, file, indent=2)
 
@@ -95,12 +106,19 @@ def cut_half_line(path: Path) -> int:
 
 def check_end(path: Path, ends: Path | None) -> bool:
     """Whether there is a copy of the log's end to compare with. Raises MedFLError where the log in `path` does
-    not hold the line that was its last, by that copy."""
+    not end with the line that was its last, by that copy, or with the one that was being written."""
     kept = _read_ends(ends).get(str(path.resolve())) if ends else None
     if kept is None or not path.exists():
         return False
-    number, sha256 = kept
-    check_line(path, number, sha256, f"the copy of its end in {ends}")
+    number, sha256, *begun = kept
+    by = f"the copy of its end in {ends}"
+    check_line(path, number, sha256, by)
+    more = [hashlib.sha256(line).hexdigest() for line in path.read_bytes().splitlines()[number:]]
+    if more not in ([], begun):
+        raise MedFLError(
+            f"{path} goes on after line {number}, the last by {by}: lines were added; put back a copy, and find out "
+            "who can write there"
+        )
     return True
 
 
@@ -188,8 +206,8 @@ def check_file(path: Path, log: Path) -> None:
     said = hashes_of(path.name, log)
     if said and file_sha256(path) != said[-1]:
         raise MedFLError(
-            f"{path} is not the file whose hash stands in {log}: it was changed; put back a copy of both, or "
-            f"start a new run elsewhere"
+            f"{path} is not the file whose hash stands in {log}: it was changed, by somebody or by evaluate.py "
+            "(--write-back, --fit-temperature); put back a copy of both, or start a new run elsewhere"
         )
 
 

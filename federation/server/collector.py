@@ -145,6 +145,8 @@ class Collector:
         )
         if secure:
             mean = secure.mean(sorted(came.told), self.state.weights, travels)
+            for node, by in self.exchange.complaints().items():  # of the last stages
+                complaints.setdefault(node, set()).update(by)
             for label in secure.failures.keys() & came.told.keys():
                 del came.told[label]
             came.failures |= secure.failures
@@ -165,20 +167,20 @@ class Collector:
     def _accuse(
         self, number: int, secure: SecureRound, complaints: dict[str, set[str]], failures: dict[str, str]
     ) -> dict[str, str]:
-        """Who made shares that more than half of the other hospitals can't use, by label; they have no part in
+        """Who made shares or codes that more than half of the other hospitals can't use, by label; they have no part in
         the next tries of this round, and who made a round impossible in none of this run. One hospital's word
         is not enough: it may lie, and drops out itself; whom it names is put to why it did, in `failures`."""
         found = {}
         for node, by in complaints.items():
             label, others = secure.names.get(node), {*secure.shared} - {secure.names.get(node)}
             if label and 2 * len(by & others) > len(others):
-                found[label] = f"its shares can't be used ({', '.join(sorted(by))} said so)"
+                found[label] = f"its shares or codes can't be used ({', '.join(sorted(by))} said so)"
                 continue
             for accuser in by & failures.keys() if label else ():
-                failures[accuser] += f"; it says that it can't use the shares of {label}"
-        self._accused[1].update(found)
+                failures[accuser] += f"; it says that it can't use the shares or codes of {label}"
+        self._accused[1].update(found, secure.silent)
         if secure.lost:
-            self._banned |= secure.blamed.keys()
+            self._banned |= {*secure.blamed, *found}
         return found
 
     def screen(self, came: Collected) -> None:
@@ -193,9 +195,13 @@ class Collector:
         """Check an update and put it to the others. travels: which of the weights are in it, (n,) bool."""
         precision, sent = self.settings.update_dtype, self.state.weights
         update = from_record(answer.arrays, precision)
-        weights = update
-        if len(update) == int(travels.sum()):
-            weights = sent.clone()
-            weights[travels] = update + (0 if precision == FULL else sent[travels])
+        if len(update) != int(
+            travels.sum()
+        ):  # of the whole model, it would change what is frozen, or kept elsewhere
+            raise MedFLError(
+                f"its update has {len(update)} weights and the model {int(travels.sum())} that travel in this round"
+            )
+        weights = sent.clone()
+        weights[travels] = update + (0 if precision == FULL else sent[travels])
         check_update(weights, told.examples, len(sent), member.facts.parts["train"].slices, self.variances)
         updates.add(member.label, weights, told.examples)

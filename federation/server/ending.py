@@ -2,6 +2,7 @@
 every hospital."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from federation.server.energy import FederationEnergy
 from federation.server.exchange import Exchange
 from federation.server.mailbox import NOT_ADMITTED, Answer
 from federation.server.membership import Member
-from federation.server.state import RunState
+from federation.server.state import RunState, keep
 from runs.energy import in_words, summed
 from storage.files import file_sha256, write_json
 
@@ -124,13 +125,13 @@ class Ending:
 
     def _update_best(self, **entries: Any) -> None:
         """Put entries into the best model's metadata, and the file's new hash into the audit log."""
-        update_metadata(self.state.best, **entries)
-        self.audit.write(
-            "checkpoint",
-            round=self.state.progress.judge.number,
-            file=self.state.best.name,
-            sha256=file_sha256(self.state.best),
-        )
+
+        def write(path: Path) -> None:
+            shutil.copyfile(self.state.best, path)
+            update_metadata(path, **entries)
+
+        number = self.state.progress.judge.number
+        keep(self.state.best, write, self.audit, "checkpoint", round=number)
 
     def keep_encoder(self) -> None:
         """Write what pretraining ends with: the encoder, as a file that `--encoder` takes."""

@@ -12,9 +12,8 @@ from federation.protocol.answers import Result, Trained
 from federation.server.audit import AuditLog
 from federation.server.history import Row, draw_curves, scores_of, table, write_history
 from federation.server.judging import Scores, mean_dice
-from federation.server.state import RunState, keep_last
+from federation.server.state import RunState, keep, keep_last
 from runs.usage import in_time, memory_in_words
-from storage.files import file_sha256
 
 
 def row_of(number: int, label: str, told: Result, sent: int, received: int) -> Row:
@@ -118,9 +117,12 @@ class Record:
 
     def _keep_best(self, weights: torch.Tensor, scores: Scores, number: int) -> None:
         """Write the best model so far, and its hash into the audit log."""
-        self.state.save_best(weights, scores, number)
-        self.audit.write(
-            "checkpoint", round=number, file=self.state.best.name, sha256=file_sha256(self.state.best)
+        keep(
+            self.state.best,
+            lambda path: self.state.save_best(path, weights, scores, number),
+            self.audit,
+            "checkpoint",
+            round=number,
         )
 
     def _write_pictures(self) -> None:

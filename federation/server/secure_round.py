@@ -77,9 +77,9 @@ class SecureRound:
         self.lost = (
             False  # shares were given, and there is no sum: the hospitals give none of this round again
         )
-        self.blamed: dict[
-            str, str
-        ] = {}  # who broke the protocol after its update was taken, and how, by label
+        # who broke the protocol after its update was taken, and how, by label: what it sent shows it
+        self.blamed: dict[str, str] = {}
+        self.silent: set[str] = set()  # who left the sum without enough codes; the next try is without them
 
     def prepare(self, members: list[Member]) -> dict[str, dict]:
         """The first two stages: what the message that asks for the update says besides, by label; nothing if
@@ -149,14 +149,15 @@ class SecureRound:
         summed = [member.node for member in here]
         missing = [member.node for member in self.shared.values() if member.node not in summed]
         sum_ = {"summed": summed, "missing": missing}
-        agreed, self.blamed = self._ask(
-            "agree", here, lambda member: {"query": Query.AGREE, **sum_}, self._codes
+        agreed, failures = self._ask(
+            "agree", here, lambda member: {"query": Query.AGREE, **sum_}, self._codes, blames=True
         )
         here = [member for member in here if member.label in agreed]
         if len(here) < threshold(hospitals):
-            self.failures |= self.blamed
+            self.failures |= failures
             # shares of this round were given before, and some of those hospitals are not here
-            self.lost = FAILURES[Failure.PROTOCOL] in self.blamed.values()
+            self.lost = FAILURES[Failure.PROTOCOL] in failures.values()
+            self.silent = set(failures)
             return None
         codes = {self.shared[label].node: one for label, one in agreed.items()}
         given, failures = self._ask(
@@ -168,8 +169,8 @@ class SecureRound:
                 **sum_,
             },
             lambda about, member: self._opened(about, member, summed, missing),
+            blames=True,
         )
-        self.blamed |= failures
         shares = {node: [one[node] for one in given.values()] for node in (*summed, *missing)}
         seeds = {node: promised.seed for node, promised in self.promised.items()}
         try:
@@ -225,9 +226,11 @@ class SecureRound:
         members: list[Member],
         about: Callable[[Member], dict],
         read: Callable[[dict, Member], Told],
+        blames: bool = False,
     ) -> tuple[dict[str, Told], dict[str, str]]:
         """What members answer in a stage, and reasons for no answer, by label. read: makes it of an answer's
-        text and the member, or raises MedFLError."""
+        text and the member, or raises MedFLError. blames: whether who answers what can't be is noted in
+        `blamed`; who refuses, or is late, may have been led to it by another hospital."""
         purpose = f"{self.purpose}-{stage}"
         found: dict[str, Told] = {}
         for member in members:
@@ -243,6 +246,8 @@ class SecureRound:
                     failures[member.label] = str(error)
                 except Exception as error:  # whatever an answer raises is its hospital's failure
                     failures[member.label] = f"its answer can't be used ({type(error).__name__})"
+                if blames and member.label in failures:
+                    self.blamed[member.label] = failures[member.label]
         return found, failures
 
 

@@ -4,6 +4,7 @@ so far, and the way back to the model before."""
 import json
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,12 +123,12 @@ class RunState:
             self.model, self.training, self.federation, self.progress, self.commit, scores, number
         )
 
-    def save_best(self, weights: torch.Tensor, scores: Scores, number: int) -> None:
-        """Write `transunet_federated_best.pth` from these weights, which round `number` gave. scores: by
-        which they were chosen."""
+    def save_best(self, path: Path, weights: torch.Tensor, scores: Scores, number: int) -> None:
+        """Write `transunet_federated_best.pth`, or what is to become it, from these weights, which round `number`
+        gave. scores: by which they were chosen."""
         about = self.metadata(scores, number)
         about["training"]["weights"] = "averaged" if self._is_average(weights) else "raw"
-        save_checkpoint(self.best, unpack(weights, self.model.state_dict()), about)
+        save_checkpoint(path, unpack(weights, self.model.state_dict()), about)
 
     def _is_average(self, weights: torch.Tensor) -> bool:
         """Whether weights, (n,) float32, are those averaged over the rounds, as they travel."""
@@ -180,28 +181,43 @@ def nothing_left(out: Path, rounds: int | None) -> bool:
     return ended_well(out / AUDIT) and (rounds in (None, federation.rounds) or rounds <= done)
 
 
+def keep(path: Path, write: Callable[[Path], None], audit: AuditLog, event: str, **about) -> None:
+    """Write a file of the run by `write`, and its hash into the audit log first: a server that is killed between the
+    two finishes when it goes on."""
+    new = _beside(path)
+    write(new)
+    audit.write(event, **about, file=path.name, sha256=file_sha256(new))
+    os.replace(new, path)
+
+
 def keep_last(state: RunState, audit: AuditLog, event: str, **about) -> None:
-    """Write `transunet_federated_last.pth`, and its hash into the audit log first: a server that is killed
-    between the two finishes when it goes on."""
-    state.audited, new = audit.end, _beside(state.last)
-    state.save_last(new)
-    audit.write(event, **about, file=state.last.name, sha256=file_sha256(new))
-    os.replace(new, state.last)
+    """Write `transunet_federated_last.pth`, as `keep` does."""
+    state.audited = audit.end
+    keep(state.last, state.save_last, audit, event, **about)
 
 
-def finish_keeping(last: Path, log: Path) -> None:
+def finish_keeping(path: Path, log: Path) -> None:
     """Put the file that a killed server had written, and whose hash stands in the log, in its place."""
-    new = _beside(last)
+    new = _beside(path)
     if not new.exists():
         return
-    said = hashes_of(last.name, log)
+    said = hashes_of(path.name, log)
     if said and said[-1] == file_sha256(new):
-        os.replace(new, last)
+        os.replace(new, path)
     new.unlink(missing_ok=True)
 
 
-def _beside(last: Path) -> Path:
-    return last.with_name(f".new-{last.name}")
+def _beside(path: Path) -> Path:
+    return path.with_name(f".new-{path.name}")
+
+
+def check_best(out: Path) -> None:
+    """Raises MedFLError where the best model of a run that goes on is another than its log says: it would be scored
+    and sent to the hospitals."""
+    for path in (out / BEST, out / SHARED):
+        finish_keeping(path, out / AUDIT)
+        if path.exists():
+            check_file(path, out / AUDIT)
 
 
 def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, TransUNet]:

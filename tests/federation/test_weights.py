@@ -1,6 +1,7 @@
 """What travels: parts of the weights, half precision, and what a hospital keeps for itself; real hospitals,
 real rounds."""
 
+import json
 from unittest import mock
 
 import pytest
@@ -25,6 +26,7 @@ from federation.protocol.weights import (
     pack,
     part_mask,
     payload,
+    statistics_mask,
     to_record,
 )
 from federation.server.state import BEST, SHARED
@@ -121,6 +123,31 @@ def test_a_frozen_encoder_does_not_travel(federate, monkeypatch):
     assert received == [4 * (ALL_VALUES - ENCODER_VALUES)] * 2 + [4 * ALL_VALUES, 0]
     monkeypatch.setattr(FederationSettings, "left_out", lambda self, frozen: [])
     assert torch.equal(federate(3, {"freeze_encoder_epochs": 2}, out="all")[0].weights, state.weights)
+
+
+class Sender(RealHospital):
+    """Sends a whole model where a part is asked for, and has changed a little of all that is trained."""
+
+    def answer(self, incoming):
+        reply = super().answer(incoming)
+        if "rate" not in json.loads(incoming.content["about"]["json"]):
+            return reply
+        whole = torch.load(self.folder / "model.pt", weights_only=True)
+        whole[~statistics_mask(MODEL)] += 5e-4
+        return type(incoming)(message(read(reply.content), to_record(whole)), reply_to=incoming)
+
+
+@pytest.mark.parametrize("settings", [({"freeze_encoder_epochs": 1}, {}), ({}, {"keep_norm_local": True})])
+def test_nobody_changes_what_is_frozen_or_stays_at_the_hospitals(federate, phantoms, tmp_path, settings):
+    training, federation = settings
+    hospitals = [RealHospital(tmp_path / "out", cid, phantoms) for cid in range(2)]
+    hospitals.append(Sender(tmp_path / "out", 2, phantoms))
+    state, _, said = federate(1, training, hospitals=hospitals, clients=3, partition="iid", **federation)
+    torch.manual_seed(0)
+    model = TransUNet("tiny", 32)
+    still = ~part_mask(model, state.federation.left_out(frozen=bool(training)))
+    assert torch.equal(state.weights[still], pack(model.state_dict())[still])
+    assert any("round 1 without hospital-2: its update has" in line for line in said), said
 
 
 def test_a_hospital_that_was_started_anew_gets_everything(federate, phantoms, tmp_path):

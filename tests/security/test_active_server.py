@@ -365,6 +365,38 @@ def test_a_suspended_server_that_goes_on_beside_its_successor_opens_one_sum_of_a
         open_sum(everybody, [])
 
 
+def test_two_tries_side_by_side_open_one_sum_of_a_round():
+    """A server with two runs of Flower has both agreed on, by one hospital more and less, before it asks for the
+    shares of either."""
+    everybody, given = [1, 2, 3, 4], {}
+    tries = [
+        ({node: Party() for node in everybody}, [1, 2, 3, 4]),
+        ({node: Party() for node in everybody}, [1, 2, 3]),
+    ]
+    codes = []
+    for parties, summed in tries:
+        public = {str(node): party.keys(node) for node, party in parties.items()}
+        sealed = {node: party.share(public, {}, ["run", 1]) for node, party in parties.items()}
+        for node, party in parties.items():
+            theirs = {str(by): sealed[by][str(node)] for by in sealed if by != node}
+            party.masked(theirs, torch.zeros(LENGTH), 0.5, LIMIT, ["run", 1, MOST, "m", "", None])
+        missing = [node for node in everybody if node not in summed]
+        codes.append({node: parties[node].agree(summed, missing) for node in summed})
+
+    def opened(number: int, node: int) -> None:
+        parties, summed = tries[number]
+        parties[node].given = given.get(node, {})  # as the hospital keeps it beside both
+        agreed = {str(by): codes[number][by][str(node)] for by in summed if by != node}
+        parties[node].reveal(summed, [one for one in everybody if one not in summed], agreed)
+        given[node] = parties[node].given
+
+    for node in everybody:
+        opened(0, node)
+    for node in (1, 2, 3):
+        with pytest.raises(MedFLError, match="another sum of a round that was summed already"):
+            opened(1, node)
+
+
 class Spoiling(RealHospital):
     """Changes what it says in a stage of secure aggregation."""
 
@@ -394,7 +426,7 @@ def twice(said: dict) -> None:
 SPOILT = {
     "keys that are none": ("keys", lambda said: said.update(keys=["00" * 90, "11" * 90]), "keys .* that are none"),
     "one key twice": ("keys", twice, "keys .* that can't be used"),
-    "shares that can't be opened": ("shares", lambda said: garbage(said["sealed"]), "shares can't be used"),
+    "shares that can't be opened": ("shares", lambda said: garbage(said["sealed"]), "shares or codes can't be used"),
     "shares of another secret": ("shares", lambda said: said.update(seed="0" * 64), "is not its own"),
     "another's shares changed": ("unmask", lambda said: garbage(said["shares"]), "another share of"),
 }  # fmt: skip
@@ -462,7 +494,7 @@ def test_who_gives_one_other_shares_of_no_use_is_named_beside_it(federate, phant
     federate(1, hospitals=hospitals, clients=4, partition="iid", val_fraction=0.0, secure_aggregation=True)
     log = (tmp_path / "out" / "audit.jsonl").read_text(encoding="utf-8")
     (left,) = [event for event in map(json.loads, log.splitlines()) if event["event"] == "left_out"]
-    assert left["hospital"] == "hospital-0" and "can't use the shares of hospital-3" in left["why"]
+    assert left["hospital"] == "hospital-0" and "can't use the shares or codes of hospital-3" in left["why"]
 
 
 class Noise(RealHospital):

@@ -12,7 +12,7 @@ from running import run_here
 from common import MedFLError
 from federation.protocol.proofs import sign
 from federation.runtime import admissions
-from federation.server.audit import ENDS, AuditLog, check_signatures
+from federation.server.audit import ENDS, AuditLog, check_end, check_signatures
 
 UNTIL = "2999-01-01T00:00:00+00:00"
 
@@ -85,6 +85,36 @@ def test_a_log_that_was_cut_or_written_anew_is_refused(ran):
     anew = ran.audit()
     for done in (cut, anew):
         assert done.returncode == 2 and "cut off, written anew or taken away" in done.stderr, done
+
+
+def test_a_line_that_was_added_at_the_end_is_refused(ran):
+    """It follows from the one before it, and only the kit knows that there was none."""
+    AuditLog(ran.path).write("blamed", hospital="mercy", why="somebody says so")
+    done = ran.audit()
+    assert done.returncode == 2 and "lines were added" in done.stderr, done
+    with pytest.raises(MedFLError, match="lines were added"):
+        AuditLog(ran.path, ran.kit / ENDS)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_server_that_is_killed_while_it_writes_a_line_goes_on(ran, monkeypatch, written):
+    real, calls = AuditLog._keep_end, []
+
+    def killed(self, *end) -> None:
+        calls.append(end)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(self, *end)
+
+    whole = ran.path.read_bytes()
+    monkeypatch.setattr(AuditLog, "_keep_end", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ran.log.write("round", round=3)
+    if not written:
+        ran.path.write_bytes(whole)
+    monkeypatch.undo()
+    AuditLog(ran.path, ran.kit / ENDS).write("end", exit=0)
+    assert check_end(ran.path, ran.kit / ENDS)
 
 
 def another_update(events):

@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from common import MedFLError
 from federation.runtime import admissions, certificates, hospital_kit
+from federation.runtime.admissions import admit
+from federation.runtime.kit import parse_public
 
 
 def private(path) -> bool:
@@ -99,6 +101,23 @@ def test_a_label_and_a_key_belong_together(consortium):
         renamed.write_text(content)
         assert "hospital.pub" in refused(consortium, "admit", renamed, *admit)
     assert "can't be read" in refused(consortium, "admit", consortium.folder / "none.pub", *admit)
+
+
+@pytest.mark.parametrize("host", ["klinik-köln.example", "a..b", "*.example"])
+def test_a_name_that_is_no_machines_is_told(consortium, host):
+    told = refused(consortium, "server", "--host", host, "--kit", consortium.folder / "new")
+    assert told.count("\n") == 1 and "is no name and no address" in told
+
+
+@pytest.mark.parametrize("letters", ["{}.{}", "{}-{}", "{}{}="])
+def test_a_revoked_key_is_known_however_it_is_written(consortium, letters):
+    """Base64 leaves room: signs that stand for nothing are read over."""
+    kind, key, _ = (consortium.hospital("mercy") / "hospital.pub").read_text().split()
+    consortium.provision("revoke", "mercy", "--kit", consortium.kit)
+    again = f"{kind} {letters.format(key[:20], key[20:])} other"
+    assert parse_public(again) == ("other", f"{kind} {key}")
+    with pytest.raises(MedFLError, match="this key was revoked"):
+        admit(consortium.kit, again, 30)
 
 
 def test_an_admission_ends_by_itself(consortium):

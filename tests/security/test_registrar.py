@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common import MedFLError
-from federation.runtime.admissions import read_admissions
+from federation.runtime.admissions import read_admissions, write_admissions
 from federation.runtime.registrar import NODES, UNTIL, Registrar
 
 
@@ -62,6 +62,26 @@ def test_a_new_key_takes_the_place_of_a_revoked_one(consortium, tmp_path):
     consortium.provision("admit", consortium.folder / "again" / "hospital.pub", "--kit", consortium.kit)
     registrar.update()
     assert nodes(tmp_path / "server") == ["mercy"] and len(control.out) == 1 and len(control.inside) == 1
+
+
+def test_who_is_admitted_again_after_its_time_waits_for_a_new_start(consortium, tmp_path):
+    """Flower takes no key twice, and refused it with an error that ended the server."""
+    said, mercy, control = [], consortium.hospital("mercy"), Control()
+    registrar = Registrar(control, consortium.kit, tmp_path, said.append)
+    admissions = read_admissions(consortium.kit)
+    admissions["mercy"].until = admissions["mercy"].admitted
+    write_admissions(consortium.kit, admissions)
+    registrar.update()
+    consortium.provision("admit", mercy / "hospital.pub", "--kit", consortium.kit)
+    registrar.update()
+    registrar.update()
+    assert (
+        nodes(tmp_path) == []
+        and said[1:] == [said[1], said[2]]
+        and "when the server is started again" in said[2]
+    )
+    Registrar(Control(), consortium.kit, tmp_path, said.append)
+    assert nodes(tmp_path) == ["mercy"]
 
 
 def test_a_damaged_list_changes_nothing_and_is_told_once(consortium, tmp_path):

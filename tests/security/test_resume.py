@@ -8,9 +8,11 @@ import pytest
 import torch
 from scripted import Worker, federate, make_fast
 
+from checkpoint import update_metadata
 from common import MedFLError
 from federation.runtime import certificates, hospital_kit
-from federation.server.state import LAST, finish_keeping, load_run, nothing_left
+from federation.server.state import BEST, LAST, check_best, finish_keeping, load_run, nothing_left
+from run_server import parse, take_up
 from storage.files import claim
 
 
@@ -44,6 +46,30 @@ def test_a_changed_checkpoint_or_log_is_not_gone_on_with(ran, harm):
     harm(ran)
     with pytest.raises(MedFLError, match="it was changed|cut off, written anew or taken away"):
         load_run(ran)
+
+
+def test_a_best_model_that_was_changed_is_not_gone_on_with(ran):
+    """It would be tested, and sent to the hospitals as the federation's."""
+    check_best(ran)
+    update_metadata(ran / BEST, threshold=0.01)
+    with pytest.raises(MedFLError, match="it was changed"):
+        check_best(ran)
+
+
+def test_a_server_that_is_killed_between_log_and_best_model_goes_on(ran):
+    """The log has the new file's hash, and the file waits beside the old one."""
+    shutil.copy(ran / BEST, ran / f".new-{BEST}")
+    (ran / BEST).write_bytes(b"of the round before")
+    check_best(ran)
+    assert not (ran / f".new-{BEST}").exists()
+
+
+def test_an_end_that_somebody_wrote_into_the_log_ends_nothing(ran, monkeypatch):
+    lines = (ran / "audit.jsonl").read_bytes()
+    (ran / "audit.jsonl").write_bytes(lines + b'{"n": 99, "event": "end", "exit": 0, "before": ""}\n')
+    monkeypatch.setattr("sys.argv", ["run_server.py", "--resume", "--out", str(ran)])
+    with pytest.raises(MedFLError, match="does not follow from the one before it"):
+        take_up(parse())
 
 
 def test_a_line_that_was_written_half_does_not_stop_a_start(ran):

@@ -1,51 +1,64 @@
-"""A hospital with a key sends another one a message in the server's name, through Flower's own code."""
+"""A hospital with a key sends another one a message in the server's name, or spoils what the server sends it, through
+Flower's own code."""
 
 import pytest
+import torch
 from fastapi import HTTPException
 from flwr.app import RecordDict
 from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 from flwr.superlink.servicer.fleet import fleet_handlers
 
 from federation.protocol.messages import End, Query, message
+from federation.protocol.weights import to_record
+from federation.runtime.flower_objects import ObjectsByMessage
 from federation.runtime.programs import only_own_answers
 
 SERVER = 1  # the number of Flower's SuperLink among the nodes
+END = message({"query": Query.END, "code": End.DONE})
 
 
 class Door:
     """A SuperLink's state with two hospitals, a run, and one request of the server to each."""
 
-    def __init__(self):
-        self.state = InMemoryLinkState(NoOpFederationManager(), InMemoryObjectStore())
+    def __init__(self, store: type[InMemoryObjectStore] = ObjectsByMessage):
+        self.state = InMemoryLinkState(NoOpFederationManager(), store())
         self.run = self.state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, "", "flwr-serverapp")
         self.bad, self.good = (self.state.create_node("x", "x", key, 30) for key in (b"bad", b"good"))
         for node in (self.bad, self.good):
             self.state.activate_node(node, 30)
 
-    def pushed(self, by: int, sender: int, to: int, reply_to: str = "") -> PushMessagesRequest:
-        """What hospital `by` would push: a message that names `sender`."""
+    def pushed(
+        self, by: int, sender: int, to: int, reply_to: str = "", content=END, more=()
+    ) -> PushMessagesRequest:
+        """What hospital `by` would push: a message that names `sender`. more: trees that it names besides."""
         about = Metadata(
             self.run, "", sender, to, reply_to, "end", now().timestamp(), 60.0, "query"
         )  # fmt: skip
-        tree = get_object_tree(make_message(about, message({"query": Query.END, "code": End.DONE})))
+        tree = get_object_tree(make_message(about, content))
+        tree.children.extend(more)
         about.__dict__["_message_id"] = tree.object_id
         sent = message_to_proto(make_message(about, RecordDict()))
         return PushMessagesRequest(node=Node(node_id=by), messages_list=[sent], message_object_trees=[tree])
 
-    def waiting(self, node: int) -> list:
-        """What is handed to a hospital."""
+    def pulled(self, node: int):
+        """What is handed to a hospital: messages, and the trees of their objects."""
         request = PullMessagesRequest(node=Node(node_id=node))
-        return list(fleet_handlers.pull_messages(request, self.state, self.state.object_store).messages_list)
+        return fleet_handlers.pull_messages(request, self.state, self.state.object_store)
+
+    def waiting(self, node: int) -> list:
+        """The messages that are handed to a hospital."""
+        return list(self.pulled(node).messages_list)
 
 
 @pytest.fixture
@@ -78,3 +91,44 @@ def test_an_own_answer_passes(door):
     (got,) = door.waiting(door.good)
     answer = door.pushed(door.good, door.good, SERVER, reply_to=got.metadata.message_id)
     assert push(answer, door.state).objects_to_push
+
+
+def spoilt_by_a_former_answer(door) -> bool:
+    """Whether a hospital's answer, which names the objects of the model that the server is about to send and gives
+    them other children, changes what another hospital is told to fetch."""
+    push = only_own_answers(fleet_handlers.push_messages)
+    fleet_handlers.push_messages(door.pushed(SERVER, SERVER, door.bad), door.state)
+    (got,) = door.waiting(door.bad)
+    model = to_record(torch.arange(100.0))
+    false = ObjectTree(object_id=model.object_id, children=[ObjectTree(object_id="f" * 64)])
+    answer = door.pushed(door.bad, door.bad, SERVER, got.metadata.message_id, more=[false])
+    push(answer, door.state)
+    sent = door.pushed(SERVER, SERVER, door.good, content=message({"round": 1}, model))
+    to_push = fleet_handlers.push_messages(sent, door.state).objects_to_push
+    assert {node.object_id for node in iterate_object_tree(get_object_tree(model))} <= {*to_push}
+    door.state.object_store.delete(answer.message_object_trees[0].object_id)  # once the server has it
+    return list(door.pulled(door.good).message_object_trees) != list(sent.message_object_trees)
+
+
+def test_what_a_hospital_names_of_the_servers_objects_changes_nothing_for_another(door):
+    assert not spoilt_by_a_former_answer(door)
+
+
+def test_by_flower_alone_it_would(monkeypatch, door):
+    assert spoilt_by_a_former_answer(Door(InMemoryObjectStore))
+
+
+def test_objects_stay_for_as_long_as_a_message_has_them(door):
+    """What is confirmed is forgotten; what another message needs, or is only a part of one, is not."""
+    store, model = door.state.object_store, to_record(torch.arange(100.0))
+    sent = [
+        door.pushed(SERVER, SERVER, node, content=message({"to": node}, model))
+        for node in (door.bad, door.good)
+    ]
+    for one in sent:
+        fleet_handlers.push_messages(one, door.state)
+    store.delete(model.object_id)
+    store.delete(sent[0].message_object_trees[0].object_id)
+    assert all(node.object_id in store for node in iterate_object_tree(sent[1].message_object_trees[0]))
+    store.delete_objects_in_run(door.run)
+    assert not len(store) and not store.trees

@@ -1,0 +1,70 @@
+"""The objects of messages at Flower's SuperLink, each message's by itself.
+
+A message travels as a tree of objects named by their SHA-256, and Flower's own store (1.41) keeps for each object the
+children that were named with it first, by whomever. A hospital that knows an object before it is sent, such as the
+model that a run begins with, could name others: no hospital could read the message, or each would wait for an object
+that never comes. Here a message's tree is the one that came with it. These names may change with Flower's version.
+"""
+
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import is_valid_sha256_hash, iterate_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore, ObjectEntry
+
+
+class ObjectsByMessage(InMemoryObjectStore):
+    """Flower's store in memory, in which an object stays for as long as a message has it. trees: of the messages, by
+    the id of the message's own object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trees: dict[str, ObjectTree] = {}
+
+    def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
+        """Take in a message's tree; the objects of it whose content has not come yet."""
+        root, ids = object_tree.object_id, _ids(object_tree)
+        if wrong := [one for one in ids if not is_valid_sha256_hash(one)]:
+            raise ValueError(f"Invalid object ID format: {wrong[0]}")
+        with self.lock_store:
+            if root not in self.trees:
+                self.trees[root] = object_tree
+                self.run_objects_mapping.setdefault(run_id, set()).add(root)
+                for one in ids:
+                    self.store.setdefault(one, ObjectEntry(b"", False, [], 0, {run_id})).ref_count += 1
+            return [one for one in _ids(self.trees[root]) if not self.store[one].is_available]
+
+    def get_object_tree(self, object_id: str) -> ObjectTree:
+        """A message's tree. Raises NoObjectInStoreError for an object that is none of a message."""
+        with self.lock_store:
+            if object_id not in self.trees:
+                raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
+            return self.trees[object_id]
+
+    def delete(self, object_id: str) -> None:
+        """Forget a message, and the objects that no other one has."""
+        with self.lock_store:
+            tree = self.trees.pop(object_id, None)
+            for one in _ids(tree) if tree else ():
+                self.store[one].ref_count -= 1
+                if not self.store[one].ref_count:
+                    del self.store[one]
+            for of_run in self.run_objects_mapping.values():
+                of_run.discard(object_id)
+
+    def delete_objects_in_run(self, run_id: int) -> None:
+        """Forget a run's messages."""
+        with self.lock_store:
+            for root in list(self.run_objects_mapping.get(run_id, ())):
+                self.delete(root)
+            self.run_objects_mapping.pop(run_id, None)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self.lock_store:
+            super().clear()
+            self.trees.clear()
+
+
+def _ids(tree: ObjectTree) -> list[str]:
+    """The objects of a tree, each once."""
+    return list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
