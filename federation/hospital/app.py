@@ -128,7 +128,10 @@ def make_app(
         told = told.model_copy(update={"energy": used()})
         if mine.federation.secure_aggregation:
             limit = mine.federation.secure_range
-            arrays = array_record(masked(task, update, told.examples, limit, context, mine.came, mine.begun))
+            given = sums(context).given()
+            arrays = array_record(
+                masked(task, update, told.examples, limit, context, mine.came, mine.begun, given)
+            )
         else:
             arrays = to_record(update, mine.federation.update_dtype)
         return Message(message(told.model_dump(), arrays), reply_to=incoming)

@@ -46,9 +46,11 @@ def masked(
     context: Context,
     model: str,
     begun: str = "",
+    given: dict[str, list[str]] | None = None,
 ) -> np.ndarray:
     """The weighted update under its masks, (n,) uint32. model: SHA-256 of the weights that came; begun: of what else
-    the training began with. Raises HospitalError where the message does not say what is needed."""
+    the training began with; given: as `Sums` keeps it.
+    Raises HospitalError where the message does not say what is needed."""
     if task.sealed is None or not task.most:
         raise HospitalError(
             Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares"
@@ -58,6 +60,7 @@ def masked(
     # be one hospital's update
     of = [task.run, task.round, task.most, model, task.settings, task.rate]
     with party(context) as mine:
+        mine.given = mine.given if given is None else given
         return mine.masked(task.sealed, update, share, limit, of, task.promised, begun)
 
 

@@ -265,6 +265,15 @@ class Party:
                 )
         if self.round and self.round != of[:2]:
             raise MedFLError("the server asked for the update of another round than the keys are for")
+        run_and_round, most, settings_and_rate = of[:2], of[2:3], of[4:]
+        counted = f"{hashlib.sha256(json.dumps([most, settings_and_rate]).encode()).hexdigest()} {begun}"
+        # the others' shares would open the difference without this hospital's word. Another total does not matter
+        # here: all hospitals see it, and give no shares
+        if self.given.get(json.dumps(run_and_round), [counted])[-1].split(" ")[-1] != begun:
+            raise MedFLError(
+                "the server asked again for an update of a round that was summed already, and this hospital would begin "
+                "it otherwise; nothing was sent"
+            )
         bound = binding(of, self.public, self.names)
         values = quantise(change, weight, limit, len(self.public))
         # numbers of 32 bits begin again at 0, as they should
@@ -274,8 +283,6 @@ class Party:
                 bytes.fromhex(self.private[0]), bytes.fromhex(self.public[node][0]), len(values), bound
             )
             values = values + between if self.node > int(node) else values - between
-        run_and_round, most, settings_and_rate = of[:2], of[2:3], of[4:]
-        counted = hashlib.sha256(json.dumps([most, settings_and_rate, begun]).encode()).hexdigest()
         self.round, self.counted, self.stage = run_and_round, counted, "masked"
         return values
 
