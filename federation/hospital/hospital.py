@@ -29,7 +29,7 @@ from federation.privacy.patients import CHANCE, STEPS, PatientBatches, PrivateLe
 from federation.protocol.answers import Facts, Images
 from federation.protocol.messages import Failure
 from federation.protocol.requests import Task, Train
-from federation.protocol.settings import FederationSettings
+from federation.protocol.settings import FederationSettings, to_json
 from federation.protocol.weights import (
     FULL,
     Record,
@@ -308,7 +308,7 @@ class Hospital:
             return None
         if not self.identity.own_data:
             return round(loss, TOLD_DIGITS)
-        way = f"{task.round} {task.rate} {task.settings}"
+        way = f"{task.round} {task.rate} {to_json(self.training, self.federation)}"
         told = self.scored.loss(before, way, round(loss, TOLD_DIGITS), self.federation.rounds)
         if told is None:
             self._say_that_enough_was_told()

@@ -271,8 +271,8 @@ class Party:
         # here: all hospitals see it, and give no shares
         if self.given.get(json.dumps(run_and_round), [counted])[-1].split(" ")[-1] != begun:
             raise MedFLError(
-                "the server asked again for an update of a round that was summed already, and this hospital would begin "
-                "it otherwise; nothing was sent"
+                "the server asked again for an update of a round that was summed already, and this hospital would now "
+                "begin it otherwise; nothing was sent"
             )
         bound = binding(of, self.public, self.names)
         values = quantise(change, weight, limit, len(self.public))
