@@ -194,7 +194,7 @@ def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:
 
 
 def read_metadata(path: Path) -> dict:
-    """A checkpoint's metadata, without its network. Raises MedFLError where it is none."""
+    """A checkpoint's metadata, without its network. Raises MedFLError if it is none."""
     content = _read(Path(path))
     if not (isinstance(content, dict) and isinstance(content.get("metadata"), str)):
         raise MedFLError(f"{path} holds no model of MedFL; choose a file that train_centralized.py wrote")

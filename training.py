@@ -37,7 +37,9 @@ class TrainingSettings:
     )
     epochs: int = setting(30, "passes over the training slices")
     minutes: float | None = setting(
-        None, "train for this many minutes of wall clock instead of --epochs, with a fitted schedule", kind=float
+        None,
+        "train for this many minutes of wall clock instead of --epochs, with a fitted schedule",
+        kind=float,
     )
     steps: int | None = setting(
         None, "train for this many steps instead of --epochs, with a fitted schedule", kind=int

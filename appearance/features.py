@@ -97,7 +97,7 @@ def blank(volume: torch.Tensor) -> torch.Tensor:
 
 
 def copies(volume: torch.Tensor) -> torch.Tensor:
-    """Which channels of a volume (S, H, W, 3) uint8 hold what FLAIR holds, FLAIR itself too, (3,) bool."""
+    """Which channels of a volume (S, H, W, 3) uint8 are identical to FLAIR, including FLAIR itself, (3,) bool."""
     same = (volume == volume[..., FLAIR : FLAIR + 1]).to(torch.uint8)
     return same.amin(dim=(0, 1, 2)) > 0  # `all` would be exported as 8 bytes a value: 300 MB for 200 slices
 

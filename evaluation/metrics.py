@@ -39,7 +39,7 @@ FIGURES_IN_MM = (
 def counts(prediction: ArrayLike, truth: ArrayLike) -> tuple[int, int, int]:
     """True positive, false positive and false negative pixels of a prediction.
 
-    Both masks: the same shape, whatever it is; any dtype, non-zero is tumour. Raises MedFLError where the
+    Both masks: the same shape, whatever it is; any dtype, non-zero is tumour. Raises MedFLError if the
     shapes differ.
     """
     predicted, actual = two_masks(prediction, truth)
@@ -66,7 +66,7 @@ def loss_of_volume(probabilities: np.ndarray, truth: ArrayLike) -> float:
     (`training.segmentation_loss`).
 
     probabilities: (S, H, W) float32, 0 to 1; truth: (S, H, W), non-zero is tumour. The probability
-    of what is true counts as at least 1e-7.
+    of the true class counts as at least 1e-7.
     """
     there = np.asarray(truth) > 0
     right = np.where(there, probabilities, 1 - probabilities).clip(1e-7, 1)
@@ -86,7 +86,7 @@ def score_in_mm(prediction: ArrayLike, truth: ArrayLike, spacing: tuple[float, f
     volumes in cm³.
 
     Both masks: (S, H, W), any dtype, non-zero is tumour; spacing: mm between slices, rows and columns. The
-    difference is the prediction's volume less the truth's. Raises MedFLError where the shapes differ.
+    difference is the prediction's volume less the truth's. Raises MedFLError if the shapes differ.
     """
     surfaces = hd95(prediction, truth, spacing), surface_dice(prediction, truth, spacing)
     volumes = volume_cm3(truth, spacing), volume_cm3(prediction, spacing)
@@ -213,7 +213,7 @@ def paired_difference(first: list[dict], second: list[dict]) -> dict:
     patients.
 
     Both lists are rows of the same patients, in any order; ci95 is [low, high], or None below 5 patients.
-    Raises MedFLError where the lists name different patients, one patient twice, or none.
+    Raises MedFLError if the lists name different patients, one patient twice, or none.
     """
     before, after = ({row["patient"]: row["dice"] for row in rows} for rows in (first, second))
     if not first or before.keys() != after.keys() or not len(before) == len(first) == len(second):

@@ -19,7 +19,7 @@ def hd95(
     result has its unit, which is voxels by default. Distances are Euclidean, from every surface voxel of one mask to
     the nearest surface voxel of the other. Both directions are pooled before the percentile is taken (linear
     interpolation). Other definitions take the larger of two directed percentiles, or weigh by area, and give
-    other numbers. Raises MedFLError where the shapes differ or aren't (S, H, W).
+    other numbers. Raises MedFLError if the shapes differ or aren't (S, H, W).
     """
     distances = _surface_distances(*two_masks(prediction, truth, dimensions=3), spacing)
     return None if distances is None else float(np.percentile(distances, 95))
@@ -35,7 +35,7 @@ def surface_dice(
     one mask is empty, None where both are.
 
     Both masks: (S, H, W), any dtype, non-zero is tumour; spacing and tolerance: mm. Nikolov et al. 2018
-    (arXiv:1809.04430), counted in voxels. Raises MedFLError where the shapes differ or aren't (S, H, W).
+    (arXiv:1809.04430), counted in voxels. Raises MedFLError if the shapes differ or aren't (S, H, W).
     """
     predicted, actual = two_masks(prediction, truth, dimensions=3)
     if not predicted.any() and not actual.any():
@@ -49,7 +49,7 @@ def hd95_in_plane(prediction: ArrayLike, truth: ArrayLike) -> tuple[float | None
     only one of the masks has any pixel.
 
     The first figure pools the slices in which both masks have pixels, and is None without such a slice. A large false
-    tumour on other slices leaves it at 0, so it is never shown without the second. Raises MedFLError where the shapes
+    tumour on other slices leaves it at 0, so it is never shown without the second. Raises MedFLError if the shapes
     differ or aren't (S, H, W).
     """
     predicted, actual = two_masks(prediction, truth, dimensions=3)

@@ -185,7 +185,7 @@ def _paint_brain(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> No
 
 
 def _paint_distractors(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> None:
-    """Paint what is bright in FLAIR but no tumour, so that a mere threshold can't find the lesion."""
+    """Paint what is bright in FLAIR but no tumour, so that a threshold by itself can't find the lesion."""
     shape, x, y, z = tissue.shape[1:], head.x, head.y, head.z
     tissue[1] += head.brain * 0.06 * _noise(rng, shape, 0.06)
     for _ in range(rng.integers(2, 9)):  # small spots in white matter

@@ -77,7 +77,7 @@ def _check(patients: int, slices: int, size: int, seed: int) -> None:
 
 
 def _phantoms_in(root: Path) -> list[Path]:
-    """Folders of phantoms in `root`. Raises MedFLError where it holds any other folder."""
+    """Folders of phantoms in `root`. Raises MedFLError if it holds any other folder."""
     folders = (
         [f for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith(".")]
         if root.exists()

@@ -309,7 +309,7 @@ class CentralTraining:
             what = (
                 "Centralised training"
                 if self.name == "centralized"
-                else f"Training of {self.origin['hospital']} alone"
+                else f"Training of {self.origin['hospital']} by itself"
             )
             draw_curves(
                 self.progress.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}"

@@ -85,7 +85,7 @@ class Meter:
             used = sum(now - before for now, before in zip(after, self.gpu_before)) / 1e3
             joules, method = [j + used for j in joules], f"{method}; NVML counter of the whole GPU"
         elif self.gpu_unknown:
-            unknown.append("the GPU, which tells nothing here")
+            unknown.append("the GPU, which reports nothing here")
         kwh = [j / JOULES for j in joules]
         return {
             "what": self.what,

@@ -81,7 +81,7 @@ class Task(BaseModel):
 
     @property
     def outlines(self) -> tuple:
-        """What is outlined, and in which images. Models whose tasks differ in this segment different things."""
+        """What is outlined, and in which images. If two tasks differ in this, their models outline different things."""
         return self.region, self.channels, self.labels, self.normalisation
 
     def site_of(self, patient: str) -> str | None:
