@@ -28,9 +28,7 @@ os.environ["MPLBACKEND"] = "agg"
 SMALLEST_GROUP = 3  # patients: a mean over fewer would reveal something about one of them
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-QUOTA = Path(
-    "/sys/fs/cgroup/cpu.max"
-)  # a container's quota (cgroup 2): microseconds of work, and their period
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (cgroup 2): microseconds of work, and their period
 NO_TEMPORARY = "No usable temporary directory"  # the words of Python's tempfile
 NO_MEMORY = (  # the words of torch, and of oneDNN within it
     "can't allocate memory",

@@ -178,9 +178,7 @@ def federate(
         def keep(incoming, reply, k=k):
             if incoming.metadata.message_type == "train":
                 sent, answer = from_record(incoming.content["arrays"]), reply.content["arrays"]
-                if (
-                    federation.secure_aggregation
-                ):  # the server can't unmask it and reads the numbers as they are
+                if federation.secure_aggregation:  # the server can't unmask it, and reads the masked numbers
                     change = torch.from_numpy(values_of(answer, np.uint32) / 2.0**32 - 0.5).float()
                 else:
                     change = from_record(answer) - sent

@@ -11,7 +11,7 @@ from typing import Any
 
 # control codes, invisible marks and those that turn the direction, halves of a character, line separators
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-_JOINER = "\u2060"  # a character without a width; it ends what Markdown would take for an address or a sign
+_JOINER = "\u2060"  # a zero-width character; it ends what Markdown would take for an address or a symbol
 # without ` and a _ within a word: text between ` stays text, and such a _ means nothing
 _MARKS = re.compile(r"([\\*\[\]<>|~$^]|(?<![^\W_])_|_(?![^\W_]))")
 _BEGINS = re.compile(r"^(\s*)(?:(#|[+=-](?![\w.]))|(\d+)([.)])(?=\s|$))")  # a heading, a list, a line

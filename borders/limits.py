@@ -15,9 +15,7 @@ BUDGET = 2**30  # bytes that reading may take
 MAX_FILES = 1_000  # of one case, masks and all
 MAX_NAME = 255  # characters of a file's name, as in file systems; patterns would search a longer one for ever
 MAX_UNPACKED = BUDGET // 4  # bytes that an archive may unpack to
-MAX_VOXELS = (
-    BUDGET // 16
-)  # of a series: float32, and turning, resampling and comparing hold four copies at once
+MAX_VOXELS = BUDGET // 16  # of a series: float32; turning, resampling and comparing hold four copies at once
 MAX_PIXELS = 12 * 2**20  # of a case on a page: 192 slices of 256×256; normalising more needs over 1.5 GiB
 MAX_SIDE = 4096  # pixels of a slice; larger than any of a brain
 MAX_SLICES = 4096  # of a volume or a file of several frames

@@ -152,8 +152,8 @@ Reads = Callable[[str, Path], bool]  # whether a volume of this name, in this fo
 
 
 def of_training(split: Split, unmasked: bool = True) -> Reads:
-    """The volumes of a split that an encoder may see: those of the training patients and, if `unmasked`, scans in
-    without_masks/. It never sees a validation or test patient, nor other studies of such a patient."""
+    """The rule for the volumes of a split that an encoder may read: those of the training patients and, if `unmasked`,
+    scans in without_masks/. It excludes validation and test patients, and other studies of such patients."""
     others = (*split.val, *split.test)
     people = {_person(patient) for patient in others} - {None}
 

@@ -12,10 +12,7 @@ from storage.files import atomic_write
 
 EDGES = np.array([0.0, 0.01, *np.arange(1, 10) / 10, 1.0])  # of the bins; the first holds the sure background
 COLUMNS = 3  # of a bin: pixels, sum of the probability, tumour pixels
-REACH, STEPS = (
-    16.0,
-    3_200,
-)  # range and bins of the logits that a temperature is fitted to; float32 has none beyond
+REACH, STEPS = 16.0, 3_200  # range and bins of the fitted logits; float32 has none beyond
 TEMPERATURES = (0.25, 4.0)  # bounds; a value beyond them means a broken model, not a calibration
 
 

@@ -39,7 +39,7 @@ FIGURES_IN_MM = (
 def counts(prediction: ArrayLike, truth: ArrayLike) -> tuple[int, int, int]:
     """True positive, false positive and false negative pixels of a prediction.
 
-    Both masks: the same shape, whatever it is; any dtype, non-zero is tumour. Raises MedFLError if the
+    Both masks: the same shape, with any dimensions and dtype; non-zero is tumour. Raises MedFLError if the
     shapes differ.
     """
     predicted, actual = two_masks(prediction, truth)
@@ -86,7 +86,7 @@ def score_in_mm(prediction: ArrayLike, truth: ArrayLike, spacing: tuple[float, f
     volumes in cm³.
 
     Both masks: (S, H, W), any dtype, non-zero is tumour; spacing: mm between slices, rows and columns. The
-    difference is the prediction's volume less the truth's. Raises MedFLError if the shapes differ.
+    difference is the prediction's volume minus the truth's. Raises MedFLError if the shapes differ.
     """
     surfaces = hd95(prediction, truth, spacing), surface_dice(prediction, truth, spacing)
     volumes = volume_cm3(truth, spacing), volume_cm3(prediction, spacing)

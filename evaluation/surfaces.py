@@ -68,7 +68,7 @@ def two_masks(
     prediction: ArrayLike, truth: ArrayLike, dimensions: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prediction and truth as bool: True where they are not 0. dimensions: how many they must have. Raises MedFLError
-    if their shapes differ or have other dimensions."""
+    if their shapes differ or have another number of dimensions."""
     predicted, actual = np.asarray(prediction) != 0, np.asarray(truth) != 0
     if predicted.shape != actual.shape:
         raise MedFLError(

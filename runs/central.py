@@ -59,9 +59,7 @@ class CentralTraining:
         processes: Processes | None = None,
     ):
         dataset.check_trainable(split.train)
-        self.chooses = bool(
-            dataset.with_tumour(split.val)
-        )  # without a tumour, an empty mask would be perfect
+        self.chooses = bool(dataset.with_tumour(split.val))  # without tumour, every empty mask is perfect
         if settings.schedule == "plateau" and not self.chooses:
             raise MedFLError(
                 "a plateau needs validation patients with tumour, and there are none; take --schedule cosine"

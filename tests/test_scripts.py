@@ -308,7 +308,7 @@ def test_the_temperature_is_fitted_on_validation_patients_and_kept(phantoms, tra
     done = run_here(
         "evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--fit-temperature"
     )
-    assert done.returncode == 0 and "of 1 validation patient" in done.stdout, done.stderr
+    assert done.returncode == 0 and "fitted on 1 validation patient" in done.stdout, done.stderr
     again = load_checkpoint(tmp_path / BEST)
     assert again.model.temperature == pytest.approx(fitted.model.temperature)
     for value in (0, -1.0, True, "1"):
