@@ -134,7 +134,7 @@ def output_names(files: list[Path]) -> dict[Path, str]:
     for file, name in names.items():
         if first.setdefault(_on_any_disk(name), file) != file:
             raise MedFLError(
-                f"the masks of {first[_on_any_disk(name)]} and {file} would be the same file; predict their folders "
+                f"the masks of {first[_on_any_disk(name)]} and {file} would have the same name; predict their folders "
                 "one after the other"
             )
     return names

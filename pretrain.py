@@ -122,7 +122,7 @@ def main() -> None:
     arguments = parse()
     settings, device = settings_from(arguments, PretrainingSettings), choose_device(arguments.device)
     if arguments.out.suffix != ".safetensors":
-        raise MedFLError(f"{arguments.out} is written as .safetensors; choose a name that ends so")
+        raise MedFLError(f"{arguments.out} is written as .safetensors; choose a name with that ending")
     if not arguments.data_dir.is_dir():
         raise MedFLError(f"there is no folder {arguments.data_dir}; name another --data-dir")
     torch.manual_seed(settings.seed)

@@ -118,7 +118,7 @@ def load_split(path: Path, patients: set[str]) -> Split:
         split = Split(int(content["seed"]), *(tuple(map(str, content[part])) for part in PARTS))
     except FileNotFoundError as error:
         raise MedFLError(
-            f"there is no split file {path}; name the one that the training wrote with --split-file"
+            f"there is no split file {path}; give the training's split.json with --split-file"
         ) from error
     except OSError as error:
         raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error

@@ -84,7 +84,7 @@ class TrainingSettings:
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 0 or more")
         if self.seed >= 2**63:
-            raise MedFLError(f"--seed is {self.seed}; choose a number below 2**63, which torch counts to")
+            raise MedFLError(f"--seed is {self.seed}; choose a number below 2**63, the limit of torch")
         if self.minutes is not None and self.steps is not None:
             raise MedFLError("--minutes and --steps both say how long to train; give one of them")
         if self.norm == "batch" and self.batch_size == 1 and self.image_size == 16:

@@ -374,5 +374,5 @@ def test_no_mask_takes_the_place_of_another_one_on_any_disk(other):
     first = Path("anna/ṕ_1.tif" if "\u0301" in other else "anna/p_1.tif")
     names = output_names([first, Path("bert") / other])
     assert [name.split("_")[0] for name in names.values()] == ["anna", "bert"]
-    with pytest.raises(MedFLError, match="would be the same file"):
+    with pytest.raises(MedFLError, match="would have the same name"):
         output_names([first, Path("elsewhere/ANNA") / other])
