@@ -1,5 +1,4 @@
-"""From a dataset to training batches: which slices an epoch draws, and how image and mask are varied
-together."""
+"""Training batches of a dataset: the slices that an epoch draws, and how image and mask are varied together."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ CONTRAST = 0.15  # share, either way, for each channel
 BRIGHTNESS = 0.15  # deviations, either way, for each channel
 GAMMA = 0.2  # of the exponent's logarithm, either way, for each channel
 NOISE = 0.1  # deviations, at most
-MISSING = 0.15  # how often a pre- or post-contrast sequence is missing; drawn for each by itself
+MISSING = 0.15  # how often a pre- or post-contrast sequence is missing; drawn separately for each
 TUMOUR_PART = 0.5  # of a batch
 
 
@@ -26,9 +25,8 @@ class TrainingBatches:
     """An epoch's batches of augmented slices: images (B, 3, side, side) and masks (B, 1, side, side),
     float32.
 
-    Masks are shares of tumour in each network pixel, 0 to 1, so that a boundary is not rounded away. All
-    randomness comes from (seed, epoch): an epoch is the same whether or not the run was interrupted before
-    it.
+    Masks hold the share of tumour in each network pixel, 0 to 1, so that a boundary is not rounded away. All
+    randomness comes from (seed, epoch), so an epoch is the same even if the run was interrupted before it.
     """
 
     def __init__(self, dataset: Dataset, patients: tuple[str, ...], side: int, batch_size: int, seed: int):
@@ -40,23 +38,22 @@ class TrainingBatches:
 
     @property
     def slices(self) -> int:
-        """Slices that the batches are drawn from."""
+        """Number of slices that the batches are drawn from."""
         return len(self._slices)
 
     def __len__(self) -> int:
-        """Batches an epoch: as many slices as there are, rounded up to whole batches."""
+        """Batches per epoch: enough for all slices, rounded up to whole batches."""
         return math.ceil(len(self._slices) / self.batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The slices' numbers of each batch, (batches, batch_size) int. Half of a batch shows a tumour, where
-        there are any.
+        """The numbers of the slices in each batch, (batches, batch_size) int. Half of a batch shows a tumour, if
+        there are both kinds of slices.
 
-        Both kinds are drawn without replacement until all were seen, then again: no slice is left out for
-        good.
+        Both kinds are drawn without replacement until all were seen, then again, so no slice is left out for good.
         """
         random = np.random.default_rng([self.seed, epoch])
         kinds = [kind for kind in (self._tumour, self._empty) if len(kind)]
-        if self.batch_size == 1:  # no halves: every slice, once an epoch
+        if self.batch_size == 1:  # there are no halves: every slice once per epoch
             kinds = [np.arange(len(self._slices))]
         first = round(self.batch_size * TUMOUR_PART) if len(kinds) == 2 else self.batch_size
         parts = []
@@ -67,8 +64,8 @@ class TrainingBatches:
         return np.concatenate(parts, axis=1)
 
     def epoch(self, epoch: int, share: slice = slice(None)) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The epoch's batches, made as they are asked for. share: the part of each batch that is given, varied as
-        in the whole batch; the rest is not read."""
+        """The epoch's batches, made when they are asked for. share: the part of each batch to return, varied as in
+        the whole batch; the rest is not read."""
         random = torch.Generator().manual_seed(
             int(np.random.default_rng([self.seed, epoch, 1]).integers(2**62))
         )
@@ -85,7 +82,7 @@ class TrainingBatches:
         volume, truth = self.dataset.volume(patient)
         pixels = torch.from_numpy(
             volume[number : number + 1].copy()
-        )  # the cache is read-only, torch wants to own
+        )  # the cache is read-only, and torch wants writable memory
         image = network_input(pixels, *self.dataset.statistics(patient), self.side)
         mask = torch.from_numpy(truth[number] / np.float32(255))[None, None]
         return image, resize(mask, (self.side, self.side))
@@ -94,7 +91,7 @@ class TrainingBatches:
 def augment(
     images: torch.Tensor, masks: torch.Tensor, random: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vary a batch: the geometry of image and mask alike, then the image's intensities. Shapes stay.
+    """The batch, varied: the geometry of image and mask alike, then the image's intensities. Shapes stay.
 
     images: (B, 3, h, w) float32, normalised; masks: (B, 1, h, w) float32, 0 to 1; random: a CPU generator.
     """
@@ -123,12 +120,12 @@ def _affine(count: int, random: torch.Generator) -> torch.Tensor:
 
 
 def _vary_intensity(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """A missing sequence, then contrast, brightness, gamma and noise, for each picture and channel by itself.
+    """A missing sequence, then contrast, brightness, gamma and noise, separately for each picture and channel.
 
     Writes into `images`: new memory for each step would take half of the time.
     """
     missing = torch.rand((len(images), 3), generator=random) < MISSING
-    missing[:, 1] = False  # FLAIR is what stands in for the others
+    missing[:, 1] = False  # FLAIR stands in for the others
     for picture, channel in missing.nonzero():
         images[picture, channel] = images[picture, 1]
     each = (len(images), 3, 1, 1)

@@ -27,7 +27,7 @@ THRESHOLD = 0.5  # of the probability, unless the metadata says otherwise
 
 
 class Plan(BaseModel, strict=True):
-    """What a file says of the network that it holds."""
+    """The architecture that a file names for its network."""
 
     name: Annotated[str, Field(max_length=64)]
     image_side: Annotated[int, Field(ge=1, le=MAX_NETWORK_SIDE)]
@@ -35,14 +35,14 @@ class Plan(BaseModel, strict=True):
 
 
 class Data(BaseModel, strict=True):
-    """What a checkpoint says of the patients that it was trained on."""
+    """A checkpoint's entry about the patients that it was trained on."""
 
     name: str = ""
     train: dict[str, Any] = {}
 
 
 class Told(BaseModel, strict=True):
-    """What a checkpoint's metadata must say before anything is made of it; other entries are for readers."""
+    """The entries of a checkpoint's metadata that are checked before the file is used; others are for readers."""
 
     format: int
     architecture: Plan
@@ -56,8 +56,8 @@ class Told(BaseModel, strict=True):
 
 @dataclass
 class Checkpoint:
-    """A loaded file: the network in evaluation mode, its metadata, and what a run needs to go on (None if not
-    stored)."""
+    """A loaded file: the network in evaluation mode, its metadata, and the state from which a run continues (None
+    if not stored)."""
 
     path: Path
     model: TransUNet
@@ -70,7 +70,7 @@ class Checkpoint:
 
     @property
     def task(self) -> Task:
-        """What the model outlines, and in what."""
+        """The task: what the model outlines, and in which channels."""
         try:
             return Task(**self.metadata["task"])
         except (KeyError, TypeError, ValueError):  # it has none, or somebody changed the file
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @property
     def shrunk_otherwise(self) -> bool:
-        """Whether it was trained on slices that were shrunk without antialiasing: its figures differ a little."""
+        """Whether it was trained on slices that were shrunk without antialiasing; its figures then differ a little."""
         return _was_shrunk_otherwise(self.metadata)
 
     def sha256(self) -> str:
@@ -131,7 +131,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
     Raises MedFLError, each with its own sentence: no file, a Git LFS pointer, a truncated file, a pickle that
     is more than weights, another program's file, a newer format, other preprocessing, weights that don't fit
     the architecture; and, unless `whole` is False, a federation's shared part, which lacks the normalisation
-    layers that hospitals kept.
+    layers that the hospitals keep.
     """
     path = Path(path)
     content = _read(path)
@@ -144,19 +144,19 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
     metadata = _metadata(content, path)
     if metadata.get("format") != FORMAT:
         raise MedFLError(
-            f"{path} has checkpoint format {metadata.get('format')}, and this MedFL reads {FORMAT}; update "
+            f"{path} has checkpoint format {metadata.get('format')}, but this MedFL reads {FORMAT}; update "
             f"MedFL"
         )
     if not (_is_of_today(metadata) or _was_shrunk_otherwise(metadata)):
         raise MedFLError(
-            f"{path} was trained on other preprocessing ({metadata['preprocessing'].get('name')}); use its "
-            f"MedFL"
+            f"{path} was trained with other preprocessing ({metadata['preprocessing'].get('name')}); use the "
+            f"MedFL that wrote it"
         )
     if whole and metadata.get("origin", {}).get("norm_at_hospitals"):
         raise MedFLError(
-            f"{path} is what hospitals share of a model whose normalisation layers each keeps "
-            f"(--keep-norm-local), "
-            "and no model by itself; take the NAME_federated_best.pth that a hospital wrote"
+            f"{path} is only the shared part of a model: each hospital keeps its own normalisation layers "
+            f"(--keep-norm-local); "
+            "take the NAME_federated_best.pth that a hospital wrote"
         )
     plan = Plan(**{name: metadata["architecture"][name] for name in Plan.model_fields})
     _check_weights(plan, content["model"], path)
@@ -168,7 +168,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
 
 
 def _is_of_today(metadata: dict) -> bool:
-    """Whether a model was trained on the preprocessing that `preprocessing` does for images of its side."""
+    """Whether a model was trained with today's preprocessing for images of its side."""
     today = preprocessing.description(metadata["architecture"]["image_side"])
     return {**metadata["preprocessing"], **today} == metadata["preprocessing"]
 
@@ -180,8 +180,7 @@ def _was_shrunk_otherwise(metadata: dict) -> bool:
 
 
 def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:
-    """A checkpoint to begin a training from. Raises MedFLError where it is another network than the one that
-    is to be trained."""
+    """A checkpoint to start a training from. Raises MedFLError if its network is not the one to be trained."""
     checkpoint = load_checkpoint(path)
     model = checkpoint.model
     if (model.name, model.image_side, model.norm) != (name, image_side, norm):
@@ -194,7 +193,7 @@ def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:
 
 
 def read_metadata(path: Path) -> dict:
-    """A checkpoint's metadata, without its network. Raises MedFLError where it is none."""
+    """A checkpoint's metadata, without its network. Raises MedFLError if it is none."""
     content = _read(Path(path))
     if not (isinstance(content, dict) and isinstance(content.get("metadata"), str)):
         raise MedFLError(f"{path} holds no model of MedFL; choose a file that train_centralized.py wrote")
@@ -202,14 +201,14 @@ def read_metadata(path: Path) -> dict:
 
 
 def validation_dice(metadata: dict) -> float | None:
-    """The mean volume Dice on validation patients that a checkpoint tells; None where it tells none."""
+    """The mean volume Dice on validation patients that a checkpoint records; None if it records none."""
     dice = ((metadata.get("scores") or {}).get("val") or {}).get("volume_dice") or {}
     mean = dice.get("mean")
     return float(mean) if isinstance(mean, int | float) else None
 
 
 def refuse_to_overwrite(files: list[Path]) -> None:
-    """Raises MedFLError where one of a run's files is there already, with what it is worth."""
+    """Raises MedFLError if one of a run's files already exists. The message gives that model's Dice."""
     there = next((path for path in files if path.exists()), None)
     if there is None:
         return
@@ -219,14 +218,14 @@ def refuse_to_overwrite(files: list[Path]) -> None:
         dice = None
     worth = "" if dice is None else f" with a validation Dice of {dice:.3f}"
     raise MedFLError(
-        f"{there} is of a former run{worth}, and a new one would overwrite it; choose another --out, go on with "
-        "that run by --resume, or give it up with --overwrite"
+        f"{there} is of an earlier run{worth}, and a new one would overwrite it; choose another --out, continue "
+        "that run with --resume, or give it up with --overwrite"
     )
 
 
 def _metadata(content: dict, path: Path) -> dict:
-    """The metadata's JSON. Raises MedFLError where entries are missing that every checkpoint has, or can't be
-    what they are to be."""
+    """The metadata's JSON. Raises MedFLError if an entry that every checkpoint has is missing or can't be
+    right."""
     try:
         metadata = read_json(content["metadata"])
         missing = {"format", "architecture", "preprocessing", "threshold"} - metadata.keys()
@@ -246,8 +245,8 @@ def _metadata(content: dict, path: Path) -> dict:
 
 
 def _check_weights(plan: Plan, weights: dict, source: Path) -> None:
-    """Raises MedFLError for weights of another architecture than the plan's, before a network of it is made:
-    a small file can name a large one."""
+    """Raises MedFLError for weights of another architecture than the plan's. It checks before the network is built,
+    because a small file can name a large network."""
     with torch.device("meta"):  # shapes without values
         expected = TransUNet(plan.name, plan.image_side, plan.norm).state_dict()
     if {name: tuple(value.shape) for name, value in weights.items()} != {
@@ -264,15 +263,16 @@ def _of_another(name: object, side: object, norm: object, source: Path) -> str:
 
 
 def _temperature(metadata: dict, path: Path) -> float:
-    """By what the logits are divided; files of before have none. Raises MedFLError for a value that is none."""
+    """The number that the logits are divided by: 1 in older files, which don't store it. Raises MedFLError for a
+    value that can't be right."""
     value = metadata.get("temperature", 1.0)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise MedFLError(f"{path} has the temperature {value!r}, and one is above 0; copy the file again")
+        raise MedFLError(f"{path} has the temperature {value!r}, which must be above 0; copy the file again")
     return float(value)
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
-    """Load a state dict whole. Raises MedFLError where names or shapes are another architecture's."""
+    """Load a complete state dict. Raises MedFLError if names or shapes are those of another architecture."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -280,9 +280,9 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
 
 
 def _read(path: Path) -> Any:
-    """What torch reads in the file without running any code of it."""
+    """The file's content as torch reads it, without running any code from it."""
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise MedFLError(f"{path} is a pipe or a device, and a checkpoint is a file; name another")
+        raise MedFLError(f"{path} is a pipe or a device, but a checkpoint is a file; name another")
     try:
         refuse_pointer(path)
         with open(path, "rb") as file:
@@ -293,7 +293,7 @@ def _read(path: Path) -> Any:
         ) from error
     except IsADirectoryError as error:  # a Mac's browser unpacks torch's files: they are archives
         raise MedFLError(
-            f"{path} is a folder, and a checkpoint is a file; copy the file again, without unpacking it"
+            f"{path} is a folder, but a checkpoint is a file; copy the file again, without unpacking it"
         ) from error
     except OSError as error:
         raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
@@ -303,7 +303,7 @@ def _read(path: Path) -> Any:
         return read_torch_file(path)
     except pickle.UnpicklingError as error:
         raise MedFLError(
-            f"{path} holds Python objects besides weights and may be malicious: nothing of it was run; "
+            f"{path} holds Python objects other than weights and may be malicious: none of it was run; "
             "take a checkpoint of MedFL from a source you trust"
         ) from error
     except DAMAGED as error:

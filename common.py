@@ -1,4 +1,4 @@
-"""What every part of MedFL may use: the user's error, exit codes, settings as options, words, the version."""
+"""Shared by all parts of MedFL: the error for users, exit codes, settings as options, wording, the version."""
 
 import argparse
 import ast
@@ -22,15 +22,15 @@ __version__ = "0.3.0"
 
 ROOT = Path(__file__).parent
 
-# nothing here opens a window, and what a notebook or a desktop exports may not be installed here
+# nothing here opens a window, and the backend that a notebook or a desktop exports may not be installed
 os.environ["MPLBACKEND"] = "agg"
 
-SMALLEST_GROUP = 3  # patients: a mean over fewer says something of one
+SMALLEST_GROUP = 3  # patients: a mean over fewer would reveal something about one of them
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (cgroup 2): microseconds of work, and in how many
-NO_TEMPORARY = "No usable temporary directory"  # as Python's tempfile says it
-NO_MEMORY = (  # as torch says it, and oneDNN within it
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (cgroup 2): microseconds of work, and their period
+NO_TEMPORARY = "No usable temporary directory"  # the words of Python's tempfile
+NO_MEMORY = (  # the words of torch, and of oneDNN within it
     "can't allocate memory",
     "CUDA out of memory",
     "MPS backend out of memory",
@@ -43,25 +43,23 @@ EXIT_INTERRUPTED = 130
 
 
 class MedFLError(Exception):
-    """A user's mistake, or the machine's: one sentence that says what is wrong; and what to do."""
+    """An error of the user or the machine. Its message is one sentence: what is wrong; what to do."""
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main` with the exit codes of this project: 0, 2 bad input, a full disk or too little
-    memory, 130 Ctrl-C, SIGTERM or a closed terminal, 1 a bug."""
+    """Run a script's `main` with the exit codes of this project: 0 for success, 2 for bad input, a full disk or too
+    little memory, 130 for Ctrl-C, SIGTERM or a closed terminal, 1 for a bug."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     sys.argv[1:] = [_with_home(word) for word in sys.argv[1:]]
     signal.signal(signal.SIGTERM, interrupt)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # but nohup's
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # keep nohup's
         signal.signal(signal.SIGHUP, interrupt)
     steady_output()
     script = sys.modules[main.__module__]
-    script.__doc__ = (
-        script.__doc__ or "\n"
-    )  # --help begins with its first line, and `python -OO` takes it away
+    script.__doc__ = script.__doc__ or "\n"  # --help begins with its first line, and `python -OO` removes it
     try:
         main()
     except KeyboardInterrupt:
@@ -83,16 +81,16 @@ def _with_home(word: str) -> str:
 
 
 def in_words(error: Exception) -> str | None:
-    """The sentence for an error that is the user's or the machine's, None for a bug."""
+    """The sentence for an error of the user or the machine; None for a bug."""
     if isinstance(error, MedFLError):
         return str(error)
     text = str(error)
     if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
         return (
-            "there is not enough memory; end other programs, or take a smaller --batch-size or --image-size"
+            "there is not enough memory; close other programs, or take a smaller --batch-size or --image-size"
         )
     if isinstance(error, OSError) and NO_TEMPORARY in text:  # in a container without a writable folder
-        return "there is no folder for temporary files (as /tmp) that can be written; name one in TMPDIR"
+        return "there is no writable folder for temporary files (such as /tmp); name one in TMPDIR"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return (
             f"the disk is full ({error.filename or 'where a file was written'}); free space and start again"
@@ -106,8 +104,8 @@ def in_words(error: Exception) -> str | None:
 
 
 def setting(default: Any, help: str, choices: tuple | None = None, kind: type | None = None) -> Any:
-    """A field of a settings dataclass: its default, its help text with the unit, the values it may take, and
-    its type where the default is None."""
+    """A field of a settings dataclass. help: its text with the unit; choices: the values it may take; kind: its
+    type, needed where the default is None."""
     return dataclasses.field(
         default=default, metadata={"help": help, "choices": choices, "kind": kind or type(default)}
     )
@@ -141,7 +139,7 @@ def settings_from(arguments: argparse.Namespace, settings: type) -> Any:
 
 
 def given_options(parser: argparse.ArgumentParser) -> set[str]:
-    """The options that the command line names, in the names of their values: those that no default made."""
+    """The options that the command line gives, by the names of their values. Defaults do not count."""
     missing = object()
     values = argparse.Namespace(**{action.dest: missing for action in parser._actions})
     return {name for name, value in vars(parser.parse_args(namespace=values)).items() if value is not missing}
@@ -151,8 +149,8 @@ def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()
     """The Python files of this repository that running these files imports, themselves included, as sorted
     paths below `root`.
 
-    without: packages that are left out, for a program that does without them where they are missing. Imports
-    inside of functions count as well.
+    without: packages to leave out, for a program that also works without them. Imports inside functions count as
+    well.
     """
     found, waiting = set(), [entry.removesuffix(".py").replace("/", ".") for entry in entries]
     while waiting:
@@ -183,18 +181,18 @@ def counted(number: int, noun: str) -> str:
 
 
 def typed(path: Path) -> str:
-    """A path as it is typed into a command: in quotes where it holds spaces or other signs of the shell."""
+    """A path as it is typed into a command: in quotes if it holds spaces or other special characters."""
     return shlex.quote(str(path)) if os.name == "posix" else subprocess.list2cmdline([str(path)])
 
 
 def tell(notes: Iterable[str]) -> None:
-    """Print what a user should know before trusting a result, a line each."""
+    """Print what a user should know before trusting a result, one line each."""
     for note in notes:
         print(f"note: {escaping.terminal(note)}", flush=True)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: a batch system, `taskset` or a container's quota can leave it fewer than the
+    """Cores that this process may use. A batch system, `taskset` or a container's quota can allow fewer than the
     machine has."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

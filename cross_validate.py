@@ -1,12 +1,12 @@
-"""Train and score K models, each on the patients that the others' tests leave, and pool their test patients.
+"""Cross-validation: train K models, test each on another part of the patients, and pool the test patients.
 
     python cross_validate.py --data-dir data --folds 5 --minutes 12
 
-Every patient is tested once, by a model that never saw the patient: the figure that can stand beside published
-ones. Give the same command again after an interruption: finished folds are kept, and the one that was interrupted
-goes on after its last epoch. Writes into --out (default models/cross_validation): plan.json, what is asked;
-fold_K/, as train_centralized.py writes it, with rows.json, the figures of its test patients; scores.json and
-patients.csv, over all.
+Every patient is tested once, by a model that never saw the patient. The result can be compared with published
+figures. After an interruption, give the same command again: finished folds are kept, and the interrupted one
+continues after its last epoch. Writes into --out (default models/cross_validation): plan.json, the settings and the
+folds; fold_K/, as train_centralized.py writes it, with rows.json, the figures of its test patients; scores.json and
+patients.csv, over all patients.
 """
 
 import argparse
@@ -43,9 +43,11 @@ def parse() -> argparse.Namespace:
         "--out",
         type=Path,
         default=Path("models/cross_validation"),
-        help="folder for what is written (default models/cross_validation)",
+        help="folder for the output files (default models/cross_validation)",
     )
-    parser.add_argument("--folds", type=int, default=5, help="models, and parts of the patients (default 5)")
+    parser.add_argument(
+        "--folds", type=int, default=5, help="number of models and of parts of the patients (default 5)"
+    )
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -60,7 +62,7 @@ def parse() -> argparse.Namespace:
 
 
 def keep_plan(plan: dict, path: Path) -> None:
-    """Write what is asked for. Raises MedFLError where the folder holds folds of something else."""
+    """Write the plan. Raises MedFLError if the folder holds folds of another plan."""
     if not path.exists():
         return write_json(path, plan)
     try:
@@ -70,7 +72,7 @@ def keep_plan(plan: dict, path: Path) -> None:
     unlike = sorted(name for name in plan if before.get(name) != plan[name])
     if unlike:
         raise MedFLError(
-            f"{path.parent} holds folds of other {' and '.join(unlike)}; give the command that made them, or "
+            f"{path.parent} holds folds with other {' and '.join(unlike)}; give the command that made them, or "
             "choose another --out"
         )
 
@@ -78,13 +80,14 @@ def keep_plan(plan: dict, path: Path) -> None:
 def fold_rows(
     dataset: Dataset, split: Split, settings: TrainingSettings, device: torch.device, out: Path
 ) -> list[dict]:
-    """The figures of a fold's test patients; trains its model first, or goes on with it, where there are none."""
+    """The figures of a fold's test patients. If there are none yet, trains the fold's model first, or continues its
+    training."""
     done = out / "rows.json"
     if done.exists():
         try:
             return json.loads(done.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise MedFLError(f"{done} can't be read; delete it, and the fold is scored again") from error
+            raise MedFLError(f"{done} can't be read; delete it to score the fold again") from error
     save_split(split, out / "split.json")
     resume = (out / LAST).exists()
     if resume:
@@ -118,8 +121,8 @@ def main() -> None:
         rows += fold_rows(dataset, split, settings, device, arguments.out / f"fold_{number}")
     figures, failed = report(rows), failures(rows)
     print(
-        f"\n{dataset.name}, {counted(len(rows), 'patient')}, each by the one of {len(splits)} models that never "
-        "saw the patient"
+        f"\n{dataset.name}, {counted(len(rows), 'patient')}, each scored by the one of {len(splits)} models that "
+        "never saw the patient"
     )
     print(*table_lines(figures, dataset.region), sep="\n")
     print("", *as_lines(failed, dataset.region), sep="\n")
@@ -127,7 +130,9 @@ def main() -> None:
     write_json(arguments.out / "scores.json", {**about, **figures, **failed})
     write_patients(figures, arguments.out / "patients.csv")
     print(f"wrote {arguments.out / 'scores.json'} and {arguments.out / 'patients.csv'}")
-    print(f"next: python train_centralized.py --data-dir {typed(arguments.data_dir)}, for one model to use")
+    print(
+        f"next: python train_centralized.py --data-dir {typed(arguments.data_dir)}, to train one model for use"
+    )
     claimed.release()
 
 

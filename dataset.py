@@ -23,9 +23,9 @@ class Dataset:
     """Patients with their pixels, read from the cache as they are needed.
 
     Attributes: name ("LGG MRI segmentation", "phantoms", "own data" or the task's title), task (of the folder's
-    task.toml, or None), region (what the masks outline), root, patients, content (a name for what the files hold,
-    another one where a pixel changed), table (pandas: patient, site, slices, pixels, tumour_slices, tumour_pixels,
-    tumour_share, one row per patient), notes (sentences that a user should read: what is not read, and what is odd).
+    task.toml, or None), region (what the masks outline), root, patients, content (a name for the files' content; it
+    changes when a pixel changes), table (pandas: patient, site, slices, pixels, tumour_slices, tumour_pixels,
+    tumour_share, one row per patient), notes (sentences for the user: what was not read, and what looks odd).
     """
 
     def __init__(self, root: Path, patients: list[Patient], cache: Path):
@@ -57,18 +57,18 @@ class Dataset:
         self.notes = self._oddities()
 
     def _oddities(self) -> list[str]:
-        """What is odd about the patients, in sentences with numbers."""
+        """Sentences, with numbers, about what looks odd in the masks."""
         odd = []
         if without := int((self.table["tumour_pixels"] == 0).sum()):
             odd.append(f"no tumour in any mask of {without} of {counted(len(self.table), 'patient')}")
         if full := int((self.table["tumour_share"] > 0.5).sum()):
             odd.append(
                 f"more than half of all pixels are tumour in the masks of {full} of "
-                f"{counted(len(self.table), 'patient')}: see that they are not inverted (255 is what is outlined)"
+                f"{counted(len(self.table), 'patient')}: check that they are not inverted (255 marks what is outlined)"
             )
         if other := sum(entry["other_forms"] for entry in self._entries.values()):
             odd.append(
-                f"{counted(other, 'mask')} with 0 and 1, or a palette, in the place of 0 and 255: 1 is read as 255"
+                f"{counted(other, 'mask')} with 0 and 1, or a palette, instead of 0 and 255: 1 is read as 255"
             )
         return odd
 
@@ -85,11 +85,11 @@ class Dataset:
         return tuple(patient for patient in patients if any(self.tumour_pixels(patient)))
 
     def check_trainable(self, patients: Iterable[str]) -> None:
-        """Raises MedFLError where there is no patient, and where no mask of these patients shows tumour: nothing
-        could be learned, and saying "no tumour" everywhere would look perfect."""
+        """Raises MedFLError if there is no patient, or if no mask of these patients shows tumour: nothing could be
+        learned, and saying "no tumour" everywhere would look perfect."""
         patients = list(patients)
         if not patients:
-            raise MedFLError("the split leaves nobody to train; name patients in its train part")
+            raise MedFLError("the split leaves no patient to train on; name patients in its train part")
         if not self.with_tumour(patients):
             raise MedFLError(
                 f"all masks of the {counted(len(patients), 'patient')} to train on are black (no tumour anywhere), as "
@@ -114,8 +114,8 @@ class Dataset:
         return read_spacing(path, self._entries[patient]["shape"][0]) if path.exists() else None
 
     def is_oriented(self, patient: str) -> bool:
-        """Whether it is known that the patient's left is on the right of each slice: of the public set and
-        phantoms, and of what was prepared, which takes no scan that does not say so."""
+        """Whether the patient's left is known to be on the right of each slice. It is known for the public set,
+        for phantoms and for prepared scans: preparing refuses a scan that does not state its orientation."""
         return (self._folders[patient] / NAME).exists() or bool(SITE.match(patient.rpartition("/")[2]))
 
     def statistics(self, patient: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,14 +125,14 @@ class Dataset:
         return torch.tensor(measured["foreground_mean"]), torch.tensor(measured["foreground_deviation"])
 
     def image_statistics(self, patients: tuple[str, ...]) -> dict | None:
-        """What these patients' images look like, as `appearance.features.image_statistics` tells it."""
+        """Statistics of these patients' images, from `appearance.features.image_statistics`."""
         return image_statistics([self._entries[patient]["measured"] for patient in patients])
 
 
 def load_dataset(
     data_dir: Path, site: str | None = None, progress: bool = True, mask_suffix: str = MASK_SUFFIX
 ) -> Dataset:
-    """The dataset at or below `data_dir`, checked; its cache is built first where there is none or the files
+    """The dataset at or below `data_dir`, checked. Its cache is built first if there is none or the files have
     changed.
 
     site: label of patients whose names carry no site code (default "own"). mask_suffix: what ends a mask's
@@ -146,18 +146,18 @@ def load_dataset(
 
 def find_dataset(data_dir: Path) -> Path:
     """The nearest folder that holds all patients at or below `data_dir`, as `cohort.find_cohort` finds them.
-    Raises MedFLError where there is nobody, and for what can't be right."""
+    Raises MedFLError if there is no patient, and for data that can't be right."""
     return _cohort(Path(data_dir), "own").root
 
 
 def read_patients(root: Path, site: str) -> list[Patient]:
     """The patients in `root` and below it by name, each slice paired with its mask. Raises MedFLError as
-    `find_dataset`."""
+    `find_dataset` does."""
     return _cohort(Path(root), site).patients
 
 
 def _cohort(top: Path, site: str, mask_suffix: str = MASK_SUFFIX) -> Cohort:
-    """The patients below `top`; where the folder holds a task, its sites are those of the patients' names."""
+    """The patients below `top`. If the folder holds a task, the sites are read from the patients' names by it."""
     with Contents(top) as contents:
         found = find_cohort(top, site, contents.of, mask_suffix)
     if task := task_of(found.root):
@@ -166,12 +166,12 @@ def _cohort(top: Path, site: str, mask_suffix: str = MASK_SUFFIX) -> Cohort:
 
 
 def add_mask_option(parser: argparse.ArgumentParser) -> None:
-    """The option for masks of other names."""
+    """Add the option for masks with other names."""
     parser.add_argument(
         "--mask-suffix",
         default=MASK_SUFFIX,
         type=_mask_suffix,
-        help=f"what a mask's name has after its slice's (default {MASK_SUFFIX})",
+        help=f"what a mask's name adds to the name of its slice (default {MASK_SUFFIX})",
     )
 
 

@@ -5,9 +5,10 @@
     python evaluate.py --compare models/transunet_federated_best.pth models/local_*/transunet_local_best.pth
 
 Prints a table per site and overall, then calibration, lesions, risk over coverage and the worst patients.
-Dice is the volume Dice of each patient, tumour slices and empty slices apart. Where a patient's folder holds a
-volume.json (data/prepare_hospital.py writes it), volumes in cm³, HD95 in mm and surface Dice are added. With
---compare a row per model, a column per hospital, all on the same test patients (evaluation/comparison.py).
+Dice is the volume Dice of each patient; slices with tumour and empty slices have figures of their own. Where a
+patient's folder holds a volume.json (data/prepare_hospital.py writes it), volumes in cm³, HD95 in mm and surface
+Dice are added. --compare prints a row per model and a column per hospital, all on the same test patients
+(evaluation/comparison.py).
 """
 
 import argparse
@@ -53,13 +54,13 @@ def parse() -> argparse.Namespace:
         "--split",
         choices=("test", "val", "train", "all"),
         default="test",
-        help="whom to score (default test)",
+        help="the patients to score (default test)",
     )
     parser.add_argument(
         "--split-file",
         type=Path,
-        help="who is in which part (default split.json beside the checkpoint; "
-        "of a federation's model it is made again)",
+        help="file with the patients of each part (default split.json beside the checkpoint; "
+        "for a federation's model the split is made again)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -77,14 +78,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--energy",
         action="store_true",
-        help="measure the electricity of the scoring, and tell that of the training if the checkpoint knows it",
+        help="measure the electricity of the scoring, and report that of the training if the checkpoint has it",
     )
     parser.add_argument("--reliability", type=Path, help="draw the reliability diagram into this PNG")
     parser.add_argument(
         "--fit-temperature",
         action="store_true",
         help="first fit the temperature of the probabilities on the validation patients and store it in the "
-        "checkpoint (train_centralized.py has done so; for a federation's model)",
+        "checkpoint (for a federation's model; train_centralized.py does it itself)",
     )
     parser.add_argument(
         "--write-back", action="store_true", help="write the test scores into the checkpoint's metadata"
@@ -95,11 +96,11 @@ def parse() -> argparse.Namespace:
 
 
 def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkpoint, part: str) -> Split:
-    """The split that the model was trained on. part: whom it is needed for. Raises MedFLError for another,
-    where it matters, and where nobody is in that part."""
+    """The split that the model was trained on. part: the part that is needed. Raises MedFLError for another split,
+    where that matters, and if the part is empty."""
     path = arguments.split_file or checkpoint.path.parent / "split.json"
     about = checkpoint.metadata.get("data", {})
-    if about.get("split") and arguments.split_file is None:  # of a federation, whose server knows no patient
+    if about.get("split") and arguments.split_file is None:  # a federation's: its server knows no patients
         path, split = (
             "the split of this dataset",
             make_split({p.name: p.site for p in dataset.patients}, **about["split"]),
@@ -108,11 +109,13 @@ def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkp
         split = load_split(path, {p.name for p in dataset.patients})
     trained_on = about.get("split_sha256")
     if trained_on is None and about.get("split") and arguments.split_file:
-        print(f"the model is of hospitals with own data; whether {path} is one of theirs can't be checked")
+        print(
+            f"hospitals trained the model on their own data; nothing shows whether {path} is one of their splits"
+        )
     elif part in ("test", "val") and trained_on != split.sha256():
         raise MedFLError(
             f"{path} is not the split that {checkpoint.path} was trained on, so its test patients may have "
-            "been trained on; name the training's own with --split-file, or take --split all"
+            "been trained on; name that training's split with --split-file, or take --split all"
         )
     if not split.part(part):
         raise MedFLError(f"{path} holds no {part} patients; choose another --split")
@@ -120,7 +123,7 @@ def split_of(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkp
 
 
 def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, folder: Path) -> None:
-    """Pictures of the patients with the best, the median and the worst Dice, called so."""
+    """Write pictures of the patients with the best, the median and the worst Dice, named by that rank."""
     ranked = sorted(figures["patients"], key=lambda row: row["dice"])
     for rank, row in (("best", ranked[-1]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[0])):
         volume, truth = dataset.volume(row["patient"])
@@ -132,7 +135,7 @@ def write_overlays(figures: dict, dataset: Dataset, checkpoint: Checkpoint, fold
 
 
 def print_energy(used: dict, checkpoint: Checkpoint, figures: dict) -> None:
-    """What the scoring used, a patient, and what the training used, by the Dice that it gave."""
+    """Print the energy of the scoring per patient, and that of the training in relation to the Dice."""
     share = {name: [value / figures["patients_scored"] for value in used[name]] for name in ("kwh", "co2_g")}
     print(f"scoring: {in_words({**used, **share}).replace(' Wh ', ' Wh a patient ', 1)}")
     trained = checkpoint.metadata.get("energy")
@@ -143,22 +146,24 @@ def print_energy(used: dict, checkpoint: Checkpoint, figures: dict) -> None:
 
 
 def store_temperature(arguments: argparse.Namespace, dataset: Dataset, checkpoint: Checkpoint) -> None:
-    """Fit the temperature on the validation patients, and keep it in the model and its file. Raises MedFLError
-    without such patients, or where another part is scored that was not split off."""
+    """Fit the temperature on the validation patients, and store it in the model and its file. Raises MedFLError
+    without such patients, or if the split is not the one that the model was trained on."""
     patients = split_of(arguments, dataset, checkpoint, "val").val
     checkpoint.model.temperature = fit_temperature(checkpoint.model, dataset, patients)
     checkpoint.metadata["temperature"] = checkpoint.model.temperature
     update_metadata(checkpoint.path, temperature=checkpoint.model.temperature)
-    print(f"temperature {checkpoint.model.temperature:.3f} of {counted(len(patients), 'validation patient')}")
+    print(
+        f"temperature {checkpoint.model.temperature:.3f}, fitted on {counted(len(patients), 'validation patient')}"
+    )
 
 
 def compare_models(arguments: argparse.Namespace) -> None:
-    """Print and write the table of several models. Raises MedFLError where they were not trained on one
+    """Print and write the table of several models. Raises MedFLError if they were not trained on the same
     split."""
     single = "write_back", "overlays", "reliability", "fit_temperature", "energy"
     if arguments.split != "test" or any(getattr(arguments, name) for name in single):
         raise MedFLError(
-            "--compare scores test patients, and goes with --json, --csv and --plot; leave the other "
+            "--compare scores test patients, and works with --json, --csv and --plot; leave the other "
             "options out"
         )
     checkpoints = [load_checkpoint(path, choose_device(arguments.device)) for path in arguments.compare]
@@ -226,7 +231,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def write_results(
     arguments: argparse.Namespace, figures: dict, failed: dict, dataset: Dataset, checkpoint: Checkpoint
 ) -> None:
-    """The files that the options name: all figures, a line per patient, the reliability diagram."""
+    """Write the files that the options name: all figures, a line per patient, the reliability diagram."""
     if arguments.json:
         about = {
             "checkpoint": arguments.checkpoint.name,
@@ -248,7 +253,8 @@ def write_results(
 
 
 def write_back(figures: dict, failed: dict, checkpoint: Checkpoint) -> None:
-    """Put the test scores into the checkpoint. It is handed on: no word of how large the patients' tumours are."""
+    """Put the test scores into the checkpoint. Checkpoints are passed on to others, so the sizes of the patients'
+    tumours are left out, and sites whose figures could be of one or two patients."""
     test = {
         **without_mm(figures),
         **without_sizes(failed),
@@ -267,7 +273,7 @@ def main() -> None:
     if arguments.plot:
         raise MedFLError("--plot draws the table of --compare; leave it out, or use --overlays")
     if arguments.write_back and arguments.split != "test":
-        raise MedFLError("--write-back stores test scores alone; leave --split at test")
+        raise MedFLError("--write-back stores only test scores; leave --split at test")
     evaluate(arguments)
     print(
         f"next: python predict.py FOLDER --checkpoint {typed(arguments.checkpoint)}, or look at scans with `make app`"

@@ -1,4 +1,4 @@
-"""Pixels in, mask out: the one way by which every script and the app use a model."""
+"""Pixels in, mask out: the one way in which every script and the app use a model."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +9,7 @@ import torch
 from preprocessing import network_input, resize, volume_statistics
 from transunet import TransUNet
 
-BLOCK = 8  # slices a forward pass; fixed, since another number can change the last bit of a probability
+BLOCK = 8  # slices per forward pass; fixed, because another number can change the last bit of a probability
 
 
 def predict_volume(
@@ -19,14 +19,14 @@ def predict_volume(
 ) -> np.ndarray:
     """Probability of tumour in each pixel, (S, H, W) float32, of a volume (S, H, W, 3) uint8.
 
-    The statistics of the normalisation come from all slices given: give a patient whole. Runs in float32 on
+    The statistics of the normalisation come from all given slices, so pass a patient whole. Runs in float32 on
     the model's own device and leaves the model in evaluation mode. turn: called before each block with the
-    number of slices that are done; the block is computed within what it returns.
+    number of slices that are done; the block is computed within the context that it returns.
     """
     device = next(model.parameters()).device
     pixels = torch.from_numpy(
         np.array(volume)
-    )  # a copy: a cached volume is read-only, and torch wants to own
+    )  # a copy: a cached volume is read-only, and torch wants writable memory
     mean, deviation = (value.to(device) for value in volume_statistics(pixels))
     model.eval()
     blocks = []

@@ -2,9 +2,9 @@
 
     python partition.py --partition site --clients 4 --data-dir data --plot partition.png --json partition.json
 
-Prints a table of the hospitals and how unlike they are; the JSON is {"0": {"train": [...], "val": [...],
-"test": [...]}, ...}. What is divided is the central split: a hospital trains, chooses and tests on its share
-of those who do so centrally.
+Prints a table of the hospitals and how much they differ; the JSON is {"0": {"train": [...], "val": [...],
+"test": [...]}, ...}. The central split is divided: each hospital gets a share of the central training, validation
+and test patients.
 """
 
 import argparse
@@ -36,13 +36,13 @@ COLOURS = (
     "#56B4E9",
     "#D55E00",
     "#999999",
-)  # Okabe and Ito's, of the sites
+)  # Okabe and Ito's colours, for the sites
 POWER = 1.0  # quantity: hospital k gets a share in proportion to (k + 1) ** -POWER
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Who is at which hospital: one split per hospital, its share of the central one, and a few words on
+    """The patients of each hospital: one split per hospital, its share of the central split, and a label for
     each."""
 
     hospitals: tuple[Split, ...]
@@ -62,13 +62,14 @@ class Partition:
 def make_partition(
     table: pd.DataFrame, split: Split, kind: str, clients: int, alpha: float = 0.5, seed: int = 0
 ) -> Partition:
-    """Every patient of the split at exactly one of `clients` hospitals, the same for the same arguments.
+    """The partition that puts every patient of the split into exactly one of `clients` hospitals. The same
+    arguments give the same partition.
 
-    table: `Dataset.table`. kind: "iid", shuffled and dealt out; "site", the scan's real hospital, the
+    table: `Dataset.table`. kind: "iid", shuffled and dealt out; "site", by the scan's real hospital, with the
     smallest sites merged or the largest divided until the number fits; "dirichlet", patients of each class of
     tumour burden in shares drawn from a symmetric Dirichlet distribution with concentration `alpha` (Hsu et
     al. 2019, arXiv:1909.06335); "quantity", sizes by a power law; "tumour-size", sorted by the mean area of
-    the tumour and cut into pieces. Whatever the kind, each hospital gets at least 2 training patients. Raises
+    the tumour and cut into pieces. For every kind, each hospital gets at least 2 training patients. Raises
     MedFLError for an unknown kind or too few patients.
     """
     if kind not in KINDS:
@@ -77,8 +78,8 @@ def make_partition(
         raise MedFLError("a partition needs 1 hospital or more and an --alpha above 0; choose others")
     if len(split.train) < MIN_TRAIN * clients:
         raise MedFLError(
-            f"{counted(len(split.train), 'training patient')} are too few for {counted(clients, 'hospital')} of "
-            f"{MIN_TRAIN} or more; lower --clients"
+            f"{counted(len(split.train), 'training patient')} are too few for {counted(clients, 'hospital')} with "
+            f"{MIN_TRAIN} or more each; lower --clients"
         )
     table = table[table["patient"].isin(split.part("all"))].sort_values("patient", ignore_index=True)
     shuffle = np.random.default_rng([seed, clients])
@@ -151,7 +152,7 @@ def _by_burden(
 
 
 def _fill_up(groups: list[list[str]], train: set[str]) -> list[list[str]]:
-    """Give hospitals with too few training patients some from the hospital that has most of them."""
+    """Give hospitals with too few training patients some from the hospital with the most."""
 
     def training(group: list[str]) -> list[str]:
         return sorted(name for name in group if name in train)
@@ -186,15 +187,15 @@ def describe_hospitals(partition: Partition, table: pd.DataFrame) -> pd.DataFram
 
 
 def heterogeneity(partition: Partition, table: pd.DataFrame) -> float:
-    """How unlike the hospitals are, 0 (alike) to 1: the Jensen-Shannon distance (base 2) between a hospital's
-    shares of the classes of tumour burden and everyone's, as the mean over patients."""
+    """How much the hospitals differ, 0 (alike) to 1: the Jensen-Shannon distance (base 2) between a hospital's
+    shares of the classes of tumour burden and those of all patients, averaged over the patients."""
     table = table[table["patient"].isin([p for split in partition.hospitals for p in split.part("all")])]
     classes = dict(zip(table["patient"], burden_classes(table)))
 
     def shares(names: tuple[str, ...]) -> np.ndarray:
         return np.bincount([classes[name] for name in names], minlength=CLASSES) / len(names)
 
-    from scipy.spatial.distance import jensenshannon  # hospitals use this module too, and measure nothing
+    from scipy.spatial.distance import jensenshannon  # here: hospitals use this module too, and don't measure
 
     everyone = shares(tuple(classes))
     mine = [split.part("all") for split in partition.hospitals]
@@ -206,9 +207,9 @@ def heterogeneity(partition: Partition, table: pd.DataFrame) -> float:
 
 
 def draw_partition(partition: Partition, table: pd.DataFrame, path: Path, title: str) -> None:
-    """Write a PNG: at the left each hospital's patients by site, at the right the tumour's share of each
-    patient."""
-    from matplotlib.figure import Figure  # the hospitals use this module too, and draw nothing
+    """Write a PNG: on the left each hospital's patients by site, on the right the tumour's share of each
+    patient's volume."""
+    from matplotlib.figure import Figure  # here: hospitals use this module too, and don't draw
 
     by_name = table.set_index("patient")
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
@@ -235,13 +236,16 @@ def draw_partition(partition: Partition, table: pd.DataFrame, path: Path, title:
 
 
 def add_partition_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say how a dataset is divided."""
+    """Add the options that say how a dataset is divided."""
     parser.add_argument(
         "--partition", choices=KINDS, default="site", help="how the patients are divided (default site)"
     )
     parser.add_argument("--clients", type=int, default=2, help="number of hospitals (default 2)")
     parser.add_argument(
-        "--alpha", type=float, default=0.5, help="of dirichlet: small makes unlike hospitals (default 0.5)"
+        "--alpha",
+        type=float,
+        default=0.5,
+        help="for dirichlet: a small value makes hospitals differ (default 0.5)",
     )
 
 
@@ -254,7 +258,7 @@ def main() -> None:
         help="folder with kaggle_3m somewhere below (default data)",
     )
     add_partition_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of split and partition (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split and partition (default 0)")
     parser.add_argument("--plot", type=Path, help="draw the partition into this PNG")
     parser.add_argument("--json", type=Path, help="write the partition to this file; it names the patients")
     add_cache_option(parser)

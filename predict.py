@@ -5,13 +5,14 @@
 
 Writes <name>_mask.png (0 or 255, the slice's own size) per slice, predictions.csv (file, patient, slice,
 tumour_pixels, tumour_share) and components.csv: each connected part's volume with an interval from the probability,
-and its two largest perpendicular diameters (evaluation/components.py), in cm³ and mm where a volume.json tells them.
-A folder's slices are one patient's and are normalised together, as in training.
-Of files that are named one by one, those of one name before the slice number in one folder form a volume, and a
-file without a number is a volume of its own: a lone slice is segmented less surely. `*_mask.*` files are ignored.
+and its two largest perpendicular diameters (evaluation/components.py), in cm³ and mm where a volume.json gives the
+spacing. The slices of a folder belong to one patient and are normalised together, as in training.
+Files that are named one by one form a volume if they lie in one folder and have the same name before the slice
+number. A file without a number is a volume of its own; a single slice is segmented less reliably. `*_mask.*` files
+are ignored.
 
-Of a study in an archive the mask is sent back as DICOM SEG, with a structured report of the measurements, both
-marked as unverified research output; nothing is kept here. Needs requirements-dicom.txt (docs/archive.md).
+For a study in an archive, the mask is sent back as DICOM SEG, with a structured report of the measurements. Both are
+marked as unverified research output. Nothing is kept on this machine. Needs requirements-dicom.txt (docs/archive.md).
 """
 
 import argparse
@@ -56,24 +57,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="the model, a .pth file (default: the newest *_best.pth in models/, else the phantoms' one)",
+        help="the model, a .pth file (default: the newest *_best.pth in models/, else the phantom model)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="folder for the masks (default predictions)"
     )
     parser.add_argument(
-        "--probabilities", action="store_true", help="also write <name>_probability.png, 255 is certain"
+        "--probabilities", action="store_true", help="also write <name>_probability.png, where 255 is certain"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     add_mask_option(parser)
     archive = parser.add_argument_group("a study in an archive")
     archive.add_argument(
-        "--dicomweb", metavar="URL", help="its address, such as https://pacs.example/dicom-web"
+        "--dicomweb", metavar="URL", help="the archive's address, such as https://pacs.example/dicom-web"
     )
     archive.add_argument("--study", metavar="UID", help="the study's StudyInstanceUID")
     archive.add_argument("--rtstruct", action="store_true", help="also send the outline as RTSTRUCT")
     archive.add_argument(
-        "--rules", type=Path, help="how series are told apart (default radiology/series_rules.toml)"
+        "--rules", type=Path, help="rules that tell series apart (default radiology/series_rules.toml)"
     )
     archive.add_argument(
         "--login", help='file with the login at the archive, readable by you only; or "ask" for a prompt'
@@ -89,10 +90,10 @@ def parse() -> argparse.Namespace:
 def find_slices(
     inputs: list[Path], out: Path, mask_suffix: str = MASK_SUFFIX
 ) -> tuple[list[Path], set[Path]]:
-    """The slices that files and folders name, each once, what an earlier run wrote to `out` left aside; and
-    the folders that they lie in, where those were given.
+    """The slices in the given files and folders, each once and without what an earlier run wrote to `out`; and
+    the folders in which slices were found, for inputs that are folders.
 
-    Raises MedFLError for what isn't there, can't be read or is no picture, and where nothing is left.
+    Raises MedFLError for an input that is missing, can't be read or is no picture, and if no slice is left.
     """
     files: list[Path] = []
     folders: set[Path] = set()
@@ -115,14 +116,14 @@ def find_slices(
             raise MedFLError(f"{given} is no TIFF, PNG or JPEG; convert it first")
     if not files:
         raise MedFLError(
-            "there is no slice in what was named (TIFF, PNG or JPEG, masks are ignored); name other files"
+            "there is no slice in the named files (TIFF, PNG or JPEG; masks are ignored); name other files"
         )
     return list(dict.fromkeys(files)), folders
 
 
 def output_names(files: list[Path]) -> dict[Path, str]:
-    """A name for each slice's outputs: its own, with the folder's before it where two slices share one. macOS and
-    Windows take names for one that differ only in case, or in how accents are written."""
+    """A name for each slice's outputs: the slice's name, preceded by its folder's name where two slices share one.
+    macOS and Windows treat names as equal that differ only in case or in how accents are encoded."""
     counts = Counter(_on_any_disk(file.stem) for file in files)
     names = {
         file: file.stem
@@ -134,8 +135,8 @@ def output_names(files: list[Path]) -> dict[Path, str]:
     for file, name in names.items():
         if first.setdefault(_on_any_disk(name), file) != file:
             raise MedFLError(
-                f"the masks of {first[_on_any_disk(name)]} and {file} would be one file; predict their folders one "
-                "after the other"
+                f"the masks of {first[_on_any_disk(name)]} and {file} would have the same name; predict their folders "
+                "one after the other"
             )
     return names
 
@@ -160,7 +161,7 @@ def _on_any_disk(name: str) -> str:
 
 
 def spacing_of(slices: list[Path]) -> tuple[float, float, float] | None:
-    """mm between rows, columns and slices of a patient, where a `volume.json` beside them tells it."""
+    """mm between rows, columns and slices of a patient, or None without a `volume.json` beside the slices."""
     path = slices[0].parent / NAME
     if not path.exists():
         return None
@@ -175,12 +176,11 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
 
 
 def predict_slices(arguments: argparse.Namespace) -> None:
-    """Segment files, and write masks and table."""
+    """Segment files, and write masks and tables."""
     files, folders = find_slices(arguments.inputs, arguments.out, arguments.mask_suffix)
     if arguments.out.resolve() in {file.parent.resolve() for file in files}:
         raise MedFLError(
-            f"{arguments.out} holds slices, and masks could take the place of others there; choose another "
-            f"--out"
+            f"{arguments.out} holds slices, and the masks could overwrite others there; choose another --out"
         )
     names, volumes = output_names(files), group_volumes(files, folders)
     refuse_to_mix(names, arguments.out)
@@ -217,7 +217,7 @@ def predict_slices(arguments: argparse.Namespace) -> None:
 
 
 def predict_study(arguments: argparse.Namespace) -> None:
-    """Fetch a study of an archive, segment it, and send back what the model proposes."""
+    """Fetch a study from an archive, segment it, and send back what the model proposes."""
     try:
         from radiology.delivery import predict_and_send
         from radiology.dicomweb import DICOMweb
@@ -241,7 +241,11 @@ def predict_study(arguments: argparse.Namespace) -> None:
     what = f"{proposal.volume_ml:.1f} ml proposed as tumour" if proposal.mask.any() else "no tumour proposed"
     print(
         f"{what}; "
-        + (f"{sent} objects were sent to the study" if sent else "the archive has it from this model already")
+        + (
+            f"{sent} objects were sent to the study"
+            if sent
+            else "the archive already has this model's result"
+        )
     )
     print("next: look at the study in the archive's viewer")
 

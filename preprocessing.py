@@ -1,5 +1,5 @@
-"""From a file's pixels to the network's input: the one way that training, evaluation, prediction and the app
-take.
+"""The one way from a file's pixels to the network's input. Training, evaluation, prediction and the app all use
+it.
 
     slice files -> (S, H, W, 3) uint8 in numeric order -> normalised per volume and channel -> (S, 3, side,
     side) float32
@@ -14,8 +14,7 @@ import torch.nn.functional as F
 CHANNELS = ("pre-contrast", "FLAIR", "post-contrast")
 CLIP = 5.0  # deviations; beyond it lie vessels, fat and artefacts
 EPSILON = 1e-6
-# What a checkpoint stores, so that another version of these functions can tell that it would do something
-# else.
+# A checkpoint stores this, so that another version of these functions can tell that it works differently.
 DESCRIPTION = {
     "name": "volume-foreground-v1",
     "channels": list(CHANNELS),
@@ -27,10 +26,10 @@ SLICE_SIDE = 256  # pixels, of the dataset's and of prepared slices
 
 
 def description(side: int) -> dict:
-    """What a checkpoint of a network with images of `side` pixels stores.
+    """The preprocessing entry in the checkpoint of a network with images of `side` pixels.
 
-    Averaging over areas gives the figures of former versions where slices of 256 are halved, or not shrunk. At
-    other sides it does not, and has a name of its own.
+    Averaging over areas gives the figures of earlier versions if slices of 256 pixels are halved or not shrunk.
+    For other sides the figures differ, so the entry has another name.
     """
     if side >= SLICE_SIDE or 2 * side == SLICE_SIDE:
         return DESCRIPTION
@@ -41,9 +40,9 @@ def volume_statistics(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """Mean and deviation of each channel over the volume's foreground: (3,) and (3,) float32.
 
     volume: (S, H, W, 3) uint8, a whole patient. Foreground is what lies above the channel's mean, so that the
-    black around the head does not count. A blank channel has deviation 0. A lone slice is a volume of one
-    slice: the same rule over fewer pixels, so a slice at the top of the head comes out stretched, and its
-    mask is less sure.
+    black around the head does not count. A blank channel has deviation 0. A single slice is a volume of one
+    slice. The rule then sees fewer pixels: a slice at the top of the head is stretched in contrast, and its mask
+    is less reliable.
     """
     means, deviations = zip(
         *(_moments(volume[..., channel].flatten(1).float()) for channel in range(volume.shape[-1]))
@@ -52,10 +51,12 @@ def volume_statistics(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of one channel, (S, n) float32, over what lies above its mean. A channel at a time
-    needs a third of the memory. Sums go slice by slice: float32 counts exactly to 16 million only, and a
-    runtime that adds one number after the other, such as onnxruntime, would lose digits over a whole
-    volume."""
+    """Mean and deviation of one channel, (S, n) float32, over the pixels above its mean.
+
+    One channel at a time needs a third of the memory. Sums go slice by slice, because float32 counts exactly only
+    to 16 million: a runtime that adds one number after the other, such as onnxruntime, would lose digits over a
+    whole volume.
+    """
     foreground = (values > values.mean(dim=1).mean()).float()
     count = foreground.sum(dim=1).sum().clamp(min=1.0)
     mean = (values * foreground).sum(dim=1).sum() / count
@@ -64,22 +65,22 @@ def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def apply_statistics(slices: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """(S, H, W, 3) uint8 slices of a volume, normalised by that volume's statistics: (S, 3, H, W) float32 in
-    ±CLIP."""
+    """(S, H, W, 3) uint8 slices of a volume, normalised by that volume's statistics: (S, 3, H, W) float32
+    within ±CLIP."""
     planes = (
         slices.permute(0, 3, 1, 2).contiguous().float()
-    )  # each channel in one piece: arithmetic is ten times as fast
+    )  # with each channel in one piece, arithmetic is ten times as fast
     mean, deviation = mean.view(3, 1, 1), deviation.view(3, 1, 1)
     there = (deviation > 0).float()  # a blank channel is 0 everywhere, not noise over epsilon
     return ((planes - mean) / (deviation + EPSILON) * there).clamp(-CLIP, CLIP)
 
 
 def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, C, h, w) float32 to (B, C, *size): averaged over the area of each new pixel where it shrinks, so that
-    no pixel is skipped, and bilinear where it enlarges.
+    """(B, C, h, w) float32 to (B, C, *size). Shrinking averages over the area of each new pixel, so that no pixel
+    is skipped; enlarging is bilinear.
 
-    From 256 to 128 this is the mean of each 2×2 block. Where sizes are known and bilinear is the same, torch's
-    own is taken, which is faster; the products of matrices also export to ONNX with any h and w.
+    From 256 to 128 this is the mean of each 2×2 block. Where the sizes are known and bilinear gives the same,
+    torch's own function is used, which is faster. The matrix products also export to ONNX with any h and w.
     """
     sides = list(zip(images.shape[2:], size))
     if all(_holds(n <= m) or _holds(n == 2 * m) for n, m in sides):
@@ -91,8 +92,8 @@ def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _holds(fact: bool) -> bool:
-    """Whether something is true of two sizes: in an exported graph, whatever sizes it will get, and not only of
-    those that it is traced with."""
+    """Whether a fact about two sizes holds. In an exported graph it must hold for all sizes, not only for those
+    that it is traced with."""
     if torch.compiler.is_exporting():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -104,7 +105,7 @@ def _weights(length: int, size: int, device: torch.device) -> torch.Tensor:
     """How much of each of `length` old pixels goes into each of `size` new ones, (size, length) float32."""
     old = torch.arange(length, device=device, dtype=torch.float32)[None]
     new = torch.arange(size, device=device, dtype=torch.float32)[:, None]
-    step = torch.full((), length / size, device=device)  # old pixels a new one; a tensor, as h and w may be
+    step = torch.full((), length / size, device=device)  # old pixels per new one; h and w may be tensors
     covered = torch.minimum((new + 1) * step, old + 1) - torch.maximum(new * step, old)
     centre = ((new + 0.5) * step - 0.5).clamp(min=0).minimum(old.max())
     return torch.where(step > 1, covered.clamp(min=0) / step, (1 - (centre - old).abs()).clamp(min=0))

@@ -1,12 +1,12 @@
-"""Train an encoder on slices without masks, and write a file that `--encoder FILE` takes.
+"""Train an encoder on slices without masks, and write a file for `--encoder FILE`.
 
     python pretrain.py --data-dir data --split-file models/split.json --out models/encoder.safetensors
     python train_centralized.py --data-dir data --encoder models/encoder.safetensors
 
-Any folder of slices serves: the download, phantoms, what data/prepare_hospital.py wrote, without_masks/ as well.
-With --split-file only its training patients and scans in without_masks/ are read: an encoder that learns from test
-patients has seen them. Hospitals do the same together with `run_server.py --pretraining`. The file holds the encoder
-in timm's names, and in its metadata what it was made of.
+Any folder of slices will do: the download, phantoms, or the output of data/prepare_hospital.py, without_masks/ as well.
+With --split-file only its training patients and scans in without_masks/ are read, because an encoder must not learn
+from test patients. Hospitals do the same together with `run_server.py --pretraining`. The file holds the encoder's
+weights under timm's names; its metadata says how they were made.
 """
 
 import argparse
@@ -48,17 +48,17 @@ from training import rate_scale
 
 @dataclass(frozen=True)
 class PretrainingSettings:
-    """Everything that decides how an encoder is pretrained, each default once."""
+    """All settings that decide how an encoder is pretrained. The defaults are defined only here."""
 
     model: str = setting("tiny", "network whose encoder is trained", ("mini", "tiny", "small"))
     image_size: int = setting(128, "side of the network's input in pixels, a multiple of 16")
     epochs: int = setting(100, "passes over the slices")
-    batch_size: int = setting(64, "slices a step")
+    batch_size: int = setting(64, "slices per step")
     lr: float = setting(1e-3, "learning rate")
     weight_decay: float = setting(0.05, "AdamW's weight decay")
     warmup: float = setting(0.1, "share of the run in which the learning rate rises to --lr, 0 to 0.5")
-    hidden: float = setting(HIDDEN, "share of the patches that is hidden")
-    seed: int = setting(0, "of weights, order, augmentation and what is hidden")
+    hidden: float = setting(HIDDEN, "share of the patches that are hidden")
+    seed: int = setting(0, "seed of weights, order, augmentation and hidden patches")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
 def pretrained_by_epochs(
     model: MaskedAutoencoder, batches: UnlabelledBatches, settings: PretrainingSettings
 ) -> Iterator[float]:
-    """Train a model's encoder as the settings say; yields the mean loss of each pass over the slices."""
+    """Train a model's encoder with these settings. Yields the mean loss of each pass over the slices."""
     learner = EncoderLearner(model, settings.lr, settings.weight_decay, settings.hidden)
     steps = settings.epochs * len(batches)
 
@@ -109,7 +109,7 @@ def pretrained_by_epochs(
 
 
 def _names_below(folder: Path, mask_suffix: str) -> set[str]:
-    """What a patient in a folder may be called: the end of a path, or the name before the slice number."""
+    """The names that patients in a folder may have: the end of a path, or the name before the slice number."""
     names: set[str] = set()
     for place, files in walk(folder):
         parts = place.relative_to(folder).parts
@@ -122,7 +122,7 @@ def main() -> None:
     arguments = parse()
     settings, device = settings_from(arguments, PretrainingSettings), choose_device(arguments.device)
     if arguments.out.suffix != ".safetensors":
-        raise MedFLError(f"{arguments.out} is written as .safetensors; name it so")
+        raise MedFLError(f"{arguments.out} is written as .safetensors; choose a name with that ending")
     if not arguments.data_dir.is_dir():
         raise MedFLError(f"there is no folder {arguments.data_dir}; name another --data-dir")
     torch.manual_seed(settings.seed)

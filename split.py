@@ -1,4 +1,4 @@
-"""Who trains, who chooses, who is scored: the split by patient, stratified by site."""
+"""The split of the patients into training, validation and test, stratified by site."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from common import MedFLError, counted
 from storage.files import write_json
 
 PARTS = ("train", "val", "test")
-VAL_FRACTION, TEST_FRACTION = 0.1, 0.2  # of the patients, where nothing else is asked
-MIN_SITE = 3  # a smaller site goes to training whole: it can't give one to each part
+VAL_FRACTION, TEST_FRACTION = 0.1, 0.2  # shares of the patients, by default
+MIN_SITE = 3  # a smaller site is used only for training: it can't give a patient to each part
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,13 @@ def make_split(
 ) -> Split:
     """The split of these patients (name to site), the same for the same patients, seed and fractions.
 
-    Validation and test get their shares of all patients, rounded; each site gives its part of them by the
-    largest remainders. Sites of fewer than 3 patients train whole. Raises MedFLError for fractions out of
-    range, or if nobody is left to train.
+    Validation and test get their shares of all patients, rounded; each site contributes its part by the largest
+    remainders. Sites with fewer than 3 patients are used only for training. Raises MedFLError for fractions out of
+    range, or if no patient is left to train on.
     """
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         raise MedFLError(
-            "the validation and test fractions lie from 0 to below 1 and leave somebody to train; choose "
-            "others"
+            "the validation and test fractions must be 0 or more and add up to less than 1; choose others"
         )
     shuffle = np.random.default_rng(seed)
     groups = {site: [p for p in sorted(sites) if sites[p] == site] for site in sorted(set(sites.values()))}
@@ -62,7 +61,7 @@ def make_split(
         parts["train"] += names[test[site] + val[site] :]
     if not parts["train"]:
         raise MedFLError(
-            f"the split leaves none of {counted(len(sites), 'patient')} to train; lower --val-fraction or "
+            f"the split leaves none of {counted(len(sites), 'patient')} to train on; lower --val-fraction or "
             f"--test-fraction"
         )
     return Split(seed, **{part: tuple(sorted(str(n) for n in names)) for part, names in parts.items()})
@@ -71,14 +70,15 @@ def make_split(
 def make_folds(
     sites: dict[str, str], folds: int, seed: int, val_fraction: float = VAL_FRACTION
 ) -> list[Split]:
-    """Splits of these patients (name to site) for a cross-validation: each patient is in the test of exactly one.
+    """Splits of these patients (name to site) for a cross-validation: each patient is in the test part of exactly
+    one.
 
     Each site is shuffled and dealt to the folds in turn, so that their sizes differ by one at most. Validation
-    patients are taken of the others as `make_split` does. Raises MedFLError for fewer than 2 folds, or more
-    than there are patients, and where nobody is left to train.
+    patients are drawn from the others as `make_split` does. Raises MedFLError for fewer than 2 folds, for more
+    folds than patients, and if no patient is left to train on.
     """
     if not 2 <= folds <= len(sites):
-        raise MedFLError(f"{len(sites)} patients can't be dealt to {folds} folds; choose another number")
+        raise MedFLError(f"{len(sites)} patients can't be divided into {folds} folds; choose another number")
     shuffle = np.random.default_rng(seed)
     dealt: list[str] = []
     for site in sorted(set(sites.values())):
@@ -92,8 +92,8 @@ def make_folds(
 
 
 def _shares(room: dict[str, int], total: int) -> dict[str, int]:
-    """`total` places given to the sites in proportion to their patients, by the largest remainders; one stays
-    to train."""
+    """`total` places given to the sites in proportion to their patients, by the largest remainders. One patient of
+    each site stays for training."""
     everyone = sum(room.values())
     if not everyone:
         return dict.fromkeys(room, 0)
@@ -118,7 +118,7 @@ def load_split(path: Path, patients: set[str]) -> Split:
         split = Split(int(content["seed"]), *(tuple(map(str, content[part])) for part in PARTS))
     except FileNotFoundError as error:
         raise MedFLError(
-            f"there is no split file {path}; name the one that the training wrote with --split-file"
+            f"there is no split file {path}; give the training's split.json with --split-file"
         ) from error
     except OSError as error:
         raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
@@ -130,21 +130,21 @@ def load_split(path: Path, patients: set[str]) -> Split:
         ) from error
     if content.get("version") != 1:
         raise MedFLError(
-            f"{path} is a split of version {content.get('version')}, and this MedFL reads 1; use its own "
-            f"MedFL"
+            f"{path} is a split of version {content.get('version')}, but this MedFL reads version 1; use the "
+            f"MedFL that wrote it"
         )
     named = split.part("all")
     if len(set(named)) != len(named):
         twice = next(name for name in named if named.count(name) > 1)
         raise MedFLError(
-            f"{path} names {twice} twice, and a patient is in one part once; correct it or delete the file"
+            f"{path} names {twice} twice, but a patient belongs to one part once; correct it or delete the file"
         )
     unknown = sorted(set(named) - patients)
     if unknown:
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise MedFLError(
             f"{path} names {unknown[0]}{more} that the dataset does not hold; choose the data it was made "
-            "for, or delete it to draw a new split, in which its test patients may train"
+            "for, or delete it to draw a new split, which may train on its test patients"
         )
     return split
 
@@ -152,13 +152,14 @@ def load_split(path: Path, patients: set[str]) -> Split:
 def split_for(
     path: Path, sites: dict[str, str], seed: int, val_fraction: float, test_fraction: float
 ) -> Split:
-    """The split that is in `path` if it names exactly these patients, else a new one, written there."""
+    """The split in `path`, which must name exactly these patients; if there is no file, a new split, written
+    there."""
     if Path(path).exists():
         split = load_split(path, set(sites))
         if set(split.part("all")) != set(sites):
             raise MedFLError(
-                f"{path} leaves out patients of this dataset; delete it to draw a new split, in which its test "
-                "patients may train"
+                f"{path} leaves out patients of this dataset; delete it to draw a new split, which may train on its "
+                "test patients"
             )
         return split
     split = make_split(sites, seed, val_fraction, test_fraction)

@@ -5,8 +5,8 @@ torchvision::nms does not exist": torchvision can't load its compiled operators 
 the same. timm never calls them, so a declaration without code is enough. Where torchvision imports by itself
 nothing is touched.
 
-torchvision also loads torch's compiler, which asks for a folder for its cache at once. Nothing here compiles, so
-where no temporary folder can be written any folder will do.
+torchvision also loads torch's compiler, which at once asks for a folder for its cache. Nothing here compiles, so
+any folder will do where no temporary folder can be written.
 """
 
 import os
@@ -24,7 +24,7 @@ _library = torch.library.Library("torchvision", "FRAGMENT")  # the declarations 
 
 
 def declare_where_missing() -> bool:
-    """Import torchvision, with its operators declared if it can't do without; whether they had to be."""
+    """Import torchvision, with its operators declared if needed. Returns whether they were."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError as error:

@@ -2,18 +2,20 @@
 
     python train_centralized.py --data-dir data --epochs 30
     python train_centralized.py --data-dir data --minutes 28
-    python train_centralized.py --resume                      --start-or-resume: the right one of the two
+    python train_centralized.py --resume                      --start-or-resume: resumes if there is a run
     torchrun --nproc-per-node 2 train_centralized.py --data-dir data     by several processes (runs/data_parallel.py)
     python train_centralized.py --cid 0 --clients 4 --partition site --out models/local_0    one hospital by itself
     python train_centralized.py --cid 0 --clients 4 --init models/transunet_federated_best.pth --steps 50
 
-Writes into --out (default models/): transunet_centralized_best.pth, the weights that did best on the
-validation patients; transunet_centralized_last.pth, what --resume needs; split.json; centralized_curves.png
-centralized.log, a line a minute (speed and time left of the run) and per epoch (with --cid "local" in all four
-names); and centralized_history.csv, a line per epoch: epoch, step, seconds (training and scoring so far),
-learning_rate, train_loss, train_dice (soft, of batches), val_loss (the same loss over whole validation volumes,
-their mean), val_dice and val_dice_median (mean and median volume Dice; all three empty if nothing is held out),
-encoder (what it began with: pretrained, random, or a file's name).
+Writes into --out (default models/): transunet_centralized_best.pth, the weights that did best on the validation
+patients; transunet_centralized_last.pth, which --resume needs; split.json; centralized_curves.png;
+centralized.log, a line per minute (speed and remaining time) and per epoch; and centralized_history.csv, a line
+per epoch. With --cid, "local" replaces "centralized" in these names.
+
+Columns of the history: epoch, step, seconds (training and scoring so far), learning_rate, train_loss, train_dice
+(soft, over batches), val_loss (mean of the same loss over whole validation volumes), val_dice and val_dice_median
+(mean and median volume Dice; all three are empty if nothing is held out), encoder (how it began: pretrained,
+random, or a file's name).
 """
 
 import argparse
@@ -53,9 +55,9 @@ def parse() -> argparse.Namespace:
         help="folder with kaggle_3m somewhere below (default data)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("models"), help="folder for what is written (default models)"
+        "--out", type=Path, default=Path("models"), help="folder for the output files (default models)"
     )
-    parser.add_argument("--split-file", type=Path, help="take this split instead of the one in --out")
+    parser.add_argument("--split-file", type=Path, help="use this split instead of the one in --out")
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -77,20 +79,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on after the last complete epoch in --out, with its settings",
+        help="continue the run in --out after its last complete epoch, with its settings",
     )
     parser.add_argument(
         "--energy",
         action="store_true",
-        help=f"measure the electricity, and write it into {ENERGY} and the checkpoint, with the method",
+        help=f"measure the electricity used; write it, with the method, into {ENERGY} and the checkpoint",
     )
     parser.add_argument(
         "--start-or-resume",
         action="store_true",
-        help="for a service: go on with the run in --out, or start it where there is none",
+        help="for a service: continue the run in --out, or start one if there is none",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="start although --out holds a run, which is lost"
+        "--overwrite", action="store_true", help="start even if --out holds a run; that run is lost"
     )
     add_tracking(parser)
     add_settings(parser, TrainingSettings)
@@ -100,8 +102,8 @@ def parse() -> argparse.Namespace:
 
 
 def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int) -> Split:
-    """The split that the options ask for. Raises MedFLError where the one in --out has another seed or other
-    sizes than they ask."""
+    """The split that the options ask for. Raises MedFLError if the split in --out has another seed or other
+    sizes."""
     path, fractions = arguments.out / "split.json", (arguments.val_fraction, arguments.test_fraction)
     if arguments.split_file or arguments.resume:
         split = load_split(arguments.split_file or path, set(sites))
@@ -117,19 +119,19 @@ def choose_split(arguments: argparse.Namespace, sites: dict[str, str], seed: int
     asked, there = make_split(sites, seed, *fractions), [len(split.part(p)) for p in PARTS]
     if there != [len(asked.part(p)) for p in PARTS]:
         raise MedFLError(
-            f"{path} holds {' / '.join(map(str, there))} patients for training, validation and test, and the "
-            "fractions ask for others; choose another --out, or delete the file"
+            f"{path} holds {' / '.join(map(str, there))} patients for training, validation and test, but the "
+            "fractions ask for other numbers; choose another --out, or delete the file"
         )
     return split
 
 
 def share_of(arguments: argparse.Namespace, dataset: Dataset, split: Split, seed: int) -> tuple[Split, dict]:
-    """One hospital's share of the split, and what the checkpoint says of it. Raises MedFLError for a number
-    that none has."""
+    """One hospital's share of the split, and the checkpoint's origin entry for it. Raises MedFLError for a
+    hospital number that does not exist."""
     kind, clients, alpha = arguments.partition, arguments.clients, arguments.alpha
     if not 0 <= arguments.cid < clients:
         raise MedFLError(
-            f"--cid is {arguments.cid}, and {clients} hospitals are numbered from 0; choose another, or more "
+            f"--cid is {arguments.cid}, but {clients} hospitals are numbered from 0; choose another, or more "
             "--clients"
         )
     partition = make_partition(dataset.table, split, kind, clients, alpha, seed)
@@ -144,7 +146,8 @@ def share_of(arguments: argparse.Namespace, dataset: Dataset, split: Split, seed
 
 
 def started_from(path: Path, settings: TrainingSettings, split: Split) -> tuple[Checkpoint, str]:
-    """The checkpoint of --init, and what the new one says of it. Says so where it may have seen test patients."""
+    """The checkpoint of --init, and how the new checkpoint names it. Prints a note if the model may have seen test
+    patients."""
     start = load_start(path, settings.model, settings.image_size, settings.norm)
     if start.metadata.get("data", {}).get("split_sha256") not in (None, split.sha256()):
         print(
@@ -156,7 +159,7 @@ def started_from(path: Path, settings: TrainingSettings, split: Split) -> tuple[
 
 
 def prepare(arguments: argparse.Namespace, processes: Processes) -> CentralTraining:
-    """The training that the options ask for, and a few lines about it."""
+    """The training that the options ask for. Prints a few lines about it."""
     settings = settings_from(arguments, TrainingSettings)
     name = "centralized" if arguments.cid is None else "local"
     best, last = (arguments.out / f"transunet_{name}_{which}.pth" for which in ("best", "last"))
@@ -207,7 +210,7 @@ def prepare(arguments: argparse.Namespace, processes: Processes) -> CentralTrain
 
 
 def train(arguments: argparse.Namespace, training: CentralTraining, meter: Meter | None) -> None:
-    """Run it to its end. Ctrl-C tells how it can go on."""
+    """Run the training to its end. After Ctrl-C, print how to continue it."""
     try:
         training.run()
     except KeyboardInterrupt:
@@ -216,13 +219,13 @@ def train(arguments: argparse.Namespace, training: CentralTraining, meter: Meter
         saved = training.saved_epoch
         print(
             f"\nstopped in epoch {saved + 1}; "
-            + (f"--resume goes on after epoch {saved}" if saved else "nothing to resume yet")
+            + (f"--resume continues after epoch {saved}" if saved else "nothing to resume yet")
         )
         raise
 
 
 def finish(arguments: argparse.Namespace, training: CentralTraining, meter: Meter | None) -> None:
-    """Tell what came out, what it took, and the next command."""
+    """Print the result, what the run took, and the next command."""
     if meter:
         used = summed(keep(meter.record(), arguments.out, arguments.resume))
         update_metadata(training.best, energy=used)

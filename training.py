@@ -25,7 +25,7 @@ FINAL_RATE = 0.01  # of the learning rate, at the end of the cosine
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that decides how a model is trained, each default once."""
+    """All settings that decide how a model is trained. The defaults are defined only here."""
 
     model: str = setting("tiny", "network: mini (for first tries), tiny, small or base", tuple(ARCHITECTURES))
     image_size: int = setting(128, "side of the network's input in pixels, a multiple of 16")
@@ -33,18 +33,22 @@ class TrainingSettings:
     encoder: str = setting(
         "pretrained",
         "what the encoder starts with: pretrained (timm's ImageNet weights, from the cache or the network; random "
-        "weights where neither has them), random, or a file of weights in timm's names",
+        "weights where neither has them), random, or a file with weights under timm's names",
     )
     epochs: int = setting(30, "passes over the training slices")
     minutes: float | None = setting(
-        None, "train this many minutes of wall clock, schedule fitted, instead of --epochs", kind=float
+        None,
+        "train for this many minutes of wall clock instead of --epochs, with a fitted schedule",
+        kind=float,
     )
-    steps: int | None = setting(None, "train this many steps, schedule fitted, instead of --epochs", kind=int)
-    batch_size: int = setting(16, "slices a step")
+    steps: int | None = setting(
+        None, "train for this many steps instead of --epochs, with a fitted schedule", kind=int
+    )
+    batch_size: int = setting(16, "slices per step")
     lr: float = setting(1e-3, "learning rate of decoder and pyramid")
     encoder_lr_factor: float | None = setting(
         None,
-        "learning rate of the encoder, as a factor of --lr; none takes 0.1 for loaded weights, 1 for random ones",
+        "learning rate of the encoder, as a factor of --lr; none means 0.1 for loaded weights, 1 for random ones",
         kind=float,
     )
     weight_decay: float = setting(0.05, "AdamW's weight decay")
@@ -54,7 +58,7 @@ class TrainingSettings:
     warmup: float = setting(0.05, "share of the run in which the learning rate rises to --lr, 0 to 0.5")
     freeze_encoder_epochs: int | None = setting(
         None,
-        "first epochs in which the encoder keeps its weights; none takes 3 for loaded weights, 0 for random ones",
+        "number of first epochs with a frozen encoder; none means 3 for loaded weights, 0 for random ones",
         kind=int,
     )
     clip: float = setting(1.0, "largest norm of a step's gradient")
@@ -63,9 +67,9 @@ class TrainingSettings:
     )
     patience: int = setting(0, "stop after this many epochs without a better validation Dice; 0 never stops")
     precision: str = setting(
-        "auto", "auto takes bfloat16 where the chip is faster in it", ("auto", "float32", "bfloat16")
+        "auto", "auto uses bfloat16 where the chip is faster with it", ("auto", "float32", "bfloat16")
     )
-    seed: int = setting(0, "of weights, order and augmentation")
+    seed: int = setting(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "lr", "clip") + tuple(
@@ -80,15 +84,15 @@ class TrainingSettings:
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 0 or more")
         if self.seed >= 2**63:
-            raise MedFLError(f"--seed is {self.seed}; choose a number below 2**63, which torch counts to")
+            raise MedFLError(f"--seed is {self.seed}; choose a number below 2**63, the limit of torch")
         if self.minutes is not None and self.steps is not None:
             raise MedFLError("--minutes and --steps both say how long to train; give one of them")
         if self.norm == "batch" and self.batch_size == 1 and self.image_size == 16:
             raise MedFLError(
-                "--norm batch needs more than one value a channel, and one slice of 16 pixels leaves one; take "
+                "--norm batch needs more than one value per channel, but one slice of 16 pixels leaves one; take "
                 "--batch-size 2, --image-size 32 or --norm group"
             )
-        if not 0 <= self.warmup <= 0.5:  # more, and a run would end before it reached its learning rate
+        if not 0 <= self.warmup <= 0.5:  # above, the run would end before it reached its learning rate
             raise MedFLError(f"--warmup is {self.warmup}; choose a share of the run from 0 to 0.5")
         if not 0 <= self.ema_decay < 1:
             raise MedFLError(f"--ema-decay is {self.ema_decay}; choose a number from 0 to below 1")
@@ -135,14 +139,14 @@ def rate_scale(progress: float, warmup: float) -> float:
 
 
 def plateau(optimiser: torch.optim.Optimizer) -> ReduceLROnPlateau:
-    """What halves an optimiser's learning rates where the validation Dice no longer rises."""
+    """The scheduler that halves an optimiser's learning rates when the validation Dice stops rising."""
     return ReduceLROnPlateau(optimiser, mode="max", factor=0.5, patience=3)
 
 
 def parameter_groups(model: TransUNet, settings: TrainingSettings) -> list[dict]:
-    """AdamW's groups, each with its learning rate: decoder and pyramid, then encoder, each in those that
-    decay and those that don't. As timm has it, biases, normalisation layers, position embeddings and the
-    class token don't decay."""
+    """AdamW's groups, each with its learning rate: decoder and pyramid, then encoder, each split into weights
+    with and without decay. As in timm, biases, normalisation layers, position embeddings and the class token
+    don't decay."""
     encoder = {id(weight) for weight in model.encoder.parameters()}
     still = {f"encoder.{name}" for name in model.encoder.no_weight_decay()}
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=still)
@@ -158,16 +162,16 @@ def parameter_groups(model: TransUNet, settings: TrainingSettings) -> list[dict]
 
 
 def averaging_weight(decay: float, count: float) -> float:
-    """Weight of the past in averaged weights after `count` updates: ramped up to `decay`, so that the first
-    are forgotten."""
+    """Weight of the past in averaged weights after `count` updates. It is ramped up to `decay`, so that the first
+    weights are forgotten."""
     return min(decay, (1 + count) / (10 + count))
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Loss (binary cross-entropy + 1 - soft Dice) and soft Dice, scalars, of logits and masks (B, 1, h, w).
 
-    The soft Dice pools over the batch (Milletari et al. 2016, arXiv:1606.04797): an empty slice has none of
-    its own.
+    The soft Dice pools over the batch (Milletari et al. 2016, arXiv:1606.04797), because an empty slice has no
+    Dice of its own.
     """
     share = logits.sigmoid()
     dice = (2 * (share * masks).sum() + 1) / (share.sum() + masks.sum() + 1)
@@ -191,7 +195,7 @@ class Learner:
         self.settings, self.device = settings, device
         self.precision = choose_precision(settings.precision, device)
         self.model: TransUNet = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave memory_format out
-        # what is trained by several processes goes through others (runs/data_parallel.py)
+        # several processes replace the network and the loss by their own (runs/data_parallel.py)
         self.network: nn.Module = self.model
         self.loss = segmentation_loss
         self.average = (
@@ -217,7 +221,7 @@ class Learner:
         count: Tensor | int,
     ) -> None:
         """Exponential moving average whose memory grows with the steps; torch calls this for the tensors of
-        each dtype. All in one call: one by one would take a GPU a good part of a step."""
+        each dtype. One call updates all of them: one by one, they would take a good part of a step on a GPU."""
         if averaged[0].is_floating_point():
             torch._foreach_lerp_(
                 averaged, current, 1 - averaging_weight(self.settings.ema_decay, float(count))
@@ -226,7 +230,7 @@ class Learner:
             torch._foreach_copy_(averaged, current)  # BatchNorm's counter
 
     def set_rate(self, scale: float) -> None:
-        """Set the learning rates to this share of the settings'."""
+        """Set the learning rates to this share of those in the settings."""
         for group, rate in zip(self.optimiser.param_groups, self.rates):
             group["lr"] = rate * scale
 
@@ -236,8 +240,8 @@ class Learner:
         before_step: Callable[[int], bool] = lambda _: True,
         progress: tqdm | None = None,
     ) -> EpochResult:
-        """One pass over batches of (images, masks). `before_step` gets the number of the step and may end the
-        pass.
+        """One pass over batches of (images, masks). `before_step` gets the number of the step and ends the pass by
+        returning False.
 
         Raises MedFLError on a loss that is not finite.
         """
@@ -267,12 +271,12 @@ class Learner:
         return self.loss(logits.float(), masks.to(self.device))
 
     def set_gradients(self, images: Tensor, masks: Tensor) -> tuple[float, float]:
-        """Give every weight its gradient; loss and soft Dice of the batch."""
+        """Set every weight's gradient. Returns loss and soft Dice of the batch."""
         loss, dice = self.loss_of(images, masks)
         if not math.isfinite(loss.item()):
             raise MedFLError(
-                f"the loss is {loss.item()} at step {self.step_count + 1}, and weights made by it "
-                f"would be worthless; lower --lr (now {self.settings.lr}) and start again"
+                f"the loss is {loss.item()} at step {self.step_count + 1}, which would make the weights "
+                f"worthless; lower --lr (now {self.settings.lr}) and start again"
             )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -289,7 +293,7 @@ class Learner:
         return loss, dice
 
     def state_dict(self) -> dict:
-        """All that `load_state_dict` needs to go on bit for bit."""
+        """All that `load_state_dict` needs to continue bit for bit."""
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average else None,
@@ -307,7 +311,7 @@ class Learner:
         except ValueError as error:
             raise MedFLError(
                 "the run was begun by an earlier MedFL, whose optimiser had other groups of weights, and "
-                "can't go on bit for bit; start a new run, with --init to begin with its weights"
+                "can't continue bit for bit; start a new run, with --init to begin with its weights"
             ) from error
         self.step_count = state["step_count"]
         self.precision = getattr(torch, state["precision"].removeprefix("torch."))

@@ -25,14 +25,17 @@ from storage.torch_file import read_torch_file, refuse_pointer
 
 GROUPS = 8  # of a GroupNorm; every width below is divisible by it
 UPSCALE = 2  # from the decoder's last block to the logits
-PATCH = 16  # the encoder's; an image side is a multiple of it
+PATCH = 16  # pixels, side of the encoder's patches; an image side is a multiple of it
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a named model is made of. pyramid: widths of the convolution pyramid at 1/2, 1/4, 1/8, 1/16, or
-    None where the encoder's own ResNet gives the skips; decoder: widths at 1/8, 1/4, 1/2; size: of the encoder,
-    where it is another than timm's, for which there are no pretrained weights."""
+    """The parts of a named model.
+
+    pyramid: widths of the convolution pyramid at 1/2, 1/4, 1/8, 1/16, or None where the encoder's own ResNet gives
+    the skips. decoder: widths at 1/8, 1/4, 1/2. size: the encoder's size where it differs from timm's; there are no
+    pretrained weights for it.
+    """
 
     encoder: str
     pyramid: tuple[int, int, int, int] | None
@@ -83,7 +86,7 @@ class Pyramid(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Twice the side, joined with the skip of that side: (B, inputs, h, w) to (B, outputs, 2h, 2w)."""
+    """Doubles the side and joins the skip of that side: (B, inputs, h, w) to (B, outputs, 2h, 2w)."""
 
     def __init__(self, inputs: int, skip: int, outputs: int, norm: str):
         super().__init__()
@@ -101,8 +104,8 @@ class TransUNet(nn.Module):
 
     name: "mini" (for phantoms and first tries), "tiny" (ViT-Ti/16), "small" (ViT-S/16), "base" (R50 + ViT-B/16,
     the paper's); image_side: pixels, a multiple of 16; norm: "batch" or "group", of pyramid and decoder;
-    encoder_weights: a file of the encoder's weights in timm's names, else they are random. Raises MedFLError
-    for an unknown name, side or weights file.
+    encoder_weights: a file with the encoder's weights under timm's names; random weights if None. Raises
+    MedFLError for an unknown name, side or weights file.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class TransUNet(nn.Module):
         encoder_weights: Path | str | None = None,
     ):
         super().__init__()
-        self.temperature = 1.0  # by what logits are divided before they are called probabilities
+        self.temperature = 1.0  # logits are divided by it before they become probabilities
         if name not in ARCHITECTURES:
             raise MedFLError(f"there is no model {name}; choose one of {', '.join(ARCHITECTURES)}")
         if not PATCH <= image_side <= MAX_NETWORK_SIDE or image_side % PATCH:
@@ -147,8 +150,8 @@ class TransUNet(nn.Module):
         x = torch.cat([self._as_map(tokens, deepest), deepest], dim=1)  # (B, d + c, side/16, side/16)
         for block, skip in zip(self.decoder, reversed(skips)):
             x = block(x, skip)  # side/8, side/4, side/2
-        # Each place gives its own 2×2 logits (Shi et al. 2016, arXiv:1609.05158): finer than stretching one,
-        # at no cost
+        # Each position gives its own 2×2 logits (Shi et al. 2016, arXiv:1609.05158). This is finer than
+        # stretching one logit, and costs nothing
         return F.pixel_shuffle(self.head(x), UPSCALE)  # (B, 4, side/2, side/2) to (B, 1, side, side)
 
     def _as_map(self, tokens: Tensor, like: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ class TransUNet(nn.Module):
         return patches.transpose(1, 2).reshape(len(patches), -1, *like.shape[-2:])
 
     def _hybrid(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The R50's features at 1/2, 1/4, 1/8, 1/16 and the tokens (B, 1 + n, d) that the ViT makes of the
+        """The R50's features at 1/2, 1/4, 1/8, 1/16 and the tokens (B, 1 + n, d) that the ViT makes from the
         last."""
         vit = self.encoder
         resnet = cast(ResNetV2, vit.patch_embed.backbone)
@@ -177,7 +180,7 @@ class TransUNet(nn.Module):
 
 
 def _encoder(plan: Architecture, side: int) -> VisionTransformer:
-    """timm's ViT without its classifier, from random weights."""
+    """timm's ViT without its classifier, with random weights."""
     return cast(
         VisionTransformer,
         timm.create_model(plan.encoder, pretrained=False, img_size=side, num_classes=0, **(plan.size or {})),
@@ -185,7 +188,7 @@ def _encoder(plan: Architecture, side: int) -> VisionTransformer:
 
 
 def _load_encoder(encoder: VisionTransformer, path: Path) -> None:
-    """Load weights in timm's names (.safetensors or .pth); position embeddings are resampled to the encoder's
+    """Load weights under timm's names (.safetensors or .pth). Position embeddings are resampled to the encoder's
     side."""
     try:
         refuse_pointer(path)

@@ -1,2 +1,2 @@
-"""What a scan looks like: features that the cache stores, and the doubts about a scan that is unlike the
+"""What a scan looks like: features that the cache stores, and the doubts about a scan that differs from the
 training images."""

@@ -1,7 +1,6 @@
-"""Does a picture look like those that a model was trained on? Which differences are told, and from which size
-on.
+"""Does a picture look like those that a model was trained on? The differences that are reported, and their limits.
 
-A network answers every picture with a mask, a photograph as well.
+A network answers every picture with a mask, even a photograph.
 """
 
 import numpy as np
@@ -11,10 +10,10 @@ from appearance.features import APPEARANCE, MEASURES, blank, copies, describe_vo
 from preprocessing import CHANNELS, EPSILON
 
 LIMIT = 4.0  # deviations between patients; docs/apps.md gives the rates of false alarms and of misses
-LIMIT_ALONE = 6.0  # of a lone slice: at the top of a head slices differ more than patients do
-SIDES = (64, 1024)  # pixels; the training's slices have 256
+LIMIT_ALONE = 6.0  # for a single slice: at the top of a head, slices differ more than patients do
+SIDES = (64, 1024)  # pixels; the training slices have 256
 ASPECT = 1.3  # longer to shorter side
-# what is told; both pages take the sentences from here
+# the sentences of both pages
 SENTENCES = {
     "size": "The slices are {columns}×{rows} pixels; the model was made for about 256×256.",
     "shape": "The slices are {columns}×{rows} pixels, and the model knows square ones: the shape is distorted "
@@ -32,10 +31,10 @@ SENTENCES = {
 
 
 def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
-    """Why a volume (S, H, W, 3) uint8 may be none that the model can judge: a sentence for each reason, none
-    if it looks fine.
+    """The reasons why the model may not be able to judge a volume (S, H, W, 3) uint8, a sentence for each; empty if
+    the volume looks fine.
 
-    training_images: `image_statistics` of the model's training images, or None if the model doesn't tell.
+    training_images: `image_statistics` of the model's training images, or None if the model has none.
     """
     slices, rows, columns, _ = volume.shape
     pixels = torch.from_numpy(np.array(volume))
@@ -70,7 +69,7 @@ def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
 
 
 def _far(measured: dict, training_images: dict, name: str, limit: float) -> list[int]:
-    """The places in a feature's list that lie more than `limit` deviations from the training images' mean."""
+    """The indices of a feature's values that lie more than `limit` deviations from the training images' mean."""
     mean, deviation = (np.array(training_images[name][key]) for key in ("mean", "deviation"))
     return np.flatnonzero(np.abs(np.array(measured[name]) - mean) > limit * (deviation + EPSILON)).tolist()
 

@@ -1,7 +1,7 @@
 """What a scan looks like: a few features of each volume, and their mean and deviation over patients.
 
-A checkpoint carries the mean and the deviation of its training images, so that a page can doubt a picture
-that is unlike them (appearance/doubts.py). No patient's own values are kept.
+A checkpoint carries the mean and the deviation of its training images, so that a page can warn about a picture
+that differs from them (appearance/doubts.py). No patient's own values are kept.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from preprocessing import CHANNELS, EPSILON, volume_statistics
 FLAIR = CHANNELS.index("FLAIR")
 FRAME = 0.05  # of the side: the outer frame, which is dark around a head
 APPEARANCE = ("frame", "foreground", "roughness", "symmetry", "height", "width")
-# what is measured of a volume, and how many values it has
+# the measures of a volume, and how many values each has
 MEASURES = {
     "foreground_mean": len(CHANNELS),
     "foreground_deviation": len(CHANNELS),
@@ -29,7 +29,7 @@ def appearance(volume: torch.Tensor) -> torch.Tensor:
     foreground; roughness: difference of neighbours over the deviation; symmetry: correlation with the mirror
     image; height and width: spread of the brightness along each axis, as a share of the side.
 
-    Torch operations that export to ONNX: the page in the browser gets them from the exported graph.
+    All are torch operations that export to ONNX: the page in the browser gets the features from the exported graph.
     """
     frame, foreground, height, width = silhouette(volume)
     return torch.stack([frame, foreground, roughness(volume), symmetry(volume), height, width])
@@ -55,13 +55,13 @@ def silhouette(volume: torch.Tensor) -> torch.Tensor:
 
 
 def roughness(volume: torch.Tensor) -> torch.Tensor:
-    """The third of `appearance`, a float32."""
+    """The third feature of `appearance`, a float32."""
     flair = volume[..., FLAIR].float()
     return _mean((flair[:, :, 1:] - flair[:, :, :-1]).abs()) / _variance(flair).sqrt()
 
 
 def symmetry(volume: torch.Tensor) -> torch.Tensor:
-    """The fourth of `appearance`, a float32."""
+    """The fourth feature of `appearance`, a float32."""
     flair = volume[..., FLAIR].float()
     centred = flair - _mean(flair)
     return _mean(centred * centred.flip(2)) / _variance(flair)
@@ -72,7 +72,7 @@ def _variance(flair: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean of (S, H, W) float32, slice by slice: float32 counts exactly to 16 million only."""
+    """Mean of (S, H, W) float32, slice by slice: float32 counts exactly only to 16 million."""
     return values.mean(dim=(1, 2)).mean()
 
 
@@ -97,13 +97,13 @@ def blank(volume: torch.Tensor) -> torch.Tensor:
 
 
 def copies(volume: torch.Tensor) -> torch.Tensor:
-    """Which channels of a volume (S, H, W, 3) uint8 hold what FLAIR holds, FLAIR itself too, (3,) bool."""
+    """Which channels of a volume (S, H, W, 3) uint8 are identical to FLAIR, including FLAIR itself, (3,) bool."""
     same = (volume == volume[..., FLAIR : FLAIR + 1]).to(torch.uint8)
     return same.amin(dim=(0, 1, 2)) > 0  # `all` would be exported as 8 bytes a value: 300 MB for 200 slices
 
 
 def describe_volume(volume: torch.Tensor) -> dict[str, list[float]]:
-    """What is measured of a volume (S, H, W, 3) uint8, by the names of `MEASURES`."""
+    """The measures of a volume (S, H, W, 3) uint8, by the names of `MEASURES`."""
     mean, deviation = volume_statistics(volume)
     return {
         "foreground_mean": mean.tolist(),
@@ -113,8 +113,8 @@ def describe_volume(volume: torch.Tensor) -> dict[str, list[float]]:
 
 
 def image_statistics(volumes: list[dict]) -> dict | None:
-    """What training images look like: mean and deviation over patients of what `describe_volume` gave for
-    each. None below 3 patients, where it would say something of one."""
+    """What training images look like: mean and deviation over patients of their `describe_volume`. None below 3
+    patients, where it would reveal something about one of them."""
     if len(volumes) < SMALLEST_GROUP:
         return None
     values = {name: np.array([volume[name] for volume in volumes]) for name in MEASURES}

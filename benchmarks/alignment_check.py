@@ -1,11 +1,11 @@
-"""How often data/prepare_hospital.py would doubt that two series lie over each other: real pairs as they are,
-and moved.
+"""How often data/prepare_hospital.py would doubt that two series are aligned: for real pairs as they are, and
+moved.
 
     python benchmarks/alignment_check.py --data-dir data
 
-The dataset's pre- and post-contrast channels lie on FLAIR. Each pair is looked at as it is and with the
-channel moved sideways; a channel that FLAIR stands in for is left out. The slices don't say how large a pixel
-is: 0.94 mm is taken (240 mm in 256 pixels), and 5 mm between slices. Needs requirements-dicom.txt.
+The dataset's pre- and post-contrast channels are aligned with FLAIR. Each pair is checked as it is and with the
+channel moved sideways; a channel that FLAIR replaces is left out. The slices don't state their pixel size, so
+0.94 mm is assumed (240 mm in 256 pixels), and 5 mm between slices. Needs requirements-dicom.txt.
 """
 
 import argparse

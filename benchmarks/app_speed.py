@@ -1,4 +1,4 @@
-"""What a reader waits for in the app, and what its process needs in memory: a real server and a real
+"""How long a reader waits in the app, and the memory that its process needs, with a real server and a real
 Chromium.
 
     python benchmarks/app_speed.py --checkpoint models/demo/transunet_centralized_best.pth [--uploads 50]
@@ -48,7 +48,7 @@ def close(page: Page) -> None:
 
 
 def until_new(page: Page, where: str, act: Callable[[], None]) -> float:
-    """Seconds from what a reader does until a text is another one."""
+    """Seconds from a reader's action until a text has changed."""
     page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
     text = page.locator(where).inner_text()
     began = time.perf_counter()
@@ -59,7 +59,7 @@ def until_new(page: Page, where: str, act: Callable[[], None]) -> float:
 
 
 def stroke(page: Page) -> None:
-    """Draw a line in the middle of the picture, or erase it where there is one."""
+    """Draw a line in the middle of the picture, or erase it if there is one."""
     box = page.locator(".medfl-viewer canvas").bounding_box()
     assert box is not None
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -70,8 +70,7 @@ def stroke(page: Page) -> None:
 
 
 def resident(processes: list[int]) -> float:
-    """The resident memory of processes in MiB, once they have come to rest: the page gives memory back a second after
-    its use."""
+    """The resident memory of processes in MiB, once they are idle: the page frees memory a second after its use."""
     time.sleep(REST)
     lines = [
         next(
@@ -83,7 +82,7 @@ def resident(processes: list[int]) -> float:
 
 
 def of_browser(browser: Browser) -> list[int]:
-    """The numbers of the browser's processes."""
+    """The ids of the browser's processes."""
     return [
         one["id"]
         for one in browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]

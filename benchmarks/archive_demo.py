@@ -1,8 +1,8 @@
-"""A hospital's archive in small: Orthanc with phantoms; studies prepared from it, predicted, and sent back.
+"""A small hospital archive: Orthanc with phantoms, whose studies are prepared, predicted and sent back.
 
     python benchmarks/archive_demo.py --checkpoint models/demo/transunet_centralized_best.pth     (make archive-demo)
 
-Ends with Ctrl-C; the archive is forgotten then. Needs Debian's orthanc and orthanc-dicomweb.
+Ends with Ctrl-C; the archive is then deleted. Needs Debian's orthanc and orthanc-dicomweb.
 """
 
 import argparse
@@ -21,7 +21,7 @@ STUDY = "1.2.840.99.{}"
 
 
 def write_phantoms(folder: Path, patients: int) -> None:
-    """Patients with pre-contrast, FLAIR and post-contrast; every second has a sagittal 3-D FLAIR."""
+    """Write patients with pre-contrast, FLAIR and post-contrast; every second one has a sagittal 3-D FLAIR."""
     for number in range(1, patients + 1):
         images, _ = phantom(number, slices=16)
         who = {
@@ -55,8 +55,10 @@ def call(script: str, *options: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .pth file")
-    parser.add_argument("--patients", type=int, default=2, help="in the archive, 1 to 9 (default 2)")
-    parser.add_argument("--end", action="store_true", help="end when all is sent, and don't wait for Ctrl-C")
+    parser.add_argument("--patients", type=int, default=2, help="patients in the archive, 1 to 9 (default 2)")
+    parser.add_argument(
+        "--end", action="store_true", help="end when everything is sent, without waiting for Ctrl-C"
+    )
     arguments = parser.parse_args()
     need_orthanc()
     with tempfile.TemporaryDirectory() as temporary:
@@ -76,7 +78,7 @@ def main() -> None:
             print(
                 f"\nlook at the archive: {archive.root}/app/explorer.html (user {USER}, password {PASSWORD}); "
                 f"DICOMweb for a viewer: {archive.url}\nprepared: {folder / 'prepared' / 'index.html'}\n"
-                "Ctrl-C ends it, and everything is forgotten",
+                "Ctrl-C ends it, and deletes the archive and what was prepared",
                 flush=True,
             )
             while not arguments.end:

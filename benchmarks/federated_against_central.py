@@ -1,11 +1,11 @@
-"""Does the federated path lose anything? One hospital that holds everything, against the same training
-without messages.
+"""Does the federated path lose anything? Compares one hospital that holds everything with the same training without
+messages.
 
     python benchmarks/federated_against_central.py [--data-dir data/phantoms] [--rounds 20] [--image-size 128]
 
-Three trainings of as many epochs, from the same weights and scored on the same test patients: a federation of
-real processes with one hospital and one local epoch a round; the centralised loop with the hospital's order
-of slices; and train_centralized.py, which has an order of its own. The first two should agree.
+Three trainings run for the same number of epochs from the same weights and are scored on the same test patients: a
+federation of real processes with one hospital and one local epoch per round; the centralised loop with the hospital's
+order of slices; and train_centralized.py, which has its own order. The first two should agree.
 """
 
 import argparse

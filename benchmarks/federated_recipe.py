@@ -1,15 +1,15 @@
-"""What makes a federation learn as well as one central model? Variants of its recipe after the same passes
+"""What makes a federation learn as well as one central model? Compares variants of its recipe after the same passes
 over the same patients.
 
     python benchmarks/federated_recipe.py --data-dir data --rounds 30 --seeds 1 --out models/recipe
     python benchmarks/federated_recipe.py --data-dir data --rounds 60 --seeds 1 2 3 --variants default --out models/60
 
-Half of the patients train, at four hospitals by site, and half are the test; there are no validation patients,
-so each run ends with its last averaged model. A variant is a name and options of run_server.py; the central
-model is train_centralized.py's after as many epochs as there are rounds, and a hospital alone is the same
-with its own patients. Federations run in one process, with the product's round loop and hospitals. A run that
-was finished is not made again. Writes a JSON for each run into --out, and prints mean and median volume Dice
-over the test patients, the share of the central model's, and the paired difference to it.
+Half of the patients are for training, at four hospitals by site, and half for the test. There are no validation
+patients, so each run ends with its last averaged model. A variant is a name and options of run_server.py. The central
+model is that of train_centralized.py after as many epochs as there are rounds; a hospital alone is the same with only
+its own patients. Federations run in one process, with the product's round loop and hospitals. A finished run is not
+repeated. Writes a JSON for each run into --out, and prints mean and median volume Dice over the test patients, its
+ratio to the central model's mean, and the paired difference to the central model.
 """
 
 import argparse
@@ -62,7 +62,7 @@ OF_TRAINING = ("batch_size", "norm")
 def federated(
     dataset: Dataset, options: dict, rounds: int, seed: int, side: int, folder: Path, device: str
 ) -> TransUNet:
-    """The model that a federation of four hospitals by site ends with."""
+    """The last model of a federation of four hospitals by site."""
     training = TrainingSettings(
         encoder="random",
         image_size=side,
@@ -78,7 +78,7 @@ def federated(
         **{name: value for name, value in options.items() if name not in OF_TRAINING},
     )
     hospitals = [LocalHospital(folder, cid, dataset.root, device=device) for cid in range(4)]
-    with contextlib.redirect_stdout(io.StringIO()):  # what hospitals say
+    with contextlib.redirect_stdout(io.StringIO()):  # the hospitals' output
         state, _ = run(
             hospitals,
             training,
@@ -93,7 +93,7 @@ def federated(
 def central(
     dataset: Dataset, options: dict, rounds: int, seed: int, side: int, folder: Path, device: str
 ) -> TransUNet:
-    """The model of one training in one place: all patients', or those of the hospital options["cid"]."""
+    """The model of one training in one place, on all patients or on those of the hospital options["cid"]."""
     script = Path(__file__).parent.parent / "train_centralized.py"
     own = ["--partition", "site", "--clients", "4", "--cid", str(options["cid"])] if options else []
     subprocess.run(
@@ -135,7 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=30, help="rounds of one epoch, and epochs (default 30)")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1], help="of split, weights and order (default 1)"
+        "--seeds", type=int, nargs="+", default=[1], help="seeds of split, weights and order (default 1)"
     )
     parser.add_argument(
         "--image-size", type=int, default=64, help="side of the network's input in pixels (default 64)"
@@ -145,10 +145,10 @@ def main() -> None:
         nargs="+",
         choices=VARIANTS,
         default=list(VARIANTS),
-        help="which, beside the central model",
+        help="variants to run in addition to the central model",
     )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps (default cpu)")
-    parser.add_argument("--threads", type=int, help="of torch (default its own)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--plot", type=Path, help="draw the means with their intervals into this PNG")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -171,7 +171,7 @@ def main() -> None:
                     scores,
                     {"seconds": round(time.monotonic() - began, 1), "options": VARIANTS[name], "rows": rows},
                 )
-            # a patient who is in the test of several seeds counts for each
+            # a patient in the test of several seeds counts once for each
             found.setdefault(name, []).extend(
                 {**row, "patient": f"{row['patient']} {seed}"}
                 for row in json.loads(scores.read_text(encoding="utf-8"))["rows"]

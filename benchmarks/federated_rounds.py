@@ -1,8 +1,8 @@
-"""What a federation costs besides training: seconds and bytes a round, and whether the server's memory grows.
+"""The cost of a federation beyond training: seconds and bytes per round, and whether the server's memory grows.
 
     python benchmarks/federated_rounds.py [--data-dir data/phantoms] [--rounds 20] [--clients 2] [--image-size 128]
 
-Runs a server and its hospitals as real processes on this machine. The overhead of a round is its time less
+Runs a server and its hospitals as real processes on this machine. The overhead of a round is its time minus
 the longest hospital's own work. Memory is the resident memory of all processes of the server together, after
 each round (Linux only).
 """
@@ -90,13 +90,13 @@ def main() -> None:
         with open(Path(out) / "federated_history.csv", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["examples"]]
     print(f"overhead of a round: median {statistics.median(overheads):.1f} s, longest {max(overheads):.1f} s")
-    print(f"bytes a hospital and round: {rows[0]['bytes_sent']} out, {rows[0]['bytes_received']} in")
+    print(f"bytes per hospital and round: {rows[0]['bytes_sent']} out, {rows[0]['bytes_received']} in")
     third = max(1, len(memory) // 3)
     first, last = statistics.median(memory[:third]), statistics.median(memory[-third:])
     growth = 1024 * (last - first) / max(1, len(memory) - third)
     print(
         f"server's memory, median: first third {first:.2f} GiB, last third {last:.2f} GiB, "
-        f"so {growth:+.1f} MiB a round"
+        f"so {growth:+.1f} MiB per round"
     )
 
 

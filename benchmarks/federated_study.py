@@ -1,4 +1,4 @@
-"""Is joining worth it? Hospitals alone, federated variants, fine-tuned copies and one central model, on the
+"""Is joining worth it? Compares hospitals alone, federated variants, fine-tuned copies and one central model on the
 same test patients.
 
     python benchmarks/federated_study.py demo --data-dir data/phantoms --out models/study       the end of `make demo`
@@ -7,9 +7,9 @@ same test patients.
     python benchmarks/federated_study.py half --out models/study_half  half-precision updates
     python benchmarks/federated_study.py privacy-8 --simulate --init MODEL --out models/privacy_8    privacy: 2, 8, 32
 
-Every arrangement makes the same number of passes over the training slices that it sees: all hospitals
-together as many as the central model, and a hospital alone as many over its own. Fine-tuning comes on top. A
-study that was interrupted goes on with the first training that is not finished. Writes into --out: study.csv,
+Every arrangement makes the same number of passes over the training slices that it sees: all hospitals together as many
+as the central model, and a hospital alone as many over its own slices. Fine-tuning comes on top. An interrupted study
+continues with the first unfinished training. Writes into --out: study.csv,
 a line per partition, seed, model and hospital (`COLUMNS`); for each partition a table as JSON and PNG, over
 all seeds; and each training's folder with its log. Federations run as real processes, or with --simulate in
 Flower's simulation engine, whose weights are the same.
@@ -47,9 +47,9 @@ FEDERATED, LOCAL, CENTRAL = (
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained. variants: names of federations and what is asked of run_server.py besides; the first
-    is fine-tuned. tune_passes: passes over a hospital's slices in fine-tuning; alone: whether hospitals alone
-    and a central model are trained as well. A batch holds 16 slices, as the trainings' default."""
+    """What a study trains. variants: names of federations and their further options of run_server.py; the first
+    is fine-tuned. tune_passes: passes over a hospital's slices in fine-tuning. alone: whether hospitals alone
+    and a central model are trained as well. A batch holds 16 slices, the default of all trainings."""
 
     variants: dict[str, list[str]]
     partitions: tuple[str, ...] = ("site",)
@@ -105,7 +105,7 @@ STUDIES = {
 
 
 def run_logged(commands: list[list[str]], folder: Path, log: Path) -> None:
-    """Run scripts of the repository side by side in a folder; raises MedFLError where one fails."""
+    """Run scripts of the repository side by side in a folder. Raises MedFLError if one fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as output:
         running = [
@@ -127,7 +127,7 @@ def run_logged(commands: list[list[str]], folder: Path, log: Path) -> None:
                 process.terminate()
             codes = [process.wait() for process in running]
     if any(codes):
-        raise MedFLError(f"a training failed; see {log}, mend the cause and start the study again")
+        raise MedFLError(f"a training failed; see {log}, fix the cause and start the study again")
 
 
 def finished(folder: Path, what: str, commands: list[list[str]]) -> None:
@@ -144,12 +144,12 @@ def finished(folder: Path, what: str, commands: list[list[str]]) -> None:
 def trained(
     study: Study, dataset: Dataset, partition: str, seed: int, out: Path, simulated: bool, init: Path | None
 ) -> list[Path]:
-    """The checkpoints of one partition and seed, in the order of the table's rows. init: what federations
+    """The checkpoints of one partition and seed, in the order of the table's rows. init: the model that federations
     start from."""
     data = str(dataset.root.resolve())
     common = ["--data-dir", data, "--seed", str(seed), "--image-size", str(study.image_size)]
     common += ["--model", study.model]
-    common += ["--encoder", "random"]  # as measured; the same on a machine that reaches the hub
+    common += ["--encoder", "random"]  # as measured, also on a machine that reaches the hub
     divided = ["--partition", partition, "--clients", str(study.clients)]
     split = make_split({p.name: p.site for p in dataset.patients}, seed)
     shares = make_partition(dataset.table, split, partition, study.clients, seed=seed).hospitals
@@ -215,7 +215,7 @@ def trained(
 
 
 def pooled(tables: list[dict]) -> dict:
-    """One table over the seeds: a patient counts once, with the mean of the seeds in whose test it was."""
+    """One table over the seeds. A patient counts once, with the mean over the seeds that test the patient."""
     rows = []
     for place, row in enumerate(tables[0]["rows"]):
         of: dict[str, list[float]] = {}
@@ -239,9 +239,9 @@ def main() -> None:
         "--out",
         type=Path,
         default=Path("models/study"),
-        help="folder for what is written (default models/study)",
+        help="folder for the output files (default models/study)",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the study's own")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to use instead of the study's own")
     parser.add_argument(
         "--simulate", action="store_true", help="run federations in Flower's simulation engine"
     )

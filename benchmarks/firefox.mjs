@@ -1,11 +1,11 @@
-// Tries the page in the browser in Firefox, which playwright can drive only as a build of its own:
+// Tries the browser page in Firefox. Playwright can only drive its own build of Firefox, so this uses puppeteer:
 //
 //   apt-get install firefox-esr xvfb; npm install --no-save --ignore-scripts puppeteer-core@24.43.1
 //   python deployment/serve_browser.py &
 //   xvfb-run -s "-screen 0 1400x900x24" node benchmarks/firefox.mjs http://127.0.0.1:8600 firefox.png
 //
-// It opens a sample and tells the figures that the page shows, in one plane and in three; the picture goes to the
-// file. Firefox without a screen has no WebGL on a machine without a graphics card, so it gets an imitated one (Xvfb).
+// It opens a sample and prints the figures that the page shows, in one plane and in three; the picture goes to the
+// file. Headless Firefox has no WebGL on a machine without a graphics card, so it gets a virtual screen (Xvfb).
 
 import puppeteer from "puppeteer-core";
 
@@ -16,7 +16,7 @@ const page = await browser.newPage(), failures = [];
 page.on("pageerror", ({ message }) => failures.push(message));
 const text = (id) => page.evaluate((of) => document.getElementById(of).innerText, id);
 
-/** Waits until an element's text fits; puppeteer's own waiting stands still in a window that is covered. */
+/** Waits until an element's text matches; puppeteer's own waiting stops in a window that is covered. */
 async function until(id, pattern) {
   for (let k = 0; k < 300; k++) {
     const found = await text(id);
@@ -27,7 +27,7 @@ async function until(id, pattern) {
   throw new Error(`${id} says ${await text(id)}; ${await text("messages")}`);
 }
 
-/** Opens a sample; what the page says of it. Once more where the sample did not come. */
+/** Opens a sample and returns what the page says about it. Tries again if the sample did not appear. */
 async function open(number) {
   for (let again = 0; again < 3; again++) {
     await page.evaluate((k) => document.querySelectorAll("#samples button")[k].click(), number);

@@ -1,8 +1,8 @@
-"""How often the 95 % interval of a mean holds the true mean, by simulation.
+"""How often the 95 % interval of a mean contains the true mean, by simulation.
 
     python benchmarks/interval_coverage.py
 
-Draws patients' Dice from distributions between 0 and 1 whose mean is known, and counts. Seconds on one core.
+Draws patients' Dice from distributions between 0 and 1 whose mean is known, and counts. It takes seconds on one core.
 """
 
 import numpy as np
@@ -16,17 +16,17 @@ FAILURES: tuple[tuple[float, tuple[float, float], tuple[float, float]], ...] = (
     (0.05, (2, 6), (20, 4)),
     (0.1, (2, 6), (14, 2.5)),
     (0.2, (1, 4), (20, 3)),
-)  # share, theirs, the others'
+)  # share of failures, their distribution, that of the others
 
 
 def covered(draws: np.ndarray, true: float) -> float:
-    """The share of rows (draws, patients) whose interval holds the true mean."""
+    """The share of rows (draws, patients) whose interval contains the true mean."""
     intervals = [interval for row in draws.tolist() if (interval := mean_interval(row))]
     return float(np.mean([low <= true <= high for low, high in intervals]))
 
 
 def bootstrapped(draws: np.ndarray, true: float, random: np.random.Generator) -> float:
-    """The same of a plain percentile bootstrap."""
+    """The same share for a plain percentile bootstrap."""
     held = []
     for row in draws[:1_000]:
         means = row[random.integers(len(row), size=(RESAMPLES, len(row)))].mean(axis=1)

@@ -1,8 +1,8 @@
-"""Federations in one process, without Flower's: the product's own round loop and hospitals, one after the
-other.
+"""Federations in one process, without Flower's processes: the product's own round loop, and its hospitals one after
+the other.
 
-The weights are those of run_server.py and run_client.py; there is no network, and nothing waits. For studies
-of many federations, and for hostile hospitals, whose answers can be changed on their way.
+The weights are the same as from run_server.py and run_client.py, but there is no network, and nothing waits. Used for
+studies of many federations, and for hostile hospitals, whose answers can be changed on their way.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from transunet import TransUNet
 
 
 class Grid:
-    """Nodes by number; a message to one that is not there is not accepted, as Flower's SuperLink does."""
+    """Nodes by number. Like Flower's SuperLink, it does not accept a message to a node that does not exist."""
 
     def __init__(self):
         self.nodes, self.replies, self.ids = {}, {}, itertools.count(1)
@@ -53,8 +53,7 @@ class Grid:
 
 
 class LocalHospital:
-    """A node that answers with a hospital's own app, in this process.
-    change: makes another answer of each."""
+    """A node that answers with a hospital's own app, in this process. change: turns each answer into another."""
 
     def __init__(
         self,
@@ -90,10 +89,10 @@ def run(
     start: torch.Tensor | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[RunState, list[dict]]:
-    """Run a federation of these hospitals: its state, and the audit log's entries. start: weights to begin
+    """Run a federation of these hospitals. Returns its state and the audit log's entries. start: weights to begin
     with, (n,) float32."""
     TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = (
-        1  # Flower makes messages only inside of a run
+        1  # Flower makes messages only inside a run
     )
     federation.server.membership.LOOK, federation.server.exchange.TICK = (
         -1.0,

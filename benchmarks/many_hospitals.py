@@ -1,11 +1,11 @@
-"""What a server bears: many of Flower's SuperNodes on one machine, with a tiny model.
+"""The load that a server can carry: many of Flower's SuperNodes on one machine, with a tiny model.
 
     python benchmarks/many_hospitals.py [--hospitals 64] [--rounds 5]
 
 Server and SuperNodes are those of a federation, without keys. The hospitals' own programs would each hold torch in
-memory; here as many as there are cores work on all messages, each message in a fork and in its hospital's folder.
-A SuperNode that ends, because the server was too busy to answer it, is started again, as a hospital's script does it.
-Memory is counted without counting twice what processes share (Linux only).
+memory. Here only as many programs as there are cores work on all messages, each message in a fork and in its hospital's
+folder. A SuperNode that ends because the server was too busy to answer is started again, as a hospital's script does.
+Memory that processes share is not counted twice (Linux only).
 """
 
 import argparse
@@ -34,23 +34,23 @@ ROUND = re.compile(r"round (\d+) of \d+: ([\d.]+) s, of which ([\d.]+) s")
 
 
 def memory(top: int) -> float:
-    """MB that a process and its children hold, by their share of what several hold."""
+    """MB that a process and its children hold; shared memory counts by share."""
     try:
         own = re.search(r"Pss:\s+(\d+)", Path(f"/proc/{top}/smaps_rollup").read_text())
         below = Path(f"/proc/{top}/task/{top}/children").read_text().split()
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process has ended meanwhile
         return 0.0
     return (int(own[1]) / 1024 if own else 0.0) + sum(memory(int(child)) for child in below)
 
 
 def supernode(folder: Path, server: str, port: int) -> Child:
-    """A hospital's SuperNode, which waits for messages as one on another machine does."""
+    """A hospital's SuperNode, which waits for messages like one on another machine."""
     options = [str(FAR), "--insecure", "--superlink", server, "--host", "127.0.0.1", "--port", str(port)]
     return Child("supernode", [*options, "--isolation", "process"], folder, folder / "supernode.log")
 
 
 class Again(threading.Thread):
-    """Starts SuperNodes again that ended, until it is over."""
+    """Restarts SuperNodes that ended, until `over` is set."""
 
     def __init__(self, nodes: dict[str, Child], folders: dict[str, Path], server: str):
         super().__init__(daemon=True)
@@ -67,8 +67,8 @@ class Again(threading.Thread):
 
 
 def serve(folders: dict[str, Path]) -> None:
-    """Work on the messages of these SuperNodes, one after the other, until the process is ended. folders: each
-    hospital's, by its SuperNode's address."""
+    """Work on the messages of these SuperNodes, one after the other, until the process is killed. folders: each
+    hospital's folder, by its SuperNode's address."""
     sources = {address: flower.TaskSource(address, "flwr-clientapp") for address in folders}
     while True:
         for address, source in sources.items():
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def run(folder: Path, hospitals: int, rounds: int) -> None:
-    """A federation in this folder; prints what it took."""
+    """Run a federation in this folder, and print its times and memory."""
     make_phantoms(folder / "data", patients=2 * hospitals, slices=4, size=64, seed=0)
     server = f"127.0.0.1:{free_port()}"
     options = {
@@ -136,7 +136,7 @@ def run(folder: Path, hospitals: int, rounds: int) -> None:
         time.sleep(1)
     print(f"{hospitals} SuperNodes after {time.monotonic() - began:.0f} s", flush=True)
     for module in (flower.CLIENT_APP, "flwr.supernode.runtime.run_clientapp"):
-        importlib.import_module(module)  # forks need not load them: a task is given up after 30 s
+        importlib.import_module(module)  # loaded before forking: a task is given up after 30 s
     hospital_files()
     workers = []
     for number in range(cores := os.cpu_count() or 1):
@@ -163,7 +163,7 @@ def run(folder: Path, hospitals: int, rounds: int) -> None:
         for node in nodes.values():
             node.stop()
     print(
-        f"{hospitals} hospitals: {statistics.median(t for t, _ in times):.1f} s a round (median), server at most "
+        f"{hospitals} hospitals: {statistics.median(t for t, _ in times):.1f} s per round (median), server at most "
         f"{most:.0f} MB, a SuperNode {each:.0f} MB, {again.restarts} of them started again; exit code {code}"
     )
 

@@ -1,4 +1,4 @@
-"""What privacy of patients costs: Dice of a federation whose hospitals train by DP-SGD, against epsilon.
+"""The cost of privacy of patients: Dice of a federation whose hospitals train by DP-SGD, over epsilon.
 
     python data/make_phantoms.py --patients 100 --slices 8 --size 64 --out data/many
     python data/make_phantoms.py --patients 12 --slices 8 --size 64 --seed 7 --out data/others
@@ -6,9 +6,9 @@
     python benchmarks/patient_privacy.py --data-dir data/many --init models/others/transunet_centralized_best.pth
     python benchmarks/patient_privacy.py --data-dir data/many --all-weights --rounds 60
 
-The hospitals' own code in this process, without Flower; FedAvg over --hospitals that share the patients at
-random; scored on patients that nobody trained on. The epsilon of 1e9 is the same training with next to no
-noise.
+The hospitals' own code runs in this process, without Flower. FedAvg runs over --hospitals hospitals, among which the
+patients are divided at random. The score is on patients that nobody trained on. An epsilon of 1e9 is the same training
+with almost no noise.
 """
 
 import argparse
@@ -44,14 +44,14 @@ def parse() -> argparse.Namespace:
         "--init", type=Path, help="a model to begin with, trained on others with --norm group"
     )
     parser.add_argument(
-        "--all-weights", action="store_true", help="train all weights and not the last layers alone"
+        "--all-weights", action="store_true", help="train all weights, not only the last layers"
     )
     parser.add_argument("--hospitals", type=int, default=2, help="hospitals (default 2)")
     parser.add_argument("--rounds", type=int, default=12, help="rounds (default 12)")
     parser.add_argument("--epsilons", type=float, nargs="+", default=[1e9, 100, 8, 1], help="bounds to try")
-    parser.add_argument("--delta", type=float, default=1e-3, help="of the bound (default 1e-3)")
+    parser.add_argument("--delta", type=float, default=1e-3, help="delta of the bound (default 1e-3)")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate (default 3e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order (default 0)")
     return parser.parse_args()
 
 

@@ -1,10 +1,10 @@
-"""How hard a cohort is: a threshold on FLAIR and an untrained model beside a trained one, on the same test
+"""How hard a cohort is: a threshold on FLAIR and an untrained model, compared with a trained one on the same test
 patients.
 
     python benchmarks/phantom_difficulty.py --checkpoint models/demo/transunet_centralized_best.pth [--data-dir DIR]
 
-The threshold is the best of 30 on normalised FLAIR, chosen on the test patients themselves: flattered, and
-still worse.
+The threshold is the best of 30 on normalised FLAIR. It is chosen on the test patients themselves, which flatters it,
+and is still worse.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""How often the app doubts real patients without reason, and how often it believes pictures that are no
-brain.
+"""How often the app doubts real patients without reason, and how often it accepts pictures that show no brain.
 
     python benchmarks/plausibility_rates.py [--data-dir data]
 
-Patients are drawn 50 times into 70 % whose statistics a model would carry and 30 % that are looked at, as
-whole volumes and as lone slices. The others: photographs and microscopy that ship with scikit-learn and
-scikit-image, other anatomy and other modalities of pydicom's test files, and noise. Counted is the sentence
-that says that it does not look like the training scans.
+Patients are divided 50 times at random: 70 % give the statistics that a model would carry, and 30 % are checked, as
+whole volumes and as single slices. The other pictures are photographs and microscopy from scikit-learn and
+scikit-image, other anatomy and other modalities from pydicom's test files, and noise. The benchmark counts the
+sentences which say that a picture does not look like the training scans.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from common import run_script
 from dataset import load_dataset
 
 DRAWS = 50
-EVERY = 4  # of the slices that are looked at alone
+EVERY = 4  # every fourth slice is also checked by itself
 PICTURES = (".png", ".jpg")
 ANATOMY = (
     "CT_small.dcm",
@@ -43,7 +42,7 @@ ANATOMY = (
 
 
 def strange(volume: np.ndarray, statistics: dict | None) -> bool:
-    """Whether the page would say that this is unlike the training scans: in words, blank, or inverted."""
+    """Whether the page would say that this differs from the training scans: in words, or as blank or inverted."""
     return any(
         word in doubt
         for doubt in doubts(volume, statistics)
@@ -71,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="a dataset (default data)")
     dataset = load_dataset(parser.parse_args().data_dir)
-    warnings.simplefilter("ignore")  # pydicom's, of test files that are odd on purpose
+    warnings.simplefilter("ignore")  # from pydicom, about test files that are odd on purpose
     names, others, random = [p.name for p in dataset.patients], other_pictures(), np.random.default_rng(0)
     volumes, slices, missed = [], [], {name: 0 for name in others}
     for _ in range(DRAWS):
@@ -86,11 +85,11 @@ def main() -> None:
             missed[name] += not strange(picture, statistics)
     print(
         f"{dataset.name}, {len(names)} patients, {DRAWS} draws: doubted without reason "
-        f"{100 * np.mean(volumes):.1f} % of the volumes, {100 * np.mean(slices):.1f} % of the slices alone"
+        f"{100 * np.mean(volumes):.1f} % of the volumes, {100 * np.mean(slices):.1f} % of the single slices"
     )
     believed = {name: count for name, count in missed.items() if count}
     print(
-        f"{len(others)} other pictures: believed in "
+        f"{len(others)} other pictures: accepted in "
         f"{100 * sum(missed.values()) / (DRAWS * len(others)):.1f} % of the cases"
         + "".join(f"\n  {name}: in {count} of {DRAWS} draws" for name, count in believed.items())
     )

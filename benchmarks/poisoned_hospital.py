@@ -1,14 +1,13 @@
-"""What one hostile hospital does to the model, attack by attack, behind the server's defences and without
+"""The effect of one hostile hospital on the model, attack by attack, with the server's defences and without
 them.
 
     python benchmarks/poisoned_hospital.py --data-dir data/forty --init models/transunet_centralized_best.pth
     python benchmarks/poisoned_hospital.py --data-dir data --partition site --clients 4 --attacks none
 
-Hospitals of one process, with the product's own round loop and training. First all are honest, for --warm-up
-rounds; from the model that they have then, each attack goes on for --rounds rounds, in every one of them, and
-the result is compared with that of honest hospitals over the same rounds. The attackers know the rules and
-all honest updates of the round. The score is the mean volume Dice over the test patients, whom nobody trains
-on, of the model that the run ends with.
+The hospitals run in one process, with the product's own round loop and training. First all are honest for --warm-up
+rounds. From that model on, each attack runs in every one of --rounds rounds, and the result is compared with that of
+honest hospitals over the same rounds. The attackers know the rules and all honest updates of the round. The score is
+the mean volume Dice of the run's last model over the test patients, whom nobody trains on.
 """
 
 import argparse
@@ -71,8 +70,8 @@ class Bench:
         start: torch.Tensor | None,
         bounds: dict | None = None,
     ) -> tuple[torch.Tensor, list[float], list[dict]]:
-        """Weights at the end, the hospitals' mean validation Dice after each round, and what the audit log
-        says of the attack."""
+        """Weights at the end, the hospitals' mean validation Dice after each round, and the audit log's entries about
+        the attack."""
         out = self.folder / name.replace(" ", "-")
         hostile = Hostile(attack, self.model) if attack else None
         data = (
@@ -156,12 +155,16 @@ def parse() -> argparse.Namespace:
         "--partition", default="iid", choices=KINDS, help="how the dataset is divided (default iid)"
     )
     parser.add_argument("--clients", type=int, default=5, help="hospitals (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order (default 0)")
     parser.add_argument(
-        "--attacks", nargs="+", default=list(ATTACKS), choices=[*ATTACKS, "none"], help="which (default all)"
+        "--attacks",
+        nargs="+",
+        default=list(ATTACKS),
+        choices=[*ATTACKS, "none"],
+        help="the attacks (default all)",
     )
     parser.add_argument(
-        "--undefended", action="store_true", help="also without screening, cut and weights' bound"
+        "--undefended", action="store_true", help="also run without screening, cut and the bound on weights"
     )
     parser.add_argument("--plot", type=Path, help="draw the Dice over the rounds into this PNG")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
@@ -169,7 +172,7 @@ def parse() -> argparse.Namespace:
 
 
 def begin(bench: Bench, arguments: argparse.Namespace) -> torch.Tensor:
-    """The weights that the attacks begin with: a checkpoint's, or those after honest rounds."""
+    """The weights that the attacks begin with: those of a checkpoint, or those after honest rounds."""
     if arguments.init:
         training = bench.training
         model = load_start(arguments.init, training.model, training.image_size, training.norm).model

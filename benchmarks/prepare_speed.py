@@ -1,4 +1,4 @@
-"""How long data/prepare_hospital.py takes for a study, and what memory it needs, with one patient and with
+"""How long data/prepare_hospital.py takes for a study, and how much memory it needs, with one patient and with
 several.
 
     python benchmarks/prepare_speed.py [--patients 4]
@@ -23,11 +23,11 @@ from radiology.series import find_series
 from tests.dicom_phantoms import phantom, scan, turn, write_series
 
 SIDE, SLICES = 512, 40
-KIBIBYTE = 1 if sys.platform == "darwin" else 1024  # in what the system counts a resident set
+KIBIBYTE = 1 if sys.platform == "darwin" else 1024  # the unit in which the system counts a resident set
 
 
 def write_study(folder: Path, number: int) -> None:
-    """One patient's three series and mask."""
+    """Write one patient's three series and mask."""
     images, truth = phantom(number, slices=24)
     who = {"PatientID": f"patient {number}"}
     for image, name in zip(images, ("AX T1", "AX FLAIR", "AX T1 +C")):
@@ -42,8 +42,7 @@ def write_study(folder: Path, number: int) -> None:
 
 
 def measure(source: list[str], out: Path) -> tuple[float, float]:
-    """Seconds, and MiB at most, of a preparation from a source, as the script's options name it. Raises MedFLError
-    where it fails."""
+    """Seconds and peak MiB of a preparation. source: the script's options for it. Raises MedFLError if it fails."""
     command = [
         sys.executable,
         str(ROOT / "data" / "prepare_hospital.py"),
@@ -61,7 +60,7 @@ def measure(source: list[str], out: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--patients", type=int, default=4, help="in the larger archive (default 4)")
+    parser.add_argument("--patients", type=int, default=4, help="patients in the larger archive (default 4)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, arguments.patients):
@@ -70,7 +69,7 @@ def main() -> None:
                 write_study(archive / str(number), number)
             seconds, memory = measure(["--dicom", str(archive)], Path(folder) / f"out{count}")
             print(
-                f"{count} patient(s): {seconds:.1f} s, {seconds / count:.1f} s a study, at most "
+                f"{count} patient(s): {seconds:.1f} s, {seconds / count:.1f} s per study, at most "
                 f"{memory:.0f} MiB",
                 flush=True,
             )

@@ -1,10 +1,10 @@
-"""What pretraining on scans without masks gives, with all, half and a quarter of the training patients' masks.
+"""The benefit of pretraining on scans without masks, with all, half and a quarter of the training patients' masks.
 
     python benchmarks/pretraining.py --data-dir data --seeds 0 1 2 --steps 2000 --pretrain-epochs 200
 
-For each seed an encoder is pretrained on the slices of all training patients, and a model is trained from it and one
-from random weights, on each share of the patients. Both are tested on the same patients; differences are paired, and
-a patient of several seeds counts once, with the mean. Goes on where it was interrupted. Writes table.json.
+For each seed, an encoder is pretrained on the slices of all training patients. Then, on each share of the patients, one
+model is trained from this encoder and one from random weights. Both are tested on the same patients; differences are
+paired, and a patient of several seeds counts once, with the mean. An interrupted run continues. Writes table.json.
 """
 
 import argparse
@@ -41,27 +41,29 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with the scans")
     parser.add_argument(
-        "--out", type=Path, default=Path("models/pretraining"), help="folder for what is written"
+        "--out", type=Path, default=Path("models/pretraining"), help="folder for the output files"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of split and weights")
-    parser.add_argument("--steps", type=int, default=2_000, help="of each training (default 2000)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of split and weights")
+    parser.add_argument("--steps", type=int, default=2_000, help="steps of each training (default 2000)")
     parser.add_argument("--pretrain-epochs", type=int, default=200, help="passes without masks (default 200)")
     parser.add_argument("--model", default="tiny", choices=("mini", "tiny", "small"), help="(default tiny)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (default 128)")
-    parser.add_argument("--test-fraction", type=float, default=0.4, help="of the patients (default 0.4)")
+    parser.add_argument(
+        "--test-fraction", type=float, default=0.4, help="share of the patients (default 0.4)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     return parser.parse_args()
 
 
 def with_masks(split: Split, share: float) -> Split:
-    """The split with a share of its training patients, the first of a shuffle by its seed."""
+    """The split with a share of its training patients: the first ones after a shuffle by its seed."""
     shuffled = np.random.default_rng(split.seed).permutation(list(split.train))
     kept = max(1, round(share * len(shuffled)))
     return replace(split, train=tuple(sorted(str(name) for name in shuffled[:kept])))
 
 
 def pretrained(arguments: argparse.Namespace, root: Path, split: Split, device: torch.device) -> Path:
-    """The file of an encoder that learnt from all training patients' slices; made where it is not there."""
+    """The file of an encoder that learnt from all training patients' slices; made if it does not exist."""
     path = arguments.out / f"encoder_{split.seed}.safetensors"
     if path.exists():
         return path

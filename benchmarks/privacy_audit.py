@@ -1,4 +1,4 @@
-"""What an attacker learns of single patients from a federation, measured: by each defence, the same attacks.
+"""Measures what an attacker learns about single patients from a federation: the same attacks against each defence.
 
     python data/make_phantoms.py --patients 40 --slices 8 --size 64 --seed 5 --out data/audited
     python data/make_phantoms.py --patients 12 --slices 8 --size 64 --seed 7 --out data/others
@@ -7,19 +7,19 @@
     python benchmarks/privacy_audit.py --data-dir data --init models/others/transunet_centralized_best.pth
 
 The product's own rounds and hospitals run in this process; half of the patients take no part. The attacker
-knows the patient whom it asks after, scans and mask, and:
+knows the scans and mask of the patient in question, and tries:
 
-- membership by one update: whether the patient was trained on at the hospital that sent it, by the cosine of
-  the update with what the patient alone would change (AUC; 0.5 is chance)
-- membership by the sum: the same, by what a round changed of the model, which every hospital sees
+- membership by one update: whether the hospital that sent the update trained on the patient, by the cosine between
+  the update and the change that only this patient would make (AUC; 0.5 is chance)
+- membership by the sum: the same, by the change of the model in a round, which every hospital sees
 - membership by the final model: by the patient's loss
-- holder: which hospital a patient of the federation is at, by the same cosine with each hospital's update
-- inversion: a slice made again from its gradient (Geiping et al. 2020, arXiv:2003.14053), in the case that is
-  best for the attacker: a step over one slice, whose mask it knows; the correlation with the true slice
-- subtraction: a patient's figures from the means of images of a hospital without and with it
+- holder: which hospital holds a patient of the federation, by the same cosine with each hospital's update
+- inversion: a slice reconstructed from its gradient (Geiping et al. 2020, arXiv:2003.14053), in the attacker's best
+  case: a step over one slice whose mask is known; the correlation with the true slice
+- subtraction: a patient's figures, from a hospital's image means without and with the patient
 
-An update is what the server gets of one hospital: under a mask with secure aggregation. Privacy of hospitals
-does not change it; its noise is in the sum and in the model.
+An update is what the server receives from one hospital; with secure aggregation it is masked. Privacy of hospitals
+does not change the update: its noise is in the sum and in the model.
 """
 
 import argparse
@@ -60,7 +60,7 @@ PLAIN, SECURE, HOSPITALS, PATIENTS = (
     "privacy of hospitals",
     "privacy of patients",
 )
-LOOKED_AT = 8  # slices of a patient, evenly spread, that the attacker looks at
+LOOKED_AT = 8  # slices of a patient, evenly spread, that the attacker uses
 SMOOTH = 1e-3  # weight of the total variation in an inversion
 
 
@@ -72,20 +72,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hospitals", type=int, default=3, help="hospitals (default 3)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
     parser.add_argument(
-        "--epsilons", type=float, nargs="+", default=[8.0], help="of both kinds of privacy (default 8)"
+        "--epsilons",
+        type=float,
+        nargs="+",
+        default=[8.0],
+        help="epsilons of both kinds of privacy (default 8)",
     )
-    parser.add_argument("--delta", type=float, default=1e-3, help="of both (default 1e-3)")
-    parser.add_argument("--dp-clip", type=float, default=2.0, help="of privacy of hospitals (default 2)")
-    parser.add_argument("--slices", type=int, default=3, help="slices to make again (default 3)")
+    parser.add_argument("--delta", type=float, default=1e-3, help="delta of both (default 1e-3)")
+    parser.add_argument("--dp-clip", type=float, default=2.0, help="clip of privacy of hospitals (default 2)")
+    parser.add_argument("--slices", type=int, default=3, help="slices to reconstruct (default 3)")
     parser.add_argument("--steps", type=int, default=300, help="steps of an inversion (default 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order (default 0)")
     return parser.parse_args()
 
 
 @dataclass
 class Seen:
-    """What one hospital sent in one round, as the server reads it: the weights that came before, (n,), and
-    what the update changes of them, (n,)."""
+    """What one hospital sent in one round, as the server reads it: the weights before it, (n,), and their change by
+    the update, (n,)."""
 
     hospital: int
     number: int
@@ -95,8 +99,8 @@ class Seen:
 
 @dataclass
 class Trial:
-    """A federation, and who was in it. weights: the last model's; members: patients by hospital; others: who
-    took no part."""
+    """A federation and its patients. weights: those of the last model. members: patients by hospital. others: patients
+    who took no part."""
 
     seen: list[Seen]
     before: Tensor
@@ -106,7 +110,7 @@ class Trial:
 
 
 class Attacker:
-    """Knows the scans and masks of all whom it asks after, and the network."""
+    """Knows the network, and the scans and masks of all patients in question."""
 
     def __init__(self, dataset: Dataset, model: TransUNet):
         self.dataset, self.model = dataset, model.train()
@@ -120,17 +124,17 @@ class Attacker:
         return images, resize(torch.from_numpy(truth / np.float32(255))[:, None], (side, side))
 
     def at(self, weights: Tensor) -> None:
-        """Take up these weights, (n,)."""
+        """Load these weights, (n,)."""
         self.model.load_state_dict(unpack(weights, self.model.state_dict()))
 
     def loss(self, patient: str) -> float:
-        """The patient's loss with the weights taken up."""
+        """The patient's loss with the loaded weights."""
         images, masks = self.slices(patient)
         with torch.no_grad():
             return float(segmentation_loss(self.model(images), masks)[0])
 
     def wanted(self, patient: str) -> Tensor:
-        """The direction, (n,) of length 1, in which the patient alone would change the weights taken up."""
+        """The direction, (n,) of length 1, in which only this patient would change the loaded weights."""
         images, masks = self.slices(patient)
         self.model.zero_grad()
         segmentation_loss(self.model(images), masks)[0].backward()
@@ -142,7 +146,7 @@ class Attacker:
 
 
 def auc(members: list[float], others: list[float]) -> float:
-    """How often a member's score is above another's."""
+    """How often a member's score is above that of a patient who took no part."""
     ranks = rankdata([*members, *others])[: len(members)]
     return float((ranks.sum() - len(members) * (len(members) + 1) / 2) / (len(members) * len(others)))
 
@@ -150,7 +154,7 @@ def auc(members: list[float], others: list[float]) -> float:
 def federate(
     arguments: argparse.Namespace, start: Tensor, folder: Path, promise: float | None, **settings
 ) -> Trial:
-    """Run a federation, and keep what the server gets. promise: epsilon of the hospitals' patients."""
+    """Run a federation, and keep what the server receives. promise: epsilon of the hospitals' patients."""
     federation = FederationSettings(
         clients=arguments.hospitals,
         rounds=arguments.rounds,
@@ -174,7 +178,7 @@ def federate(
         def keep(incoming, reply, k=k):
             if incoming.metadata.message_type == "train":
                 sent, answer = from_record(incoming.content["arrays"]), reply.content["arrays"]
-                if federation.secure_aggregation:  # what lies under the mask can't be read; as numbers it is
+                if federation.secure_aggregation:  # the server can't unmask it, and reads the masked numbers
                     change = torch.from_numpy(values_of(answer, np.uint32) / 2.0**32 - 0.5).float()
                 else:
                     change = from_record(answer) - sent
@@ -227,14 +231,14 @@ def attack(attacker: Attacker, trial: Trial, rounds: int) -> dict[str, str]:
 def inverted(
     attacker: Attacker, weights: list[Tensor], goal: list[Tensor], mask: Tensor, steps: int
 ) -> Tensor:
-    """A slice, (1, 3, side, side), whose gradient of these weights points where `goal` does."""
+    """A slice, (1, 3, side, side), whose gradient for these weights points in the direction of `goal`."""
     side = attacker.model.image_side
     slice_ = torch.randn(1, 3, side, side).mul_(0.1).requires_grad_()
     optimiser = torch.optim.Adam([slice_], lr=0.1)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     length = torch.stack([one.norm() for one in goal]).norm()
     for _ in tqdm(range(steps), desc="inversion", unit="step", leave=False, disable=None):
-        with sdpa_kernel(SDPBackend.MATH):  # the one whose derivative has a derivative
+        with sdpa_kernel(SDPBackend.MATH):  # only this backend has a second derivative
             loss = segmentation_loss(attacker.model(slice_), mask)[0]
         made = torch.autograd.grad(loss, weights, create_graph=True)
         product = sum(((a * b).sum() for a, b in zip(made, goal)), torch.zeros(()))
@@ -250,8 +254,8 @@ def inverted(
 def gradients_seen(
     arguments: argparse.Namespace, attacker: Attacker, mode: str, epsilon: float, slices: list
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights, and what an attacker sees of their gradients over one slice, the first of `slices`, by the
-    product's own code; the others' are in the sum of all hospitals."""
+    """The weights, and what an attacker sees of their gradients over one slice, the first of `slices`, computed by the
+    product's own code. The gradients of the other slices are part of the sum of all hospitals."""
     settings = TrainingSettings(image_size=arguments.image_size, norm="group", encoder="random")
     if mode == PATIENTS:
         noise = multiplier_for(epsilon, arguments.rounds * STEPS, arguments.delta, CHANCE)
@@ -280,7 +284,7 @@ def gradients_seen(
 def invert(
     arguments: argparse.Namespace, attacker: Attacker, start: Tensor, trial: Trial, mode: str, epsilon: float
 ) -> str:
-    """How well slices are made again: the mean correlation with the true slice, and with another patient's."""
+    """How well slices are reconstructed: the mean correlation with the true slice, and with another patient's slice."""
     attacker.at(start)
     torch.manual_seed(arguments.seed)
     like, unlike = [], []
@@ -299,8 +303,8 @@ def invert(
 
 
 def subtraction(dataset: Dataset, folder: Path) -> str:
-    """How far a patient's figures, by subtraction of two means, are from its own, in deviations among
-    patients: of exact means, and of what a hospital tells."""
+    """The error of a patient's figures that come from subtracting two means, in deviations among patients: for exact
+    means, and for the means that a hospital reports."""
     names = [patient.name for patient in dataset.patients][:9]
     few, more = (dataset.image_statistics(tuple(one)) for one in (names[:8], names))
     assert few is not None  # of eight patients
@@ -316,7 +320,9 @@ def subtraction(dataset: Dataset, folder: Path) -> str:
         ]
         return float(np.median(np.concatenate(found)))
 
-    return f"{error(few, more):.3f} deviations of exact means, {error(first, second):.3f} of what is told"
+    return (
+        f"{error(few, more):.3f} deviations from exact means, {error(first, second):.3f} from reported ones"
+    )
 
 
 def main() -> None:

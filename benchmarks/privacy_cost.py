@@ -1,10 +1,10 @@
-"""What differential privacy adds to a round at the server: seconds for clipping and noise, and their share of
-a round.
+"""The time that differential privacy adds to a round at the server: seconds for clipping and noise, and their share
+of a round.
 
     python benchmarks/privacy_cost.py [--clients 3] [--round-seconds 13]
 
-The updates are random, of the size of `tiny`'s; how long a round is without privacy,
-benchmarks/federated_rounds.py and benchmarks/security_cost.py measure.
+The updates are random and have the size of `tiny`. benchmarks/federated_rounds.py and benchmarks/security_cost.py
+measure how long a round takes without privacy.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=3, help="hospitals (default 3)")
     parser.add_argument(
-        "--round-seconds", type=float, default=13.0, help="a round without privacy, in seconds (default 13)"
+        "--round-seconds", type=float, default=13.0, help="seconds of a round without privacy (default 13)"
     )
     arguments = parser.parse_args()
     privacy = HospitalPrivacy(

@@ -1,10 +1,10 @@
-"""What a defence costs: rounds of a federation on plain loopback and of a secured one, in turn.
+"""The cost of a defence: rounds of a federation on plain loopback and of a secured one, in turn.
 
     python benchmarks/security_cost.py gateway --data-dir data/phantoms [--rounds 5] [--repeats 2]
     python benchmarks/security_cost.py secure-aggregation
 
-A server and two hospitals (three with secure aggregation, which needs as many) as real processes on this
-machine, `tiny` at 128 pixels. gateway: the secured ones have a kit each, and stand behind nginx.
+A server and two hospitals (three with secure aggregation, which needs three) run as real processes on this machine,
+with `tiny` at 128 pixels. gateway: each secured one has a kit, and they stand behind nginx.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROUND = re.compile(r"^[-\d :]+round \d+ of \d+: ([\d.]+) s, of which ([\d.]+) s"
 
 
 def make_kits(folder: Path, hospitals: int) -> None:
-    """A server's kit and the hospitals', each admitted."""
+    """Make the kits of a server and its hospitals, each of them admitted."""
     make_authority(folder / "server")
     make_server_certificate(folder / "server", ["localhost"], 1)
     for number in range(hospitals):
@@ -41,8 +41,8 @@ def make_kits(folder: Path, hospitals: int) -> None:
 def rounds(
     defence: str | None, count: int, folder: Path, data_dir: Path, number: int
 ) -> list[tuple[float, float]]:
-    """Seconds of each of `number` rounds of `count` hospitals, and
-    those besides the longest hospital's work."""
+    """Seconds of each of `number` rounds of `count` hospitals, and the seconds without the longest hospital's
+    work."""
     address = f"127.0.0.1:{free_port()}"
 
     def keys(name: str) -> list[str]:
@@ -76,7 +76,7 @@ def rounds(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("defence", choices=HOSPITALS, help="which")
+    parser.add_argument("defence", choices=HOSPITALS, help="the defence to measure")
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data/phantoms"), help="a dataset (default data/phantoms)"
     )
@@ -100,14 +100,14 @@ def main() -> None:
                 )
                 print(
                     f"{kind}: {', '.join(f'{seconds:.1f}' for seconds, _ in found[-arguments.rounds :])} s "
-                    f"a round",
+                    f"per round",
                     flush=True,
                 )
     medians = {}
     for kind, found in measured.items():
         medians[kind] = [statistics.median(values) for values in zip(*found)]
         print(
-            f"{kind:8} median round {medians[kind][0]:.1f} s, besides the hospitals' work "
+            f"{kind:8} median round {medians[kind][0]:.1f} s, without the hospitals' work "
             f"{medians[kind][1]:.1f} s, {len(found)} rounds"
         )
     more = medians["secured"][0] - medians["plain"][0]

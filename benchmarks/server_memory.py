@@ -1,12 +1,11 @@
-"""How the server's memory and time depend on the number of hospitals: one round's answers taken in, screened
+"""How the server's memory and time depend on the number of hospitals: one round's answers are received, screened
 and summed.
 
     python benchmarks/server_memory.py [--hospitals 4 64] [--model tiny] [--strategies fedavg krum]
 
-For each strategy and number of hospitals a process of its own takes in random updates of the model's size one
-after the other, as they come from Flower, screens them, and makes the new model. Memory is the highest
-resident memory of that process above what it holds with the model alone (Linux only); seconds are those of
-screening and summing.
+For each strategy and number of hospitals, a separate process receives random updates of the model's size one after the
+other, as they come from Flower, screens them, and makes the new model. Memory is the highest resident memory of that
+process above what it holds with only the model (Linux only); seconds are those of screening and summing.
 """
 
 import argparse
@@ -34,7 +33,7 @@ def resident(which: str) -> float:
 
 
 def one_round(strategy: str, hospitals: int, name: str) -> None:
-    """Take in, screen and sum the updates of a round, and print what it took."""
+    """Receive, screen and sum the updates of a round, and print the memory and time."""
     model = TransUNet(name, 128)
     sent, is_statistic, variances = pack(model.state_dict()), statistics_mask(model), variance_mask(model)
     settings = FederationSettings(
@@ -77,17 +76,15 @@ def one_round(strategy: str, hospitals: int, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--hospitals", type=int, nargs="+", default=[4, 64], help="how many (default 4 and 64)"
+        "--hospitals", type=int, nargs="+", default=[4, 64], help="numbers of hospitals (default 4 and 64)"
     )
     parser.add_argument(
-        "--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="which (default all)"
+        "--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="the strategies (default all)"
     )
     parser.add_argument(
-        "--model", choices=ARCHITECTURES, default="tiny", help="whose size updates have (default tiny)"
+        "--model", choices=ARCHITECTURES, default="tiny", help="the updates have its size (default tiny)"
     )
-    parser.add_argument(
-        "--one", action="store_true", help="do it in this process, for one strategy and number"
-    )
+    parser.add_argument("--one", action="store_true", help="run in this process, for one strategy and number")
     arguments = parser.parse_args()
     if arguments.one:
         return one_round(arguments.strategies[0], arguments.hospitals[0], arguments.model)

@@ -1,11 +1,11 @@
-"""Measure a training here: images a second against a U-Net, its memory, and the input pipeline's share of a
-step.
+"""Measure training on this machine: images per second compared with a U-Net, memory, and the input pipeline's share of
+a step.
 
     python benchmarks/throughput.py [--data-dir data/phantoms] [--side 256] [--batch-size 16] [--steps 5]
 
-The U-Net is segmentation_models_pytorch's with a ResNet-34, random weights, plain float32; ours is `tiny`
-with its defaults. Both do the same step in turn, so that a noisy machine hits both, and medians are compared.
-Measured here are only forward, backward and the optimiser's step; augmentation is timed apart.
+The U-Net is that of segmentation_models_pytorch with a ResNet-34, random weights and plain float32; ours is `tiny`
+with its defaults. Both do the same step in turn, so that a noisy machine affects both, and medians are compared.
+Only forward, backward and the optimiser's step are measured; augmentation is timed separately.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
     )
     print(f"  {ours:.1f} images/s against {theirs:.1f} of the U-Net: {ours / theirs:.2f} times")
     print(f"  input pipeline {100 * share:.1f} % of a step after the first pass")
-    print(f"  memory of the process before the U-Net was made: {memory:.2f} GiB (its peak)")
+    print(f"  peak memory of the process before the U-Net was made: {memory:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What comes from outside and goes out to others: how much a file may ask for, and texts on each way out."""
+"""The limits for what comes from outside, and the escaping of texts that go out to others."""

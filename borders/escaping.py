@@ -1,7 +1,7 @@
-"""Texts of others on their way out: names of files, patients, hospitals, series and datasets, and sentences
-that hold one. One function for each way: terminal, HTML, Markdown, CSV, and a picture's text.
+"""Escapes texts by others before they are shown: names of files, patients, hospitals, series and datasets, and
+sentences that hold one. There is one function for each output: terminal, HTML, Markdown, CSV, and a picture's text.
 
-Each shows the text as it is and lets it do nothing: no control code, no tag, no link or picture, no formula.
+Each function shows the text as it is but makes it harmless: no control code, no tag, no link or picture, no formula.
 """
 
 import html
@@ -11,18 +11,18 @@ from typing import Any
 
 # control codes, invisible marks and those that turn the direction, halves of a character, line separators
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-_JOINER = "\u2060"  # a character without a width; it ends what Markdown would take for an address or a sign
-# not ` and a _ within a word: what the one encloses is text, and the other means nothing
+_JOINER = "\u2060"  # a zero-width character; it ends what Markdown would take for an address or a symbol
+# without ` and a _ within a word: text between ` stays text, and such a _ means nothing
 _MARKS = re.compile(r"([\\*\[\]<>|~$^]|(?<![^\W_])_|_(?![^\W_]))")
 _BEGINS = re.compile(r"^(\s*)(?:(#|[+=-](?![\w.]))|(\d+)([.)])(?=\s|$))")  # a heading, a list, a line
-# Excel takes a cell for a formula that begins so, and where ; separates cells, each part of it as well. Full
+# Excel takes a cell that begins with these for a formula; where ; separates cells, also each part of it. Full
 # width signs count too.
 _FORMULA = re.compile(r"(^|[;,|]|\\[trn])(\s*)(?=[=+\-@＝＋－＠])")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
 def plain(text: object) -> str:
-    """A text in one line in which every character can be seen: others are written as Python writes them."""
+    """A text in one line in which every character is visible: invisible ones are written as Python escapes them."""
     return "".join(_seen(character) if _hidden(character) else character for character in str(text))
 
 
@@ -40,14 +40,14 @@ def terminal(text: object) -> str:
 
 
 def lines(text: object) -> str:
-    """A text of several lines of our own for a terminal or a log; the names in it passed `terminal`, or have
-    no line's end by their kind."""
+    """A text of several lines of our own for a terminal or a log. Names in it have passed `terminal`, or are of a
+    kind that holds no line end."""
     return "\n".join(map(plain, str(text).split("\n")))
 
 
 def stream(text: str) -> str:
-    """What a program writes to a terminal, piece by piece: its lines and tabs stay, and a bar of progress may begin
-    its line again."""
+    """A piece of a program's output for a terminal. Lines and tabs stay, and a progress bar may return to the start
+    of its line."""
     again = "\r" if text.startswith("\r") else ""
     shown = ("\t".join(map(plain, line.split("\t"))) for line in text.removeprefix(again).split("\n"))
     return again + "\n".join(shown)
@@ -59,8 +59,8 @@ def web(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """A text for Markdown, also that of Streamlit and in a table's cell: no heading, list, link, picture,
-    formula or sign comes of it, and no address becomes a link."""
+    """A text for Markdown, also for Streamlit's and for a table's cell. It makes no heading, list, link, picture,
+    formula or symbol, and no address becomes a link."""
     escaped = _MARKS.sub(r"\\\1", plain(text).replace("&", "&amp;"))
     escaped = re.sub(r":(?=\S)", f":{_JOINER}", escaped)
     escaped = re.sub(r"(?i)www(?=\.)|@", lambda found: found[0] + _JOINER, escaped)
@@ -68,13 +68,13 @@ def markdown(text: object) -> str:
 
 
 def cell(value: Any) -> Any:
-    """A value for a cell of a CSV file: a text that a spreadsheet would run gets an apostrophe where it
-    begins; numbers stay."""
+    """A value for a cell of a CSV file. A text that a spreadsheet would run gets an apostrophe in front; numbers
+    stay."""
     if not isinstance(value, str) or _NUMBER.fullmatch(value):
         return value
     return _FORMULA.sub(r"\1\2'", plain(value))
 
 
 def drawn(text: object) -> str:
-    """A text for matplotlib, which takes what lies between two $ for a formula."""
+    """A text for matplotlib, which would take text between two $ for a formula."""
     return plain(text).replace("$", r"\$")

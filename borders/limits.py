@@ -1,8 +1,7 @@
-"""How much what comes from outside may ask for. Readers ask here, with what a header says, before anything is
-decoded or allocated.
+"""Limits for files from outside. Readers check the sizes in a header here before they decode or allocate anything.
 
-One budget holds for all of them: reading a case, a series or a model takes less than `BUDGET` bytes, however
-much a file of a few bytes claims to hold. Sizes that are told twice are told here only.
+One budget holds for all of them: reading a case, a series or a model takes less than `BUDGET` bytes, however much a
+file of a few bytes claims to hold. Sizes that several modules need are defined only here.
 """
 
 import json
@@ -15,15 +14,11 @@ from typing import IO, Any, Literal
 
 BUDGET = 2**30  # bytes that reading may take
 MAX_FILES = 1_000  # of one case, masks and all
-MAX_NAME = (
-    255  # characters of a file's name, as file systems have it; patterns look through a longer one for ever
-)
+MAX_NAME = 255  # characters of a file's name, as in file systems; patterns would search a longer one for ever
 MAX_UNPACKED = BUDGET // 4  # bytes that an archive may unpack to
-ZIP_KINDS = (
-    zipfile.ZIP_STORED,
-    zipfile.ZIP_DEFLATED,
-)  # Python unpacks others without bounds: 1 kB to gigabytes
-MAX_VOXELS = BUDGET // 16  # of a series: float32, and turning, resampling and comparing hold four at once
+# Python unpacks other kinds without bounds: 1 kB to gigabytes
+ZIP_KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+MAX_VOXELS = BUDGET // 16  # of a series: float32; turning, resampling and comparing hold four copies at once
 MAX_PIXELS = 12 * 2**20  # of a case on a page: 192 slices of 256×256; normalising more needs over 1.5 GiB
 MAX_SIDE = 4096  # pixels of a slice; larger than any of a brain
 MAX_SLICES = 4096  # of a volume or a file of several frames
@@ -31,7 +26,7 @@ MAX_NETWORK_SIDE = 1024  # pixels of a network's input
 MAX_TEXT = 4 * 2**20  # bytes of a JSON file
 MAX_HEADER = 8 * 2**20  # bytes of a DICOM file without its pixels
 MAX_SCANS = 100  # passes in which a JPEG is refined; each decodes the whole picture again, and ten are usual
-MAX_LARGE = 1e15  # of a voxel's value; squares of larger ones are no numbers in single precision
+MAX_LARGE = 1e15  # of a voxel's value; larger ones have squares that overflow single precision
 MAX_ITEMS = 100_000  # of all sequences in such a header; each becomes an object of a kilobyte
 MAX_SEGMENTS = (
     1_000  # of a DICOM SEG, whose reader takes 3 ms for each; an atlas of the brain has two hundred
@@ -53,34 +48,34 @@ def is_size_mm(value: object) -> bool:
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and SIZES_MM[0] <= value <= SIZES_MM[1]  # false for NaN, and true whole numbers of any length compare
+        and SIZES_MM[0] <= value <= SIZES_MM[1]  # false for NaN; whole numbers of any length compare
     )
 
 
 def fits(shape: Sequence[int], most: int = MAX_VOXELS) -> bool:
-    """Whether (slices, rows, columns, ...) are sizes, and not more than `most` values together."""
+    """Whether (slices, rows, columns, ...) are valid sizes with at most `most` values together."""
     return all(side > 0 for side in shape) and shape[0] <= MAX_SLICES and math.prod(shape) <= most
 
 
 def read_json(content: bytes | str) -> Any:
-    """What a JSON text holds. Raises ValueError for more than `MAX_TEXT`, for brackets within brackets
-    without end, and for what is no JSON."""
+    """The content of a JSON text. Raises ValueError for more than `MAX_TEXT`, for brackets nested too deeply, and
+    for a text that is not JSON."""
     if len(content) > MAX_TEXT:
         raise ValueError(f"more than {MAX_TEXT >> 20} MB of JSON")
     try:
         return json.loads(content, parse_int=lambda text: int(text) if len(text) <= _DIGITS else float(text))
     except RecursionError as error:
-        raise ValueError("JSON within JSON without end") from error
+        raise ValueError("JSON that is nested too deeply") from error
 
 
 def read_json_file(path: Path) -> Any:
-    """What a JSON file holds, of which no more is read than `MAX_TEXT`. Raises as `read_json`, and OSError."""
+    """The content of a JSON file; no more than `MAX_TEXT` is read. Raises OSError, and ValueError as `read_json`."""
     with open(path, "rb") as file:
         return read_json(file.read(MAX_TEXT + 1))
 
 
 def has_many_scans(file: IO[bytes]) -> bool:
-    """Whether a JPEG is refined in more than `MAX_SCANS` passes: seconds for each kilobyte. Other files are not."""
+    """Whether a file is a JPEG that is refined in more than `MAX_SCANS` passes, which take seconds per kilobyte."""
     scans, piece = 0, file.read(_PIECE)
     if not piece.startswith(b"\xff\xd8"):
         return False
@@ -92,8 +87,8 @@ def has_many_scans(file: IO[bytes]) -> bool:
 
 def tiff_asks_for_more(file: IO[bytes], length: int) -> bool:
     """Whether a TIFF holds more than `MAX_FILES` pictures, tiles that are larger than any slice, or tags that claim
-    more bytes than the file has: a reader would take a gigabyte, or minutes, for a small file. Other files claim
-    nothing."""
+    more bytes than the file has: a reader would take a gigabyte, or minutes, for a small file. False for other
+    files."""
     start = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(start[:2])
     kind = _TIFF_KINDS.get(struct.unpack(f"{order}H", start[2:4])[0]) if order and len(start) == 16 else None
@@ -104,7 +99,7 @@ def tiff_asks_for_more(file: IO[bytes], length: int) -> bool:
     (place,) = struct.unpack(f"{order}{value_format}", start[offset_bytes : 2 * offset_bytes])
     for _ in range(MAX_FILES):
         if not 0 < place < length:
-            return False  # the last picture, or cut off, as its reader will say
+            return False  # the last picture, or cut off, which its reader will report
         file.seek(place)
         head = file.read(head_bytes)
         if len(head) < head_bytes:

@@ -1,4 +1,4 @@
-"""Terminals, files and pipes that never end a run, and that no name commands."""
+"""Output streams that never end a run and that no name can control."""
 
 import contextlib
 import os
@@ -10,13 +10,12 @@ from borders import escaping
 
 
 class SteadyStream:
-    """A terminal, file or pipe that never ends a run and that no name commands: what it can't show is escaped, as
-    are control codes, and when it is gone (a closed pipe, a full disk, a terminal that was closed) what is said
-    goes nowhere."""
+    """A terminal, file or pipe that never ends a run and that no name can control. What it can't show is escaped, and
+    so are control codes. When it is gone (a closed pipe, a full disk, a closed terminal), its output is dropped."""
 
     def __init__(self, stream: Any):
         self._stream = stream
-        if hasattr(stream, "reconfigure"):  # not so in a notebook
+        if hasattr(stream, "reconfigure"):  # a notebook's stream has none
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
@@ -35,7 +34,7 @@ class SteadyStream:
         except (OSError, ValueError):  # ValueError: it was closed
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())  # also for what Python still holds, at the end
+                os.dup2(nowhere, self._stream.fileno())  # also for what Python still buffers at the end
                 os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +42,8 @@ class SteadyStream:
 
 
 def steady_output() -> None:
-    """See to it that nothing that is printed from now on raises. A service may have been started with both closed."""
+    """Make sure that printing raises no error from now on. A service may have been started with both streams
+    closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -1,1 +1,1 @@
-"""What an encoder starts with, and how one learns from scans without masks."""
+"""The start of an encoder, and how an encoder learns from scans without masks."""

@@ -1,4 +1,4 @@
-"""Masked autoencoding: an encoder learns from slices without masks by painting what is hidden from it.
+"""Masked autoencoding: an encoder learns from slices without masks by reconstructing hidden patches.
 
 He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377.
 """
@@ -33,9 +33,9 @@ from storage.files import atomic_write
 from training import EpochResult
 from transunet import ARCHITECTURES, PATCH, TransUNet
 
-STUDY = re.compile(r"(p[0-9a-f]{12})_s[0-9a-f]{8}")  # a patient's pseudonym and that of the study
+STUDY = re.compile(r"(p[0-9a-f]{12})_s[0-9a-f]{8}")  # the pseudonyms of a patient and a study
 HIDDEN = 0.75  # share of the patches, as in the paper
-BETAS = (0.9, 0.95)  # AdamW's, as in the paper
+BETAS = (0.9, 0.95)  # of AdamW, as in the paper
 WIDTH, DEPTH, HEADS = 96, 2, 3  # of the decoder, which is thrown away
 FLAT = 1e-2  # added to a patch's variance, so that the empty background is not stretched to noise
 
@@ -43,8 +43,8 @@ FLAT = 1e-2  # added to a patch's variance, so that the empty background is not 
 class MaskedAutoencoder(nn.Module):
     """A named model's encoder, and a small decoder that paints the patches which the encoder did not see.
 
-    name, image_side: as for `TransUNet`; encoder: of such a model, a new one where None. Raises MedFLError for a
-    model whose encoder is no plain ViT.
+    name, image_side: as for `TransUNet`. encoder: the encoder of such a model, or None for a new one. Raises
+    MedFLError for a model whose encoder is not a plain ViT.
     """
 
     def __init__(self, name: str, image_side: int, encoder: VisionTransformer | None = None):
@@ -62,8 +62,8 @@ class MaskedAutoencoder(nn.Module):
         """The loss, a scalar: the mean squared error over the hidden patches, each normalised by its own mean
         and deviation.
 
-        images: (B, 3, side, side) float32, normalised; order: (B, n) int64, the patches' numbers shuffled, of
-        which the first `visible` are shown.
+        images: (B, 3, side, side) float32, normalised; order: (B, n) int64, the patches' numbers, shuffled; the
+        encoder sees the first `visible` of them.
         """
         vit = self.encoder
         assert vit.pos_embed is not None and vit.cls_token is not None  # our encoders have both
@@ -79,24 +79,24 @@ class MaskedAutoencoder(nn.Module):
         return errors.gather(1, order[:, visible:]).mean()
 
     def painter(self) -> dict[str, Tensor]:
-        """The state of all but the encoder."""
+        """The state of everything except the encoder."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
 
     def load_painter(self, state: dict[str, Tensor]) -> None:
-        """Take up what `painter` gave."""
+        """Load the state that `painter` returned."""
         self.load_state_dict({**self.state_dict(), **state})
 
 
 def check_name(name: str) -> None:
-    """Raises MedFLError for a model whose encoder is no plain ViT."""
+    """Raises MedFLError for a model whose encoder is not a plain ViT."""
     if name in ARCHITECTURES and ARCHITECTURES[name].pyramid is None:
         raise MedFLError(
-            f"{name} sees slices through a ResNet, which hides no patches; choose mini, tiny or small"
+            f"{name} sees slices through a ResNet, which can't hide patches; choose mini, tiny or small"
         )
 
 
 def patches(images: Tensor) -> Tensor:
-    """Images (B, 3, side, side) as their patches (B, n, 3 * 16 * 16), each less its mean and over its
+    """Images (B, 3, side, side) as their patches (B, n, 3 * 16 * 16), each normalised by its own mean and
     deviation."""
     count, _, side, _ = images.shape
     grid = images.reshape(count, 3, side // PATCH, PATCH, side // PATCH, PATCH)
@@ -105,7 +105,7 @@ def patches(images: Tensor) -> Tensor:
 
 
 class EncoderLearner:
-    """An encoder in training. Hospitals use it in the place of `training.Learner`."""
+    """An encoder in training. Hospitals use it instead of `training.Learner`."""
 
     def __init__(self, model: MaskedAutoencoder, lr: float, weight_decay: float, hidden: float = HIDDEN):
         self.model, self.lr, self.step_count = model, lr, 0
@@ -126,8 +126,8 @@ class EncoderLearner:
         before_step: Callable[[int], bool] = lambda _: True,
         progress: tqdm | None = None,
     ) -> EpochResult:
-        """One pass over batches of `UnlabelledBatches`. `before_step` gets the number of the step and may end the
-        pass. Raises MedFLError on a loss that is not finite."""
+        """One pass over batches of `UnlabelledBatches`. `before_step` gets the number of the step and ends the pass by
+        returning False. Raises MedFLError on a loss that is not finite."""
         self.model.train()
         device, losses = next(self.model.parameters()).device, []
         for images, order in batches:
@@ -152,8 +152,8 @@ Reads = Callable[[str, Path], bool]  # whether a volume of this name, in this fo
 
 
 def of_training(split: Split, unmasked: bool = True) -> Reads:
-    """What an encoder may see of a split: the training patients and, where `unmasked`, scans in without_masks/, but
-    none of a patient who validates or tests, other studies of theirs among them."""
+    """The rule for the volumes of a split that an encoder may read: those of the training patients and, if `unmasked`,
+    scans in without_masks/. It excludes validation and test patients, and other studies of such patients."""
     others = (*split.val, *split.test)
     people = {_person(patient) for patient in others} - {None}
 
@@ -169,8 +169,8 @@ def of_training(split: Split, unmasked: bool = True) -> Reads:
 def unlabelled_volumes(
     folder: Path, mask_suffix: str = MASK_SUFFIX, reads: Reads = lambda *_: True
 ) -> list[list[Path]]:
-    """The slices of each volume below a folder. Masks, as their names or their tree tell them, are left out. Raises
-    MedFLError where there is no slice."""
+    """The slices of each volume below a folder, without masks, which are known by their names or their tree. Raises
+    MedFLError if there is no slice."""
     inside = dict(walk(folder))
     files = pair((file for found in inside.values() for file in found), mask_suffix).images
     volumes = [slices for name, slices in group_volumes(files, inside) if reads(name, slices[0].parent)]
@@ -180,8 +180,8 @@ def unlabelled_volumes(
 
 
 class UnlabelledBatches:
-    """An epoch's batches of slices without masks: images (B, 3, side, side) float32, varied as in a training, and
-    (B, n) int64, each picture's patches in a random order.
+    """An epoch's batches of slices without masks: images (B, 3, side, side) float32, augmented as in training, and
+    (B, n) int64, each image's patches in a random order.
 
     All slices are in memory, as float16. All randomness comes from (seed, epoch).
     """
@@ -196,11 +196,11 @@ class UnlabelledBatches:
 
     @property
     def slices(self) -> int:
-        """Slices that the batches are drawn from."""
+        """Number of slices that the batches are drawn from."""
         return len(self._images)
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return -(-self.slices // self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -217,20 +217,20 @@ class UnlabelledBatches:
 
 
 def write_encoder(encoder: nn.Module, about: dict, path: Path) -> None:
-    """Write an encoder's weights in timm's names, with `about` as the file's metadata; whole or not at all."""
+    """Write an encoder's weights under timm's names, with `about` as the file's metadata; whole or not at all."""
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     with atomic_write(path) as file:
         file.write(save(state, {"medfl": json.dumps(about, allow_nan=False)}))
 
 
 def _person(name: str) -> str | None:
-    """Whose study a pseudonym of a prepared study is (radiology/pseudonyms.py); None for another name."""
+    """The patient's pseudonym in the name of a prepared study (radiology/pseudonyms.py); None for other names."""
     found = STUDY.fullmatch(Path(name).name)
     return found[1] if found else None
 
 
 def _is_of(volume: str, folder: Path, patient: str) -> bool:
-    """Whether a volume is a patient's, whose name in a split is the end of the folder's path, or the volume's
-    own in a flat tree."""
+    """Whether a volume belongs to a patient. The patient's name in a split is the end of the folder's path, or the
+    volume's name in a flat tree."""
     names = Path(patient).parts
     return folder.parts[-len(names) :] == names or volume == patient

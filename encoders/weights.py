@@ -1,5 +1,5 @@
-"""What an encoder starts with: timm's ImageNet weights, a file of weights, or random numbers; and the recipe that
-goes with each."""
+"""What an encoder starts with: timm's ImageNet weights, a file of weights, or random weights; and the training recipe
+for each."""
 
 import threading
 import urllib.request
@@ -24,10 +24,10 @@ PRETRAINED, RANDOM = "pretrained", "random"
 FILES = (
     "model.safetensors",
     "pytorch_model.bin",
-)  # in which timm's weights lie: on the hub today in the first
-PATIENCE = 5.0  # seconds for the one try to reach the hub
-# Loaded weights are kept while the decoder learns from nothing, and then changed slowly (arXiv:2102.04306 trains
-# on from ImageNet weights); an encoder that knows nothing learns as the rest does.
+)  # names of timm's files; today the hub uses the first
+PATIENCE = 5.0  # seconds for the single attempt to reach the hub
+# Loaded weights are frozen while the decoder learns from scratch, and then changed slowly (arXiv:2102.04306 starts
+# from ImageNet weights); a random encoder learns like the rest.
 RECIPES: dict[bool, dict[str, Any]] = {
     True: {"encoder_lr_factor": 0.1, "freeze_encoder_epochs": 3},
     False: {"encoder_lr_factor": 1.0, "freeze_encoder_epochs": 0},
@@ -35,10 +35,10 @@ RECIPES: dict[bool, dict[str, Any]] = {
 
 
 def start_model(settings: TrainingSettings) -> tuple[TransUNet, TrainingSettings, str | None]:
-    """The network that a training begins with, the settings as they are then (what the encoder holds, and its
-    recipe where none was asked for), and a sentence where it is not what was asked for.
+    """The network that a training begins with, the settings (with what the encoder holds, and with its recipe where
+    none was asked for), and a sentence if the encoder is not the requested one, else None.
 
-    Weights and seed are the caller's: `torch.manual_seed` first. Raises MedFLError for a file that doesn't fit.
+    The caller sets the seed first, with `torch.manual_seed`. Raises MedFLError for a file that doesn't fit.
     """
     wanted = settings.encoder
     note = None
@@ -46,7 +46,7 @@ def start_model(settings: TrainingSettings) -> tuple[TransUNet, TrainingSettings
     if wanted == PRETRAINED:
         path, why = pretrained_weights(settings.model)
         if path is None:
-            note = f"the encoder starts from random weights: {why}; --encoder random says so from the start"
+            note = f"the encoder starts from random weights: {why}; --encoder random asks for them"
     elif wanted != RANDOM:
         path = Path(wanted)
     model = TransUNet(settings.model, settings.image_size, settings.norm, path)
@@ -55,8 +55,9 @@ def start_model(settings: TrainingSettings) -> tuple[TransUNet, TrainingSettings
 
 
 def go_on_from(start: Checkpoint, settings: TrainingSettings) -> TrainingSettings:
-    """The settings of a training that begins with a checkpoint: its encoder is what that began with, and it is
-    trained as the rest, because the decoder is trained already. Raises MedFLError where another encoder is named."""
+    """The settings of a training that begins with a checkpoint. They record the start of that checkpoint's encoder.
+    The encoder is trained like the rest, because the decoder is already trained. Raises MedFLError if an encoder is
+    named as well."""
     if settings.encoder not in (PRETRAINED, RANDOM):
         raise MedFLError(
             f"--init brings an encoder of its own, and --encoder names {settings.encoder}; give one of them"
@@ -66,15 +67,15 @@ def go_on_from(start: Checkpoint, settings: TrainingSettings) -> TrainingSetting
 
 
 def with_recipe(settings: TrainingSettings, recipe: dict[str, Any]) -> TrainingSettings:
-    """The settings with the recipe's values where nothing was asked for."""
+    """The settings, with the recipe's values where none were asked for."""
     return replace(
         settings, **{name: value for name, value in recipe.items() if getattr(settings, name) is None}
     )
 
 
 def pretrained_weights(name: str) -> tuple[Path | None, str]:
-    """The file of timm's weights for a named model's encoder, from the hub's cache or the hub; or None, and
-    why. Tries the network once, for `PATIENCE` seconds."""
+    """The file of timm's weights for a named model's encoder, from the hub's cache or the hub, and ""; or None and the
+    reason. Tries the network once, for `PATIENCE` seconds."""
     plan = ARCHITECTURES[name]
     known = None if plan.size else timm.get_pretrained_cfg(plan.encoder)
     repo = known.hf_hub_id if known else None
@@ -88,12 +89,12 @@ def pretrained_weights(name: str) -> tuple[Path | None, str]:
         return None, f"timm's weights ({repo}) are not in the cache, and the hub can't be reached"
     try:
         return Path(huggingface_hub.hf_hub_download(repo, FILES[0], etag_timeout=PATIENCE)), ""
-    except Exception as error:  # the hub's client and what is below it raise their own kinds
+    except Exception as error:  # the hub's client and its libraries raise their own kinds
         return None, f"timm's weights ({repo}) can't be loaded from the hub ({type(error).__name__})"
 
 
 def _answers(url: str) -> bool:
-    """Whether somebody answers there in time. In a thread, because looking up a name knows no time limit."""
+    """Whether the address answers in time. It is asked in a thread, because a name lookup has no time limit."""
     answered = threading.Event()
 
     def ask() -> None:

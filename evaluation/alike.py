@@ -1,4 +1,4 @@
-"""Whether two models of one table were made alike: the same weights, choice, passes and encoder."""
+"""Whether two models of one table were made in the same way: the same weights, choice, passes and encoder."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Made:
-    """What two models must have in common to be compared; None where a file of before doesn't say.
+    """How a model was made, as far as models must agree to be compared; None where an older file doesn't say.
 
-    weights: averaged or raw; chosen: how; passes: over the training slices, of the whole run; encoder: what
-    it started with.
+    weights: averaged or raw; chosen: how the model was chosen; passes: over the training slices, in the whole run;
+    encoder: what it started with.
     """
 
     weights: str | None = None
@@ -19,7 +19,7 @@ class Made:
     encoder: str | None = None
 
     def unlike(self, first: "Made") -> list[str]:
-        """In words, each way in which this model was made unlike the first row's."""
+        """Each way in which this model was made differently from the first row's, in words."""
         told = []
         if self.weights != first.weights:
             told.append(f"{self.weights or 'unknown'} weights, not {first.weights or 'unknown'} ones")
@@ -38,7 +38,7 @@ class Made:
 def made(checkpoint: Checkpoint) -> Made:
     """How a model was made, from its metadata."""
     training = checkpoint.metadata.get("training", {})
-    before = None  # files of before don't say it: a central run's average is known by its setting
+    before = None  # older files don't say it: a central run's average is known from its setting
     if "ema_decay" in training and "rounds" not in training:
         before = "averaged" if training["ema_decay"] else "raw"
     selected = training.get("selected_by")
@@ -51,7 +51,7 @@ def made(checkpoint: Checkpoint) -> Made:
 
 
 def _passes(checkpoint: Checkpoint) -> float | None:
-    """Passes over the training slices of the whole run, as its settings ask; those done, of a run by minutes."""
+    """Passes over the training slices in the whole run, by its settings; for a run by minutes, the passes done."""
     training = checkpoint.metadata.get("training", {})
     if training.get("minutes"):
         return training.get("epochs_done")
@@ -67,7 +67,7 @@ def _passes(checkpoint: Checkpoint) -> float | None:
 
 
 def _encoder(training: dict) -> str | None:
-    """What the encoder began with; two other settings told it before --encoder."""
+    """What the encoder began with; before --encoder, two other settings recorded it."""
     if "encoder" in training or "pretrained" not in training:
         return training.get("encoder")
     return training.get("encoder_weights") or ("pretrained" if training["pretrained"] else "random")

@@ -1,5 +1,5 @@
-"""Whether a probability means what it says: reliability, expected calibration error, and the temperature that
-mends it."""
+"""Whether the probabilities can be taken literally: reliability, expected calibration error, and the temperature that
+corrects them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,14 +10,14 @@ from scipy.special import log_expit, logit
 from evaluation.curves import BLUE, ORANGE, new_figure
 from storage.files import atomic_write
 
-EDGES = np.array([0.0, 0.01, *np.arange(1, 10) / 10, 1.0])  # of the bins; the first is what nobody doubts
+EDGES = np.array([0.0, 0.01, *np.arange(1, 10) / 10, 1.0])  # of the bins; the first holds the sure background
 COLUMNS = 3  # of a bin: pixels, sum of the probability, tumour pixels
-REACH, STEPS = 16.0, 3_200  # of the logits that a temperature is fitted to: float32 has none beyond
-TEMPERATURES = (0.25, 4.0)  # bounds; what lies beyond is no calibration but a broken model
+REACH, STEPS = 16.0, 3_200  # range and bins of the fitted logits; float32 has none beyond
+TEMPERATURES = (0.25, 4.0)  # bounds; a value beyond them means a broken model, not a calibration
 
 
 def reliability(probabilities: np.ndarray, truth: np.ndarray) -> list[list[float]]:
-    """For each bin of the probability the pixels, the sum of their probabilities and how many are tumour.
+    """For each bin of the probability: its pixels, the sum of their probabilities and the number of tumour pixels.
 
     probabilities: float32, 0 to 1; truth: the same shape, any dtype, non-zero is tumour.
     """
@@ -32,8 +32,8 @@ def calibration(tables: Iterable[list[list[float]]]) -> dict:
     """The calibration over the pixels of some patients, from their `reliability`.
 
     Returns ece: the expected calibration error (Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599) over
-    the pixels to which the model gives 1 % or more, None without any; ece_all_pixels: the same over all, which
-    the sure background makes small; unseen_tumour: the share of the tumour's pixels that got under 1 %, None
+    the pixels to which the model gives 1 % or more, None without any; ece_all_pixels: the same over all pixels,
+    made small by the sure background; unseen_tumour: the share of the tumour's pixels that got under 1 %, None
     without a tumour; bins: from, to, pixels, probability (mean) and tumour (share).
     """
     pixels, summed, tumour = np.sum([np.asarray(table) for table in tables], axis=0).T
@@ -57,7 +57,7 @@ class TemperatureFit:
     (Guo et al. 2017). Logits are counted in fine bins, so that memory does not grow with the patients."""
 
     def __init__(self) -> None:
-        self.counts = np.zeros((2, STEPS))  # of logits in background and in tumour
+        self.counts = np.zeros((2, STEPS))  # of the logits in background and in tumour
 
     def add(self, probabilities: np.ndarray, truth: np.ndarray) -> None:
         """Count a patient: probabilities float32 at temperature 1, truth of the same shape."""
@@ -67,8 +67,8 @@ class TemperatureFit:
             of_kind += np.histogram(logits[mask], STEPS, (-REACH, REACH))[0]
 
     def temperature(self) -> float:
-        """The best temperature in `TEMPERATURES`; 1 where not both kinds of pixels were seen."""
-        from scipy.optimize import minimize_scalar  # takes long to load, and is asked for once a training
+        """The best temperature in `TEMPERATURES`; 1 unless both kinds of pixels were seen."""
+        from scipy.optimize import minimize_scalar  # takes long to load, and is needed once per training
 
         background, tumour = self.counts
         if not (background.any() and tumour.any()):
@@ -84,7 +84,7 @@ class TemperatureFit:
 
 
 def draw_reliability(figures: dict, path: Path, title: str) -> None:
-    """Write a PNG of `calibration`: the share of tumour over the probability, and how many pixels there are."""
+    """Write a PNG of `calibration`: the share of tumour over the probability, and the number of pixels."""
     bins = [b for b in figures["bins"] if b["pixels"]]
     figure = new_figure((5, 5.6), dpi=130)
     share, count = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)

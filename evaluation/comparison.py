@@ -1,9 +1,9 @@
-"""Several models on the same test patients: a table of rows (models) and columns (each hospital's test
-patients, and all).
+"""Several models on the same test patients: a table with a row per model and a column per hospital's test patients,
+plus a column for all.
 
-A row is a model, or a set of models of which each is one hospital's own and is scored on that hospital's
-patients alone: its own training, a fine-tuned copy of the federation's model, or a model whose normalisation
-layers stayed there.
+A row is a model, or a set of models. Each model of a set belongs to one hospital and is scored only on that
+hospital's patients: its own training, a fine-tuned copy of the federation's model, or a model whose normalisation
+layers stayed at the hospital.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from split import Split
 from storage.files import atomic_write
 
 ALL = "all"
-FULL = "float32"  # precision of a federation's messages, unless another is named
-ALONE = "alone"  # models that a hospital trained by itself; shown one by one as well
+FULL = "float32"  # default precision of a federation's messages
+ALONE = "alone"  # models that a hospital trained by itself; they are also shown one by one
 COLUMNS = (
     "model",
     "hospital",
@@ -43,7 +43,7 @@ COLUMNS = (
 
 @dataclass
 class Row:
-    """A model's or a set's name, and the figures of its test patients (`metrics.score_patient`)."""
+    """The name of a model or set, and the figures of its test patients (`metrics.score_patient`)."""
 
     name: str
     patients: list[dict]
@@ -51,10 +51,10 @@ class Row:
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
-    """How a model came about, in a few words."""
+    """How a model was made, in a few words."""
     origin = checkpoint.metadata.get("origin", {})
     if origin.get("kind") == "federated":
-        precision = checkpoint.metadata["training"].get("update_dtype", FULL)  # files of before have none
+        precision = checkpoint.metadata["training"].get("update_dtype", FULL)  # older files have none
         epsilon = origin.get("privacy", {}).get("epsilon")
         return (
             origin["strategy"]
@@ -68,10 +68,10 @@ def kind_of(checkpoint: Checkpoint) -> str:
 
 
 def hospitals_of(checkpoints: list[Checkpoint], dataset: Dataset, split: Split) -> dict[str, tuple[str, ...]]:
-    """The test patients of each hospital, by label, of the partition that the models tell of; of none, if
-    they tell of none.
+    """The test patients of each hospital, by label, in the partition that the models record; empty if they record
+    none.
 
-    Raises MedFLError where they tell of different ones.
+    Raises MedFLError if they record different partitions.
     """
     told: dict[tuple, Path] = {}
     for checkpoint in checkpoints:
@@ -80,7 +80,7 @@ def hospitals_of(checkpoints: list[Checkpoint], dataset: Dataset, split: Split) 
             told.setdefault((about["partition"], about["clients"], about["alpha"]), checkpoint.path)
     if len(told) > 1:
         raise MedFLError(
-            f"{' and '.join(map(str, told.values()))} are of differently divided datasets; compare models of "
+            f"{' and '.join(map(str, told.values()))} come from differently divided datasets; compare models of "
             "one partition"
         )
     if not told:
@@ -96,11 +96,11 @@ def make_rows(
     patients: list[str],
     score: Callable[[Checkpoint, list[str]], list[dict]],
 ) -> list[Row]:
-    """A row per model, in order, and one for each complete set of hospitals' own models, in the place of its
-    last member.
+    """A row per model, in order, and a row for each complete set of hospitals' own models, at the place of its last
+    member.
 
-    score: gives a model's figures of these patients. Members of a set are rows of their own only if each
-    trained alone.
+    score: returns a model's figures on these patients. Members of a complete set have rows of their own only if each
+    hospital trained by itself.
     """
     sets: dict[str, dict[str, Checkpoint]] = {}
     for checkpoint in checkpoints:
@@ -109,7 +109,7 @@ def make_rows(
             if hospital in members:
                 raise MedFLError(
                     f"{members[hospital].path} and {checkpoint.path} are both {hospital} "
-                    f"{kind_of(checkpoint)}, and the table could not tell them apart; compare one of them"
+                    f"{kind_of(checkpoint)}, so the table could not tell them apart; compare one of them"
                 )
             members[hospital] = checkpoint
     complete = {
@@ -133,7 +133,7 @@ def make_rows(
     for row in rows:
         if names.count(row.name) > 1:
             raise MedFLError(
-                f"two of the models are both {row.name}, and the table could not tell them apart; compare "
+                f"two of the models are both {row.name}, so the table could not tell them apart; compare "
                 f"one of them"
             )
     return rows
@@ -147,14 +147,15 @@ def compare(
 ) -> dict:
     """The comparison on the split's test patients: `columns` (label to number of patients), and `rows`: name,
     `scores` by column (mean, ci95, patients; None without patients), `difference` to the first row
-    (`metrics.paired_difference`), `made` (`Made`), `unlike` (how it was made unlike the first row), `patients`.
+    (`metrics.paired_difference`), `made` (`Made`), `unlike` (how its making differs from the first row's),
+    `patients`.
 
-    say: is told what is scored. Raises MedFLError where models can't be compared, or nobody is kept for the
-    test.
+    say: called with a line about each model that is scored. Raises MedFLError if models can't be compared, or if no
+    patient is kept for the test.
     """
     if not split.test:
         raise MedFLError(
-            "the split keeps nobody for the test; compare models that were trained with a --test-fraction"
+            "the split keeps no patient for the test; compare models that were trained with a --test-fraction"
         )
     hospitals, known = hospitals_of(checkpoints, dataset, split), {}
 
@@ -171,7 +172,7 @@ def compare(
 
 
 def table_of(rows: list[Row], columns: dict[str, tuple[str, ...]]) -> dict:
-    """The comparison's table as `compare` returns it, of scored rows. columns: patients by label."""
+    """The comparison's table as `compare` returns it, from scored rows. columns: patients by label."""
     first = rows[0].patients
     told: list[dict] = []
     for row in rows:
@@ -225,7 +226,7 @@ def as_text(table: dict) -> str:
 
 
 def lines_of(table: dict) -> list[list]:
-    """The table as lines of `COLUMNS`, one per row and column; the difference stands in the lines of all
+    """The table as lines of `COLUMNS`, one per row and column. The difference appears only in the lines for all
     patients."""
     lines = []
     for row in table["rows"]:
@@ -248,8 +249,8 @@ def lines_of(table: dict) -> list[list]:
 
 
 def draw_table(table: dict, path: Path, title: str) -> None:
-    """Write a PNG: for each row the mean over all test patients with its interval, and the hospitals' means
-    as small marks."""
+    """Write a PNG: for each row, the mean over all test patients with its interval, and the hospitals' means as
+    small marks."""
     rows = table["rows"]
     figure = new_figure((8, 1.6 + 0.42 * len(rows)), dpi=130)
     axes = figure.add_subplot()
@@ -278,7 +279,7 @@ def draw_table(table: dict, path: Path, title: str) -> None:
             "|",
             color=ORANGE,
             markersize=9,
-            label="mean of each hospital's" if not place and others else None,
+            label="mean of each hospital" if not place and others else None,
         )
     axes.set_yticks(range(len(rows)), [escaping.drawn(row["name"]) for row in rows])
     axes.set(xlim=(0, 1), xlabel="mean volume Dice", ylim=(len(rows) - 0.4, -0.6))

@@ -1,6 +1,6 @@
-"""The connected parts of a mask in three dimensions: how large each is, how sure that is, and how wide in the plane.
+"""The connected parts of a mask in three dimensions: their size, its uncertainty, and their diameters in the plane.
 
-Both pages' tables and reports, predict.py and the structured report take these figures from here.
+Both pages' tables and reports, predict.py and the structured report use these figures.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from scipy.ndimage import distance_transform_edt, find_objects, label
 
 from evaluation.diameters import perpendicular_diameters
 
-NEIGHBOURS = np.ones((3, 3, 3))  # also those across a corner: a component is one where its voxels touch
-LISTED = 20  # components that are measured each; smaller ones together are the last
-LOW, HIGH = 0.1, 0.9  # probabilities: what reaches the second counts at least, what reaches the first at most
+NEIGHBOURS = np.ones((3, 3, 3))  # also across a corner: voxels that touch belong to one component
+LISTED = 20  # components that are measured separately; all smaller ones together are the last
+LOW, HIGH = 0.1, 0.9  # probabilities: voxels from HIGH on give the lower bound, those from LOW on the upper
 INTERVAL = (
     f"from the voxels of the component that have a probability of {HIGH:g} or more, to all around it that have {LOW:g} "
     "or more: 80 % where the model's probabilities hold and its doubts go together"
@@ -28,10 +28,10 @@ COLUMNS = (
 class Component:
     """A connected part of a mask; voxels that touch at a corner are connected.
 
-    number: from 1, the largest first. pieces: 1, or how many small ones are taken together. slices: first and
-    last, from 1. voxels: its size; low, high: the bounds of `INTERVAL`, or None without probabilities.
-    diameter_slice: where the two perpendicular diameters are measured, from 1, and diameters: their lengths, in
-    mm with a spacing, else in pixels; None for small ones together. voxel_cm3: of one, or None.
+    number: from 1, the largest first. pieces: 1, or the number of small ones that are taken together. slices: first
+    and last, from 1. voxels: its size. low, high: the bounds of `INTERVAL`, or None without probabilities.
+    diameter_slice: the slice in which the two perpendicular diameters are measured, from 1. diameters: their lengths,
+    in mm with a spacing, else in pixels. Both are None for small ones together. voxel_cm3: of one voxel, or None.
     """
 
     number: int
@@ -45,11 +45,11 @@ class Component:
     voxel_cm3: float | None
 
     def cm3(self, voxels: int | None) -> float | None:
-        """So many of its voxels in cm³; None where their size is not known."""
+        """The volume of so many voxels in cm³; None if their size is not known."""
         return None if voxels is None or self.voxel_cm3 is None else voxels * self.voxel_cm3
 
     def row(self) -> dict:
-        """The component as a line of a table, by `COLUMNS`; None for what is not known."""
+        """The component as a line of a table, by `COLUMNS`; unknown values are None."""
         longest, across = self.diameters or (None, None)
         in_mm = self.voxel_cm3 is not None
         values = (
@@ -62,8 +62,11 @@ class Component:
 
 @dataclass(frozen=True)
 class Components:
-    """labels: (S, H, W) uint8, each voxel's component, 0 outside; parts: each of them; unmarked: voxels that reach
-    `LOW` around no component, or None without probabilities."""
+    """The components of a mask.
+
+    labels: (S, H, W) uint8, each voxel's component, 0 outside. parts: the components. unmarked: voxels that reach
+    `LOW` around no component, or None without probabilities.
+    """
 
     labels: np.ndarray
     parts: list[Component]
@@ -77,8 +80,8 @@ def find_components(
 ) -> Components:
     """The components of a mask (S, H, W), non-zero is tumour.
 
-    spacing: mm between rows, columns and slices. probability: (S, H, W) float32 that the mask was made of;
-    None where a person drew it.
+    spacing: mm between rows, columns and slices. probability: (S, H, W) float32 from which the mask was made; None
+    if a person drew it.
     """
     labels = np.zeros(mask.shape, np.uint8)
     seen = mask > 0 if probability is None else (mask > 0) | (probability >= LOW)
@@ -111,7 +114,8 @@ def find_components(
 
 
 def _number(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Each voxel's component as uint8, the largest is 1 and those beyond `LISTED` are one; and the pieces of each."""
+    """Each voxel's component as uint8, numbered from 1 by size, with those beyond `LISTED` as one; and each one's
+    pieces."""
     found, count = label(mask, NEIGHBOURS)
     order = np.argsort(-np.bincount(found.ravel(), minlength=count + 1)[1:], kind="stable")
     numbers = np.zeros(count + 1, np.uint8)
@@ -122,8 +126,8 @@ def _number(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
 def _reach(
     labels: np.ndarray, likely: np.ndarray, count: int, spacing: tuple[float, float, float] | None
 ) -> list[int]:
-    """How many likely voxels belong to each component, to none of them first: those that are connected with it,
-    and where several are, those that are nearest to it."""
+    """How many likely voxels belong to no component (first) and to each component. A voxel belongs to the component
+    that it is connected with; if there are several, to the nearest."""
     regions, _ = label(likely, NEIGHBOURS)
     sizes = np.bincount(regions.ravel())
     marked = labels > 0
@@ -177,8 +181,8 @@ def _measure(
 
 
 def volume_interval(found: Components, chosen: set[int]) -> tuple[int, int] | None:
-    """The bounds of `INTERVAL` for the chosen components together, in voxels; what is likely around no component
-    counts for the upper one. None without probabilities."""
+    """The bounds of `INTERVAL` for the chosen components together, in voxels. Likely voxels around no component count
+    in the upper bound. None without probabilities."""
     if found.unmarked is None:
         return None
     parts = [part for part in found.parts if part.number in chosen]

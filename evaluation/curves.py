@@ -13,8 +13,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe
 
 
 def draw_curves(rows: list[dict], path: Path, title: str) -> None:
-    """Write a PNG of the history's rows: losses at the left, training and validation Dice at the
-    right."""
+    """Write a PNG of the history's rows: losses on the left, training and validation Dice on the right."""
     epochs = [row["epoch"] for row in rows]
     figure = new_figure((10, 4))
     loss, dice = figure.subplots(1, 2)
@@ -56,14 +55,15 @@ def draw_curves(rows: list[dict], path: Path, title: str) -> None:
 
 
 def new_figure(size: tuple[float, float], dpi: int = 120, facecolor: str | None = None) -> "Figure":
-    """A figure of this size in inches. matplotlib takes a second to load, and most of what starts draws nothing."""
+    """A figure of this size in inches. matplotlib is imported here: it takes a second to load, and most programs draw
+    nothing."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, dpi=dpi, layout="constrained", facecolor=facecolor)
 
 
 def save_curves(figure: "Figure", path: Path, title: str) -> None:
-    """Give the plots over epochs or rounds of a figure their common look, and write it as a PNG."""
+    """Give a figure's plots over epochs or rounds their common look, and write it as a PNG."""
     for axes in figure.axes:
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)

@@ -7,7 +7,7 @@ CORNERS = np.ones((3, 3))  # pixels that touch at a corner are connected
 
 
 def largest_diameter(mask: np.ndarray, spacing: tuple[float, float] = (1.0, 1.0)) -> float:
-    """The longest straight line between two pixels' centres of one connected part of a mask (H, W), in
+    """The longest straight line between the centres of two pixels of one connected part of a mask (H, W), in
     pixels, or in mm with the spacing of rows and columns; 0 for an empty mask or single pixels. Pixels that
     touch at a corner are connected."""
     return max((length(*_ends(points)) for points in _parts(mask, spacing)), default=0.0)
@@ -18,11 +18,10 @@ def perpendicular_diameters(
 ) -> tuple[float, float]:
     """The two largest perpendicular diameters of a mask (H, W), as RANO measures a tumour in a slice.
 
-    The first is `largest_diameter`; the second is the longest line between two pixels' centres of the same
-    part that crosses its direction at a right angle, to the width of a pixel. Of several parts the one with
-    the largest product counts. In pixels, or in mm with the spacing of rows and columns; (0, 0) for an empty
-    mask. Wen et al. 2010, doi:10.1200/JCO.2009.26.3541; by software: Chang et al. 2019,
-    doi:10.1093/neuonc/noz106.
+    The first is `largest_diameter`; the second is the longest line between the centres of two pixels of the same
+    part that lies at a right angle to the first, to the width of a pixel. Of several parts, the one with the largest
+    product counts. In pixels, or in mm with the spacing of rows and columns; (0, 0) for an empty mask. Wen et al.
+    2010, doi:10.1200/JCO.2009.26.3541; by software: Chang et al. 2019, doi:10.1093/neuonc/noz106.
     """
     both = []
     for points in _parts(mask, spacing):
@@ -34,7 +33,7 @@ def perpendicular_diameters(
 
 
 def length(one: np.ndarray, other: np.ndarray) -> float:
-    """The distance of two points."""
+    """The distance between two points."""
     return float(np.hypot(*(other - one)))
 
 
@@ -62,10 +61,10 @@ def _ends(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _widest(points: np.ndarray, along: np.ndarray, width: float) -> float:
-    """How far points (n, 2) reach at a right angle to a direction, the most within a strip of this width."""
+    """How far points (n, 2) reach at a right angle to a direction: the most within any strip of this width."""
     t, s = points @ along, points @ np.array([-along[1], along[0]])
     widest = 0.0
-    for offset in (0.0, 0.5):  # strips that overlap by half, so that none is cut at its best place
+    for offset in (0.0, 0.5):  # strips overlap by half, so that none is cut where it is widest
         strip = np.floor((t - t.min()) / width + offset).astype(int)
         low, high = np.full(strip.max() + 1, np.inf), np.full(strip.max() + 1, -np.inf)
         np.minimum.at(low, strip, s)

@@ -7,7 +7,7 @@ from evaluation.calibration import calibration
 from evaluation.components import NEIGHBOURS
 from evaluation.metrics import MINIMUM_FOR_INTERVAL
 
-FOUND = 0.1  # of a lesion's voxels: less is no detection, and of a predicted one a false alarm
+FOUND = 0.1  # of a lesion's voxels: with less overlap, a true lesion is missed and a predicted one is a false alarm
 SIZES = ((0, 100), (100, 1_000), (1_000, None))  # voxels of a lesion, from and to below
 WORST = 3  # patients that are named
 
@@ -15,9 +15,9 @@ WORST = 3  # patients that are named
 def lesions(prediction: np.ndarray, truth: np.ndarray) -> dict:
     """The lesions of a patient, which are the connected parts of a mask in three dimensions.
 
-    Both masks: (S, H, W), non-zero is tumour. Returns lesions: size in voxels and whether it was found, for
-    each true one; and false_lesions: the sizes of predicted ones that are none. A tenth of a lesion's voxels
-    has to be predicted, and a tenth of a predicted lesion's has to be tumour: a single common voxel is no
+    Both masks: (S, H, W), non-zero is tumour. Returns lesions: size in voxels and whether it was found, for each true
+    lesion; and false_lesions: the sizes of the false ones among the predicted lesions. A tenth of a true lesion's
+    voxels must be predicted, and a tenth of a predicted lesion's voxels must be tumour: one common voxel is no
     detection.
     """
     predicted, actual = prediction != 0, truth != 0
@@ -30,7 +30,7 @@ def lesions(prediction: np.ndarray, truth: np.ndarray) -> dict:
 
 
 def _parts(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels of each connected part of a mask, and which share of them the other mask has."""
+    """The voxels of each connected part of a mask, and the share of them that the other mask has."""
     numbered, count = label(mask, NEIGHBOURS)
     sizes = np.bincount(numbered.ravel(), minlength=count + 1)[1:]
     shared = np.bincount(numbered[other], minlength=count + 1)[1:]
@@ -38,7 +38,7 @@ def _parts(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def confidence(probabilities: np.ndarray, mask: np.ndarray) -> float:
-    """The Dice that the model itself expects of its mask, 0 to 1: that of the mask with its probabilities.
+    """The Dice that the model itself expects of its mask, 0 to 1: the Dice between the mask and the probabilities.
 
     probabilities: float32, 0 to 1; mask: the same shape, non-zero is tumour. A pixel is added to both, so that
     an empty mask without any doubt gives 1.
@@ -49,11 +49,11 @@ def confidence(probabilities: np.ndarray, mask: np.ndarray) -> float:
 
 
 def risk_coverage(rows: list[dict]) -> dict | None:
-    """Whether the patients of whom the model is least sure are those in whom it fails; None below 5 patients.
+    """Whether the model fails in the patients of whom it is least sure; None below 5 patients.
 
-    Patients are kept from the surest on; the risk is 1 - mean Dice of those kept. Returns area: the mean risk
-    over all numbers kept (Geifman and El-Yaniv 2017, arXiv:1705.08500); blind: the same in random order; best:
-    in the order of the true Dice, which no model can beat. Ties are broken against the model.
+    Patients are kept in order, the surest first; the risk is 1 - mean Dice of the kept ones. Returns area: the mean
+    risk over all numbers of kept patients (Geifman and El-Yaniv 2017, arXiv:1705.08500); blind: the same in random
+    order; best: in the order of the true Dice, which no model can beat. Ties are broken against the model.
     """
     if len(rows) < MINIMUM_FOR_INTERVAL:
         return None
@@ -71,9 +71,9 @@ def _area(risks: np.ndarray) -> float:
 
 
 def failures(rows: list[dict]) -> dict:
-    """What `score_patients(..., closely=True)` adds to `metrics.report`: calibration, lesions (found, missed,
-    false, and by_size), risk_coverage, and worst_patients (patient, site, dice, confidence), the lowest Dice
-    first."""
+    """The figures that rows of `score_patients(..., closely=True)` give beyond `metrics.report`: calibration, lesions
+    (found, missed, false, and by_size), risk_coverage, and worst_patients (patient, site, dice, confidence), the
+    lowest Dice first."""
     every = [lesion for row in rows for lesion in row["lesions"]]
     wrong = [size for row in rows for size in row["false_lesions"]]
     by_size = []
@@ -105,7 +105,7 @@ def failures(rows: list[dict]) -> dict:
 
 
 def without_sizes(figures: dict) -> dict:
-    """`failures` as a checkpoint may hand it on: no patient's name, no size of a tumour, no count of pixels."""
+    """`failures` in the form that a checkpoint may carry: no patient's name, no size of a tumour, no pixel counts."""
     told = {name: figures["calibration"][name] for name in ("ece", "ece_all_pixels", "unseen_tumour")}
     counted = {name: figures["lesions"][name] for name in ("found", "missed", "false")}
     return {"calibration": told, "lesions": counted, "risk_coverage": figures["risk_coverage"]}

@@ -1,4 +1,4 @@
-"""What every figure of MedFL means: Dice, IoU, HD95 and surface Dice of a patient, and their means and
+"""The definitions of all figures in MedFL: Dice, IoU, HD95 and surface Dice of a patient, and their means and
 intervals over patients.
 
 A patient's figures come from `score_patient` as a flat dict, a *row*; `summarise` and `report` turn rows into
@@ -15,9 +15,9 @@ from scipy.special import ndtr, stdtrit  # scipy.stats would take a second at ev
 from common import MedFLError
 from evaluation.surfaces import hd95, hd95_in_plane, surface_dice, two_masks
 
-MINIMUM_FOR_INTERVAL = 5  # patients: with fewer no method covers what it promises
-NO_INTERVAL = f"under {MINIMUM_FOR_INTERVAL} patients"  # what a table shows in its place
-FURTHER_PATIENT = 0.25  # how far from the mean the interval takes one more patient to lie
+MINIMUM_FOR_INTERVAL = 5  # patients: with fewer, no method has the coverage that it promises
+NO_INTERVAL = f"under {MINIMUM_FOR_INTERVAL} patients"  # a table shows this instead of an interval
+FURTHER_PATIENT = 0.25  # the interval assumes one more patient at this distance from the mean
 FIGURES_OF_A_PATIENT = (
     "patient",
     "site",
@@ -39,7 +39,7 @@ FIGURES_IN_MM = (
 def counts(prediction: ArrayLike, truth: ArrayLike) -> tuple[int, int, int]:
     """True positive, false positive and false negative pixels of a prediction.
 
-    Both masks: the same shape, whatever it is; any dtype, non-zero is tumour. Raises MedFLError where the
+    Both masks: the same shape, with any dimensions and dtype; non-zero is tumour. Raises MedFLError if the
     shapes differ.
     """
     predicted, actual = two_masks(prediction, truth)
@@ -65,8 +65,8 @@ def loss_of_volume(probabilities: np.ndarray, truth: ArrayLike) -> float:
     """The training's loss over a whole volume: binary cross-entropy + 1 - soft Dice
     (`training.segmentation_loss`).
 
-    probabilities: (S, H, W) float32, 0 to 1; truth: (S, H, W), non-zero is tumour. A probability that is sure
-    and wrong counts as 1e-7 beside it.
+    probabilities: (S, H, W) float32, 0 to 1; truth: (S, H, W), non-zero is tumour. The probability
+    of the true class counts as at least 1e-7.
     """
     there = np.asarray(truth) > 0
     right = np.where(there, probabilities, 1 - probabilities).clip(1e-7, 1)
@@ -86,7 +86,7 @@ def score_in_mm(prediction: ArrayLike, truth: ArrayLike, spacing: tuple[float, f
     volumes in cm³.
 
     Both masks: (S, H, W), any dtype, non-zero is tumour; spacing: mm between slices, rows and columns. The
-    difference is the prediction's volume less the truth's. Raises MedFLError where the shapes differ.
+    difference is the prediction's volume minus the truth's. Raises MedFLError if the shapes differ.
     """
     surfaces = hd95(prediction, truth, spacing), surface_dice(prediction, truth, spacing)
     volumes = volume_cm3(truth, spacing), volume_cm3(prediction, spacing)
@@ -94,7 +94,7 @@ def score_in_mm(prediction: ArrayLike, truth: ArrayLike, spacing: tuple[float, f
 
 
 def score_patient(patient: str, site: str, prediction: ArrayLike, truth: ArrayLike) -> dict:
-    """One patient's row: the volume's figures and counts, and the sums that slice figures are made of.
+    """One patient's row: the volume's figures and counts, and the sums from which slice figures are computed.
 
     Both masks: (S, H, W), any dtype, non-zero is tumour, on the truth's own pixel grid. In the row,
     `slice_dice_sum` is the sum of the Dice of the `tumour_slices` (truth has tumour);
@@ -129,9 +129,9 @@ def mean_interval(values: Sequence[float]) -> list[float] | None:
     """The 95 % interval [low, high] of the mean of values from 0 to 1, one per patient; None below 5.
 
     Student's t, with a variance to which one more patient is added, `FURTHER_PATIENT` from the mean: a Dice
-    is skewed, and few patients seldom show the one in whom a model fails. In 20,000 simulated draws of each
-    of five skewed Beta distributions it holds the true mean in 93.3 to 99.9 % (benchmarks/interval_coverage.py;
-    a percentile bootstrap of 5 patients in 79 to 85 %). Takes patients, and never slices, which are not independent.
+    is skewed, and a few patients seldom include the one in whom a model fails. In 20,000 simulated draws of each
+    of five skewed Beta distributions it held the true mean in 93.3 to 99.9 % (benchmarks/interval_coverage.py;
+    a percentile bootstrap of 5 patients in 79 to 85 %). Never pass figures of slices, which are not independent.
     """
     figures = np.asarray(values, dtype=np.float64)
     count = len(figures)
@@ -146,9 +146,9 @@ def mean_interval(values: Sequence[float]) -> list[float] | None:
 def bootstrap_interval(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> list[float] | None:
     """The 95 % interval [low, high] of the mean of any values, one per patient; None below 5.
 
-    A percentile bootstrap over the patients, its percentiles moved out as far as Student's t asks for so many
-    (the expanded percentile interval of Hesterberg 2015, doi:10.1080/00031305.2015.1089789): without that it
-    is too narrow for few. The same values in the same order and the same seed give the same interval.
+    A percentile bootstrap over the patients, with its percentiles widened as Student's t requires for their number
+    (the expanded percentile interval of Hesterberg 2015, doi:10.1080/00031305.2015.1089789). Otherwise it would be
+    too narrow for few patients. The same values in the same order with the same seed give the same interval.
     """
     figures = np.asarray(values, dtype=np.float64)
     count = len(figures)
@@ -166,11 +166,11 @@ def summarise(rows: list[dict]) -> dict:
     Returns volume_dice (mean, median, ci95: [low, high] or None below 5 patients), volume_iou (mean, median),
     pooled_dice, slice_dice_tumour (None without a tumour slice), empty_slice_false_positive_rate (None
     without an empty slice), hd95_in_plane_px (mean and median in pixels, None without a value; undefined:
-    patients without one; slices_with_one_mask: their sum), missed_patients (who have a tumour, and nothing
-    was predicted), patients_without_tumour (in their truth; their Dice is 1 or 0) and patients_scored. Where a
-    row has `FIGURES_IN_MM`: hd95_mm and surface_dice_2mm (mean, median, undefined), and volume_cm3 (over those
-    patients the means of truth,
-    prediction, difference and absolute_difference, and patients). Raises MedFLError where there are no rows.
+    patients without one; slices_with_one_mask: their sum), missed_patients (with a tumour, but nothing was
+    predicted), patients_without_tumour (in their truth; their Dice is 1 or 0) and patients_scored. Where a
+    row has `FIGURES_IN_MM`: hd95_mm and surface_dice_2mm (mean, median, undefined), and volume_cm3 (the means of
+    truth, prediction, difference and absolute_difference over those patients, and patients). Raises MedFLError if
+    there are no rows.
     """
     if not rows:
         raise MedFLError("there are no patients to score; choose a part of the split that has some")
@@ -193,10 +193,10 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def report(rows: list[dict]) -> dict:
-    """`summarise` of all rows, and `sites` (the same per site, sorted) and `patients` (each one's figures, in
-    order; those in mm are None for a patient of unknown spacing, and are left out where it is known of none).
+    """`summarise` of all rows, with `sites` (the same per site, sorted) and `patients` (each one's figures, in
+    order; those in mm are None for a patient of unknown spacing, and are left out if no patient's spacing is known).
 
-    It holds figures of single patients: what leaves a hospital is made from `summarise`. Raises MedFLError
+    It holds figures of single patients, so only `summarise` is used for what leaves a hospital. Raises MedFLError
     without rows.
     """
     sites = sorted({row["site"] for row in rows})
@@ -213,7 +213,7 @@ def paired_difference(first: list[dict], second: list[dict]) -> dict:
     patients.
 
     Both lists are rows of the same patients, in any order; ci95 is [low, high], or None below 5 patients.
-    Raises MedFLError where the lists name different patients, one patient twice, or none.
+    Raises MedFLError if the lists name different patients, one patient twice, or none.
     """
     before, after = ({row["patient"]: row["dice"] for row in rows} for rows in (first, second))
     if not first or before.keys() != after.keys() or not len(before) == len(first) == len(second):

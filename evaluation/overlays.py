@@ -26,16 +26,16 @@ def draw_outlines(
     FLAIR.
 
     volume: (S, H, W, 3) uint8; truth, prediction: (S, H, W), non-zero is tumour. The slices are spread evenly
-    over those in which either mask has pixels. oriented: whether the patient's left is known to be on the
-    right of each slice: then R, L, A and P stand at the edges (S and I are the slices' order, from feet to
-    head), else that it is unknown.
+    over those in which either mask has pixels. oriented: whether the patient's left is known to be on the right of
+    each slice. If so, R, L, A and P stand at the edges, and the title gives the order of the slices from I (feet) to
+    S (head). If not, the picture says that the orientation is unknown.
     """
     marked = np.flatnonzero((truth > 0).any(axis=(1, 2)) | (prediction > 0).any(axis=(1, 2)))
     marked = marked if len(marked) else np.arange(len(volume))
     shown = marked[
         np.unique(np.linspace(0, len(marked) - 1, min(MAX_SLICES, len(marked))).round().astype(int))
     ]
-    from matplotlib.lines import Line2D  # as new_figure does it
+    from matplotlib.lines import Line2D  # imported here as in new_figure
 
     rows = -(-len(shown) // COLUMNS)
     figure = new_figure((3 * COLUMNS, 3.2 * rows + 0.8), dpi=100, facecolor="white")

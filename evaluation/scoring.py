@@ -21,9 +21,9 @@ def score_patients(
     closely: bool = False,
     with_loss: bool = False,
 ) -> list[dict]:
-    """A row of `metrics.score_patient` for each patient, the whole volume at its own size.
+    """A row of `metrics.score_patient` for each patient, for the whole volume at its own size.
 
-    with_loss: add what `metrics.loss_of_volume` gives.
+    with_loss: add `metrics.loss_of_volume`.
     closely: add reliability, lesions and confidence (evaluation/failures.py), and `metrics.score_in_mm` where
     the patient's spacing is known; only the evaluation asks for them, and no hospital sends them.
     """
@@ -48,8 +48,8 @@ def score_patients(
 
 
 def fit_temperature(model: TransUNet, dataset: Dataset, patients: Iterable[str]) -> float:
-    """The temperature that makes the model's probabilities on these patients, of the validation, most likely
-    (`calibration.TemperatureFit`). The model's own is left as it is."""
+    """The temperature that best fits the model's probabilities on these validation patients
+    (`calibration.TemperatureFit`). The model's own temperature stays as it is."""
     fit, before = TemperatureFit(), model.temperature
     model.temperature = 1.0
     try:

@@ -15,11 +15,11 @@ def hd95(
     """The 95th percentile of the distances between two volumes' surfaces, in three dimensions; None where a
     mask is empty.
 
-    Both masks: (S, H, W), any dtype, non-zero is tumour. spacing: the distance of slices, rows and columns,
-    in whose unit the result is: in voxels unless given in mm. Distances are Euclidean, from every surface
-    voxel of one mask to the other's nearest, both directions pooled before the percentile is taken (linear
+    Both masks: (S, H, W), any dtype, non-zero is tumour. spacing: the distance between slices, rows and columns; the
+    result has its unit, which is voxels by default. Distances are Euclidean, from every surface voxel of one mask to
+    the nearest surface voxel of the other. Both directions are pooled before the percentile is taken (linear
     interpolation). Other definitions take the larger of two directed percentiles, or weigh by area, and give
-    other numbers. Raises MedFLError where the shapes differ or aren't (S, H, W).
+    other numbers. Raises MedFLError if the shapes differ or aren't (S, H, W).
     """
     distances = _surface_distances(*two_masks(prediction, truth, dimensions=3), spacing)
     return None if distances is None else float(np.percentile(distances, 95))
@@ -35,7 +35,7 @@ def surface_dice(
     one mask is empty, None where both are.
 
     Both masks: (S, H, W), any dtype, non-zero is tumour; spacing and tolerance: mm. Nikolov et al. 2018
-    (arXiv:1809.04430), counted in voxels. Raises MedFLError where the shapes differ or aren't (S, H, W).
+    (arXiv:1809.04430), counted in voxels. Raises MedFLError if the shapes differ or aren't (S, H, W).
     """
     predicted, actual = two_masks(prediction, truth, dimensions=3)
     if not predicted.any() and not actual.any():
@@ -45,17 +45,17 @@ def surface_dice(
 
 
 def hd95_in_plane(prediction: ArrayLike, truth: ArrayLike) -> tuple[float | None, int]:
-    """As `hd95`, but within slices and in pixels, for volumes of unknown size; and the number of slices in
-    which only one of the masks has any pixel.
+    """Like `hd95`, but within slices and in pixels, for volumes of unknown spacing; and the number of slices in which
+    only one of the masks has any pixel.
 
-    The first figure pools the slices in which both masks have pixels, and is None without one: a large false
-    tumour on other slices leaves it at 0. So it never stands without the second. Raises MedFLError where the
-    shapes differ or aren't (S, H, W).
+    The first figure pools the slices in which both masks have pixels, and is None without such a slice. A large false
+    tumour on other slices leaves it at 0, so it is never shown without the second. Raises MedFLError if the shapes
+    differ or aren't (S, H, W).
     """
     predicted, actual = two_masks(prediction, truth, dimensions=3)
     there = predicted.any(axis=(1, 2)), actual.any(axis=(1, 2))
     lonely = int(np.count_nonzero(there[0] ^ there[1]))
-    # a slice is a volume of one, whose surface is the outline in the plane
+    # a slice is a volume of one slice, whose surface is the outline in the plane
     distances = [
         _surface_distances(predicted[i : i + 1], actual[i : i + 1], (1.0, 1.0, 1.0), in_plane=True)
         for i in np.flatnonzero(there[0] & there[1])
@@ -67,8 +67,8 @@ def hd95_in_plane(prediction: ArrayLike, truth: ArrayLike) -> tuple[float | None
 def two_masks(
     prediction: ArrayLike, truth: ArrayLike, dimensions: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prediction and truth as bool, where they are not 0. dimensions: how many they must have. Raises MedFLError where
-    they differ in shape or are no stack of slices."""
+    """Prediction and truth as bool: True where they are not 0. dimensions: how many they must have. Raises MedFLError
+    if their shapes differ or have another number of dimensions."""
     predicted, actual = np.asarray(prediction) != 0, np.asarray(truth) != 0
     if predicted.shape != actual.shape:
         raise MedFLError(
@@ -83,8 +83,8 @@ def two_masks(
 
 
 def _surface(mask: np.ndarray, in_plane: bool) -> np.ndarray:
-    """The voxels of a mask (S, H, W) that have a neighbour outside of it; within the slice only, if asked."""
-    padded = np.pad(mask, 1)  # a tumour that the volume's edge cuts off ends there
+    """The voxels of a mask (S, H, W) that have a neighbour outside it; only neighbours in the slice if `in_plane`."""
+    padded = np.pad(mask, 1)  # a tumour that the volume's edge cuts off has its surface there
     inside = padded.copy()
     for axis in (1, 2) if in_plane else (0, 1, 2):
         inside &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)

@@ -14,9 +14,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def table_lines(figures: dict, region: str) -> list[str]:
-    """A head, a line per site and one over all patients; where a spacing is known, the same in cm³ and mm.
+    """A header, a line per site and a line over all patients; where a spacing is known, the same in cm³ and mm.
 
-    figures: of `metrics.report`; region: what is outlined.
+    figures: from `metrics.report`; region: what is outlined.
     """
     slices = f"{region} slices"
     wide = max(15, len(slices) + 2)
@@ -38,7 +38,7 @@ def table_lines(figures: dict, region: str) -> list[str]:
 
 
 def lines_in_mm(figures: dict) -> list[str]:
-    """Means in cm³ and mm over the patients whose spacing is known, one line per site that has some and one
+    """Means in cm³ and mm over the patients whose spacing is known: a line per site with such patients, and a line
     over all."""
     lines = [
         f"\n{'site':8}{'with mm':>9}{'truth cm³':>11}{'predicted':>11}{'difference':>12}"
@@ -56,7 +56,7 @@ def lines_in_mm(figures: dict) -> list[str]:
 
 
 def without_mm(figures: dict) -> dict:
-    """Figures of `metrics.summarise` less those that need a spacing."""
+    """Figures of `metrics.summarise` without those that need a spacing."""
     return {
         name: value
         for name, value in figures.items()
@@ -65,8 +65,8 @@ def without_mm(figures: dict) -> dict:
 
 
 def write_patients(figures: dict, path: Path) -> None:
-    """A line per patient: patient, site, slices, dice, iou, HD95 in the plane, and `metrics.FIGURES_IN_MM` where a
-    spacing is known."""
+    """Write a line per patient as CSV: patient, site, slices, dice, iou, HD95 in the plane, slices with one mask, and
+    `metrics.FIGURES_IN_MM` where a spacing is known."""
     patients = figures["patients"]
     write_csv(path, [list(patients[0]), *(row.values() for row in patients)])
 

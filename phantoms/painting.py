@@ -1,4 +1,4 @@
-"""A synthetic patient's scan and its tumour, painted: ellipsoids and smoothed noise as a site's scanner shows them."""
+"""Paints a synthetic patient's scan and tumour: ellipsoids and smoothed noise, as a site's scanner shows them."""
 
 import math
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from scipy.ndimage import gaussian_filter
 
 @dataclass(frozen=True)
 class Scanner:
-    """What a site's scanner does: patients in the real data, range of the FLAIR foreground's mean (grey
-    values of 255), brightness of pre- and post-contrast against FLAIR, exponent of the grey scale, strength
-    of the bias field, noise."""
+    """A site's scanner: patients in the real data, range of the FLAIR foreground's mean (grey values up to 255),
+    brightness of pre- and post-contrast relative to FLAIR, exponent of the grey scale, strength of the bias field,
+    noise."""
 
     patients: int
     flair: tuple[float, float]
@@ -55,8 +55,8 @@ class Head:
 def paint_patient(
     rng: np.random.Generator, scanner: Scanner, slices: int, size: int, missing: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A volume (S, size, size, 3) uint8 and its mask (S, size, size) uint8 0/255. missing: channel that FLAIR
-    stands in for."""
+    """A volume (S, size, size, 3) uint8 and its mask (S, size, size) uint8 0/255. missing: the channel that FLAIR
+    replaces, or None."""
     shape = (slices, size, size)
     head = _head(rng, shape)
     tissue = np.zeros((3, *shape), np.float32)
@@ -71,8 +71,7 @@ def paint_patient(
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int, int], grain: float) -> np.ndarray:
-    """Smooth noise of mean 0 and deviation 1, `shape` float32; grain is its size as a share of the field of
-    view."""
+    """Smooth noise of mean 0 and deviation 1, `shape` float32. grain: its size as a share of the field of view."""
     side = min(shape[1], max(16, round(2 / grain)))  # made on a coarse grid and interpolated, for speed
     widths = (0.6 * grain * shape[0], grain * side, grain * side)
     field = gaussian_filter(rng.standard_normal((shape[0], side, side), np.float32), widths)
@@ -88,20 +87,19 @@ def _step(distance: np.ndarray, width: float) -> np.ndarray:
 
 
 def _bump(*scaled: np.ndarray) -> np.ndarray:
-    """A Gaussian of coordinates that were divided by its widths. Axis by axis, because an axis has few
+    """A Gaussian of coordinates that are divided by its widths. It goes axis by axis, because an axis has few
     values."""
     return math.prod(np.exp(-s * s) for s in scaled)
 
 
 def _paint(tissue: np.ndarray, weight: np.ndarray, values: tuple[float, float, float]) -> None:
-    """Lay a tissue over the three channels (3, S, H, W), in place, as far as
-    weight (S, H, W), 0 to 1, says."""
+    """Blend a tissue into the three channels (3, S, H, W), in place. weight: (S, H, W), 0 to 1."""
     for channel, value in zip(tissue, values):
         channel += weight * (value - channel)
 
 
 def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> Head:
-    """A head of its own size, turn and place in the picture."""
+    """A head with its own size, rotation and position in the picture."""
     line = (np.arange(shape[1], dtype=np.float32) + 0.5) * (2 / shape[1]) - 1
     z = np.linspace(rng.uniform(-0.9, -0.7), 0.93, shape[0], dtype=np.float32)[:, None, None]
     turn, (right, back) = np.float32(rng.normal(0, 0.08)), rng.uniform(-0.06, 0.06, 2).astype(np.float32)
@@ -115,7 +113,7 @@ def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> Head:
         - nose
         + 0.012 * _noise(rng, shape, 0.08)
     )
-    low = np.clip((-0.2 - z) / 0.5, 0, 1)  # the further down, the more the face takes of the section
+    low = np.clip((-0.2 - z) / 0.5, 0, 1)  # further down, the face takes more of the section
     lobes = 0.3 * _bump(x / 0.12) - 0.2 * _bump((np.abs(x) - 0.3) / 0.12)
     face = -0.95 + 1.1 * low**0.7 + low * lobes + 0.03 * _noise(rng, shape, 0.04)
     brain = _step(0.86 - 0.28 * low - radius, 0.03) * _step(y - face, 0.06)
@@ -123,7 +121,7 @@ def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> Head:
 
 
 def _paint_skull(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> None:
-    """Scalp fat, bone, fluid; below, the face with its fat, muscles, air and eyes."""
+    """Paint scalp fat, bone and fluid; below them, the face with its fat, muscles, air and eyes."""
     shape, low = tissue.shape[1:], np.clip((-0.15 - head.z) / 0.12, 0, 1)
     texture = 0.8 * _noise(rng, shape, 0.012) + 0.6 * _noise(rng, shape, 0.025)
     _paint(tissue, _step(1 - head.radius, 0.03) * np.clip(0.85 + 0.12 * texture, 0.4, 1.1), FAT)
@@ -143,7 +141,7 @@ def _paint_skull(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> No
 
 
 def _paint_brain(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> None:
-    """Cortex folded around white matter, fissures, and the ventricles."""
+    """Paint the folded cortex around white matter, the fissures and the ventricles."""
     shape, x, y, z = tissue.shape[1:], head.x, head.y, head.z
     folds, side = _noise(rng, shape, 0.018), np.abs(head.x)
     outward = head.radius + 0.28 * np.clip(
@@ -187,7 +185,7 @@ def _paint_brain(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> No
 
 
 def _paint_distractors(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> None:
-    """What is bright in FLAIR and no tumour, so that a threshold alone can't find the lesion."""
+    """Paint what is bright in FLAIR but no tumour, so that a threshold by itself can't find the lesion."""
     shape, x, y, z = tissue.shape[1:], head.x, head.y, head.z
     tissue[1] += head.brain * 0.06 * _noise(rng, shape, 0.06)
     for _ in range(rng.integers(2, 9)):  # small spots in white matter
@@ -208,8 +206,8 @@ def _paint_distractors(rng: np.random.Generator, tissue: np.ndarray, head: Head)
 
 
 def _paint_lesion(rng: np.random.Generator, tissue: np.ndarray, head: Head) -> np.ndarray:
-    """The lesion's true extent, (S, size, size) bool: in at least one slice,
-    never in the first and the last."""
+    """Paint the lesion. Returns its true extent, (S, size, size) bool: in at least one slice, never in the first or
+    the last."""
     shape = tissue.shape[1:]
     middle = np.clip(np.abs(head.z[:, 0, 0] - rng.uniform(-0.2, 0.5)).argmin(), 1, shape[0] - 2)
     home = np.argwhere((head.brain[middle] > 0.9) & (head.radius[middle] < 0.7) & (tissue[0, middle] > 0.3))

@@ -1,6 +1,6 @@
 """Synthetic patients in the layout of the LGG MRI download, for tests and first tries without any real scan.
 
-A phantom is painted, not measured. A score on phantoms says nothing about real patients.
+Phantoms are painted, not measured, so a score on phantoms says nothing about real patients.
 """
 
 import re
@@ -21,7 +21,7 @@ HEADER = (
     "histological_type,neoplasm_histologic_grade,tumor_tissue_site,laterality,tumor_location,gender,"
     "age_at_initial_pathologic,race,ethnicity,death01"
 )
-MISSING_EVERY = 7  # of the real patients 16 in 110 lack a sequence
+MISSING_EVERY = 7  # 16 of the 110 real patients lack a sequence
 
 
 def make_phantoms(
@@ -30,9 +30,9 @@ def make_phantoms(
     """The folder `<out>/kaggle_3m`, filled with phantoms in the download's layout; phantoms of an earlier run
     are replaced.
 
-    patients: 1 to 999. slices: mean per patient, which varies by 30 %. size: pixels a side. Patient k is the
-    same whatever `patients` is. Raises MedFLError for a number out of range, and where other patients lie in
-    that folder.
+    patients: 1 to 999. slices: mean per patient; the number varies by 30 %. size: pixels per side. Patient k is the
+    same for any number of `patients`. Raises MedFLError for a number out of range, and if that folder holds other
+    patients.
     """
     _check(patients, slices, size, seed)
     root = Path(out) / "kaggle_3m"
@@ -72,12 +72,12 @@ def _check(patients: int, slices: int, size: int, seed: int) -> None:
             )
     if size % 16:
         raise MedFLError(
-            f"--size is {size}, and the network needs a multiple of 16; choose {size // 16 * 16 + 16}"
+            f"--size is {size}, but the network needs a multiple of 16; choose {size // 16 * 16 + 16}"
         )
 
 
 def _phantoms_in(root: Path) -> list[Path]:
-    """Folders of phantoms in `root`. Raises MedFLError where it holds any other folder."""
+    """Folders of phantoms in `root`. Raises MedFLError if it holds any other folder."""
     folders = (
         [f for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith(".")]
         if root.exists()
@@ -86,7 +86,7 @@ def _phantoms_in(root: Path) -> list[Path]:
     for folder in folders:
         if not PHANTOM.match(folder.name):
             raise MedFLError(
-                f"{root} holds {folder.name}, which is no phantom and would get mixed up; choose another "
+                f"{root} holds {folder.name}, which is no phantom and would be mixed up with them; choose another "
                 f"--out"
             )
     return folders
@@ -95,7 +95,8 @@ def _phantoms_in(root: Path) -> list[Path]:
 def _sites(count: int) -> list[str]:
     """The site of each patient: the start of one fixed sequence, so that it does not depend on `count`.
 
-    Three of every site come first, because a site with fewer is never split; then the site that lacks most.
+    Three patients of every site come first, because a smaller site is never split. Then comes, each time, the site
+    that lacks the most patients.
     """
     sites = [site for site in SCANNERS for _ in range(3)]
     everyone = sum(scanner.patients for scanner in SCANNERS.values())
@@ -107,7 +108,7 @@ def _sites(count: int) -> list[str]:
 
 
 def _write_patient(folder: Path, index: int, site: str, slices: int, size: int, seed: int) -> str:
-    """The name of a patient whose slices and masks now lie in `folder / name`."""
+    """Write a patient's slices and masks into `folder / name`. Returns the name."""
     rng = np.random.default_rng([seed, index])
     name = f"TCGA_{site}_PH{index + 1:03d}_{rng.integers(1985, 2006)}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
     missing = int(rng.choice([0, 2], p=[0.375, 0.625])) if (index + seed) % MISSING_EVERY == 3 else None

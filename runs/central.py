@@ -1,6 +1,6 @@
-"""One training in one place: epochs, the best and the last model, history, curves, and going on after an end.
+"""Training in one place: epochs, the best and the last model, history, curves, and resuming.
 
-`train_centralized.py` starts it; cross-validation and the phantoms' model use it as well.
+`train_centralized.py` starts it; cross-validation and the making of the phantom model use it as well.
 """
 
 import sys
@@ -40,9 +40,9 @@ from transunet import TransUNet
 class CentralTraining:
     """A run from its first epoch to its last, by one process or several.
 
-    split: who trains and chooses here; whole: the split of which that is a share, if the model is one
-    hospital's own. origin: the checkpoint's entry of that name. start: a checkpoint of the same network to
-    start from. processes: those of torchrun, of which the first scores and writes.
+    split: the patients of this run. whole: the complete split, if `split` is one hospital's share of it. origin: the
+    checkpoint's entry of that name. start: a checkpoint of the same network to start from. processes: those of
+    torchrun; the first one scores and writes.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class CentralTraining:
         processes: Processes | None = None,
     ):
         dataset.check_trainable(split.train)
-        self.chooses = bool(dataset.with_tumour(split.val))  # without a tumour every empty mask is perfect
+        self.chooses = bool(dataset.with_tumour(split.val))  # without tumour, every empty mask is perfect
         if settings.schedule == "plateau" and not self.chooses:
             raise MedFLError(
-                "a plateau is seen on validation patients with tumour, and there are none; take --schedule cosine"
+                "a plateau needs validation patients with tumour, and there are none; take --schedule cosine"
             )
         torch.manual_seed(settings.seed)
         self.dataset, self.split, self.settings, self.out = dataset, split, settings, out
@@ -85,13 +85,13 @@ class CentralTraining:
         if resume:
             self._resume()
         elif self.processes.first:
-            self.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
+            self.last.unlink(missing_ok=True)  # so that a later --resume can't continue another run
         self.began = time.monotonic() - self.progress.seconds
         self.started, self.training_seconds, self.steps_a_second = time.monotonic(), 0.0, 0.0
         self.started_at = self._share_done()
 
     def _model(self, start: Checkpoint | None, resume: bool) -> TransUNet:
-        """The network to begin with; the settings then tell what its encoder holds."""
+        """The network to begin with. Updates the settings to say what its encoder holds."""
         settings = self.settings
         if resume:  # its weights come with the state
             return TransUNet(settings.model, settings.image_size, settings.norm)
@@ -104,21 +104,21 @@ class CentralTraining:
         return model
 
     def _resume(self) -> None:
-        """Take up the state that the last complete epoch left. Raises MedFLError where there is none, or
-        another split."""
+        """Load the state after the last complete epoch. Raises MedFLError if there is none or it has another
+        split."""
         state = load_checkpoint(self.last).state
         if state is None:
-            raise MedFLError(f"{self.last} holds a model but no run to go on with; start without --resume")
+            raise MedFLError(f"{self.last} holds a model but no run to continue; start without --resume")
         if state["split"] != self.split.sha256():
             raise MedFLError(
-                f"{self.last} was trained on another split; name its own with --split-file, or start "
+                f"{self.last} was trained on another split; name that split with --split-file, or start "
                 f"without --resume"
             )
         if state.get("content", self.dataset.content) != self.dataset.content:
             tell(
                 [
-                    f"scans or masks in {escaping.terminal(self.dataset.root)} are others than those that this run was "
-                    "trained on so far; for a model of the present ones alone, start without --resume"
+                    f"scans or masks in {escaping.terminal(self.dataset.root)} have changed since this run was last "
+                    "trained; for a model of only the present ones, start without --resume"
                 ]
             )
         self.learner.load_state_dict(state["learner"])
@@ -128,7 +128,7 @@ class CentralTraining:
         self.saved_epoch = self.progress.epoch
 
     def run(self) -> None:
-        """Epochs until the settings' end, then the temperature of the best model's probabilities."""
+        """Train epochs until the end that the settings name, then fit the best model's temperature."""
         while not self._finished():
             self.learner.model.set_encoder_trainable(self.progress.epoch >= self.settings.frozen_epochs)
             self.learner.network = self.processes.network(self.learner.model)
@@ -156,7 +156,8 @@ class CentralTraining:
             update_metadata(self.best, temperature=fit_temperature(best, self.dataset, self.split.val))
 
     def _keep_rates_alike(self) -> None:
-        """Bring what the scores made of the learning rate to the processes that did not score."""
+        """Pass the learning rates to the processes that did not score: the plateau schedule changes them by the
+        scores."""
         if self.plateau:
             groups = self.learner.optimiser.param_groups
             for group, rate in zip(groups, self.processes.agree([group["lr"] for group in groups])):
@@ -179,15 +180,15 @@ class CentralTraining:
         return self.progress.epoch >= self.settings.epochs
 
     def _share_done(self) -> float:
-        """Share of the run that is over, 0 to 1: of its steps, or of its minutes less what the last epoch's
-        end will take."""
+        """Share of the run that is over, 0 to 1: of its steps, or of its minutes without the time that the last
+        epoch's end will take."""
         if not self.settings.minutes:
             return self.learner.step_count / (self.settings.steps or self.settings.epochs * len(self.batches))
         room = max(60 * self.settings.minutes - 1.5 * self.progress.ending_seconds, 1.0)
         return (time.monotonic() - self.began) / room
 
     def _time_left(self) -> str:
-        """How long the whole run will still take, in words, at the speed that it had since it was started."""
+        """The remaining time of the whole run in words, at its speed since this process started it."""
         share = min(self._share_done(), 1.0)
         if share <= self.started_at:
             return "time left not known yet"
@@ -195,7 +196,7 @@ class CentralTraining:
         return f"{in_time(left)} left of the run"
 
     def told_at_the_end(self) -> str:
-        """Where the time went since this process began the run, and the most memory that it took."""
+        """How this process spent its time on the run, and its peak memory, in words."""
         whole = time.monotonic() - self.started
         memory = memory_in_words()
         if self.learner.device.type == "cuda":
@@ -223,14 +224,14 @@ class CentralTraining:
                     f"{(step - first) / (told - began):.2f} steps/s, {self._time_left()}"
                 )
                 self.log.write(line)
-                if not sys.stderr.isatty():  # where no bar is drawn
+                if not sys.stderr.isatty():  # no progress bar is drawn there
                     print(line, flush=True)
             if not self.plateau:
                 self.learner.set_rate(rate_scale(share, self.settings.warmup))
             return share < 1 or not (self.settings.minutes or self.settings.steps)
 
         epoch = self.progress.epoch + 1
-        torch.manual_seed(100_003 * self.settings.seed + epoch)  # for layers that draw numbers
+        torch.manual_seed(100_003 * self.settings.seed + epoch)  # for layers that draw random numbers
         of = f" of {self.settings.epochs}" if not (self.settings.minutes or self.settings.steps) else ""
         with tqdm(
             total=len(self.batches),
@@ -242,7 +243,7 @@ class CentralTraining:
             return self.learner.train_epoch(self.processes.epoch(self.batches, epoch), before_step, bar)
 
     def _record(self, result: EpochResult, val: dict | None, val_loss: float | None) -> None:
-        """Keep what the epoch gave: best and last checkpoint, history, curves, a line on the terminal."""
+        """Record the epoch: best and last checkpoint, history, curves, a line on the terminal."""
         done, learner = self.progress, self.learner
         values = (
             done.epoch,
@@ -271,7 +272,7 @@ class CentralTraining:
             if val
             else "no validation patients"
             if not self.split.val
-            else "no tumour in the validation's masks, nothing is chosen by them"
+            else "no tumour in the validation masks, so they choose no model"
         )
         line = (
             f"epoch {done.epoch:3d}  {done.seconds:6.0f} s  loss {result.loss:.3f}  batch Dice "
@@ -281,7 +282,7 @@ class CentralTraining:
         print(line, flush=True)
 
     def _save(self, val: dict | None, better: bool) -> None:
-        """Write the last checkpoint, and before it the best if that is what this epoch gave."""
+        """Write the last checkpoint, and before it the best if this epoch gave the best."""
         done, learner = self.progress, self.learner
         metadata = self._describe(val)
         if better:
@@ -300,19 +301,19 @@ class CentralTraining:
         self.saved_epoch = done.epoch
 
     def _draw(self) -> None:
-        """Write history and curves anew."""
+        """Write history and curves again."""
         try:
             write_history(self.progress.rows, self.out / f"{self.name}_history.csv")
             what = (
                 "Centralised training"
                 if self.name == "centralized"
-                else f"Training of {self.origin['hospital']} alone"
+                else f"Training of {self.origin['hospital']} by itself"
             )
             draw_curves(
                 self.progress.rows, self.out / f"{self.name}_curves.png", f"{what} on {self.dataset.name}"
             )
         except MedFLError as error:  # a viewer may hold the file; both are written again after the next epoch
-            print(f"not this time: {escaping.terminal(error)}")
+            print(f"not written this time: {escaping.terminal(error)}")
 
     def _describe(self, val: dict | None) -> dict:
         data: dict = {"name": self.dataset.name, "split_sha256": self.whole.sha256()}

@@ -1,8 +1,8 @@
 """Central training by several processes: `torchrun --nproc-per-node 2 train_centralized.py ...`, also on more machines.
 
-Each process takes a share of every batch, and all of them make one step, the same that a single process makes of
-the whole batch, but for rounding: loss and BatchNorm are of the whole batch, and the gradients are averaged by
-torch's DistributedDataParallel. Only the first process scores, writes and prints.
+Each process takes a share of every batch, and together they make one step. Except for rounding, it is the step that a
+single process makes with the whole batch: loss and BatchNorm use the whole batch, and torch's DistributedDataParallel
+averages the gradients. Only the first process scores, writes and prints.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells
 
 
 class Processes:
-    """The processes of this run. Without torchrun there is one, and nothing below does anything."""
+    """The processes of this run. Without torchrun there is one, and the methods below change nothing."""
 
     def __init__(self) -> None:
         self.count, self.rank = _told("WORLD_SIZE", 1), _told("RANK", 0)
@@ -45,13 +45,13 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     @contextlib.contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The block runs in the first process, and then in the others: what it writes is there for them. Where it
-        fails in the first, which says why, the others end."""
+        """Run the block in the first process, and then in the others, which can use what the first wrote. If it fails
+        in the first, which reports why, the others end."""
         if not self.first and not self.agree(None):
             sys.exit(EXIT_BAD_INPUT)
         done = False
@@ -71,10 +71,10 @@ class Processes:
         return told[0]
 
     def share(self, batch_size: int) -> slice:
-        """Which slices of a batch are this process's. Raises MedFLError where there are fewer than processes."""
+        """This process's slices of a batch. Raises MedFLError if a batch has fewer slices than there are processes."""
         if batch_size < self.count:
             raise MedFLError(
-                f"--batch-size is {batch_size}, and {self.count} processes share a batch; take fewer processes, or "
+                f"--batch-size is {batch_size}, but {self.count} processes share a batch; take fewer processes, or "
                 "a larger batch"
             )
         edges = [batch_size * k // self.count for k in range(self.count + 1)]
@@ -85,27 +85,27 @@ class Processes:
         return batches.epoch(epoch, self.share(batches.batch_size))
 
     def network(self, model: nn.Module) -> nn.Module:
-        """The model, wrapped so that its gradients are averaged; anew where other weights train."""
+        """The model, wrapped so that its gradients are averaged. It must be wrapped again when other weights train."""
         if self.count == 1:
             return model
         return DistributedDataParallel(model, forward_sync_buffers=False)
 
     def whole_batches(self, model: nn.Module) -> None:
-        """Let the model's BatchNorm layers see the batch of all processes. torch's SyncBatchNorm does so on GPUs
-        only."""
+        """Let the model's BatchNorm layers see the batch of all processes. torch's SyncBatchNorm does so only on
+        GPUs."""
         if self.count > 1:
             for layer in model.modules():
                 if type(layer) is nn.BatchNorm2d:
                     layer.__class__ = WholeBatchNorm
 
     def close(self) -> None:
-        """Part from the others."""
+        """Leave the group of processes."""
         if self.count > 1:
             dist.destroy_process_group()
 
 
 class Sum(torch.autograd.Function):
-    """The sum over all processes, in each; its gradient is the sum of their gradients."""
+    """The sum over all processes, given to each of them. Its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(_: Any, values: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Sum(torch.autograd.Function):
 
 
 class WholeBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes together."""
+    """BatchNorm over the shares of all processes together."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, h, w) to the same shape."""
@@ -144,10 +144,10 @@ class WholeBatchNorm(nn.BatchNorm2d):
 
 
 def loss_of_all(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """`training.segmentation_loss` of the batch of all processes, from this one's share (b, 1, h, w).
+    """`training.segmentation_loss` of the batch of all processes, from this process's share (b, 1, h, w).
 
-    Sums go to all processes, and gradients come back from all, so the mean of their gradients is the whole
-    batch's.
+    Sums go to all processes and gradients come back from all, so the mean of their gradients is the gradient of the
+    whole batch.
     """
     share = logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="sum")

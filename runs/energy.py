@@ -1,8 +1,8 @@
-"""How much electricity a run takes, and by which method that is known.
+"""The electricity that a run takes, and the method by which it was found.
 
 A counter is read where there is one: RAPL for the processor, NVML for the GPU. Virtual machines have neither; then
-the CPU time is multiplied by a stated range of watts, and the result is a range. CodeCarbon would give one figure
-there, from a default wattage (its issues 111, 477 and 533), which looks measured and is not.
+the CPU time is multiplied by a stated range of watts, and the result is a range. CodeCarbon would give a single
+figure there, from a default wattage (its issues 111, 477 and 533), which looks measured but is not.
 """
 
 import json
@@ -21,7 +21,7 @@ except ImportError:
 
 NAME = "energy.json"  # in a run's folder: a list of records
 POWERCAP = Path("/sys/class/powercap")  # Linux
-CORE_WATTS = (3.0, 15.0)  # of a busy core with its share of memory and supply: a laptop's, a server's
+CORE_WATTS = (3.0, 15.0)  # of a busy core with its share of memory and supply, in a laptop and in a server
 GRID = 480.0  # g CO2 per kWh: the world's mean of 2023 (Ember, Global Electricity Review 2024)
 JOULES = 3.6e6  # of a kWh
 UNMEASURED = ("disks, network, cooling", "other machines")
@@ -40,10 +40,10 @@ class Counter:
 
 
 def rapl_counters(folder: Path | None = None) -> list[Counter]:
-    """The packages' counters that can be read here; none in a virtual machine, or without the right."""
+    """The packages' counters that can be read here; none in a virtual machine or without the permission."""
     found = []
     for package in sorted((folder or POWERCAP).glob("intel-rapl:*")):
-        if package.name.count(":") != 1:  # a part of a package, which counts it already
+        if package.name.count(":") != 1:  # a part of a package, whose counter includes it
             continue
         try:
             counter = Counter(package / "energy_uj", int((package / "max_energy_range_uj").read_text()))
@@ -55,7 +55,7 @@ def rapl_counters(folder: Path | None = None) -> list[Counter]:
 
 
 class Meter:
-    """Measures from its making to `record`. gpu: whether one of NVIDIA is used."""
+    """Measures from its creation to `record`. gpu: whether an NVIDIA GPU is used."""
 
     def __init__(self, what: str, gpu: bool = False):
         self.what, self.counters = what, rapl_counters()
@@ -66,7 +66,8 @@ class Meter:
         self.began, self.cpu_before, self.created = time.monotonic(), _cpu_seconds(), utc_now()
 
     def record(self) -> dict:
-        """What was used: kwh and co2_g as [low, high], method, what is not in it, seconds, cpu_seconds."""
+        """What was used: kwh and co2_g as [low, high], method, not_in_it (what was not measured), seconds,
+        cpu_seconds."""
         seconds, cpu_seconds = time.monotonic() - self.began, _cpu_seconds() - self.cpu_before
         if self.counters:
             used = sum(
@@ -84,7 +85,7 @@ class Meter:
             used = sum(now - before for now, before in zip(after, self.gpu_before)) / 1e3
             joules, method = [j + used for j in joules], f"{method}; NVML counter of the whole GPU"
         elif self.gpu_unknown:
-            unknown.append("the GPU, which tells nothing here")
+            unknown.append("the GPU, which reports nothing here")
         kwh = [j / JOULES for j in joules]
         return {
             "what": self.what,
@@ -106,7 +107,7 @@ def _cpu_seconds() -> float:
 
 
 def _gpus() -> list:
-    """NVML's handles of the GPUs that count their energy; none where that can't be known."""
+    """NVML's handles of the GPUs, if all of them count their energy; otherwise an empty list."""
     if pynvml is None:
         return []
     try:
@@ -120,8 +121,8 @@ def _gpus() -> list:
 
 
 def keep(record: dict, folder: Path, again: bool) -> list[dict]:
-    """Write a record into the folder's `energy.json`, after those of the same run that was interrupted if
-    `again`; all of them. Raises MedFLError for a file that is none."""
+    """Write a record into the folder's `energy.json`. If `again`, it follows the earlier records of the same,
+    interrupted run. Returns all records. Raises MedFLError if the file can't be read."""
     path = folder / NAME
     records = [*(read_records(path) if again else []), record]
     write_json(path, records)
@@ -129,7 +130,7 @@ def keep(record: dict, folder: Path, again: bool) -> list[dict]:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records in a run's file, none where it is not there. Raises MedFLError for a file that is none."""
+    """The records in a run's file, an empty list if there is no file. Raises MedFLError if it can't be read."""
     if not path.exists():
         return []
     try:
@@ -152,7 +153,7 @@ def summed(records: list[dict]) -> dict:
 
 
 def in_words(energy: dict, dice: float | None = None) -> str:
-    """A record or a sum in words. dice: of the model that it gave, for Dice per Wh."""
+    """A record or a sum in words. dice: the Dice of the resulting model, to add Dice per Wh."""
     wh = [1_000 * value for value in energy["kwh"]]
     text = (
         f"energy {_range(wh)} Wh ({energy['method']}), {_range(energy['co2_g'])} g CO2 at "

@@ -1,4 +1,5 @@
-"""How far a central run is, what its epochs gave, and the settings that an interrupted one goes on with."""
+"""The progress of a central run, the history of its epochs, and the settings with which an interrupted run
+continues."""
 
 import csv
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,7 @@ class Progress:
     epoch: int = 0
     seconds: float = 0.0
     ending_seconds: float = (
-        0.0  # of the last epoch's scoring and saving, so that --minutes can leave room for the next
+        0.0  # that scoring and saving took after the last epoch: --minutes leaves room for the next
     )
     best: float = -1.0
     best_epoch: int = 0
@@ -48,10 +49,10 @@ def write_history(rows: list[dict], path: Path) -> None:
 def stored_settings(last: Path) -> TrainingSettings:
     """The settings of an interrupted run."""
     if not last.exists():
-        raise MedFLError(f"there is no {last} to go on from; start without --resume")
+        raise MedFLError(f"there is no {last} to continue from; start without --resume")
     stored = dict(load_checkpoint(last).metadata["training"])
-    if "encoder" not in stored:  # a file of before --encoder
+    if "encoder" not in stored:  # a file from before --encoder
         stored["encoder"] = "pretrained" if stored.get("pretrained") else "random"
-    if "steps_done" not in stored:  # a file of before --steps, whose "steps" are those that were done
+    if "steps_done" not in stored:  # a file from before --steps, whose "steps" are those that were done
         stored = {**stored, "steps": None}
     return TrainingSettings(**{name: stored[name] for name in asdict(TrainingSettings()) if name in stored})

@@ -1,4 +1,4 @@
-"""Which models there are to choose from."""
+"""The models that there are to choose from."""
 
 import functools
 import os
@@ -13,13 +13,13 @@ PHANTOM_MODEL = (
 
 
 def find_checkpoints(models: Path) -> list[Path]:
-    """The models to choose from, the best by their validation Dice first, of equal ones the newest:
-    MEDFL_CHECKPOINT if it is set, then every `*_best.pth` in `models` and the folders in it; without any, the
-    one that was trained on phantoms. Raises MedFLError where that is gone as well."""
+    """The models to choose from: MEDFL_CHECKPOINT first, if it is set, then every `*_best.pth` in `models` and the
+    folders in it. The best validation Dice comes first; the newest model leads among equal ones. Without any, the
+    model that was trained on phantoms. Raises MedFLError if that is missing as well."""
     named = os.environ.get("MEDFL_CHECKPOINT")
     if named and not Path(named).is_file():
         raise MedFLError(
-            f"MEDFL_CHECKPOINT names {named}, and there is no such file; correct it, or unset it"
+            f"MEDFL_CHECKPOINT names {named}, but there is no such file; correct it, or unset it"
         )
     found = sorted(
         [*models.glob("*_best.pth"), *models.glob("*/*_best.pth")],
@@ -46,5 +46,5 @@ def _dice_at(path: Path, _: float) -> float:
 
 
 def _dice(path: Path) -> float:
-    """A file's validation Dice; 0 where it tells none, or is no checkpoint."""
+    """A file's validation Dice; 0 if it records none or is no checkpoint."""
     return _dice_at(path, path.stat().st_mtime)

@@ -1,6 +1,6 @@
-"""TensorBoard and MLflow for those who use them: settings, curves, pictures and the model of a run.
+"""TensorBoard and MLflow, both optional: settings, curves, pictures and the model of a run.
 
-Neither is needed, and nothing is sent anywhere unless an MLflow server's address is given.
+Nothing is sent anywhere unless an MLflow server's address is given.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SQLITE = "sqlite:///"
 
 
 class Tracker(Protocol):
-    """Where a run is tracked."""
+    """Something that tracks a run."""
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """Keep the settings."""
@@ -103,13 +103,13 @@ def add_tracking(parser: argparse.ArgumentParser) -> None:
         const="local",
         type=mlflow_address,
         metavar="URI",
-        help="track the run with MLflow, there or, without an address, in --out/mlruns",
+        help="track the run with MLflow at this address, or in --out/mlruns if none is given",
     )
 
 
 def mlflow_address(text: str) -> str:
-    """An address as MLflow takes it. A file or folder counts from where the script was started, whichever process
-    asks."""
+    """An address as MLflow takes it. A file or folder is relative to where the script was started, in every
+    process."""
     if text == "local":
         return text
     if text.startswith(SQLITE) and not text.startswith(f"{SQLITE}/"):
@@ -118,7 +118,7 @@ def mlflow_address(text: str) -> str:
 
 
 def check_installed(tensorboard: bool, mlflow: str | None) -> None:
-    """Raises MedFLError where a tracker is asked for that is not installed."""
+    """Raises MedFLError if a requested tracker is not installed."""
     for asked, package in ((tensorboard, "tensorboard"), (mlflow, "mlflow")):
         if asked and importlib.util.find_spec(package) is None:
             raise MedFLError(
@@ -128,7 +128,7 @@ def check_installed(tensorboard: bool, mlflow: str | None) -> None:
 
 
 def open_trackers(out: Path, tensorboard: bool, mlflow: str | None) -> list[Tracker]:
-    """The trackers that were asked for. mlflow: an address; "local" is a folder in `out`."""
+    """The requested trackers. mlflow: an address; "local" is a folder in `out`."""
     opened: list[Tracker] = []
     if tensorboard:
         opened.append(TensorBoard(out / "tensorboard"))

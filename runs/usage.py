@@ -1,4 +1,4 @@
-"""What a run uses and how far it is: its device, times in words, the most memory, and a log file beside its
+"""What a run uses and how far it has come: its device, times in words, peak memory, and a log file beside its
 results."""
 
 import contextlib
@@ -13,8 +13,8 @@ LOG_SECONDS = 60.0  # between two lines of a run's log
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device that "auto" (CUDA, else CPU), "cpu", "cuda" or "mps" names. Raises MedFLError where it is
-    not there."""
+    """The device that "auto" (CUDA, else CPU), "cpu", "cuda" or "mps" names. Raises MedFLError if it does not
+    exist here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -44,13 +44,13 @@ def peak_memory() -> int:
 
 
 def memory_in_words() -> str:
-    """The most memory that this process has held, after a semicolon; nothing where the system does not say."""
+    """The most memory that this process has held, after a semicolon; "" where the system does not say."""
     return f"; at most {peak_memory() / 2**30:.1f} GiB of memory" if peak_memory() else ""
 
 
 class RunLog:
-    """A text file to which a run appends lines, each with its time (UTC). A disk that takes no more does not
-    end the run."""
+    """A text file to which a run appends lines, each with its time (UTC). A full disk does not end
+    the run."""
 
     def __init__(self, path: Path):
         self.path = path

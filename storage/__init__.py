@@ -1,1 +1,1 @@
-"""Files: whole or not there, and those of torch without their code."""
+"""Files: written whole or not at all, and torch's files read without running their code."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, folders of a run, and texts that a person wrote."""
+"""Files that are written whole or not at all, folders of a run, and texts that a person wrote."""
 
 import codecs
 import contextlib
@@ -21,18 +21,18 @@ from common import MedFLError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-NAME_KEPT = 40  # characters of a file's name in that of its half; a name has at most 255 bytes
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what shares say that have none
-# torch's words in the error of a file that it could not write
+NAME_KEPT = 40  # characters of a file's name in that of its temporary file; a name has at most 255 bytes
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of network shares without locks
+# torch's words in its error for a file that it could not write
 TORN = ("PytorchStreamWriter", "inline_container")
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterator[IO]:
-    """An open file that takes the place of `path` at the end of the block, whole or not at all. Only its
-    owner can read a private one.
+    """An open file that replaces `path` at the end of the block, whole or not at all. Only its owner can read a
+    private one.
 
-    Raises MedFLError where the folder can't be made or written, or the disk is full.
+    Raises MedFLError if the folder can't be made or written, or if the disk is full.
     """
     path = Path(path)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
@@ -48,7 +48,7 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
             file.flush()
             os.fsync(file.fileno())
         if not private:
-            with contextlib.suppress(OSError):  # many shares keep their own permissions
+            with contextlib.suppress(OSError):  # many network shares keep their own permissions
                 beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         _replace(beside, path)
     except PermissionError as error:
@@ -59,7 +59,7 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
         raise MedFLError(
             f"{path} can't be written ({error.strerror or error}); free the space or choose another place"
         ) from error
-    except RuntimeError as error:  # torch's word for a file that took no more bytes
+    except RuntimeError as error:  # torch's error for a file that took no more bytes
         if not any(sign in str(error) for sign in TORN):
             raise
         raise MedFLError(
@@ -71,22 +71,22 @@ def atomic_write(path: Path, mode: str = "wb", private: bool = False) -> Iterato
 
 
 def run_folder(kind: str) -> Path:
-    """A new folder in the system's place for temporary files, called medfl-KIND-…; those that killed runs of
-    this kind left there are removed."""
+    """A new folder among the system's temporary files, called medfl-KIND-…. Folders that killed runs of this kind
+    left there are removed."""
     place = Path(tempfile.gettempdir())
     _remove_leftovers(place, f"medfl-{kind}-")
     try:
         return Path(tempfile.mkdtemp(prefix=f"medfl-{kind}-{os.getpid()}-", dir=place))
     except OSError as error:
         raise MedFLError(
-            f"no folder can be made in {place} ({error.strerror}); free space there, or name another place in TMPDIR"
+            f"no folder can be made in {place} ({error.strerror}); free space there, or name another folder in TMPDIR"
         ) from error
 
 
 def claim(out: Path, what: str) -> "FileLock":
-    """The lock of a folder for as long as it is kept: one `what` ("server", "training") at a time writes there.
-    Where the file system has no locks nobody is held off. Raises MedFLError where another one does."""
-    from filelock import FileLock, Timeout  # not there where scans are prepared only
+    """The lock of a folder, held while the object lives: only one `what` ("server", "training") at a time writes
+    there. On a file system without locks it stops nobody. Raises MedFLError if another one holds the lock."""
+    from filelock import FileLock, Timeout  # not installed where scans are only prepared
 
     lock = FileLock(out / f".{what}.lock")
     try:
@@ -94,20 +94,20 @@ def claim(out: Path, what: str) -> "FileLock":
         lock.acquire(timeout=0)
     except Timeout as error:
         raise MedFLError(
-            f"another {what} writes into {out}; wait for its end, or choose another --out"
+            f"another {what} writes into {out}; wait until it ends, or choose another --out"
         ) from error
     except NotImplementedError:
         pass
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise MedFLError(
-                f"{out} can't be written ({error.strerror or error}); free it, or choose another --out"
+                f"{out} can't be written ({error.strerror or error}); make it writable, or choose another --out"
             ) from error
     return lock
 
 
 def _remove_leftovers(place: Path, prefix: str) -> None:
-    """Remove what processes that are no more left in `place` under `prefix` and their number."""
+    """Remove what ended processes left in `place` under `prefix` and their number."""
     if os.name != "posix":
         return
     for left in place.glob(f"{glob.escape(prefix)}*-*"):
@@ -127,7 +127,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _replace(beside: Path, path: Path) -> None:
-    """Rename, with patience: on Windows a virus scanner or a viewer can hold the old file for a moment."""
+    """Rename, with several tries: on Windows a virus scanner or a viewer can hold the old file for a moment."""
     for wait in (0.1, 0.3, 0.6, 1.0):
         try:
             return os.replace(beside, path)
@@ -143,7 +143,7 @@ def _umask() -> int:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence], private: bool = False) -> None:
-    """Write rows of values as CSV, the names of the columns first, atomically; texts in it are no formulas."""
+    """Write rows of values as CSV, with the column names first, atomically. No text in it becomes a formula."""
     with atomic_write(path, "w", private=private) as file:
         csv.writer(file).writerows([escaping.cell(value) for value in row] for row in rows)
 
@@ -156,8 +156,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def text_of(path: Path, errors: str = "strict", most: int = -1) -> str:
-    """A text file that a person wrote or a terminal did: UTF-8, or UTF-16 with its mark, as Windows' `>` writes it.
-    most: bytes, any number where it is below 0. Raises OSError, and ValueError where it is neither or longer."""
+    """The content of a text file that a person or a terminal wrote: UTF-8, or UTF-16 with its mark, as Windows' `>`
+    writes it. most: bytes; no limit if below 0. Raises OSError, and ValueError for another encoding or more bytes."""
     with open(path, "rb") as file:
         content = file.read(most + 1 if most >= 0 else -1)
     if 0 <= most < len(content):

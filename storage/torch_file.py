@@ -1,4 +1,4 @@
-"""A file of torch, read without running anything of it and without taking more memory than it has bytes."""
+"""Reads a torch file without running any of its code and without taking more memory than the file has bytes."""
 
 import os
 import pickle
@@ -24,8 +24,8 @@ MODULES = (
     "torch.storage ",
     "collections OrderedDict",
     "torch._utils _rebuild_",
-)  # that it may name
-# of what these name, what makes large things of a few bytes
+)  # names that the pickle may use
+# names among these that make large objects from a few bytes
 REFUSED = ("torch Tensor", "torch.storage TypedStorage", "torch._utils _rebuild_sparse")
 DAMAGED = (
     zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError, TypeError, AttributeError,
@@ -43,18 +43,18 @@ def refuse_pointer(path: Path) -> None:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What torch reads in the file, on the CPU.
+    """The file's content as torch reads it, on the CPU.
 
-    Raises MedFLError for what is packed or claims more values than the file holds, pickle.UnpicklingError for Python
-    objects besides tensors and plain values, and those of `DAMAGED` for what is damaged or no archive: a pickle by
-    itself can ask for any memory.
+    Raises MedFLError for a file that is packed or claims more values than it holds, pickle.UnpicklingError for Python
+    objects other than tensors and plain values and for a pickle without an archive, which could ask for any amount of
+    memory, and the errors of `DAMAGED` for a damaged file or no archive.
     """
     with open(path, "rb") as file:
         head = file.read(2)
     if head[:1] == b"\x80":
         raise pickle.UnpicklingError("a pickle by itself")
     if head != b"PK":
-        raise ValueError("no file of torch")
+        raise ValueError("no torch file")
     _check_archive(path)
     _check_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -105,8 +105,8 @@ def _read_at(file: IO[bytes], place: int, count: int) -> bytes:
 
 
 def _check_names(content: IO[bytes]) -> None:
-    """Raises pickle.UnpicklingError where a pickle names more than tensors: torch's own list has `bytearray` as well,
-    of which a few bytes make as many gigabytes as they say."""
+    """Raises pickle.UnpicklingError if a pickle names more than tensors. torch's own list also allows `bytearray`,
+    with which a few bytes can ask for any number of gigabytes."""
     for operation, name, _ in pickletools.genops(content):
         if operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
             raise pickle.UnpicklingError(operation.name)
@@ -117,8 +117,8 @@ def _check_names(content: IO[bytes]) -> None:
 
 
 def _check_tensors(content: Any, path: Path) -> None:
-    """Raises MedFLError for tensors that stand for more values than the file holds: repeated or sparse ones,
-    and many of the same bytes."""
+    """Raises MedFLError for tensors that stand for more values than the file holds: repeated or sparse ones, and
+    many tensors over the same bytes."""
     waiting, seen, claimed = [content], set(), 0
     while waiting:
         one = waiting.pop()

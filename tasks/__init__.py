@@ -1,12 +1,12 @@
-"""What is segmented: a task is one small file in this folder, and a dataset may carry one of its own.
+"""Tasks: a task says what is segmented. It is a small file in this folder, and a dataset may carry its own.
 
-name           of the file, and of --task
+name           of the file, and for --task
 title          of the dataset, in tables and on cards
 region         what is outlined, in the words of pages and tables: "tumour", "hippocampus"
 channels       one to three; one fills all three of the network's input
-labels         values of a mask that are the region; together, where there are several
+labels         values of a mask that mark the region; several are taken together
 site           regular expression of a patient's name whose group is the site's code (optional)
-normalisation  of the pixels; there is one way (preprocessing.py)
+normalisation  of the pixels; there is only one (preprocessing.py)
 """
 
 import re
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent
 NAME = "task.toml"  # in a dataset's folder
 DEFAULT = "lgg"
 MOST_BYTES = 10_000  # of a task file
-MOST_LETTERS = 200  # of a patient's name in which its site is looked for
+MOST_LETTERS = 200  # of a patient's name; the site is looked for in these
 # A regular expression comes with a dataset, and some take for ever on a name of 50 letters: those that repeat a group,
 # or leave many choices.
 REPEATED_GROUP, CHOICES, MOST_CHOICES = re.compile(r"\)[*+{]"), re.compile(r"[*+{|]|(?<!\()\?"), 3
@@ -47,14 +47,14 @@ class Task(BaseModel):
     @classmethod
     def _printable(cls, text: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not "".join(text).isprintable():
-            raise ValueError("holds letters that can't be printed")
+            raise ValueError("holds characters that can't be printed")
         return text
 
     @field_validator("labels")
     @classmethod
     def _labels(cls, labels: tuple[int, ...]) -> tuple[int, ...]:
         if not all(0 < label <= 255 for label in labels):
-            raise ValueError("labels lie from 1 to 255; 0 is what is not outlined")
+            raise ValueError("labels must be from 1 to 255; 0 marks what is not outlined")
         return labels
 
     @field_validator("site")
@@ -65,7 +65,7 @@ class Task(BaseModel):
         except re.error as error:
             raise ValueError(f"site is no regular expression ({error})") from error
         if groups != 1:
-            raise ValueError("site has one group, which is the site's code")
+            raise ValueError("site must have one group, which is the site's code")
         if REPEATED_GROUP.search(site or "") or len(CHOICES.findall(site or "")) > MOST_CHOICES:
             raise ValueError(
                 f"site repeats its group, or leaves more than {MOST_CHOICES} choices: it could take for ever"
@@ -76,12 +76,12 @@ class Task(BaseModel):
     @classmethod
     def _normalisation(cls, name: str) -> str:
         if name != preprocessing.DESCRIPTION["name"]:
-            raise ValueError(f"normalisation is {preprocessing.DESCRIPTION['name']}")
+            raise ValueError(f"normalisation must be {preprocessing.DESCRIPTION['name']}")
         return name
 
     @property
     def outlines(self) -> tuple:
-        """What is outlined in what: models of tasks that differ in it are models of different things."""
+        """What is outlined, and in which images. If two tasks differ in this, their models outline different things."""
         return self.region, self.channels, self.labels, self.normalisation
 
     def site_of(self, patient: str) -> str | None:
@@ -90,7 +90,7 @@ class Task(BaseModel):
         return found[1] if found else None
 
 
-LGG = Task(  # tasks/lgg.toml, which a bundle and a page do without
+LGG = Task(  # the content of tasks/lgg.toml, which a bundle and a page do not hold
     name=DEFAULT,
     title="LGG MRI segmentation",
     region="tumour",
@@ -107,7 +107,7 @@ def stored(task: Task | None) -> dict | None:
 
 
 def read_task(path: Path) -> Task:
-    """The task in a file. Raises MedFLError for a file that can't be read or says something that can't be."""
+    """The task in a file. Raises MedFLError for a file that can't be read or holds a wrong value."""
     try:
         return Task(**tomllib.loads(text_of(path, most=MOST_BYTES)))
     except OSError as error:
@@ -123,7 +123,7 @@ def read_task(path: Path) -> Task:
 
 
 def named_task(name: str) -> Task:
-    """The task of that name, or in the file of that path."""
+    """The task with that name, or in the file at that path."""
     return read_task(FOLDER / f"{name}.toml" if re.fullmatch(r"[a-z0-9-]+", name) else Path(name))
 
 

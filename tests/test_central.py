@@ -93,7 +93,7 @@ def test_a_resumed_run_says_when_its_scans_are_others_by_now(central, capsys):
     subject._record(EpochResult(1.0, 0.5, 1), None, None)
     capsys.readouterr()
     again = central(resume=True)
-    assert "are others" not in capsys.readouterr().out
+    assert "have changed" not in capsys.readouterr().out
     again.dataset.content = "of a mask that was drawn again"
     again._resume()
     assert "scans or masks in" in (said := capsys.readouterr().out) and "start without --resume" in said

@@ -62,7 +62,7 @@ def test_no_file(tmp_path):
 
 
 def test_a_folder_and_a_file_of_somebody_else(tmp_path):
-    with pytest.raises(MedFLError, match="is a folder, and a checkpoint is a file; .* without unpacking it"):
+    with pytest.raises(MedFLError, match="is a folder, but a checkpoint is a file; .* without unpacking it"):
         load_checkpoint(tmp_path)
     (tmp_path / "loop.pth").symlink_to("loop.pth")  # for a file without permission, which root may read
     with pytest.raises(MedFLError, match="loop.pth can't be read .*; check its permissions"):

@@ -358,7 +358,7 @@ def test_black_masks_train_nothing_choose_nothing_and_are_counted(tmp_path):
     some = cohort(tmp_path / "some", 6, lambda k: f"pat{k:02d}" not in split.val)
     done = run_here("train_centralized.py", "--data-dir", some, "--out", tmp_path / "o", *training)
     assert done.returncode == 0, done.stderr
-    assert "no tumour in any mask of 2 of 6 patients" in done.stdout and "nothing is chosen" in done.stdout
+    assert "no tumour in any mask of 2 of 6 patients" in done.stdout and "choose no model" in done.stdout
     best = load_checkpoint(tmp_path / "o" / "transunet_centralized_best.pth")
     assert best.metadata["scores"] == {} and best.metadata["training"]["selected_by"].startswith("nothing")
     done = run_here("evaluate.py", "--checkpoint", best.path, "--data-dir", some, "--split", "val")
@@ -401,11 +401,9 @@ def test_masks_of_0_and_1_and_with_a_palette_are_read_and_told(tmp_path):
         picture.save(tmp_path / "anna" / f"p_{k}_mask.png")
     found = load_dataset(tmp_path, progress=False)
     assert np.array_equal(found.volume("anna")[1], before)
-    assert found.notes == [
-        "2 masks with 0 and 1, or a palette, in the place of 0 and 255: 1 is read as tumour"
-    ]
+    assert found.notes == ["2 masks with 0 and 1, or a palette, instead of 0 and 255: 1 is read as 255"]
     save(tmp_path / "anna" / "p_3_mask.png", np.full((16, 16), 2, np.uint8))
-    with pytest.raises(MedFLError, match="p_3_mask.png has the value 2, .* with 255 for what is tumour"):
+    with pytest.raises(MedFLError, match="p_3_mask.png has the value 2, .* with 255 for what is outlined"):
         load(tmp_path)
 
 

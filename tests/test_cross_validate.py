@@ -25,7 +25,7 @@ def test_every_patient_is_tested_once_and_sites_are_shared_out():
 
 @pytest.mark.parametrize("folds", [0, 1, 22])
 def test_impossible_numbers_of_folds_are_refused(folds):
-    with pytest.raises(MedFLError, match="can't be dealt"):
+    with pytest.raises(MedFLError, match="can't be divided"):
         make_folds(SITES, folds, seed=0)
 
 
@@ -52,8 +52,8 @@ def test_it_goes_on_where_it_was_interrupted(phantoms, home, tmp_path, monkeypat
     scores = json.loads((tmp_path / "scores.json").read_text())
     patients = {p.name for p in load_dataset(phantoms, progress=False).patients}
     assert {p["patient"] for p in scores["patients"]} == patients and scores["patients_scored"] == 10
-    assert scores["volume_dice"]["ci95"] and "10 patients, each by the one of 2 models" in done.stdout
+    assert scores["volume_dice"]["ci95"] and "10 patients, each scored by the one of 2 models" in done.stdout
     other = run_here(*command[:-1], 4)
-    assert other.returncode == 2 and "folds of other settings" in other.stderr
+    assert other.returncode == 2 and "folds with other settings" in other.stderr
     fewer = run_here("cross_validate.py", "--data-dir", phantoms, "--out", tmp_path, "--folds", 3)
     assert fewer.returncode == 2 and "patients and settings" in fewer.stderr

@@ -127,7 +127,7 @@ def test_a_prediction_is_found_in_the_archive_where_its_series_lies(archive, pre
 def test_sending_twice_makes_no_second_copy_and_rtstruct_is_an_option(archive, predicted, model, tmp_path):
     once = files(archive)
     again = predict(archive, model, tmp_path)
-    assert again.returncode == 0 and "has it from this model already" in again.stdout
+    assert again.returncode == 0 and "already has this model's result" in again.stdout
     assert files(archive) == once
     more = predict(archive, model, tmp_path, "--rtstruct")
     assert "1 objects were sent" in more.stdout

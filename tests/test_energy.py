@@ -38,7 +38,7 @@ def test_without_a_counter_the_figure_is_a_range_and_says_so(tmp_path, monkeypat
     record = meter.record()
     assert record["kwh"] == pytest.approx([0.003, 0.015], rel=0.01)
     assert "3 to 15 W a core: no counter here" in record["method"]
-    assert "the GPU, which tells nothing here" in record["not_in_it"]
+    assert "the GPU, which reports nothing here" in record["not_in_it"]
     assert in_words(record, dice=0.6) == (
         "energy 3 to 15 Wh (CPU time times 3 to 15 W a core: no counter here), 1.44 to 7.2 g CO2 at 480 g/kWh, "
         "Dice per Wh 0.04 to 0.2"

@@ -334,7 +334,9 @@ def test_a_container_without_a_folder_for_temporary_files_is_told(monkeypatch, t
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
     with pytest.raises(FileNotFoundError) as raised:
         run_folder("hospital")
-    assert "no folder for temporary files" in in_words(raised.value) and "TMPDIR" in in_words(raised.value)
+    assert "no writable folder for temporary files" in in_words(raised.value) and "TMPDIR" in in_words(
+        raised.value
+    )
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what is set is taken back
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     name_cache_where_missing()  # before torchvision, whose import asks torch for this folder
@@ -372,5 +374,5 @@ def test_no_mask_takes_the_place_of_another_one_on_any_disk(other):
     first = Path("anna/ṕ_1.tif" if "\u0301" in other else "anna/p_1.tif")
     names = output_names([first, Path("bert") / other])
     assert [name.split("_")[0] for name in names.values()] == ["anna", "bert"]
-    with pytest.raises(MedFLError, match="would be one file"):
+    with pytest.raises(MedFLError, match="would have the same name"):
         output_names([first, Path("elsewhere/ANNA") / other])

@@ -119,7 +119,7 @@ def test_resume_refuses_another_split_and_keeps_its_own(phantoms, trained, tmp_p
     expect_sentence(run_here(*resume, "--split-file", tmp_path / "other.json"), "another split")
     assert (tmp_path / "split.json").read_bytes() == (trained / "split.json").read_bytes()
     (tmp_path / LAST).write_bytes((trained / BEST).read_bytes())
-    expect_sentence(run_here(*resume), "no run to go on with")
+    expect_sentence(run_here(*resume), "no run to continue")
 
 
 def test_a_new_run_leaves_nothing_to_resume_of_the_old(phantoms, trained, tmp_path):
@@ -168,7 +168,7 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(phantoms, tmp_path):
             process.send_signal(signal.SIGINT)
             break
     rest = process.stdout.read()
-    assert process.wait(60) == 130 and "--resume goes on after epoch" in rest
+    assert process.wait(60) == 130 and "--resume continues after epoch" in rest
     assert load_checkpoint(tmp_path / LAST).state["progress"]["epoch"] >= 1
 
 
@@ -324,7 +324,7 @@ def test_the_temperature_is_fitted_on_validation_patients_and_kept(phantoms, tra
     done = run_here(
         "evaluate.py", "--checkpoint", tmp_path / BEST, "--data-dir", phantoms, "--fit-temperature"
     )
-    assert done.returncode == 0 and "of 1 validation patient" in done.stdout, done.stderr
+    assert done.returncode == 0 and "fitted on 1 validation patient" in done.stdout, done.stderr
     again = load_checkpoint(tmp_path / BEST)
     assert again.model.temperature == pytest.approx(fitted.model.temperature)
     for value in (0, -1.0, True, "1"):

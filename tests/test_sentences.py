@@ -142,11 +142,11 @@ WRONG = {
     ),
     "a split without anybody to train": (
         lambda f: load_dataset(scans(f), progress=False).check_trainable([]),
-        "leaves nobody to train; ",
+        "leaves no patient to train on; ",
     ),
     "one patient, half for the test": (
         lambda f: make_split({"anna": "own", "bert": "own", "carl": "own"}, 0, 0.0, 1.0),
-        "fractions lie from 0 to below 1",
+        "fractions must be 0 or more",
     ),
     "an address without a port": (lambda f: parse_address("fl.example.org"), "write it as HOST:PORT"),
     "an IPv6 address without brackets": (lambda f: parse_address("2001:db8::1"), "in brackets"),

@@ -37,12 +37,12 @@ def test_the_tasks_that_come_with_medfl():
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
-        ("labels = [1, 2] ", "labels = [0] ", "labels lie from 1 to 255"),
+        ("labels = [1, 2] ", "labels = [0] ", "labels must be from 1 to 255"),
         ('channels = ["T1"]', "channels = []", "channels"),
         ('channels = ["T1"]', 'channels = ["a", "b", "c", "d"]', "channels"),
         ('region = "hippocampus"', "", "region"),
         ('region = "hippocampus"', 'region = "a"\nmore = 1', "more"),
-        ("volume-foreground-v1", "none", "normalisation is"),
+        ("volume-foreground-v1", "none", "normalisation must be"),
         ('region = "hippocampus"', 'region = "a"\nsite = "(a)(b)"', "one group"),
         ('region = "hippocampus"', 'region = "a"\nsite = "("', "no regular expression"),
         ('region = "hippocampus"', 'region = "a"\nsite = "^(a+)+$"', "could take for ever"),
