@@ -169,7 +169,7 @@ def test_figures_and_history_hold_no_formula(tmp_path):
     assert not runs_in_a_spreadsheet((tmp_path / "history.csv").read_text(encoding="utf-8"))
     pixels = np.zeros((8, 8, 3), np.uint8)
     name = names[10]  # half a formula of matplotlib, which it could not draw
-    made = draw_report(name, [(name, pixels)] * 2, rows[:1], [(name, name)], [("Data", name)], [name])
+    made = draw_report(name, [(name, pixels)] * 2, rows[:1], [(name, name)], [("Data", name)], [name], name)
     assert made[1:4] == b"PNG"
 
 
