@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common import ROOT, MedFLError
-from phantoms.painting import patients
+from phantoms import patients
 from phantoms.patients import make_phantoms
 from preprocessing import apply_statistics, volume_statistics
 from scans.naming import is_mask, numeric_order

@@ -202,11 +202,8 @@ def test_a_bad_file_is_named_in_one_sentence(tmp_path, read, spoil, sentence):
 
 
 def test_the_largest_side_is_still_read(tmp_path):
-    assert read_slice(save(tmp_path / "wide.png", np.zeros((1, MAX_SIDE), np.uint8))).shape == (
-        1,
-        MAX_SIDE,
-        3,
-    )
+    wide = save(tmp_path / "wide.png", np.zeros((16, MAX_SIDE), np.uint8))
+    assert read_slice(wide).shape == (16, MAX_SIDE, 3)
 
 
 @pytest.mark.parametrize("value", [7, 2, 254])
@@ -403,7 +400,7 @@ def test_the_way_of_the_pixels_exports_with_any_number_of_slices():
 
 
 def test_16_bit_colours_are_not_cut_to_8(tmp_path):
-    """A PNG of one pixel, 16 bits in each of three channels, written by hand: Pillow can't."""
+    """A PNG of two by two pixels, 16 bits in each of three channels, written by hand: Pillow can't."""
 
     def chunk(kind, content):
         return (
@@ -413,8 +410,8 @@ def test_16_bit_colours_are_not_cut_to_8(tmp_path):
     path = tmp_path / "deep.png"
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(bytes(7)))
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(2 * (1 + 12))))
         + chunk(b"IEND", b"")
     )
     with pytest.raises(MedFLError, match="16 bits a channel"):

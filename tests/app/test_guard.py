@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -213,7 +214,9 @@ def test_the_pages_own_script_is_there_below_somebodys_path(monkeypatch, below):
             sent.append(message)
 
         scope = {"type": "http", "method": "GET", "path": path, "headers": []}
-        asyncio.run(guard.Guard(streamlit_page)(scope, None, send))
+        # in a thread of its own: Playwright's tests may have left a loop in this one
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, guard.Guard(streamlit_page)(scope, None, send)).result()
         return b"".join(message.get("body", b"") for message in sent)
 
     assert f'src=".{guard.KEEP}"'.encode() in answer(f"{place}/")

@@ -219,7 +219,7 @@ TOLD = {
     ids=lambda wrong: str(wrong)[:40],
 )
 def test_an_answer_out_of_its_bounds_is_told_apart(wrong):
-    assert parse(Trained, TOLD).model_dump() == TOLD
+    assert parse(Trained, TOLD).model_dump() == {**TOLD, "energy": None}
     with pytest.raises(MedFLError, match=next(iter(wrong))):
         parse(Trained, {**TOLD, **wrong})
 

@@ -14,7 +14,6 @@ from common import MedFLError
 from encoders.weights import start_model
 from federation.hospital.data import HospitalData
 from federation.hospital.hospital import Hospital, HospitalError
-from federation.hospital.scored import SCORED
 from federation.protocol.answers import PatientPrivacy
 from federation.protocol.settings import FederationSettings, check_together
 from federation.protocol.weights import pack, part_mask, unpack
@@ -109,7 +108,7 @@ def test_what_is_thrown_away_in_the_end_is_kept_from_round_to_round(phantoms, ho
         file.unlink()
     for file in (tmp_path / "models").glob("*optimiser*"):
         file.unlink()
-    for file in tmp_path.rglob(SCORED):  # else what was told of this training is told again
+    for file in tmp_path.rglob("*_scored.json"):  # else what was told of this training is told again
         file.unlink()
     assert kept < second()
 
