@@ -1,2 +1,1 @@
-"""From a hospital's archive to the dataset's layout, and back: what DICOM and NIfTI need and nothing else
-does."""
+"""From a hospital's archive to the dataset's layout, and back: the code that only DICOM and NIfTI need."""

@@ -1,5 +1,5 @@
-"""A run over an archive's studies: each prepared once, put where it belongs, and remembered, so that a
-broken-off run goes on."""
+"""A run over an archive's studies: each is prepared once, put where it belongs and recorded, so that an
+interrupted run can continue."""
 
 import hashlib
 import json
@@ -23,22 +23,22 @@ from radiology.series import Refused
 from radiology.studies import Study
 from storage.files import atomic_write, file_sha256
 
-VERSION = 4  # of what is made; another one makes every study again
+VERSION = 4  # of the prepared files; with another version, every study is prepared again
 MADE, REPORT = "prepared.json", "report.csv"  # in the private folder
-FIRST_TIME = 315_532_800  # of prepared files: the beginning of 1980, where those of ZIP begin
-PAGE, SHEETS = "index.html", "contact_sheets"  # in the output, and the folders of studies that don't train
-NAMED = 5  # studies of former runs
+FIRST_TIME = 315_532_800  # the earliest time of prepared files: the beginning of 1980, as in ZIP
+PAGE, SHEETS = "index.html", "contact_sheets"  # in the output
+NAMED = 5  # studies of earlier runs that a message names
 PARTS = {
     TRAINING: "for training",
-    MORE: "another study of a patient who trains already, so kept apart",
+    MORE: "kept apart, because another study of this patient is used for training",
     UNMASKED: "kept apart from training",
 }
 
 
 @dataclass
 class Made:
-    """What a study became. fingerprint: of its files and the rules. part: the folder in the output. failures:
-    by a series' uid."""
+    """The result for one study. fingerprint: of its files and the rules. part: the folder in the output. failures:
+    by the series' uid."""
 
     fingerprint: str
     part: str
@@ -49,8 +49,8 @@ class Made:
 
 
 class Preparation:
-    """A run that puts studies into `out`. tell: takes a sentence about a study. Raises MedFLError for a
-    damaged memory."""
+    """A run that puts studies into `out`. tell: takes a sentence about a study. Raises MedFLError if the record
+    of earlier runs is damaged."""
 
     def __init__(self, out: Path, pseudonyms: Pseudonyms, rules: Rules, tell: Callable[[str], None]):
         self.out, self.pseudonyms, self.rules, self.tell = out, pseudonyms, rules, tell
@@ -59,12 +59,12 @@ class Preparation:
         self._left_out: dict[str, str] = {}  # by the FLAIR's uid
 
     def run(self, studies: list[Study], show: bool = True) -> None:
-        """Prepare every study that has a FLAIR, one after the other; what is there already, from the same
-        files, stays. show: a bar of progress.
+        """Prepare every study that has a FLAIR, one after the other. A study that was already prepared from the
+        same files is kept. show: whether to show a progress bar.
 
-        The first study of a patient that has a mask trains. The others are kept apart, for a split is by
-        folder, and a patient in two of them could be on both of its sides. Raises MedFLError where nothing
-        can be written.
+        The first study of a patient that has a mask is used for training. The others are kept apart: a split is
+        by folder, and a patient with two folders could be on both sides of it. Raises MedFLError if a file
+        can't be written.
         """
         for killed in self.out.glob(".preparing-*"):
             shutil.rmtree(killed, ignore_errors=True)
@@ -79,7 +79,7 @@ class Preparation:
                     bar.update()
 
     def _trains_already(self, of_patient: list[Study]) -> bool:
-        """Whether a study of this patient trains that came with a former export."""
+        """Whether a study of this patient from an earlier export is used for training."""
         names = {self.pseudonyms.name(study.patient_id, study.uid) for study in of_patient}
         person = min(names).split("_")[0]
         return any(
@@ -92,11 +92,11 @@ class Preparation:
         )
 
     def of(self, studies: list[Study]) -> list[Made]:
-        """What these studies became, without those that could not be prepared."""
+        """The results for these studies, without those that could not be prepared."""
         return [self._made[name] for name, _ in self._there(studies)]
 
     def write_overview(self, studies: list[Study], refused: list[Refused]) -> None:
-        """Write the page over all prepared studies, and the report on every series."""
+        """Write the page of all prepared studies, and the report on every series."""
         there = self._there(studies)
         self._write_page([name for name, _ in there])
         names = {(study.patient_id, study.uid): name for name, study in there}
@@ -104,21 +104,21 @@ class Preparation:
         write_report(named, refused, self._failures(studies), self.pseudonyms.folder / REPORT)
 
     def prepare_one(self, study: Study) -> tuple[str, list[list]]:
-        """Prepare a study by itself: its name, "" where it can't be prepared, and its lines in the report."""
+        """Prepare one study. Returns its name ("" if it can't be prepared) and its lines in the report."""
         self.run([study], show=False)
         name = next((name for name, _ in self._there([study])), "")
         return name, report_rows(name, study, self._failures([study]))
 
     def write_overview_of(self, names: list[str], rows: list[list]) -> list[Made]:
-        """Write the page over prepared studies, and the report, by what `prepare_one` gave; what the studies
-        became."""
+        """Write the page of prepared studies, and the report, from the results of `prepare_one`. Returns the
+        results for the studies that are there."""
         whole = [name for name in names if self.is_whole(name)]
         self._write_page(whole)
         write_rows(rows, self.pseudonyms.folder / REPORT)
         return [self._made[name] for name in whole]
 
     def _failures(self, studies: list[Study]) -> dict[str, str]:
-        """Why series that were chosen could not be used, by their uids."""
+        """Why chosen series could not be used, by their uids."""
         return {uid: why for made in self.of(studies) for uid, why in made.failures.items()} | self._left_out
 
     def _write_page(self, names: list[str]) -> None:
@@ -140,7 +140,7 @@ class Preparation:
         if former := sorted(there - {*names}):
             more = ", …" if len(former) > NAMED else ""
             self.tell(
-                f"{self.out} also holds {counted(len(former), 'folder')} of studies that are not among these "
+                f"{self.out} also holds {counted(len(former), 'folder')} of studies that are not in this run "
                 f"({', '.join(former[:NAMED])}{more}), and training reads them: delete those of patients who "
                 "should not take part, and the cache of decoded scans"
             )
@@ -155,7 +155,7 @@ class Preparation:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise MedFLError(
-                f"{self._file} can't be read; delete it, and every study is prepared again"
+                f"{self._file} can't be read; delete it, then every study is prepared again"
             ) from error
 
     def _there(self, studies: list[Study]) -> list[tuple[str, Study]]:
@@ -165,13 +165,13 @@ class Preparation:
         return [(n, s) for n, s in names if self.is_whole(n) and s.channels[FLAIR].uid not in self._left_out]
 
     def is_whole(self, name: str) -> bool:
-        """Whether a study of this name is prepared, and there."""
+        """Whether a study of this name was prepared and is still there."""
         made = self._made.get(name)
         return made is not None and (self.out / made.part / name / "volume.json").exists()
 
     def _ready(self, study: Study) -> str | None:
-        """The name of a study that is prepared now, or None where it can't be: that is told, and the rest
-        goes on."""
+        """The name of a study that is prepared now, or None if it can't be: the reason is reported, and the run
+        continues with the other studies."""
         name = self.pseudonyms.name(study.patient_id, study.uid)
         fingerprint = _fingerprint(study, self.rules)
         if self._keeps_its_truth(name, fingerprint):
@@ -204,15 +204,16 @@ class Preparation:
         return name
 
     def _keeps_its_truth(self, name: str, fingerprint: str) -> bool:
-        """Whether a person saved a truth for a study (radiology/truths.py): it is left as it is, wherever it lies
-        now."""
+        """Whether a person saved a truth for a study (radiology/truths.py). Such a study is left as it is, wherever
+        it lies now."""
         part = has_truth(self.out, name)
         if part is None:
             return False
         before = self._made.get(name)
         if before is None or before.fingerprint != fingerprint:
             self.tell(
-                f"{name} has a truth that a person saved, and is left as it is; move its folder away to prepare it anew"
+                f"{name} has a truth that a person saved, so it is left as it is; move its folder away to prepare it "
+                "again"
             )
         slices = len(list((self.out / part / name).glob("*_mask.tif")))
         notes, failures = (before.notes, before.failures) if before else ([], {})
@@ -222,7 +223,8 @@ class Preparation:
         return True
 
     def _put(self, prepared: Prepared, part: str, name: str) -> bool:
-        """Write a study beside and move it to its place, whole; not so where a person has saved a truth meanwhile."""
+        """Write a study into a temporary folder, then move it to its place as a whole. Returns False, and moves
+        nothing, if a person has saved a truth in the meantime."""
         beside = None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -262,7 +264,7 @@ class Preparation:
 
 
 def _fingerprint(study: Study, rules: Rules) -> str:
-    """Changes when a file of the study changes, the rules do, or what this program makes of them."""
+    """A digest that changes when a file of the study, the rules or the format of the prepared files changes."""
     digest = hashlib.sha256(f"{VERSION}\n{rules.text}\n".encode())
     for series in [*study.channels.values(), *([study.mask] if study.mask else [])]:
         for path in series.files:
@@ -272,9 +274,9 @@ def _fingerprint(study: Study, rules: Rules) -> str:
 
 
 def _hide_times(folder: Path) -> None:
-    """Give all that lies in a folder one time, which follows from what it holds. That of its making would tell when a
-    study came, and who stands before whom in a list of patients' numbers; a time that is always the same would hide a
-    change from programs that see one by size and time."""
+    """Give everything in a folder the same time, derived from its content. The real time would reveal when a study
+    was prepared, and so the order of the patients' numbers. A constant time would hide a change from programs that
+    compare only size and time."""
     inside = sorted(folder.rglob("*"))
     contents = "".join(file_sha256(path) for path in inside if path.is_file())
     when = FIRST_TIME + int(hashlib.sha256(contents.encode()).hexdigest()[:8], 16) // 4

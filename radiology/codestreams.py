@@ -1,5 +1,5 @@
-"""How large a compressed frame says that it is, read from its own first bytes: a decoder allocates what they
-ask for, whatever the DICOM header tells."""
+"""The size that a compressed frame states in its own first bytes: a decoder allocates that much memory, whatever
+the DICOM header states."""
 
 import struct
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ NO_FRAME = {
 }  # among the markers C0 to CF of JPEG that begin a frame; F7 begins one of JPEG-LS
 MOST_PRECINCTS = (
     2**16
-)  # of a frame of JPEG 2000; its decoder makes half a kilobyte of each, before it reads a pixel
+)  # in a JPEG 2000 frame; the decoder allocates half a kilobyte for each before it reads a pixel
 MOST_TILES, MOST_COMPONENTS = 2**12, 4
-BEGINNING = 2**10  # bytes in which the size of JPEG 2000 stands, also within a file's boxes
+BEGINNING = 2**10  # bytes that contain the size of JPEG 2000, even if the stream is inside a file's boxes
 
 
 def check_frame(content: pydicom.Dataset, frame: int) -> None:
-    """Raises MedFLError for a compressed frame of another size than the header's, for one that is far longer than
-    its pixels, and for one of countless parts; errors of pydicom for one that is not there."""
+    """Raises MedFLError for a compressed frame whose size differs from the header's, that is far longer than its
+    pixels, or that has far too many parts; pydicom's errors for a frame that is not there."""
     if not content.file_meta.TransferSyntaxUID.is_encapsulated:
         return
     frames, rows, columns = int(content.get("NumberOfFrames") or 1), int(content.Rows), int(content.Columns)
@@ -37,15 +37,15 @@ def check_frame(content: pydicom.Dataset, frame: int) -> None:
         raise MedFLError("a frame is cut into more parts than any encoder makes; export it again")
     if told not in (None, (rows, columns)) or len(data) > 2 * pixels + BEGINNING:
         raise MedFLError(
-            f"a frame says that it has {'×'.join(map(str, told[::-1])) if told else 'more'} pixels, and the header "
-            f"{columns}×{rows}; export it again"
+            f"a frame says that it has {'×'.join(map(str, told[::-1])) if told else 'more'} pixels, but the header "
+            f"says {columns}×{rows}; export it again"
         )
 
 
 def _is_cut_small(data: bytes, rows: int, columns: int) -> bool:
-    """Whether a frame of JPEG 2000 is cut into countless tiles, components or precincts. How precincts are cut
-    stands in segments COD and COC, anywhere before or between the pixels; only one that fits its own length is
-    taken for such."""
+    """Whether a JPEG 2000 frame is cut into far too many tiles, components or precincts. The sizes of precincts
+    stand in COD and COC segments, anywhere before or between the pixels. Bytes count as such a segment only if they
+    agree with its stated length."""
     start = data[:BEGINNING].find(JPEG_2000)
     if start < 0:
         return False
@@ -62,7 +62,7 @@ def _is_cut_small(data: bytes, rows: int, columns: int) -> bool:
 
 
 def _precinct_sizes(data: bytes, marker: bytes, before: int) -> Iterator[bytes]:
-    """The sizes of precincts in the segments that begin with a marker, a byte for each resolution, the coarsest
+    """The sizes of precincts in the segments that begin with a marker: one byte for each resolution, the coarsest
     first. before: bytes from the marker to the number of levels."""
     place = data.find(marker)
     while place >= 0:
@@ -75,7 +75,7 @@ def _precinct_sizes(data: bytes, marker: bytes, before: int) -> Iterator[bytes]:
 
 
 def _precincts(sizes: bytes, rows: int, columns: int) -> int:
-    """How many precincts a frame is cut into at all resolutions together."""
+    """The number of precincts of a frame at all resolutions together."""
     count = 0
     for coarser, size in enumerate(reversed(sizes)):
         tall, wide = coarser + (size >> 4), coarser + (size & 15)
@@ -84,8 +84,8 @@ def _precincts(sizes: bytes, rows: int, columns: int) -> int:
 
 
 def told_size(data: bytes) -> tuple[int, int] | None:
-    """Rows and columns of a frame of JPEG, JPEG-LS or JPEG 2000; None of another kind. Raises struct.error
-    where it is cut off."""
+    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 frame states; None for other kinds. Raises struct.error
+    if the frame is cut off."""
     start = data[:BEGINNING].find(JPEG_2000)
     if start >= 0:
         right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)

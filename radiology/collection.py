@@ -1,5 +1,5 @@
-"""Collections of volumes in trees of images and labels, as nnU-Net and the Medical Segmentation Decathlon have
-them: which file is of which case, and what each of its channels shows.
+"""Collections of volumes in trees of images and labels, in the layouts of nnU-Net and the Medical Segmentation
+Decathlon: the case of each file, and what each channel shows.
 
     dataset.json
     imagesTr/CASE.nii.gz (Decathlon: all channels in one file), or imagesTr/CASE_0000.nii.gz, CASE_0001.nii.gz ...
@@ -26,8 +26,8 @@ NOTHING = re.compile(r"^(background|ignore|unlabell?ed)$", re.IGNORECASE)
 
 
 class Part(NamedTuple):
-    """What a file, or one volume of it, is: the case, what it shows in words that the rules know, and the
-    number of the volume where the file holds several."""
+    """A file, or one volume of it: the case, what it shows in words that the rules know, and the number of the
+    volume if the file holds several."""
 
     case: str
     shows: str
@@ -36,33 +36,32 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Collection:
-    """What a `dataset.json` says. channels: what each shows, by number; labels: names by value."""
+    """The content of a `dataset.json`. channels: what each shows, by number; labels: names by value."""
 
     channels: dict[int, str]
     labels: dict[int, str]
 
     def parts(self, path: Path, volumes: int) -> list[Part]:
-        """What an image of the collection is, whose file holds so many volumes. Raises MedFLError, in words
-        that follow the file's name, where that does not fit the channels."""
+        """The parts of one image file. volumes: how many the file holds. Raises MedFLError, in words that follow
+        the file's name, if that number does not fit the channels."""
         name = stem(path.name)
         if volumes == 1 and (found := CHANNEL.match(name)) and int(found[2]) in self.channels:
             return [Part(found[1], self.channels[int(found[2])])]
         if volumes != len(self.channels):
             raise MedFLError(
-                f"holds {volumes} volumes, and {NAME} names {len(self.channels)} channels; correct one of the two"
+                f"holds {volumes} volumes, but {NAME} names {len(self.channels)} channels; correct one of the two"
             )
         return [Part(name, shows, k if volumes > 1 else None) for k, shows in sorted(self.channels.items())]
 
     def tumour_labels(self) -> tuple[int, ...] | None:
-        """The labels that mean tumour, where every name says so (or that it is background); None where that is
-        not plain."""
+        """The labels that mean tumour, if every name means tumour or background; otherwise None."""
         named = {value: name for value, name in self.labels.items() if value and not NOTHING.match(name)}
         return tuple(sorted(named)) if named and all(map(TUMOUR.search, named.values())) else None
 
 
 def collection_in(root: Path) -> Collection | None:
-    """The collection that a folder holds, None where it has no `dataset.json`. Raises MedFLError for one that
-    can't be understood."""
+    """The collection in a folder, or None if it has no `dataset.json`. Raises MedFLError if that file can't be
+    understood."""
     path = root / NAME
     if not path.is_file():
         return None
@@ -74,14 +73,14 @@ def collection_in(root: Path) -> Collection | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MedFLError(
-            f'{path} does not say what the channels show; write it as nnU-Net has it, with "channel_names": '
+            f'{path} does not say what the channels show; write it in nnU-Net\'s format, with "channel_names": '
             '{"0": "FLAIR"}'
         ) from error
 
 
 def trees_in(root: Path) -> set[str]:
-    """The folders in `root` that are trees of images and of labels, and no patients: with nnU-Net's names, with
-    a `dataset.json` beside them, or one of each."""
+    """The folders in `root` that are trees of images or of labels, not patients: they have nnU-Net's names, a
+    `dataset.json` beside them, or there is a tree of each kind."""
     names = {folder.name for folder in root.iterdir() if folder.is_dir()}
     images, labels = ({n for n in names if n.lower() in kind} for kind in (IMAGES, LABELS))
     plain = (root / NAME).is_file() or (images and labels)
@@ -89,10 +88,10 @@ def trees_in(root: Path) -> set[str]:
 
 
 def _labels(told: dict) -> dict[int, str]:
-    """Names by value, of either way to write them: {"1": "edema"} or {"edema": 1}."""
+    """Names by value, from either notation: {"1": "edema"} or {"edema": 1}."""
     if all(str(key).isdigit() for key in told):
         return {int(value): str(name) for value, name in told.items()}
     single = {name: value for name, value in told.items() if isinstance(value, int)}
     if len(single) != len(told):
-        return {}  # regions of several values: what is tumour is not plain
+        return {}  # regions of several values: it is not clear which are tumour
     return {value: str(name) for name, value in single.items()}

@@ -1,7 +1,7 @@
-"""Outlines of radiotherapy (RTSTRUCT): written over their source series, and read as the truth.
+"""Radiotherapy outlines (RTSTRUCT): written over their source series, and read as the truth.
 
-Outlines run between the pixels that are marked and those that are not, so that a pixel is marked where its middle
-lies inside; what is written is read back pixel for pixel. Rings of one slice inside each other make holes.
+Outlines run between marked and unmarked pixels, so that a pixel is marked if its centre lies inside. A written
+outline is read back pixel for pixel. A ring inside another ring of the same slice is a hole.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from radiology.series import Series
 from scans.orientation import OFF_GRID
 
 STUDY_COMPONENT = (
-    "1.2.840.10008.3.1.2.3.1"  # the SOP class that a study is referred to by; retired, and asked for
+    "1.2.840.10008.3.1.2.3.1"  # the SOP class for a reference to a study; retired, but still required
 )
 TUMOUR = (
     "gtv",
@@ -32,30 +32,28 @@ TUMOUR = (
     "tumour",
     "glioma",
     "lesion",
-)  # in the name of the outline that is meant, of several
+)  # words in the name of the tumour's outline, if there are several outlines
 COLOUR = [255, 150, 0]
-FARTHEST = 1e6  # mm from the scanner's middle, more than any point of a patient
+FARTHEST = 1e6  # mm from the scanner's centre, farther than any point of a patient
 MOST_CROSSED = (
     2**22
-)  # rows of pixels that all lines of an outline cross; 100 slices of a large tumour make 50,000
+)  # pixel rows crossed by all lines of an outline; 100 slices of a large tumour have 50,000
 
 
 def make_structure_set(
     mask: np.ndarray, series: Series, series_uid: UID, instance_uid: UID, number: int
 ) -> pydicom.Dataset:
-    """A mask as an RTSTRUCT of one outline, "tumour", that refers to its source series.
+    """A mask as an RTSTRUCT with one outline, "tumour", that refers to its source series.
 
-    mask: (S, H, W), not 0 is tumour; the series' slices in its own order. Raises MedFLError for a series that names
-    no frame of reference.
+    mask: (S, H, W), non-zero is tumour; the slices are in the series' order. Raises MedFLError for a series that
+    names no frame of reference.
     """
     if not series.frame_of_reference:
         raise MedFLError(
             "the series names no frame of reference, which an RTSTRUCT must refer to; export it whole"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of source tags that deviate from the standard, which are the scanner's
+        warnings.simplefilter("ignore")  # about the scanner's tags that deviate from the standard
         images = [_image_reference(series, index) for index in range(series.slices)]
         made = _empty(series, series_uid, instance_uid, number)
     made.ReferencedFrameOfReferenceSequence = [_frame_of_reference(series, images)]
@@ -79,7 +77,7 @@ def make_structure_set(
 
 
 def _empty(series: Series, series_uid: UID, instance_uid: UID, number: int) -> pydicom.Dataset:
-    """A structure set of the series' patient and study, without an outline."""
+    """A structure set for the series' patient and study, without an outline."""
     with series.files[0].open("rb") as content:
         source = pydicom.dcmread(content, stop_before_pixels=True)
     told = {name: source.get(name) for name in EXPECTED}
@@ -117,7 +115,7 @@ def _empty(series: Series, series_uid: UID, instance_uid: UID, number: int) -> p
 
 
 def _image_reference(series: Series, index: int) -> Dataset:
-    """The file, and its frame, that a slice is."""
+    """The file of a slice, and its frame in a multi-frame file."""
     with series.files[0 if series.frames else index].open("rb") as content:
         header = pydicom.dcmread(
             content, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"]
@@ -160,7 +158,7 @@ def _contours(mask: np.ndarray, series: Series, images: list[Dataset]) -> list[D
         for ring in map(np.asarray, lines):
             points = (
                 start + (ring[:-1, :1] - 1) * across + (ring[:-1, 1:] - 1) * down
-            )  # the last is the first again
+            )  # the last point repeats the first
             contours.append(
                 _dataset(
                     ContourImageSequence=[images[index]],
@@ -181,10 +179,10 @@ def _dataset(**tags) -> Dataset:
 
 
 def read_structure_set(path: File, reference: sitk.Image) -> sitk.Image:
-    """The tumour's outline filled on the grid of its series, uint8 0 or 1.
+    """The tumour's outline, filled, on the grid of its series, uint8 0 or 1.
 
-    Of several outlines the one is taken whose name says that it is the tumour. Raises MedFLError where none or
-    several do, for outlines off the series' slices, and for an empty one.
+    If there are several outlines, the one that is named as the tumour is read. Raises MedFLError if none or several
+    are, for outlines that don't lie on the series' slices, and for an empty outline.
     """
     try:
         with path.open("rb") as file, warnings.catch_warnings():
@@ -217,8 +215,8 @@ def _tumour(path: File, stored: pydicom.Dataset) -> int:
     )
     if len(meant) != 1:
         raise MedFLError(
-            f"{path} holds {len(names)} outlines, {len(meant)} of which are called GTV, tumour or lesion, and one "
-            "means tumour; export that one by itself"
+            f"{path} holds {len(names)} outlines, {len(meant)} of which are called GTV, tumour or lesion, but exactly "
+            "one must be; export only the tumour's outline"
         )
     return next(iter(meant))
 
@@ -230,17 +228,17 @@ def _rings(stored: pydicom.Dataset, number: int) -> Iterator[np.ndarray]:
             for contour in outline.get("ContourSequence") or ():
                 points = np.array(contour.ContourData, float).reshape(-1, 3)
                 if not (np.abs(points) < FARTHEST).all():  # true of NaN as well
-                    raise ValueError("a point that lies nowhere")
+                    raise ValueError("a point without a valid position")
                 if not str(contour.ContourGeometricType).startswith("CLOSED") or len(points) < 3:
                     raise MedFLError(
-                        "it holds points or open lines, which enclose nothing; draw closed outlines"
+                        "it holds points or open lines, which enclose no area; draw closed outlines"
                     )
                 yield points
 
 
 def _by_slice(path: File, rings: list[np.ndarray], reference: sitk.Image) -> dict[int, list[np.ndarray]]:
-    """Rings by the slice that they lie in, as columns and rows, (points, 2). Raises MedFLError for one that lies off
-    the slices, and for more lines than anybody draws."""
+    """Rings by the slice that they lie in, as columns and rows, (points, 2). Raises MedFLError for a ring that does
+    not lie on a slice, and for more lines than a person would draw."""
     found: defaultdict[int, list[np.ndarray]] = defaultdict(list)
     _, rows, slices = reference.GetSize()
     crossed = 0.0
@@ -251,22 +249,22 @@ def _by_slice(path: File, rings: list[np.ndarray], reference: sitk.Image) -> dic
         index = round(float(places[:, 2].mean()))
         if np.abs(places[:, 2] - index).max() > OFF_GRID or not 0 <= index < slices:
             raise MedFLError(
-                f"{path} has outlines that lie off the slices of its series; draw them on the series itself"
+                f"{path} has outlines that do not lie on the slices of its series; draw them on the series itself"
             )
         shown = places[:, 1].clip(-1, rows)
         crossed += float(np.abs(shown - np.roll(shown, -1)).sum())
         if crossed > MOST_CROSSED:
             raise MedFLError(
-                f"{path} has far more lines than an outline of a tumour; export that one by itself"
+                f"{path} has far more lines than an outline of a tumour; export only the tumour's outline"
             )
         found[index].append(places[:, :2])
     return found
 
 
 def fill(rings: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels of a slice whose middles lie inside of an odd number of rings, (H, W) bool.
+    """The pixels of a slice whose centres lie inside an odd number of rings, (H, W) bool.
 
-    rings: (points, 2) each, columns and rows, the first pixel's middle at 0. A pixel is inside where an odd number of
+    rings: (points, 2) each, columns and rows, the first pixel's centre at 0. A pixel is inside if an odd number of
     lines cross its row on its left.
     """
     start = np.concatenate(rings)
@@ -281,6 +279,6 @@ def fill(rings: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     row = first[line].astype(int) + np.arange(len(line)) - np.repeat(count.cumsum() - count, count)
     share = (row - start[line, 1]) / (end[line, 1] - start[line, 1])
     at = np.ceil(start[line, 0] + share * (end[line, 0] - start[line, 0])).clip(0, shape[1]).astype(int)
-    wide = shape[1] + 1  # what crosses on the right of all pixels
+    wide = shape[1] + 1  # one more, for lines that cross on the right of all pixels
     crossings = np.bincount(row * wide + at, minlength=shape[0] * wide).reshape(shape[0], wide)
     return crossings.cumsum(axis=1)[:, :-1] % 2 == 1

@@ -1,4 +1,4 @@
-"""One study of an archive from its scans to the objects that are sent back, each of them once."""
+"""One study of an archive, from its scans to the objects that are sent back, each only once."""
 
 import pydicom
 
@@ -17,8 +17,8 @@ def predict_and_send(
     checkpoint: Checkpoint,
     structure_set: bool = False,
 ) -> tuple[Proposal, int]:
-    """What the model proposes for a study, and how many objects were sent for it: those that the archive did not
-    have. What is fetched is removed. Raises MedFLError where the study has no FLAIR, or the archive fails."""
+    """The model's proposal for a study, and how many objects were sent: those that the archive did not have.
+    Fetched files are removed. Raises MedFLError if the study has no FLAIR, or the archive fails."""
     with retrieval.fetched(study, listed, with_mask=False) as fetched:
         proposal = propose(fetched, checkpoint, retrieval.rules)
         objects = make_objects(proposal, Author.of(checkpoint), structure_set)
@@ -26,7 +26,7 @@ def predict_and_send(
 
 
 def send_new(archive: DICOMweb, study: str, objects: list[pydicom.Dataset]) -> int:
-    """Send those of a study's objects that the archive does not have; how many these were."""
+    """Send the objects of a study that the archive does not have. Returns their number."""
     new = [o for o in objects if not archive.has(study, str(o.SeriesInstanceUID), str(o.SOPInstanceUID))]
     if new:
         archive.send(study, new)

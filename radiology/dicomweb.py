@@ -1,6 +1,6 @@
 """An archive that speaks DICOMweb: studies found (QIDO-RS), series fetched (WADO-RS), objects sent (STOW-RS).
 
-Nothing in the archive is changed or deleted. Scans travel as they are stored, compressed or not.
+Nothing in the archive is changed or deleted. Scans are fetched as they are stored, compressed or not.
 """
 
 import re
@@ -25,13 +25,13 @@ from storage.files import atomic_write
 
 WAITS = (1.0, 4.0, 15.0)  # s, before the archive is asked again after a fault
 TIMEOUT = (10, 120)  # s, to connect, and between two pieces of an answer
-PAGE = 200  # entries of a list that are asked for at a time
-AGAIN = {408, 425, 429, 500, 502, 503, 504}  # answers that another try can mend
+PAGE = 200  # entries of a list in one request
+AGAIN = {408, 425, 429, 500, 502, 503, 504}  # answers after which another try may succeed
 KEYS = (
     "0020000D",
     "0020000E",
     "00080018",
-)  # of study, series and instance, which tell entries of a list apart
+)  # UIDs of study, series and instance, which identify an entry of a list
 AS_STORED = (("application/dicom", "*"),)
 HERE = {"localhost", "127.0.0.1", "::1"}
 UID = re.compile(r"[0-9]+(\.[0-9]+)*")
@@ -43,7 +43,7 @@ class _Changed(Exception):
 
 
 class _WildcardsAsTheyAre(HTTPAdapter):
-    """Sends * and ? of a question unescaped, which a URL's query may hold: Orthanc 1.10 finds nothing otherwise."""
+    """Sends the wildcards * and ? of a query unescaped, as a URL allows: Orthanc 1.10 finds nothing otherwise."""
 
     def send(self, request: requests.PreparedRequest, *more: Any, **how: Any) -> requests.Response:
         address, mark, query = (request.url or "").partition("?")
@@ -52,19 +52,19 @@ class _WildcardsAsTheyAre(HTTPAdapter):
 
 
 class _Encrypted(HTTPAdapter):
-    """Sends nothing unencrypted to another machine, wherever an archive refers to."""
+    """Sends nothing unencrypted to another machine, even if an archive redirects there."""
 
     def send(self, request: requests.PreparedRequest, *more: Any, **how: Any) -> requests.Response:
         if (refusal := _clear_text(request.url or "")) is not None:
-            raise Denied(f"the archive refers to {refusal}; correct its settings, or the address")
+            raise Denied(f"the archive redirects to {refusal}; correct its settings, or the address")
         return super().send(request, *more, **how)
 
 
 class DICOMweb:
     """An archive at an address such as https://pacs.example/dicom-web. waits: seconds before each further try.
 
-    Raises MedFLError for an address that is none, that carries a password, or that is not encrypted and on
-    another machine.
+    Raises MedFLError for an address that is not valid, contains a password, or is unencrypted and on another
+    machine.
     """
 
     def __init__(self, url: str, login: Login, waits: tuple[float, ...] = WAITS):
@@ -85,7 +85,7 @@ class DICOMweb:
         return found
 
     def find_study(self, uid: str) -> FoundStudy:
-        """One study. Raises Missing where the archive has none of this UID."""
+        """One study. Raises Missing if the archive has no study with this UID."""
         found = self.find_studies(Query((("StudyInstanceUID", _checked(uid)),)))
         if not found:
             raise Missing(f"the archive has no study {uid}; check --study")
@@ -119,8 +119,9 @@ class DICOMweb:
         return pydicom.Dataset.from_json(entry, bulk_data_uri_handler=lambda *_: None)
 
     def fetch(self, study: str, series: str, folder: Path) -> None:
-        """Write the files of a series that `folder` does not hold yet, as FOLDER/UID.dcm. A series that grows
-        meanwhile is fetched until it stays the same. Raises as all do, and MedFLError where the disk is full."""
+        """Write the files of a series that `folder` does not hold yet, as FOLDER/UID.dcm. A series that grows in
+        the meantime is fetched until it no longer changes. Raises like the other methods, and MedFLError if the
+        disk is full."""
         self._patiently(lambda: self._fetch_missing(study, series, folder))
 
     def has(self, study: str, series: str, instance: str) -> bool:
@@ -128,13 +129,13 @@ class DICOMweb:
         return instance in self._instances(study, series)
 
     def send(self, study: str, objects: Sequence[pydicom.Dataset]) -> None:
-        """Store objects in the archive. Raises MedFLError where it does not take one of them."""
+        """Store objects in the archive. Raises MedFLError if the archive does not accept all of them."""
         answer = self._patiently(lambda: self._client.store_instances(list(objects), study))
         if failed := answer.get("FailedSOPSequence"):
             reason = failed[0].get("FailureReason")
             raise MedFLError(
-                f"the archive did not take {len(failed)} of {len(objects)} objects (reason {reason}); "
-                "its log tells more"
+                f"the archive did not accept {len(failed)} of {len(objects)} objects (reason {reason}); "
+                "look in the archive's log"
             )
 
     def _fetch_missing(self, study: str, series: str, folder: Path) -> None:
@@ -157,8 +158,8 @@ class DICOMweb:
         return {_checked(_text(entry, "00080018")) for entry in listed}
 
     def _list(self, search: Callable, *where: str, first_only: bool = False, **how: Any) -> list[dict]:
-        """A whole list of the archive's, page by page. Some archives ignore which page is asked for: the list
-        ends where nothing new comes."""
+        """A complete list from the archive, page by page. Some archives ignore which page is requested, so the list
+        ends when a page has nothing new."""
         entries: dict[tuple[str, ...], dict] = {}
         while True:
             page = partial(search, *where, limit=1 if first_only else PAGE, offset=len(entries), **how)
@@ -169,7 +170,7 @@ class DICOMweb:
                 return list(entries.values())
 
     def _patiently(self, ask: Callable[[], T]) -> T:
-        """What `ask` returns; after a fault that time can mend it is asked again, a few times."""
+        """What `ask` returns. After a temporary fault, it is called again a few times."""
         for wait in (*self.waits, None):
             try:
                 return ask()
@@ -179,13 +180,16 @@ class DICOMweb:
                 fault = _judge(error)
             except requests.exceptions.SSLError as error:
                 raise Denied(
-                    "the archive's certificate, or ours, does not stand the check of TLS; name who signed the "
-                    "archive's as authority in the login's file, or correct the address"
+                    "the archive's certificate, or ours, was not accepted by TLS; name the authority that signed the "
+                    "archive's certificate in the login file, or correct the address"
                 ) from error
             except (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException, ConnectionError):
-                fault = "the archive can't be reached, or broke off; check the address and the network, and try again"
-            except (ValueError, KeyError) as error:  # of what is no DICOM in JSON or multipart
-                raise MedFLError("the archive's answer is not DICOMweb's; check the address") from error
+                fault = (
+                    "the archive can't be reached, or the connection broke; check the address and the network, and "
+                    "try again"
+                )
+            except (ValueError, KeyError) as error:  # the answer is not DICOM as JSON or multipart
+                raise MedFLError("the archive's answer is not DICOMweb; check the address") from error
             if wait is None:
                 break
             time.sleep(wait)
@@ -195,17 +199,19 @@ class DICOMweb:
 def _check_address(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise MedFLError("the archive's address is no URL; give one such as https://pacs.example/dicom-web")
+        raise MedFLError(
+            "the archive's address is not a URL; give one such as https://pacs.example/dicom-web"
+        )
     if parts.username or parts.password or parts.query:
         raise MedFLError(
-            "the archive's address carries a login, which others can see there; put it into a --login file"
+            "the archive's address contains a login, which others can see there; put the login into a --login file"
         )
     if (refusal := _clear_text(url)) is not None:
         raise MedFLError(f"{refusal}; use https://")
 
 
 def _clear_text(url: str) -> str | None:
-    """Why nothing is sent to an address, or None where it is encrypted or of this machine."""
+    """Why nothing is sent to an address, or None if it is encrypted or on this machine."""
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname in HERE:
         return None
@@ -213,17 +219,19 @@ def _clear_text(url: str) -> str | None:
 
 
 def _judge(error: requests.HTTPError) -> str:
-    """What an error's status means, where it can be mended. Raises MedFLError where it can't."""
+    """What an error's status means, if another try may succeed; raises MedFLError otherwise."""
     status = 0 if error.response is None else error.response.status_code
     if status in (401, 403):
         raise MedFLError(
             f"the archive refuses the login ({status}); check --login and the account's rights"
         ) from error
     if status in (404, 410):
-        raise Missing("the archive does not have it, or the address is not that of DICOMweb (404)") from error
+        raise Missing(
+            "the archive does not have this object, or the address is not DICOMweb's (404)"
+        ) from error
     if status not in AGAIN:
-        raise MedFLError(f"the archive refuses the request ({status}); its log tells more") from error
-    return f"the archive has a fault of its own ({status}); try again later"
+        raise MedFLError(f"the archive refuses the request ({status}); look in the archive's log") from error
+    return f"the archive has an internal error ({status}); try again later"
 
 
 def _text(entry: dict, tag: str) -> str:
@@ -233,7 +241,7 @@ def _text(entry: dict, tag: str) -> str:
 
 def _checked(uid: str) -> str:
     if not UID.fullmatch(uid) or len(uid) > 64:
-        raise MedFLError("a UID of the study is none; it has digits and points only")
+        raise MedFLError("a UID of the study is not valid; a UID has only digits and points")
     return uid
 
 

@@ -1,8 +1,8 @@
-"""An archive that speaks classic DICOM (DIMSE): studies found (C-FIND), series fetched (C-GET, or C-MOVE to a port
-of ours). Nothing in the archive is changed or deleted.
+"""An archive that speaks classic DICOM (DIMSE): studies are found with C-FIND, series fetched with C-GET, or with
+C-MOVE to our own port. Nothing in the archive is changed or deleted.
 
-Over TLS where the login names certificates; without, names and scans cross the hospital's network in the clear,
-as they do between its scanners and the archive.
+The connection uses TLS if the login names certificates. Without TLS, names and scans cross the hospital's network
+unencrypted, as they do between its scanners and the archive.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ KINDS = (
     SegmentationStorage,
     RTStructureSetStorage,
 )
-COMPRESSED = (  # each is offered by itself, so that an archive sends what it has as it has it
+COMPRESSED = (  # each is offered separately, so that an archive sends files as they are stored
     JPEGLosslessSV1,
     JPEGLossless,
     JPEGLSLossless,
@@ -75,8 +75,8 @@ PLAIN: list[str | UID] = [UID("1.2.840.10008.1.2.1"), UID("1.2.840.10008.1.2")]
 
 
 class DIMSE:
-    """An archive at AET@HOST:PORT, to which we are called `aet`. move_port: ours, to which the archive sends by C-MOVE;
-    None for C-GET. Raises MedFLError for an address of another form."""
+    """An archive at AET@HOST:PORT. aet: our title. move_port: our port, to which the archive sends by C-MOVE; None
+    for C-GET. Raises MedFLError for an address of another form."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class DIMSE:
             )
         if login.token is not None or login.user is not None:
             raise MedFLError(
-                "DIMSE knows no token and no user, only certificates; take them out of the login"
+                "DIMSE has no tokens or users, only certificates; remove token and user from the login"
             )
         self._called, self._host, self._port = parts["aet"], parts["host"].strip("[]"), int(parts["port"])
         self._aet, self._move_port, self._tls, self.waits = aet, move_port, login.tls(), waits
@@ -137,7 +137,7 @@ class DIMSE:
         return found
 
     def header(self, study: str, series: str, folder: Path) -> pydicom.Dataset:
-        """One file of the series, which stays in `folder`: this protocol sends no headers by themselves."""
+        """The header of one file of the series. The file stays in `folder`: this protocol can't send only headers."""
         if not any(folder.glob(f"*{SUFFIX}")):
             self._patiently(lambda: self._fetch_first(study, series, folder))
         path = next(iter(sorted(folder.glob(f"*{SUFFIX}"))), None)
@@ -146,8 +146,9 @@ class DIMSE:
         return pydicom.dcmread(path, stop_before_pixels=True)
 
     def fetch(self, study: str, series: str, folder: Path) -> None:
-        """Write the files of a series that `folder` does not hold yet, as FOLDER/UID.dcm. A series that grows
-        meanwhile is fetched until it stays the same. Raises as all do, and MedFLError where the disk is full."""
+        """Write the files of a series that `folder` does not hold yet, as FOLDER/UID.dcm. A series that grows in
+        the meantime is fetched until it no longer changes. Raises like the other methods, and MedFLError if the
+        disk is full."""
 
         self._patiently(lambda: self._fetch_missing(study, series, folder))
 
@@ -171,7 +172,7 @@ class DIMSE:
             there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
             if _instances(association, study, series) - there:
                 raise Unreachable(
-                    "the archive did not send all of a series, or it keeps growing; try again later"
+                    "the archive did not send a whole series, or the series keeps growing; try again later"
                 )
 
     def _find(self, level: str, **asked: str) -> list[Dataset]:
@@ -185,8 +186,8 @@ class DIMSE:
     def _transferring(
         self, series: str, folder: Path
     ) -> Iterator[tuple[Association, Callable[[Dataset], None]]]:
-        """An association that lists a series' files, and what lets the archive send those of an identifier into a
-        folder. One for both: to make and to end one takes a tenth of a second."""
+        """An association that lists a series' files, and a function that makes the archive send the files of an
+        identifier into a folder. Both use one association, because opening and closing one takes a tenth of a second."""
         faults: list[MedFLError] = []
         storing = [(evt.EVT_C_STORE, _storing(series, folder, faults))]
         if self._move_port is None:
@@ -214,9 +215,7 @@ class DIMSE:
                 ssl_context=self._listening_tls,
             )
         except OSError as error:
-            raise MedFLError(
-                f"port {self._move_port} can't be listened on; choose another --move-port"
-            ) from error
+            raise MedFLError(f"can't listen on port {self._move_port}; choose another --move-port") from error
         try:
             yield
         finally:
@@ -241,18 +240,17 @@ class DIMSE:
         )
         if association.is_rejected:
             raise Denied(
-                f"the archive refuses {self._aet}, or is not called {self._called}; let its engineer enter us"
+                f"the archive refuses the title {self._aet}, or is not called {self._called}; ask its administrator to "
+                "register our title"
             )
         if not association.is_established:
             tls = ", and the certificates on both sides" if self._tls else " (does it want TLS?)"
             raise Unreachable(
-                f"the archive can't be reached by DIMSE; check address, port and network{tls}, and try again"
+                f"the archive can't be reached over DIMSE; check address, port and network{tls}, and try again"
             )
         if all(context.abstract_syntax != needed for context in association.accepted_contexts):
             association.abort()
-            raise MedFLError(
-                "the archive does not offer this service of DIMSE; try with or without --move-port"
-            )
+            raise MedFLError("the archive does not offer this DIMSE service; try with or without --move-port")
         try:
             yield association
         finally:
@@ -260,7 +258,7 @@ class DIMSE:
                 association.release()
 
     def _patiently(self, ask: Callable) -> Any:
-        """What `ask` returns; after a fault that time can mend it is asked again, a few times."""
+        """What `ask` returns. After a temporary fault, it is called again a few times."""
         for wait in self.waits:
             try:
                 return ask()
@@ -270,12 +268,13 @@ class DIMSE:
 
 
 def _send_at_once(event: Any) -> None:
-    """A question goes out in two parts; without this the second waits until the archive confirms the first, 40 ms."""
+    """Turn off Nagle's delay: a request goes out in two parts, and the second would otherwise wait 40 ms until the
+    archive confirms the first."""
     event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _offers() -> list:
-    """The kinds of files that we take, each way of compressing by itself."""
+    """The kinds of files that we accept, each compression offered separately."""
     return [build_context(kind, PLAIN) for kind in KINDS] + [
         build_context(kind, syntax) for kind in KINDS[:3] for syntax in COMPRESSED
     ]
@@ -304,11 +303,11 @@ def _identifier(level: str, **asked: Any) -> Dataset:
 
 
 def _storing(series: str, folder: Path, faults: list[MedFLError]) -> Callable:
-    """What takes a file that the archive sends. Files of other series are refused."""
+    """The handler for a file that the archive sends. Files of other series are refused."""
 
     def store(event: Any) -> int:
         try:
-            content = event.encoded_dataset()  # as it was sent: nothing is decoded to be encoded again
+            content = event.encoded_dataset()  # as it was sent, without decoding and encoding
             header = pydicom.dcmread(BytesIO(content), stop_before_pixels=True)
             if str(header.SeriesInstanceUID) != series or not UID(header.SOPInstanceUID).is_valid:
                 return 0xA900  # not what was asked for
@@ -323,25 +322,25 @@ def _storing(series: str, folder: Path, faults: list[MedFLError]) -> Callable:
 
 
 def _go_on(status: Dataset) -> bool:
-    """Whether an answer brings something; False at the end. Raises Unreachable where the connection broke, and
-    MedFLError where the archive refuses."""
+    """Whether an answer is followed by others; False at the end. Raises Unreachable if the connection broke, and
+    MedFLError if the archive refuses."""
     if not status or "Status" not in status:
-        raise Unreachable("the archive broke off; check the network, and try again")
+        raise Unreachable("the connection to the archive broke; check the network, and try again")
     if status.Status in PENDING:
         return True
     if status.Status == SUCCESS:
         return False
     if status.Status in (0xA801,):
         raise MedFLError(
-            "the archive does not know us as a target of C-MOVE; let its engineer enter name and port"
+            "the archive does not know us as a C-MOVE destination; ask its administrator to register our title and port"
         )
     raise Unreachable(
-        f"the archive answers with status {status.Status:04X}; its log tells more, then try again"
+        f"the archive answers with status {status.Status:04X}; look in the archive's log, then try again"
     )
 
 
 def _drain(answers: Iterator, faults: list[MedFLError]) -> None:
-    """Wait for the end of a transfer. Raises what went wrong on our side first."""
+    """Wait for the end of a transfer. An error on our side is raised before one of the archive's."""
     failed = None
     try:
         for status, _ in answers:
@@ -349,7 +348,7 @@ def _drain(answers: Iterator, faults: list[MedFLError]) -> None:
     except MedFLError as error:
         failed = error
     if faults:
-        raise faults[0]  # it knows whether the disk was full
+        raise faults[0]  # it says whether the disk was full
     if failed:
         raise failed
 

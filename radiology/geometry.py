@@ -1,10 +1,10 @@
-"""Volumes onto the dataset's grid: axial slices of 256×256, turned as the Kaggle slices are, channels laid
-over each other.
+"""Volumes resampled to the dataset's grid: axial slices of 256×256 in the orientation of the Kaggle slices, with
+aligned channels.
 
-How those slices are turned was read off 40 patients: the nose is up, slices are numbered from the neck to the
-crown, and the patient's left is on the picture's right: all 18 whose record says left have their tumour
-there, all 21 of the other code on the other side. Those are the directions of DICOM's own axes (left, back,
-up), so nothing but a sorting of axes is needed.
+That orientation was determined from 40 patients: the nose is up, slices are numbered from the neck to the crown,
+and the patient's left is on the picture's right. All 18 patients whose record says left have their tumour there,
+and all 21 with the other code on the other side. These are the directions of DICOM's own axes (left, back, up),
+so the axes only have to be sorted.
 """
 
 import numpy as np
@@ -14,37 +14,36 @@ from common import MedFLError
 from scans.field_of_view import DISTANCE, find_head
 from scans.orientation import OFF_GRID, closest_axes
 
-SIDE = 256  # pixels, of the dataset's slices
-AS_ACQUIRED = 20.0  # degrees; slices tilted less, as technicians do along the skull's base, stay as they are
+SIDE = 256  # pixels of the dataset's slices
+AS_ACQUIRED = 20.0  # degrees; slices tilted less than this, usually along the skull base, stay as they are
 LOW, HIGH, BRIGHT = (
     0.5,
     99.9,
     170,
-)  # percentiles that become 0 and 170: the dataset's 99.9th is 162 to 176 in the median
+)  # percentiles that become 0 and 170: the median of the dataset's 99.9th percentiles is 162 to 176
 
 FACTORS = (8, 4, 2)  # pixels binned in the plane, coarse to fine, for the registration
 BINS, SAMPLES, SEED = 48, 60_000, 1
 STEPS = 150  # of the optimiser, at most
-LONGEST, SHORTEST = (4.0, 2.0, 0.5), 0.005  # mm, its first step for each factor, and its last
-EDGE = 2.0  # mm, over which edges are measured
-POOR = 0.75  # agreement of edges; docs/archive.md tells how often real pairs lie below
+LONGEST, SHORTEST = (4.0, 2.0, 0.5), 0.005  # mm, the optimiser's first step for each factor, and its last
+EDGE = 2.0  # mm, the scale at which edges are measured
+POOR = 0.75  # agreement of edges; docs/archive.md says how often real pairs are below this
 
 
 def as_shown(image: sitk.Image) -> sitk.Image:
-    """An image with its axes sorted and turned so that they lead to the left, the back and the head, as nearly
-    as sorting can; no value changes."""
+    """An image whose axes are sorted and flipped so that they point as nearly as possible to the left, the back and
+    the head; no value changes."""
     stored, against = closest_axes(np.array(image.GetDirection()).reshape(3, 3))
     return sitk.Flip(sitk.PermuteAxes(image, stored), against)
 
 
 def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
-    """A volume as axial slices of SIDE×SIDE square pixels, float32, and a sentence where it was acquired
-    otherwise.
+    """A volume as axial slices of SIDE×SIDE square pixels, float32, and a sentence if it was acquired differently.
 
-    The longer side of the field of view fills the picture, and the shorter gets a black margin. A field of view
-    that is much larger than the head is cropped to it, as in the training set: in the plane, and of other
-    acquisitions than axial ones the neck. Slices of axial acquisitions that are tilted by up to 20 degrees stay
-    where they are; others are resampled, at least 3 mm apart.
+    The longer side of the field of view fills the picture, and the shorter side gets a black margin. A field of
+    view that is much larger than the head is cropped to the head, as in the training set: in the plane, and, unless
+    the acquisition is axial, at the neck. Slices of axial acquisitions tilted by up to 20 degrees stay where they
+    are; others are resampled, at least 3 mm apart.
     """
     oriented = as_shown(image)
     turn = np.array(oriented.GetDirection()).reshape(3, 3)
@@ -64,13 +63,13 @@ def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
 
 
 def _head(oriented: sitk.Image, is_axial: bool) -> tuple[sitk.Image, tuple[str, ...]]:
-    """Where the head lies in an image whose axes lead to the left, the back and the head, as an empty image, and
-    what is to be told."""
+    """The region of the head, as an empty image, and sentences about the cropping. oriented: an image whose axes
+    point to the left, the back and the head."""
     across, down, between = oriented.GetSpacing()
     box = find_head(sitk.GetArrayViewFromImage(oriented), (between, down, across), is_axial)
     grid = sitk.Image(
         oriented.GetSize(), sitk.sitkUInt8
-    )  # a quarter of the memory, and only its place is asked for
+    )  # a quarter of the memory; only the geometry is needed
     grid.CopyInformation(oriented)
     size = [end - start for start, end in zip(box.start, box.end)]
     return sitk.RegionOfInterest(grid, size[::-1], box.start[::-1]), box.told
@@ -79,7 +78,7 @@ def _head(oriented: sitk.Image, is_axial: bool) -> tuple[sitk.Image, tuple[str, 
 def _grid(
     size: tuple[int, ...], spacing: np.ndarray, origin: np.ndarray, direction: np.ndarray
 ) -> sitk.Image:
-    """An empty image that stands for a grid."""
+    """A grid, as an empty image."""
     grid = sitk.Image([int(n) for n in size], sitk.sitkUInt8)
     grid.SetSpacing([float(v) for v in spacing])
     grid.SetOrigin([float(v) for v in origin])
@@ -118,10 +117,10 @@ def _axial_grid(image: sitk.Image) -> sitk.Image:
 
 
 def resample(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform | None = None) -> sitk.Image:
-    """An image on a grid, float32, linear, its own minimum where it shows nothing; transform: as `register`
-    gives it.
+    """An image resampled linearly to a grid, float32, with its own minimum where it has no values. transform: from
+    `register`.
 
-    Pixels that one of the grid takes in whole are averaged, not skipped.
+    If several pixels of the image fit into one of the grid, they are averaged, not skipped.
     """
     image = as_shown(image)
     factors = [
@@ -136,8 +135,8 @@ def resample(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform | No
 
 
 def on_grid(image: sitk.Image, reference: sitk.Image) -> bool:
-    """Whether the corners of an image lie on voxels of the reference, to a tenth of one: a mask may have
-    fewer slices."""
+    """Whether the corners of an image lie on voxels of the reference, to within a tenth of a voxel. A mask may have
+    fewer slices than the reference."""
     for corner in np.ndindex(2, 2, 2):
         place = image.TransformIndexToPhysicalPoint(
             [int(c) * (n - 1) for c, n in zip(corner, image.GetSize())]
@@ -163,10 +162,10 @@ def register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Tr
     """The rigid transform from points of `fixed` to points of `moving` with the most mutual information
     (Mattes et al. 2003).
 
-    same_frame: whether both have the scanner's coordinates in common; otherwise the search starts with their
-    centres of mass laid over each other. Coarse to fine, with a fixed seed and one thread: the same on every
-    run. Where edges agree no better than at the scanner's own coordinates, those are kept. Raises MedFLError
-    for volumes that share no place.
+    same_frame: whether both use the same scanner coordinates; otherwise the search starts with aligned centres of
+    mass. The search goes from coarse to fine with a fixed seed and one thread, so every run gives the same result.
+    If it does not improve the agreement of edges, the scanner's coordinates are kept. Raises MedFLError for volumes
+    that don't overlap.
     """
     transform = sitk.Euler3DTransform()
     try:
@@ -183,7 +182,7 @@ def register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Tr
         for factor, longest in zip(FACTORS, LONGEST):
             _improve(transform, moving, fixed, factor, longest)
     except RuntimeError as error:  # ITK's: no sample of one lies in the other, or one is blank
-        raise MedFLError("it can't be laid over FLAIR: they show different places, or nothing") from error
+        raise MedFLError("it can't be aligned with FLAIR: they show different places, or nothing") from error
     if same_frame and agreement(resample(moving, fixed), fixed) >= agreement(
         resample(moving, fixed, transform), fixed
     ):
@@ -194,7 +193,7 @@ def register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Tr
 def _improve(
     transform: sitk.Transform, moving: sitk.Image, fixed: sitk.Image, factor: int, longest: float
 ) -> None:
-    """Change a transform, in place, for more mutual information of both images binned to `factor` pixels of
+    """Change a transform in place to increase the mutual information of both images, binned to `factor` pixels of
     `fixed`."""
     target, source = (_binned(image, factor * fixed.GetSpacing()[0]) for image in (fixed, moving))
     method = sitk.ImageRegistrationMethod()
@@ -211,10 +210,10 @@ def _improve(
 
 
 def agreement(moved: sitk.Image, fixed: sitk.Image) -> float:
-    """How well the edges of two volumes on one grid lie over each other: the correlation of the roots of
-    their gradients' size.
+    """How well the edges of two volumes on one grid agree: the correlation of the square roots of their gradient
+    magnitudes.
 
-    1 is best. It holds for sequences of different contrast, where brightness itself says little.
+    1 is best. The measure also works for sequences of different contrast, where brightness itself says little.
     """
     edges = [
         np.sqrt(
@@ -231,10 +230,10 @@ def agreement(moved: sitk.Image, fixed: sitk.Image) -> float:
 
 
 def to_uint8(volume: np.ndarray) -> np.ndarray:
-    """A volume's values, (S, H, W) float32, as brightness, uint8: percentile LOW of the volume is 0, HIGH is
-    BRIGHT, linear.
+    """A volume's values, (S, H, W) float32, scaled linearly to uint8: its percentile LOW becomes 0, its percentile
+    HIGH becomes BRIGHT.
 
-    What lies above goes on to 255 and is cut there. A blank volume is 0.
+    Values above continue linearly and are cut at 255. A blank volume becomes 0.
     """
     low, high = np.percentile(volume, (LOW, HIGH))
     if high <= low:
@@ -243,5 +242,5 @@ def to_uint8(volume: np.ndarray) -> np.ndarray:
 
 
 def _binned(image: sitk.Image, pixel: float) -> sitk.Image:
-    """An image with its pixels averaged, in every direction, up to the size of `pixel` mm, at most."""
+    """An image whose pixels are averaged in every direction, to a size of at most `pixel` mm."""
     return sitk.BinShrink(image, [max(1, int(pixel / step + 1e-6)) for step in image.GetSpacing()])

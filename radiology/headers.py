@@ -1,5 +1,5 @@
-"""What a DICOM file's header says: whether it is a picture, where its slices lie, and what is wrong with it
-by itself."""
+"""The header of a DICOM file: whether the file is a picture, where its slices lie, and the problems that can be
+seen in this file."""
 
 import contextlib
 import io
@@ -27,20 +27,20 @@ from pydicom.uid import (
 from borders.limits import MAX_HEADER, MAX_ITEMS, MAX_SEGMENTS, MAX_SIDE, MAX_UNPACKED, fits
 from common import MedFLError
 
-# its warnings of odd values quote them: a patient's date of birth in an old form, for instance, in a worker's log
+# warnings about odd values quote them: a patient's date of birth in an old form would get into a worker's log
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
 OTHER_MODALITY = (
-    "it is of modality"  # how that problem begins: a segmentation has it, and is of use all the same
+    "it is of modality"  # the beginning of this problem's text; a segmentation has it, and can still be used
 )
-OUTLINES = ("SEG", "RTSTRUCT")  # modalities of masks, whose geometry is read with them
-# how classes of pictures, and of outlines on them, are called
+OUTLINES = ("SEG", "RTSTRUCT")  # modalities of masks, whose geometry is read later
+# the ends of the names of SOP classes for pictures, and for outlines on them
 PICTURES = ("Image Storage", "Segmentation Storage", "Standalone Overlay Storage", "RT Structure Set Storage")
-MOSAIC = (0x0019, 0x100A)  # Siemens: the number of pictures in a mosaic, where its block is reserved
+MOSAIC = (0x0019, 0x100A)  # Siemens: the number of pictures in a mosaic, if the private block is Siemens'
 MOSAIC_OWNER = (0x0019, 0x0010), "SIEMENS MR HEADER"
 NOT_PICTURES = {"RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC", "RWV", "FID"}
-TAGS: list = [  # what is read of a header
+TAGS: list = [  # the tags that are read
     "StudyDate",
     "StudyTime",
     "SOPClassUID",
@@ -92,12 +92,12 @@ TAGS: list = [  # what is read of a header
 
 PREAMBLE = 132  # bytes, which end in DICM
 META = 0x0002  # the group of tags that says how the file is written
-ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # begins each item of a sequence, in either order of bytes
+ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # the start of each sequence item, in either byte order
 GREY = ("MONOCHROME1", "MONOCHROME2")
 
 
 class InMemory(io.BytesIO):
-    """A file in memory that is read as one on disk. Who reads its content begins where the last reader
+    """A file in memory that can be read like one on disk. Reading the object itself continues where the last reader
     stopped."""
 
     def __init__(self, name: str, content: bytes):
@@ -118,8 +118,8 @@ File = Path | InMemory
 
 
 class Place(NamedTuple):
-    """Where a slice lies: its first pixel, the directions of its rows and columns, mm between rows and
-    columns."""
+    """Where a slice lies: the position of its first pixel, the directions of its rows and columns, and the mm
+    between rows and columns."""
 
     position: tuple[float, ...]
     orientation: tuple[float, ...]
@@ -127,7 +127,7 @@ class Place(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """What is kept of a slice's header; place is None where a part of it is missing."""
+    """The data kept from a slice's header. place: None if a part of it is missing."""
 
     path: File
     frame: int | None
@@ -137,8 +137,8 @@ class Slice(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What is kept of a file: its own uid and its series', the fields of a Series that it tells, its faults,
-    its slices."""
+    """The data kept from a file: its own uid, its series' uid, the fields for `Series`, its problems and its
+    slices."""
 
     instance: str
     series: str
@@ -148,10 +148,10 @@ class Header(NamedTuple):
 
 
 def read_header(path: File) -> Header:
-    """What a file's header says; no pixel is read. Raises MedFLError for what is no DICOM picture."""
+    """The header of a file; no pixel is read. Raises MedFLError for a file that is not a DICOM picture."""
     try:
         with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what deviates from the standard and can be read
+            warnings.simplefilter("ignore")  # about deviations from the standard that can still be read
             beginning, length = _beginning(path, file)
             header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=TAGS)
             _refuse_what_is_no_picture(header)
@@ -160,7 +160,7 @@ def read_header(path: File) -> Header:
                 _check_size(header, length, left)
             elif length > MAX_HEADER:  # it has no pixels, and each number becomes an object
                 raise MedFLError(
-                    f"holds more than {MAX_HEADER >> 20} MB of outlines; export the tumour's by itself"
+                    f"holds more than {MAX_HEADER >> 20} MB of outlines; export only the tumour's outline"
                 )
             uid = str(header.get("SeriesInstanceUID") or path)
             return Header(
@@ -173,14 +173,12 @@ def read_header(path: File) -> Header:
     except MedFLError:
         raise
     except InvalidDicomError as error:
-        raise MedFLError("no DICOM file; leave it out of the export") from error
+        raise MedFLError("not a DICOM file; leave it out of the export") from error
     except OSError as error:
         raise MedFLError(
             f"can't be read ({error.strerror or error}); check its permissions and copy it again"
         ) from error
-    except (
-        Exception
-    ) as error:  # pydicom converts values when they are asked for, and raises many kinds for damaged ones
+    except Exception as error:  # pydicom converts values when they are read, and raises many kinds of errors for damaged ones
         raise MedFLError("damaged or cut off within its header; export it again") from error
 
 
@@ -190,7 +188,7 @@ def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
     kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
     if kind.type == "SOP Class" and not kind.name.endswith(PICTURES):
         raise MedFLError(
-            f"{kind.name.removesuffix(' Storage')}, which is no picture of a scan; it is not needed"
+            f"{kind.name.removesuffix(' Storage')}, which is not a picture of a scan; it is not needed"
         )
     if header.get("Modality") in NOT_PICTURES:
         raise MedFLError(f"of modality {header.Modality}, which holds no pictures; it is not needed")
@@ -199,8 +197,8 @@ def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
 
 
 def check_bounds(path: File) -> None:
-    """Raises MedFLError for a file that claims more than can be read. What is damaged or no DICOM file passes:
-    who reads it says so."""
+    """Raises MedFLError for a file that claims more than can be read. A damaged file, or one that is not DICOM,
+    passes: its reader reports that."""
     refusal = None
     with contextlib.suppress(Exception), path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -210,7 +208,7 @@ def check_bounds(path: File) -> None:
             header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=tags)
             _check_size(header, length, length - beginning.tell())
             if (segments := len(header.get("SegmentSequence") or ())) > MAX_SEGMENTS:
-                raise MedFLError(f"holds {segments:,} segments; export the tumour's by itself")
+                raise MedFLError(f"holds {segments:,} segments; export only the tumour's segment")
         except MedFLError as error:
             refusal = MedFLError(f"{path} {error}")
     if refusal:
@@ -218,9 +216,9 @@ def check_bounds(path: File) -> None:
 
 
 def _beginning(path: File, file: Any) -> tuple[Any, int]:
-    """What pydicom is to read of an open file up to its pixels, and the whole file's bytes, both as they are
-    without deflation. Of a large one it is a part, so that a header of countless elements ends somewhere. Raises
-    MedFLError for a file that inflates without end, and for one whose header holds sequences of countless items."""
+    """The stream from which pydicom reads a file up to its pixels, and the length of the whole file in bytes, both
+    after inflation. The stream of a large file is cut, so that a header with far too many elements ends. Raises
+    MedFLError for a file that inflates to too much, and for a header with far too many sequence items."""
     length = path.stat().st_size
     if file.read(PREAMBLE)[128:] == b"DICM":
         meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != META)
@@ -228,7 +226,7 @@ def _beginning(path: File, file: Any) -> tuple[Any, int]:
             file = _plain(meta, _inflated(file.read()))
             length = len(file.getbuffer())
     file.seek(0)
-    if length <= 2 * len(ITEMS[0]) * MAX_ITEMS:  # it can't hold so many
+    if length <= 2 * len(ITEMS[0]) * MAX_ITEMS:  # too short for too many items
         return file, length
     content = file.read(MAX_HEADER)
     if max(map(content.count, ITEMS)) > MAX_ITEMS:
@@ -237,7 +235,7 @@ def _beginning(path: File, file: Any) -> tuple[Any, int]:
 
 
 def _plain(meta: pydicom.Dataset, content: bytes) -> io.BytesIO:
-    """A deflated file as it is without deflation. meta: the group of tags that says how it is written."""
+    """A deflated file after inflation. meta: the group of tags that says how the file is written."""
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     plain = io.BytesIO()
     plain.write(bytes(PREAMBLE - 4) + b"DICM")
@@ -247,8 +245,8 @@ def _plain(meta: pydicom.Dataset, content: bytes) -> io.BytesIO:
 
 
 def _inflated(content: bytes) -> bytes:
-    """What a deflated file's data set unpacks to. Raises MedFLError where that is too much, zlib.error where
-    it is damaged."""
+    """The inflated data set of a deflated file. Raises MedFLError if it is too large, zlib.error if it is
+    damaged."""
     unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, MAX_UNPACKED // 2 + 1)
     if len(unpacked) > MAX_UNPACKED // 2:
         raise MedFLError(f"unpacks to more than {MAX_UNPACKED >> 21} MB; export it without compression")
@@ -256,8 +254,8 @@ def _inflated(content: bytes) -> bytes:
 
 
 def _check_size(header: pydicom.Dataset, length: int, left: int) -> None:
-    """Raises MedFLError for a picture that claims more pixels than can be read, before anything is made of
-    them. length: bytes of the file; left: from its pixels on."""
+    """Raises MedFLError for a picture that claims more pixels than can be read, before memory is allocated for
+    them. length: bytes of the file; left: bytes from its pixels on."""
     frames, rows, columns = int(header.get("NumberOfFrames") or 1), int(header.Rows), int(header.Columns)
     if not fits((frames, rows, columns)) or max(rows, columns) > MAX_SIDE:
         raise MedFLError(
@@ -288,7 +286,7 @@ def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
 
 
 def _place(position: Any, orientation: Any, pixel_spacing: Any) -> Place | None:
-    """Where a slice lies by these tags' values, or None."""
+    """The place of a slice from these tags' values, or None."""
     first, directions, between = _numbers(position, 3), _numbers(orientation, 6), _numbers(pixel_spacing, 2)
     if first is None or directions is None or between is None:
         return None
@@ -296,7 +294,7 @@ def _place(position: Any, orientation: Any, pixel_spacing: Any) -> Place | None:
 
 
 def _describe(header: pydicom.Dataset, uid: str) -> dict:
-    """The fields of a Series that its first file tells."""
+    """The fields of a Series that are read from its first file."""
     kind, number = tuple(map(str, _several(header.get("ImageType")))), _number(header.get("SeriesNumber"))
 
     def text(name: str) -> str:
@@ -348,7 +346,8 @@ def _several(value: Any) -> tuple:
 
 
 def _look_up(header: pydicom.Dataset, frame: int, macro: str, name: str) -> Any:
-    """What the functional groups of a multi-frame object say of a frame: its own go before the shared."""
+    """A value for a frame from the functional groups of a multi-frame object: the frame's own group comes before
+    the shared group."""
     for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         sequence = header.get(groups) or ()
         if index < len(sequence) and sequence[index].get(macro):
@@ -363,13 +362,13 @@ def _time(header: pydicom.Dataset, name: str, macro: str, within: str) -> float 
 
 
 def _agent(header: pydicom.Dataset) -> str:
-    """The contrast agent of an enhanced object, "" where there is none."""
+    """The contrast agent of an enhanced object, "" if there is none."""
     agents = header.get("ContrastBolusAgentSequence") or ()
     return "; ".join(str(a.get("CodeMeaning") or a.get("CodeValue") or "unnamed") for a in agents)
 
 
 def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[str]:
-    """What is wrong with a file by itself, a sentence each; left: bytes from its pixels on."""
+    """The problems that can be seen in this file, a sentence each. left: bytes from its pixels on."""
     problems = []
     modality = str(header.get("Modality") or "unknown")
     if modality != "MR":
@@ -389,13 +388,13 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
     stored, highest = _number(header.get("BitsStored")), _number(header.get("HighBit"))
     if stored is not None and highest is not None and highest != stored - 1:
         problems.append(
-            f"its values of {stored:.0f} bits end at bit {highest:.0f}, an old form that can't be read; export it again"
+            f"its {stored:.0f}-bit values end at bit {highest:.0f}, an old form that can't be read; export it again"
         )
     syntax = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     if syntax not in AllTransferSyntaxes:  # and not those that another package registered
         name = "" if syntax.name == syntax else f" ({syntax.name})"
         problems.append(
-            f"its pixels are stored by the transfer syntax {syntax}{name}, which nothing here knows; export it as "
+            f"its pixels are stored in the transfer syntax {syntax}{name}, which can't be read here; export it as "
             "Explicit VR Little Endian"
         )
         return problems
@@ -422,7 +421,7 @@ def _is_mosaic(header: pydicom.Dataset) -> bool:
 
 
 def _slices_of(path: File, header: pydicom.Dataset) -> list[Slice]:
-    """The slices of a file: one, or one for each frame, whose geometry stands in functional groups."""
+    """The slices of a file: one, or one for each frame, with its geometry from the functional groups."""
     if header.get("Modality") == "RTSTRUCT":
         return [Slice(path, None, None, (0, 0), 0.0)]
     frames, matrix = int(header.get("NumberOfFrames") or 1), (int(header.Rows), int(header.Columns))

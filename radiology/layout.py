@@ -1,4 +1,4 @@
-"""Where data/prepare_hospital.py puts patients, and how two programs take turns in that folder."""
+"""The folders that data/prepare_hospital.py fills, and a lock for programs that write there."""
 
 import contextlib
 import os
@@ -10,20 +10,20 @@ from pathlib import Path
 from common import MedFLError
 
 TRAINING, MORE, UNMASKED = "", "more_studies", "without_masks"  # folders in the output
-LOG = "truth.jsonl"  # in the folder of a patient whose truth a person saved
+LOG = "truth.jsonl"  # in the folder of a patient for whom a person saved a truth
 LOCK = ".medfl.lock"
 
-_within = threading.Lock()  # where the system has no locks on files, for this process at least
+_within = threading.Lock()  # if the system has no file locks, protects at least within this process
 
 
 def has_truth(out: Path, name: str) -> str | None:
-    """The part of the output in which a patient lies whose truth a person saved, or None."""
+    """The part of the output that holds a patient for whom a person saved a truth, or None."""
     return next((part for part in (TRAINING, MORE, UNMASKED) if (out / part / name / LOG).exists()), None)
 
 
 @contextlib.contextmanager
 def turn_in(out: Path) -> Iterator[None]:
-    """While the block runs, no other thread or process is within it for this folder. Raises MedFLError where the
+    """While the block runs, no other thread or process is in such a block for this folder. Raises MedFLError if the
     folder can't be written."""
     with _within:
         try:
@@ -33,13 +33,13 @@ def turn_in(out: Path) -> Iterator[None]:
                 f"{out} can't be written ({error.strerror}); make it writable for the user that runs this"
             ) from error
         with file:
-            with contextlib.suppress(OSError):  # a share without locks
+            with contextlib.suppress(OSError):  # a network share without locks
                 _lock(file.fileno())
             yield
 
 
 def _lock(handle: int) -> None:
-    """Wait for a lock that ends when the file is closed, or its process ends."""
+    """Wait for a lock, which is released when the file is closed or the process ends."""
     if sys.platform == "win32":
         import msvcrt
 

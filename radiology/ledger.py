@@ -1,6 +1,6 @@
-"""What became of an archive's studies, a line each, so that a run goes on where it was broken off, by whatever.
+"""The results for an archive's studies, one line each, so that an interrupted run continues where it stopped.
 
-Lies in the private folder, for it names studies. The last line about a study counts.
+The file lies in the private folder, because it names studies. The last line about a study counts.
 """
 
 import json
@@ -16,8 +16,8 @@ LEDGER = "archive.jsonl"
 
 @dataclass(frozen=True)
 class Entry:
-    """state: of the study in the archive when it was dealt with, and of whatever else decides what becomes of it.
-    name: its pseudonym where it was prepared. rows: its lines in the report. why: it was left out."""
+    """state: of the study in the archive when it was processed, and of everything else that decides the result.
+    name: its pseudonym if it was prepared. rows: its lines in the report. why: the reason if it was left out."""
 
     study: str
     state: str
@@ -34,20 +34,20 @@ class Ledger:
         self._entries = self._read()
 
     def find(self, study: str, state: str) -> Entry | None:
-        """What became of a study in this state."""
+        """The result for a study in this state, or None."""
         entry = self._entries.get(study)
         return entry if entry is not None and entry.state == state else None
 
     def of_all(self) -> list[Entry]:
-        """What became of all studies."""
+        """The results for all studies."""
         return list(self._entries.values())
 
     def of(self, studies: list[str]) -> list[Entry]:
-        """What became of these studies, where anything did."""
+        """The results for these studies, as far as there are any."""
         return [self._entries[uid] for uid in studies if uid in self._entries]
 
     def add(self, entry: Entry) -> None:
-        """Remember what became of a study; it is on the disk when this returns."""
+        """Record the result for a study; it is on the disk when this returns."""
         self._entries[entry.study] = entry
         line = json.dumps(asdict(entry)) + "\n"
         try:
@@ -68,21 +68,21 @@ class Ledger:
             ) from error
 
     def _read(self) -> dict[str, Entry]:
-        """The file's entries. A last line that was cut off is dropped: that study is dealt with again."""
+        """The file's entries. A last line that was cut off is dropped, so that study is processed again."""
         try:
             text = self.file.read_text(encoding="utf-8")
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             raise MedFLError(
-                f"{self.file} can't be read; move it away, and every study is seen as new"
+                f"{self.file} can't be read; move it away, then every study counts as new"
             ) from error
         whole, _, cut = text.rpartition("\n")
         try:
             entries = [Entry(**json.loads(line)) for line in whole.splitlines()]
         except (ValueError, TypeError) as error:
             raise MedFLError(
-                f"{self.file} is damaged; move it away, and every study is seen as new"
+                f"{self.file} is damaged; move it away, then every study counts as new"
             ) from error
         latest = {entry.study: entry for entry in entries}
         if cut or len(latest) < len(entries):

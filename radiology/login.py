@@ -1,13 +1,13 @@
-"""How one says who one is at an archive: token, password or client certificate, from a file or a prompt.
+"""The login for an archive: token, password or client certificate, from a file or a prompt.
 
     token = "..."                                            a bearer token, or
     user = "..."                                             user and password
     password = "..."
-    certificate = "client.pem"                               a client certificate and its key, with either or by itself
+    certificate = "client.pem"                               a client certificate and its key, with either or alone
     key = "client.key"
-    authority = "hospital-ca.pem"                            who signed the archive's certificate, if not a public one
+    authority = "hospital-ca.pem"                            the CA of the archive's certificate, if it is not public
 
-Secrets appear in no command line, message or file of MedFL.
+No secret appears in a command line, message or file of MedFL.
 """
 
 import getpass
@@ -29,7 +29,7 @@ PROMPT = "ask"  # instead of a file's name
 
 
 class Login(BaseModel):
-    """What an archive wants to see. Paths are absolute. Without an entry: nobody in particular."""
+    """The login for an archive. Paths are absolute. Without an entry, the archive is used without a login."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -51,9 +51,9 @@ class Login(BaseModel):
         return self
 
     def session(self) -> requests.Session:
-        """A session of HTTP that logs in like this. Certificates are verified, always."""
+        """An HTTP session that uses this login. Certificates are always verified."""
         session = requests.Session()
-        session.trust_env = False  # a proxy, ~/.netrc or other authorities than those named here
+        session.trust_env = False  # use no proxy, ~/.netrc or authorities from the environment
         session.auth = self._sign
         session.verify = str(self.authority) if self.authority else True
         if self.certificate:
@@ -61,7 +61,7 @@ class Login(BaseModel):
         return session
 
     def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """An `auth` of requests, which it takes away where an archive refers to another host."""
+        """The `auth` of requests, which removes the login if an archive redirects to another host."""
         if self.token is not None:
             request.headers["Authorization"] = f"Bearer {self.token.get_secret_value()}"
         elif self.user is not None and self.password is not None:
@@ -69,20 +69,20 @@ class Login(BaseModel):
         return request
 
     def tls(self) -> ssl.SSLContext | None:
-        """A context for DIMSE over TLS, or None where the login names no certificate and no authority."""
+        """A TLS context for DIMSE, or None if the login names neither a certificate nor an authority."""
         if not (self.certificate or self.authority):
             return None
         return self._context(ssl.Purpose.SERVER_AUTH)
 
     def listening_tls(self) -> ssl.SSLContext | None:
-        """The same for our own port, to which an archive sends by C-MOVE: it has to show a certificate of the login's
-        authority. Raises MedFLError where the login has no certificate to show it in turn."""
+        """The same for our own port, to which an archive sends by C-MOVE: the archive must present a certificate from
+        the login's authority. Raises MedFLError if the login has no certificate of our own or no authority."""
         if not (self.certificate or self.authority):
             return None
         if not (self.certificate and self.authority):
             raise MedFLError(
-                "with --move-port over TLS the archive calls us, and the login needs certificate, key and authority; "
-                "add what is missing, or leave --move-port out"
+                "with --move-port over TLS the archive connects to us, so the login needs certificate, key and "
+                "authority; add what is missing, or leave --move-port out"
             )
         context = self._context(ssl.Purpose.CLIENT_AUTH)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -101,8 +101,8 @@ class Login(BaseModel):
 
 
 def read_login(source: str | None) -> Login:
-    """The login in a file, or asked for at the terminal where `source` is "ask". Raises MedFLError for a file that is
-    missing, that others can read, or that says something else."""
+    """The login from a file, or from a prompt if `source` is "ask". Raises MedFLError for a file that is missing, that
+    others can read, or that has other content."""
     if source is None:
         return Login()
     if source == PROMPT:
@@ -116,21 +116,21 @@ def read_login(source: str | None) -> Login:
             content[name] = (path.parent / str(content[name])).resolve()
             if not content[name].is_file():
                 raise MedFLError(
-                    f"{path} names the {name} {content[name]}, and there is no such file; correct it"
+                    f"{path} names the {name} {content[name]}, but there is no such file; correct it"
                 )
         return Login(**content)
     except OSError as error:
         raise MedFLError(
             f"the login {path} can't be read ({error.strerror or error}); check --login"
         ) from error
-    except ValidationError as error:  # its own text would be long; inputs are hidden in it
+    except ValidationError as error:  # its own text is long; it does not show the inputs
         first = error.errors()[0]
         about = ".".join(map(str, first["loc"])) or first["msg"].removeprefix("Value error, ")
         raise MedFLError(
-            f"the login {path} is wrong at: {about}; docs/archive.md shows what it holds"
+            f"the login {path} is wrong at: {about}; docs/archive.md shows the format"
         ) from error
-    except ValueError:  # of TOML, whose message can quote a secret
-        raise MedFLError(f"the login {path} is no TOML; docs/archive.md shows what it holds") from None
+    except ValueError:  # from TOML; its message can quote a secret
+        raise MedFLError(f"the login {path} is not valid TOML; docs/archive.md shows the format") from None
 
 
 def _ask() -> Login:

@@ -1,8 +1,8 @@
-"""Volumes of a study as NIfTI (or NRRD) files: found, read, and their labels told.
+"""Volumes of a study as NIfTI (or NRRD) files: found, read, and their labels checked.
 
     DIR/PATIENT/flair.nii.gz, t1.nii.gz, t1ce.nii.gz, seg.nii.gz
-    DIR/PATIENT/STUDY/...                                            a folder more for each study
-    DIR/derivatives/TOOL/PATIENT/...                                 BIDS: of the patients of the raw tree
+    DIR/PATIENT/STUDY/...                                            a further folder for each study
+    DIR/derivatives/TOOL/PATIENT/...                                 BIDS: the same patients as in the raw tree
     DIR/images/PATIENT/... and DIR/labels/PATIENT/...                trees of scans and masks
     DIR/dataset.json, imagesTr, labelsTr, imagesTs                   nnU-Net and Decathlon (collection.py)
 
@@ -30,15 +30,15 @@ from scans.nifti_file import NRRD, SUFFIXES, WHOLE
 from scans.orientation import mirrored
 
 DERIVATIVES = "derivatives"
-MASK = "seg"  # a name that the rules take for a mask
-KINDS_OF_SCAN = ("anat",)  # BIDS's folders of a session that say what was scanned, not whose it is
+MASK = "seg"  # a name that the rules recognise as a mask
+KINDS_OF_SCAN = ("anat",)  # BIDS folders that name the kind of scan, not a patient or a session
 
 
 def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[Refused]]:
-    """The volumes among these files below `root`, as series whose patient and study are folders, and the
-    files that are none.
+    """The volumes among these files below `root`, as series whose patient and study are folders, and the files that
+    are not volumes.
 
-    Reads headers only. A series' description is the file's name without its ending.
+    Only headers are read. The description of a series is the file's name without its ending.
     """
     found: list[Series] = []
     refused: list[Refused] = []
@@ -50,10 +50,10 @@ def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[
         if path.suffix.lower() == ".json" and _has_volume(path):
             continue
         if not path.name.lower().endswith(SUFFIXES):
-            told = nifti_file.other_format(path.name) or "no NIfTI file (.nii or .nii.gz)"
+            told = nifti_file.other_format(path.name) or "not a NIfTI file (.nii or .nii.gz)"
             refused.append(Refused(path, told))
         elif not folders:
-            refused.append(Refused(path, "lies in no patient's folder; make a folder per patient"))
+            refused.append(Refused(path, "is not in a patient's folder; make a folder per patient"))
         else:
             try:
                 found += _describe(root, path, folders, collection, trees)
@@ -63,19 +63,19 @@ def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[
 
 
 def _of_patient(root: Path, folders: tuple[str, ...], trees: set[str]) -> tuple[str, ...]:
-    """The folders that name patient and study: those of a `derivatives` tree are the raw tree's."""
+    """The folders that name patient and study. In a `derivatives` tree they have the names of the raw tree's."""
     if DERIVATIVES in folders:
         folders = folders[folders.index(DERIVATIVES) + 1 :]
         known = [k for k, name in enumerate(folders) if (root / name).is_dir() and name != DERIVATIVES]
         folders = folders[known[0] if known else 1 :]
     if len(folders) > 1 and folders[0] in trees:
-        folders = folders[1:]  # images/anna and labels/anna are of one patient
+        folders = folders[1:]  # images/anna and labels/anna belong to one patient
     return folders[:-1] if len(folders) > 1 and _is_of_one_scan(folders[-1]) else folders
 
 
 def _is_of_one_scan(folder: str) -> bool:
-    """Whether a folder below a patient's says what was scanned, and not when: BIDS's, and those that unpackers
-    make of a file (`anna/anna_t1.nii/0001_t1.nii`)."""
+    """Whether a folder below a patient's names the scan, not the study: BIDS folders, and those that unpackers make
+    for a file (`anna/anna_t1.nii/0001_t1.nii`)."""
     return folder in KINDS_OF_SCAN or folder.lower().endswith(SUFFIXES)
 
 
@@ -86,8 +86,8 @@ def _has_volume(path: Path) -> bool:
 def _describe(
     root: Path, path: Path, folders: tuple[str, ...], collection: Collection | None, trees: set[str]
 ) -> list[Series]:
-    """A file's header as a series, or one for each channel of a collection's file. Raises MedFLError for what
-    is no readable volume, and for a file of a flat tree of images where nothing says what it shows."""
+    """A file's header as a series, or one series for each channel of a collection's file. Raises MedFLError for a
+    file that is not a readable volume, and for a file in a flat tree of images if nothing says what it shows."""
     header, name = _header(path), nifti_file.stem(path.name)
     shape = header.get_data_shape()
     while len(shape) > 3 and shape[-1] == 1:
@@ -99,7 +99,7 @@ def _describe(
         return [_series(path, header, shape[:3], (p.case,), p.shows, p.volume) for p in parts]
     if flat and tree in IMAGES:
         raise MedFLError(
-            f"lies in {path.parent.name} without a {NAME} that says what it shows; write one "
+            f"is in {path.parent.name} without a {NAME} that says what it shows; write one "
             '({"channel_names": {"0": "FLAIR"}, "labels": {"background": 0, "tumour": 1}}), or make a folder per '
             "patient"
         )
@@ -121,23 +121,23 @@ def _series(
     values = len(dtype.names or (1,))
     if len(shape) != 3 or values != 1:
         problems.append(
-            f"it has {len(shape)} dimensions and {values} values a pixel, and a volume has 3 and 1; split it"
+            f"it has {len(shape)} dimensions and {values} values per voxel, but a volume has 3 and 1; split it"
         )
     elif not fits(shape[::-1]):
         problems.append(
             f"it has {'×'.join(map(str, shape))} voxels, more than is read at once; make it smaller"
         )
     if dtype.kind == "c":
-        problems.append("it holds complex numbers, and a scan has real ones; export its magnitude")
+        problems.append("it holds complex numbers, but a scan has real ones; export its magnitude")
     if why := nifti_file.doubt(header):
-        problems.append(f"it {why}: left and right can't be told; convert the scan's DICOM files again")
+        problems.append(f"it {why}: left and right can't be told apart; convert the scan's DICOM files again")
     if why := nifti_file.unlike_sizes(header):
         problems.append(f"it {why}; convert the scan's DICOM files again")
     columns, rows, slices = (*shape, 1, 1)[:3]
     column, row, between = (*map(float, header.get_zooms()[:3]), 1.0, 1.0)[:3]
     if not all(map(is_size_mm, (between, row, column))):
         problems.append(
-            f"it tells voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; convert it again"
+            f"it states voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; convert it again"
         )
     return Series(
         uid=str(path) if volume is None else f"{path}#{volume}",
@@ -157,7 +157,7 @@ def _series(
 
 
 def _header(path: Path) -> Any:
-    """The header of a file, as nibabel has it. Raises MedFLError for what is no volume."""
+    """nibabel's header of a file. Raises MedFLError for a file that is not a volume."""
     try:
         with path.open("rb") as file:
             head = nifti_file.read_head(file)
@@ -165,14 +165,14 @@ def _header(path: Path) -> Any:
             return nifti_file.read_image(nifti_file.read_content(path)).header
         return nifti_file.read_header(head)
     except MedFLError as error:
-        raise MedFLError(f"damaged, or no NIfTI file: it {error}") from error
+        raise MedFLError(f"damaged, or not a NIfTI file: it {error}") from error
     except OSError as error:
         raise MedFLError(f"can't be read ({error.strerror or error}); check its permissions") from error
 
 
 def _told_beside(path: Path) -> dict:
-    """What dcm2niix's JSON file beside a volume says of the scan: seconds become ms. Nothing where there is
-    none."""
+    """The fields of a Series from the JSON file that dcm2niix writes beside a volume, with seconds converted to ms.
+    Empty if there is no such file."""
     beside = path.parent / f"{nifti_file.stem(path.name)}.json"
     try:
         told = read_json_file(beside)
@@ -203,17 +203,15 @@ def _told_beside(path: Path) -> dict:
 
 
 def load_volume(series: Series) -> sitk.Image:
-    """A volume's pixels with their place, float32, in the order in which they are stored.
+    """A volume's voxels with their geometry, float32, in the stored order.
 
-    Raises MedFLError for a truncated or damaged file, one whose orientation is not known, and one without a
-    finite value.
+    Raises MedFLError for a truncated or damaged file, one of unknown orientation, and one without a finite value.
     """
     return load_counted(series)[0]
 
 
 def load_counted(series: Series) -> tuple[sitk.Image, int]:
-    """As `load_volume`, and how many values were not finite: the least of the others stands in their
-    place."""
+    """The same as `load_volume`, and the number of values that were not finite: they are replaced by background."""
     path = series.files[0]
     if series.problems:
         raise MedFLError(f"{path} can't be used: {'; '.join(series.problems)}")
@@ -229,7 +227,7 @@ def load_counted(series: Series) -> tuple[sitk.Image, int]:
 
 
 def _placed(image: nibabel.Nifti1Image, values: np.ndarray) -> sitk.Image:
-    """Values (I, J, K) as they are stored, at the place that the file gives them."""
+    """Stored values (I, J, K) with the geometry from the file."""
     affine = mirrored(image.affine)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     placed = sitk.GetImageFromArray(values.transpose(2, 1, 0).astype(np.float32))
@@ -242,26 +240,26 @@ def _placed(image: nibabel.Nifti1Image, values: np.ndarray) -> sitk.Image:
 def read_labels(
     series: Series, labels: tuple[int, ...], references: list[sitk.Image]
 ) -> tuple[sitk.Image, int]:
-    """A label file's tumour, uint8 0 or 1, and the place of the reference on whose grid it lies.
+    """The tumour of a label file, uint8 0 or 1, and the index of the reference on whose grid it lies.
 
-    labels: the values that mean tumour. references: as `load_volume` gives them. Raises MedFLError for other
-    values, an empty file, and another geometry.
+    labels: the values that mean tumour. references: images from `load_volume`. Raises MedFLError for other values,
+    an empty file, and a geometry that fits no reference.
     """
     path, (image, odd) = series.files[0], load_counted(series)
     if odd:
-        raise MedFLError(f"{path.name} holds {odd:,} values that are no numbers; export it again")
+        raise MedFLError(f"{path.name} holds {odd:,} values that are not finite numbers; export it again")
     values = sitk.GetArrayViewFromImage(image)
     present = np.unique(values)
     whole = present.round()
     if unknown := [f"{v:g}" for v, n in zip(present, whole) if abs(v - n) > WHOLE or n not in (0, *labels)]:
         raise MedFLError(
-            f"{path.name} holds the values {', '.join(unknown[:5])}, and tumour is "
-            f"{', '.join(map(str, labels))}; name those that mean tumour in the rules (mask, labels)"
+            f"{path.name} holds the values {', '.join(unknown[:5])}, but tumour is "
+            f"{', '.join(map(str, labels))}; name the values that mean tumour in the rules (mask, labels)"
         )
     if not whole.any():
         raise MedFLError(f"{path.name} is empty: no voxel is marked as tumour")
     tumour = sitk.Cast(image > 0.5, sitk.sitkUInt8)
-    cropped = path.name.lower().endswith(".nrrd")  # Slicer stores a segmentation's own box only
+    cropped = path.name.lower().endswith(".nrrd")  # Slicer stores only the segmentation's bounding box
     for place, reference in enumerate(references):
         if (cropped or image.GetSize() == reference.GetSize()) and on_grid(image, reference):
             if not cropped:
@@ -269,5 +267,5 @@ def read_labels(
             nearest = sitk.sitkNearestNeighbor
             return sitk.Resample(tumour, reference, sitk.Transform(), nearest, 0, sitk.sitkUInt8), place
     raise MedFLError(
-        f"{path.name} has another geometry than the volumes beside it; draw or export the mask on one of them"
+        f"{path.name} has a different geometry from the volumes beside it; draw or export the mask on one of them"
     )

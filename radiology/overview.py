@@ -1,5 +1,5 @@
-"""What a person looks through before training: a contact sheet per study, a page over all, and the report on
-every series."""
+"""The files that a person checks before training: a contact sheet per study, a page of all studies, and the report
+on every series."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ from storage.files import atomic_write, write_csv
 
 TILE, ACROSS = 128, 10  # pixels of a slice's side, and slices in a row
 OUTLINE, MARK = (255, 150, 0), (255, 255, 255)
-SUFFIX = "_contact_sheet.png"  # scans.naming.is_image passes over these
+SUFFIX = "_contact_sheet.png"  # scans.naming.is_image ignores these
 COLUMNS = (
     "pseudonym",
     "patient_id",
@@ -43,11 +43,11 @@ def contact_sheet(volume: np.ndarray, mask: np.ndarray | None) -> Image.Image:
     """Ten slices from neck to crown: pre-contrast, FLAIR, post-contrast, and all three as colours with the
     mask's outline.
 
-    volume: (S, H, W, 3) uint8. mask: (S, H, W) uint8, or None. Edges that don't lie over each other show as
-    coloured fringes.
+    volume: (S, H, W, 3) uint8. mask: (S, H, W) uint8, or None. Edges that are not aligned appear as coloured
+    fringes.
     """
     chosen = np.unique(np.linspace(0, len(volume) - 1, ACROSS).round().astype(int))
-    if mask is not None and mask.any() and not mask[chosen].any():  # the tumour has to be seen
+    if mask is not None and mask.any() and not mask[chosen].any():  # the tumour must be visible
         largest = int(np.count_nonzero(mask, axis=(1, 2)).argmax())
         chosen[np.abs(chosen - largest).argmin()] = largest
     sheet = Image.new("RGB", (TILE * len(chosen), TILE * 4))
@@ -64,8 +64,7 @@ def contact_sheet(volume: np.ndarray, mask: np.ndarray | None) -> Image.Image:
 
 
 def _outlined(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """A slice (H, W, 3) with the border of a mask (H, W) two
-    pixels wide, so that it outlives the shrinking."""
+    """A slice (H, W, 3) with the border of a mask (H, W) two pixels wide, so that it stays visible after shrinking."""
     if mask is None:
         return pixels
     around = np.pad(mask, 2)
@@ -80,7 +79,7 @@ def _outlined(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 
 def write_page(entries: list[dict], path: Path) -> None:
-    """The page over all studies. entries: name, sheet (path beside the page), slices, mask (bool), part,
+    """Write the page of all studies. entries: name, sheet (path relative to the page), slices, mask (bool), part,
     notes."""
     articles = [
         f'<article><h2 id="{web(e["name"])}">{web(e["name"])}</h2><p>{e["slices"]} slices, '
@@ -94,13 +93,13 @@ def write_page(entries: list[dict], path: Path) -> None:
         file.write(
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Prepared '
             f"studies</title><style>{STYLE}</style>"
-            f"<h1>{len(entries)} prepared studies</h1><p>Rows from above: pre-contrast, FLAIR, "
+            f"<h1>{len(entries)} prepared studies</h1><p>Rows from the top: pre-contrast, FLAIR, "
             f"post-contrast, and all three "
             "as colours with the mask's outline; slices from neck to crown, the patient's left on the "
             "right. Look for text "
-            "in the pictures, coloured fringes (sequences that don't lie over each other), a wrong "
-            "sequence, a mask in "
-            f"the wrong place.</p><p>To look at closely: "
+            "in the pictures, coloured fringes (sequences that are not aligned), a wrong "
+            "sequence, and a mask in "
+            f"the wrong place.</p><p>Look closely at: "
             f"{', '.join(doubtful) or 'none'}.</p>{''.join(articles)}</html>\n"
         )
 
@@ -108,10 +107,10 @@ def write_page(entries: list[dict], path: Path) -> None:
 def write_report(
     studies: Iterable[tuple[str, Study]], refused: list[Refused], failures: dict[str, str], path: Path
 ) -> None:
-    """The report, for its owner's eyes: a line per series with what it was used as and why, and one per file
-    that is none.
+    """Write the report, readable only by its owner: a line per series with its use and the reason, and a line per
+    refused file.
 
-    studies: with their pseudonyms. failures: why a series that was chosen could not be used, by its uid.
+    studies: with their pseudonyms. failures: why a chosen series could not be used, by its uid.
     """
     rows = [row for name, study in studies for row in report_rows(name, study, failures)]
     write_rows([*rows, *(["", "", "", "", str(one.path), *[""] * 8, one.why] for one in refused)], path)

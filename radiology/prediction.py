@@ -1,4 +1,4 @@
-"""A model's proposal for a study, on the slices of its own FLAIR series, by the way that the training data took."""
+"""A model's proposal for a study, on the slices of its FLAIR series, after the same preparation as training data."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +18,9 @@ from radiology.studies import Study
 
 @dataclass(frozen=True)
 class Proposal:
-    """mask: (S, H, W) uint8, 0 or 255, on the series' slices in its own order; empty where there seems to be no
-    tumour. sources: the series that the model saw. notes: what a reader should know of them. way: how it was made, if
-    not by `propose`. probability: (S, H, W) float32 that the mask follows from, or None."""
+    """mask: (S, H, W) uint8, 0 or 255, on the series' slices in the series' order; all 0 if no tumour was found.
+    sources: the series that the model saw. notes: what a reader should know about them. way: how the mask was made, if
+    not by `propose`. probability: (S, H, W) float32 from which the mask was made, or None."""
 
     mask: np.ndarray
     series: Series
@@ -37,24 +37,24 @@ class Proposal:
 
     @property
     def volume_ml(self) -> float:
-        """What the mask marks, in millilitres."""
+        """The volume of the mask, in millilitres."""
         return float(np.count_nonzero(self.mask) * np.prod(self.series.spacing) / 1000)
 
     @property
     def largest_area_mm2(self) -> float:
-        """The largest area that it marks in one slice."""
+        """The largest area of the mask in one slice."""
         return float(np.count_nonzero(self.mask, axis=(1, 2)).max() * np.prod(self.series.spacing[1:]))
 
 
 def propose(study: Study, checkpoint: Checkpoint, rules: Rules) -> Proposal:
-    """Prepare a study as for training, predict, and carry the probabilities back onto the FLAIR series' voxels.
+    """Prepare a study as for training, predict, and resample the probabilities to the FLAIR series' voxels.
 
-    Raises MedFLError for a study without a FLAIR that can be used.
+    Raises MedFLError for a study without a usable FLAIR.
     """
     if not study.channels:
         reasons = "; ".join(dict.fromkeys(line.why for line in study.lines)) or "it has no series"
         raise MedFLError(
-            f"the study has no FLAIR that can be used ({reasons}); check the rules, or choose another"
+            f"the study has no usable FLAIR ({reasons}); check the rules, or choose another study"
         )
     prepared = prepare(study, rules)
     probabilities = sitk.GetImageFromArray(predict_volume(checkpoint.model, prepared.volume))
@@ -69,7 +69,7 @@ def propose(study: Study, checkpoint: Checkpoint, rules: Rules) -> Proposal:
 
 
 def grid_of(series: Series) -> sitk.Image:
-    """An empty image where a series' voxels lie."""
+    """An empty image with the geometry of a series."""
     grid = sitk.Image(series.columns, series.rows, series.slices, sitk.sitkUInt8)
     between, row, column = series.spacing
     grid.SetSpacing((column, row, between))

@@ -1,5 +1,5 @@
-"""One study's series to a volume in the dataset's layout: channels laid over FLAIR, 8 bits, mask, and what is
-told of it."""
+"""One study's series as a volume in the dataset's layout: channels aligned with FLAIR, 8 bits, mask, and notes for a
+reader."""
 
 import re
 import unicodedata
@@ -20,21 +20,21 @@ from radiology.series import Series, load_series
 from radiology.studies import Study
 from storage.files import write_json
 
-LOST = 0.1  # of a mask's volume, from where on it is told
+LOST = 0.1  # share of a mask's volume; a larger change is reported
 TEXT_SHARE, TEXT_PIXELS, TEXT_LEVEL = (
     0.5,
     20,
     0.2,
-)  # of slices with one value at a place; such places; of the 99.9th percentile
+)  # share of slices with the same value at a pixel; number of such pixels; share of the 99.9th percentile
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A study in the dataset's layout.
 
-    volume: (S, 256, 256, 3) uint8. mask: (S, 256, 256) uint8 0 or 255, or None. about: what volume.json
-    holds. notes: what a person should know, in sentences without a word of the source. failures: why a series
-    could not be used after all, by its uid; these may name files. grid: an empty image where the slices lie.
+    volume: (S, 256, 256, 3) uint8. mask: (S, 256, 256) uint8 0 or 255, or None. about: the content of volume.json.
+    notes: what a person should know, in sentences that quote nothing from the source. failures: why a chosen series
+    could not be used, by its uid; these may name files. grid: an empty image with the geometry of the slices.
     """
 
     volume: np.ndarray
@@ -46,8 +46,7 @@ class Prepared:
 
 
 def prepare(study: Study, rules: Rules) -> Prepared:
-    """A study's series, read, aligned and in 8 bits. Raises MedFLError where its FLAIR can't be read or is
-    blank."""
+    """A study's series, read, aligned and in 8 bits. Raises MedFLError if the FLAIR can't be read or is blank."""
     flair, notes = _load(FLAIR, study.channels[FLAIR])
     notes += [f"{line.used_as} was taken {line.why}" for line in study.lines if ", though" in line.why]
     fixed, told = to_axial(flair)
@@ -76,7 +75,7 @@ def prepare(study: Study, rules: Rules) -> Prepared:
                 )
         if channel not in planes:
             planes[channel] = planes[FLAIR]
-            notes.append(f"{channel} is missing or can't be used, and FLAIR stands in")
+            notes.append(f"{channel} is missing or can't be used; FLAIR is used instead")
     mask = None
     if study.mask is not None:
         try:
@@ -91,23 +90,23 @@ def prepare(study: Study, rules: Rules) -> Prepared:
 
 
 def _load(channel: str, series: Series) -> tuple[sitk.Image, list[str]]:
-    """A series' pixels, and what is to be told of its values."""
+    """A series' pixels, and notes about its values."""
     if series.modality != "NIfTI":
         return load_series(series), []
     image, odd = load_counted(series)
-    return image, [f"{odd:,} values of {channel} were not finite, and were taken for background"] * bool(odd)
+    return image, [f"{odd:,} values of {channel} were not finite and were set to background"] * bool(odd)
 
 
 def _grid_of(image: sitk.Image) -> sitk.Image:
-    """An empty image on the same grid, a quarter of the memory."""
+    """An empty image on the same grid, with a quarter of the memory."""
     grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)
     grid.CopyInformation(image)
     return grid
 
 
 def _same_frame(one: Series, other: Series) -> bool:
-    """Whether two series were measured in one set of coordinates. NIfTI does not tell; those of a study are
-    taken to be."""
+    """Whether two series were measured in the same coordinates. NIfTI does not say; the files of a study are assumed
+    to be."""
     return one.frame_of_reference == other.frame_of_reference and (
         bool(one.frame_of_reference) or one.modality == "NIfTI"
     )
@@ -115,7 +114,7 @@ def _same_frame(one: Series, other: Series) -> bool:
 
 def _not_blank(plane: np.ndarray) -> np.ndarray:
     if not plane.any():
-        raise MedFLError("nothing of it lies where FLAIR lies, or every pixel has the same value")
+        raise MedFLError("it does not overlap with FLAIR, or every pixel has the same value")
     return plane
 
 
@@ -123,14 +122,14 @@ def _alignment_notes(channel: str, found: float) -> list[str]:
     if found >= POOR:
         return []
     return [
-        f"{channel} may lie poorly on FLAIR (agreement of edges {found:.2f}, usually above {POOR}): look at "
-        f"its contact sheet"
+        f"{channel} may be poorly aligned with FLAIR (agreement of edges {found:.2f}, usually above {POOR}): look at "
+        f"the contact sheet"
     ]
 
 
 def _text_notes(channel: str, series: Series, image: sitk.Image) -> list[str]:
-    """A warning where a series says so, is a secondary capture, or has the same bright pixels in the corners
-    of many slices."""
+    """A warning if a series says that it has burnt-in text, is a secondary capture, or has the same bright pixels in
+    the corners of many slices."""
     volume = sitk.GetArrayViewFromImage(image)
     rows, columns = (np.linspace(-1, 1, n) for n in volume.shape[1:])
     corners = volume[:, np.hypot(rows[:, None], columns[None, :]) > 1]
@@ -140,8 +139,8 @@ def _text_notes(channel: str, series: Series, image: sitk.Image) -> list[str]:
     if not series.burnt_in and fixed.sum() < TEXT_PIXELS:
         return []
     return [
-        f"{channel} may carry burnt-in text, which can name the patient: look at its contact sheet before "
-        f"anything leaves"
+        f"{channel} may contain burnt-in text, which can name the patient: look at the contact sheet before "
+        f"anything leaves the hospital"
     ]
 
 
@@ -154,8 +153,8 @@ def _read_mask(
     fixed: sitk.Image,
     notes: list[str],
 ) -> np.ndarray:
-    """A study's mask, which is `of` a channel, on the grid of `fixed`, (S, H, W) uint8 0 or 255. Raises
-    MedFLError for one that can't be used."""
+    """A study's mask on the grid of `fixed`, (S, H, W) uint8 0 or 255. of: the channel that it was drawn on, None for
+    NIfTI. Raises MedFLError for a mask that can't be used."""
     if series.modality == "NIfTI":
         channels = [FLAIR, *(c for c in grids if c != FLAIR)]
         labels, place = read_labels(series, rules.labels, [grids[c] for c in channels])
@@ -175,16 +174,16 @@ def _read_mask(
     before = np.count_nonzero(sitk.GetArrayViewFromImage(labels)) * np.prod(labels.GetSpacing())
     after = np.count_nonzero(mask) * np.prod(fixed.GetSpacing())
     if not after:
-        raise MedFLError("it marks nothing that lies where FLAIR lies")
+        raise MedFLError("it marks nothing inside the FLAIR volume")
     if abs(after - before) > LOST * before:
         notes.append(
-            f"the mask's volume went from {before / 1000:.1f} to {after / 1000:.1f} cm³ on FLAIR's slices"
+            f"the mask's volume changed from {before / 1000:.1f} to {after / 1000:.1f} cm³ on FLAIR's slices"
         )
     return mask
 
 
 def _about(flair: Series, fixed: sitk.Image) -> dict:
-    """What volume.json holds: of the source only field strength, maker and model."""
+    """The content of volume.json: from the source only field strength, manufacturer and model."""
     column, row, between = fixed.GetSpacing()
     normal = np.array(fixed.GetDirection()).reshape(3, 3)[:, 2]
     positions = float(np.dot(fixed.GetOrigin(), normal)) + between * np.arange(fixed.GetSize()[2])
@@ -199,8 +198,8 @@ def _about(flair: Series, fixed: sitk.Image) -> dict:
 
 
 def _without_patient(text: str, series: Series) -> str | None:
-    """What a tag says of the scanner; None where nothing, or a word of it is of the patient, or the patient's number,
-    name or dates stand in it however they are written: somebody typed there."""
+    """A tag's text about the scanner. None if it is empty, or if somebody typed patient data there: a word of the
+    patient's data, or the patient's number, name or dates in any spelling."""
     name, born = (*series.person, "", "")[:2]
     texts = series.patient_id, *series.person, series.when[:8]
     names = [word for word in _words_of(name) if not word.isdigit()]
@@ -213,24 +212,24 @@ def _without_patient(text: str, series: Series) -> str | None:
 
 
 def _words_of(*texts: str) -> list[str]:
-    """Words of three letters or digits and more, or of two letters, as names have, in small letters without accents."""
+    """Words of three or more letters or digits, or of two letters (short names), in lower case without accents."""
     words = [word for text in texts for word in re.split(r"[\W_]+", _folded(text))]
     return [word for word in words if len(word) >= 3 or (len(word) == 2 and word.isalpha())]
 
 
 def _together(text: str) -> str:
-    """A text's letters and digits alone."""
+    """Only the letters and digits of a text."""
     return re.sub(r"[\W_]+", "", _folded(text))
 
 
 def _folded(text: str) -> str:
-    """A text in small letters without accents."""
+    """A text in lower case without accents."""
     apart = unicodedata.normalize("NFKD", text)
     return "".join(sign for sign in apart if not unicodedata.combining(sign)).casefold()
 
 
 def write_study(prepared: Prepared, folder: Path, name: str) -> None:
-    """Write slices, masks and volume.json into a folder that is there. Raises MedFLError where that fails."""
+    """Write slices, masks and volume.json into an existing folder. Raises MedFLError if that fails."""
     try:
         for index, pixels in enumerate(prepared.volume):
             Image.fromarray(pixels).save(folder / f"{name}_{index + 1}.tif")

@@ -17,8 +17,8 @@ STUDY = re.compile(r"(p[0-9a-f]{12})_s[0-9a-f]{8}")  # a pseudonym: the patient'
 
 @dataclass(frozen=True)
 class PreparedPatient:
-    """A patient's folder: name, the part of the output that it lies in, slices in numeric order, the mask of each
-    slice, or none where not every slice has one, and other masks' files."""
+    """A patient's folder. part: of the output. images: slices in numeric order. masks: one per slice, or empty if a
+    slice has none. spare: mask files that are not used."""
 
     out: Path
     name: str
@@ -33,14 +33,14 @@ class PreparedPatient:
 
     @property
     def person(self) -> str:
-        """The part of the name that all studies of a person have in common."""
+        """The part of the name that all studies of a person share."""
         found = STUDY.fullmatch(self.name)
         return found[1] if found else self.name
 
 
 def find_prepared(out: Path) -> list[PreparedPatient]:
-    """The patients in a folder of prepared ones, by name. Raises MedFLError where it is missing, can't be read, or
-    a patient's slices can't be told apart."""
+    """The prepared patients in a folder, by name. Raises MedFLError if the folder is missing or can't be read, or if
+    a patient's folder holds slices of several names."""
     if not out.is_dir():
         raise MedFLError(f"there is no folder {out}; MEDFL_DATA names the --out of data/prepare_hospital.py")
     found: dict[str, PreparedPatient] = {}
@@ -48,13 +48,13 @@ def find_prepared(out: Path) -> list[PreparedPatient]:
         if (out / part).is_dir():
             for folder in contents(out / part)[0]:
                 patient = _patient(out, part, folder.name)
-                if patient is not None:  # a save that was killed can leave a patient where it was as well
+                if patient is not None:  # a save that was killed can leave a patient in its old part too
                     found.setdefault(patient.name, patient)
     return sorted(found.values(), key=lambda patient: patient.name)
 
 
 def find_patient(out: Path, name: str) -> PreparedPatient | None:
-    """The prepared patient of this name, or None. Raises MedFLError as `find_prepared`."""
+    """The prepared patient of this name, or None. Raises MedFLError like `find_prepared`."""
     for part in (TRAINING, MORE, UNMASKED):
         if (out / part / name).is_dir() and (patient := _patient(out, part, name)):
             return patient
@@ -62,14 +62,14 @@ def find_patient(out: Path, name: str) -> PreparedPatient | None:
 
 
 def _patient(out: Path, part: str, name: str) -> PreparedPatient | None:
-    """The patient in a folder, or None where it holds no slices."""
+    """The patient in a folder, or None if it holds no slices."""
     folder = out / part / name
     pairing = pair(contents(folder)[1])
     if not pairing.images:
         return None
     volumes = group_volumes(pairing.images, {folder})
     if len(volumes) > 1:
-        raise MedFLError(f"{folder} holds slices of {len(volumes)} names; give each patient a folder")
+        raise MedFLError(f"{folder} holds slices with {len(volumes)} names; give each patient a folder")
     images = tuple(volumes[0][1])
     masks = tuple(pairing.masks[image] for image in images if image in pairing.masks)
     if len(masks) == len(images):
@@ -78,7 +78,7 @@ def _patient(out: Path, part: str, name: str) -> PreparedPatient | None:
 
 
 def content_of(files: tuple[Path, ...]) -> str:
-    """A name for what these files hold, in hexadecimal. Raises MedFLError where one can't be read."""
+    """A digest of the content of these files, in hexadecimal. Raises MedFLError if one can't be read."""
     try:
         told = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
     except OSError as error:

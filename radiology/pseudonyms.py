@@ -1,8 +1,8 @@
-"""Names that lead to nobody without the key: a keyed hash of the patient's number, and the table that leads
-back.
+"""Pseudonyms, which lead to nobody without the key: a keyed hash of the patient's number, and the table that leads
+back to the patients.
 
-Key and table lie in a private folder beside the archive, for its owner's eyes alone (mode 0600; on Windows
-the folder's own permissions decide), and never in what is made from the archive.
+Key and table lie in a private folder beside the archive, readable only by its owner (mode 0600; on Windows the
+folder's own permissions decide). They are never in the prepared data.
 """
 
 import csv
@@ -22,13 +22,12 @@ COLUMNS = ("pseudonym", "patient_id", "study")
 
 
 def check_folders(source: Path, out: Path, private: Path) -> None:
-    """Raises MedFLError where the output or the private folder lies in the source, or one of the two in the
-    other."""
+    """Raises MedFLError if the output or the private folder lies in the source, or one of the two in the other."""
     source, out, private = (Path(p).resolve() for p in (source, out, private))
     for option, folder in (("--out", out), ("--private", private)):
         if folder.is_relative_to(source):
             raise MedFLError(
-                f"{option} is {folder}, inside of the archive {source}, which is only read; choose a folder "
+                f"{option} is {folder}, inside the archive {source}, which is only read; choose a folder "
                 f"outside"
             )
     if source.is_relative_to(out):
@@ -36,37 +35,37 @@ def check_folders(source: Path, out: Path, private: Path) -> None:
     if private.is_relative_to(out) or out.is_relative_to(private):
         raise MedFLError(
             f"the key and the table of names would lie in {private}, together with the output {out}, which "
-            "is handed on; keep them apart with --private"
+            "is handed on; separate them with --private"
         )
 
 
 class Pseudonyms:
-    """Pseudonyms by the key in a private folder, which is made at first use. `save` writes the table that
-    leads back."""
+    """Pseudonyms from the key in a private folder. The key is made at first use. `save` writes the table that leads
+    back to the patients."""
 
     def __init__(self, private: Path):
         self.folder = Path(private)
         self._key, self._table = _key_in(self.folder), _table_in(self.folder)
 
     def name(self, patient_id: str, study: str) -> str:
-        """The name of a patient's study, the same for the same key: letters and digits, the patient's part
+        """The name of a patient's study, always the same with the same key: letters and digits, the patient's part
         first.
 
-        Raises MedFLError where the table tells another study of that name: two studies of one are next to impossible,
-        but a spreadsheet that saved the table takes away leading zeros.
+        Raises MedFLError if the table has another study of that name. A collision of two studies is next to
+        impossible, but a spreadsheet that saves the table removes leading zeros.
         """
         patient = self._digest("patient", patient_id or f"study {study}")[:12]
         name = f"p{patient}_s{self._digest('study', patient_id, study)[:8]}"
         who = (cell(patient_id), cell(study))  # as the table holds them
         if self._table.setdefault(name, who) != who:
             raise MedFLError(
-                f"{self.folder / TABLE} tells another number or study of {name} than the archive does, as after a "
-                "spreadsheet saved it; put back a copy, or move the table away (the key stays, and so do all names)"
+                f"{self.folder / TABLE} has another number or study for {name} than the archive; a spreadsheet may "
+                "have changed it; restore a copy, or move the table away (the key stays, and so do all names)"
             )
         return name
 
     def save(self) -> None:
-        """Write the table: pseudonym, patient's number, study; those of former runs stay."""
+        """Write the table: pseudonym, patient's number, study; the lines of earlier runs stay."""
         rows = [(name, *who) for name, who in sorted(self._table.items())]
         write_csv(self.folder / TABLE, [COLUMNS, *rows], private=True)
 
@@ -75,8 +74,8 @@ class Pseudonyms:
 
 
 def _key_in(folder: Path) -> bytes:
-    """The folder's key, 32 bytes, made where there is none. Raises MedFLError for a damaged one, or one that
-    others can read."""
+    """The folder's key, 32 bytes, made if there is none. Raises MedFLError for a damaged key, or one that others can
+    read."""
     path = folder / KEY
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -94,15 +93,15 @@ def _key_in(folder: Path) -> bytes:
         ) from error
     except ValueError as error:
         raise MedFLError(
-            f"{path} is no key of MedFL; name the folder with the key by --private, or move this file away"
+            f"{path} is not a key of MedFL; name the folder with the key with --private, or move this file away"
         ) from error
     if len(key) != 32:
-        raise MedFLError(f"{path} is cut off; bring back the whole key, or every patient gets a new name")
+        raise MedFLError(f"{path} is cut off; restore the whole key, or every patient gets a new name")
     return key
 
 
 def _table_in(folder: Path) -> dict[str, tuple[str, str]]:
-    """The table of former runs: pseudonym to patient's number and study."""
+    """The table of earlier runs: pseudonym to patient's number and study."""
     try:
         with open(folder / TABLE, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -111,5 +110,5 @@ def _table_in(folder: Path) -> dict[str, tuple[str, str]]:
         return {}
     except (OSError, KeyError, ValueError) as error:
         raise MedFLError(
-            f"{folder / TABLE} can't be read; bring back the whole table, or move it away"
+            f"{folder / TABLE} can't be read; restore the whole table, or move it away"
         ) from error

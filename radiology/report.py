@@ -1,7 +1,7 @@
-"""What goes back to an archive: a proposal as DICOM SEG and its measurements as a structured report (TID 1500),
-both marked as unverified research output, and the outline as RTSTRUCT where radiotherapy wants it.
+"""The objects that are sent to an archive: a proposal as DICOM SEG and its measurements as a structured report (TID
+1500), both marked as unverified research output, and optionally the outline as RTSTRUCT for radiotherapy.
 
-UIDs follow from model and source files, so the same proposal is the same object, however often it is made.
+UIDs are derived from model and source files, so the same proposal is always the same object.
 """
 
 import hashlib
@@ -41,33 +41,33 @@ from radiology.segmentation import EXPECTED, MANUFACTURER, SERIES_NUMBER, make_s
 from radiology.series import Series
 
 NOTICE = "Unverified research output, not for diagnosis"
-SCHEME = "99MEDFL"  # of codes that DICOM has none for
+SCHEME = "99MEDFL"  # for concepts that have no code in DICOM
 REPORT_NUMBER, STRUCTURE_NUMBER = SERIES_NUMBER + 1, SERIES_NUMBER + 2
 
 
 @dataclass(frozen=True)
 class Author:
-    """The model that drew. model: its file and architecture; sha256: of its file."""
+    """The model that made a proposal. model: its file and architecture; sha256: of its file."""
 
     model: str
     sha256: str
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Author":
-        """The author that a checkpoint is."""
+        """The author for a checkpoint."""
         return cls(f"{checkpoint.path.name} (TransUNet {checkpoint.model.name})", checkpoint.sha256())
 
 
 def make_objects(proposal: Proposal, author: Author, structure_set: bool = False) -> list[pydicom.Dataset]:
-    """A proposal as DICOM objects: a SEG and a report that refers to it, and an RTSTRUCT if wanted; of an empty
-    proposal a report that says so. Raises MedFLError for a series that lacks what these have to say."""
+    """A proposal as DICOM objects: a SEG, a report that refers to it, and an RTSTRUCT if wanted. An empty proposal
+    gives only a report that says so. Raises MedFLError for a series that lacks required tags."""
     digest = _digest(proposal, author)
     objects: list[pydicom.Dataset] = []
     if proposal.mask.any():
         objects.append(_segmentation(proposal, author, digest))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of source tags that deviate from the standard
+            warnings.simplefilter("ignore")  # about source tags that deviate from the standard
             objects.append(_report(proposal, author, digest, objects[0] if objects else None))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MedFLError(f"the source series lacks what a structured report needs ({error})") from error
@@ -88,7 +88,8 @@ def make_objects(proposal: Proposal, author: Author, structure_set: bool = False
 
 
 def _digest(proposal: Proposal, author: Author) -> str:
-    """Of what the proposal follows from: model, version, the way it was made, and the files that the model saw."""
+    """A digest of everything that determines a proposal: model, version, the way it was made, and the files that the
+    model saw."""
     files = sorted(str(_instance(file)) for series in proposal.sources for file in series.files)
     return hashlib.sha256("\n".join([__version__, author.sha256, proposal.way, *files]).encode()).hexdigest()
 
@@ -105,7 +106,7 @@ def _uid(digest: str, what: str) -> UID:
 
 
 def _segmentation(proposal: Proposal, author: Author, digest: str) -> highdicom.seg.Segmentation:
-    """The mask as `make_segmentation` makes it, with its author and a mark."""
+    """The mask from `make_segmentation`, with its author and the notice."""
     made = make_segmentation(proposal.mask, proposal.series)
     made.SeriesInstanceUID, made.SOPInstanceUID = _uid(digest, "SEG series"), _uid(digest, "SEG")
     made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID
@@ -166,7 +167,7 @@ def _report(
 def _measurements(
     proposal: Proposal, author: Author, digest: str, segmentation: pydicom.Dataset | None
 ) -> MeasurementsAndQualitativeEvaluations | VolumetricROIMeasurementsAndQualitativeEvaluations:
-    """Volume and largest area of what the model takes for tumour."""
+    """Volume and largest area of the tumour that the model found."""
     about: dict[str, Any] = dict(
         tracking_identifier=TrackingIdentifier(uid=_uid(digest, "tumour"), identifier="tumour"),
         algorithm_id=_algorithm(author),
@@ -239,7 +240,7 @@ def _unverified() -> QualitativeEvaluation:
 
 
 def _evidence(series: Series, index: int) -> pydicom.Dataset:
-    """A source file's header; what anonymisers take away and a report has to have is empty."""
+    """A source file's header; required tags that anonymisers remove are empty."""
     with series.files[index].open("rb") as content:
         header = pydicom.dcmread(content, stop_before_pixels=True)
     for name in EXPECTED:

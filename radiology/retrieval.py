@@ -1,7 +1,7 @@
-"""From an archive that is asked over the network to a study as from a folder: which series the rules need, and
-their files, fetched into a folder that is removed when they were used.
+"""A study from an archive, like one from a folder: the series that the rules need, with their files fetched into a
+folder that is removed after use.
 
-Nothing but headers crosses the network before the rules have chosen.
+Only headers cross the network before the rules have chosen.
 """
 
 import contextlib
@@ -28,24 +28,24 @@ from storage.files import run_folder
 INCOMING = "incoming"  # in the private folder
 SCANS = ("MR",)
 SUFFIX = ".dcm"
-UNREADABLE = (AttributeError, TypeError, ValueError, LookupError)  # of pydicom, for tags that can't be
+UNREADABLE = (AttributeError, TypeError, ValueError, LookupError)  # from pydicom, for invalid tags
 
 
 class Missing(MedFLError):
-    """What was asked for is not in the archive."""
+    """The archive does not have the requested study or series."""
 
 
 class Denied(MedFLError):
-    """The archive does not let us do it, or we don't trust it: true of every study alike."""
+    """The archive refuses us, or we don't trust it; the same applies to every study."""
 
 
 class Unreachable(MedFLError):
-    """The archive did not answer, or not whole, as often as it was asked."""
+    """The archive did not answer, or not completely, at any try."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """Which studies. filters: by DICOM keyword, each has to match. patients: their numbers; all where empty.
+    """A selection of studies. filters: by DICOM keyword, each must match. patients: their numbers; empty means all.
     since: the first day, YYYYMMDD."""
 
     filters: tuple[tuple[str, str], ...] = ()
@@ -53,7 +53,7 @@ class Query:
     since: str = ""
 
     def each(self) -> Iterator[dict[str, str]]:
-        """What to ask the archive, one question for each patient."""
+        """The queries to the archive, one for each patient."""
         asked = dict(self.filters) | ({"StudyDate": f"{self.since}-"} if self.since else {})
         for patient in self.patients:
             yield asked | {"PatientID": patient}
@@ -63,7 +63,7 @@ class Query:
 
 @dataclass(frozen=True)
 class FoundStudy:
-    """A study that an archive has. when: its date as DICOM writes it."""
+    """A study that an archive has. when: its date in DICOM's form."""
 
     uid: str
     patient_id: str
@@ -72,7 +72,7 @@ class FoundStudy:
 
 @dataclass(frozen=True)
 class FoundSeries:
-    """A series that an archive has, as its list tells it. instances: how many files."""
+    """A series in an archive's list. instances: the number of its files."""
 
     uid: str
     modality: str
@@ -82,16 +82,15 @@ class FoundSeries:
 
 
 class Archive(Protocol):
-    """What an archive can be asked for; each raises MedFLError for what it refuses (Denied for the
-    login), Missing for what it does not
-    have, and Unreachable where it does not answer."""
+    """The methods of an archive. Each raises MedFLError if the archive refuses (Denied for the login), Missing if it
+    does not have the object, and Unreachable if it does not answer."""
 
     def find_studies(self, query: Query) -> list[FoundStudy]: ...
 
     def find_series(self, study: str) -> list[FoundSeries]: ...
 
     def header(self, study: str, series: str, folder: Path) -> pydicom.Dataset:
-        """The header of one of a series' files. folder: of the series, for an archive that can only send files."""
+        """The header of one file of a series. folder: for the series, if an archive can send only whole files."""
         ...
 
     def fetch(self, study: str, series: str, folder: Path) -> None:
@@ -100,20 +99,20 @@ class Archive(Protocol):
 
 
 def ordered(studies: list[FoundStudy]) -> list[FoundStudy]:
-    """Each study once, a patient's after each other, by date: the order in which they are prepared."""
+    """Each study once, sorted by patient and date: the order in which they are prepared."""
     return sorted(set(studies), key=lambda s: (s.patient_id, s.when, s.uid))
 
 
 class Retrieval:
-    """Fetches studies into `private`/incoming, for its owner's eyes only."""
+    """Fetches studies into `private`/incoming, which only its owner can read."""
 
     def __init__(self, archive: Archive, rules: Rules, private: Path):
         self.archive, self.rules = archive, rules
         self.folder = private / INCOMING
 
     def state_of(self, listed: list[FoundSeries]) -> str:
-        """A digest of the rules and of what the archive has of a study. It changes when a file comes to a series
-        that could be used; what MedFL sent back does not count."""
+        """A digest of the rules and of the archive's series of a study. It changes when a series that could be used
+        gets another file; objects that MedFL sent do not count."""
         used = sorted(
             f"{s.uid} {s.instances}"
             for s in listed
@@ -122,7 +121,7 @@ class Retrieval:
         return hashlib.sha256("\n".join([self.rules.text, *used]).encode()).hexdigest()
 
     def plan(self, study: FoundStudy) -> Study:
-        """What would be taken of a study, by the archive's list and a header of each series that could be used."""
+        """The choice for a study, from the archive's list and one header of each series that could be used."""
         with passing_folder() as folder:
             listed = self.archive.find_series(study.uid)
             return self._plan(study, {s.uid: self._described(study, s, folder) for s in listed})
@@ -131,11 +130,11 @@ class Retrieval:
     def fetched(
         self, study: FoundStudy, listed: list[FoundSeries], with_mask: bool = True
     ) -> Iterator[Study]:
-        """A study as from a folder, those of its listed series fetched that the rules need. The files are gone
-        when the block ends; they stay for another try where it ends with an error that another try could mend.
+        """A study like one from a folder, with the files of the listed series that the rules need. The files are
+        removed when the block ends. They stay if it ends with an error after which another try may succeed.
 
-        A series that proves to be unusable once it is here gives way to the next that fits. Raises MedFLError
-        for a study that changes while it is fetched, again and again.
+        If a fetched series turns out to be unusable, the next that fits is taken. Raises MedFLError for a study
+        that keeps changing while it is fetched.
         """
         folder = self._folder_of(study)
         try:
@@ -147,7 +146,7 @@ class Retrieval:
                 _remove(folder)
             raise
         _remove(folder)
-        with contextlib.suppress(OSError):  # other studies wait in it
+        with contextlib.suppress(OSError):  # it may hold other studies
             self.folder.rmdir()
 
     def _folder_of(self, study: FoundStudy) -> Path:
@@ -180,29 +179,29 @@ class Retrieval:
                 here.add(series.uid)
 
     def _plan(self, study: FoundStudy, known: dict[str, Series]) -> Study:
-        """The rules' choice; what MedFL drew itself is no truth."""
+        """The rules' choice; masks that MedFL drew are not used as truth."""
         own = [s for s in known.values() if s.modality in OUTLINES and s.manufacturer == MANUFACTURER]
         others = [
             replace(s, patient_id=study.patient_id, study_uid=study.uid)
             for s in known.values()
             if s not in own
         ]
-        lines = tuple(Line(s, "", "MedFL drew it, so it is no truth") for s in own)
+        lines = tuple(Line(s, "", "MedFL drew it, so it is not used as truth") for s in own)
         if not others:
             return Study(study.patient_id, study.uid, study.when, {}, None, None, lines)
         (plan,) = plan_studies(others, self.rules)
         return replace(plan, when=plan.when or study.when, lines=plan.lines + lines)
 
     def _described(self, study: FoundStudy, listed: FoundSeries, folder: Path) -> Series:
-        """A series as its header tells it, with as many slices as the archive counts."""
+        """A series from its header, with the number of slices that the archive states."""
         if listed.modality not in SCANS + OUTLINES:
             return _bare(listed, f"{OTHER_MODALITY} {listed.modality or 'unknown'}, not MR")
         try:
             header = self.archive.header(study.uid, listed.uid, _series_folder(folder, listed.uid))
             return _from_header(header, listed)
         except Missing:
-            return _bare(listed, "the archive lists it and has no file of it")
-        except UNREADABLE:  # a header that pydicom can't take over: the files will tell
+            return _bare(listed, "the archive lists it, but has no file of it")
+        except UNREADABLE:  # pydicom can't convert the header; the fetched files decide
             return _bare(listed)
 
 
@@ -211,7 +210,7 @@ def _series_folder(folder: Path, uid: str) -> Path:
 
 
 def _bare(listed: FoundSeries, *problems: str) -> Series:
-    """A series as the archive's list tells it."""
+    """A series with only the data from the archive's list."""
     return Series(
         uid=listed.uid,
         study_uid="",
@@ -225,10 +224,10 @@ def _bare(listed: FoundSeries, *problems: str) -> Series:
 
 
 def _from_header(header: pydicom.Dataset, listed: FoundSeries) -> Series:
-    """A header to the series that its files would form, as far as one file can tell."""
+    """The series that its files would form, as far as the header of one file shows."""
     header = pydicom.Dataset({e.tag: e for e in header if e.tag.group not in (0x0002, 0x7FE0)})
     header.file_meta = FileMetaDataset()
-    header.file_meta.TransferSyntaxUID = RLELossless  # nobody counts the bytes of compressed pixels
+    header.file_meta.TransferSyntaxUID = RLELossless  # the length of compressed pixels is not checked
     header.file_meta.MediaStorageSOPClassUID = header.get("SOPClassUID", "")
     header.file_meta.MediaStorageSOPInstanceUID = header.get("SOPInstanceUID", "")
     buffer = BytesIO()
@@ -241,7 +240,7 @@ def _from_header(header: pydicom.Dataset, listed: FoundSeries) -> Series:
         return series
     of_file = read_header(
         InMemory(listed.uid, buffer.getvalue())
-    ).problems  # one slice has no geometry to judge
+    ).problems  # one slice is not enough to check the geometry
     return replace(series, files=(Path(),) * listed.instances, problems=tuple(of_file))
 
 
@@ -257,8 +256,8 @@ def _read(folder: Path, listed: FoundSeries, described: Series) -> Series:
 
 @contextlib.contextmanager
 def passing_folder() -> Iterator[Path]:
-    """A folder for files that name patients, which only its owner can read: gone when the block ends, and with it what
-    killed runs left."""
+    """A folder for files that name patients, which only its owner can read. It is removed when the block ends,
+    together with the folders of killed runs."""
     folder = run_folder("study")
     try:
         yield folder
@@ -267,12 +266,13 @@ def passing_folder() -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove fetched files. Raises MedFLError where they stay, for they name patients."""
+    """Remove fetched files. Raises MedFLError if they can't be removed, because they name patients."""
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
         return
     except OSError as error:
         raise MedFLError(
-            f"{folder} holds scans with names and can't be removed ({error.strerror or error}); remove it by hand"
+            f"{folder} holds scans with patients' names and can't be removed ({error.strerror or error}); remove it by "
+            "hand"
         ) from error

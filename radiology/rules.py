@@ -1,5 +1,5 @@
-"""Which series is which channel: rules in a text file (series_rules.toml), applied to what a series says of
-itself."""
+"""Which series is which channel: rules in a text file (series_rules.toml), applied to the descriptions and times of
+a series."""
 
 import re
 import tomllib
@@ -13,18 +13,18 @@ from storage.files import text_of
 
 DEFAULT = Path(__file__).with_name("series_rules.toml")
 PRE, FLAIR, POST, MASK = "pre-contrast", "FLAIR", "post-contrast", "mask"
-T1 = "T1"  # before it is known whether with contrast agent
-SPEAKS = re.compile(r"\b(t1|t2|pd|stir)", re.IGNORECASE)  # a description that says what it shows
+T1 = "T1"  # before it is known whether a contrast agent was given
+SPEAKS = re.compile(r"\b(t1|t2|pd|stir)", re.IGNORECASE)  # in a description that names the kind of scan
 LEFT_OUT = "its description is one of those that the rules leave out"
 CHANNELS = (PRE, FLAIR, POST)  # in the order of the dataset's slices
 TIMES = ("repetition_time", "echo_time", "inversion_time")
 SECTIONS = ("leave_out", "flair", "t1", "contrast", "mask")
-NO_AGENT = {"", "no", "none", "n", "0", "without"}  # what scanners write where no contrast agent was given
+NO_AGENT = {"", "no", "none", "n", "0", "without"}  # what scanners write if no contrast agent was given
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Patterns of which one must be found and none may be, and ranges of times in ms."""
+    """any: patterns, of which one must match. none: patterns, of which none may match. times: ranges in ms."""
 
     any: tuple[re.Pattern, ...]
     none: tuple[re.Pattern, ...] = ()
@@ -35,7 +35,7 @@ class Rule:
         return any(p.search(text) for p in self.any) and not any(p.search(text) for p in self.none)
 
     def fits_times(self, series: Series) -> bool:
-        """Whether every time that the rule names is known and lies in its range."""
+        """Whether the rule names times, and each of them is known and in its range."""
         values = {name: getattr(series, name) for name in self.times}
         return bool(values) and all(
             v is not None and self.times[n][0] <= v <= self.times[n][1] for n, v in values.items()
@@ -52,7 +52,7 @@ class Rules:
 
 
 def load_rules(path: Path = DEFAULT) -> Rules:
-    """The rules in a file. Raises MedFLError for a file that is missing, no TOML, or says something else."""
+    """The rules in a file. Raises MedFLError for a file that is missing, is not TOML, or has other content."""
     try:
         text = text_of(path)
         content = tomllib.loads(text)
@@ -71,9 +71,7 @@ def load_rules(path: Path = DEFAULT) -> Rules:
             f"the rules {path} can't be understood ({error}); begin with a copy of {DEFAULT.name}"
         ) from error
     if content:
-        raise MedFLError(
-            f"the rules {path} have a section {next(iter(content))} that nobody reads; take it away"
-        )
+        raise MedFLError(f"the rules {path} have an unknown section {next(iter(content))}; remove it")
     if not (isinstance(labels, list) and labels and all(isinstance(v, int) and v > 0 for v in labels)):
         raise MedFLError(
             f"the rules {path} need labels as a list of whole numbers above 0, such as [1]; correct them"
@@ -82,10 +80,10 @@ def load_rules(path: Path = DEFAULT) -> Rules:
 
 
 def _rule(section: dict) -> Rule:
-    """One section. Raises ValueError or TypeError for what does not belong there."""
+    """One section. Raises ValueError or TypeError for content that does not belong there."""
     unknown = section.keys() - {"any", "none", *TIMES}
     if unknown:
-        raise ValueError(f"{sorted(unknown)[0]} is no rule")
+        raise ValueError(f"{sorted(unknown)[0]} is not a rule")
     patterns = {
         key: tuple(re.compile(p, re.IGNORECASE) for p in section.get(key, ())) for key in ("any", "none")
     }
@@ -94,16 +92,18 @@ def _rule(section: dict) -> Rule:
 
 
 def role_of(series: Series, rules: Rules) -> tuple[str | None, str]:
-    """What a series is, a channel's name or "mask" or None, and why, with what contradicts it.
+    """The role of a series (a channel's name, "mask" or None), and the reason, with anything that contradicts it.
 
-    The modality, problems and geometry play no part: `radiology.studies` weighs those.
+    Modality, problems and geometry are not considered here, but in `radiology.studies`.
     """
     own, rule = _words(f"{series.description} {series.sequence}"), rules.sections
     if series.modality in OUTLINES:
         return MASK, "a segmentation"
     if series.modality == "NIfTI" and any(p.search(own) for p in rule["mask"].any):
         fits = rule["mask"].found_in(own)
-        return (MASK, "a segmentation") if fits else (None, "a mask, but of no tumour by its name")
+        return (
+            (MASK, "a segmentation") if fits else (None, "a mask, but not of a tumour according to its name")
+        )
     if rule["leave_out"].found_in(own):
         return None, LEFT_OUT
     named, timed = _kind_by_name(own, rule), _kind_by_times(series, rule)
@@ -112,7 +112,7 @@ def role_of(series: Series, rules: Rules) -> tuple[str | None, str]:
         kind, text, how = named, own, "by its description"
     elif timed:
         kind, text, how = timed, own, "by its times"
-    elif not SPEAKS.search(own):  # the protocol's name is often the whole exam's, so it comes last
+    elif not SPEAKS.search(own):  # the protocol's name is often that of the whole exam, so it comes last
         text, how = _words(series.protocol), "by its protocol's name"
         if rule["leave_out"].found_in(text):
             return None, LEFT_OUT

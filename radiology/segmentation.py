@@ -1,5 +1,5 @@
-"""Masks as DICOM SEG: written over their source series, so that a viewer lays them over it, and read back
-onto its grid."""
+"""Masks as DICOM SEG: written with references to their source series, so that a viewer overlays them on it, and read
+back onto its grid."""
 
 import re
 import warnings
@@ -37,39 +37,36 @@ EXPECTED = (
     "PositionReferenceIndicator",
 )
 FRAMED = ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-BESIDE = (
-    0.3  # slices by which a frame may lie beside its series' even grid, whose slices may be uneven by 5 %
-)
+BESIDE = 0.3  # slices by which a frame may be off its series' regular grid; slice distances may vary by 5 %
 MANUFACTURER = "MedFL"
 SERIES_NUMBER = 9001  # far from the scanner's own
 
 
 def write_segmentation(mask: np.ndarray, series: Series, path: Path) -> None:
-    """Write a mask as `make_segmentation` makes it. Raises MedFLError for what that refuses, and where it
-    can't be written."""
+    """Write a mask as DICOM SEG. Raises MedFLError like `make_segmentation`, and if the file can't be written."""
     segmentation = make_segmentation(mask, series)
     with atomic_write(path) as file:
         segmentation.save_as(file)
 
 
 def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segmentation:
-    """A mask as a binary DICOM SEG of one segment, "tumour", that refers to its source series; nothing
-    touches the disk.
+    """A mask as a binary DICOM SEG with one segment, "tumour", that refers to its source series. Nothing is written
+    to the disk.
 
-    mask: (S, H, W) bool or uint8, not 0 is tumour; the series' slices in its own order. The file carries the
-    patient's name and number from the source, as a viewer needs them. Raises MedFLError for a mask of another
-    shape, for an empty one, and for a series that lacks what a SEG has to say, such as a frame of reference.
+    mask: (S, H, W) bool or uint8, non-zero is tumour; the slices are in the series' order. The SEG contains the
+    patient's name and number from the source, because a viewer needs them. Raises MedFLError for a mask of another
+    shape, an empty mask, and a series that lacks a required tag, such as the frame of reference.
     """
     mask = np.asarray(mask) != 0
     shape = (series.slices, series.rows, series.columns)
     if mask.shape != shape:
         raise MedFLError(
-            f"the mask is {_size(mask.shape)} and the series “{series.description}” {_size(shape)}; "
+            f"the mask is {_size(mask.shape)}, but the series “{series.description}” is {_size(shape)}; "
             "give the mask on the series' own slices"
         )
     if not mask.any():
         raise MedFLError(
-            "the mask is empty, and a DICOM SEG without a pixel can't be shown; there is nothing to write"
+            "the mask is empty, and an empty DICOM SEG can't be shown; there is nothing to write"
         )
     sources, frames = _sources(series)
     tumour = SegmentDescription(
@@ -84,9 +81,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of source tags that deviate from the standard, which are the scanner's
+            warnings.simplefilter("ignore")  # about the scanner's tags that deviate from the standard
             segmentation = highdicom.seg.Segmentation(
                 source_images=sources,
                 pixel_array=mask,
@@ -102,10 +97,10 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
                 device_serial_number="0",
                 series_description="MedFL tumour, research use only",
             )
-    except Exception as error:  # of a tag that is missing, for instance; highdicom raises many kinds
+    except Exception as error:  # for example a missing tag; highdicom raises many kinds of errors
         raise MedFLError(
             f"the series “{series.description}” lacks what a DICOM SEG needs ({error}); export it without "
-            "taking tags away"
+            "removing tags"
         ) from error
     if frames:
         _name_frames(segmentation, frames)
@@ -113,7 +108,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
 
 
 def refusal(series: Series) -> str | None:
-    """Why a series gets no DICOM SEG, or None where it does: found by making one of a single pixel."""
+    """Why no DICOM SEG can be made for a series, or None if it can: found by making one with a single pixel."""
     pixel = np.zeros((series.slices, series.rows, series.columns), bool)
     pixel[0, 0, 0] = True
     try:
@@ -124,11 +119,11 @@ def refusal(series: Series) -> str | None:
 
 
 def _sources(series: Series) -> tuple[list[pydicom.Dataset], dict[str, tuple[str, str, int]]]:
-    """A header for each slice of a series, as highdicom takes them, and what stands for a frame.
+    """A header for each slice of a series, in the form that highdicom needs, and the frames behind placeholder UIDs.
 
-    Headers are copies, in which what is only cosmetic is put right: directions that differ in their last
-    digit, dates and times of old forms, and what anonymisers take away and a SEG has to have. A frame of a
-    multi-frame file is given as a slice with a number of its own, by which `_name_frames` finds it.
+    Headers are copies with small corrections: directions that differ in their last digit, dates and times in old
+    forms, and required tags that anonymisers remove. A frame of a multi-frame file is given as a slice with a
+    placeholder UID, which `_name_frames` later replaces.
     """
     headers: dict[File, pydicom.Dataset] = {}
     sources, frames = [], {}
@@ -156,14 +151,14 @@ def _sources(series: Series) -> tuple[list[pydicom.Dataset], dict[str, tuple[str
                 "SOPInstanceUID": stands,
                 "ImagePositionPatient": [round(v, 6) for v in place.tolist()],
             }
-        for name, value in changed.items():  # new elements: those of the header are shared by all its copies
+        for name, value in changed.items():  # new elements, because all copies share those of the header
             source.add_new(name, dictionary_VR(name), value)
         sources.append(source)
     return sources, frames
 
 
 def _header(path: File) -> pydicom.Dataset:
-    """A file's header, with dates, times and sex in DICOM's forms or empty."""
+    """A file's header, with dates, times and sex in valid DICOM forms or empty."""
     with path.open("rb") as file:
         header = pydicom.dcmread(file, stop_before_pixels=True)
     for element in header:
@@ -178,7 +173,7 @@ def _header(path: File) -> pydicom.Dataset:
 
 
 def _in_dicoms_form(kind: str, text: str) -> str:
-    """A date or time without the separators of old forms; "" where it is none."""
+    """A date or time without the separators of old forms; "" if it is not valid."""
     digits = re.sub(r"[^0-9]", "", text.split(".")[0] if kind == "TM" else text)
     form, count = ("%Y%m%d", 8) if kind == "DA" else ("%H%M%S", 6)
     if kind == "DT":
@@ -191,8 +186,8 @@ def _in_dicoms_form(kind: str, text: str) -> str:
 
 
 def _name_frames(dataset: pydicom.Dataset, frames: dict[str, tuple[str, str, int]]) -> None:
-    """Put files and frame numbers in the place of the numbers that stand for them, each file once where no
-    frame is meant."""
+    """Replace placeholder UIDs by files and frame numbers. A reference without a frame number names each file only
+    once."""
     for element in dataset:
         if element.VR != "SQ":
             continue
@@ -212,12 +207,11 @@ def _name_frames(dataset: pydicom.Dataset, frames: dict[str, tuple[str, str, int
 
 
 def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...] = (1,)) -> sitk.Image:
-    """The tumour of a DICOM SEG, binary or a label map, on the grid of its source series, uint8 0 or 1.
+    """The tumour of a DICOM SEG (binary or a label map) on the grid of its source series, uint8 0 or 1.
 
-    reference: the source series, as `load_series` gives it. labels: of several segments the numbers that mean
-    tumour, as the rules name them; one alone is the tumour whatever its number. Raises MedFLError for shares
-    of tumour, for segments that the labels do not name, for a file that lies on another grid, and for an
-    empty one.
+    reference: the source series from `load_series`. labels: the segment numbers that mean tumour, from the rules; a
+    single segment is the tumour whatever its number. Raises MedFLError for a fractional SEG, for segments that the
+    labels do not name, for a file on another grid, and for an empty one.
     """
     check_bounds(path)
     try:
@@ -238,15 +232,15 @@ def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...]
         raise MedFLError(f"{path}: {error}") from error
     except Exception as error:  # highdicom and pydicom raise many kinds for a damaged or unusual file
         raise MedFLError(
-            f"{path} can't be read as a DICOM SEG whose frames lie in parallel; export it again"
+            f"{path} can't be read as a DICOM SEG with parallel frames; export it again"
         ) from error
     if frames is None:
         raise MedFLError(f"{path} holds shares of tumour, not a mask; export it as a binary segmentation")
     if len(names) > 1 and not names.keys() <= set(labels):
         raise MedFLError(
             f"{path} holds {len(names)} segments ({', '.join(names.values())}), numbers "
-            f"{', '.join(map(str, names))}, and tumour is {', '.join(map(str, labels))}; name all that mean tumour "
-            f"in the rules (mask, labels), or export the tumour's segment only"
+            f"{', '.join(map(str, names))}, but tumour is {', '.join(map(str, labels))}; name all that mean tumour "
+            f"in the rules (mask, labels), or export only the tumour's segment"
         )
     if not frames.any():
         raise MedFLError(f"{path} is empty: no pixel is marked as tumour")
@@ -254,7 +248,7 @@ def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...]
     for frame, corner in zip(frames, corners):
         if not _draw(tumour, frame > 0, corner, reference):
             raise MedFLError(
-                f"{path} lies on another grid than its series; draw or export the mask on the series itself"
+                f"{path} is not on the grid of its series; draw or export the mask on the series itself"
             )
     image = sitk.GetImageFromArray(tumour)
     image.CopyInformation(reference)
@@ -262,8 +256,8 @@ def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...]
 
 
 def _corners(stored: pydicom.Dataset, number: int) -> np.ndarray:
-    """Where three corners of a frame lie: the first pixel, the last of the first row and of the first column,
-    (3, 3) mm."""
+    """Three corners of a frame: its first pixel, and the last pixels of its first row and of its first column, (3, 3)
+    mm."""
 
     def group(macro: str) -> pydicom.Dataset:
         own = stored.PerFrameFunctionalGroupsSequence[number]
@@ -277,8 +271,8 @@ def _corners(stored: pydicom.Dataset, number: int) -> np.ndarray:
 
 
 def _draw(tumour: np.ndarray, frame: np.ndarray, corners: np.ndarray, reference: sitk.Image) -> bool:
-    """Mark a frame's pixels (rows, columns) bool in `tumour` (S, H, W); False where they are none of the
-    reference's."""
+    """Mark a frame's pixels (rows, columns) bool in `tumour` (S, H, W). Returns False if the frame does not match a
+    slice of the reference."""
     index = np.array(
         [reference.TransformPhysicalPointToContinuousIndex(corner.tolist()) for corner in corners]
     )

@@ -1,8 +1,6 @@
-"""From DICOM files to series: which files belong together, in what order, what is wrong with them, and their
-pixels.
+"""From DICOM files to series: the files that belong together, their order, their problems, and their pixels.
 
-Headers are read first and pixels only when asked for, a slice at a time, so an archive of any size can be
-looked through.
+Headers are read first, and pixels only when needed, one slice at a time. So an archive of any size can be searched.
 """
 
 import contextlib
@@ -27,26 +25,26 @@ from radiology.codestreams import check_frame
 from radiology.headers import OUTLINES, File, Place, Slice, read_header
 
 END_OF_JPEG = b"\xff\xd9"
-SAME_PLACE = 0.01  # mm; nearer slices lie at one place
-UNEVEN = 0.05  # of the distance between slices; scanners round positions
-OF_ONE = {  # what all files of a series have in common
+SAME_PLACE = 0.01  # mm; slices that are closer than this count as being at the same place
+UNEVEN = 0.05  # share of the distance between slices; scanners round positions
+OF_ONE = {  # fields that must be equal in all files of a series
     "patients": ("patient_id", "person"),
     "studies": ("study_uid",),
     "frames of reference": ("frame_of_reference",),
 }
-TURNED = 1e-3  # in direction cosines, which are written with six digits or so
+TURNED = 1e-3  # tolerance of direction cosines, which are written with about six digits
 
 
 @dataclass(frozen=True)
 class Series:
     """One series of an archive.
 
-    files: along the normal of the slices, one per slice, or the one file of a multi-frame series, whose
-    slices are then `frames` of it, in order; of several multi-frame files, the file of each frame. spacing:
-    mm between slices, rows and columns. positions: mm along the normal, one per slice. problems: why it can't
-    be used, a sentence each; empty where it can. references: the series that a segmentation is of. when: the
-    study's date and time as DICOM writes them, to put studies in order. person: name, birth date and sex, to
-    notice a number that several people have. volume: which one of a NIfTI file that holds several, or None.
+    files: along the normal of the slices, one per slice; or the single file of a multi-frame series, whose slices
+    are its `frames`, in order; or, for several multi-frame files, the file of each frame. spacing: mm between
+    slices, rows and columns. positions: mm along the normal, one per slice. problems: why it can't be used, a
+    sentence each; empty if it can. references: the series that a segmentation belongs to. when: the study's date and
+    time in DICOM's form, to sort studies. person: name, birth date and sex, to detect a number that several people
+    share. volume: the number of the volume in a NIfTI file that holds several, or None.
     """
 
     uid: str
@@ -83,18 +81,17 @@ class Series:
 
     @property
     def slices(self) -> int:
-        """How many slices it has."""
+        """The number of slices."""
         return len(self.frames) or len(self.files)
 
     def place_of(self, index: int) -> tuple[File, int | None]:
-        """The file of a slice, and its frame in it, or None where the file is the slice."""
+        """The file of a slice, and its frame in that file, or None if the file holds one slice."""
         frame = self.frames[index] if self.frames else None
         return self.files[index if len(self.files) > 1 else 0], frame
 
     @property
     def normal(self) -> np.ndarray:
-        """The direction in which the slices follow each other, (3,), in the patient's coordinates (left,
-        back, up)."""
+        """The direction from each slice to the next, (3,), in the patient's coordinates (left, back, up)."""
         return np.cross(self.orientation[:3], self.orientation[3:])
 
 
@@ -107,9 +104,9 @@ class Refused:
 
 
 def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
-    """The series that these files form, by patient, study and number, and the files that belong to none.
+    """The series that these files form, sorted by patient, study and number, and the files that belong to none.
 
-    Reads headers only. A file that is there twice counts once; the second is among the refused.
+    Only headers are read. A file that is there twice counts once; its copy is among the refused files.
     """
     slices: defaultdict[str, list[Slice]] = defaultdict(list)
     notes: defaultdict[str, list[str]] = defaultdict(list)
@@ -128,7 +125,7 @@ def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
         seen[header.instance] = path
         head = heads.setdefault(header.series, header.about)
         notes[header.series] += header.problems + [
-            f"its files name different {what} under one series number: export each by itself"
+            f"its files name different {what} under one series number: export each of them separately"
             for what, names in OF_ONE.items()
             if any(head[name] != header.about[name] for name in names)
         ]
@@ -140,17 +137,17 @@ def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
 
 
 def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
-    """A series of slices in any order, with everything that is wrong with it."""
+    """The series of slices in any order, with all its problems."""
     first, problems = slices[0], list(dict.fromkeys(notes))
     files = tuple(dict.fromkeys(s.path for s in slices))
     rows, columns = first.matrix
-    if head["modality"] in OUTLINES:  # their frames are of several segments, and other modules read them
+    if head["modality"] in OUTLINES:  # their frames belong to several segments, and other modules read them
         return Series(**head, files=files, rows=rows, columns=columns, problems=tuple(problems))
     if sizes := sorted({s.matrix for s in slices} - {first.matrix}):
         problems.append(f"its slices have different sizes, {columns}×{rows} and {sizes[0][1]}×{sizes[0][0]}")
     geometry = problem = None
     if len({s.frame is None for s in slices}) > 1:
-        problem = "it mixes files of several frames with others; export it as one kind"
+        problem = "it mixes multi-frame files with single-frame files; export it as one kind"
     elif len(places := [s.place for s in slices if s.place is not None]) < len(slices):
         problem = "it does not say where its slices lie (position, orientation or pixel spacing is missing)"
     else:
@@ -174,8 +171,8 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
 
 
 def _geometry(slices: list[Place], thickness: float) -> tuple[dict | None, str | None]:
-    """Order, spacing, origin, orientation and positions of slices by where they lie, and what is wrong with
-    them. thickness: the first one's, in mm."""
+    """Order, spacing, origin, orientation and positions of slices, and the problem with them, or None. thickness: of
+    the first slice, in mm."""
     first = slices[0]
     across, down = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     if (
@@ -204,17 +201,17 @@ def _geometry(slices: list[Place], thickness: float) -> tuple[dict | None, str |
         between or float(np.median(steps[steps > SAME_PLACE])) if (steps > SAME_PLACE).any() else thickness
     )
     if between <= 0:
-        problem = problem or "it is a single slice that does not say how thick it is"
+        problem = problem or "it is a single slice without a thickness"
         between = 1.0
     if not all(map(is_size_mm, (between, *first.pixel_spacing))):
         row, column = first.pixel_spacing
         return (
             None,
-            f"it tells voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; export it again",
+            f"it states voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; export it again",
         )
     sideways = places[order] - places[order[0]] - np.outer(along - along[0], normal)
     if not problem and np.abs(sideways).max() > min(first.pixel_spacing):
-        problem = "its slices do not lie straight above each other (a tilted gantry, or several stacks)"
+        problem = "its slices are shifted against each other (a tilted gantry, or several stacks)"
     return {
         "order": order.tolist(),
         "spacing": (between, *first.pixel_spacing),
@@ -225,13 +222,13 @@ def _geometry(slices: list[Place], thickness: float) -> tuple[dict | None, str |
 
 
 def _spacing_problem(steps: np.ndarray) -> str | None:
-    """What is wrong with the distances between slices, (S - 1,) mm, in order."""
+    """The problem with the distances between slices, (S - 1,) mm, in order, or None."""
     if not len(steps):
         return None
     if (steps <= SAME_PLACE).any():
         return (
-            f"{int((steps <= SAME_PLACE).sum())} of its slices lie where another lies (several echoes or "
-            "times, or sent twice); export them as series of their own"
+            f"{int((steps <= SAME_PLACE).sum())} of its slices lie at the same place as another (several echoes or "
+            "times, or sent twice); export them as separate series"
         )
     usual = float(np.median(steps))
     gaps = steps / usual
@@ -243,16 +240,16 @@ def _spacing_problem(steps: np.ndarray) -> str | None:
         return (
             f"{missing} of its slices are missing (a gap of {steps.max():.1f} mm where {usual:.1f} is usual)"
         )
-    return f"its slices lie unevenly, {steps.min():.2f} to {steps.max():.2f} mm apart"
+    return f"its slices are unevenly spaced, {steps.min():.2f} to {steps.max():.2f} mm apart"
 
 
 def load_series(series: Series) -> sitk.Image:
     """The pixels of a series with its place in the patient, float32 (size: columns, rows, slices; mm; left,
     back, up).
 
-    Rescale slope and intercept are applied, MONOCHROME1 is turned so that bright is bright, and padding gets the
-    least of all other values. Raises MedFLError for a series with problems, for a file that can't be decoded or
-    whose values are none, and where a decoder is not installed.
+    Rescale slope and intercept are applied, MONOCHROME1 is inverted so that bright is bright, and padding gets the
+    smallest of all other values. Raises MedFLError for a series with problems, for a file that can't be decoded or
+    whose values are not finite, and if a decoder is not installed.
     """
     if series.problems:
         raise MedFLError(f"the series “{series.description}” can't be used: {'; '.join(series.problems)}")
@@ -263,7 +260,7 @@ def load_series(series: Series) -> sitk.Image:
         volume[index] = _decode(path, whole.get(path), frame or 0)
     if (padding := np.isnan(volume)).any():
         if padding.all():
-            raise MedFLError(f"the series “{series.description}” holds nothing but padding; export it again")
+            raise MedFLError(f"the series “{series.description}” holds only padding; export it again")
         volume[padding] = volume[~padding].min()
     image = sitk.GetImageFromArray(volume)
     between, row, column = series.spacing
@@ -279,12 +276,12 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
     """One slice's values, (rows, columns) float32; NaN is padding."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of padding, and of what the decoder then raises
+            warnings.simplefilter("ignore")  # about padding, and about errors that the decoder then raises
             content = whole if whole is not None else pydicom.dcmread(path)
             syntax = content.file_meta.TransferSyntaxUID
             if syntax.is_compressed and not _can_decode(syntax):
                 raise MedFLError(
-                    f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
+                    f"{path} is compressed ({syntax.name}), and no installed decoder can read it; "
                     "`pip install -r requirements-dicom.txt`, or export without compression"
                 )
             check_frame(content, frame)
@@ -302,7 +299,7 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
             values = _rescaled(content, stored, frame)
             if not (np.abs(values) <= MAX_LARGE).all():
                 raise MedFLError(
-                    f"{path} has values that are no numbers (its rescale slope?); export it again"
+                    f"{path} has values that are not finite numbers (its rescale slope?); export it again"
                 )
             return np.where(padding, np.float32(np.nan), values.astype(np.float32))
     except MedFLError:
@@ -312,8 +309,8 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
 
 
 def _by_gdcm(path: File, content: pydicom.Dataset) -> np.ndarray:
-    """One slice's values as GDCM reads them, rescaled, (rows, columns) float32: some of JPEG Extended no decoder
-    of pydicom takes. Raises ValueError for a stream without an end, which GDCM would read in part."""
+    """One slice's values, read and rescaled by GDCM, (rows, columns) float32: pydicom's decoders can't read some JPEG
+    Extended files. Raises ValueError for a stream without an end, of which GDCM would read a part."""
     stream = get_frame(content.PixelData, 0, number_of_frames=1)
     if END_OF_JPEG not in stream[-4:] or content.PhotometricInterpretation != "MONOCHROME2":
         raise ValueError("cut off")
@@ -324,8 +321,8 @@ def _by_gdcm(path: File, content: pydicom.Dataset) -> np.ndarray:
 
 @contextlib.contextmanager
 def _named(path: File) -> Iterator[str]:
-    """A name under which GDCM can read a file. One in memory stays there; raises ValueError where the system
-    has no names for such (all but Linux)."""
+    """A name under which GDCM can read a file. A file in memory is not written to the disk. Raises ValueError if the
+    system has no names for files in memory (all but Linux)."""
     if isinstance(path, Path):
         yield str(path)
         return
@@ -345,20 +342,20 @@ def _can_decode(syntax: UID) -> bool:
 
 
 def _padding(content: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
-    """Which stored values only fill up the picture, bool: the one that the file names, or a range."""
+    """Which stored values are padding, bool: the value or the range that the file names."""
     told = content.get("PixelPaddingValue")
     if told is None or stored.dtype.kind == "f":
         return np.zeros(stored.shape, bool)
     ends = [told, content.get("PixelPaddingRangeLimit", told)]
     first, last = sorted(
         np.array(ends, np.int64).astype(stored.dtype)
-    )  # a signed one may be told as unsigned
+    )  # a signed value may be stated as unsigned
     return (stored >= first) & (stored <= last)
 
 
 def _rescaled(content: pydicom.Dataset, stored: np.ndarray, frame: int) -> np.ndarray:
-    """Stored values to the values they stand for: the transformation lies in the file, or in functional
-    groups of frames."""
+    """Stored values, converted by the modality transformation of the file, or of the functional groups of its
+    frames."""
     for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         if index < len(content.get(groups) or ()) and content[groups].value[index].get(
             "PixelValueTransformationSequence"

@@ -1,5 +1,5 @@
-"""From series to studies: which series becomes which channel, which mask belongs to it, and why the others do
-not."""
+"""From series to studies: the series that becomes each channel, the mask that belongs to it, and why other series
+are not used."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from radiology.headers import OTHER_MODALITY
 from radiology.rules import CHANNELS, FLAIR, MASK, POST, PRE, Rules, role_of
 from radiology.series import Series
 
-LEAST_SLICES = 4  # fewer are no volume
+LEAST_SLICES = 4  # fewer slices do not count as a volume
 
 
 @dataclass(frozen=True)
 class Line:
-    """What becomes of a series: the channel's name, "mask" or "", and why."""
+    """The use of a series: the channel's name, "mask" or "", and the reason."""
 
     series: Series
     used_as: str
@@ -25,8 +25,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Study:
-    """A patient's study. channels: by name; empty where there is no FLAIR. mask: and the channel whose series
-    it is of (None of a NIfTI file, whose grid tells). lines: one for each of its series."""
+    """A patient's study. channels: by name; empty if there is no FLAIR. mask_of: the channel that the mask was drawn
+    on (None for a NIfTI file, whose grid decides). lines: one for each series of the study."""
 
     patient_id: str
     uid: str
@@ -38,7 +38,7 @@ class Study:
 
 
 def plan_studies(found: list[Series], rules: Rules) -> list[Study]:
-    """The studies that these series form, by patient and date, each with its choice. Reads no pixel."""
+    """The studies that these series form, sorted by patient and date, with the chosen series. No pixels are read."""
     groups = defaultdict(list)
     for series in found:
         groups[series.patient_id, series.study_uid].append(series)
@@ -49,7 +49,7 @@ def plan_studies(found: list[Series], rules: Rules) -> list[Study]:
 
 
 def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study:
-    """One study's choice."""
+    """The choice for one study."""
     lines, candidates = {}, defaultdict(list)
     for series in group:
         role, why = role_of(series, rules)
@@ -59,7 +59,7 @@ def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study
         elif role is None:
             lines[series.uid] = Line(series, "", why)
         elif role != MASK and series.slices < LEAST_SLICES:
-            lines[series.uid] = Line(series, "", f"{series.slices} slices are no volume")
+            lines[series.uid] = Line(series, "", f"{series.slices} slices are not a volume")
         else:
             candidates[role].append((series, why))
     outlined = {reference for series, _ in candidates[MASK] for reference in series.references}
@@ -78,8 +78,8 @@ def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study
 
 
 def shared_numbers(found: list[Series]) -> dict[str, str]:
-    """Patient numbers that stand for several people, as "ANONYMOUS" may, and what differs: a sentence each. So for
-    none at all, where it stands for several studies."""
+    """Patient numbers that stand for several people (such as "ANONYMOUS"), with a sentence about what differs. A
+    missing number that stands for several studies is included as ""."""
     people = defaultdict(set)
     for series in found:
         if series.person and series.patient_id:
@@ -90,25 +90,25 @@ def shared_numbers(found: list[Series]) -> dict[str, str]:
         what = [name for name, values in zip(("names", "birth dates", "sexes"), known) if len(values) > 1]
         if what:
             told[number] = (
-                f"one patient number stands for series with different {' and '.join(what)}: only one study of them "
-                f"trains; give each patient a number of their own in the export"
+                f"one patient number stands for series with different {' and '.join(what)}: only one of their studies "
+                f"is used for training; give each patient a number of their own in the export"
             )
     nameless = {series.study_uid for series in found if not series.patient_id}
     if len(nameless) > 1:
         told[""] = (
-            f"{len(nameless)} studies have no patient number, and each is taken for a patient of its own: two of one "
+            f"{len(nameless)} studies have no patient number, so each counts as a separate patient: two of one "
             "person could come into training and test; give each patient a number in the export"
         )
     return told
 
 
 def _label(series: Series) -> str:
-    """How a series is called in a sentence."""
+    """The name of a series in a sentence."""
     return series.description if series.number is None else f"{series.number} ({series.description})"
 
 
 def _preferences(outlined: set[str]) -> list[tuple[str, Callable[[Series], float]]]:
-    """What speaks for one of several series that claim a channel, most important first."""
+    """Criteria for the choice among several series that claim a channel, the most important first."""
     return [
         ("a segmentation is of it", lambda s: s.uid in outlined),
         ("it is axial", lambda s: bool(s.orientation) and int(np.abs(s.normal).argmax()) == 2),
@@ -121,7 +121,7 @@ def _preferences(outlined: set[str]) -> list[tuple[str, Callable[[Series], float
 def _choose(
     channel: str, candidates: list[tuple[Series, str]], outlined: set[str], lines: dict[str, Line]
 ) -> Series:
-    """The series that becomes a channel. Why it does, and the others do not, goes into `lines`."""
+    """The series that becomes a channel. The reasons for it and against the others go into `lines`."""
     preferences = _preferences(outlined)
     ranked = sorted(candidates, key=lambda c: [value(c[0]) for _, value in preferences], reverse=True)
     (best, why), others = ranked[0], ranked[1:]
@@ -142,7 +142,7 @@ def _choose(
 def _choose_mask(
     candidates: list[tuple[Series, str]], channels: dict[str, Series], lines: dict[str, Line]
 ) -> tuple[Series | None, str | None]:
-    """The study's mask and the channel that it is of. Why goes into `lines`."""
+    """The study's mask and the channel that it belongs to. The reasons go into `lines`."""
     chosen = {series.uid: name for name, series in channels.items()}
     fitting = defaultdict(list)
     for series, _ in candidates:

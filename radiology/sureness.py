@@ -1,4 +1,4 @@
-"""How sure a model is of each prepared patient: measured once for each model, and kept beside the patients."""
+"""How sure a model is about each prepared patient: measured once for each model, and stored beside the patients."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,14 +13,15 @@ from radiology.layout import MORE, TRAINING, UNMASKED, turn_in
 from radiology.prepared import PreparedPatient
 from storage.files import atomic_write
 
-FOLDER = ".medfl-sureness"  # hidden, so that no training looks into it
-MODELS = 5  # files that are kept, of the models that were asked last
+FOLDER = ".medfl-sureness"  # hidden, so that training does not read it
+MODELS = 5  # number of files that are kept: those of the models that were used last
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Sureness(BaseModel):
-    """What a model expects of its own masks: by a patient's name the size and time of the slices, and the Dice."""
+    """The Dice that a model expects of its own masks. patients: by name, the size and time of the slices, and the
+    Dice."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,8 +31,8 @@ class Sureness(BaseModel):
 
 
 def known_sureness(out: Path, sha256: str, patients: Iterable[PreparedPatient]) -> dict[str, float]:
-    """The Dice that a model expects of its mask, 0 to 1, by name, of those patients that were measured and whose
-    slices are as they were. Of a damaged file nothing is known."""
+    """The Dice that a model expects of its mask, 0 to 1, by name, for the patients that were measured and whose slices
+    have not changed. Empty for a damaged file."""
     told = _read(out, sha256).patients
     return {
         patient.name: told[patient.name][1]
@@ -41,8 +42,8 @@ def known_sureness(out: Path, sha256: str, patients: Iterable[PreparedPatient]) 
 
 
 def keep_sureness(patient: PreparedPatient, sha256: str, probability: np.ndarray, mask: np.ndarray) -> float:
-    """Measure how sure a model is of a patient, and keep it. probability: (S, H, W) float32; mask: of the model.
-    Raises MedFLError where nothing can be written."""
+    """Measure how sure a model is about a patient, and store the value. probability: (S, H, W) float32; mask: the
+    model's. Raises MedFLError if the file can't be written."""
     value = min(1.0, max(0.0, confidence(probability, mask)))
     with turn_in(patient.out):
         told = _read(patient.out, sha256)
@@ -57,7 +58,7 @@ def keep_sureness(patient: PreparedPatient, sha256: str, probability: np.ndarray
 def least_sure_first(
     patients: Iterable[PreparedPatient], sureness: dict[str, float]
 ) -> list[PreparedPatient]:
-    """Patients without masks first; of each kind the least sure first, then those that nobody measured."""
+    """Patients without masks first. In each group, the least sure come first, and unmeasured patients last."""
     return sorted(patients, key=lambda p: (bool(p.masks), sureness.get(p.name, 2.0), p.name))
 
 
@@ -75,7 +76,7 @@ def _file(out: Path, sha256: str) -> Path:
 
 
 def _read(out: Path, sha256: str) -> Sureness:
-    """What was measured; nothing of a file that is not there, too large, or not what this program wrote."""
+    """The stored values; empty if the file is missing, too large, or was not written by this program."""
     path = _file(out, sha256)
     try:
         if path.stat().st_size <= MAX_TEXT:
@@ -88,7 +89,7 @@ def _read(out: Path, sha256: str) -> Sureness:
 
 
 def _remove_others(folder: Path) -> None:
-    """Keep what was written last."""
+    """Keep only the files that were written last."""
     files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in files[MODELS:]:
         path.unlink(missing_ok=True)

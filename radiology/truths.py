@@ -1,7 +1,7 @@
 """A mask that a person corrected becomes the truth of a prepared patient, where training finds it.
 
-The patient's folder is made beside, with the new masks, and takes the old one's place, whole or not at all. Former
-masks stay in its hidden folder `.former`, and `truth.jsonl` says who saved what, a line for each.
+A new folder with the new masks replaces the patient's old folder, completely or not at all. Former masks stay in its
+hidden folder `.former`, and `truth.jsonl` records each save, one line each.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Correction(BaseModel):
-    """Who made a truth of which model's proposal. threshold: of the proposal."""
+    """Who corrected a proposal, and the model that made it. threshold: of the proposal."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
@@ -41,8 +41,8 @@ class Correction(BaseModel):
 
 
 class Saved(Correction):
-    """A line of a patient's log. pixels: of tumour in the truth; proposed_pixels: in the proposal; changed_pixels:
-    in which the two differ; former: where the masks lie that were the truth before."""
+    """A line of a patient's log. pixels: of tumour in the truth; proposed_pixels: of tumour in the proposal;
+    changed_pixels: pixels in which the two differ; former: folder of the masks that were the truth before."""
 
     version: Literal[1] = 1
     when: AwareDatetime
@@ -56,7 +56,7 @@ class Saved(Correction):
 
 
 class ChangedMeanwhile(MedFLError):
-    """Somebody else saved a truth while this one was made; `version` is the one that is there now."""
+    """Somebody else saved a truth while this one was being made. version: of the truth that is there now."""
 
     def __init__(self, told: str, version: str):
         super().__init__(told)
@@ -64,16 +64,16 @@ class ChangedMeanwhile(MedFLError):
 
 
 def version_of(patient: PreparedPatient) -> str:
-    """A name for the truth that a patient has now, "" where there is none."""
+    """A digest of the truth that a patient has now, "" if there is none."""
     return content_of(patient.masks) if patient.masks else ""
 
 
 def correction(who: str, model: str, sha256: str, threshold: float) -> Correction:
-    """What a save is told. Raises MedFLError for a name that is missing or too long."""
+    """The data that a save needs. Raises MedFLError for a name that is missing or too long."""
     try:
         return Correction(who=who, model=model, model_sha256=sha256, threshold=threshold)
     except ValidationError as error:
-        raise MedFLError("the log needs a name for who corrects, of 1 to 100 letters; type yours") from error
+        raise MedFLError("the log needs your name, of 1 to 100 characters; type it") from error
 
 
 def read_log(folder: Path) -> list[Saved]:
@@ -84,7 +84,9 @@ def read_log(folder: Path) -> list[Saved]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:  # pydantic's is a ValueError
-        raise MedFLError(f"{path} can't be read as a log of truths; move it away to begin another") from error
+        raise MedFLError(
+            f"{path} can't be read as a log of truths; move it away to begin a new one"
+        ) from error
 
 
 def save_truth(
@@ -95,30 +97,39 @@ def save_truth(
     slices: str,
     version: str,
 ) -> tuple[PreparedPatient, Saved]:
-    """Make a mask the truth of a prepared patient: where the patient lies now, and the line in the log.
+    """Make a mask the truth of a prepared patient. Returns the patient as it lies now, and the line in the log.
 
-    mask: (S, H, W) of the patient's slices in order, non-zero is tumour. proposal: what the model said, of the same
-    shape. slices: `content_of` the slices that the mask was drawn on; version: `version_of` the patient then.
-    A patient without masks moves to those who train; where another study of the same person trains, to
-    `more_studies`. Raises ChangedMeanwhile where another truth was saved since, and MedFLError for a mask that does
-    not belong to these slices, and where nothing can be written: then everything is as it was.
+    A patient without masks moves to the training patients, or to `more_studies` if another study of the same person
+    is used for training.
+
+    Args:
+        mask: (S, H, W), the patient's slices in order, non-zero is tumour.
+        proposal: the model's mask, of the same shape.
+        slices: `content_of` the slices that the mask was drawn on.
+        version: `version_of` the patient at that time.
+
+    Raises:
+        ChangedMeanwhile: another truth was saved since.
+        MedFLError: the mask does not belong to these slices, or a file can't be written. Nothing has changed then.
     """
     with turn_in(patient.out):
         _recover(patient.out)
         here = find_patient(patient.out, patient.name)
         if here is None:
-            raise MedFLError(f"{patient.name} is not in {patient.out} any more; close it and choose another")
+            raise MedFLError(
+                f"{patient.name} is no longer in {patient.out}; close it and choose another patient"
+            )
         if content_of(here.images) != slices:
             raise MedFLError(
-                f"the slices of {patient.name} are others than those that were opened; open the patient again"
+                f"the slices of {patient.name} have changed since they were opened; open the patient again"
             )
         _check(here, mask, proposal)
         log = read_log(here.folder)
         if (now := version_of(here)) != version:
             by_whom = f"{log[-1].who} saved" if log else "there is"
             raise ChangedMeanwhile(
-                f"{by_whom} another truth of {patient.name} meanwhile; save again to put yours in its place, which "
-                "keeps the other as a former one, or open the patient again to look at it",
+                f"{by_whom} another truth of {patient.name} in the meantime; save again to replace it with yours "
+                "(it is kept as a former truth), or open the patient again to look at it",
                 now,
             )
         part = here.part if here.masks else _part_for(here)
@@ -131,22 +142,22 @@ def save_truth(
 
 
 def _check(patient: PreparedPatient, mask: np.ndarray, proposal: np.ndarray) -> None:
-    """Raises MedFLError for a mask that is not one of these slices."""
+    """Raises MedFLError for a mask that does not fit these slices."""
     columns, rows = picture_size(patient.images[0])
     wanted = (len(patient.images), rows, columns)
     for what, values in (("mask", mask), ("proposal", proposal)):
         if values.shape != wanted:
             raise MedFLError(
-                f"the {what} has {' × '.join(map(str, values.shape))} pixels and {patient.name} "
+                f"the {what} has {' × '.join(map(str, values.shape))} pixels, but {patient.name} has "
                 f"{' × '.join(map(str, wanted))} (slices, rows, columns); open the patient again and correct there"
             )
         if values.dtype not in (np.uint8, np.bool_):
-            raise MedFLError(f"the {what} holds {values.dtype} and not 0 and 255; convert it first")
+            raise MedFLError(f"the {what} holds {values.dtype}, not 0 and 255; convert it first")
 
 
 def _part_for(patient: PreparedPatient) -> str:
-    """Where a patient goes that has got its first masks: a split is by folder, and a person in two of them could be
-    on both of its sides."""
+    """The part of the output for a patient who has just got the first masks. A split is by folder, so a person with
+    two folders could be on both sides of it."""
     others = (one for one in find_prepared(patient.out) if one.name != patient.name)
     trains = any(one.part == TRAINING and one.masks and one.person == patient.person for one in others)
     return MORE if trains else TRAINING
@@ -155,7 +166,7 @@ def _part_for(patient: PreparedPatient) -> str:
 def _put(
     patient: PreparedPatient, part: str, mask: np.ndarray, proposal: np.ndarray, by: Correction
 ) -> tuple[PreparedPatient, Saved]:
-    """Write the folder beside, and put it where it belongs."""
+    """Write a new folder for the patient, and move it to where it belongs."""
     beside = Path(tempfile.mkdtemp(dir=patient.out, prefix=SAVING))
     try:
         new, old_masks = beside / patient.name, (*patient.masks, *patient.spare)
@@ -195,7 +206,7 @@ def _put(
 
 
 def _free_place(folder: Path) -> str:
-    """A folder for masks that were the truth, which is not there yet."""
+    """A new folder name for masks that were the truth."""
     number = 1
     while (folder / FORMER / f"{number:04}").exists():
         number += 1
@@ -203,7 +214,7 @@ def _free_place(folder: Path) -> str:
 
 
 def _same_file(source: Path, to: Path) -> None:
-    """The same file under another name; a copy where the file system has no such links."""
+    """Link a file under another name; copy it if the file system has no hard links."""
     try:
         os.link(source, to)
     except OSError:
@@ -211,7 +222,7 @@ def _same_file(source: Path, to: Path) -> None:
 
 
 def _write_log(old: Path, saved: Saved, new: Path) -> None:
-    """The old lines and a new one."""
+    """Write the old lines and a new one."""
     before = old.read_bytes() if old.exists() else b""
     with open(new, "wb") as file:
         file.write(before + saved.model_dump_json().encode() + b"\n")
@@ -220,8 +231,8 @@ def _write_log(old: Path, saved: Saved, new: Path) -> None:
 
 
 def _take_its_place(patient: PreparedPatient, part: str, new: Path, old: Path) -> None:
-    """Put a new folder where the patient belongs. Between two renames the old one lies in `old`, from where
-    `_recover` brings it back if the process is killed there."""
+    """Put a new folder where the patient belongs. Between the two renames the old folder lies in `old`. If the
+    process is killed there, `_recover` brings it back."""
     place = patient.out / part / patient.name
     place.parent.mkdir(parents=True, exist_ok=True)
     if part != patient.part:
@@ -239,8 +250,8 @@ def _take_its_place(patient: PreparedPatient, part: str, new: Path, old: Path) -
 
 
 def _recover(out: Path) -> None:
-    """Bring back what a killed save had put aside, and remove what it left. Within the folder's turn, so that no
-    save is under way."""
+    """Bring back the folders that a killed save had put aside, and remove its remains. Runs under the folder's lock,
+    so no save is in progress."""
     for left in out.glob(f"{SAVING}*"):
         for kept in left.glob(f"{OLD}/*/*"):
             place = out / ("" if kept.parent.name == "train" else kept.parent.name) / kept.name
@@ -251,12 +262,12 @@ def _recover(out: Path) -> None:
     for name in [path.name for path in (out / UNMASKED).glob("*")]:
         if any(
             (out / part / name / LOG).exists() for part in (TRAINING, MORE)
-        ):  # it moved, and was left as well
+        ):  # it was moved, but the old folder was not removed
             shutil.rmtree(out / UNMASKED / name, ignore_errors=True)
 
 
 def in_words(saved: Saved) -> str:
-    """A line of the log for a reader."""
+    """A line of the log as a sentence."""
     return (
         f"{saved.when:%Y-%m-%d %H:%M} UTC, {saved.who}: {counted(saved.changed_pixels, 'pixel')} of the proposal by "
         f"{saved.model} changed"

@@ -14,25 +14,25 @@ from common import MedFLError
 from scans.folders import OF_THE_SYSTEM
 
 UNPACKED = "unpacked"  # in the private folder
-MOST_FILES = 50_000  # of one archive: a study of many series
-MOST_BYTES = 16 * 2**30  # that it may unpack to
-MOST_TIMES = 200  # of its own size, beyond the budget; scans are packed to a half or a third
+MOST_FILES = 50_000  # in one archive, enough for a study of many series
+MOST_BYTES = 16 * 2**30  # unpacked
+MOST_TIMES = 200  # unpacked size over packed size, above the budget; scans shrink to a half or a third
 ROOM = 2**30  # bytes that stay free on the disk
 PIECE = 2**20
 DAMAGED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, ValueError, zlib.error)
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file is to be unpacked, by its name."""
+    """Whether a file is a ZIP, by its name."""
     return path.suffix.lower() == ".zip"
 
 
 def unpack(path: Path, into: Path) -> list[Path]:
-    """The files of a patient's ZIP, written into `into` below what `private_room` made, hidden ones and those of
-    a system left out; times are those of the archive, so that a second run knows them again.
+    """The files of a patient's ZIP, written to `into` below the folder from `private_room`, without hidden files and
+    those of operating systems. Their times are those in the archive, so that a second run recognises them.
 
-    Raises MedFLError for a damaged or encrypted archive, names that point out of it, and more than the disk or
-    the bounds hold.
+    Raises MedFLError for a damaged or encrypted archive, names that point out of it, and sizes above the limits or
+    the free space.
     """
     try:
         into.mkdir(parents=True)
@@ -50,8 +50,8 @@ def unpack(path: Path, into: Path) -> list[Path]:
 
 
 def private_room(private: Path) -> Path:
-    """An empty folder to unpack into, which only its owner can read. Raises MedFLError where it can't be made."""
-    remove_unpacked(private)  # of a run that was killed
+    """An empty folder to unpack into, which only its owner can read. Raises MedFLError if it can't be made."""
+    remove_unpacked(private)  # from a run that was killed
     try:
         private.mkdir(mode=0o700, parents=True, exist_ok=True)
         (private / UNPACKED).mkdir(mode=0o700)
@@ -63,7 +63,7 @@ def private_room(private: Path) -> Path:
 
 
 def remove_unpacked(private: Path) -> None:
-    """Remove what was unpacked, and the private folder if nothing else is in it."""
+    """Remove the unpacked files, and the private folder if nothing else is in it."""
     if (private / UNPACKED).exists():
         shutil.rmtree(private / UNPACKED, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -79,21 +79,21 @@ def _is_hidden(entry: zipfile.ZipInfo) -> bool:
 
 
 def _check(path: Path, entries: list[zipfile.ZipInfo], into: Path) -> None:
-    """Raises MedFLError for names that lead elsewhere and for more than may be unpacked."""
+    """Raises MedFLError for names that point out of the archive, and for archives above the limits."""
     names = [_name(entry) for entry in entries]
     if any(name.is_absolute() or ".." in name.parts or ":" in str(name) for name in names) or any(
         stat.S_ISLNK(entry.external_attr >> 16) for entry in entries
     ):
         raise MedFLError(f"{path} holds a name that points out of the archive; pack it again")
     if len({str(name).lower() for name in names}) < len(names):
-        raise MedFLError(f"{path} holds two files of one name, of which one would be lost; pack it again")
+        raise MedFLError(f"{path} holds two files with the same name, so one would be lost; pack it again")
     if any(entry.compress_type not in ZIP_KINDS for entry in entries):
-        raise MedFLError(f"{path} is packed by bzip2 or LZMA; pack it again as a usual ZIP")
+        raise MedFLError(f"{path} is compressed with bzip2 or LZMA; pack it again as a usual ZIP")
     asked, free = sum(entry.file_size for entry in entries), shutil.disk_usage(into).free
     if len(entries) > MOST_FILES or asked > MOST_BYTES:
         raise MedFLError(
-            f"{path} holds {len(entries):,} files of {asked / 2**30:.0f} GiB, more than a patient's; pack each patient "
-            "by itself"
+            f"{path} holds {len(entries):,} files of {asked / 2**30:.0f} GiB, too many for one patient; pack each "
+            "patient separately"
         )
     if asked > max(BUDGET, MOST_TIMES * path.stat().st_size):
         raise MedFLError(
@@ -107,7 +107,7 @@ def _check(path: Path, entries: list[zipfile.ZipInfo], into: Path) -> None:
 
 
 def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, into: Path) -> Path:
-    """Write one file, no byte more than its entry tells."""
+    """Write one file, with at most the size that its entry states."""
     to = into / _name(entry)
     to.parent.mkdir(parents=True, exist_ok=True)
     room = entry.file_size

@@ -1,5 +1,5 @@
-"""A worker's look at an archive: which studies are new or changed, complete as far as one can see, and what became
-of them."""
+"""The watch of a worker over an archive: it finds studies that are new or changed and seem to be complete, and records
+the results."""
 
 import time
 from collections.abc import Callable
@@ -23,17 +23,16 @@ Deal = Callable[[FoundStudy, list[FoundSeries]], Entry]
 
 @dataclass
 class _Seen:
-    """state: of a study that is waited for; since: when it was first seen like this (monotonic s)."""
+    """A study that may still be arriving. state: its digest; since: when this state was first seen (monotonic s)."""
 
     state: str
     since: float
 
 
 class Watch:
-    """Deals with each study that matches once it has not changed for `quiet` seconds, and once for each state.
+    """Processes each matching study when it has not changed for `quiet` seconds, once for each state.
 
-    deal: makes of a study what is wanted; its entry is remembered. tell: takes a sentence, without a patient's name
-    or number.
+    deal: processes a study; its entry is recorded. tell: takes a sentence, which names no patient and no number.
     """
 
     def __init__(
@@ -52,12 +51,12 @@ class Watch:
 
     @property
     def waiting(self) -> int:
-        """How many studies may still be arriving."""
+        """The number of studies that may still be arriving."""
         return len(self._waiting)
 
     def look(self) -> int:
-        """Deal with what is due; how many studies that was. Raises Unreachable where the archive does not answer:
-        the next look goes on."""
+        """Process the studies that are due, and return their number. Raises Unreachable if the archive does not
+        answer; the next look continues."""
         archive: Archive = self._retrieval.archive
         dealt = 0
         studies = ordered(archive.find_studies(self._query))
@@ -83,14 +82,14 @@ class Watch:
         return now - seen.since >= self._quiet
 
     def _outcome(self, study: FoundStudy, listed: list[FoundSeries], state: str) -> Entry:
-        """What became of a study. One that can't be used is remembered as well, and not tried again until it
-        changes. Raises Denied, Unreachable, and MedFLError for a fault of this machine."""
+        """The result for a study. A study that can't be used is recorded too, and not tried again until it changes.
+        Raises Denied, Unreachable, and MedFLError for a fault of this machine."""
         try:
             made = self._deal(study, listed)
         except (Denied, Unreachable):
             raise
         except MedFLError as error:
-            if isinstance(error.__cause__, OSError):  # a full disk is no study's fault
+            if isinstance(error.__cause__, OSError):  # a full disk is not the study's fault
                 raise
             self._tell(
                 f"a study is left out; {self._ledger.file.name} says why"

@@ -1,4 +1,4 @@
-"""An archive's studies, prepared one after the other: fetched, prepared, remembered, and their files removed."""
+"""An archive's studies, one after the other: fetched, prepared, recorded, and their files removed."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,9 +9,9 @@ from radiology.retrieval import FoundStudy, Missing, Retrieval
 
 
 def prepare_study(study: FoundStudy, retrieval: Retrieval, preparation: Preparation, ledger: Ledger) -> Entry:
-    """What became of a study; nothing is fetched where it is prepared already and did not change.
+    """The result for a study. Nothing is fetched if it was already prepared and has not changed.
 
-    Raises MedFLError where the archive or the disk fails; Missing where the archive has the study no more.
+    Raises MedFLError if the archive or the disk fails, Missing if the archive no longer has the study.
     """
     listed = retrieval.archive.find_series(study.uid)
     state = retrieval.state_of(listed)
@@ -20,7 +20,7 @@ def prepare_study(study: FoundStudy, retrieval: Retrieval, preparation: Preparat
         return known
     with retrieval.fetched(study, listed) as whole:
         name, rows = preparation.prepare_one(whole)
-    again = bool(whole.channels) and not name  # what could not be prepared may be once a decoder is installed
+    again = bool(whole.channels) and not name  # try again in the next run: a decoder may be installed by then
     entry = Entry(study.uid, "" if again else state, name, rows)
     ledger.add(entry)
     return entry
@@ -33,9 +33,9 @@ def prepare_studies(
     ledger: Ledger,
     tell: Callable[[str], None],
 ) -> list[Entry]:
-    """What became of each study, those that the archive no longer has left out and told.
+    """The results for the studies. Studies that the archive no longer has are left out and reported.
 
-    Raises MedFLError where nothing can go on; what is prepared until then stays, and another run goes on there.
+    Raises MedFLError if the run can't continue. Prepared studies stay, and another run continues from there.
     """
     entries = []
     for study in studies:
@@ -44,5 +44,5 @@ def prepare_studies(
         except Missing as error:
             tell(f"{preparation.pseudonyms.name(study.patient_id, study.uid)} is left out: {error}")
         except MedFLError as error:
-            raise MedFLError(f"{error} (the same command goes on here)") from error
+            raise MedFLError(f"{error} (the same command continues from here)") from error
     return entries

@@ -1,1 +1,1 @@
-"""Scans on disk: what lies in a folder, which mask is whose, who the patients are, and how a volume lies in space."""
+"""Scans on disk: the files in a folder, the mask of each slice, the patients, and the orientation of volumes."""

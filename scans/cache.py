@@ -1,4 +1,4 @@
-"""The pixels of a dataset as one memory-mapped cache, which is built again where a file's content changed."""
+"""The pixels of a dataset as one memory-mapped cache, which is built again if a file's content changes."""
 
 import argparse
 import contextlib
@@ -26,8 +26,8 @@ from storage.files import atomic_write, file_sha256
 CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
 CACHE_VERSION = 5
 ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
-DAY = 86_400.0  # seconds; no build takes as long
-SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again gets another time
+DAY = 86_400.0  # seconds; no build takes this long
+SETTLED = 2_000_000_000  # nanoseconds after which a further change certainly gives a file a new time
 
 
 def add_cache_option(parser: argparse.ArgumentParser) -> None:
@@ -38,20 +38,20 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_cache(folder: Path | None) -> None:
-    """Keep caches in this folder, in this process and those that it starts; None leaves the usual one."""
+    """Keep caches in this folder, in this process and its child processes; None leaves the usual folder."""
     if folder is not None:
         os.environ[CACHE] = str(folder.resolve())
 
 
 def cache_folder() -> Path:
-    """Where caches lie: outside of every dataset, in the folder that `choose_cache` named or the user's own
-    cache folder, readable by the user alone. Raises MedFLError where it can't be used."""
+    """The folder for caches, outside every dataset: the one from `choose_cache`, or the user's own cache folder,
+    readable only by the user. Raises MedFLError if it can't be used."""
     elsewhere = "name a folder of your own with --cache"
     try:
         named = os.environ.get(CACHE)
         folder = Path(named).expanduser() if named else Path.home() / ".cache" / "medfl"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except RuntimeError as error:  # neither HOME is set nor has this user one
+    except RuntimeError as error:  # HOME is not set, and the system has no home folder for this user
         raise MedFLError(f"there is no home folder to keep decoded scans in; {elsewhere}") from error
     except OSError as error:
         raise MedFLError(
@@ -63,11 +63,11 @@ def cache_folder() -> Path:
 
 
 class Contents:
-    """SHA-256 of files at and below a folder, remembered in the cache folder.
+    """SHA-256 of files below a folder, stored in the cache folder.
 
-    A file is read again when its size, times or inode are others than they were. Its ctime is set by the
-    kernel, so that also a file that was replaced by one of the same size and time is read; Windows has no
-    such time, and all files are read there. Used in a `with` block, at whose end what was read is noted.
+    A file is read again if its size, times or inode have changed. The kernel sets its ctime, so a file that was
+    replaced by one of the same size and time is read too. Windows has no such time, so all files are read there. Use
+    in a `with` block; the hashes are stored at its end.
     """
 
     def __init__(self, top: Path):
@@ -112,7 +112,7 @@ class Contents:
 
 
 def _read_notes(path: Path) -> dict[str, list]:
-    """What is known of the files of a dataset; nothing where that can't be read."""
+    """The stored notes about the files of a dataset; empty if they can't be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -120,8 +120,8 @@ def _read_notes(path: Path) -> dict[str, list]:
 
 
 def _content(root: Path, patients: list[Patient]) -> str:
-    """A name for what these patients' files hold, in hexadecimal: whatever changes a pixel, or a patient's
-    name, changes it."""
+    """A digest of the content of these patients' files, in hexadecimal. It changes with every pixel and with a
+    patient's name."""
     digest = hashlib.sha256(f"{CACHE_VERSION}".encode())
     with Contents(root) as contents:
         for patient in patients:
@@ -132,14 +132,14 @@ def _content(root: Path, patients: list[Patient]) -> str:
 
 
 def cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
-    """The cache of these files' content, whatever their folder or the site's label is called. Built beside
-    and renamed: of two processes that build at once, the first one's stays."""
+    """The cache of these files' content, independent of the names of their folder and site. It is built in a
+    temporary folder and renamed: if two processes build at once, the first one's cache stays."""
     folder = cache_folder() / _content(root, patients)
     if _is_whole(folder):
         with contextlib.suppress(OSError):
-            os.utime(folder)  # in use
+            os.utime(folder)  # marks it as in use
         return folder
-    shutil.rmtree(folder, ignore_errors=True)  # a cleaner or a full disk damaged it
+    shutil.rmtree(folder, ignore_errors=True)  # it may have been damaged by a cleaner or a full disk
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
         _build_cache(beside, patients, progress)
@@ -149,7 +149,7 @@ def cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
         except OSError:
             if not (
                 folder / "index.json"
-            ).exists():  # else another process was quicker, with the same content
+            ).exists():  # otherwise another process was faster, with the same content
                 raise
     except OSError as error:
         raise MedFLError(
@@ -163,7 +163,7 @@ def cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cache's files are there, and as large as its index says."""
+    """Whether a cache's files exist and have the sizes from its index."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))["patients"]
         pixels = sum(math.prod(entry["shape"]) for entry in index)
@@ -175,8 +175,8 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _remove_stale(folder: Path, root: Path) -> None:
-    """Remove what a killed build left, and caches of what the dataset held before, unless they were in use
-    within a day: another process may be about to open one."""
+    """Remove the remains of killed builds, and caches of this dataset's earlier content, unless they were used within
+    a day: another process may be about to open one."""
     for other in folder.parent.iterdir():
         try:
             old = time.time() - other.stat().st_mtime > DAY
@@ -190,8 +190,8 @@ def _remove_stale(folder: Path, root: Path) -> None:
 
 
 def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
-    """Write `images.bin`, `masks.bin` (uint8, patient after patient) and `index.json`. Reads and so checks
-    every file."""
+    """Write `images.bin`, `masks.bin` (uint8, patient after patient) and `index.json`. Every file is read, and so
+    checked."""
     index, start = [], 0
     with open(folder / "images.bin", "wb") as images, open(folder / "masks.bin", "wb") as masks:
         for patient in tqdm(
@@ -215,8 +215,8 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
 
 
 def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
-    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8, and how many masks have another form than 0
-    and 255. Raises MedFLError where a size differs."""
+    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8, and the number of masks that were not stored as 0
+    and 255. Raises MedFLError if a size differs."""
     volume: list[np.ndarray] = []
     truth: list[np.ndarray] = []
     other_forms = 0
@@ -225,7 +225,7 @@ def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
         if not fits((len(patient.images), *volume[0].shape[:2])):
             raise MedFLError(
                 f"{image.parent} holds {len(patient.images)} slices of {volume[0].shape[1]}×{volume[0].shape[0]} "
-                f"pixels, more than are read at once ({MAX_VOXELS >> 20} million pixels); make them smaller"
+                f"pixels, more than can be read at once ({MAX_VOXELS >> 20} million pixels); make them smaller"
             )
         pixels, other = read_mask_and_form(mask)
         truth.append(pixels)
@@ -234,6 +234,6 @@ def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
             if pixels.shape[:2] != volume[0].shape[:2]:
                 raise MedFLError(
                     f"{path} is {pixels.shape[1]}×{pixels.shape[0]} pixels and {patient.images[0].name} is "
-                    f"{volume[0].shape[1]}×{volume[0].shape[0]}; a patient's slices and masks have one size"
+                    f"{volume[0].shape[1]}×{volume[0].shape[0]}; a patient's slices and masks must have one size"
                 )
     return np.stack(volume), np.stack(truth), other_forms
