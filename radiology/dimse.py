@@ -187,7 +187,7 @@ class DIMSE:
         self, series: str, folder: Path
     ) -> Iterator[tuple[Association, Callable[[Dataset], None]]]:
         """An association that lists a series' files, and a function that makes the archive send the files of an
-        identifier into a folder. Both use one association, because opening and closing one takes a tenth of a second."""
+        identifier into a folder. Both use one association, because opening and closing one takes 0.1 s."""
         faults: list[MedFLError] = []
         storing = [(evt.EVT_C_STORE, _storing(series, folder, faults))]
         if self._move_port is None:

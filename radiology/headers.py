@@ -178,7 +178,7 @@ def read_header(path: File) -> Header:
         raise MedFLError(
             f"can't be read ({error.strerror or error}); check its permissions and copy it again"
         ) from error
-    except Exception as error:  # pydicom converts values when they are read, and raises many kinds of errors for damaged ones
+    except Exception as error:  # pydicom converts values when they are read; damaged ones raise many kinds
         raise MedFLError("damaged or cut off within its header; export it again") from error
 
 
