@@ -30,7 +30,7 @@ PAGE, SHEETS = "index.html", "contact_sheets"  # in the output
 NAMED = 5  # studies of earlier runs that a message names
 PARTS = {
     TRAINING: "for training",
-    MORE: "kept apart, because another study of this patient is used for training",
+    MORE: "another study of a patient who trains already, so kept apart",
     UNMASKED: "kept apart from training",
 }
 
@@ -140,7 +140,7 @@ class Preparation:
         if former := sorted(there - {*names}):
             more = ", …" if len(former) > NAMED else ""
             self.tell(
-                f"{self.out} also holds {counted(len(former), 'folder')} of studies that are not in this run "
+                f"{self.out} also holds {counted(len(former), 'folder')} of studies that are not among these "
                 f"({', '.join(former[:NAMED])}{more}), and training reads them: delete those of patients who "
                 "should not take part, and the cache of decoded scans"
             )
@@ -155,7 +155,7 @@ class Preparation:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise MedFLError(
-                f"{self._file} can't be read; delete it, then every study is prepared again"
+                f"{self._file} can't be read; delete it, and every study is prepared again"
             ) from error
 
     def _there(self, studies: list[Study]) -> list[tuple[str, Study]]:
@@ -212,8 +212,7 @@ class Preparation:
         before = self._made.get(name)
         if before is None or before.fingerprint != fingerprint:
             self.tell(
-                f"{name} has a truth that a person saved, so it is left as it is; move its folder away to prepare it "
-                "again"
+                f"{name} has a truth that a person saved, and is left as it is; move its folder away to prepare it anew"
             )
         slices = len(list((self.out / part / name).glob("*_mask.tif")))
         notes, failures = (before.notes, before.failures) if before else ([], {})

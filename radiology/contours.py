@@ -215,8 +215,8 @@ def _tumour(path: File, stored: pydicom.Dataset) -> int:
     )
     if len(meant) != 1:
         raise MedFLError(
-            f"{path} holds {len(names)} outlines, {len(meant)} of which are called GTV, tumour or lesion, but exactly "
-            "one must be; export only the tumour's outline"
+            f"{path} holds {len(names)} outlines, {len(meant)} of which are called GTV, tumour or lesion, and one "
+            "means tumour; export that one by itself"
         )
     return next(iter(meant))
 
@@ -228,10 +228,10 @@ def _rings(stored: pydicom.Dataset, number: int) -> Iterator[np.ndarray]:
             for contour in outline.get("ContourSequence") or ():
                 points = np.array(contour.ContourData, float).reshape(-1, 3)
                 if not (np.abs(points) < FARTHEST).all():  # true of NaN as well
-                    raise ValueError("a point without a valid position")
+                    raise ValueError("a point that lies nowhere")
                 if not str(contour.ContourGeometricType).startswith("CLOSED") or len(points) < 3:
                     raise MedFLError(
-                        "it holds points or open lines, which enclose no area; draw closed outlines"
+                        "it holds points or open lines, which enclose nothing; draw closed outlines"
                     )
                 yield points
 
@@ -249,13 +249,13 @@ def _by_slice(path: File, rings: list[np.ndarray], reference: sitk.Image) -> dic
         index = round(float(places[:, 2].mean()))
         if np.abs(places[:, 2] - index).max() > OFF_GRID or not 0 <= index < slices:
             raise MedFLError(
-                f"{path} has outlines that do not lie on the slices of its series; draw them on the series itself"
+                f"{path} has outlines that lie off the slices of its series; draw them on the series itself"
             )
         shown = places[:, 1].clip(-1, rows)
         crossed += float(np.abs(shown - np.roll(shown, -1)).sum())
         if crossed > MOST_CROSSED:
             raise MedFLError(
-                f"{path} has far more lines than an outline of a tumour; export only the tumour's outline"
+                f"{path} has far more lines than an outline of a tumour; export that one by itself"
             )
         found[index].append(places[:, :2])
     return found

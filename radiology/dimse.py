@@ -93,7 +93,7 @@ class DIMSE:
             )
         if login.token is not None or login.user is not None:
             raise MedFLError(
-                "DIMSE has no tokens or users, only certificates; remove token and user from the login"
+                "DIMSE knows no token and no user, only certificates; take them out of the login"
             )
         self._called, self._host, self._port = parts["aet"], parts["host"].strip("[]"), int(parts["port"])
         self._aet, self._move_port, self._tls, self.waits = aet, move_port, login.tls(), waits
@@ -172,7 +172,7 @@ class DIMSE:
             there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
             if _instances(association, study, series) - there:
                 raise Unreachable(
-                    "the archive did not send a whole series, or the series keeps growing; try again later"
+                    "the archive did not send all of a series, or it keeps growing; try again later"
                 )
 
     def _find(self, level: str, **asked: str) -> list[Dataset]:
@@ -215,7 +215,9 @@ class DIMSE:
                 ssl_context=self._listening_tls,
             )
         except OSError as error:
-            raise MedFLError(f"can't listen on port {self._move_port}; choose another --move-port") from error
+            raise MedFLError(
+                f"port {self._move_port} can't be listened on; choose another --move-port"
+            ) from error
         try:
             yield
         finally:
@@ -240,17 +242,18 @@ class DIMSE:
         )
         if association.is_rejected:
             raise Denied(
-                f"the archive refuses the title {self._aet}, or is not called {self._called}; ask its administrator to "
-                "register our title"
+                f"the archive refuses {self._aet}, or is not called {self._called}; let its engineer enter us"
             )
         if not association.is_established:
             tls = ", and the certificates on both sides" if self._tls else " (does it want TLS?)"
             raise Unreachable(
-                f"the archive can't be reached over DIMSE; check address, port and network{tls}, and try again"
+                f"the archive can't be reached by DIMSE; check address, port and network{tls}, and try again"
             )
         if all(context.abstract_syntax != needed for context in association.accepted_contexts):
             association.abort()
-            raise MedFLError("the archive does not offer this DIMSE service; try with or without --move-port")
+            raise MedFLError(
+                "the archive does not offer this service of DIMSE; try with or without --move-port"
+            )
         try:
             yield association
         finally:
@@ -325,17 +328,17 @@ def _go_on(status: Dataset) -> bool:
     """Whether an answer is followed by others; False at the end. Raises Unreachable if the connection broke, and
     MedFLError if the archive refuses."""
     if not status or "Status" not in status:
-        raise Unreachable("the connection to the archive broke; check the network, and try again")
+        raise Unreachable("the archive broke off; check the network, and try again")
     if status.Status in PENDING:
         return True
     if status.Status == SUCCESS:
         return False
     if status.Status in (0xA801,):
         raise MedFLError(
-            "the archive does not know us as a C-MOVE destination; ask its administrator to register our title and port"
+            "the archive does not know us as a target of C-MOVE; let its engineer enter name and port"
         )
     raise Unreachable(
-        f"the archive answers with status {status.Status:04X}; look in the archive's log, then try again"
+        f"the archive answers with status {status.Status:04X}; its log tells more, then try again"
     )
 
 

@@ -182,7 +182,7 @@ def register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Tr
         for factor, longest in zip(FACTORS, LONGEST):
             _improve(transform, moving, fixed, factor, longest)
     except RuntimeError as error:  # ITK's: no sample of one lies in the other, or one is blank
-        raise MedFLError("it can't be aligned with FLAIR: they show different places, or nothing") from error
+        raise MedFLError("it can't be laid over FLAIR: they show different places, or nothing") from error
     if same_frame and agreement(resample(moving, fixed), fixed) >= agreement(
         resample(moving, fixed, transform), fixed
     ):

@@ -160,7 +160,7 @@ def read_header(path: File) -> Header:
                 _check_size(header, length, left)
             elif length > MAX_HEADER:  # it has no pixels, and each number becomes an object
                 raise MedFLError(
-                    f"holds more than {MAX_HEADER >> 20} MB of outlines; export only the tumour's outline"
+                    f"holds more than {MAX_HEADER >> 20} MB of outlines; export the tumour's by itself"
                 )
             uid = str(header.get("SeriesInstanceUID") or path)
             return Header(
@@ -173,7 +173,7 @@ def read_header(path: File) -> Header:
     except MedFLError:
         raise
     except InvalidDicomError as error:
-        raise MedFLError("not a DICOM file; leave it out of the export") from error
+        raise MedFLError("no DICOM file; leave it out of the export") from error
     except OSError as error:
         raise MedFLError(
             f"can't be read ({error.strerror or error}); check its permissions and copy it again"
@@ -188,7 +188,7 @@ def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
     kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
     if kind.type == "SOP Class" and not kind.name.endswith(PICTURES):
         raise MedFLError(
-            f"{kind.name.removesuffix(' Storage')}, which is not a picture of a scan; it is not needed"
+            f"{kind.name.removesuffix(' Storage')}, which is no picture of a scan; it is not needed"
         )
     if header.get("Modality") in NOT_PICTURES:
         raise MedFLError(f"of modality {header.Modality}, which holds no pictures; it is not needed")
@@ -208,7 +208,7 @@ def check_bounds(path: File) -> None:
             header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=tags)
             _check_size(header, length, length - beginning.tell())
             if (segments := len(header.get("SegmentSequence") or ())) > MAX_SEGMENTS:
-                raise MedFLError(f"holds {segments:,} segments; export only the tumour's segment")
+                raise MedFLError(f"holds {segments:,} segments; export the tumour's by itself")
         except MedFLError as error:
             refusal = MedFLError(f"{path} {error}")
     if refusal:
@@ -388,13 +388,13 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
     stored, highest = _number(header.get("BitsStored")), _number(header.get("HighBit"))
     if stored is not None and highest is not None and highest != stored - 1:
         problems.append(
-            f"its {stored:.0f}-bit values end at bit {highest:.0f}, an old form that can't be read; export it again"
+            f"its values of {stored:.0f} bits end at bit {highest:.0f}, an old form that can't be read; export it again"
         )
     syntax = UID(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     if syntax not in AllTransferSyntaxes:  # and not those that another package registered
         name = "" if syntax.name == syntax else f" ({syntax.name})"
         problems.append(
-            f"its pixels are stored in the transfer syntax {syntax}{name}, which can't be read here; export it as "
+            f"its pixels are stored by the transfer syntax {syntax}{name}, which nothing here knows; export it as "
             "Explicit VR Little Endian"
         )
         return problems

@@ -81,8 +81,8 @@ class Login(BaseModel):
             return None
         if not (self.certificate and self.authority):
             raise MedFLError(
-                "with --move-port over TLS the archive connects to us, so the login needs certificate, key and "
-                "authority; add what is missing, or leave --move-port out"
+                "with --move-port over TLS the archive calls us, and the login needs certificate, key and authority; "
+                "add what is missing, or leave --move-port out"
             )
         context = self._context(ssl.Purpose.CLIENT_AUTH)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -116,7 +116,7 @@ def read_login(source: str | None) -> Login:
             content[name] = (path.parent / str(content[name])).resolve()
             if not content[name].is_file():
                 raise MedFLError(
-                    f"{path} names the {name} {content[name]}, but there is no such file; correct it"
+                    f"{path} names the {name} {content[name]}, and there is no such file; correct it"
                 )
         return Login(**content)
     except OSError as error:
@@ -127,10 +127,10 @@ def read_login(source: str | None) -> Login:
         first = error.errors()[0]
         about = ".".join(map(str, first["loc"])) or first["msg"].removeprefix("Value error, ")
         raise MedFLError(
-            f"the login {path} is wrong at: {about}; docs/archive.md shows the format"
+            f"the login {path} is wrong at: {about}; docs/archive.md shows what it holds"
         ) from error
     except ValueError:  # from TOML; its message can quote a secret
-        raise MedFLError(f"the login {path} is not valid TOML; docs/archive.md shows the format") from None
+        raise MedFLError(f"the login {path} is no TOML; docs/archive.md shows what it holds") from None
 
 
 def _ask() -> Login:

@@ -54,7 +54,7 @@ def propose(study: Study, checkpoint: Checkpoint, rules: Rules) -> Proposal:
     if not study.channels:
         reasons = "; ".join(dict.fromkeys(line.why for line in study.lines)) or "it has no series"
         raise MedFLError(
-            f"the study has no usable FLAIR ({reasons}); check the rules, or choose another study"
+            f"the study has no FLAIR that can be used ({reasons}); check the rules, or choose another"
         )
     prepared = prepare(study, rules)
     probabilities = sitk.GetImageFromArray(predict_volume(checkpoint.model, prepared.volume))

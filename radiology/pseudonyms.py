@@ -27,7 +27,7 @@ def check_folders(source: Path, out: Path, private: Path) -> None:
     for option, folder in (("--out", out), ("--private", private)):
         if folder.is_relative_to(source):
             raise MedFLError(
-                f"{option} is {folder}, inside the archive {source}, which is only read; choose a folder "
+                f"{option} is {folder}, inside of the archive {source}, which is only read; choose a folder "
                 f"outside"
             )
     if source.is_relative_to(out):
@@ -35,7 +35,7 @@ def check_folders(source: Path, out: Path, private: Path) -> None:
     if private.is_relative_to(out) or out.is_relative_to(private):
         raise MedFLError(
             f"the key and the table of names would lie in {private}, together with the output {out}, which "
-            "is handed on; separate them with --private"
+            "is handed on; keep them apart with --private"
         )
 
 
@@ -59,8 +59,8 @@ class Pseudonyms:
         who = (cell(patient_id), cell(study))  # as the table holds them
         if self._table.setdefault(name, who) != who:
             raise MedFLError(
-                f"{self.folder / TABLE} has another number or study for {name} than the archive; a spreadsheet may "
-                "have changed it; restore a copy, or move the table away (the key stays, and so do all names)"
+                f"{self.folder / TABLE} tells another number or study of {name} than the archive does, as after a "
+                "spreadsheet saved it; put back a copy, or move the table away (the key stays, and so do all names)"
             )
         return name
 
@@ -93,10 +93,10 @@ def _key_in(folder: Path) -> bytes:
         ) from error
     except ValueError as error:
         raise MedFLError(
-            f"{path} is not a key of MedFL; name the folder with the key with --private, or move this file away"
+            f"{path} is no key of MedFL; name the folder with the key by --private, or move this file away"
         ) from error
     if len(key) != 32:
-        raise MedFLError(f"{path} is cut off; restore the whole key, or every patient gets a new name")
+        raise MedFLError(f"{path} is cut off; bring back the whole key, or every patient gets a new name")
     return key
 
 
@@ -110,5 +110,5 @@ def _table_in(folder: Path) -> dict[str, tuple[str, str]]:
         return {}
     except (OSError, KeyError, ValueError) as error:
         raise MedFLError(
-            f"{folder / TABLE} can't be read; restore the whole table, or move it away"
+            f"{folder / TABLE} can't be read; bring back the whole table, or move it away"
         ) from error

@@ -125,7 +125,7 @@ def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
         seen[header.instance] = path
         head = heads.setdefault(header.series, header.about)
         notes[header.series] += header.problems + [
-            f"its files name different {what} under one series number: export each of them separately"
+            f"its files name different {what} under one series number: export each by itself"
             for what, names in OF_ONE.items()
             if any(head[name] != header.about[name] for name in names)
         ]
@@ -147,7 +147,7 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
         problems.append(f"its slices have different sizes, {columns}×{rows} and {sizes[0][1]}×{sizes[0][0]}")
     geometry = problem = None
     if len({s.frame is None for s in slices}) > 1:
-        problem = "it mixes multi-frame files with single-frame files; export it as one kind"
+        problem = "it mixes files of several frames with others; export it as one kind"
     elif len(places := [s.place for s in slices if s.place is not None]) < len(slices):
         problem = "it does not say where its slices lie (position, orientation or pixel spacing is missing)"
     else:
@@ -201,17 +201,17 @@ def _geometry(slices: list[Place], thickness: float) -> tuple[dict | None, str |
         between or float(np.median(steps[steps > SAME_PLACE])) if (steps > SAME_PLACE).any() else thickness
     )
     if between <= 0:
-        problem = problem or "it is a single slice without a thickness"
+        problem = problem or "it is a single slice that does not say how thick it is"
         between = 1.0
     if not all(map(is_size_mm, (between, *first.pixel_spacing))):
         row, column = first.pixel_spacing
         return (
             None,
-            f"it states voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; export it again",
+            f"it tells voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; export it again",
         )
     sideways = places[order] - places[order[0]] - np.outer(along - along[0], normal)
     if not problem and np.abs(sideways).max() > min(first.pixel_spacing):
-        problem = "its slices are shifted against each other (a tilted gantry, or several stacks)"
+        problem = "its slices do not lie straight above each other (a tilted gantry, or several stacks)"
     return {
         "order": order.tolist(),
         "spacing": (between, *first.pixel_spacing),
@@ -227,8 +227,8 @@ def _spacing_problem(steps: np.ndarray) -> str | None:
         return None
     if (steps <= SAME_PLACE).any():
         return (
-            f"{int((steps <= SAME_PLACE).sum())} of its slices lie at the same place as another (several echoes or "
-            "times, or sent twice); export them as separate series"
+            f"{int((steps <= SAME_PLACE).sum())} of its slices lie where another lies (several echoes or "
+            "times, or sent twice); export them as series of their own"
         )
     usual = float(np.median(steps))
     gaps = steps / usual
@@ -240,7 +240,7 @@ def _spacing_problem(steps: np.ndarray) -> str | None:
         return (
             f"{missing} of its slices are missing (a gap of {steps.max():.1f} mm where {usual:.1f} is usual)"
         )
-    return f"its slices are unevenly spaced, {steps.min():.2f} to {steps.max():.2f} mm apart"
+    return f"its slices lie unevenly, {steps.min():.2f} to {steps.max():.2f} mm apart"
 
 
 def load_series(series: Series) -> sitk.Image:
@@ -260,7 +260,7 @@ def load_series(series: Series) -> sitk.Image:
         volume[index] = _decode(path, whole.get(path), frame or 0)
     if (padding := np.isnan(volume)).any():
         if padding.all():
-            raise MedFLError(f"the series “{series.description}” holds only padding; export it again")
+            raise MedFLError(f"the series “{series.description}” holds nothing but padding; export it again")
         volume[padding] = volume[~padding].min()
     image = sitk.GetImageFromArray(volume)
     between, row, column = series.spacing
@@ -281,7 +281,7 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
             syntax = content.file_meta.TransferSyntaxUID
             if syntax.is_compressed and not _can_decode(syntax):
                 raise MedFLError(
-                    f"{path} is compressed ({syntax.name}), and no installed decoder can read it; "
+                    f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
                     "`pip install -r requirements-dicom.txt`, or export without compression"
                 )
             check_frame(content, frame)
@@ -299,7 +299,7 @@ def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray
             values = _rescaled(content, stored, frame)
             if not (np.abs(values) <= MAX_LARGE).all():
                 raise MedFLError(
-                    f"{path} has values that are not finite numbers (its rescale slope?); export it again"
+                    f"{path} has values that are no numbers (its rescale slope?); export it again"
                 )
             return np.where(padding, np.float32(np.nan), values.astype(np.float32))
     except MedFLError:

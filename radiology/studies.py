@@ -59,7 +59,7 @@ def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study
         elif role is None:
             lines[series.uid] = Line(series, "", why)
         elif role != MASK and series.slices < LEAST_SLICES:
-            lines[series.uid] = Line(series, "", f"{series.slices} slices are not a volume")
+            lines[series.uid] = Line(series, "", f"{series.slices} slices are no volume")
         else:
             candidates[role].append((series, why))
     outlined = {reference for series, _ in candidates[MASK] for reference in series.references}
@@ -90,13 +90,13 @@ def shared_numbers(found: list[Series]) -> dict[str, str]:
         what = [name for name, values in zip(("names", "birth dates", "sexes"), known) if len(values) > 1]
         if what:
             told[number] = (
-                f"one patient number stands for series with different {' and '.join(what)}: only one of their studies "
-                f"is used for training; give each patient a number of their own in the export"
+                f"one patient number stands for series with different {' and '.join(what)}: only one study of them "
+                f"trains; give each patient a number of their own in the export"
             )
     nameless = {series.study_uid for series in found if not series.patient_id}
     if len(nameless) > 1:
         told[""] = (
-            f"{len(nameless)} studies have no patient number, so each counts as a separate patient: two of one "
+            f"{len(nameless)} studies have no patient number, and each is taken for a patient of its own: two of one "
             "person could come into training and test; give each patient a number in the export"
         )
     return told

@@ -44,5 +44,5 @@ def prepare_studies(
         except Missing as error:
             tell(f"{preparation.pseudonyms.name(study.patient_id, study.uid)} is left out: {error}")
         except MedFLError as error:
-            raise MedFLError(f"{error} (the same command continues from here)") from error
+            raise MedFLError(f"{error} (the same command goes on here)") from error
     return entries

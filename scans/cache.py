@@ -225,7 +225,7 @@ def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
         if not fits((len(patient.images), *volume[0].shape[:2])):
             raise MedFLError(
                 f"{image.parent} holds {len(patient.images)} slices of {volume[0].shape[1]}×{volume[0].shape[0]} "
-                f"pixels, more than can be read at once ({MAX_VOXELS >> 20} million pixels); make them smaller"
+                f"pixels, more than are read at once ({MAX_VOXELS >> 20} million pixels); make them smaller"
             )
         pixels, other = read_mask_and_form(mask)
         truth.append(pixels)
@@ -234,6 +234,6 @@ def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
             if pixels.shape[:2] != volume[0].shape[:2]:
                 raise MedFLError(
                     f"{path} is {pixels.shape[1]}×{pixels.shape[0]} pixels and {patient.images[0].name} is "
-                    f"{volume[0].shape[1]}×{volume[0].shape[0]}; a patient's slices and masks must have one size"
+                    f"{volume[0].shape[1]}×{volume[0].shape[0]}; a patient's slices and masks have one size"
                 )
     return np.stack(volume), np.stack(truth), other_forms

@@ -70,7 +70,7 @@ class Sums:
         labels = [one.label for one in asked.keys.values()]
         if len(set(labels)) < len(labels) or self.identity.label not in labels:
             raise MedFLError(
-                "the server's list of keys is not what it should be (a hospital twice, or without this one); "
+                "the server's list of keys is not what it should be (hospitals twice, or without this one); "
                 "nothing was given"
             )
         if self.identity.key:
@@ -78,8 +78,8 @@ class Sums:
                 public = (self.identity.members or {}).get(one.label)
                 if public is None:
                     raise MedFLError(
-                        f"the server says that {one.label[:32]} takes part, but this hospital's members.pub "
-                        "does not list it; nothing was given; if the consortium has a new member, add its line"
+                        f"the server says that {one.label[:32]} takes part, which is not in this hospital's "
+                        "members.pub; nothing was given; if the consortium has a new member, add its line"
                     )
                 try:
                     statement = keys_statement(asked.run, asked.round, one.label, one.keys)
