@@ -294,8 +294,9 @@ def main() -> None:
     if arguments.plot:
         draw_partition(partition, dataset.table, arguments.plot, title)
         print(f"wrote {arguments.plot}")
+    alpha = f" --alpha {arguments.alpha:g}" if arguments.partition == "dirichlet" else ""
     print(
-        f"next: python run_server.py --clients {arguments.clients} --partition {arguments.partition}, and "
+        f"next: python run_server.py --clients {arguments.clients} --partition {arguments.partition}{alpha}, and "
         f"python run_client.py --cid 0 (to {arguments.clients - 1}) --data-dir {arguments.data_dir}"
     )
 

@@ -195,7 +195,7 @@ def test_the_command_prints_writes_and_draws(phantoms, tmp_path):
         "--json",
         tmp_path / "p.json",
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "--partition dirichlet --alpha 0.1, and" in done.stdout, done.stderr
     split = make_split({p.name: p.site for p in dataset.patients}, 1)
     wanted = make_partition(dataset.table, split, "dirichlet", 2, 0.1, 1)
     assert json.loads((tmp_path / "p.json").read_text()) == json.loads(json.dumps(wanted.as_json()))
