@@ -209,7 +209,8 @@ def predict_slices(arguments: argparse.Namespace) -> None:
     write_csv(arguments.out / TABLE, [COLUMNS, *rows])
     write_csv(arguments.out / "components.csv", [("patient", *OF_COMPONENT), *parts])
     print(
-        f"{counted(len(rows), 'slice')} segmented in {counted(len(volumes), 'volume')}, tumour in "
+        f"{counted(len(rows), 'slice')} segmented in {counted(len(volumes), 'volume')}, "
+        f"{terminal(checkpoint.task.region)} in "
         f"{sum(tumour > 0 for *_, tumour, _ in rows)}; wrote "
         f"{arguments.out}"
     )

@@ -155,6 +155,11 @@ def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) ->
         pixels, labels, spacing = to_8_bits(scan.slices), outlined.slices, scan.spacing
     else:
         pixels = read_slice(image)[None]
+        if len(task.channels) == 1 and (pixels != pixels[..., :1]).any():
+            raise MedFLError(
+                f"{image} has colours, and {task.name} has one channel; write it again in grey, or name three in "
+                "the task file"
+            )
         labels = read_slice(label)
         if (labels != labels[..., :1]).any():
             raise MedFLError(

@@ -190,6 +190,9 @@ def test_a_task_is_prepared_trained_scored_and_told(tmp_path, home, task, make, 
     assert scored.returncode == 0 and named_task(task).title in scored.stdout, scored.stderr
     assert f"{named_task(task).region} slices" in scored.stdout and "tumour" not in scored.stdout
     assert ("hd95_mm" in json.loads((tmp_path / "s.json").read_text())) == (task == "hippocampus")
+    images = sorted(path for path in data.rglob("*.png") if not path.stem.endswith("_mask"))[:slices]
+    seen = run_here("predict.py", *images, "--checkpoint", best, "--out", tmp_path / "predicted")
+    assert f", {named_task(task).region} in " in seen.stdout and "tumour" not in seen.stdout, seen.stderr
     card = dict(card_rows(load_checkpoint(best), "0" * 64))
     assert named_task(task).region in card["Task"]
     again = run_here("data/prepare_task.py", "--task", task, "--source", tmp_path / "source", "--out", data)
@@ -200,6 +203,10 @@ def test_what_does_not_fit_is_told(tmp_path):
     photographs(tmp_path / "source", 2)
     labels = tmp_path / "source" / "labels"
     command = ("data/prepare_task.py", "--source", tmp_path / "source", "--out")
+    grey = (FOLDER / "wounds.toml").read_text().replace('["red", "green", "blue"]', '["grey"]')
+    (tmp_path / "grey.toml").write_text(grey)
+    colours = run_here(*command, tmp_path / "e", "--task", tmp_path / "grey.toml")
+    assert colours.returncode == 2 and "has colours, and wounds has one channel" in colours.stderr
     Image.new("L", (64, 48), 7).save(labels / "north_0.png")
     odd = run_here(*command, tmp_path / "a", "--task", "wounds")
     assert odd.returncode == 2 and "has the value 7" in odd.stderr
