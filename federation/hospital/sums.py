@@ -1,5 +1,7 @@
-"""What a hospital looks at by itself before it takes part in a secure aggregation: that the run is the one it
-joined, that the other participants are hospitals of its consortium, and which sums it has helped to uncover.
+"""A hospital's own checks before it takes part in a secure aggregation.
+
+It checks that the run is the one that it joined and that the other participants are hospitals of its consortium, and
+it remembers which sums it has helped to open.
 """
 
 import json
@@ -11,15 +13,15 @@ from federation.protocol.proofs import check, keys_statement, sign
 from federation.protocol.requests import Shares
 from storage.files import atomic_write, write_json
 
-JOINED = "joined.json"  # beside hospital.json, so it lasts as long as this start of run_client.py
+JOINED = "joined.json"  # beside hospital.json, so it lasts until run_client.py ends
 
 
 class Sums:
-    """A hospital's memory of the run and of its sums. folder: of its app. Each function raises MedFLError where
-    the server asks for what must not be.
+    """A hospital's memory of the run and of its sums. folder: the folder of its app. Each function raises
+    MedFLError if the server asks for something that it must not have.
 
-    The run is fixed at joining, for as long as run_client.py runs: a server that began run after run could have
-    one round summed with a hospital and without it.
+    The run is fixed at joining, for as long as run_client.py runs. Otherwise a server that began one run after
+    another could have the same round summed with a hospital and without it.
     """
 
     def __init__(self, identity: Identity, folder: Path):
@@ -38,7 +40,7 @@ class Sums:
         self.check_run(run)
 
     def check_run(self, run: str) -> None:
-        """See that the run is the one that was joined."""
+        """Raise MedFLError if the run is not the one that was joined."""
         joined = json.loads(self.joined.read_text(encoding="utf-8"))["run"] if self.joined.exists() else None
         if run != joined:
             raise MedFLError(
@@ -47,8 +49,8 @@ class Sums:
             )
 
     def check_plain(self) -> None:
-        """See that no run with secure aggregation was joined: an update without masks would be the server's to
-        read."""
+        """Raise MedFLError if a run with secure aggregation was joined: the server could read an update without
+        masks."""
         if self.joined.exists():
             raise MedFLError(
                 "the server asked for an update without masks, and this hospital joined a run with secure "
@@ -56,19 +58,19 @@ class Sums:
             )
 
     def signature(self, run: str, number: int, keys: list[str]) -> str | None:
-        """Of this hospital's public keys in a round; None without a key of the consortium."""
+        """The signature over this hospital's public keys in a round; None without a key of the consortium."""
         key = self.identity.private_key()
         return (
             None if key is None else sign(key, "keys", keys_statement(run, number, self.identity.label, keys))
         )
 
     def participants(self, asked: Shares) -> tuple[dict[str, list[str]], dict[str, str]]:
-        """Public keys and labels of a round's participants, by node. With a kit each must have signed its keys
-        for this run and round, and be in the list of this hospital."""
+        """Public keys and labels of a round's participants, by node. With a kit each participant must have signed
+        its keys for this run and round, and must be in this hospital's members.pub."""
         labels = [one.label for one in asked.keys.values()]
         if len(set(labels)) < len(labels) or self.identity.label not in labels:
             raise MedFLError(
-                "the server's list of keys is not what it should be (hospitals twice, or without this one); "
+                "the server's list of keys is not what it should be (a hospital twice, or without this one); "
                 "nothing was given"
             )
         if self.identity.key:
@@ -76,8 +78,8 @@ class Sums:
                 public = (self.identity.members or {}).get(one.label)
                 if public is None:
                     raise MedFLError(
-                        f"the server says that {one.label[:32]} takes part, which is not in this hospital's "
-                        "members.pub; nothing was given; if the consortium has a new member, add its line"
+                        f"the server says that {one.label[:32]} takes part, but this hospital's members.pub "
+                        "does not list it; nothing was given; if the consortium has a new member, add its line"
                     )
                 try:
                     statement = keys_statement(asked.run, asked.round, one.label, one.keys)
@@ -91,7 +93,8 @@ class Sums:
         return {node: one.keys for node, one in nodes}, {node: one.label for node, one in nodes}
 
     def given(self) -> dict[str, list[str]]:
-        """Who was summed in each round for which this hospital gave shares, also before a restart."""
+        """What was summed in each round for which this hospital gave shares (`Party.given`), also before a
+        restart."""
         if not self.file.exists():
             return {}
         try:
@@ -103,6 +106,6 @@ class Sums:
             ) from error
 
     def remember(self, given: dict[str, list[str]]) -> None:
-        """Keep that, before the shares leave."""
+        """Keep on disk what `given` returns, before the shares leave."""
         with atomic_write(self.file, "w", private=True) as file:
             json.dump({"version": 1, "given": given}, file)

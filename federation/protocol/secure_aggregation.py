@@ -1,24 +1,31 @@
-"""Secure aggregation: the server learns the sum of the hospitals' updates, and none of them by itself.
+"""Secure aggregation: the server learns the sum of the hospitals' updates, but no single update.
 
 The protocol is SecAgg+ (Bell et al. 2020, doi 10.1145/3372297.3417885, after Bonawitz et al. 2017, doi
-10.1145/3133956.3133982) in a group where all are neighbours. Its stages: hospitals send public keys; they
-send each other, sealed and by way of the server, Shamir's shares of two secrets; they send updates under
-masks; they tell each other whose updates are in the sum; they give the shares that take the masks off it. A
-hospital's own mask comes off by the shares of its seed; the masks between two hospitals cancel, and those with
-one that dropped out come off by the shares of its key. What the server would need for one hospital's update is
-never given out together.
+10.1145/3133956.3133982) in which every hospital is a neighbour of every other. It has five stages:
 
-Against a server that tells hospitals different things, all masks are made of a hash of run, round, total,
-model, settings, rate and participants (`binding`) that every hospital computes itself: where two hospitals were
-told different ones, their masks don't cancel. Nobody gives a share before more than half have said to it, under
-keys that the server doesn't have, that they were told the same hospitals to be in the sum (`Party.agree`; the
-consistency check of Bonawitz et al.): of five hospitals and more, a server that told each of them others could
-else gather the shares of a whole update. Hashes of all shares (`Party.promised`) show who gave wrong ones.
+1. Hospitals send public keys.
+2. Through the server they send each other sealed Shamir shares of two secrets: a seed and a private key.
+3. They send updates under masks.
+4. They tell each other whose updates are in the sum.
+5. They give the shares with which the server removes the masks from the sum.
 
-Keys, agreement, sealing and shares are Flower's; its `secaggplus_mod` and `SecAggPlusWorkflow` (1.41) are not
-used: they fold each mask's key into 32 bits for a generator that is not cryptographic, so that masks can be
-found by search; a hospital that drops out in the first two stages ends the round; values out of range are cut
-and counts above a limit overflow in silence; and a hospital would give both secrets of another, if asked so.
+A hospital's own mask is removed with the shares of its seed. The masks between two hospitals in the sum cancel.
+The masks shared with a hospital that dropped out are removed with the shares of that hospital's key. For no
+hospital does the server get the shares of both secrets, which together would open its update.
+
+A server may tell hospitals different things. Therefore every mask is derived from a hash that each hospital
+computes itself, of run, round, total, model, settings, rate and participants (`binding`). If two hospitals were
+told different values, their masks don't cancel. A hospital also gives no share before more than half of the
+hospitals have confirmed, under keys that the server doesn't have, that they were told the same members of the sum
+(`Party.agree`; the consistency check of Bonawitz et al.). Otherwise, with five hospitals or more, a server that
+told each of them different members could gather the shares for a whole update. Hashes of all shares
+(`Party.promised`) show who gave wrong ones.
+
+Keys, key agreement, sealing and shares are Flower's. Flower's `secaggplus_mod` and `SecAggPlusWorkflow` (1.41) are
+not used, for four reasons. They fold each mask's key into 32 bits for a generator that is not cryptographic, so
+masks can be found by search. A hospital that drops out in the first two stages ends the round. Values out of range
+are cut, and counts above a limit overflow, both in silence. And a hospital would give both secrets of another
+hospital if asked for them.
 """
 
 import base64
@@ -50,11 +57,11 @@ from flwr.supercore.primitives.asymmetric import (
 
 from common import MedFLError
 
-LEAST = 3  # hospitals of a sum: of two, each knows the other's update from it
+LEAST = 3  # hospitals in a sum: from a sum of two, each can work out the other's update
 
 
 class WrongShares(MedFLError):
-    """Shares or codes that are not what they should be. node: of the hospital that made them."""
+    """Shares or codes that are not what they should be. node: the hospital that made them."""
 
     def __init__(self, sentence: str, node: int):
         super().__init__(sentence)
@@ -62,18 +69,18 @@ class WrongShares(MedFLError):
 
 
 def threshold(hospitals: int) -> int:
-    """Shares that open a secret: more than half of the hospitals.
+    """How many shares open a secret: more than half of the hospitals.
 
-    With half or fewer, a server could ask one half for the seed of a hospital, as if it were in the sum, and the
-    other half for its key, as if it were missing. With both it would see that hospital's update. Two groups that
-    are each more than half share at least one hospital, and no hospital gives both.
+    If half were enough, a server could ask one half of the hospitals for the seed of a hospital, as if it were in
+    the sum, and the other half for its key, as if it were missing. With both it would see that hospital's update.
+    Two groups that are each more than half have at least one hospital in common, and no hospital gives both.
     """
     return hospitals // 2 + 1
 
 
 def steps(hospitals: int) -> int:
-    """Into how many steps the range of a value is divided, so that a sum of so many hospitals' values fits
-    into 32 bits twice."""
+    """The number of steps into which the range of a value is divided: the sum of this many hospitals' values
+    fits into 32 bits twice."""
     return 2 ** (31 - hospitals.bit_length())
 
 
@@ -81,19 +88,19 @@ def quantise(change: torch.Tensor, weight: float, limit: float, hospitals: int) 
     """A hospital's change, (n,) float32, times its weight in the mean (0 to 1), as whole numbers from 0 to
     `steps`, (n,) uint32.
 
-    Rounded up or down at random, so that the sum is right on average. Raises MedFLError where a value is not
-    finite or lies beyond the limit: a cut would falsify the mean without a word.
+    They are rounded up or down at random, so that the sum is right on average. Raises MedFLError if a value is not
+    finite or lies beyond the limit: cutting it would silently falsify the mean.
     """
     largest = float(change.abs().max()) if len(change) else 0.0
-    if not largest <= limit:  # also for not a number
+    if not largest <= limit:  # also true for NaN
         raise MedFLError(
             f"the largest change of a weight is {largest:.3g}, and secure aggregation carries {limit:g} at "
             "most, so nothing was sent; the server's --secure-range sets the limit, and a lower --lr makes "
-            "smaller changes"
+            "changes smaller"
         )
     if not 0 < weight <= 1:
         raise MedFLError(
-            "the server weighs hospitals by fewer slices than this one trains on; nothing was sent"
+            "the server weights hospitals by fewer slices than this one trains on; nothing was sent"
         )
     scaled = change.double().numpy() * weight
     scaled += limit
@@ -103,35 +110,40 @@ def quantise(change: torch.Tensor, weight: float, limit: float, hospitals: int) 
 
 
 def from_sum(total: np.ndarray, summands: int, limit: float, hospitals: int) -> torch.Tensor:
-    """The sum of the weighted changes, (n,) float64, of a sum of quantised ones, (n,) uint32.
+    """The sum of the weighted changes, (n,) float64, from the sum of their quantised values, (n,) uint32.
 
-    Raises MedFLError where it can't be one: a mask that was not taken off gives values all over the 32 bits.
+    Raises MedFLError if the total can't be such a sum: a mask that was not removed gives values anywhere in the
+    32 bits.
     """
     if len(total) and int(total.max()) > summands * steps(hospitals):
-        raise MedFLError("the sum is still masked, because somebody sent no masked update, or wrong shares")
+        raise MedFLError(
+            "the sum is still masked, because somebody sent an update without its masks, or wrong shares"
+        )
     return torch.from_numpy(total.astype(np.float64) * (2 * limit / steps(hospitals)) - summands * limit)
 
 
 def binding(of: list, public: dict[str, list[str]], names: dict[str, str]) -> bytes:
-    """What the masks of a round are bound to: SHA-256 of run, round, the total that counts are divided by, the
-    model's hash, settings and rate (`of`), and of all participants: nodes, public keys and the hospitals'
-    names."""
+    """What the masks of a round are bound to: one SHA-256 of `of` and of all participants.
+
+    of: run, round, the total that counts are divided by, the model's hash, settings and rate. Of each participant
+    its node, its public keys and the hospital's name are hashed.
+    """
     who = sorted([names.get(node, ""), node, *keys] for node, keys in public.items())
     return hashlib.sha256(json.dumps([*of, who]).encode()).digest()
 
 
 def bound_key(secret: bytes, bound: bytes) -> bytes:
-    """A mask's key, 32 bytes, of a secret, for what it is bound to (HKDF, RFC 5869)."""
+    """A mask's key, 32 bytes, derived from a secret and from what the mask is bound to (HKDF, RFC 5869)."""
     return HKDF(hashes.SHA256(), 32, salt=None, info=b"MedFL mask 1" + bound).derive(secret)
 
 
 def check_keys(keys: list[str]) -> None:
-    """Raises MedFLError where a hospital's public keys, hexadecimal, are none, of another curve, or twice the
-    same."""
+    """Raises MedFLError if a hospital's public keys, hexadecimal, can't be read, are of another curve, or are
+    the same key twice."""
     try:
         curves = [bytes_to_public_key(bytes.fromhex(key)).curve for key in keys]
-    except Exception as error:  # cryptography raises many kinds for what is no key
-        raise MedFLError("it sent keys for the secure aggregation that are none") from error
+    except Exception as error:  # cryptography raises many kinds of error for text that is no key
+        raise MedFLError("it sent keys for the secure aggregation that can't be read") from error
     if len(set(keys)) < len(keys) or not all(isinstance(curve, ec.SECP384R1) for curve in curves):
         raise MedFLError("it sent keys for the secure aggregation that can't be used")
 
@@ -142,48 +154,48 @@ def sha256_of(share: str) -> str:
 
 
 def mask(key: bytes, length: int) -> np.ndarray:
-    """Numbers that nobody can tell from random ones without the key of 32 bytes, (length,) uint32: ChaCha20's
-    stream. A key is used for one mask."""
+    """ChaCha20's stream, (length,) uint32: without the key of 32 bytes nobody can tell it from random numbers.
+    A key is used for one mask only."""
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     return np.frombuffer(stream.update(bytes(4 * length)), dtype="<u4")
 
 
 def shared_mask(private: bytes, public: bytes, length: int, bound: bytes) -> np.ndarray:
-    """The mask between two hospitals, (length,) uint32, by one's private and the other's public key. bound: to
-    what (`binding`)."""
+    """The mask between two hospitals, (length,) uint32, from the private key of one and the public key of the
+    other. bound: what it is bound to (`binding`)."""
     key = generate_shared_key(bytes_to_private_key(private), bytes_to_public_key(public))
     return mask(bound_key(base64.urlsafe_b64decode(key), bound), length)
 
 
 @dataclass
 class Party:
-    """A hospital's part: one try of one round at a time.
+    """A hospital's part in the protocol: one attempt at one round at a time.
 
-    stage: the last one that it took part in. names: of the hospitals, by node. promised: SHA-256 of the
+    stage: the last one that it took part in. names: the hospitals' names, by node. promised: SHA-256 of the
     shares that it made of its seed and of its key, by node. given: what was summed in each round for which
-    it gave shares (`_account`), the round as JSON of the run's name and its number. Binary values are kept as
-    hexadecimal text, so that JSON holds them between two messages; nodes are keys as text. Each function
-    raises MedFLError where the server asks for what it must not have.
+    it gave shares (`_account`), by round, as JSON of the run's name and the round's number. Binary values are kept
+    as hexadecimal text and nodes as text, so that JSON can hold them between two messages. Each function
+    raises MedFLError if the server asks for something that it must not have.
     """
 
     node: int = 0
     stage: str = ""
-    private: list[str] = field(default_factory=list)  # for masks, for sealing
+    private: list[str] = field(default_factory=list)  # one key for masks, one for sealing
     public: dict[str, list[str]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     promised: dict[str, list[str]] = field(default_factory=dict)
     seed: str = ""
     shares: dict[str, list[str]] = field(
         default_factory=dict
-    )  # that others gave into care: of their seed, of their key
+    )  # that others entrusted to it: of their seed, of their key
     round: list = field(default_factory=list)  # that the keys are for: the run's name, the round's number
-    # SHA-256 of the total that slices are divided by, the settings, the rate, and what the training began with
+    # SHA-256 of the total that slices are divided by, the settings and the rate; then that of what training began with
     counted: str = ""
-    sum: list[list[int]] = field(default_factory=list)  # the hospitals in it and those missing, as agreed
+    sum: list[list[int]] = field(default_factory=list)  # as agreed: hospitals in the sum, hospitals missing
     given: dict[str, list[str]] = field(default_factory=dict)
 
     def keys(self, node: int) -> list[str]:
-        """Stage 1: a new try, with new secrets; the public keys, for masks and for sealing."""
+        """Stage 1: start a new attempt with new secrets. Returns the public keys, for masks and for sealing."""
         self.__dict__.update(asdict(Party(node, given=self.given)))
         pairs = [generate_key_pairs() for _ in range(2)]
         self.private = [private_key_to_bytes(private).hex() for private, _ in pairs]
@@ -193,8 +205,13 @@ class Party:
     def share(
         self, public: dict[str, list[str]], names: dict[str, str] | None = None, of: list | None = None
     ) -> dict[str, str]:
-        """Stage 2: everybody's public keys came; for each other hospital its shares of this one's secrets,
-        sealed. names: of the hospitals, by node; of: run and round that the keys are for."""
+        """Stage 2: the shares of this hospital's secrets, sealed for each other hospital, by node.
+
+        Args:
+            public: everybody's public keys, by node.
+            names: the hospitals' names, by node.
+            of: the run and the round that the keys are for.
+        """
         self._expect("keys")
         own = [
             public_key_to_bytes(bytes_to_private_key(bytes.fromhex(key)).public_key()).hex()
@@ -232,13 +249,20 @@ class Party:
         promised: dict[str, list[str]] | None = None,
         begun: str = "",
     ) -> np.ndarray:
-        """Stage 3: the others' shares came; this hospital's weighted change under its masks, (n,) uint32. of:
-        run, round, and what else the masks are bound to (`binding`); promised: SHA-256 of the shares that are
-        sealed; begun: of what only this hospital's training began with. Raises WrongShares where one is not what it
-        should be."""
+        """Stage 3: this hospital's weighted change under its masks, (n,) uint32.
+
+        Args:
+            sealed: the other hospitals' sealed shares, by node.
+            of: run, round, and what else the masks are bound to (`binding`).
+            promised: SHA-256 of the shares that are sealed.
+            begun: SHA-256 of what only this hospital's training began with.
+
+        Raises:
+            WrongShares: a share is not what it should be.
+        """
         self._expect("shares")
-        # once a try: asked again, it would mask with other hospitals than those whose shares it has in care, and
-        # the masks of a missing one alone would come off
+        # once in an attempt: asked again, it would mask with other hospitals than those whose shares it holds. The
+        # server could combine the answers so that only a missing hospital's masks, which it can remove, are left
         self.stage = "revealed"
         others = self.public.keys() - {str(self.node)}
         if not sealed.keys() <= others or len(sealed) + 1 < threshold(len(self.public)):
@@ -267,16 +291,17 @@ class Party:
             raise MedFLError("the server asked for the update of another round than the keys are for")
         run_and_round, most, settings_and_rate = of[:2], of[2:3], of[4:]
         counted = f"{hashlib.sha256(json.dumps([most, settings_and_rate]).encode()).hexdigest()} {begun}"
-        # the others' shares would open the difference without this hospital's word. Another total does not matter
-        # here: all hospitals see it, and give no shares
+        # a different update of the same round would give away its difference from the first one: the shares to open
+        # it would come from the others, without this hospital's consent. A different total needs no check here: all
+        # hospitals see it, and give no shares
         if self.given.get(json.dumps(run_and_round), [counted])[-1].split(" ")[-1] != begun:
             raise MedFLError(
                 "the server asked again for an update of a round that was summed already, and this hospital would now "
-                "begin it otherwise; nothing was sent"
+                "begin it differently; nothing was sent"
             )
         bound = binding(of, self.public, self.names)
         values = quantise(change, weight, limit, len(self.public))
-        # numbers of 32 bits begin again at 0, as they should
+        # unsigned 32-bit numbers wrap around to 0, as intended
         values += mask(bound_key(bytes.fromhex(self.seed), bound), len(values))
         for node in sealed:
             between = shared_mask(
@@ -287,11 +312,13 @@ class Party:
         return values
 
     def agree(self, summed: list[int], missing: list[int]) -> dict[str, str]:
-        """Stage 4: for each other hospital a code (HMAC-SHA256) that says to it, and to nobody else, which
-        hospitals' updates this one was told to be in the sum, and which to be missing. Once a try, so that no
-        two majorities agree to different ones."""
+        """Stage 4: a code (HMAC-SHA256) for each other hospital, by node.
+
+        The code confirms, to that hospital only, which updates this hospital was told are in the sum and which
+        are missing. It is given once in an attempt, so that no two majorities agree to different sums.
+        """
         self._expect("masked")
-        self.stage = "revealed"  # unless all is as it should be
+        self.stage = "revealed"  # replaced below if all checks pass
         known, all_of_them = {int(node) for node in self.shares}, [*summed, *missing]
         if (
             len(set(all_of_them)) < len(all_of_them)
@@ -307,11 +334,11 @@ class Party:
         return {node: self._code(self.node, node, node) for node in self.public if node != str(self.node)}
 
     def reveal(self, summed: list[int], missing: list[int], agreed: dict[str, str]) -> dict[str, str]:
-        """Stage 5: a share of the seed of each hospital that is in the sum, and of the key of each that is
-        missing in it. agreed: the other hospitals' codes for this one, by node."""
+        """Stage 5: a share of the seed of each hospital in the sum, and of the key of each missing hospital, by
+        node. agreed: the other hospitals' codes for this one, by node."""
         self._expect("agreed")
         self.stage = "revealed"  # once
-        self._expect_no_other_sum(summed)  # another try may have opened one since this one was agreed on
+        self._expect_no_other_sum(summed)  # another attempt may have opened one in the meantime
         others = [node for node in agreed if node in self.public and node != str(self.node)]
         unlike = [
             node
@@ -332,21 +359,25 @@ class Party:
         kept = self._account(summed)
         if self.given.get(json.dumps(self.round), kept) != kept:
             raise MedFLError(
-                "the server asked for another sum of a round that was summed already, and two of them would "
+                "the server asked for another sum of a round that was summed already, and the two sums would "
                 "differ by an update; nothing was given; let the same hospitals take part, or begin the "
                 "federation again"
             )
 
     def _account(self, summed: list[int]) -> list[str]:
-        """What is kept of a sum: the names of the hospitals in it, and a hash of what decides how much each of
-        them counts and how this one trained. Two sums of one round over the same hospitals, by two totals, would
-        differ by a multiple of the smallest one's update; and where one hospital trained otherwise in between, because
-        what it keeps from round to round was changed or forgotten, by what that made of its update alone."""
+        """What is remembered of a sum: the names of the hospitals in it, and hashes of what decides how much each
+        of them counts and how this one trained.
+
+        Two sums of one round over the same hospitals could still reveal something. With two different totals they
+        would differ by a multiple of the smallest hospital's update. If one hospital trained differently in
+        between, because what it keeps from round to round was changed or forgotten, they would differ by the effect
+        on its update only.
+        """
         return [*sorted(self.names.get(str(node), str(node)) for node in summed), self.counted]
 
     def _code(self, by: int, to: str, other: str) -> str:
-        """What hospital `by` says to hospital `to` of the agreed sum. other: the one of the two that is not
-        this one."""
+        """The code by which hospital `by` confirms the agreed sum to hospital `to`. other: the one of the two that
+        is not this hospital."""
         key = HKDF(hashes.SHA256(), 32, salt=None, info=b"MedFL sum 1").derive(self._seal(other))
         said = json.dumps([self.round, by, int(to), *self.sum]).encode()
         return hmac.new(key, said, hashlib.sha256).hexdigest()
@@ -365,7 +396,7 @@ class Party:
         )
 
     def kept(self) -> dict:
-        """What is kept until the next message; after the last stage nothing secret."""
+        """What is kept until the next message. After the last stage it holds no secret."""
         return {"stage": self.stage, "given": self.given} if self.stage == "revealed" else asdict(self)
 
 
@@ -379,10 +410,15 @@ def unmasked(
 ) -> np.ndarray:
     """The sum of masked vectors, (n,) uint32, without the masks.
 
-    shares: what hospitals gave for each that shared its secrets: of the seed for those in the sum, of the key
-    for those missing. bound: what the masks are bound to (`binding`). seeds: SHA-256 of the seeds, as far as
-    they are known. Raises MedFLError where shares are too few, and WrongShares where they don't give the
-    secret that they should.
+    Args:
+        shares: the shares that hospitals gave, by the node whose secret they open: its seed if it is in the sum,
+            its key if it is missing.
+        bound: what the masks are bound to (`binding`).
+        seeds: SHA-256 of the seeds, as far as they are known.
+
+    Raises:
+        MedFLError: there are too few shares.
+        WrongShares: shares don't give the secret that they should.
     """
     for node, given in shares.items():
         if len(given) < threshold(len(public)):
@@ -401,6 +437,6 @@ def unmasked(
             raise WrongShares("somebody gave wrong shares", node) from error
         for other in summed:
             between = shared_mask(secret, bytes.fromhex(public[other][0]), len(total), bound)
-            # the hospital in the sum has added or taken away its side of it
+            # the hospital in the sum added or subtracted its side of the mask
             total = total - between if other > node else total + between
     return total
