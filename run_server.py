@@ -71,16 +71,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on after the last complete round in --out, with its settings, --address and --kit; other "
+        help="continue after the last complete round in --out, with its settings, --address and --kit; other "
         "--rounds make it longer, or end it earlier",
     )
     parser.add_argument(
         "--start-or-resume",
         action="store_true",
-        help="for a service: go on with the run in --out, or start it where there is none",
+        help="for a service: continue the run in --out, or start one if there is none",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="start although --out holds a run, which is lost"
+        "--overwrite", action="store_true", help="start even if --out holds a run; that run is lost"
     )
     parser.add_argument(
         "--energy",

@@ -1,10 +1,11 @@
-"""Of how many models a hospital tells scores and losses.
+"""The limit on how many scores and losses a hospital reports.
 
-A score answers whatever question the weights ask of the patients: with weights that outline one place in a certain
-kind of scan and nothing else, whether one of them has a tumour there. The loss of a training does so for those who
-train, and one model has as many losses as there are rounds, rates and settings to train it by, and moments that other
-models left. So a hospital tells scores of as many models a day, and as many losses, as two runs need, and no others;
-its training goes on. It counts over restarts: a server can end a run, and a service starts again by itself.
+A score answers whatever question the weights ask about the patients. For example, weights that outline one place in a
+certain kind of scan and nothing else ask whether a patient has a tumour there. The loss of a training answers in the
+same way for the patients who train. One model can give many losses: one for each round, rate and setting that it is
+trained with, and for the moments that other models left. So in a day a hospital reports only as many scored models,
+and as many losses, as two runs need. Beyond that its training continues without reports. The count lasts over
+restarts, because a server can end a run and a service restarts by itself.
 """
 
 import hashlib
@@ -18,27 +19,29 @@ import torch
 from common import MedFLError
 from storage.files import atomic_write
 
-BESIDE = 8  # models of a run besides each round's: of the end, of the test, of rounds that are taken back
+BESIDE = (
+    8  # models of a run in addition to one a round: for the end, the test, and rounds that are taken back
+)
 RUNS = 2  # the coordinator may have to begin again
 DAY = 86_400.0  # seconds
 
 
 class Told(TypedDict):
-    """What was told, by a hash of what it is of: when (UTC, in seconds), and the losses."""
+    """What was reported, by a hash of its subject: the time (UTC, in seconds), and for losses their value."""
 
     models: dict[str, float]
     losses: dict[str, tuple[float, float]]
 
 
 class ScoredModels:
-    """What was told within a day. file: keeps that. Each function raises MedFLError where it is damaged."""
+    """What was reported within a day, kept in `file`. Each function raises MedFLError if the file is damaged."""
 
     def __init__(self, file: Path):
         self.file = file
 
     def admits(self, weights: torch.Tensor, rounds: int) -> bool:
-        """Whether scores of these weights, (n,) float32, may be told in a run of so many rounds; noted then. The same
-        ones tell nothing new."""
+        """Whether scores of these weights, (n,) float32, may be reported in a run of `rounds` rounds; if so, they are
+        counted. Weights that were counted before are allowed again, because they reveal nothing new."""
         this, told = _hash(weights), self._told()
         if this not in told["models"]:
             if len(told["models"]) >= RUNS * (rounds + BESIDE):
@@ -48,8 +51,9 @@ class ScoredModels:
         return True
 
     def loss(self, weights: torch.Tensor, way: str, loss: float, rounds: int) -> float | None:
-        """What may be told of the loss of a training of these weights, (n,) float32, in a run of so many rounds; of a
-        training that was told of before the same again. way: all else that the server chose of it."""
+        """The loss to report for a training of these weights, (n,) float32, in a run of `rounds` rounds; None if none
+        may be reported. A training that was reported before gives the former loss again. way: everything else about
+        the training that the server chose."""
         if not self.admits(weights, rounds):
             return None
         this, told = hashlib.sha256(f"{_hash(weights)} {way}".encode()).hexdigest(), self._told()

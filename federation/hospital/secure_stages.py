@@ -1,4 +1,4 @@
-"""A hospital's stages of secure aggregation: its secrets stay in Flower's memory between a round's messages."""
+"""A hospital's stages of secure aggregation. Its secrets stay in Flower's memory between a round's messages."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ SECRETS = "secure"  # the record in that memory
 
 
 def secure_stage(asked: Keys | Shares | Agree | Unmask, node: int, context: Context, sums: Sums) -> dict:
-    """What is told in a stage of the secure aggregation that brings no update."""
+    """The hospital's answer in a stage of the secure aggregation that brings no update."""
     if isinstance(asked, Keys | Shares):
         with refusing():
             sums.check_run(asked.run)
@@ -48,16 +48,18 @@ def masked(
     begun: str = "",
     given: dict[str, list[str]] | None = None,
 ) -> np.ndarray:
-    """The weighted update under its masks, (n,) uint32. model: SHA-256 of the weights that came; begun: of what else
-    the training began with; given: as `Sums` keeps it.
-    Raises HospitalError where the message does not say what is needed."""
+    """The weighted update under its masks, (n,) uint32.
+
+    model: SHA-256 of the weights that came; begun: SHA-256 of what else the training began with; given: as `Sums`
+    keeps it. Raises HospitalError if the message lacks something that is needed.
+    """
     if task.sealed is None or not task.most:
         raise HospitalError(
             Failure.PROTOCOL, "the server asked for a masked update without the other hospitals' shares"
         )
     share = min(1.0, examples / task.most)
-    # what decides how far an update goes is told to all alike: with next to no rate for the others, the sum would
-    # be one hospital's update
+    # the masks are bound to everything that decides how large an update is, so all hospitals must be told the same:
+    # if the others had a learning rate near 0, the sum would be one hospital's update
     of = [task.run, task.round, task.most, model, task.settings, task.rate]
     with party(context) as mine:
         mine.given = mine.given if given is None else given
@@ -65,14 +67,14 @@ def masked(
 
 
 def fix_run(run: str, sums: Sums) -> None:
-    """Join a run with secure aggregation, and no other until this hospital is started again."""
+    """Join a run with secure aggregation; no other run can be joined until this hospital is started again."""
     with refusing(Failure.CONSENT):
         sums.join(run)
 
 
 @contextmanager
 def party(context: Context) -> Iterator[Party]:
-    """This hospital's part in the secure aggregation; what becomes of it is kept. Steps that it refuses
+    """This hospital's part in the secure aggregation; its new state is kept afterwards. Steps that it refuses
     become HospitalErrors."""
     mine = (
         Party(**json.loads(str(context.state.config_records[SECRETS]["json"])))

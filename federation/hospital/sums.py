@@ -78,8 +78,8 @@ class Sums:
                 public = (self.identity.members or {}).get(one.label)
                 if public is None:
                     raise MedFLError(
-                        f"the server says that {one.label[:32]} takes part, but this hospital's members.pub "
-                        "does not list it; nothing was given; if the consortium has a new member, add its line"
+                        f"the server says that {one.label[:32]} takes part, but it is not in this hospital's "
+                        "members.pub; nothing was given; if the consortium has a new member, add its line"
                     )
                 try:
                     statement = keys_statement(asked.run, asked.round, one.label, one.keys)

@@ -1,8 +1,8 @@
-"""What noise spends of a privacy budget: epsilon of differential privacy, by Google's accountant
+"""How much of a privacy budget noisy sums spend: epsilon of differential privacy, computed by Google's accountant
 (dp-accounting), which Flower uses as well.
 
-Renyi differential privacy of the Gaussian mechanism (Mironov 2017, arXiv:1702.07476), also where those who
-are protected are drawn by chance (Mironov, Talwar and Zhang 2019, arXiv:1908.10530).
+Renyi differential privacy of the Gaussian mechanism (Mironov 2017, arXiv:1702.07476), also if those who
+are protected are sampled at random (Mironov, Talwar and Zhang 2019, arXiv:1908.10530).
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from common import MedFLError
 
-# of Renyi's divergence; each gives a bound that holds, and the tightest is taken. Fewer than the accountant's
-# own 160, because those that are no whole numbers take most of its time; epsilon is at most 1 % larger for
-# it.
+# orders of Renyi's divergence: each gives a valid bound, and the tightest one is used. They are fewer than the
+# accountant's own 160, because orders that are not whole numbers take most of its time. Epsilon is at most 1 % larger
+# as a result.
 ORDERS = (
     *(1 + k / 10 for k in range(1, 10)),
     *(k / 4 for k in range(8, 40)),
@@ -32,7 +32,7 @@ FINE = 1e-4  # of a multiplier
 
 
 def check_accountant() -> None:
-    """Raises MedFLError where the accountant is not installed."""
+    """Raises MedFLError if the accountant is not installed."""
     if importlib.util.find_spec("dp_accounting") is None:
         raise MedFLError(
             "differential privacy needs an accountant, which is not installed; run `pip install -r "
@@ -42,8 +42,8 @@ def check_accountant() -> None:
 
 @dataclass(frozen=True)
 class Noisy:
-    """Sums to which noise was added. multiplier: its deviation in clips; times: how often; chance: of one
-    whom it protects to be in such a sum."""
+    """Sums to which noise was added. multiplier: the noise's standard deviation, in clips; times: the number of
+    sums; chance: the probability that a protected hospital or patient is in such a sum."""
 
     multiplier: float
     times: int
@@ -51,7 +51,7 @@ class Noisy:
 
 
 def spent(sums: Iterable[Noisy], delta: float) -> float:
-    """Epsilon after these."""
+    """Epsilon after these sums."""
     with _quietly():
         accountant = _accountant()
         for one in sums:
@@ -62,8 +62,8 @@ def spent(sums: Iterable[Noisy], delta: float) -> float:
 def multiplier_for(
     epsilon: float, times: int, delta: float, chance: float = 1.0, before: tuple[Noisy, ...] = ()
 ) -> float:
-    """The least noise multiplier, within FINE, with which so many more sums, after those `before`, spend no
-    more than epsilon."""
+    """The smallest noise multiplier, within FINE, with which the sums `before` and `times` more sums together spend
+    no more than epsilon."""
     from dp_accounting import ComposedDpEvent
     from dp_accounting.mechanism_calibration import calibrate_dp_mechanism
 
@@ -78,9 +78,8 @@ def multiplier_for(
 def _quietly() -> Iterator[None]:
     """Keep the accountant from printing.
 
-    It warns of every bound that is looser than it could be. Its logger, absl's, gives the root logger a
-    handler where that has none, and that handler would also print Flower's lines; a handler that does nothing
-    keeps absl from doing so.
+    It warns about every bound that could be tighter. Its logger, absl's, adds a handler to a root logger that has
+    none, and that handler would also print Flower's lines. A handler that does nothing prevents this.
     """
     import absl.logging
 

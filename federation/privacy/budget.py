@@ -1,4 +1,4 @@
-"""What a hospital promises its patients, and how much of it is spent: a ledger on the hospital's disk."""
+"""A hospital's privacy budget for its patients, and a ledger on its disk of how much is spent."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from federation.privacy.accountant import Noisy, check_accountant, multiplier_fo
 from storage.files import write_json
 
 LEAST = 1e-3  # multiplier
-NEXT_TO_NOTHING = 0.01  # of a budget: with less than this left no run begins
-LOUDER = 4.0  # times a run's first noise: more, for rounds that are repeated, would only do harm
+NEXT_TO_NOTHING = 0.01  # of a budget: no run begins with less than this left
+LOUDER = 4.0  # times a run's first noise: more noise, after repeated rounds, would only do harm
 LOUDEST = 1e3  # multiplier that a run may begin with
 
 
@@ -23,11 +23,11 @@ class PatientBudget:
 
     Args:
         epsilon: the bound, over all federations together.
-        delta: the chance that the bound does not hold.
+        delta: the probability with which the bound may fail.
         ledger: the file that keeps what was done, an entry for each round that was begun.
 
     Raises:
-        MedFLError: a bound that is none, a ledger that can't be read, no accountant installed.
+        MedFLError: epsilon or delta is out of range, the ledger can't be read, or no accountant is installed.
     """
 
     def __init__(self, epsilon: float, delta: float, ledger: Path):
@@ -54,7 +54,7 @@ class PatientBudget:
 
     @property
     def done(self) -> tuple[Noisy, ...]:
-        """All noisy sums so far, alike ones together."""
+        """All noisy sums so far; those with the same noise and chance are counted together."""
         times: Counter = Counter()
         for entry in self.rounds:
             times[entry["multiplier"], entry["chance"]] += entry["times"]
@@ -66,12 +66,12 @@ class PatientBudget:
         return spent(self.done, self.delta) if self.rounds else 0.0
 
     def has_begun(self, run: str) -> bool:
-        """Whether a round of this run was begun."""
+        """Whether a round of this run has begun."""
         return any(entry["run"] == run for entry in self.rounds)
 
     def multiplier(self, run: str, steps: int, chance: float) -> float:
-        """The noise, in clips, with which so many more steps of a run stay within the budget. Raises
-        MedFLError where nothing is left."""
+        """The noise, in clips, with which `steps` more steps of a run stay within the budget. Raises MedFLError if
+        too little is left."""
         before = [entry["multiplier"] for entry in self.rounds if entry["run"] == run]
         already = self.spent
         loudest = Noisy(LOUDER * before[0] if before else LOUDEST, steps, chance)
@@ -86,21 +86,21 @@ class PatientBudget:
         least = multiplier_for(self.epsilon, steps, self.delta, chance, self.done)
         return max(
             LEAST, math.ceil(least * 1_000) / 1_000
-        )  # upwards; so that rounds of a run share a few values
+        )  # rounded up, so that rounds of a run share a few values
 
     def reserve(self, run: str, number: int, steps: int, left: int, chance: float) -> float:
-        """Write down a round's steps before they are done, because whatever comes of them may tell something.
+        """Write a round's steps down before they are done, because even an interrupted round may reveal something.
 
         Args:
             run: the run's random name; number: the round, from 1; steps: of this round.
             left: steps that the run has left, this round's included.
-            chance: of a patient to take part in a step.
+            chance: the probability that a patient takes part in a step.
 
         Returns:
             The noise for these steps, in clips.
 
         Raises:
-            MedFLError: nothing is left, or the ledger can't be written.
+            MedFLError: too little is left, or the ledger can't be written.
         """
         try:
             self.ledger.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
-"""Differential privacy of hospitals: what the model may tell of any one of them is bounded, whatever that one
-sent.
+"""Differential privacy of hospitals: a bound on what the model can reveal about any one hospital, whatever that
+hospital sent.
 
 The Gaussian mechanism (Dwork and Roth 2014, appendix A; for federated training McMahan et al. 2018,
 arXiv:1710.06963): each hospital's change is cut to the length --dp-clip, the changes are added up, noise of
-the deviation multiplier x clip is added to each value, and the sum is divided by the number of hospitals that
-there should be. Hospitals count alike, because a weight by slices would tell of them, and one that is missing
-counts as no change. Two runs are neighbours if one has a hospital more.
+standard deviation multiplier x clip is added to each value, and the sum is divided by the expected number of
+hospitals. All hospitals count equally, because weights by slices would reveal something about them. A missing hospital
+counts as no change. Two runs are neighbours if one has one hospital more.
 
-Flower's own wrapper (DifferentialPrivacyServerSideFixedClipping) is not used: its noise is right for equal
-weights alone while its strategies weight by examples, and a change of nothing ends it.
+Flower's own wrapper (DifferentialPrivacyServerSideFixedClipping) is not used: its noise is right only for equal
+weights, while its strategies weight by examples, and a change of zero ends it.
 """
 
 import math
@@ -22,8 +22,8 @@ from federation.privacy.accountant import Noisy, check_accountant, multiplier_fo
 from federation.privacy.noise import noised
 from federation.protocol.settings import FederationSettings
 
-# a function that gives blocks: columns of the weights, and the hospitals' changes of these, (hospitals,
-# columns) float64
+# a function that yields blocks: columns of the weights, and the hospitals' changes in them, (hospitals, columns)
+# float64
 Changes = Callable[[], Iterator[tuple[slice, np.ndarray]]]
 
 
@@ -41,11 +41,11 @@ class HospitalPrivacy:
         self.multiplier, self.clip = multiplier, clip
 
     def spent(self, rounds: int) -> float:
-        """Epsilon after so many rounds."""
+        """Epsilon after `rounds` rounds."""
         return spent([Noisy(self.multiplier, rounds)], self.settings.dp_delta) if rounds else 0.0
 
     def exhausted(self, rounds: int) -> bool:
-        """Whether one round more would spend more than --dp-epsilon."""
+        """Whether one more round would exceed --dp-epsilon."""
         return self.settings.dp_epsilon is not None and self.spent(rounds + 1) > self.settings.dp_epsilon * (
             1 + 1e-6
         )
@@ -68,8 +68,7 @@ class HospitalPrivacy:
         return total.mul_(travels).div_(self.settings.clients).add_(sent).float()
 
     def warning(self, values: int) -> str | None:
-        """What to say where the noise on so many trained values is longer than any update can be; None where
-        it is not."""
+        """A note if the noise on `values` trained values is longer than any mean update can be; otherwise None."""
         ratio = self.multiplier * math.sqrt(values) / self.settings.clients
         if ratio <= 1:
             return None

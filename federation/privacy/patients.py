@@ -1,13 +1,13 @@
-"""Differential privacy of a hospital's patients: what its updates may tell of any one of them is bounded.
+"""Differential privacy of a hospital's patients: a bound on what its updates can reveal about any one patient.
 
-DP-SGD (Abadi et al. 2016, arXiv:1607.00133) whose unit is the patient, and not the slice: in each step every
-training patient takes part with the chance CHANCE; the gradient over SLICES of its slices is cut to the
-length CLIP; Gaussian noise is added to the sum over patients, which is divided by how many were to be
-expected. Two datasets are neighbours if one has a patient more.
+This is DP-SGD (Abadi et al. 2016, arXiv:1607.00133) with the patient, not the slice, as its unit. In each step every
+training patient takes part with probability CHANCE. The gradient over SLICES of its slices is cut to the length CLIP.
+Gaussian noise is added to the sum over patients, which is divided by the expected number of patients. Two datasets are
+neighbours if one has one patient more.
 
-Only TRAINED is trained: noise grows with the number of weights, and over all of them less is learnt
-(SECURITY.md). So a federation begins with a model (run_server.py --init). With BatchNorm a patient would
-change the gradients of the others.
+Only TRAINED is trained, because noise grows with the number of weights and training all of them learns less
+(SECURITY.md). Therefore a federation starts from a model (run_server.py --init). BatchNorm is excluded, because with it
+a patient would change the gradients of the others.
 """
 
 import math
@@ -23,17 +23,17 @@ from federation.privacy.noise import noised
 from training import Learner, TrainingSettings
 from transunet import TransUNet
 
-CHANCE = 0.2  # of a patient to take part in a step
-SLICES = 8  # of a patient in a step; half of them show a tumour, where there is one
-STEPS = round(1 / CHANCE)  # of a pass over the patients, in which each takes part once on average
+CHANCE = 0.2  # probability that a patient takes part in a step
+SLICES = 8  # of a patient in a step; half of them show a tumour, if the patient has one
+STEPS = round(1 / CHANCE)  # of a pass, in which each patient takes part once on average
 CLIP = 0.5  # longest gradient of a patient
 TRAINED: tuple[str, ...] = ("head.", "decoder.2.")  # the last layers
 
 
 class PatientBatches:
-    """As TrainingBatches, but a batch is one of DP-SGD: images (patients, SLICES, 3, side, side) and masks
-    (patients, SLICES, 1, side, side) of those that take part, (0,) of none. Nobody may know who takes
-    part, so that does not come from the seed."""
+    """Like TrainingBatches, but with batches for DP-SGD: images (patients, SLICES, 3, side, side) and masks
+    (patients, SLICES, 1, side, side) of the patients that take part, (0,) if none does. Nobody may know who takes
+    part, so the choice does not depend on the seed."""
 
     def __init__(self, dataset: Dataset, patients: tuple[str, ...], side: int, seed: int):
         self.patients = [TrainingBatches(dataset, (patient,), side, SLICES, seed) for patient in patients]
@@ -63,8 +63,8 @@ class PatientBatches:
 
 
 class PrivateLearner(Learner):
-    """A Learner of TRAINED alone, whose gradients are those of DP-SGD. multiplier: the noise in clips;
-    patients: how many there are to train on. Weights and rates are as its settings say."""
+    """A Learner that trains only TRAINED, with the gradients of DP-SGD. multiplier: the noise in clips; patients: the
+    number of training patients."""
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class PrivateLearner(Learner):
         self.trained = [weight for name, weight in model.named_parameters() if name.startswith(TRAINED)]
 
     def set_gradients(self, images: Iterable[Tensor], masks: Iterable[Tensor]) -> tuple[float, float]:
-        """Give TRAINED their gradients and the others none; loss and soft Dice, mean over the patients (0
-        without any), of whom each gives images and masks."""
+        """Set the gradients of TRAINED, and no others. Returns loss and soft Dice, mean over the patients (0 without
+        any). Each item of images and of masks belongs to one patient."""
         total = [torch.zeros(weight.shape, dtype=torch.float64) for weight in self.trained]
         losses, dices = [], []
         for loss, dice in map(self.loss_of, images, masks):
@@ -88,7 +88,7 @@ class PrivateLearner(Learner):
             length = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
             if math.isfinite(
                 length
-            ):  # a patient without a usable gradient gives none: an error here would tell of it
+            ):  # a patient without a usable gradient is skipped: an error would reveal it
                 for one, gradient in zip(total, gradients):
                     one.add_(gradient, alpha=CLIP / max(length, CLIP))
                 losses.append(loss.item())

@@ -1,5 +1,5 @@
-"""The server's side of a round with secure aggregation: relays keys and sealed shares, adds masked updates
-up, unmasks the sum."""
+"""The server's side of a round with secure aggregation: it relays keys and sealed shares, adds up the masked
+updates and unmasks the sum."""
 
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -31,19 +31,24 @@ from federation.server.updates import capped
 
 STAGE_TIME = 60.0  # seconds for an answer in the stages in which nobody trains, also on a busy machine
 
-Told = TypeVar("Told")  # what is made of an answer
+Told = TypeVar("Told")  # what an answer is read into
 Wait = Callable[[str, list[Member], str, float], tuple[dict[str, Answer], dict[str, str]]]
 
 
 class SecureRound:
-    """One try of one round.
+    """One attempt at one round.
 
-    wait: waits for the answers to a purpose from members, with a title and a limit in seconds; answers, and
-    reasons for none, by label. purpose: a name for the try, unlike any other's. length: values of an update.
-    run: the run's name; model: SHA-256 of the weights that are sent; told: settings, as they are sent, and the
-    rate; signers: public keys (OpenSSH's lines) by node, with which hospitals have to sign their keys, None where
-    no keys are asked for. Masked updates are added up as they come,
-    so memory holds their sum and none of them.
+    Masked updates are added up as they come, so memory holds their sum and no single update.
+
+    Args:
+        wait: waits for members' answers to a purpose, with a title and a limit in seconds; returns the answers, and
+            the reasons where there is none, by label.
+        purpose: a name that no other attempt has.
+        length: the number of values in an update.
+        run: the run's name.
+        model: SHA-256 of the weights that are sent.
+        told: the settings as they are sent, and the rate.
+        signers: public keys (OpenSSH's lines), by node, that must have signed the hospitals' keys; None without kits.
     """
 
     def __init__(
@@ -68,22 +73,20 @@ class SecureRound:
         )
         self.run, self.model, self.told, self.signers = run, model, told, signers
         self.total, self.examples = np.zeros(length, np.uint32), 0.0
-        self.most = 0  # slices that count at most
+        self.most = 0  # the most slices that one hospital counts for
         self.public: dict[int, list[str]] = {}  # keys, by node
         self.names: dict[str, str] = {}  # labels, by node
-        self.promised: dict[int, SealedShares] = {}  # what hospitals said of their shares, by node
+        self.promised: dict[int, SealedShares] = {}  # what hospitals promised about their shares, by node
         self.shared: dict[str, Member] = {}  # those who gave shares to the others, by label
         self.failures: dict[str, str] = {}  # why hospitals dropped out, by label
-        self.lost = (
-            False  # shares were given, and there is no sum: the hospitals give none of this round again
-        )
-        # who broke the protocol after its update was taken, and how, by label: what it sent shows it
+        self.lost = False  # shares were given without a sum; hospitals give none of this round again
+        # who broke the protocol after its update was taken, and how, by label; shown by what it sent
         self.blamed: dict[str, str] = {}
-        self.silent: set[str] = set()  # who left the sum without enough codes; the next try is without them
+        self.silent: set[str] = set()  # who left the sum with too few codes; excluded from the next attempt
 
     def prepare(self, members: list[Member]) -> dict[str, dict]:
-        """The first two stages: what the message that asks for the update says besides, by label; nothing if
-        too few are left."""
+        """The first two stages. Returns what is added to the message that asks for the update, by label; nothing
+        if too few hospitals are left."""
         this = {"run": self.run, "round": self.number}
         keys, self.failures = self._ask(
             "keys", members, lambda member: {"query": Query.KEYS, **this}, self._keys
@@ -116,7 +119,7 @@ class SecureRound:
         return {to.label: {"most": self.most, **self._for(to.node)} for to in members}
 
     def _for(self, node: int) -> dict[str, dict]:
-        """What the others gave into this node's care, and what they promised of it."""
+        """The sealed shares that the others entrust to this node, and the hashes that they promised for them."""
         others = {str(by): promised for by, promised in self.promised.items() if by != node}
         return {
             "sealed": {by: promised.sealed[str(node)] for by, promised in others.items()},
@@ -124,8 +127,8 @@ class SecureRound:
         }
 
     def take(self, member: Member, told: Trained, arrays: ArrayRecord | None) -> None:
-        """Add a hospital's masked update to the sum. Raises MedFLError where it is none, or counts what it
-        should not."""
+        """Add a hospital's masked update to the sum. Raises MedFLError if it is no masked update, or if its count
+        of slices is not allowed."""
         announced = member.facts.parts["train"].slices
         if not 0 < told.examples <= announced:
             raise MedFLError(f"its update counts {told.examples} slices, and it joined with {announced}")
@@ -137,14 +140,14 @@ class SecureRound:
 
     def mean(self, labels: list[str], sent: torch.Tensor, travels: torch.Tensor) -> torch.Tensor | None:
         """The last three stages: the weights, (n,) float32, with the mean change of the hospitals whose updates
-        were taken; None where these are too few.
+        were taken; None if there is no sum.
 
         sent: the weights, (n,) float32, that the round began with; travels: which of them are in the updates,
         (n,) bool.
         """
         hospitals = len(self.public)
         if len(labels) < max(threshold(hospitals), self.settings.quorum, LEAST):
-            return None  # and nothing is uncovered
+            return None  # nothing is opened
         here = [self.shared[label] for label in labels]
         summed = [member.node for member in here]
         missing = [member.node for member in self.shared.values() if member.node not in summed]
@@ -155,7 +158,7 @@ class SecureRound:
         here = [member for member in here if member.label in agreed]
         if len(here) < threshold(hospitals):
             self.failures |= failures
-            # shares of this round were given before, and some of those hospitals are not here
+            # a refusal: shares of this round were given before, for a sum with hospitals that are not here
             self.lost = FAILURES[Failure.PROTOCOL] in failures.values()
             self.silent = set(failures)
             return None
@@ -190,12 +193,12 @@ class SecureRound:
 
     @property
     def _bound(self) -> bytes:
-        """What the hospitals' masks are bound to."""
+        """What the hospitals' masks are bound to (`binding`)."""
         of = [self.run, self.number, self.most, self.model, *self.told]
         return binding(of, {str(node): keys for node, keys in self.public.items()}, self.names)
 
     def _keys(self, about: dict, member: Member) -> PublicKeys:
-        """A hospital's two public keys. Raises MedFLError where they are anything else, or not signed by it: the
+        """A hospital's two public keys. Raises MedFLError if they can't be used or are not signed by it, because the
         other hospitals would refuse the whole list."""
         keys = parse(PublicKeys, about, "its message of keys")
         check_keys(keys.keys)
@@ -208,12 +211,13 @@ class SecureRound:
         return keys
 
     def _codes(self, about: dict, member: Member) -> dict[int, str]:
-        """What a hospital says to each other one of the sum, by node. Raises MedFLError for anything else."""
+        """A hospital's codes for the other hospitals, which confirm the sum, by node. Raises MedFLError for anything
+        else."""
         return _by_node(parse(Agreed, about).codes, "codes", {*self.public} - {member.node})
 
     def _opened(self, about: dict, member: Member, summed: list[int], missing: list[int]) -> dict[int, str]:
-        """The shares that a hospital gives, by the nodes whose secrets they are of. Raises MedFLError where
-        one is not what was given into its care."""
+        """The shares that a hospital gives, by the node whose secret each belongs to. Raises MedFLError if one is not
+        the share that was entrusted to it."""
         shares = _by_node(parse(OpenShares, about).shares, "shares", {*summed, *missing})
         for node, share in shares.items():
             if sha256_of(share) != self.promised[node].promised[str(member.node)][node in missing]:
@@ -228,9 +232,12 @@ class SecureRound:
         read: Callable[[dict, Member], Told],
         blames: bool = False,
     ) -> tuple[dict[str, Told], dict[str, str]]:
-        """What members answer in a stage, and reasons for no answer, by label. read: makes it of an answer's
-        text and the member, or raises MedFLError. blames: whether who answers what can't be is noted in
-        `blamed`; who refuses, or is late, may have been led to it by another hospital."""
+        """The members' answers in a stage, and the reasons where there is none, by label.
+
+        read: reads an answer's text for a member, or raises MedFLError. blames: whether a member whose answer can't be
+        right is noted in `blamed`. A member that refuses or is late is not, because another hospital may have caused
+        that.
+        """
         purpose = f"{self.purpose}-{stage}"
         found: dict[str, Told] = {}
         for member in members:
@@ -244,7 +251,7 @@ class SecureRound:
                     found[member.label] = read(answers[member.label].about, member)
                 except MedFLError as error:
                     failures[member.label] = str(error)
-                except Exception as error:  # whatever an answer raises is its hospital's failure
+                except Exception as error:  # any error while reading an answer is its hospital's failure
                     failures[member.label] = f"its answer can't be used ({type(error).__name__})"
                 if blames and member.label in failures:
                     self.blamed[member.label] = failures[member.label]
@@ -252,13 +259,13 @@ class SecureRound:
 
 
 def _alike(keys: dict[str, PublicKeys]) -> list[str]:
-    """The labels of those who sent a key that another sent as well."""
+    """The labels of the hospitals that sent a key which another one sent as well."""
     count = Counter(key for one in keys.values() for key in one.keys)
     return [label for label, one in keys.items() if any(count[key] > 1 for key in one.keys)]
 
 
 def _sealed(about: dict, nodes: Collection[int], own: int) -> SealedShares:
-    """What a hospital gives into the others' care. Raises MedFLError where it is for other nodes, or fewer."""
+    """The sealed shares that a hospital entrusts to the others. Raises MedFLError if any node's is missing or extra."""
     given = parse(SealedShares, about, "its message of sealed shares")
     _by_node(given.sealed, "sealed", {*nodes} - {own})
     if given.promised.keys() != {str(node) for node in nodes}:
@@ -267,7 +274,7 @@ def _sealed(about: dict, nodes: Collection[int], own: int) -> SealedShares:
 
 
 def _by_node(texts: dict[str, str], name: str, nodes: set[int]) -> dict[int, str]:
-    """A text for each of these nodes. Raises MedFLError where there are others, or fewer."""
+    """A text for each of these nodes. Raises MedFLError if any node is missing or extra."""
     if texts.keys() != {str(node) for node in nodes}:
         raise MedFLError(f"it sent no usable {name} in the secure aggregation")
     return {int(node): text for node, text in texts.items()}

@@ -424,7 +424,7 @@ def twice(said: dict) -> None:
 
 
 SPOILT = {
-    "keys that are none": ("keys", lambda said: said.update(keys=["00" * 90, "11" * 90]), "keys .* that are none"),
+    "keys that are none": ("keys", lambda said: said.update(keys=["00" * 90, "11" * 90]), "keys .* that can't be read"),
     "one key twice": ("keys", twice, "keys .* that can't be used"),
     "shares that can't be opened": ("shares", lambda said: garbage(said["sealed"]), "shares or codes can't be used"),
     "shares of another secret": ("shares", lambda said: said.update(seed="0" * 64), "is not its own"),
