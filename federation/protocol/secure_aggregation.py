@@ -117,7 +117,7 @@ def from_sum(total: np.ndarray, summands: int, limit: float, hospitals: int) -> 
     """
     if len(total) and int(total.max()) > summands * steps(hospitals):
         raise MedFLError(
-            "the sum is still masked, because somebody sent an update without its masks, or wrong shares"
+            "the sum is still masked, because somebody sent something other than a masked update, or wrong shares"
         )
     return torch.from_numpy(total.astype(np.float64) * (2 * limit / steps(hospitals)) - summands * limit)
 
