@@ -79,8 +79,7 @@ class SecureRound:
         self.promised: dict[int, SealedShares] = {}  # what hospitals promised about their shares, by node
         self.shared: dict[str, Member] = {}  # those who gave shares to the others, by label
         self.failures: dict[str, str] = {}  # why hospitals dropped out, by label
-        # shares were given but no sum came out, and hospitals give no shares for another sum of this round
-        self.lost = False
+        self.lost = False  # shares were given without a sum; hospitals give none of this round again
         # who broke the protocol after its update was taken, and how, by label; shown by what it sent
         self.blamed: dict[str, str] = {}
         self.silent: set[str] = set()  # who left the sum with too few codes; excluded from the next attempt
