@@ -70,7 +70,7 @@ class Sums:
         labels = [one.label for one in asked.keys.values()]
         if len(set(labels)) < len(labels) or self.identity.label not in labels:
             raise MedFLError(
-                "the server's list of keys is not what it should be (a hospital twice, or without this one); "
+                "the server's list of keys is not what it should be (hospitals twice, or without this one); "
                 "nothing was given"
             )
         if self.identity.key:
@@ -78,7 +78,7 @@ class Sums:
                 public = (self.identity.members or {}).get(one.label)
                 if public is None:
                     raise MedFLError(
-                        f"the server says that {one.label[:32]} takes part, but it is not in this hospital's "
+                        f"the server says that {one.label[:32]} takes part, which is not in this hospital's "
                         "members.pub; nothing was given; if the consortium has a new member, add its line"
                     )
                 try:

@@ -96,11 +96,11 @@ def quantise(change: torch.Tensor, weight: float, limit: float, hospitals: int) 
         raise MedFLError(
             f"the largest change of a weight is {largest:.3g}, and secure aggregation carries {limit:g} at "
             "most, so nothing was sent; the server's --secure-range sets the limit, and a lower --lr makes "
-            "changes smaller"
+            "smaller changes"
         )
     if not 0 < weight <= 1:
         raise MedFLError(
-            "the server weights hospitals by fewer slices than this one trains on; nothing was sent"
+            "the server weighs hospitals by fewer slices than this one trains on; nothing was sent"
         )
     scaled = change.double().numpy() * weight
     scaled += limit
@@ -116,9 +116,7 @@ def from_sum(total: np.ndarray, summands: int, limit: float, hospitals: int) -> 
     32 bits.
     """
     if len(total) and int(total.max()) > summands * steps(hospitals):
-        raise MedFLError(
-            "the sum is still masked, because somebody sent something other than a masked update, or wrong shares"
-        )
+        raise MedFLError("the sum is still masked, because somebody sent no masked update, or wrong shares")
     return torch.from_numpy(total.astype(np.float64) * (2 * limit / steps(hospitals)) - summands * limit)
 
 
@@ -143,7 +141,7 @@ def check_keys(keys: list[str]) -> None:
     try:
         curves = [bytes_to_public_key(bytes.fromhex(key)).curve for key in keys]
     except Exception as error:  # cryptography raises many kinds of error for text that is no key
-        raise MedFLError("it sent keys for the secure aggregation that can't be read") from error
+        raise MedFLError("it sent keys for the secure aggregation that are none") from error
     if len(set(keys)) < len(keys) or not all(isinstance(curve, ec.SECP384R1) for curve in curves):
         raise MedFLError("it sent keys for the secure aggregation that can't be used")
 
@@ -297,7 +295,7 @@ class Party:
         if self.given.get(json.dumps(run_and_round), [counted])[-1].split(" ")[-1] != begun:
             raise MedFLError(
                 "the server asked again for an update of a round that was summed already, and this hospital would now "
-                "begin it differently; nothing was sent"
+                "begin it otherwise; nothing was sent"
             )
         bound = binding(of, self.public, self.names)
         values = quantise(change, weight, limit, len(self.public))
@@ -359,7 +357,7 @@ class Party:
         kept = self._account(summed)
         if self.given.get(json.dumps(self.round), kept) != kept:
             raise MedFLError(
-                "the server asked for another sum of a round that was summed already, and the two sums would "
+                "the server asked for another sum of a round that was summed already, and two of them would "
                 "differ by an update; nothing was given; let the same hospitals take part, or begin the "
                 "federation again"
             )
