@@ -1,4 +1,4 @@
-// What a picture may ask for, looked at before its decoder allocates it, by the rules of limits.py.
+// What a picture may ask for, looked at before its decoder allocates it, by the rules of borders/limits.py.
 
 import { Unzlib } from "fflate";
 

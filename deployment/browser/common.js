@@ -14,7 +14,7 @@ const FORMULA = /(^|[;,|]|\\[trn])(\s*)(?=[=+\-@＝＋－＠])/gu;
 const UNSEEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
 const NAMED = { "\t": "\\t", "\n": "\\n", "\r": "\\r" };
 
-/** A text in one line in which every character can be seen, by the rules of escaping.py. */
+/** A text in one line in which every character can be seen, by the rules of borders/escaping.py. */
 export function plain(text) {
   return text.replace(UNSEEN, (character) => {
     const code = character.codePointAt(0).toString(16);
@@ -28,7 +28,7 @@ export function cell(text) {
   return /[",]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }
 
-export const SIZES_MM = [0.01, 100]; // of a pixel, or between slices: limits.py
+export const SIZES_MM = [0.01, 100]; // of a pixel, or between slices: borders/limits.py
 
 /** Whether a number can be the millimetres of a pixel or between slices. */
 export const isSizeMm = (value) => typeof value === "number" && value >= SIZES_MM[0] && value <= SIZES_MM[1];

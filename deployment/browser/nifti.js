@@ -10,7 +10,7 @@ import { affine, doubt, samePlace, turn } from "./orientation.js";
 
 const BRIGHTEST = 0.999; // quantile of the voxels above 0 that becomes 255
 const BELOW = 0.25, DARKEST = 0.005; // more of what is not 0 lies below it: 0 is not the black; the quantile that is
-const MAX_LARGE = 1e15, UNLIKE = 0.01; // of a voxel's value; of a voxel's size, by which its two records may differ: limits.py, nifti_file.py
+const MAX_LARGE = 1e15, UNLIKE = 0.01; // of a voxel's value; of a voxel's size, by which its two records may differ: borders/limits.py, scans/nifti_file.py
 const WHOLE = 1e-4; // by which a label may lie beside a whole number: nifti_file.py
 const HEADER = 348; // bytes
 const READERS = { // by NIfTI's data type: bytes of a voxel and how one is read

@@ -104,8 +104,9 @@ class Federation:
                 self.ending.keep_encoder()
             else:
                 self.ending.test()
-                if self.energy:
-                    self.ending.keep_energy(self.energy)
+            if self.energy:
+                self.ending.keep_energy(self.energy)
+            if not self.settings.pretraining:
                 self.ending.deliver()
         except NoQuorum as error:
             self.say(str(error))
