@@ -9,7 +9,7 @@ from federation.protocol.settings import FederationSettings
 from federation.server.judging import Scores, mean_dice
 from federation.server.progress import Progress
 from split import PARTS
-from tasks import stored
+from tasks import of_all, stored
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -39,6 +39,7 @@ def describe_run(
             [(facts.parts["train"].patients, facts.images) for facts in told if facts.images]
         )
     )
+    task = told[0].task if told else None  # all outline the same
     mean, patients = mean_dice(scores)
     val = {"patients": patients, "volume_dice": {"mean": mean, "median": None, "ci95": None}}
     about = describe(
@@ -48,7 +49,7 @@ def describe_run(
         origin=_origin(settings, done, told, number),
         data=_data(training, settings, told),
         scores={"val": val} if scores else {},
-        task=stored(told[0].task) if told else None,  # all have the same one
+        task=stored(of_all(task) if settings.private else task),
     )
     about["versions"].update(commit=commit, flwr=told[0].versions["flwr"] if told else None)
     return about
