@@ -44,7 +44,8 @@ class Series:
     slices, rows and columns. positions: mm along the normal, one per slice. problems: why it can't be used, a
     sentence each; empty if it can. references: the series that a segmentation belongs to. when: the study's date and
     time in DICOM's form, to sort studies. person: name, birth date and sex, to detect a number that several people
-    share. volume: the number of the volume in a NIfTI file that holds several, or None.
+    share, and the number that stands beside a NIfTI file. volume: the number of the volume in a NIfTI file that holds
+    several, or None.
     """
 
     uid: str
