@@ -133,7 +133,7 @@ def test_a_label_lies_on_its_scan_or_is_refused(tmp_path, stored):
         nibabel.save(image, tmp_path / f"{name}.nii")
     files = ("a", tmp_path / "scan.nii", tmp_path / "label.nii", named_task("hippocampus"), tmp_path)
     if stored in ("beside it", "nowhere"):
-        with pytest.raises(MedFLError, match="another place|does not say how the patient lies"):
+        with pytest.raises(MedFLError, match="another position|does not say how the patient lies"):
             write_patient(*files)
         return
     write_patient(*files)
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_told(tmp_path):
     assert other.returncode == 2 and "differ in size" in other.stderr
     (labels / "north_0.png").unlink()
     alone = run_here(*command, tmp_path / "c", "--task", "wounds")
-    assert alone.returncode == 2 and "north_0 is in one of" in alone.stderr
+    assert alone.returncode == 2 and "north_0 is only in one of" in alone.stderr
     shutil.rmtree(labels)
     none = run_here(*command, tmp_path / "d", "--task", "wounds")
     assert none.returncode == 2 and "there is no folder" in none.stderr
