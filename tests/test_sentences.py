@@ -70,11 +70,11 @@ WRONG = {
     "a misspelt folder": (lambda f: load(f / "scnas"), "there is no folder .*scnas; fetch the scans"),
     "a patient's own folder": (
         lambda f: load(scans(f) / "anna"),
-        "anna holds slices itself.*name the one above",
+        "anna holds slices itself.*name the folder above it",
     ),
     "no mask": (
         loaded(lambda f: (f / "anna" / "p_2_mask.png").unlink()),
-        r"p_2.png has no mask \(p_2_mask.png\), nor one of its name in a tree of masks; add",
+        r"p_2.png has no mask \(p_2_mask.png\), and no tree of masks has one of its name; add",
     ),
     "a mask alone": (
         loaded(lambda f: (f / "anna" / "p_2.png").unlink()),
@@ -90,7 +90,7 @@ WRONG = {
     ),
     "two sizes": (
         loaded(lambda f: save(f / "anna" / "p_2.png", np.zeros((20, 16, 3), np.uint8))),
-        "p_2.png is 16×20 pixels and p_1.png is 16×16; a patient's slices and masks have one size",
+        "p_2.png is 16×20 pixels and p_1.png is 16×16; all slices and masks of a patient must have the same size",
     ),
     "text for a picture": (
         loaded(lambda f: text(f / "anna" / "p_2.png")),
@@ -102,7 +102,7 @@ WRONG = {
     ),
     "a share that is away": (
         loaded(lambda f: (f / "carl").symlink_to("/mnt/away/carl")),
-        "carl is a link to /mnt/away/carl, which is not there; fetch it .*connect the share",
+        "carl is a link to /mnt/away/carl, which does not exist; fetch it .*connect the share",
     ),
     "grey masks": (
         loaded(lambda f: save(f / "anna" / "p_2_mask.png", BLACK + 7)),
