@@ -114,7 +114,7 @@ def test_what_is_not_read_is_told(tmp_path):
     save(tmp_path / "overview.png", np.zeros((8, 8), np.uint8))
     names, notes = load(tmp_path)
     assert names == ["anna"]
-    for told in ("1 patient kept apart", "2 pictures without masks", "1 phantom beside real scans"):
+    for told in ("1 patient kept apart", "2 pictures without a mask", "1 phantom beside real scans"):
         assert any(told in note for note in notes), notes
 
 
@@ -156,7 +156,7 @@ def test_links_that_lead_to_one_another_are_followed_once(tmp_path):
 def test_a_note_in_the_place_of_a_picture_is_named(tmp_path, note):
     path = patient(tmp_path / "scans" / "anna", 1) / "p_2.png"
     path.write_bytes(note)
-    with pytest.raises(MedFLError, match="p_2.png is a note where the picture would be"):
+    with pytest.raises(MedFLError, match="p_2.png only points to the picture"):
         load(tmp_path / "scans")
 
 
@@ -199,7 +199,7 @@ def test_a_flat_tree_holds_a_patient_for_each_name(tmp_path):
 def test_a_folder_with_the_slices_of_two_patients_is_refused(tmp_path):
     for k, name in enumerate(("a_{}", "b_{}")):
         patient(tmp_path / "scans" / "all", k, name=name)
-    with pytest.raises(MedFLError, match=r"slices of 2 names with the same numbers \(a, b\)"):
+    with pytest.raises(MedFLError, match=r"slices with 2 names with the same numbers \(a, b\)"):
         load(tmp_path / "scans")
 
 
@@ -306,7 +306,7 @@ DEEP = np.arange(3 * 256, dtype=np.uint16).reshape(3, 16, 16) * 80
 )
 @pytest.mark.parametrize("read", [read_slice, read_mask])
 def test_no_more_than_8_unsigned_bits_are_cut_in_silence(tmp_path, make, read):
-    with pytest.raises(MedFLError, match=r"a channel, and a slice has 8|pixels of type"):
+    with pytest.raises(MedFLError, match=r"a channel, but a slice has 8|pixels of type"):
         read(make(tmp_path / "deep_1.tif"))
 
 

@@ -78,11 +78,11 @@ WRONG = {
     ),
     "a mask alone": (
         loaded(lambda f: (f / "anna" / "p_2.png").unlink()),
-        r"p_2_mask.png has no slice .*add it",
+        r"p_2_mask.png has no slice .*add the slice",
     ),
     "two masks": (
         loaded(lambda f: save(f / "anna" / "p_2_mask.tif", BLACK)),
-        "are two masks of one slice; take one",
+        "are two masks of one slice; remove one",
     ),
     "two formats": (
         loaded(lambda f: [save(f / "anna" / f"p_2{s}.tif", BLACK) for s in ("", "_mask")]),
@@ -98,7 +98,7 @@ WRONG = {
     ),
     "a file not fetched": (
         loaded(lambda f: text(f / "anna" / "p_2.png", "version https://git-lfs.github.com/spec/v1")),
-        "p_2.png is a note where the picture would be; fetch it with `git lfs pull`",
+        "p_2.png only points to the picture, which was not fetched; fetch it with `git lfs pull`",
     ),
     "a share that is away": (
         loaded(lambda f: (f / "carl").symlink_to("/mnt/away/carl")),
@@ -106,11 +106,11 @@ WRONG = {
     ),
     "grey masks": (
         loaded(lambda f: save(f / "anna" / "p_2_mask.png", BLACK + 7)),
-        "p_2_mask.png has the value 7, and a mask holds 0",
+        "p_2_mask.png has the value 7, but a mask only holds 0",
     ),
     "two patients in one folder": (
         loaded(lambda f: patient(f / "anna", 3, name="q_{}")),
-        r"anna holds slices of 2 names with the same numbers \(p, q\); give each patient a folder",
+        r"anna holds slices with 2 names with the same numbers \(p, q\); give each patient a folder",
     ),
     "images and masks in two folders of other names": (
         uploaded(trees_of_other_names),

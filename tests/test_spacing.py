@@ -39,11 +39,11 @@ def test_the_spacing_is_read_from_disk_or_memory(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "no volume.json of a prepared patient"),
-        (b"[1]", "no volume.json"),
-        (b"{}", "no volume.json"),
-        (b"\xff\xfe", "no volume.json"),
-        ({"version": 2}, "of version 2"),
+        (b"", "is not the volume.json of a prepared patient"),
+        (b"[1]", "is not the volume.json"),
+        (b"{}", "is not the volume.json"),
+        (b"\xff\xfe", "is not the volume.json"),
+        ({"version": 2}, "has version 2"),
         ({"spacing_mm": None}, "must have three sizes"),
         ({"spacing_mm": [1.0, 1.0]}, "must have three sizes"),
         ({"spacing_mm": [5.0, 0.0, 1.0]}, "must have three sizes"),
