@@ -199,7 +199,7 @@ def test_a_flat_tree_holds_a_patient_for_each_name(tmp_path):
 def test_a_folder_with_the_slices_of_two_patients_is_refused(tmp_path):
     for k, name in enumerate(("a_{}", "b_{}")):
         patient(tmp_path / "scans" / "all", k, name=name)
-    with pytest.raises(MedFLError, match=r"slices with 2 names with the same numbers \(a, b\)"):
+    with pytest.raises(MedFLError, match=r"slices with 2 names and the same numbers \(a, b\)"):
         load(tmp_path / "scans")
 
 

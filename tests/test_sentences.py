@@ -110,7 +110,7 @@ WRONG = {
     ),
     "two patients in one folder": (
         loaded(lambda f: patient(f / "anna", 3, name="q_{}")),
-        r"anna holds slices with 2 names with the same numbers \(p, q\); give each patient a folder",
+        r"anna holds slices with 2 names and the same numbers \(p, q\); give each patient a folder",
     ),
     "images and masks in two folders of other names": (
         uploaded(trees_of_other_names),
