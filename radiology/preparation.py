@@ -208,10 +208,14 @@ def _without_patient(text: str, series: Series) -> str | None:
     texts = series.patient_id, *series.person, series.when[:8]
     names = [word for word in _words_of(name) if not word.isdigit()]
     whole = {_together(series.patient_id), _together(number), "".join(names), "".join(reversed(names))}
+    whole |= set(
+        map(_together, re.split(r"[\^=]", name) + name.split("="))
+    )  # O'Brien; one of several scripts
     for day in map(_together, (born, series.when[:8])):
-        whole |= {day, day[6:] + day[4:6] + day[:4], day[4:] + day[:4]}  # year, day or month first
+        for year in (day[:4], day[2:4]):
+            whole |= {year + day[4:], day[6:] + day[4:6] + year, day[4:] + year}  # year, day or month first
     typed = _together(text)
-    stands = any(len(one) >= 4 and one in typed for one in whole)
+    stands = any(len(one) >= (4 if one.isascii() else 2) and one in typed for one in whole)
     return None if not text or stands or set(_words_of(text)) & set(_words_of(*texts)) else text
 
 
