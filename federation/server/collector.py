@@ -1,4 +1,4 @@
-"""A round's updates: asked for, checked one by one as they come, and screened beside each other."""
+"""A round's updates: requested, checked one by one as they arrive, and then compared with each other."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +29,14 @@ from federation.server.updates import Updates
 
 @dataclass
 class Collected:
-    """What one try of a round brought.
+    """The result of one attempt at a round.
 
-    told: what hospitals said of their training, by label; observed: the scores of those that only observe.
-    updates: those that may count. bytes: what went to each hospital and what came back. failures: why
-    hospitals have no part in it. proofs: what they signed. blamed: who broke the secure aggregation, and how,
-    also where it counts all the same. unable: who could not train the model, or whose update has no place in a
-    secure sum. lost: a hospital's wrong secret makes a sum of this round impossible.
+    members: the members that were there at its start. updates: the updates that may count. told: what hospitals
+    reported about their training. observed: the scores of the hospitals that only observe. bytes: sent to each
+    hospital, and received from it. failures: why a hospital's update does not count. proofs: what hospitals signed.
+    blamed: how a hospital broke the secure aggregation, also if its update counts. unable: hospitals that could not
+    train the model, or whose update does not fit into a secure sum. lost: whether a hospital's wrong secret made
+    the sum of this round impossible. Dicts are by label.
     """
 
     members: list[Member]
@@ -60,21 +61,22 @@ class Collected:
 
 
 class Collector:
-    """Collects the updates of one round after the other into files below `out`."""
+    """Collects the updates of each round in files below `out`."""
 
     def __init__(self, state: RunState, exchange: Exchange, out: Path):
         self.state, self.exchange, self.out = state, exchange, out
         self.settings = state.federation
         self.variances = variance_mask(state.model)
-        # of secure aggregation: a round and who broke the protocol in it; who lost one
+        # of secure aggregation: a round and the hospitals that broke the protocol in it; those that made a round's
+        # sum impossible
         self._accused: tuple[int, set[str]] = (0, set())
         self._banned: set[str] = set()
 
     def collect(self, number: int, attempt: int, partition: str | None) -> Collected:
-        """Send the model, and take in the hospitals' answers as they come.
+        """Send the model, and process the hospitals' answers as they arrive.
 
-        number: the round; attempt: how often it was asked for, from 1; partition: SHA-256 of the simulated
-        hospitals' one.
+        number: the round; attempt: the attempt at it, from 1; partition: SHA-256 of the simulated hospitals'
+        partition.
         """
         members = self.exchange.quorum()
         left_out = self.settings.left_out(number <= self.state.training.frozen_epochs)
@@ -123,7 +125,7 @@ class Collector:
                 return
             told = parse(Trained, answer.about)
             if told.round != number:
-                raise MedFLError(f"its update is of round {told.round}")
+                raise MedFLError(f"its update is for round {told.round}")
             announced(told, member.facts)
             if secure:
                 secure.take(member, told, answer.arrays)
@@ -153,13 +155,14 @@ class Collector:
             came.lost = secure.lost
             came.blamed = secure.blamed | self._accuse(number, secure, complaints, came.failures)
             if mean is not None:
-                # of single updates nothing can be checked; a variance below 0 would ruin the model for everybody
+                # single updates can't be checked here; a variance below 0 would ruin the model for everybody
                 mean = torch.where(self.variances & (mean < 0), self.state.weights, mean)
                 came.updates.add("the mean", mean, 1)
         return came
 
     def _without_the_accused(self, number: int, members: list[Member]) -> list[Member]:
-        """The members without those who broke the protocol in a former try of this round, or lost one."""
+        """The members, without those that broke the protocol in an earlier attempt at this round or made any round
+        of this run impossible."""
         if self._accused[0] != number:
             self._accused = number, set()
         return [member for member in members if member.label not in self._accused[1] | self._banned]
@@ -167,9 +170,12 @@ class Collector:
     def _accuse(
         self, number: int, secure: SecureRound, complaints: dict[str, set[str]], failures: dict[str, str]
     ) -> dict[str, str]:
-        """Who made shares or codes that more than half of the other hospitals can't use, by label; they have no part in
-        the next tries of this round, and who made a round impossible in none of this run. One hospital's word
-        is not enough: it may lie, and drops out itself; whom it names is put to why it did, in `failures`."""
+        """The hospitals whose shares or codes more than half of the others can't use, by label, with the reason.
+
+        They are excluded from further attempts at this round; hospitals that made a round impossible are excluded from
+        the rest of the run. One hospital's word is not enough, because it may lie: it drops out itself, and its
+        entry in `failures` also names the hospital that it accuses.
+        """
         found = {}
         for node, by in complaints.items():
             label, others = secure.names.get(node), {*secure.shared} - {secure.names.get(node)}
@@ -184,7 +190,7 @@ class Collector:
         return found
 
     def screen(self, came: Collected) -> None:
-        """Leave out the updates that stand out among the others."""
+        """Leave out the updates that differ too much from the others."""
         for label, reason in screen(came.updates, self.settings).items():
             came.failures[label] = f"{reason}; it is left out"
             del came.told[label]
@@ -192,14 +198,14 @@ class Collector:
     def _take(
         self, member: Member, told: Trained, answer: Answer, updates: Updates, travels: torch.Tensor
     ) -> None:
-        """Check an update and put it to the others. travels: which of the weights are in it, (n,) bool."""
+        """Check an update and add it to the others. travels: which of the weights are in it, (n,) bool."""
         precision, sent = self.settings.update_dtype, self.state.weights
         update = from_record(answer.arrays, precision)
         if len(update) != int(
             travels.sum()
-        ):  # of the whole model, it would change what is frozen, or kept elsewhere
+        ):  # an update of the whole model would change layers that are frozen or kept at the hospitals
             raise MedFLError(
-                f"its update has {len(update)} weights and the model {int(travels.sum())} that travel in this round"
+                f"its update has {len(update)} weights, but {int(travels.sum())} of the model's travel in this round"
             )
         weights = sent.clone()
         weights[travels] = update + (0 if precision == FULL else sent[travels])

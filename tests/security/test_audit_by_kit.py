@@ -84,7 +84,7 @@ def test_a_log_that_was_cut_or_written_anew_is_refused(ran):
     ran.written_anew(lambda events: [*events, {"event": "end", "exit": 0}])
     anew = ran.audit()
     for done in (cut, anew):
-        assert done.returncode == 2 and "cut off, written anew or taken away" in done.stderr, done
+        assert done.returncode == 2 and "cut off, rewritten or removed" in done.stderr, done
 
 
 def test_a_line_that_was_added_at_the_end_is_refused(ran):
@@ -152,7 +152,7 @@ def nothing_said(events):
     [
         (another_update, "not signed with a key of hope"),
         (another_hospital, "not signed with a key of hope"),
-        (nobodys, "that no line says it signed"),
+        (nobodys, "but no line holds its signature"),
         (a_strangers, "names stranger, which the kit does not know"),
         (of_lists, "says nothing that could have been signed"),
         (nothing_said, "says nothing that could have been signed"),
