@@ -81,7 +81,7 @@ class AuditLog:
             with contextlib.suppress(OSError):
                 cut_half_line(self.path)
             raise MedFLError(
-                f"{self.path} can't be written ({error.strerror or error}); free disk space, then continue with "
+                f"{self.path} can't be written ({error.strerror or error}); free the space, then continue with "
                 "--resume"
             ) from error
         self._count, self._last = self._count + 1, new
