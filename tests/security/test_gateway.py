@@ -326,7 +326,7 @@ def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
     gone = next(
         k for k, event in enumerate(events) if event["event"] == "left" and event["hospital"] == "hospital-1"
     )
-    assert events[gone]["why"] == "its key is revoked or its admission over"
+    assert events[gone]["why"] == "its key is revoked or its admission has ended"
     before, after = (
         [event["hospitals"] for event in part if event["event"] == "round"]
         for part in (events[:gone], events[gone:])
