@@ -53,7 +53,7 @@ class Exchange:
         )
         self.known, self.say = known, say
         self._observers = False  # whether hospitals that only score count as well
-        self._complaints: dict[str, set[str]] = {}  # in secure aggregation: labels of those that complain, by node
+        self._complaints: dict[str, set[str]] = {}  # in secure aggregation: who complained, by node
         self._have: set[str] = (
             set()
         )  # sessions of hospitals that hold a whole model, so that parts of it are enough
@@ -221,7 +221,7 @@ class Exchange:
                 for label in waiting:
                     now = self.membership.members.get(label)
                     if now and now.node not in by_node:  # messages to its old connection are lost
-                        failures[label] = "it reconnected during the round; it takes part again in the next one"
+                        failures[label] = "it reconnected during the round; it takes part in the next one"
                 bar.set_postfix_str(f"waiting for {', '.join(waiting)}" if waiting else "", refresh=False)
                 time.sleep(TICK)
         self.mailbox.drop(purpose)
