@@ -21,8 +21,9 @@ from pydicom.uid import UID, JPEGExtended12Bit
 
 from borders.limits import MAX_LARGE, fits, is_size_mm
 from common import MedFLError
+from radiology.bounds import File
 from radiology.codestreams import check_frame
-from radiology.headers import OUTLINES, File, Place, Slice, read_header
+from radiology.headers import OUTLINES, Place, Slice, read_header
 
 END_OF_JPEG = b"\xff\xd9"
 SAME_PLACE = 0.01  # mm; slices that are closer than this count as being at the same place

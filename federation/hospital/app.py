@@ -13,19 +13,20 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from common import DISK_FULL, NO_MEMORY, MedFLError, in_words
-from federation.hospital.hospital import Hospital, HospitalError
+from federation.hospital.faults import HospitalError
+from federation.hospital.hospital import Hospital
 from federation.hospital.identity import ENDED, WAITING, Identity
 from federation.hospital.joining import check_consent, introduce
 from federation.hospital.keeping import keep_model
 from federation.hospital.secure_stages import fix_run, masked, refusing, secure_stage
 from federation.hospital.status import shown
 from federation.hospital.sums import Sums
+from federation.protocol.agreement import from_json
 from federation.protocol.answers import Energy, Kind, Result, Tested, Trained, Typed, parse
 from federation.protocol.log import say
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.proofs import sign_answer
 from federation.protocol.requests import QUERIES, Agree, Join, Keys, Model, Over, Score, Shares, Train, Unmask
-from federation.protocol.settings import from_json
 from federation.protocol.weights import Record, array_record, to_record
 from runs.energy import Meter
 from storage.files import write_json
@@ -145,10 +146,10 @@ def make_app(
         if task.part == "test":
             return Message(message(tested(mine, model).model_dump()), reply_to=incoming)
         used = meter(mine)
-        score = mine.finish(model, task) if task.last else mine.score(model)
+        score = mine.finish(model, task) if task.last else mine.reports.score(model)
         if score.val_dice is not None:
             say(f"{'last' if task.last else 'current'} model: validation Dice {score.val_dice:.3f}")
-        result = Result(**asdict(mine.told(score)), energy=used())
+        result = Result(**asdict(mine.reports.told(score)), energy=used())
         return Message(message(result.model_dump()), reply_to=incoming)
 
     return app
@@ -270,17 +271,17 @@ def guard(incoming: Message, context: Context, handle: Handle, identity: Identit
 
 def tested(hospital: Hospital, model: TransUNet) -> Tested:
     """What is told of a model's score on the patients that were kept for the test."""
-    score = hospital.score(model, "test")
+    score = hospital.reports.score(model, "test")
     if score.val_dice is not None:
         say(f"Dice on this hospital's test patients: {score.val_dice:.3f} over {score.val_patients}")
-    told = hospital.told(score)
+    told = hospital.reports.told(score)
     return Tested(test_dice=told.val_dice, test_patients=told.val_patients, seconds=told.seconds)
 
 
 def one_round(task: Train, hospital: Hospital, arrays: Record) -> tuple[Trained, torch.Tensor]:
     """What is told of a round, and the update, (n,) float32."""
     model = hospital.received(task, arrays)
-    score = hospital.score(model)
+    score = hospital.reports.score(model)
     work, update = hospital.train(model, task)
     scored = f"validation Dice {score.val_dice:.3f} before it, " if score.val_dice is not None else ""
     loss = f"loss {work.train_loss:.3f} " if work.train_loss is not None else ""
@@ -293,7 +294,7 @@ def one_round(task: Train, hospital: Hospital, arrays: Record) -> tuple[Trained,
         f"slices in {work.seconds:.0f} s{spent}"
     )
     told = {
-        **asdict(hospital.told(score)),
+        **asdict(hospital.reports.told(score)),
         **asdict(work),
         "seconds": work.seconds + score.seconds,
         "round": task.round,

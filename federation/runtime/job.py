@@ -13,14 +13,10 @@ from common import MedFLError, __version__, counted, git_commit, settings_from
 from encoders.autoencoder import check_name
 from encoders.weights import PRETRAINED, RANDOM, RECIPES, go_on_from, start_model, with_recipe
 from federation.privacy.hospitals import HospitalPrivacy
+from federation.protocol.agreement import approval, check_together, to_json
 from federation.protocol.log import say
 from federation.protocol.messages import local_versions
-from federation.protocol.settings import (
-    FederationSettings,
-    approval,
-    check_together,
-    to_json,
-)
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import part_mask
 from federation.runtime.bundle import hospital_code
 from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify

@@ -13,9 +13,11 @@ from test_hospital import work
 from common import MedFLError
 from encoders.weights import start_model
 from federation.hospital.data import HospitalData
-from federation.hospital.hospital import Hospital, HospitalError
+from federation.hospital.faults import HospitalError
+from federation.hospital.hospital import Hospital
+from federation.protocol.agreement import check_together
 from federation.protocol.answers import PatientPrivacy
-from federation.protocol.settings import FederationSettings, check_together
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack, part_mask, unpack
 from training import TrainingSettings
 from transunet import ARCHITECTURES, TransUNet

@@ -12,17 +12,9 @@ from in_process import RealHospital
 import federation.hospital.app
 import federation.server.secure_round
 from common import MedFLError
+from federation.protocol.masks import binding, from_sum, mask, quantise, steps
 from federation.protocol.messages import message
-from federation.protocol.secure_aggregation import (
-    Party,
-    binding,
-    from_sum,
-    mask,
-    quantise,
-    steps,
-    threshold,
-    unmasked,
-)
+from federation.protocol.secure_aggregation import Party, threshold, unmasked
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack, variance_mask
 from transunet import TransUNet
