@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 import federation.server.history
 from common import ROOT, MedFLError, __version__
-from federation.hospital.app import guard
+from federation.hospital.answering import guard
 from federation.hospital.faults import HospitalError
 from federation.hospital.identity import Identity
 from federation.hospital.joining import ends_soon
