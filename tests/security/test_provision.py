@@ -60,7 +60,7 @@ def test_nothing_is_overwritten_and_a_renewed_certificate_keeps_the_authority(co
     again = consortium.provision("hospital", "--name", "mercy", "--kit", mercy, fine=False)
     assert again.returncode == 2 and "not overwritten" in again.stderr
     bad = consortium.provision("server", "--host", "no name!", "--renew", "--kit", consortium.kit, fine=False)
-    assert bad.returncode == 2 and "no name and no address" in bad.stderr
+    assert bad.returncode == 2 and "neither a host name nor an address" in bad.stderr
     assert {path: path.read_bytes() for path in before} == before
     consortium.provision("server", "--host", "x.org", "--renew", "--kit", consortium.kit)
     assert "x.org" in certificates.certificate_names(certificates.server_certificate(consortium.kit))
@@ -106,7 +106,7 @@ def test_a_label_and_a_key_belong_together(consortium):
 @pytest.mark.parametrize("host", ["klinik-köln.example", "a..b", "*.example"])
 def test_a_name_that_is_no_machines_is_told(consortium, host):
     told = refused(consortium, "server", "--host", host, "--kit", consortium.folder / "new")
-    assert told.count("\n") == 1 and "is no name and no address" in told
+    assert told.count("\n") == 1 and "is neither a host name nor an address" in told
 
 
 @pytest.mark.parametrize("letters", ["{}.{}", "{}-{}", "{}{}="])
