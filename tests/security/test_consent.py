@@ -52,7 +52,7 @@ def test_a_hospital_trains_what_it_approved_and_nothing_else(scene: Scene, phant
     options = ("--cid", 0, "--data-dir", phantoms)
     server = scene.server("--clients", 1, "--rounds", 1, "--lr", 0.0005, *SMALL)
     server.wait_for("listening")
-    wanted = re.search(r"what they approve: ([0-9a-f]{64})", server.output)[1]
+    wanted = re.search(r"that use --approve: ([0-9a-f]{64})", server.output)[1]
     looking = scene.hospital("looking", *options, "--approve")
     assert looking.end() == 2, looking.output
     assert f"start again with --approve {wanted}" in looking.output and "--lr 0.0005" in looking.output

@@ -208,7 +208,7 @@ def test_members_of_a_consortium_are_read_and_damaged_lists_refused(consortium):
     for damaged, sentence in (
         (printed.replace(lines[0][1], lines[1][1]), "two keys of anna"),
         (printed.replace(lines[1][1], lines[0][1]), "one key for two hospitals"),
-        ("bert", "is no hospital's public key"),
+        ("bert", "is not a hospital's public key"),
     ):
         (anna / "members.pub").write_text(damaged, encoding="utf-8")
         with pytest.raises(MedFLError, match=sentence):
