@@ -153,7 +153,7 @@ def test_files_that_are_missing_expired_or_of_another_kit_are_told(consortium, t
         certificates.server_certificate(other.kit)
     monkeypatch.undo()
     (other.kit / "server.pem").write_text("no certificate")
-    with pytest.raises(MedFLError, match="is no certificate"):
+    with pytest.raises(MedFLError, match="is not a certificate"):
         certificates.server_certificate(other.kit)
     (other.kit / "server.pem").unlink()
     with pytest.raises(MedFLError, match="there is no"):
@@ -175,7 +175,7 @@ def test_a_hospitals_kit_is_checked(consortium):
             hospital_kit.hospital_label(third)
     (third / "hospital.key").write_text("no key")
     (third / "hospital.key").chmod(0o600)
-    with pytest.raises(MedFLError, match="is no private key"):
+    with pytest.raises(MedFLError, match="is not a private key"):
         hospital_kit.hospital_label(third)
     other = ed25519.Ed25519PrivateKey.generate()
     pem = other.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
