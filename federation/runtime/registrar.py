@@ -51,7 +51,9 @@ class Registrar:
             key, node = self._open.pop(label)
             self.control.unregister(node)
             self._out[key] = ""
-            self.say(f"{label} is removed: its key is revoked or its admission ended ({self.kit / HOSPITALS})")
+            self.say(
+                f"{label} is removed: its key is revoked or its admission has ended ({self.kit / HOSPITALS})"
+            )
         for label in sorted(admitted.keys() - self._open.keys()):
             if admitted[label].public_key in self._out:
                 self._tell_to_start_again(admitted[label].public_key, label)
