@@ -138,7 +138,7 @@ def test_the_option_takes_hashes_and_files(tmp_path):
 
 def test_a_mistyped_hash_is_told_at_the_start(phantoms, home):
     done = run_here("run_client.py", "--cid", 0, "--data-dir", phantoms, "--approve", "abc")
-    assert done.returncode == 2 and "no hash of 64 digits" in done.stderr
+    assert done.returncode == 2 and "neither a hash of 64 digits" in done.stderr
 
 
 def test_settings_as_they_travel_hold_no_path_of_the_server():

@@ -184,7 +184,7 @@ class Week:
         twice = self.scene.hospital(
             "mercy-again", "--own-data", self.data["mercy"], "--kit", self.kits["mercy"]
         )
-        assert twice.end() == 2 and "mercy runs already" in twice.output
+        assert twice.end() == 2 and "mercy is already running" in twice.output
 
     def add(self, label: str) -> None:
         """A hospital is admitted while the run goes on: it asks, observes, leaves, and trains."""
