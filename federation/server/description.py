@@ -26,12 +26,12 @@ def describe_run(
     """The metadata of a run's model after round `number`.
 
     Args:
-        done: how far the run is. commit: of this working copy.
-        scores: of the model on validation patients, empty without any.
+        done: the run's progress. commit: of this working copy.
+        scores: the model's scores on validation patients; empty without any.
     """
     told = list(done.hospitals.values())
-    # differential privacy of hospitals puts noise on weights only, so beside them nothing is told that depends on
-    # who took part: no label, count or device, and nothing of the images
+    # differential privacy of hospitals adds noise only to the weights, so the metadata holds nothing that depends on
+    # which hospitals took part: no label, count or device, and nothing about the images
     images = (
         None
         if settings.private
@@ -76,7 +76,7 @@ def _training(
 
 
 def _data(training: TrainingSettings, settings: FederationSettings, told: list[Facts]) -> dict:
-    # what hospitals call data of their own depends on who took part
+    # the names of the hospitals' own data depend on which hospitals took part
     names = {"own data" if settings.private and facts.own_data else facts.data for facts in told}
     data: dict = {
         "name": " and ".join(sorted(names)),
@@ -118,8 +118,8 @@ def _origin(settings: FederationSettings, done: Progress, told: list[Facts], num
 
 
 def _patients_privacy(done: Progress) -> dict[str, dict[str, float]]:
-    """What hospitals spent of their patients' privacy, by label; nothing of one that also gave updates
-    without."""
+    """The privacy that hospitals spent for their patients, by label; hospitals that also sent an update without such
+    privacy are left out."""
     spent, bare = {}, set()
     for row in done.rows:
         if row["patient_epsilon"] is not None:

@@ -286,7 +286,7 @@ def test_the_server_says_what_is_protected(monkeypatch, tmp_path, capsys):
     model, training = TransUNet("tiny", 32, "group"), TrainingSettings(image_size=32, norm="group")
     announce_privacy(HospitalPrivacy(FederationSettings(rounds=1, **privacy)), model, training)
     said = capsys.readouterr().out
-    assert "the protected unit is the hospital, and not the patient" in said
+    assert "the protected unit is the hospital, not the patient" in said
     assert "note: with 2 hospitals" in said
     workers = [Worker(f"hospital-{k}", [0.5] * 2) for k in (0, 1)]
     _, _, lines = federate(workers, 1, tmp_path, federation=privacy, norm="group")

@@ -160,10 +160,10 @@ def test_a_webhook_and_a_command_get_one_line_an_event_and_cant_stop_anything(tm
     server.shutdown()
     assert [line["event"] for line in got] == ["left_out", "end"] and "before" not in got[0]
     said = capsys.readouterr().out
-    assert got[0]["hospital"] == "mercy" and "--notify could not be told (HTTP 500)" in said
+    assert got[0]["hospital"] == "mercy" and "--notify failed (HTTP 500)" in said
     # what fails here does not keep the line from who is next
     assert [json.loads(line)["event"] for line in heard.read_text().splitlines()] == ["left_out", "end"]
-    assert "--on-event could not be told (exit code 1: no)" in said
+    assert "--on-event failed (exit code 1: no)" in said
 
 
 @pytest.mark.parametrize(("url", "command"), [("ftp://x", None), (None, "/no/such/program")])
