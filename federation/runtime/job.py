@@ -92,8 +92,8 @@ def taken_up(
     done = state["progress"]["round"]
     federation = with_rounds(federation, arguments.rounds if "rounds" in arguments.given else None, done)
     say(
-        f"going on after round {done} of {federation.rounds}, with that run's own settings; other options are "
-        "ignored"
+        f"going on after round {done} of {federation.rounds}, with that run's own settings; options other than "
+        "--rounds are ignored"
         if done < federation.rounds
         else f"all {federation.rounds} rounds of this run are done; what is left is to score the model and to "
         "tell the hospitals the end (for a new run leave --resume out)"
