@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import pydicom
 import SimpleITK as sitk
 
 from borders.limits import fits, is_size_mm
 from common import MedFLError
-from radiology.bounds import File
+from radiology.bounds import File, read_with_pixels
 from radiology.decoding import decode_slice
 from radiology.headers import OUTLINES, Place, Slice, read_header
 
@@ -247,7 +246,7 @@ def load_series(series: Series) -> sitk.Image:
     if series.problems:
         raise MedFLError(f"the series “{series.description}” can't be used: {'; '.join(series.problems)}")
     volume = np.empty((series.slices, series.rows, series.columns), np.float32)
-    whole = {path: pydicom.dcmread(path) for path in dict.fromkeys(series.files)} if series.frames else {}
+    whole = {path: read_with_pixels(path) for path in dict.fromkeys(series.files)} if series.frames else {}
     for index in range(series.slices):
         path, frame = series.place_of(index)
         volume[index] = decode_slice(path, whole.get(path), frame or 0)
