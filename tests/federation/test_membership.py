@@ -6,7 +6,7 @@ brought into at will.
 
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
-from scripted import VERSIONS, Grid, Node, facts
+from scripted import VERSIONS, Grid, Node, facts, make_fast
 
 import federation.server.mailbox
 import federation.server.membership
@@ -16,7 +16,10 @@ from federation.protocol.messages import End, read
 from federation.protocol.settings import FederationSettings
 from federation.server.mailbox import Mailbox
 from federation.server.membership import Membership
+from federation.server.state import RunState
 from tasks import LGG, named_task
+from training import TrainingSettings
+from transunet import TransUNet
 
 
 class Play:
@@ -178,6 +181,7 @@ def test_a_dispute_waits_for_the_holders_work(play):
         (facts("hospital-7"), End.NUMBER),
         (facts("hospital-1", partition_sha256="other"), End.SPLIT),
         (facts("mercy", task=named_task("hippocampus").model_dump(mode="json")), End.TASK),
+        (facts("mercy", task={**LGG.model_dump(mode="json"), "region": "nothing"}), End.TASK),
         (facts("mercy", task={**LGG.model_dump(mode="json"), "region": "\x1b[2J"}), End.UNFIT),
         ({"failure": "data", "label": "mercy"}, End.UNFIT),
         (facts("hospital-1", cid=0), End.UNFIT),
@@ -199,6 +203,20 @@ def test_who_is_refused(play, introduction, code):
     p.grid.nodes[2] = newcomer = Node(introduction)
     p.go(3)
     assert p.labels == {"hospital-0": 1} and newcomer.ends == [code]
+
+
+def test_one_hospital_does_not_name_what_the_model_outlines(tmp_path, monkeypatch):
+    """Whose label came first named it for all; the pages show that beside each mask."""
+    make_fast(monkeypatch)
+    state = RunState(
+        TransUNet("tiny", 32), TrainingSettings(image_size=32), FederationSettings(), tmp_path, None
+    )
+    lie = LGG.model_copy(update={"title": "Healthy brains"})
+    state.progress.hospitals = {
+        label: Facts(**facts(label, task=task and task.model_dump(mode="json")))
+        for label, task in (("a", lie), ("b", None), ("c", None))
+    }
+    assert state.metadata({}, 1)["task"] is None
 
 
 def test_a_full_federation_takes_nobody(play):

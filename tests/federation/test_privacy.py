@@ -20,6 +20,7 @@ from federation.protocol.settings import FederationSettings, check_together
 from federation.runtime.job import announce_privacy
 from federation.server.state import BEST, LAST
 from federation.server.updates import Updates
+from tasks import LGG, named_task
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -222,8 +223,17 @@ def test_a_private_models_file_is_the_same_whoever_took_part(monkeypatch, tmp_pa
     own = {"cid": None, "own_data": True}
     hospitals["hospital-0"] = hospitals["hospital-0"].model_copy(update={**own, "data": "own data"})
     without = state.metadata({}, 1)
-    hospitals["hospital-1"] = other.model_copy(update={**own, "data": "Prostates of Mercy"})  # a task's title
+    title = "Prostates of Mercy"
+    task = LGG.model_copy(update={"title": title})
+    hospitals["hospital-1"] = other.model_copy(update={**own, "data": title, "task": task})
     assert {**state.metadata({}, 1), "created": None} == {**without, "created": None}
+    another = named_task("hippocampus")
+    for label, of in (("hospital-0", another), ("hospital-1", another.model_copy(update={"title": title}))):
+        hospitals[label] = hospitals[label].model_copy(update={"task": of})
+    with_both = state.metadata({}, 1)
+    del hospitals["hospital-0"]
+    assert {**state.metadata({}, 1), "created": None} == {**with_both, "created": None}
+    assert with_both["task"]["region"] == another.region and title not in str(with_both)
     rows = dict(card_rows(load_checkpoint(tmp_path / BEST), "0" * 64))
     assert rows["Trained"].startswith("federated, 2 hospitals, 1 rounds") and "hospital-" not in str(rows)
     assert "patients" not in rows["Data"]
