@@ -200,7 +200,8 @@ class Membership:
             self.say(f"{seen.label} asks whether it could join: {End.TAKEN if holder else 'it could'}")
             self._refuse(answer.node, End.TAKEN if holder else End.FIT)
             return
-        if holder and holder.session != seen.session:
+        # what one connection says twice is no dispute: a hospital that kept one up with itself held all rounds up
+        if holder and holder.session != seen.session and holder.node != answer.node:
             self._rivals[answer.node] = seen  # the holder is asked whether it is still there
         else:
             self._admit(answer.node, seen)

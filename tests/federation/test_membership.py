@@ -14,7 +14,7 @@ from appearance.features import MEASURES
 from federation.protocol.answers import Facts
 from federation.protocol.messages import End, read
 from federation.protocol.settings import FederationSettings
-from federation.server.mailbox import Mailbox
+from federation.server.mailbox import Answer, Mailbox
 from federation.server.membership import Membership
 from federation.server.state import RunState
 from tasks import LGG, named_task
@@ -172,6 +172,15 @@ def test_a_dispute_waits_for_the_holders_work(play):
     p.grid.nodes[1].silent = False
     p.go()
     assert twin.ends == [End.TAKEN]
+
+
+def test_a_hospital_has_no_dispute_with_itself(play):
+    """It was asked twice when its connection was lost for a moment, and answered once later, as if started anew."""
+    p = play()
+    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.go()
+    p.membership.handle(Answer(1, "join", facts("hospital-0", session="another")))
+    assert not p.membership.disputed and p.membership.members["hospital-0"].session == "another"
 
 
 @pytest.mark.parametrize(
