@@ -209,9 +209,34 @@ def test_who_is_refused(play, introduction, code):
     p = play()
     p.grid.nodes = {1: Node(facts("hospital-0"))}
     p.go()
+    assert not p.membership.settle()  # the run begins
     p.grid.nodes[2] = newcomer = Node(introduction)
     p.go(3)
     assert p.labels == {"hospital-0": 1} and newcomer.ends == [code]
+
+
+def test_the_first_to_come_does_not_send_the_others_away(play):
+    """Nor does one that only observes. The others' programs ended with "refused", at every start again."""
+    other = named_task("hippocampus").model_dump(mode="json")
+    p = play(clients=6)
+    p.grid.nodes = {
+        1: Node(facts("mallory", task=other)),
+        2: Node(facts("oscar", task=other, role="observe")),
+    }
+    p.go()
+    honest = {
+        3: Node(facts("mercy")),
+        4: Node(facts("hope")),
+        5: Node(facts("hospital-0")),
+        6: Node(facts("hospital-1")),
+    }
+    p.grid.nodes |= honest | {7: Node(facts("hospital-2", partition_sha256="other"))}
+    p.go()
+    assert p.membership.settle() and not p.membership.settle()
+    p.go()
+    assert p.labels == {"mercy": 3, "hope": 4, "hospital-0": 5, "hospital-1": 6}
+    assert [p.grid.nodes[one].ends for one in (1, 2, 7)] == [[End.TASK], [End.TASK], [End.SPLIT]]
+    assert not any(node.ends for node in honest.values())
 
 
 def test_one_hospital_does_not_name_what_the_model_outlines(tmp_path, monkeypatch):
