@@ -236,6 +236,8 @@ def take_up(arguments: argparse.Namespace) -> None:
     """Decide whether a run begins or goes on, and what it goes on with. Raises MedFLError where a former run
     would be overwritten. Ends the program where nothing is left to do."""
     if arguments.evaluate:
+        if arguments.energy:
+            raise MedFLError("--energy measures a training; leave it out with --evaluate")
         return
     out = arguments.out
     there = (out / LAST).exists()

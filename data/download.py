@@ -1,10 +1,11 @@
-"""Fetch the LGG MRI segmentation set from Kaggle, put it where every script looks, and check it.
+"""Download the LGG MRI segmentation dataset from Kaggle into the folder where every script looks for it, and
+check it.
 
     pip install -r requirements.txt -r requirements-download.txt
     python data/download.py
 
-A broken-off run goes on where it stopped: kagglehub keeps the part of the archive that it has, and a
-patient's folder takes its place whole or not at all. Where everything is there, nothing is asked of anybody.
+An interrupted run continues where it stopped: kagglehub keeps the downloaded part of the archive, and a
+patient's folder appears only when it is complete. If the whole set is already there, Kaggle is not contacted.
 """
 
 import argparse
@@ -26,7 +27,7 @@ PAGE = f"https://www.kaggle.com/datasets/{HANDLE}"
 PATIENTS, SLICES = 110, 3_929
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 TOKEN = "make a token in the account's settings there, save it as ~/.kaggle/access_token"
-NEEDED = "4 GB"  # the archive, its two copies unpacked, and the one that stays
+NEEDED = "4 GB"  # the archive, the two copies in it once unpacked, and the copy that stays
 
 
 def download(
@@ -34,14 +35,14 @@ def download(
 ) -> tuple[Path, bool]:
     """The folder of the whole set at or below `out`, and whether it had to be fetched (into `out`/kaggle_3m).
 
-    patients, slices: how many there must be. Raises MedFLError for everything that stands in the way, with
-    the way by hand.
+    patients, slices: the expected numbers. Raises MedFLError if the set can't be fetched; the message also
+    says how to do it by hand.
     """
     if there := _whole_set(out, patients, slices):
         return there, False
     target = out / "kaggle_3m"
     by_hand = f"or download {PAGE} by hand and unpack it into {out}"
-    source = find_dataset(_fetch(by_hand))  # of the archive's two copies the one nearest to its top
+    source = find_dataset(_fetch(by_hand))  # the archive holds two copies; this is the one nearest to its top
     check(source, patients, slices)
     try:
         copy_set(source, target, progress)
@@ -52,8 +53,8 @@ def download(
 
 
 def _whole_set(out: Path, patients: int, slices: int) -> Path | None:
-    """The folder at or below `out` that holds the whole set, in any layout that dataset.py finds; None where
-    none does."""
+    """The folder at or below `out` that holds the whole set, in any layout that dataset.py finds; None if
+    there is none."""
     try:
         folder = find_dataset(out)
         check(folder, patients, slices)
@@ -63,13 +64,14 @@ def _whole_set(out: Path, patients: int, slices: int) -> Path | None:
 
 
 def check(folder: Path, patients: int = PATIENTS, slices: int = SLICES) -> None:
-    """Raises MedFLError unless `folder` holds so many patients and slices, each slice with its mask."""
+    """Raises MedFLError unless `folder` holds exactly this many patients and slices, each slice with its
+    mask."""
     found = read_patients(folder, "own")
     counted = sum(len(patient.images) for patient in found)
     if (len(found), counted) != (patients, slices):
         raise MedFLError(
-            f"{folder} holds {len(found)} patients and {counted} slices, and the set has {patients} and "
-            f"{slices}; take away what is not of it, or give an empty --out"
+            f"{folder} holds {len(found)} patients and {counted} slices, but the dataset has {patients} and "
+            f"{slices}; remove what does not belong to it, or name an empty folder with --out"
         )
 
 
@@ -88,7 +90,7 @@ def _fetch(by_hand: str) -> Path:
         get_kaggle_credentials()
     except (ValueError, OSError) as error:
         raise MedFLError(
-            f"the Kaggle account's file (~/.kaggle/kaggle.json) can't be read; take it away and {TOKEN}, "
+            f"the Kaggle account's file (~/.kaggle/kaggle.json) can't be read; remove it and {TOKEN}, "
             f"{by_hand}"
         ) from error
     try:
@@ -97,8 +99,8 @@ def _fetch(by_hand: str) -> Path:
         raise MedFLError(_refusal(error.response.status_code, by_hand)) from error
     except requests.RequestException as error:
         raise MedFLError(
-            f"Kaggle can't be reached, or the connection broke off ({type(error).__name__}); run this again "
-            f"to go on where it stopped, {by_hand}"
+            f"Kaggle can't be reached, or the connection was lost ({type(error).__name__}); run this again "
+            f"to continue where it stopped, {by_hand}"
         ) from error
     except (
         DataCorruptionError,
@@ -110,16 +112,17 @@ def _fetch(by_hand: str) -> Path:
     ) as error:
         _forget_archive()
         raise MedFLError(
-            f"what Kaggle sent is damaged or no archive, and was deleted; run this again, {by_hand}"
+            "the download from Kaggle is damaged or not an archive, and was deleted; run this again, "
+            f"{by_hand}"
         ) from error
     except OSError as error:
         raise MedFLError(_disk(error, by_hand)) from error
 
 
 def _refusal(code: int, by_hand: str) -> str:
-    """What Kaggle's answer means and what to do."""
+    """What an error code from Kaggle means and what to do."""
     if code == 401:
-        why = "Kaggle wants an account, or did not know the one it was told (401)"
+        why = "Kaggle requires an account, or did not accept the token (401)"
         return f"{why}; {TOKEN} and run this again, {by_hand}"
     if code == 403:
         return (
@@ -130,11 +133,11 @@ def _refusal(code: int, by_hand: str) -> str:
 
 
 def _disk(error: OSError, by_hand: str) -> str:
-    """What kept a file from being written and what to do."""
+    """Why a file could not be written, and what to do."""
     if error.errno in DISK_FULL:
         return (
-            f"the disk is full; free {NEEDED} and run this again to go on where it stopped (KAGGLEHUB_CACHE "
-            f"names another place for the archive, --out for the scans), {by_hand}"
+            f"the disk is full; free {NEEDED} and run this again to continue where it stopped "
+            f"(KAGGLEHUB_CACHE names another folder for the archive, --out one for the scans), {by_hand}"
         )
     return (
         f"{error.filename or 'a file'} can't be written ({error.strerror or error}); choose a folder of your "
@@ -143,22 +146,23 @@ def _disk(error: OSError, by_hand: str) -> str:
 
 
 def _forget_archive() -> None:
-    """Delete the archive, which kagglehub would otherwise take for whole the next time."""
+    """Delete the archive; otherwise kagglehub would treat it as complete the next time."""
     for archive in cache_folder().glob("*.archive"):
         archive.unlink()
 
 
 def cache_folder() -> Path:
-    """Where kagglehub keeps this set."""
+    """The folder where kagglehub keeps this dataset."""
     from kagglehub.config import get_cache_folder
 
     return Path(get_cache_folder()) / "datasets" / HANDLE
 
 
 def copy_set(source: Path, target: Path, progress: bool = False) -> None:
-    """Copy what is in `source` to `target`, each patient beside its place first. What is there already stays.
+    """Copy the content of `source` to `target`. Each patient is first copied under a temporary name. Entries
+    that exist already stay.
 
-    Raises MedFLError where something else has a patient's name, and OSError where a file can't be written.
+    Raises MedFLError if something else has a patient's name, and OSError if a file can't be written.
     """
     target.mkdir(parents=True, exist_ok=True)
     for entry in tqdm(
@@ -168,12 +172,12 @@ def copy_set(source: Path, target: Path, progress: bool = False) -> None:
         if place.exists():
             if _sizes(place) != _sizes(entry):
                 raise MedFLError(
-                    f"{place} is not what the download holds; move it away and run this again, or give "
-                    f"another --out"
+                    f"{place} differs from the download; move it away and run this again, or give another "
+                    "--out"
                 )
             continue
         if entry.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)  # of a run that was broken off
+            shutil.rmtree(beside, ignore_errors=True)  # left by an interrupted run
             beside.mkdir()
             for file in entry.iterdir():
                 shutil.copyfile(file, beside / file.name)
@@ -183,7 +187,7 @@ def copy_set(source: Path, target: Path, progress: bool = False) -> None:
 
 
 def _sizes(path: Path) -> dict[Path, int]:
-    """The bytes of each file in a folder, by its name there; of a file, its own."""
+    """The size in bytes of each file in a folder, by its path there; for a file, its own size."""
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return {file.relative_to(path): file.stat().st_size for file in files}
 
@@ -198,7 +202,7 @@ def main() -> None:
         + ("" if fetched else "; nothing to do")
     )
     if fetched:
-        print(f"{cache_folder()} holds kagglehub's copy of the archive; delete it at will")
+        print(f"{cache_folder()} holds kagglehub's copy of the archive; you can delete it")
         if (chosen := find_dataset(arguments.out)) != folder:
             print(f"note: --data-dir {arguments.out} means {chosen}; name {folder} with --data-dir")
     print(f"next: python train_centralized.py --data-dir {typed(folder)}")

@@ -1,9 +1,9 @@
-"""Makes synthetic patients in the layout of the LGG MRI download, for tests and first tries without any real
-scan.
+"""Make synthetic patients in the layout of the LGG MRI download, for tests and first attempts without real
+scans.
 
     python data/make_phantoms.py --patients 24 --out data/phantoms
 
-A phantom is painted, not measured: a score on phantoms says nothing about real patients.
+A phantom is drawn, not measured: a score on phantoms says nothing about real patients.
 """
 
 import argparse
@@ -21,10 +21,10 @@ def main() -> None:
         "--out", type=Path, default=Path("data/phantoms"), help="folder for kaggle_3m (default data/phantoms)"
     )
     for option, default, text in (
-        ("--patients", 24, "how many"),
+        ("--patients", 24, "number of patients"),
         ("--slices", 24, "slices per patient, on average"),
-        ("--size", 256, "pixels a side"),
-        ("--seed", 0, "of all random numbers"),
+        ("--size", 256, "width and height in pixels"),
+        ("--seed", 0, "seed of all random numbers"),
     ):
         parser.add_argument(
             option, type=int, default=default, metavar="N", help=f"{text} (default {default})"

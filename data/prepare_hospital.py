@@ -1,15 +1,15 @@
-"""Turns a hospital's scans, from its archive or an export, into what training reads: aligned slices under
+"""Turn a hospital's scans, from its archive or an export, into training data: aligned slices under
 pseudonyms, with their masks.
 
-    python data/prepare_hospital.py --dicom /data/export --out /data/prepared --dry-run    only say what would be taken
+    python data/prepare_hospital.py --dicom /data/export --out /data/prepared --dry-run    only list what would be used
     python data/prepare_hospital.py --dicom /data/export --out /data/prepared
     python data/prepare_hospital.py --nifti /data/study --out /data/prepared
     python data/prepare_hospital.py --dicomweb https://pacs.example/dicom-web --login login.toml --since 2026-01-31 \
         --out /data/prepared
 
-Needs requirements-dicom.txt. Key, table of names and report stay beside the export, in <export>_private, or
-for an archive in <out>_private; what is fetched lies there until it is prepared. A run that was broken off
-goes on; what is whole and unchanged is neither fetched nor made again.
+Needs requirements-dicom.txt. Key, table of names and report are kept beside the export, in <export>_private,
+or for an archive in <out>_private; fetched files are stored there until they are prepared. An interrupted run
+continues; studies that are complete and unchanged are neither fetched nor prepared again.
 """
 
 import argparse
@@ -50,7 +50,7 @@ except ModuleNotFoundError as error:
 else:
     missing = None
 
-NAMED = 5  # patients whom the archive does not have
+NAMED = 5  # how many of the missing patients' numbers are printed at most
 
 
 def parse() -> argparse.Namespace:
@@ -59,13 +59,13 @@ def parse() -> argparse.Namespace:
     source.add_argument(
         "--dicom",
         type=Path,
-        help="folder with DICOM files, in any order and depth; a ZIP in it is a patient's",
+        help="folder with DICOM files, in any order and depth; a ZIP in it holds one patient",
     )
     source.add_argument(
         "--nifti",
         type=Path,
-        help="folder with a folder (or a ZIP) per patient, in it NIfTI volumes or a folder per study; or a "
-        "collection with dataset.json, as nnU-Net and the Decathlon have it",
+        help="folder with a folder (or a ZIP) per patient, which holds NIfTI volumes or a folder per study; or "
+        "a collection with dataset.json, as in nnU-Net and the Decathlon",
     )
     source.add_argument(
         "--dicomweb", metavar="URL", help="an archive's address, such as https://pacs.example/dicom-web"
@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
         "--dimse", metavar="TITLE@HOST:PORT", help="an archive that speaks classic DICOM only"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the prepared patients; it can be handed on"
+        "--out", type=Path, required=True, help="folder for the prepared patients; it can be passed on"
     )
     parser.add_argument(
         "--private",
@@ -82,10 +82,10 @@ def parse() -> argparse.Namespace:
         help="folder for key, table of names and report (default EXPORT_private, or OUT_private)",
     )
     parser.add_argument(
-        "--rules", type=Path, help="how series are told apart (default radiology/series_rules.toml)"
+        "--rules", type=Path, help="rules that tell series apart (default radiology/series_rules.toml)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print what would be taken and left out, and write nothing"
+        "--dry-run", action="store_true", help="print what would be used and left out, and write nothing"
     )
     if not missing:
         add_query_options(parser)
@@ -95,15 +95,15 @@ def parse() -> argparse.Namespace:
 
 
 def find(arguments: argparse.Namespace) -> "tuple[list[Series], list[Refused]]":
-    """Series and refused files of the export; each ZIP in it is a patient's and is unpacked. Raises MedFLError
-    for a folder that is missing or holds nothing."""
+    """Series and refused files of the export; each ZIP in it holds one patient and is unpacked. Raises
+    MedFLError for a folder that is missing or empty."""
     source = arguments.dicom or arguments.nifti
     if is_zip(source) and source.is_file():
         paths, source = [source], source.parent
     elif source.is_dir():
         paths = [path for folder, files in walk(source) for path in files]
     else:
-        raise MedFLError(f"there is no folder {source}; name the one that the archive exported to")
+        raise MedFLError(f"there is no folder {source}; name the folder that the archive exported to")
     if not paths:
         raise MedFLError(f"{source} holds no file; name the folder that the archive exported to")
     roots: dict[Path, list[Path]] = {source: sorted(path for path in paths if not is_zip(path))}
@@ -128,7 +128,7 @@ def find(arguments: argparse.Namespace) -> "tuple[list[Series], list[Refused]]":
 
 
 def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
-    """What would be taken for which channel, and what is left out and why."""
+    """Print which series would be used for which channel, and what is left out and why."""
     for study in studies:
         print(
             f"\npatient {terminal(study.patient_id or '(no number)')}, study "
@@ -147,13 +147,13 @@ def print_plan(studies: "list[Study]", refused: "list[Refused]") -> None:
     whole = sum(bool(study.channels) for study in studies)
     print(
         f"\n{whole} of {len(studies)} studies would be prepared, {sum(s.mask is not None for s in studies)} "
-        f"with a mask; {counted(len(refused), 'file')} of no patient; nothing was written"
+        f"with a mask; {counted(len(refused), 'file')} without a patient; nothing was written"
     )
     print("next: the same command without --dry-run")
 
 
 def find_studies(archive: "Archive", arguments: argparse.Namespace) -> "list[FoundStudy]":
-    """The archive's studies that match. Raises MedFLError where none does."""
+    """The archive's studies that match. Raises MedFLError if there are none."""
     query = read_query(arguments)
     studies = ordered(archive.find_studies(query))
     if not studies:
@@ -161,15 +161,15 @@ def find_studies(archive: "Archive", arguments: argparse.Namespace) -> "list[Fou
     there = {study.patient_id.strip() for study in studies}
     if absent := [patient for patient in query.patients if patient not in there]:
         tell(
-            f"of {counted(len(absent), 'patient')} that {arguments.patients} names the archive has no study that "
-            f"matches: {', '.join(absent[:NAMED])}{', …' if len(absent) > NAMED else ''}"
+            f"the archive has no matching study of {counted(len(absent), 'patient')} in "
+            f"{arguments.patients}: {', '.join(absent[:NAMED])}{', …' if len(absent) > NAMED else ''}"
         )
     return studies
 
 
 def from_archive(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Made], int] | None":
-    """Fetch and prepare an archive's studies: what became of those that could be prepared, and how many were
-    found. None after a dry run, which fetches headers only."""
+    """Fetch and prepare an archive's studies. Returns the results of those that could be prepared and the
+    number found; None after a dry run, which fetches headers only."""
     archive = connect(arguments)
     private = arguments.private
     check_folders(private / INCOMING, arguments.out, private)
@@ -193,8 +193,8 @@ def from_archive(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[M
 
 
 def from_folder(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Made], int] | None":
-    """Prepare an export's studies: what became of those that could be prepared, and how many were found. None
-    after a dry run."""
+    """Prepare an export's studies. Returns the results of those that could be prepared and the number found;
+    None after a dry run."""
     check_folders(arguments.dicom or arguments.nifti, arguments.out, arguments.private)
     try:
         return prepare_folder(arguments, rules)
@@ -203,7 +203,7 @@ def from_folder(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Ma
 
 
 def prepare_folder(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list[Made], int] | None":
-    """The same, while what was packed lies unpacked."""
+    """As `from_folder`, which removes the unpacked files afterwards."""
     found, refused = find(arguments)
     if arguments.nifti:
         rules = with_labels_of(arguments.nifti, rules, given=arguments.rules is not None)
@@ -222,19 +222,19 @@ def prepare_folder(arguments: argparse.Namespace, rules: "Rules") -> "tuple[list
 
 
 def with_labels_of(source: Path, rules: "Rules", given: bool) -> "Rules":
-    """The rules, with the labels of a collection's dataset.json where all of them are tumour by their names and
-    the user gave no rules."""
+    """The rules, with the labels of a collection's dataset.json added if the names of all of them mean tumour
+    and the user gave no rules."""
     collection = collection_in(source) if source.is_dir() else None
     labels = collection.tumour_labels() if collection else None
     if collection is None or labels is None or given:
         return rules
     named = ", ".join(f"{value} ({collection.labels[value]})" for value in labels)
-    tell(f"these labels of {source / COLLECTION} are taken for tumour: {named}; --rules says otherwise")
+    tell(f"these labels of {source / COLLECTION} are taken as tumour: {named}; change this with --rules")
     return replace(rules, labels=labels, text=f"{rules.text}\n{labels}")
 
 
 def tell(text: str) -> None:
-    """Say something beside the bar of progress."""
+    """Print a line above the progress bar."""
     tqdm.write(terminal(text), file=sys.stderr)
 
 
@@ -261,15 +261,16 @@ def main() -> None:
         f"{arguments.out / PAGE}"
     )
     print(
-        f"{arguments.private / REPORT} says of each series what became of it; that folder leads back to patients "
-        f"and stays here"
+        f"{arguments.private / REPORT} lists what happened to each series; that folder identifies patients "
+        "and must stay here"
     )
     if any(m.mask for m in made):
         print(f"next: python run_client.py --own-data {typed(arguments.out)} --name LABEL --check")
     else:
         print(
-            f"without masks nobody here can train; next: python predict.py {typed(arguments.out / UNMASKED)} "
-            "--checkpoint MODEL, or prepare again with their DICOM SEG or RTSTRUCT"
+            "no patient has a mask, so none can be used for training; next: python predict.py "
+            f"{typed(arguments.out / UNMASKED)} --checkpoint MODEL, or prepare again with their DICOM SEG "
+            "or RTSTRUCT"
         )
 
 

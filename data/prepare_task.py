@@ -4,9 +4,9 @@
     python data/prepare_task.py --task wounds --source photographs --out data/wounds
     python train_centralized.py --data-dir data/hippocampus --out models/hippocampus
 
---source holds images/ and labels/ (or imagesTr/ and labelsTr/) with files of the same names: NIfTI volumes, or PNG,
-TIFF or JPEG pictures, each of which is a patient of one slice. The task's file goes with the slices, so that every
-script knows what they are. NIfTI needs nibabel (pip install nibabel).
+--source holds images/ and labels/ (or imagesTr/ and labelsTr/) with files of the same names: NIfTI volumes,
+or PNG, TIFF or JPEG pictures, each of which is a patient of one slice. The task's file is copied to the
+slices, so that every script knows what they show. NIfTI needs nibabel (pip install nibabel).
 """
 
 import argparse
@@ -30,8 +30,8 @@ from tasks import FOLDER, NAME, Task, known, named_task
 
 NIFTI = (".nii", ".nii.gz")
 ENDS = (0.5, 99.5)  # percentiles that become black and white
-NOISE = 0.05  # of white: values that lie no further below 0 are resampling's, and black
-BACKGROUND = 0.1  # of the voxels: from where on exactly 0 is what lies around a head, whatever lies below it
+NOISE = 0.05  # share of white: values no further below 0 come from resampling, and become black
+BACKGROUND = 0.1  # share of the voxels above which 0 is background, even if there are values below 0
 
 
 def parse() -> argparse.Namespace:
@@ -43,7 +43,8 @@ def parse() -> argparse.Namespace:
 
 
 def pairs(source: Path) -> list[tuple[str, Path, Path]]:
-    """Name, image and label of each patient. Raises MedFLError for one without the other, and for none."""
+    """Name, image and label of each patient. Raises MedFLError for an image without a label, a label without
+    an image, and an empty folder."""
     found: dict[str, dict[str, Path]] = {"images": {}, "labels": {}}
     for (kind, files), names in zip(found.items(), (TREES_OF_IMAGES, TREES_OF_MASKS)):
         if not source.is_dir():
@@ -59,13 +60,16 @@ def pairs(source: Path) -> list[tuple[str, Path, Path]]:
             suffix = next((s for s in (*NIFTI, *IMAGE_SUFFIXES) if path.name.lower().endswith(s)), None)
             if suffix:
                 name = path.name[: path.name.lower().index(suffix)]
-                # nnU-Net numbers the channels of an image; a task's scan has the first one
+                # nnU-Net numbers the channels of an image; a task reads the first one
                 name = name.removesuffix("_0000") if kind == "images" else name
                 if files.setdefault(name, path) != path:
-                    raise MedFLError(f"{files[name]} and {path.name} are both {name}; take one of them away")
+                    raise MedFLError(
+                        f"{files[name]} and {path.name} are both called {name}; remove one of them"
+                    )
     if odd := sorted(found["images"].keys() ^ found["labels"].keys()):
         raise MedFLError(
-            f"{odd[0]} is in one of {source}'s images/ and labels/ only; add the other, or move it away"
+            f"{odd[0]} is only in one of images/ and labels/ in {source}; add the other file, or move this "
+            "one away"
         )
     if not found["images"]:
         raise MedFLError(f"{source / 'images'} holds no NIfTI file and no picture; name another --source")
@@ -73,8 +77,8 @@ def pairs(source: Path) -> list[tuple[str, Path, Path]]:
 
 
 class Volume(NamedTuple):
-    """Axial slices (S, H, W) as a radiologist sees them (the patient's right at the left, front up), the mm between
-    slices, rows and columns, and where the voxels lie, (4, 4)."""
+    """Axial slices (S, H, W) as a radiologist sees them (the patient's right at the left, front up), the mm
+    between slices, rows and columns, and the affine of the voxels, (4, 4)."""
 
     slices: np.ndarray
     spacing: tuple[float, float, float]
@@ -82,7 +86,7 @@ class Volume(NamedTuple):
 
 
 def read_nifti(path: Path) -> Volume:
-    """A NIfTI volume. Raises MedFLError for a file that is no volume, or does not say how the patient lies in it."""
+    """A NIfTI volume. Raises MedFLError for a file that is not a volume, or that gives no orientation."""
     try:
         import nibabel
     except ImportError as error:
@@ -90,36 +94,36 @@ def read_nifti(path: Path) -> Volume:
     try:
         stored = read_image(read_content(path))
         if why := doubt(stored.header):
-            raise MedFLError(f"{why}: left and right can't be told; convert the scan again")
+            raise MedFLError(f"{why}: left and right can't be told apart; convert the scan again")
         if why := unlike_sizes(stored.header):
             raise MedFLError(f"{why}; convert the scan again")
         image = nibabel.as_closest_canonical(stored)
         if not fits(image.shape[::-1]):
-            raise MedFLError("has more voxels than are read at once; make it smaller")
+            raise MedFLError("has more voxels than can be read at once; make it smaller")
         values = np.asarray(image.get_fdata(dtype=np.float32))
     except MedFLError as error:
         raise MedFLError(f"{path} {error}") from error
-    except Exception as error:  # nibabel and what unpacks raise their own kinds
+    except Exception as error:  # nibabel and the decompressors raise exceptions of many kinds
         raise MedFLError(
             f"{path} can't be read as NIfTI ({type(error).__name__}); export it again"
         ) from error
     if values.ndim != 3 or not np.isfinite(values).all():
-        raise MedFLError(f"{path} is no volume of finite values with three sides; export it again")
+        raise MedFLError(f"{path} is not a three-dimensional volume of finite values; export it again")
     column, row, between = map(float, image.header.get_zooms()[:3])
     slices = np.flip(values.transpose(2, 1, 0), axis=(1, 2))
     return Volume(slices, (between, row, column), image.affine)
 
 
 def lie_together(one: Volume, other: Volume) -> bool:
-    """Whether the voxels of two volumes of one size lie at the same places: a label that was saved without its scan's
-    orientation would be mirrored."""
+    """Whether the voxels of two volumes of one size lie at the same places. They don't if a label was saved
+    without its scan's orientation; it would be mirrored."""
     apart = distance_apart(one.affine, other.affine, one.slices.shape[::-1])
     return apart <= OFF_GRID * min(one.spacing)
 
 
 def to_8_bits(volume: np.ndarray) -> np.ndarray:
-    """Any intensities as uint8. 0 is black, or the least value where much lies below 0, as in CT and standardised MRI;
-    then a background of exactly 0 stays black."""
+    """Any intensities as uint8. Black is 0, or the lowest value if many values lie below 0, as in CT and
+    standardised MRI; even then a background of exactly 0 stays black."""
     above = volume[volume > 0]
     if not above.size:
         return np.zeros(volume.shape, np.uint8)
@@ -137,33 +141,35 @@ def region(labels: np.ndarray, task: Task, path: Path) -> np.ndarray:
     odd = np.setdiff1d(np.unique(labels), (0, *task.labels))
     if odd.size:
         raise MedFLError(
-            f"{path} has the value {odd[0]:g}, and the labels of {task.name} are "
-            f"{', '.join(map(str, task.labels))}; name all that are the region in the task file"
+            f"{path} has the value {odd[0]:g}, but the labels of {task.name} are "
+            f"{', '.join(map(str, task.labels))}; list all labels of the region in the task file"
         )
     return np.where(labels != 0, np.uint8(255), np.uint8(0))
 
 
 def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) -> None:
-    """Write one patient's folder. Raises MedFLError where image and label don't fit."""
+    """Write one patient's folder. Raises MedFLError if image and label don't match."""
     spacing = None
     if image.name.lower().endswith(NIFTI):
         scan, outlined = read_nifti(image), read_nifti(label)
         if scan.slices.shape == outlined.slices.shape and not lie_together(scan, outlined):
             raise MedFLError(
-                f"{label} lies at another place than {image}, by its affine; export the label on the image's own grid"
+                f"{label} has another position than {image}, by its affine; export the label on the image's "
+                "own grid"
             )
         pixels, labels, spacing = to_8_bits(scan.slices), outlined.slices, scan.spacing
     else:
         pixels = read_slice(image)[None]
         if len(task.channels) == 1 and (pixels != pixels[..., :1]).any():
             raise MedFLError(
-                f"{image} has colours, and {task.name} has one channel; write it again in grey, or name three in "
-                "the task file"
+                f"{image} has colours, but {task.name} has one channel; save it in grey, or name three "
+                "channels in the task file"
             )
         labels = read_slice(label)
         if (labels != labels[..., :1]).any():
             raise MedFLError(
-                f"{label} is a coloured picture, and labels are grey values; write it again, a number for each region"
+                f"{label} is a coloured picture, but labels are grey values; save it with one number for "
+                "each region"
             )
         labels = labels[None, ..., 0]
     if pixels.shape[:3] != labels.shape:

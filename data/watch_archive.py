@@ -1,13 +1,14 @@
-"""A worker beside a hospital's archive: sees new studies that match, predicts, and sends the mask and a report back.
+"""A worker beside a hospital's archive: it finds new matching studies, predicts, and sends the mask and a
+report back.
 
     python data/watch_archive.py --dicomweb https://pacs.example/dicom-web --login login.toml \\
         --query StudyDescription=*BRAIN* --since 2026-01-31 --checkpoint MODEL --private /data/worker
     python data/watch_archive.py --dicomweb URL --login login.toml --private /data/worker \\
         --prepare-only --out /data/prepared
 
-A study is taken when it has not changed for --quiet seconds; one that changes later is taken again. What is done is
-remembered in the private folder, so that either side may be restarted. Nothing in the archive is changed or deleted.
-Needs requirements-dicom.txt and, to predict, requirements.txt.
+A study is processed when it has not changed for --quiet seconds; one that changes later is processed again.
+Finished studies are listed in the private folder, so that the worker and the archive may be restarted.
+Nothing in the archive is changed or deleted. Needs requirements-dicom.txt and, to predict, requirements.txt.
 """
 
 import argparse
@@ -53,36 +54,36 @@ def parse() -> argparse.Namespace:
         "--private",
         type=Path,
         required=True,
-        help="folder for what is done; it names studies, and stays here",
+        help="folder for the list of finished studies; it identifies studies and must stay here",
     )
     parser.add_argument(
-        "--rules", type=Path, help="how series are told apart (default radiology/series_rules.toml)"
+        "--rules", type=Path, help="rules that tell series apart (default radiology/series_rules.toml)"
     )
-    parser.add_argument("--every", type=float, default=60, help="seconds between two looks (default 60)")
+    parser.add_argument("--every", type=float, default=60, help="seconds between two queries (default 60)")
     parser.add_argument(
         "--quiet",
         type=float,
         default=120,
-        help="seconds without a change before a study is taken (default 120)",
+        help="seconds without a change before a study is processed (default 120)",
     )
-    parser.add_argument("--once", action="store_true", help="end when nothing is waited for any more")
+    parser.add_argument("--once", action="store_true", help="end as soon as no study is waiting")
     arguments = parser.parse_args()
     if arguments.prepare_only != bool(arguments.out) or arguments.prepare_only == bool(arguments.checkpoint):
         parser.error("give --checkpoint to predict, or --prepare-only with --out")
     if arguments.every <= 0 or arguments.quiet < 0:
-        parser.error("--every is above 0, and --quiet is not below")
+        parser.error("--every must be above 0, and --quiet must not be negative")
     return arguments
 
 
 def say(text: str) -> None:
-    """A line with the time; no patient is named in it."""
+    """Print a line with the time; it must not name a patient."""
     print(f"{datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 def preparing(arguments: argparse.Namespace, retrieval: "Retrieval", ledger: "Ledger") -> "Deal":
-    """What prepares a study, as data/prepare_hospital.py does, and with its ledger."""
+    """The function that prepares a study, in the way and with the ledger of data/prepare_hospital.py."""
     check_folders(arguments.private / INCOMING, arguments.out, arguments.private)
-    # what it would say can quote headers; page and report hold it
+    # its messages can quote headers, so they are not printed; the page and the report hold them
     preparation = Preparation(arguments.out, Pseudonyms(arguments.private), retrieval.rules, lambda _: None)
 
     def deal(study: "FoundStudy", listed: "list[FoundSeries]") -> "Entry":
@@ -100,7 +101,7 @@ def preparing(arguments: argparse.Namespace, retrieval: "Retrieval", ledger: "Le
 
 
 def sending(arguments: argparse.Namespace, archive: "DICOMweb", retrieval: "Retrieval") -> "tuple[Deal, str]":
-    """What predicts a study and sends it back, and the model's hash."""
+    """The function that predicts a study and sends the result back, and the model's hash."""
     from checkpoint import load_checkpoint  # torch is not needed to prepare
     from radiology.delivery import predict_and_send
     from runs.usage import choose_device
@@ -118,7 +119,7 @@ def sending(arguments: argparse.Namespace, archive: "DICOMweb", retrieval: "Retr
 
 
 def watch(arguments: argparse.Namespace) -> "Watch":
-    """The watch that the options mean. Raises MedFLError for what can't be right."""
+    """The watch as the options describe it. Raises MedFLError for options that can't be right."""
     archive = DICOMweb(arguments.dicomweb, read_login(arguments.login))
     query, rules = read_query(arguments), load_rules(arguments.rules or DEFAULT)
     retrieval = Retrieval(archive, rules, arguments.private)
@@ -149,7 +150,7 @@ def main() -> None:
             reachable = True
         except Unreachable as error:
             if reachable:
-                say(f"{error}; the next look goes on")
+                say(f"{error}; the next query tries again")
             reachable = False
         if arguments.once and reachable and not watching.waiting:
             return

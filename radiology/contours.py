@@ -18,7 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, RTStructureSetStorage
 
 from common import MedFLError, __version__
-from radiology.headers import File
+from radiology.bounds import File
 from radiology.segmentation import EXPECTED, MANUFACTURER
 from radiology.series import Series
 from scans.orientation import OFF_GRID

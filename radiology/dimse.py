@@ -10,68 +10,44 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import (
-    JPEG2000,
     UID,
-    EnhancedMRImageStorage,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    MRImageStorage,
-    RLELossless,
-    RTStructureSetStorage,
-    SegmentationStorage,
 )
 from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made when it is imported
-    LegacyConvertedEnhancedMRImageStorage,
-    StudyRootQueryRetrieveInformationModelFind,
     StudyRootQueryRetrieveInformationModelGet,
     StudyRootQueryRetrieveInformationModelMove,
 )
 
 from common import MedFLError
+from radiology.dimse_messages import (
+    COMPRESSED,
+    FIND,
+    KINDS,
+    PLAIN,
+    drain,
+    found_answers,
+    identifier,
+    of_series,
+    offers,
+    store_handler,
+    stored_instances,
+    text_of,
+)
 from radiology.login import Login
 from radiology.retrieval import SUFFIX, Denied, FoundSeries, FoundStudy, Missing, Query, Unreachable
-from storage.files import atomic_write
 
 WAITS = (1.0, 4.0, 15.0)  # s, before the archive is asked again after a fault
 TIMEOUT = 120  # s, for an answer
 ADDRESS = re.compile(r"(?P<aet>[^@\\]{1,16})@(?P<host>\[[0-9a-fA-F:]+\]|[^@:]+):(?P<port>\d{1,5})")
-FIND, GET, MOVE = (
-    StudyRootQueryRetrieveInformationModelFind,
-    StudyRootQueryRetrieveInformationModelGet,
-    StudyRootQueryRetrieveInformationModelMove,
-)
-PENDING, SUCCESS, FULL = (0xFF00, 0xFF01), 0x0000, 0xA700
-KINDS = (
-    MRImageStorage,
-    EnhancedMRImageStorage,
-    LegacyConvertedEnhancedMRImageStorage,
-    SegmentationStorage,
-    RTStructureSetStorage,
-)
-COMPRESSED = (  # each is offered separately, so that an archive sends files as they are stored
-    JPEGLosslessSV1,
-    JPEGLossless,
-    JPEGLSLossless,
-    JPEG2000Lossless,
-    JPEG2000,
-    RLELossless,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-)
-PLAIN: list[str | UID] = [UID("1.2.840.10008.1.2.1"), UID("1.2.840.10008.1.2")]
+GET = StudyRootQueryRetrieveInformationModelGet
+MOVE = StudyRootQueryRetrieveInformationModelMove
 
 
 class DIMSE:
@@ -106,7 +82,9 @@ class DIMSE:
             for answer in self._find("STUDY", **asked):
                 found.append(
                     FoundStudy(
-                        str(answer.StudyInstanceUID), _text(answer, "PatientID"), _text(answer, "StudyDate")
+                        str(answer.StudyInstanceUID),
+                        text_of(answer, "PatientID"),
+                        text_of(answer, "StudyDate"),
                     )
                 )
         return found
@@ -121,17 +99,17 @@ class DIMSE:
         )
         found = []
         for answer in self._find("SERIES", StudyInstanceUID=study, **dict.fromkeys(names, "")):
-            uid, number = str(answer.SeriesInstanceUID), _text(answer, "SeriesNumber")
-            count = _text(answer, "NumberOfSeriesRelatedInstances")
+            uid, number = str(answer.SeriesInstanceUID), text_of(answer, "SeriesNumber")
+            count = text_of(answer, "NumberOfSeriesRelatedInstances")
             found.append(
                 FoundSeries(
                     uid,
-                    _text(answer, "Modality"),
-                    _text(answer, "SeriesDescription"),
+                    text_of(answer, "Modality"),
+                    text_of(answer, "SeriesDescription"),
                     int(number) if number.lstrip("-").isdigit() else None,
                     int(count)
                     if count.isdigit()
-                    else len(self._find("IMAGE", **_of(study, uid), SOPInstanceUID="")),
+                    else len(self._find("IMAGE", **of_series(study, uid), SOPInstanceUID="")),
                 )
             )
         return found
@@ -154,23 +132,23 @@ class DIMSE:
 
     def _fetch_first(self, study: str, series: str, folder: Path) -> None:
         with self._transferring(series, folder) as (association, receive):
-            instances = _instances(association, study, series)
+            instances = stored_instances(association, study, series)
             if not instances:
                 raise Missing("the archive has no file of this series")
-            receive(_identifier("IMAGE", **_of(study, series), SOPInstanceUID=min(instances)))
+            receive(identifier("IMAGE", **of_series(study, series), SOPInstanceUID=min(instances)))
 
     def _fetch_missing(self, study: str, series: str, folder: Path) -> None:
         there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
         with self._transferring(series, folder) as (association, receive):
-            missing = _instances(association, study, series) - there
+            missing = stored_instances(association, study, series) - there
             if not missing:
                 return
             if there:
-                receive(_identifier("IMAGE", **_of(study, series), SOPInstanceUID=sorted(missing)))
+                receive(identifier("IMAGE", **of_series(study, series), SOPInstanceUID=sorted(missing)))
             else:
-                receive(_identifier("SERIES", **_of(study, series)))
+                receive(identifier("SERIES", **of_series(study, series)))
             there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
-            if _instances(association, study, series) - there:
+            if stored_instances(association, study, series) - there:
                 raise Unreachable(
                     "the archive did not send all of a series, or it keeps growing; try again later"
                 )
@@ -178,7 +156,7 @@ class DIMSE:
     def _find(self, level: str, **asked: str) -> list[Dataset]:
         def ask() -> list[Dataset]:
             with self._associated(FIND, [build_context(FIND)]) as association:
-                return _answers(association, level, **asked)
+                return found_answers(association, level, **asked)
 
         return self._patiently(ask)
 
@@ -189,18 +167,18 @@ class DIMSE:
         """An association that lists a series' files, and a function that makes the archive send the files of an
         identifier into a folder. Both use one association, because opening and closing one takes 0.1 s."""
         faults: list[MedFLError] = []
-        storing = [(evt.EVT_C_STORE, _storing(series, folder, faults))]
+        storing = [(evt.EVT_C_STORE, store_handler(series, folder, faults))]
         if self._move_port is None:
-            contexts = [build_context(FIND), build_context(GET), *_offers()]
+            contexts = [build_context(FIND), build_context(GET), *offers()]
             roles = [build_role(kind, scp_role=True) for kind in KINDS]
             with self._associated(GET, contexts, ext_neg=roles, storing=storing) as association:
-                yield association, lambda asked: _drain(association.send_c_get(asked, GET), faults)
+                yield association, lambda asked: drain(association.send_c_get(asked, GET), faults)
         else:
             contexts = [build_context(FIND), build_context(MOVE)]
             with self._listening(storing), self._associated(MOVE, contexts) as association:
                 yield (
                     association,
-                    lambda asked: _drain(association.send_c_move(asked, self._aet, MOVE), faults),
+                    lambda asked: drain(association.send_c_move(asked, self._aet, MOVE), faults),
                 )
 
     @contextlib.contextmanager
@@ -274,87 +252,3 @@ def _send_at_once(event: Any) -> None:
     """Turn off Nagle's delay: a request goes out in two parts, and the second would otherwise wait 40 ms until the
     archive confirms the first."""
     event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _offers() -> list:
-    """The kinds of files that we accept, each compression offered separately."""
-    return [build_context(kind, PLAIN) for kind in KINDS] + [
-        build_context(kind, syntax) for kind in KINDS[:3] for syntax in COMPRESSED
-    ]
-
-
-def _of(study: str, series: str) -> dict[str, str]:
-    return {"StudyInstanceUID": study, "SeriesInstanceUID": series}
-
-
-def _answers(association: Association, level: str, **asked: str) -> list[Dataset]:
-    answers = association.send_c_find(_identifier(level, **asked), FIND)
-    return [answer for status, answer in answers if _go_on(status) and answer is not None]
-
-
-def _instances(association: Association, study: str, series: str) -> set[str]:
-    answers = _answers(association, "IMAGE", **_of(study, series), SOPInstanceUID="")
-    return {str(answer.SOPInstanceUID) for answer in answers}
-
-
-def _identifier(level: str, **asked: Any) -> Dataset:
-    identifier = Dataset()
-    identifier.QueryRetrieveLevel = level
-    for name, value in asked.items():
-        setattr(identifier, name, value)
-    return identifier
-
-
-def _storing(series: str, folder: Path, faults: list[MedFLError]) -> Callable:
-    """The handler for a file that the archive sends. Files of other series are refused."""
-
-    def store(event: Any) -> int:
-        try:
-            content = event.encoded_dataset()  # as it was sent, without decoding and encoding
-            header = pydicom.dcmread(BytesIO(content), stop_before_pixels=True)
-            if str(header.SeriesInstanceUID) != series or not UID(header.SOPInstanceUID).is_valid:
-                return 0xA900  # not what was asked for
-            with atomic_write(folder / f"{header.SOPInstanceUID}{SUFFIX}", private=True) as file:
-                file.write(content)
-        except MedFLError as error:
-            faults.append(error)
-            return FULL
-        return SUCCESS
-
-    return store
-
-
-def _go_on(status: Dataset) -> bool:
-    """Whether an answer is followed by others; False at the end. Raises Unreachable if the connection broke, and
-    MedFLError if the archive refuses."""
-    if not status or "Status" not in status:
-        raise Unreachable("the archive broke off; check the network, and try again")
-    if status.Status in PENDING:
-        return True
-    if status.Status == SUCCESS:
-        return False
-    if status.Status in (0xA801,):
-        raise MedFLError(
-            "the archive does not know us as a target of C-MOVE; let its engineer enter name and port"
-        )
-    raise Unreachable(
-        f"the archive answers with status {status.Status:04X}; its log tells more, then try again"
-    )
-
-
-def _drain(answers: Iterator, faults: list[MedFLError]) -> None:
-    """Wait for the end of a transfer. An error on our side is raised before one of the archive's."""
-    failed = None
-    try:
-        for status, _ in answers:
-            _go_on(status)
-    except MedFLError as error:
-        failed = error
-    if faults:
-        raise faults[0]  # it says whether the disk was full
-    if failed:
-        raise failed
-
-
-def _text(answer: Dataset, name: str) -> str:
-    return str(answer.get(name) or "").strip() if answer.get(name) != 0 else "0"

@@ -1,34 +1,21 @@
 """The header of a DICOM file: whether the file is a picture, where its slices lie, and the problems that can be
 seen in this file."""
 
-import contextlib
-import io
-import math
 import warnings
-import zlib
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pydicom
-from pydicom.dataset import FileMetaDataset
 from pydicom.errors import InvalidDicomError
-from pydicom.filebase import DicomIO
-from pydicom.filereader import read_dataset
-from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import (
     UID,
     AllTransferSyntaxes,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
 )
 
-from borders.limits import MAX_HEADER, MAX_ITEMS, MAX_SEGMENTS, MAX_SIDE, MAX_UNPACKED, fits
+from borders.limits import MAX_HEADER
 from common import MedFLError
-
-# warnings about odd values quote them: a patient's date of birth in an old form would get into a worker's log
-pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+from radiology.bounds import File, beginning_of, check_size
+from radiology.values import look_up, number_in, numbers_in, several_in, time_in
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
 OTHER_MODALITY = (
@@ -90,31 +77,7 @@ TAGS: list = [  # the tags that are read
 ]
 
 
-PREAMBLE = 132  # bytes, which end in DICM
-META = 0x0002  # the group of tags that says how the file is written
-ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # the start of each sequence item, in either byte order
 GREY = ("MONOCHROME1", "MONOCHROME2")
-
-
-class InMemory(io.BytesIO):
-    """A file in memory that can be read like one on disk. Reading the object itself continues where the last reader
-    stopped."""
-
-    def __init__(self, name: str, content: bytes):
-        super().__init__(content)
-        self.name = name.rsplit("/", 1)[-1]
-
-    def __str__(self) -> str:
-        return self.name
-
-    def stat(self) -> SimpleNamespace:
-        return SimpleNamespace(st_size=len(self.getvalue()))
-
-    def open(self, _mode: str) -> io.BytesIO:
-        return io.BytesIO(self.getvalue())
-
-
-File = Path | InMemory
 
 
 class Place(NamedTuple):
@@ -152,12 +115,12 @@ def read_header(path: File) -> Header:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about deviations from the standard that can still be read
-            beginning, length = _beginning(path, file)
+            beginning, length = beginning_of(path, file)
             header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=TAGS)
             _refuse_what_is_no_picture(header)
             left = length - beginning.tell()
             if header.get("Modality") != "RTSTRUCT":
-                _check_size(header, length, left)
+                check_size(header, length, left)
             elif length > MAX_HEADER:  # it has no pixels, and each number becomes an object
                 raise MedFLError(
                     f"holds more than {MAX_HEADER >> 20} MB of outlines; export the tumour's by itself"
@@ -196,98 +159,13 @@ def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
         raise MedFLError("holds no picture, or is cut off within its header; export it again if it should")
 
 
-def check_bounds(path: File) -> None:
-    """Raises MedFLError for a file that claims more than can be read. A damaged file, or one that is not DICOM,
-    passes: its reader reports that."""
-    refusal = None
-    with contextlib.suppress(Exception), path.open("rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            beginning, length = _beginning(path, file)
-            tags = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "SegmentSequence"]
-            header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=tags)
-            _check_size(header, length, length - beginning.tell())
-            if (segments := len(header.get("SegmentSequence") or ())) > MAX_SEGMENTS:
-                raise MedFLError(f"holds {segments:,} segments; export the tumour's by itself")
-        except MedFLError as error:
-            refusal = MedFLError(f"{path} {error}")
-    if refusal:
-        raise refusal
-
-
-def _beginning(path: File, file: Any) -> tuple[Any, int]:
-    """The stream from which pydicom reads a file up to its pixels, and the length of the whole file in bytes, both
-    after inflation. The stream of a large file is cut, so that a header with far too many elements ends. Raises
-    MedFLError for a file that inflates to too much, and for a header with far too many sequence items."""
-    length = path.stat().st_size
-    if file.read(PREAMBLE)[128:] == b"DICM":
-        meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != META)
-        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            file = _plain(meta, _inflated(file.read()))
-            length = len(file.getbuffer())
-    file.seek(0)
-    if length <= 2 * len(ITEMS[0]) * MAX_ITEMS:  # too short for too many items
-        return file, length
-    content = file.read(MAX_HEADER)
-    if max(map(content.count, ITEMS)) > MAX_ITEMS:
-        raise MedFLError(f"holds more than {MAX_ITEMS:,} items in its header; export it again")
-    return io.BytesIO(content), length
-
-
-def _plain(meta: pydicom.Dataset, content: bytes) -> io.BytesIO:
-    """A deflated file after inflation. meta: the group of tags that says how the file is written."""
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    plain = io.BytesIO()
-    plain.write(bytes(PREAMBLE - 4) + b"DICM")
-    write_file_meta_info(DicomIO(plain), FileMetaDataset(meta), enforce_standard=False)
-    plain.write(content)
-    return plain
-
-
-def _inflated(content: bytes) -> bytes:
-    """The inflated data set of a deflated file. Raises MedFLError if it is too large, zlib.error if it is
-    damaged."""
-    unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, MAX_UNPACKED // 2 + 1)
-    if len(unpacked) > MAX_UNPACKED // 2:
-        raise MedFLError(f"unpacks to more than {MAX_UNPACKED >> 21} MB; export it without compression")
-    return unpacked
-
-
-def _check_size(header: pydicom.Dataset, length: int, left: int) -> None:
-    """Raises MedFLError for a picture that claims more pixels than can be read, before memory is allocated for
-    them. length: bytes of the file; left: bytes from its pixels on."""
-    frames, rows, columns = int(header.get("NumberOfFrames") or 1), int(header.Rows), int(header.Columns)
-    if not fits((frames, rows, columns)) or max(rows, columns) > MAX_SIDE:
-        raise MedFLError(
-            f"claims {frames:,} frames of {columns}×{rows} pixels, more than is read at once; export it in "
-            f"smaller series"
-        )
-    pixels = frames * rows * columns * 8 * (header.get("SamplesPerPixel") or 1)
-    if left > pixels + MAX_HEADER or length - left >= MAX_HEADER:
-        raise MedFLError("holds far more than its picture; export it again without what was added to it")
-
-
-def _number(value: Any) -> float | None:
-    """The first number in a tag's value, or None."""
-    try:
-        number = float(value[0] if isinstance(value, pydicom.multival.MultiValue) else value)
-    except (TypeError, ValueError, IndexError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
-    """A tag's `count` finite numbers, or None."""
-    try:
-        numbers = tuple(float(v) for v in value)
-    except (TypeError, ValueError):
-        return None
-    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
-
-
 def _place(position: Any, orientation: Any, pixel_spacing: Any) -> Place | None:
     """The place of a slice from these tags' values, or None."""
-    first, directions, between = _numbers(position, 3), _numbers(orientation, 6), _numbers(pixel_spacing, 2)
+    first, directions, between = (
+        numbers_in(position, 3),
+        numbers_in(orientation, 6),
+        numbers_in(pixel_spacing, 2),
+    )
     if first is None or directions is None or between is None:
         return None
     return Place(first, directions, between)
@@ -295,7 +173,7 @@ def _place(position: Any, orientation: Any, pixel_spacing: Any) -> Place | None:
 
 def _describe(header: pydicom.Dataset, uid: str) -> dict:
     """The fields of a Series that are read from its first file."""
-    kind, number = tuple(map(str, _several(header.get("ImageType")))), _number(header.get("SeriesNumber"))
+    kind, number = tuple(map(str, several_in(header.get("ImageType")))), number_in(header.get("SeriesNumber"))
 
     def text(name: str) -> str:
         return str(header.get(name) or "").strip()
@@ -311,12 +189,12 @@ def _describe(header: pydicom.Dataset, uid: str) -> dict:
         sequence=text("SequenceName"),
         image_type=kind,
         contrast_agent=text("ContrastBolusAgent") or _agent(header),
-        repetition_time=_time(
+        repetition_time=time_in(
             header, "RepetitionTime", "MRTimingAndRelatedParametersSequence", "RepetitionTime"
         ),
-        echo_time=_time(header, "EchoTime", "MREchoSequence", "EffectiveEchoTime"),
-        inversion_time=_time(header, "InversionTime", "MRModifierSequence", "InversionTimes"),
-        field_strength=_number(header.get("MagneticFieldStrength")),
+        echo_time=time_in(header, "EchoTime", "MREchoSequence", "EffectiveEchoTime"),
+        inversion_time=time_in(header, "InversionTime", "MRModifierSequence", "InversionTimes"),
+        field_strength=number_in(header.get("MagneticFieldStrength")),
         manufacturer=text("Manufacturer"),
         model=text("ManufacturerModelName"),
         frame_of_reference=text("FrameOfReferenceUID"),
@@ -336,29 +214,6 @@ def _references(header: pydicom.Dataset) -> tuple[str, ...]:
         for study in frame.get("RTReferencedStudySequence") or ():
             named += study.get("RTReferencedSeriesSequence") or ()
     return tuple(str(series.get("SeriesInstanceUID", "")) for series in named)
-
-
-def _several(value: Any) -> tuple:
-    """A tag's values, one or more."""
-    if value is None or value == "":
-        return ()
-    return tuple(value) if isinstance(value, pydicom.multival.MultiValue) else (value,)
-
-
-def _look_up(header: pydicom.Dataset, frame: int, macro: str, name: str) -> Any:
-    """A value for a frame from the functional groups of a multi-frame object: the frame's own group comes before
-    the shared group."""
-    for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-        sequence = header.get(groups) or ()
-        if index < len(sequence) and sequence[index].get(macro):
-            return sequence[index][macro].value[0].get(name)
-    return None
-
-
-def _time(header: pydicom.Dataset, name: str, macro: str, within: str) -> float | None:
-    """A time in ms, from its own tag or from the functional groups."""
-    classic = _number(header.get(name))
-    return _number(_look_up(header, 0, macro, within)) if classic is None else classic
 
 
 def _agent(header: pydicom.Dataset) -> str:
@@ -385,7 +240,7 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
         )
     if modality == "RTSTRUCT":  # without pixels
         return problems
-    stored, highest = _number(header.get("BitsStored")), _number(header.get("HighBit"))
+    stored, highest = number_in(header.get("BitsStored")), number_in(header.get("HighBit"))
     if stored is not None and highest is not None and highest != stored - 1:
         problems.append(
             f"its values of {stored:.0f} bits end at bit {highest:.0f}, an old form that can't be read; export it again"
@@ -413,11 +268,11 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
 
 
 def _is_mosaic(header: pydicom.Dataset) -> bool:
-    if "MOSAIC" in (str(part).upper() for part in _several(header.get("ImageType"))):
+    if "MOSAIC" in (str(part).upper() for part in several_in(header.get("ImageType"))):
         return True
     owner, name = MOSAIC_OWNER
     owned = owner in header and str(header[owner].value) == name
-    return bool(owned and MOSAIC in header and (_number(header[MOSAIC].value) or 0) > 1)
+    return bool(owned and MOSAIC in header and (number_in(header[MOSAIC].value) or 0) > 1)
 
 
 def _slices_of(path: File, header: pydicom.Dataset) -> list[Slice]:
@@ -427,7 +282,7 @@ def _slices_of(path: File, header: pydicom.Dataset) -> list[Slice]:
     frames, matrix = int(header.get("NumberOfFrames") or 1), (int(header.Rows), int(header.Columns))
     if frames == 1 and not header.get("PerFrameFunctionalGroupsSequence"):
         thickness = (
-            _number(header.get("SpacingBetweenSlices")) or _number(header.get("SliceThickness")) or 0.0
+            number_in(header.get("SpacingBetweenSlices")) or number_in(header.get("SliceThickness")) or 0.0
         )
         place = _place(
             header.get("ImagePositionPatient"),
@@ -438,14 +293,14 @@ def _slices_of(path: File, header: pydicom.Dataset) -> list[Slice]:
     found = []
     for frame in range(frames):
         thickness = (
-            _number(_look_up(header, frame, "PixelMeasuresSequence", "SpacingBetweenSlices"))
-            or _number(_look_up(header, frame, "PixelMeasuresSequence", "SliceThickness"))
+            number_in(look_up(header, frame, "PixelMeasuresSequence", "SpacingBetweenSlices"))
+            or number_in(look_up(header, frame, "PixelMeasuresSequence", "SliceThickness"))
             or 0.0
         )
         place = _place(
-            _look_up(header, frame, "PlanePositionSequence", "ImagePositionPatient"),
-            _look_up(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient"),
-            _look_up(header, frame, "PixelMeasuresSequence", "PixelSpacing"),
+            look_up(header, frame, "PlanePositionSequence", "ImagePositionPatient"),
+            look_up(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient"),
+            look_up(header, frame, "PixelMeasuresSequence", "PixelSpacing"),
         )
         found.append(Slice(path, frame, place, matrix, thickness))
     return found

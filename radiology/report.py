@@ -34,8 +34,8 @@ from pydicom.uid import UID, generate_uid
 from checkpoint import Checkpoint
 from common import MedFLError, __version__
 from evaluation.components import Component
+from radiology.bounds import File
 from radiology.contours import make_structure_set
-from radiology.headers import File
 from radiology.prediction import Proposal
 from radiology.segmentation import EXPECTED, MANUFACTURER, SERIES_NUMBER, make_segmentation
 from radiology.series import Series

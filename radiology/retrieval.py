@@ -18,7 +18,8 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import RLELossless
 
 from common import MedFLError
-from radiology.headers import OTHER_MODALITY, OUTLINES, InMemory, read_header
+from radiology.bounds import InMemory
+from radiology.headers import OTHER_MODALITY, OUTLINES, read_header
 from radiology.rules import Rules
 from radiology.segmentation import MANUFACTURER
 from radiology.series import Series, find_series

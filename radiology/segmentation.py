@@ -18,8 +18,8 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import MRImageStorage, generate_uid
 
 from common import MedFLError, __version__
+from radiology.bounds import File, check_bounds
 from radiology.codestreams import check_frame
-from radiology.headers import File, check_bounds
 from radiology.series import Series
 from scans.orientation import OFF_GRID
 from storage.files import atomic_write

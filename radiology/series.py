@@ -3,28 +3,20 @@
 Headers are read first, and pixels only when needed, one slice at a time. So an archive of any size can be searched.
 """
 
-import contextlib
-import os
-import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pydicom
 import SimpleITK as sitk
-from pydicom.encaps import get_frame
-from pydicom.pixels import get_decoder, pixel_array
-from pydicom.pixels.processing import apply_modality_lut
-from pydicom.uid import UID, JPEGExtended12Bit
 
-from borders.limits import MAX_LARGE, fits, is_size_mm
+from borders.limits import fits, is_size_mm
 from common import MedFLError
-from radiology.codestreams import check_frame
-from radiology.headers import OUTLINES, File, Place, Slice, read_header
+from radiology.bounds import File
+from radiology.decoding import decode_slice
+from radiology.headers import OUTLINES, Place, Slice, read_header
 
-END_OF_JPEG = b"\xff\xd9"
 SAME_PLACE = 0.01  # mm; slices that are closer than this count as being at the same place
 UNEVEN = 0.05  # share of the distance between slices; scanners round positions
 OF_ONE = {  # fields that must be equal in all files of a series
@@ -257,7 +249,7 @@ def load_series(series: Series) -> sitk.Image:
     whole = {path: pydicom.dcmread(path) for path in dict.fromkeys(series.files)} if series.frames else {}
     for index in range(series.slices):
         path, frame = series.place_of(index)
-        volume[index] = _decode(path, whole.get(path), frame or 0)
+        volume[index] = decode_slice(path, whole.get(path), frame or 0)
     if (padding := np.isnan(volume)).any():
         if padding.all():
             raise MedFLError(f"the series “{series.description}” holds nothing but padding; export it again")
@@ -270,98 +262,3 @@ def load_series(series: Series) -> sitk.Image:
         np.stack([series.orientation[:3], series.orientation[3:], series.normal], axis=1).ravel().tolist()
     )
     return image
-
-
-def _decode(path: File, whole: pydicom.Dataset | None, frame: int) -> np.ndarray:
-    """One slice's values, (rows, columns) float32; NaN is padding."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about padding, and about errors that the decoder then raises
-            content = whole if whole is not None else pydicom.dcmread(path)
-            syntax = content.file_meta.TransferSyntaxUID
-            if syntax.is_compressed and not _can_decode(syntax):
-                raise MedFLError(
-                    f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
-                    "`pip install -r requirements-dicom.txt`, or export without compression"
-                )
-            check_frame(content, frame)
-            try:
-                stored = pixel_array(content, index=frame)
-            except RuntimeError:
-                if syntax != JPEGExtended12Bit or frame:
-                    raise
-                return _by_gdcm(path, content)
-            padding = _padding(content, stored)
-            if content.PhotometricInterpretation == "MONOCHROME1":
-                stored = (-1 if content.PixelRepresentation else 2**content.BitsStored - 1) - stored.astype(
-                    np.int64
-                )
-            values = _rescaled(content, stored, frame)
-            if not (np.abs(values) <= MAX_LARGE).all():
-                raise MedFLError(
-                    f"{path} has values that are no numbers (its rescale slope?); export it again"
-                )
-            return np.where(padding, np.float32(np.nan), values.astype(np.float32))
-    except MedFLError:
-        raise
-    except Exception as error:  # pydicom and its decoders raise many kinds for a damaged file
-        raise MedFLError(f"{path} can't be decoded (truncated or damaged); export it again") from error
-
-
-def _by_gdcm(path: File, content: pydicom.Dataset) -> np.ndarray:
-    """One slice's values, read and rescaled by GDCM, (rows, columns) float32: pydicom's decoders can't read some JPEG
-    Extended files. Raises ValueError for a stream without an end, of which GDCM would read a part."""
-    stream = get_frame(content.PixelData, 0, number_of_frames=1)
-    if END_OF_JPEG not in stream[-4:] or content.PhotometricInterpretation != "MONOCHROME2":
-        raise ValueError("cut off")
-    with _named(path) as name:
-        image = sitk.ReadImage(name, sitk.sitkFloat32, imageIO="GDCMImageIO")
-    return sitk.GetArrayFromImage(image).reshape(content.Rows, content.Columns)
-
-
-@contextlib.contextmanager
-def _named(path: File) -> Iterator[str]:
-    """A name under which GDCM can read a file. A file in memory is not written to the disk. Raises ValueError if the
-    system has no names for files in memory (all but Linux)."""
-    if isinstance(path, Path):
-        yield str(path)
-        return
-    if not hasattr(os, "memfd_create"):
-        raise ValueError("no name for a file in memory")
-    with open(os.memfd_create("slice"), "wb") as memory:
-        memory.write(path.getvalue())
-        memory.flush()
-        yield f"/proc/self/fd/{memory.fileno()}"
-
-
-def _can_decode(syntax: UID) -> bool:
-    try:
-        return get_decoder(syntax).is_available
-    except NotImplementedError:  # films, for instance
-        return False
-
-
-def _padding(content: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
-    """Which stored values are padding, bool: the value or the range that the file names."""
-    told = content.get("PixelPaddingValue")
-    if told is None or stored.dtype.kind == "f":
-        return np.zeros(stored.shape, bool)
-    ends = [told, content.get("PixelPaddingRangeLimit", told)]
-    first, last = sorted(
-        np.array(ends, np.int64).astype(stored.dtype)
-    )  # a signed value may be stated as unsigned
-    return (stored >= first) & (stored <= last)
-
-
-def _rescaled(content: pydicom.Dataset, stored: np.ndarray, frame: int) -> np.ndarray:
-    """Stored values, converted by the modality transformation of the file, or of the functional groups of its
-    frames."""
-    for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-        if index < len(content.get(groups) or ()) and content[groups].value[index].get(
-            "PixelValueTransformationSequence"
-        ):
-            content = content[groups].value[index].PixelValueTransformationSequence[0]
-            break
-    if content.get("RescaleSlope") == 0:
-        raise ValueError("every value would be the same")
-    return apply_modality_lut(stored, content)

@@ -25,13 +25,13 @@ from storage.files import atomic_write, file_sha256
 
 CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
 CACHE_VERSION = 5
-ROOT_NOTE = "root.txt"  # in a cache: where its files lay when it was built
+ROOT_NOTE = "root.txt"  # in a cache: the folder of its files when it was built
 DAY = 86_400.0  # seconds; no build takes this long
 SETTLED = 2_000_000_000  # nanoseconds after which a further change certainly gives a file a new time
 
 
 def add_cache_option(parser: argparse.ArgumentParser) -> None:
-    """The option that puts the cache elsewhere."""
+    """Add the option that names another folder for the cache."""
     parser.add_argument(
         "--cache", type=Path, help="folder for decoded scans, instead of ~/.cache/medfl (a copy of the scans)"
     )
@@ -88,7 +88,8 @@ class Contents:
                 content = file_sha256(path)
         except OSError as error:
             raise MedFLError(
-                f"{path} can't be read ({error.strerror}); check its permissions, and that its disk is there"
+                f"{path} can't be read ({error.strerror}); check its permissions, and that its disk is "
+                "connected"
             ) from error
         settled = time.time_ns() - about.st_ctime_ns > SETTLED  # else it may change again without a new time
         self._now[name] = [*stamp, content] if settled else None
@@ -190,8 +191,8 @@ def _remove_stale(folder: Path, root: Path) -> None:
 
 
 def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
-    """Write `images.bin`, `masks.bin` (uint8, patient after patient) and `index.json`. Every file is read, and so
-    checked."""
+    """Write `images.bin`, `masks.bin` (uint8, patient after patient) and `index.json`. Every file is read and
+    thereby checked."""
     index, start = [], 0
     with open(folder / "images.bin", "wb") as images, open(folder / "masks.bin", "wb") as masks:
         for patient in tqdm(
@@ -224,8 +225,9 @@ def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
         volume.append(read_slice(image))
         if not fits((len(patient.images), *volume[0].shape[:2])):
             raise MedFLError(
-                f"{image.parent} holds {len(patient.images)} slices of {volume[0].shape[1]}×{volume[0].shape[0]} "
-                f"pixels, more than are read at once ({MAX_VOXELS >> 20} million pixels); make them smaller"
+                f"{image.parent} holds {len(patient.images)} slices of "
+                f"{volume[0].shape[1]}×{volume[0].shape[0]} pixels, more than can be read at once "
+                f"({MAX_VOXELS >> 20} million pixels); make them smaller"
             )
         pixels, other = read_mask_and_form(mask)
         truth.append(pixels)
@@ -234,6 +236,7 @@ def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
             if pixels.shape[:2] != volume[0].shape[:2]:
                 raise MedFLError(
                     f"{path} is {pixels.shape[1]}×{pixels.shape[0]} pixels and {patient.images[0].name} is "
-                    f"{volume[0].shape[1]}×{volume[0].shape[0]}; a patient's slices and masks have one size"
+                    f"{volume[0].shape[1]}×{volume[0].shape[0]}; all slices and masks of a patient must "
+                    "have the same size"
                 )
     return np.stack(volume), np.stack(truth), other_forms

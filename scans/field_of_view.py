@@ -1,5 +1,5 @@
-"""Where the head lies in a field of view that is much larger than it, and how slices become squares around it: so the
-network's slices were framed that it learned from.
+"""Finds the head in a field of view that is much larger than it, and makes square slices around it, framed
+like the slices that the network was trained on.
 
 The page in the browser does the same (deployment/browser/field_of_view.js).
 """
@@ -12,17 +12,18 @@ from scipy.ndimage import label
 # A field of view is cropped to the head where it is taller than TALL mm, or wider than WIDE times the head with
 # AROUND mm on both sides. HEAD: mm from the crown down that count as the head, as FSL's robustfov has it.
 TALL, WIDE, AROUND, HEAD = 190.0, 1.35, 10.0, 170.0
-COARSE, LEAST_HEAD = 4.0, 0.01  # mm of the voxels in which the head is looked for; its least share of them
-SMALLEST = 100.0  # mm; no head is shorter, a newborn's is 110: what is may be a bright tumour, and nothing is cropped
-BINS = 128  # of Otsu's histogram
-DISTANCE = 3.0  # mm between slices where they have to be made by averaging; the dataset's lie between about 1.5 and 6
+COARSE, LEAST_HEAD = 4.0, 0.01  # mm per coarse voxel of the search; the head's smallest share of them
+SMALLEST = 100.0  # mm; a newborn's head has 110. A smaller object may be a tumour: nothing is cropped
+BINS = 128  # bins of Otsu's histogram
+DISTANCE = 3.0  # mm between slices that are made by averaging; the dataset has about 1.5 to 6
 
 Spacing = tuple[float, float, float]  # mm between slices, rows and columns
 
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a volume: its first slice, row and column, and those behind its last. told: what to say of it."""
+    """A part of a volume: its first slice, row and column, and the ones after its last. told: a text about
+    it."""
 
     start: tuple[int, int, int]
     end: tuple[int, int, int]
@@ -35,8 +36,8 @@ class Box:
 
 
 def find_head(slices: np.ndarray, spacing: Spacing, is_axial: bool) -> Box:
-    """Where the head lies in slices (S, H, W) from feet to head: all of them where the field of view is not much
-    larger. The neck goes only where the slices were not acquired axially."""
+    """The part of slices (S, H, W), from feet to head, that holds the head: all of them if the field of view
+    is not much larger. The neck is cut off only if the slices were not acquired axially."""
     size, step = np.array(slices.shape), np.array(spacing)
     everything = Box((0, 0, 0), (slices.shape[0], slices.shape[1], slices.shape[2]))
     factors = [max(1, int(COARSE / mm + 1e-6)) for mm in spacing]
@@ -65,8 +66,8 @@ def find_head(slices: np.ndarray, spacing: Spacing, is_axial: bool) -> Box:
 
 
 def square_margins(rows: int, columns: int, down: float, across: float) -> tuple[int, int, int, int]:
-    """Black rows above, columns left, rows below and columns right that make slices square in mm. down, across: mm
-    between rows and columns."""
+    """The numbers of black rows above, columns left, rows below and columns right that make slices square in
+    mm. down, across: mm between rows and columns."""
     side = max(rows * down, columns * across)
     more_rows, more_columns = (
         max(0, int(side / down + 0.5) - rows),
@@ -76,7 +77,8 @@ def square_margins(rows: int, columns: int, down: float, across: float) -> tuple
 
 
 def _averaged(slices: np.ndarray, factors: list[int]) -> np.ndarray:
-    """Blocks of so many slices, rows and columns averaged, float32; what is left over at the ends goes."""
+    """The means of blocks of so many slices, rows and columns, float32; incomplete blocks at the ends are
+    dropped."""
     first, second, third = (n // factor for n, factor in zip(slices.shape, factors))
     whole = slices[: first * factors[0], : second * factors[1], : third * factors[2]]
     blocks = whole.reshape(first, factors[0], second, factors[1], third, factors[2])
@@ -84,7 +86,7 @@ def _averaged(slices: np.ndarray, factors: list[int]) -> np.ndarray:
 
 
 def _foreground(coarse: np.ndarray) -> np.ndarray | None:
-    """The largest connected thing that is brighter than Otsu's threshold; None where there is hardly any."""
+    """The largest connected object brighter than Otsu's threshold; None if it is too small."""
     if not coarse.size or coarse.min() == coarse.max():
         return None
     parts, _ = label(coarse > otsu(coarse))
@@ -95,7 +97,8 @@ def _foreground(coarse: np.ndarray) -> np.ndarray | None:
 
 
 def otsu(values: np.ndarray) -> float:
-    """The threshold between dark and bright with the most variance between the two (Otsu 1979)."""
+    """The threshold between dark and bright that maximises the variance between the two classes (Otsu
+    1979)."""
     counts, edges = np.histogram(values, BINS)
     middles = (edges[:-1] + edges[1:]) / 2
     below, above = counts.cumsum()[:-1], counts.sum() - counts.cumsum()[:-1]

@@ -1,4 +1,4 @@
-"""What the names of files say: which is a slice and which a mask, a slice's number, and which slices are one volume."""
+"""Reads file names: slices and masks, a slice's number, and the slices of one volume."""
 
 import re
 from collections import defaultdict
@@ -9,18 +9,18 @@ from typing import TypeVar
 from common import MedFLError
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
-MASK_SUFFIX = "_mask"  # ends a mask's name, after its slice's, where nothing else is said
-NUMBER = re.compile(r"[_\-. (]*(?<!\d)(\d{1,18})\)?$")  # of a slice, at the end of its name
-COPY = re.compile(  # what file managers and shares append to a copy's name; of ` (1)` nobody can tell
+MASK_SUFFIX = "_mask"  # default end of a mask's name, after the slice's name
+NUMBER = re.compile(r"[_\-. (]*(?<!\d)(\d{1,18})\)?$")  # a slice's number at the end of its name
+COPY = re.compile(  # what file managers and shares append to a copy's name; ` (1)` is ambiguous
     r" (?:(?:- )?(?:copy|copie|copia|kopie)(?: ?\(?\d+\)?)?|\(.*(?:conflict|konflikt).*\))$", re.IGNORECASE
 )
 KIND_OF_SCAN = re.compile(r"(?:^|[^a-z])t[12]$", re.IGNORECASE)
-AnyPath = TypeVar("AnyPath", bound=PurePath)  # on disk, or the name of a file in memory
+AnyPath = TypeVar("AnyPath", bound=PurePath)  # a file on disk, or the name of a file in memory
 
 
 def is_image(path: PurePath, mask_suffix: str = MASK_SUFFIX) -> bool:
-    """Whether a file's name is that of a slice: an image suffix, not a mask, no contact sheet of prepared
-    data, not hidden."""
+    """Whether a file's name is that of a slice: it has an image suffix, and is not a mask, a contact sheet of
+    prepared data, or hidden."""
     return (
         path.suffix.lower() in IMAGE_SUFFIXES
         and not is_mask(path, mask_suffix)
@@ -39,15 +39,15 @@ def is_mask(path: PurePath, mask_suffix: str = MASK_SUFFIX) -> bool:
 
 
 def masked_stem(path: PurePath, mask_suffix: str = MASK_SUFFIX) -> str | None:
-    """What a mask's name says of its slice's name (`p_1` of `p_1_mask.png`), or None where it is no mask's.
-    What browsers and file managers append to a copy (` (1)`, ` - Copy`, in any language) is part of no name."""
+    """The slice's name in a mask's name (`p_1` in `p_1_mask.png`), or None if it is not a mask's name. Text
+    that browsers and file managers append to a copy (` (1)`, ` - Copy`, in any language) is ignored."""
     found = re.match(rf"(.*){re.escape(mask_suffix)}(?:[ (].*)?$", path.stem, re.IGNORECASE | re.DOTALL)
     return found[1] if found else None
 
 
 def slice_number(path: PurePath) -> int | None:
-    """The number that ends a slice's name (12 of `TCGA_CS_4941_19960909_12.tif`, 7 of `slice007.png` and of
-    `scan (7).png`), or None where there is none. `t1` and `t2` are kinds of scans and no numbers."""
+    """The number at the end of a slice's name (12 in `TCGA_CS_4941_19960909_12.tif`, 7 in `slice007.png` and
+    `scan (7).png`), or None if there is none. `t1` and `t2` are kinds of scans, not numbers."""
     found = NUMBER.search(path.stem)
     return int(found[1]) if found and not KIND_OF_SCAN.search(path.stem) else None
 
@@ -60,20 +60,21 @@ def volume_name(path: PurePath) -> str:
 
 
 def numeric_order(paths: list[AnyPath]) -> list[AnyPath]:
-    """Slices of one volume by their number (2 before 10), those without one last, by name."""
+    """Slices of one volume sorted by number (2 before 10); those without a number come last, sorted by
+    name."""
     return sorted(paths, key=lambda p: (slice_number(p) is None, slice_number(p) or 0, p.name))
 
 
 def group_volumes(
     files: list[AnyPath], folders: Collection[PurePath] = ()
 ) -> list[tuple[str, list[AnyPath]]]:
-    """Each volume's name (the patient's, or the file's) and slices in numeric order: what is normalised
-    together in training, in prediction and on the pages.
+    """Each volume's name (the patient's, or the file's) and slices in numeric order. Training, prediction and
+    the pages normalise the slices of a volume together.
 
-    folders: those that were given as folders. The slices in one of them are one patient's, unless names with
-    the same numbers (`a_1`, `b_1`) tell of several. Elsewhere slices of one name in one folder form a volume,
-    and a file without a slice number is a volume of its own. Raises MedFLError for one slice that is there
-    twice.
+    folders: the inputs that were given as folders. The slices in such a folder belong to one patient, unless
+    names with the same numbers (`a_1`, `b_1`) show that there are several. Elsewhere slices of one name in
+    one folder form a volume, and a file without a slice number is a volume of its own. Raises MedFLError if a
+    slice occurs twice.
     """
     places: defaultdict[PurePath, list[AnyPath]] = defaultdict(list)
     for file in files:
@@ -89,7 +90,7 @@ def group_volumes(
 
 
 def _share_numbers(files: list[AnyPath]) -> bool:
-    """Whether one slice number stands behind several names."""
+    """Whether several names have the same slice number."""
     names: dict[int | None, str] = {}
     numbered = [file for file in files if slice_number(file) is not None]
     return any(
@@ -106,21 +107,19 @@ def _by_name(files: list[AnyPath]) -> list[tuple[str, list[AnyPath]]]:
 
 
 def _refuse_copies(files: list[AnyPath]) -> None:
-    """Raises MedFLError where a file's name is that of another one's copy."""
+    """Raises MedFLError if a file's name is that of a copy of another file."""
     by_stem = {file.stem: file for file in files}
     for file in files:
         original = by_stem.get(COPY.sub("", file.stem), file)
         if original is not file and original.stem != file.stem:
-            raise MedFLError(f"{original} and {file.name} are the same slice twice; take one of them away")
+            raise MedFLError(f"{original} and {file.name} are the same slice twice; remove one of them")
 
 
 def _refuse_doubles(slices: list[AnyPath]) -> None:
-    """Raises MedFLError where two files are one slice of a volume: one name in two formats, or one number."""
+    """Raises MedFLError if two files are one slice of a volume: one name in two formats, or one number."""
     known: dict[tuple, AnyPath] = {}
     for file in sorted(slices):
         number = slice_number(file)
         slice_ = (volume_name(file), number) if number is not None else (file.stem,)
         if known.setdefault(slice_, file) != file:
-            raise MedFLError(
-                f"{known[slice_]} and {file.name} are the same slice twice; take one of them away"
-            )
+            raise MedFLError(f"{known[slice_]} and {file.name} are the same slice twice; remove one of them")

@@ -1,8 +1,8 @@
-"""A volume's file, NIfTI-1 or -2 or NRRD: read whole, checked against its own header, with its place in the
-patient if it tells one.
+"""Reads a volume's file (NIfTI-1 or -2, or NRRD) completely, checks it against its own header, and returns
+its orientation if the file gives one.
 
-Both the preparation and the page read volumes here, and nowhere else. Needs nibabel, and pynrrd for NRRD, which
-are optional for the page: both are imported when a file is read.
+The preparation and the page read volumes only here. Needs nibabel, and pynrrd for NRRD, which are optional
+for the page: both are imported when a file is read.
 """
 
 import bz2
@@ -20,27 +20,27 @@ from borders.limits import BUDGET, MAX_LARGE, MAX_UNPACKED, fits
 from common import MedFLError
 from scans.orientation import APART, distance_apart, is_sheared
 
-WHOLE = 1e-4  # by which a label may lie beside a whole number: 255 × 0.00392157 is 1.00000035
-UNLIKE = 0.01  # of a voxel's size, by which its two records may differ
+WHOLE = 1e-4  # how far a label may lie from a whole number: 255 × 0.00392157 is 1.00000035
+UNLIKE = 0.01  # share of a voxel's size by which its two records may differ
 SUFFIXES = (".nii", ".nii.gz", ".nrrd")
 GZIP, NRRD = b"\x1f\x8b", b"NRRD"
-HEADERS = {348: "Nifti1Header", 540: "Nifti2Header"}  # of nibabel, by their length in bytes
-HEAD = 544  # bytes with which every header is whole
-MAX_BYTES = BUDGET // 3  # of a file without its packing: they are held twice, beside the volume
-NRRD_HEADER = 2**18  # bytes; one of Slicer's with a hundred segments has half of them
+HEADERS = {348: "Nifti1Header", 540: "Nifti2Header"}  # nibabel's, by their length in bytes
+HEAD = 544  # bytes that contain any header completely
+MAX_BYTES = BUDGET // 3  # bytes of an unpacked file: they are held twice, beside the volume
+NRRD_HEADER = 2**18  # bytes; a header of Slicer with a hundred segments has half as many
 BEHIND = 2**20  # bytes that may lie behind a NIfTI file's voxels
-OTHERS = {  # what lies beside NIfTI in a scientist's folders
+OTHERS = {  # other formats that lie beside NIfTI in research folders
     (".mgz", ".mgh"): "is FreeSurfer's format; convert it with `mri_convert IN OUT.nii.gz`",
     (".img", ".hdr"): "is half of a pair (.hdr and .img); convert the pair to one .nii.gz file",
     (".mha", ".mhd"): "is MetaImage; convert it to .nii.gz (3D Slicer does)",
 }
-# entries of a NRRD header that lead to bytes elsewhere: to any file of this machine, or past as many lines as they say
+# entries of a NRRD header that point to other bytes: to any file of this machine, or behind any number of lines
 NRRD_ELSEWHERE = ("data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip")
 NRRD_PACKED: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("gzip", "gz"), lambda: zlib.decompressobj(zlib.MAX_WBITS | 16)),
     **dict.fromkeys(("bzip2", "bz2"), bz2.BZ2Decompressor),
 }
-NRRD_SPACES = {  # to left, back, head
+NRRD_SPACES = {  # towards left, back, head
     "left-posterior-superior": (1, 1, 1),
     "lps": (1, 1, 1),
     "right-anterior-superior": (-1, -1, 1),
@@ -56,7 +56,7 @@ def stem(name: str) -> str:
 
 
 def other_format(name: str) -> str | None:
-    """What a file is by its ending, and what to do with it, where it is another format of volumes."""
+    """For a file of another volume format, by its suffix: what it is and what to do with it."""
     return next((told for endings, told in OTHERS.items() if name.lower().endswith(endings)), None)
 
 
@@ -72,15 +72,15 @@ def read_head(file: BinaryIO) -> bytes:
 
 
 def read_content(path: Path) -> bytes:
-    """A file's bytes, unpacked to the end of the stream, so that a cut or a flipped bit is noticed, and no more
-    than its header tells. Raises MedFLError, in words that follow the file's name, for a damaged file and one that
-    holds more."""
+    """A file's bytes, unpacked to the end of the stream, so that a truncated file or a flipped bit is
+    noticed, but no more than its header announces. Raises MedFLError, in words that follow the file's name,
+    for a damaged file and one that holds more."""
     with path.open("rb") as file:
         head = read_head(file)
         most = MAX_BYTES if head[:4] == NRRD else promised(read_header(head)) + BEHIND
         if most > MAX_BYTES:
             raise MedFLError(
-                "holds more voxels than are read at once; make it smaller, or store single precision"
+                "holds more voxels than can be read at once; make it smaller, or store it in single precision"
             )
         file.seek(0)
         start = file.read(2)
@@ -88,7 +88,7 @@ def read_content(path: Path) -> bytes:
         try:
             content = (gzip.GzipFile(fileobj=file) if start == GZIP else file).read(most + 1)
         except EOFError as error:
-            raise MedFLError("is truncated, its gzip stream has no end; copy it again") from error
+            raise MedFLError("is truncated: its gzip stream has no end; copy it again") from error
         except (OSError, zlib.error) as error:
             raise MedFLError("is a damaged gzip file; copy it again") from error
     if len(content) > most:
@@ -97,21 +97,21 @@ def read_content(path: Path) -> bytes:
 
 
 def header_length(head: bytes) -> int | None:
-    """How long the header is that begins so, or None for what is no NIfTI."""
+    """The length of the header that begins with these bytes, or None if they are not NIfTI."""
     orders: tuple[Literal["little", "big"], ...] = ("little", "big")
     return next((n for n in HEADERS for order in orders if int.from_bytes(head[:4], order) == n), None)
 
 
 def read_header(head: bytes) -> Any:
-    """nibabel's header of a NIfTI file that begins so. Raises MedFLError, in words that follow the file's
-    name, for what is none."""
+    """nibabel's header of a NIfTI file that begins with these bytes. Raises MedFLError, in words that follow
+    the file's name, if they are not such a header."""
     import nibabel
 
     if not head:
         raise MedFLError("is empty; copy it again")
     length = header_length(head)
     if length is None or len(head) < length:
-        raise MedFLError("can't be read as NIfTI, it is damaged or something else; copy it again")
+        raise MedFLError("can't be read as NIfTI: it is damaged or another kind of file; copy it again")
     magic = head[344:348] if length == 348 else head[4:8]
     if magic[:3] in (b"ni1", b"ni2"):
         raise MedFLError("is the header of a pair (.hdr and .img); convert the pair to one .nii.gz file")
@@ -123,58 +123,59 @@ def read_header(head: bytes) -> Any:
         header = getattr(nibabel, HEADERS[length])(head[:length])
         begins = int(header["vox_offset"])
         promised(header), header.get_best_affine(), header.get_qform(coded=True), header.get_sform(coded=True)
-    except Exception as error:  # nibabel raises many kinds for values that can't be
-        raise MedFLError("can't be read as NIfTI, its header is damaged; copy it again") from error
-    if begins < length + 4:  # some readers would take the header for voxels, and shift all others
+    except Exception as error:  # nibabel raises many kinds of exceptions for impossible values
+        raise MedFLError("can't be read as NIfTI: its header is damaged; copy it again") from error
+    if begins < length + 4:  # some readers would take the header as voxels and shift all others
         raise MedFLError(f"says that its voxels begin at byte {begins}, within its header; convert it again")
     return header
 
 
 def promised(header: Any) -> int:
-    """The bytes that a file with this header of NIfTI has."""
+    """The number of bytes that a file with this NIfTI header must have."""
     shape = header.get_data_shape()
     return int(header["vox_offset"]) + header.get_data_dtype().itemsize * int(np.prod(shape, dtype=object))
 
 
 def read_image(content: bytes) -> Any:
     """nibabel's image of a file's unpacked bytes. Raises MedFLError, in words that follow the file's name,
-    for what is damaged, truncated or holds no real numbers."""
+    for a file that is damaged or truncated or holds complex numbers."""
     import nibabel
 
     if content[:4] == NRRD:
         return _read_nrrd(content)
     header = read_header(content[:HEAD])
     if header.get_data_dtype().kind == "c":
-        raise MedFLError("holds complex numbers, and a scan has real ones; export its magnitude")
+        raise MedFLError("holds complex numbers, but a scan has real ones; export its magnitude")
     if len(content) < promised(header):
         raise MedFLError(
-            f"is truncated: its header promises {promised(header):,} bytes, and it has {len(content):,}; copy it again"
+            f"is truncated: its header promises {promised(header):,} bytes, but it has {len(content):,}; copy it again"
         )
     kind = nibabel.Nifti1Image if int(header["sizeof_hdr"]) == 348 else nibabel.Nifti2Image
     try:
         image = kind.from_stream(io.BytesIO(content))
         np.asarray(image.dataobj)
-    except Exception as error:  # nibabel raises many kinds for a damaged file
-        raise MedFLError("can't be read as NIfTI, it is damaged; copy it again") from error
+    except Exception as error:  # nibabel raises many kinds of exceptions for a damaged file
+        raise MedFLError("can't be read as NIfTI: it is damaged; copy it again") from error
     return image
 
 
 def finite(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Values with the background's in place of NaN, infinity and what is too large to compute with (0, or the
-    least where others lie below), and how many that were. Raises MedFLError where there is no other."""
+    """The values, and how many of them were replaced. NaN, infinity and values too large to compute with are
+    replaced by the background's value (0, or the lowest value if some lie below 0). Raises MedFLError if no
+    value is usable."""
     if values.dtype.kind != "f":
         return values, 0
     good = np.abs(values) <= MAX_LARGE
     if good.all():
         return values, 0
     if not good.any():
-        raise MedFLError("holds no value that is finite; export it again")
+        raise MedFLError("holds no finite value; export it again")
     return np.where(good, values, min(0, values[good].min())), int(np.count_nonzero(~good))
 
 
 def doubt(header: Any) -> str | None:
-    """Why a header's orientation can't be relied on, in words that follow the file's name, or None where it
-    can."""
+    """Why a header's orientation is not reliable, in words that follow the file's name, or None if it is
+    reliable."""
     shape = (*header.get_data_shape(), 1, 1, 1)[:3]
     records = {
         name: affine
@@ -185,10 +186,10 @@ def doubt(header: Any) -> str | None:
         if affine is not None
     }
     if not records:
-        return "does not say how the patient lies in it (qform and sform code are 0)"
+        return "does not give the patient's orientation (qform and sform code are 0)"
     for name, affine in records.items():
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-            return f"places all voxels in one plane, or nowhere (its {name})"
+            return f"places all voxels in one plane, or gives no valid place (its {name})"
         if is_sheared(affine[:3, :3]):
             return f"has axes that are not at right angles (its {name} is sheared)"
     if len(records) == 2:
@@ -199,32 +200,32 @@ def doubt(header: Any) -> str | None:
 
 
 def unlike_sizes(header: Any) -> str | None:
-    """Two sizes of a header's voxels that contradict each other, in words, or None where its pixel size is that of
-    its place in the patient."""
+    """A text about two voxel sizes of a header that contradict each other, or None if its pixel sizes agree
+    with its affine."""
     sizes = np.abs(np.array(header.get_zooms()[:3], float))
     steps = np.linalg.norm(header.get_best_affine()[:3, :3], axis=0)[: len(sizes)]
     if (np.abs(sizes - steps) <= UNLIKE * steps).all():
         return None
     one, other = (" × ".join(f"{mm:g}" for mm in values) for values in (sizes, steps))
-    return f"tells voxels of {one} mm and places them {other} mm apart"
+    return f"says that voxels measure {one} mm but places them {other} mm apart"
 
 
 def nrrd_sizes(content: bytes) -> tuple[int, ...]:
-    """The sides that the header of a NRRD file tells. Raises MedFLError for a damaged one, and one that goes on and
-    on: its reader takes 10 s for a million lines, which pack to a few kilobytes."""
+    """The shape in the header of a NRRD file. Raises MedFLError for a damaged header and for an overlong one:
+    the reader takes 10 s for a million lines, which can be packed into a few kilobytes."""
     import nrrd
 
     if not re.search(rb"\n\r?\n", content[:NRRD_HEADER]):
-        raise MedFLError("can't be read as NRRD, its header has no end; copy it again")
+        raise MedFLError("can't be read as NRRD: its header has no end; copy it again")
     try:
         return tuple(int(side) for side in nrrd.read_header(io.BytesIO(content))["sizes"])
-    except Exception as error:  # pynrrd raises many kinds
-        raise MedFLError("can't be read as NRRD, its header is damaged; copy it again") from error
+    except Exception as error:  # pynrrd raises many kinds of exceptions
+        raise MedFLError("can't be read as NRRD: its header is damaged; copy it again") from error
 
 
 def _unpacked(voxels: bytes, encoding: str | None) -> bytes:
-    """A NRRD file's voxels as they are without packing. Raises ValueError, or what the unpacker raises, for what
-    is cut off or unpacks to too much."""
+    """A NRRD file's voxels, unpacked. Raises ValueError, or the decompressor's exception, for data that is
+    cut off or unpacks to too much."""
     if encoding not in NRRD_PACKED:
         return voxels
     unpacker = NRRD_PACKED[encoding]()
@@ -235,11 +236,11 @@ def _unpacked(voxels: bytes, encoding: str | None) -> bytes:
 
 
 def _read_nrrd(content: bytes) -> Any:
-    """A NRRD file as NIfTI image; without a `space` that is the patient's, its codes are 0."""
+    """A NRRD file as a NIfTI image; its codes are 0 if it has no anatomical `space`."""
     import nrrd
 
     if not fits(nrrd_sizes(content)[::-1]):
-        raise MedFLError("asks for more voxels than are read at once; make it smaller")
+        raise MedFLError("asks for more voxels than can be read at once; make it smaller")
     try:
         stream = io.BytesIO(content)
         header = nrrd.read_header(stream)
@@ -251,25 +252,24 @@ def _read_nrrd(content: bytes) -> Any:
         values = nrrd.read_data(header, io.BytesIO(unpacked))
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # pynrrd and its decompressors raise many kinds
+    except Exception as error:  # pynrrd and its decompressors raise many kinds of exceptions
         raise MedFLError(
-            "can't be read as NRRD, it is truncated, damaged or in pieces; copy it again, or export it as one file"
+            "can't be read as NRRD: it is truncated, damaged or split into several files; copy it again, "
+            "or export it as one file"
         ) from error
     if values.ndim != 3:
         raise MedFLError(
-            f"has {values.ndim} dimensions (Slicer's segments that overlap have 4), and a volume has 3; "
-            f"export it as a label map"
+            f"has {values.ndim} dimensions (overlapping segments of Slicer have 4), but a volume has 3; "
+            "export it as a label map"
         )
     try:
         return _placed_nrrd(values, header)
-    except Exception as error:  # numpy and nibabel raise many kinds for directions that are none
-        raise MedFLError(
-            "has directions, an origin or spacings that can't be right; export it again"
-        ) from error
+    except Exception as error:  # numpy and nibabel raise many kinds of exceptions for invalid directions
+        raise MedFLError("has invalid directions, origin or spacings; export it again") from error
 
 
 def _placed_nrrd(values: np.ndarray, header: dict) -> Any:
-    """Voxels at the place that a header of NRRD gives them. Raises many kinds where it is none."""
+    """Voxels with the affine from a NRRD header. Raises many kinds of exceptions if the header gives none."""
     import nibabel
 
     signs = NRRD_SPACES.get(str(header.get("space", "")).lower())
@@ -280,7 +280,7 @@ def _placed_nrrd(values: np.ndarray, header: dict) -> Any:
         affine[:3, 3] = 0 if origin is None else origin
         affine[:3] *= np.array([-signs[0], -signs[1], signs[2]])[
             :, None
-        ]  # NIfTI counts to the right and front
+        ]  # NIfTI counts towards the right and front
         return nibabel.Nifti1Image(values, affine, dtype=values.dtype)
     sizes = (
         header.get("spacings")
@@ -292,6 +292,6 @@ def _placed_nrrd(values: np.ndarray, header: dict) -> Any:
     )
     image.set_sform(None, 0)
     image.set_qform(None, 0)
-    if sizes is None:  # nothing tells them, and 1 mm would be made up
+    if sizes is None:  # the file gives none, and 1 mm would be a guess
         image.header.set_zooms((0, 0, 0))
     return image

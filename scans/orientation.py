@@ -1,7 +1,7 @@
-"""Where the patient's left is: the one place that decides how stored voxels become slices, whichever file they
-come from.
+"""The orientation of volumes: the one place that decides how stored voxels become slices, for every kind of
+file.
 
-Directions are in mm to the patient's left, back and head (LPS), as DICOM counts them. Slices are shown and
+Directions are in mm towards the patient's left, back and head (LPS), as in DICOM. Slices are shown and
 prepared as in the training set: the nose up, the patient's left on the picture's right, from feet to head.
 """
 
@@ -12,21 +12,22 @@ import numpy as np
 if TYPE_CHECKING:
     import nibabel
 
-SHOWN = "LPS"  # where columns, rows and slices of a shown volume lead to
+SHOWN = "LPS"  # directions of the columns, rows and slices of a shown volume
 EDGES = {"left": "R", "right": "L", "top": "A", "bottom": "P"}  # the letters at the edges of a shown slice
 UNKNOWN = "orientation unknown"
 SHEARED = 0.005  # cosine of the angle between two stored axes; over 200 mm that is 1 mm
-OFF_GRID = 0.1  # voxels by which a mask's grid may lie beside that of its scan; writers round
-APART = 1.0  # mm between the places that two records of one file give to a voxel
+OFF_GRID = 0.1  # voxels by which a mask's grid may differ from that of its scan, because programs round
+APART = 1.0  # mm between the places of a voxel by the two records of one file
 
 Axes = tuple[tuple[int, ...], tuple[bool, ...]]
 
 
 def closest_axes(directions: np.ndarray) -> Axes:
-    """For left, back and head each: the stored axis that lies nearest, and whether it runs the other way.
+    """For each of left, back and head: the nearest stored axis, and whether it runs in the opposite
+    direction.
 
-    directions: (3, 3), a column for each stored axis, in any length. The best fitting axis chooses first, as
-    nibabel does it.
+    directions: (3, 3), a column of any length for each stored axis. The best fitting axis is assigned first,
+    as in nibabel.
     """
     lengths = np.linalg.norm(directions, axis=0)
     cosines = directions / np.where(lengths > 0, lengths, 1)
@@ -38,7 +39,7 @@ def closest_axes(directions: np.ndarray) -> Axes:
 
 
 def to_shown(values: np.ndarray, axes: Axes) -> np.ndarray:
-    """Stored values (I, J, K, ...) as slices (S, H, W, ...). axes: as `closest_axes` gives them."""
+    """Stored values (I, J, K, ...) as slices (S, H, W, ...). axes: the result of `closest_axes`."""
     stored, against = axes
     slices = np.moveaxis(values, stored, (2, 1, 0))
     return np.ascontiguousarray(slices[_steps(against)])
@@ -57,7 +58,7 @@ def _steps(against: tuple[bool, ...]) -> tuple[slice, ...]:
 def shown_affine(affine: np.ndarray, shape: tuple[int, ...], axes: Axes) -> np.ndarray:
     """The affine (4, 4) of the volume that `to_shown` gives, for indices (column, row, slice).
 
-    affine: of the stored voxels, (4, 4); shape: theirs, at least (I, J, K).
+    affine: of the stored voxels, (4, 4); shape: of the stored voxels, at least (I, J, K).
     """
     stored, against = axes
     turned = affine.copy()
@@ -69,8 +70,8 @@ def shown_affine(affine: np.ndarray, shape: tuple[int, ...], axes: Axes) -> np.n
 
 
 def mirrored(affine: np.ndarray) -> np.ndarray:
-    """An affine (4, 4) from RAS to LPS, or back: NIfTI counts to the right and front, DICOM to the left and
-    back."""
+    """An affine (4, 4) converted from RAS to LPS, or back: NIfTI counts towards the right and front, DICOM
+    towards the left and back."""
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
@@ -81,7 +82,7 @@ def is_sheared(directions: np.ndarray) -> bool:
 
 
 def distance_apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    """How far two affines (4, 4) place a voxel of a volume apart, at most, in mm."""
+    """The largest distance in mm between the places that two affines (4, 4) give to a voxel of a volume."""
     corners = np.array(
         [[*(np.array(corner) * (np.array(shape[:3]) - 1)), 1] for corner in np.ndindex(2, 2, 2)]
     )
@@ -89,7 +90,7 @@ def distance_apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -
 
 
 def same_place(one: "nibabel.Nifti1Image", other: "nibabel.Nifti1Image") -> bool:
-    """Whether two images have one grid, in whatever order their voxels are stored."""
+    """Whether two images have the same grid, whatever order their voxels are stored in."""
     sizes, places = [], []
     for image in (one, other):
         affine = mirrored(image.affine)

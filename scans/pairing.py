@@ -1,9 +1,8 @@
-"""Which pictures are slices, which are masks, and which mask is whose: by their names, on disk or in an
-upload.
+"""Tells slices from masks and assigns each mask to its slice, by their names, on disk or in an upload.
 
-A mask lies beside its slice as `<name>_mask.<suffix>` (`--mask-suffix` names another end than `_mask`), or has
-the slice's name in a tree of its own:
-`images/anna/1.png` and `masks/anna/1.png` (or `labels`, nnU-Net's `imagesTr` and `labelsTr`).
+A mask lies beside its slice as `<name>_mask.<suffix>` (`--mask-suffix` replaces `_mask`), or has the slice's
+name in a separate tree: `images/anna/1.png` and `masks/anna/1.png` (or `labels`, nnU-Net's `imagesTr` and
+`labelsTr`).
 """
 
 import unicodedata
@@ -19,8 +18,8 @@ from scans.naming import MASK_SUFFIX, AnyPath, is_image, is_mask, masked_stem
 
 @dataclass
 class Pairing(Generic[AnyPath]):
-    """Slices in the order given; the mask of each that has one; masks whose slice is not there, by the name
-    that it would have."""
+    """Slices in the order given; the masks by slice; masks without a slice, by the name that the slice would
+    have."""
 
     images: list[AnyPath]
     masks: dict[AnyPath, AnyPath]
@@ -47,7 +46,7 @@ def pair(paths: Iterable[AnyPath], mask_suffix: str = MASK_SUFFIX) -> Pairing[An
             wanted = image_tree / path.relative_to(mask_tree).parent / stem
         key = _in_one_form(wanted)
         if key in masks:
-            raise MedFLError(f"{masks[key]} and {path} are two masks of one slice; take one of them away")
+            raise MedFLError(f"{masks[key]} and {path} are two masks of one slice; remove one of them")
         masks[key] = path
     keys = {image: _in_one_form(image.parent / image.stem) for image in images}
     own = {image: masks[key] for image, key in keys.items() if key in masks}
@@ -56,14 +55,14 @@ def pair(paths: Iterable[AnyPath], mask_suffix: str = MASK_SUFFIX) -> Pairing[An
 
 
 def _in_one_form(path: PurePath) -> PurePath:
-    """A name with its accents written in one way: macOS writes them in another than Linux and Windows, and both
-    look alike."""
+    """A name with its accents in one encoding: macOS encodes them differently from Linux and Windows,
+    although both look alike."""
     return type(path)(unicodedata.normalize("NFC", str(path)))
 
 
 def _tree_of(path: PurePath, trees: dict[PurePath, PurePath]) -> tuple[PurePath, PurePath] | None:
-    """The tree of masks that a picture lies in and the tree of images beside it, or None. trees: of images, by the
-    folder that they lie in."""
+    """The tree of masks that a picture lies in and the tree of images beside it, or None. trees: the trees of
+    images, by their parent folder."""
     for folder in path.parents:
         if folder.name.lower() in TREES_OF_MASKS and (tree := trees.get(folder.parent)):
             return folder, tree

@@ -1,4 +1,5 @@
-"""Slices and masks as pictures in files: read, and refused where they would not be what was stored."""
+"""Reads slices and masks from picture files, and refuses files whose pixels would differ from what was
+stored."""
 
 import warnings
 from io import SEEK_END, BytesIO
@@ -11,11 +12,11 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL, Ti
 from borders.limits import MAX_SIDE, MAX_VOXELS, fits, has_many_scans, tiff_asks_for_more
 from common import MedFLError
 
-FORMATS = ("TIFF", "PNG", "JPEG")  # whatever a file is called: no other decoder is started
+FORMATS = ("TIFF", "PNG", "JPEG")  # whatever a file is called; no other decoder is started
 EIGHT_BIT = ("L", "1", "P", "RGBA", "LA", "RGB")  # Pillow's modes that a slice may have
-TURNED, UPRIGHT = ExifTags.Base.Orientation, 1  # EXIF's and TIFF's tag, and its value where nothing is turned
-MIN_SIDE = 2  # pixels of a slice; one has no neighbour to measure it by
-POINTER_BYTES = 64  # enough to know a note of Git LFS or git-annex
+TURNED, UPRIGHT = ExifTags.Base.Orientation, 1  # the tag in EXIF and TIFF, and its value if nothing is turned
+MIN_SIDE = 2  # pixels; a single one has no neighbour to be compared with
+POINTER_BYTES = 64  # enough to recognise a pointer of Git LFS or git-annex
 
 
 def read_slice(path: PurePath, content: bytes | None = None) -> np.ndarray:
@@ -28,18 +29,19 @@ def read_slice(path: PurePath, content: bytes | None = None) -> np.ndarray:
     picture = _open(path, content)
     if _holds_more(picture):
         raise MedFLError(
-            f"{path} has more channels than a slice, which is grey or RGB; save it with the three that are meant"
+            f"{path} has more channels than a slice, which is grey or RGB; save it with only the three that "
+            "MedFL reads"
         )
     if picture.mode in EIGHT_BIT:
         return np.asarray(picture.convert("RGB"))
     raise MedFLError(
-        f"{path} has pixels of type {picture.mode}, and a slice has 8-bit grey or RGB; convert it first"
+        f"{path} has pixels of type {picture.mode}, but a slice is 8-bit grey or RGB; convert it first"
     )
 
 
 def _holds_more(picture: Image.Image) -> bool:
-    """Whether a picture has measurements in a channel beyond grey or RGB, such as a fourth sequence. Transparency
-    that is all or nothing, or the same everywhere, is none, and is left out."""
+    """Whether a picture has measurements in a channel beyond grey or RGB, such as a fourth sequence.
+    Transparency that is only on or off, or the same everywhere, is not a measurement and is ignored."""
     if isinstance(picture, TiffImageFile) and picture.tag_v2.get(SAMPLESPERPIXEL, 1) > len(
         picture.getbands()
     ):
@@ -57,11 +59,11 @@ def read_mask(path: PurePath, content: bytes | None = None) -> np.ndarray:
 
 def read_mask_and_form(path: PurePath, content: bytes | None = None) -> tuple[np.ndarray, bool]:
     """A mask's pixels, (H, W) uint8, 0 or 255, and whether it was stored in another plain form: as 0 and 1,
-    or with a palette of two. Raises MedFLError for any other value and what `read_slice` refuses."""
+    or with a palette of two. Raises MedFLError for any other value and whatever `read_slice` refuses."""
     picture = _open(path, content)
     if picture.mode not in ("L", "1", "RGB", "P"):
         raise MedFLError(
-            f"{path} has pixels of type {picture.mode}, and a mask is 8-bit grey; convert it first"
+            f"{path} has pixels of type {picture.mode}, but a mask is 8-bit grey; convert it first"
         )
     colours = np.asarray(picture.convert("RGB"))
     mask, is_grey = colours[..., 0].copy(), not (colours != colours[..., :1]).any()
@@ -69,20 +71,21 @@ def read_mask_and_form(path: PurePath, content: bytes | None = None) -> tuple[np
         return mask, False
     if picture.mode == "RGB" and not is_grey:
         raise MedFLError(
-            f"{path} has colours, and a mask is grey: 0, and 255 for what is outlined; write it again"
+            f"{path} has colours, but a mask is grey: 255 for what is outlined, 0 elsewhere; save it again"
         )
     numbers = np.asarray(picture) if picture.mode == "P" else mask
     if numbers.max() <= 1:
         return np.where(numbers == _outlined(picture), np.uint8(255), np.uint8(0)), True
     odd = int(numbers[(numbers != 0) & (numbers != (1 if picture.mode == "P" else 255))][0])
     raise MedFLError(
-        f"{path} has the value {odd}, and a mask holds 0 and 255 only, or 0 and 1; write it "
-        "again, with 255 for what is outlined"
+        f"{path} has the value {odd}, but a mask only holds 0 and 255, or 0 and 1; save it again with 255 "
+        "for what is outlined"
     )
 
 
 def _outlined(picture: Image.Image) -> int:
-    """Which of 0 and 1 stands for what is outlined: 1, unless it is black in the picture's palette and 0 is not."""
+    """The one of 0 and 1 that marks the outlined region: 1, unless 1 is black in the picture's palette and 0
+    is not."""
     palette = picture.getpalette() if picture.mode == "P" else None
     return 0 if palette and any(palette[:3]) and len(palette) > 3 and not any(palette[3:6]) else 1
 
@@ -99,50 +102,48 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
         with BytesIO(content) if content is not None else open(path, "rb") as file:
             if tiff_asks_for_more(file, file.seek(0, SEEK_END) - file.seek(0)):
                 raise MedFLError(
-                    f"{path} holds tags, tiles or pictures that are more than the file or a slice can have; save the "
-                    f"picture again"
+                    f"{path} declares more tags, tiles or pictures than the file or a slice can have; save "
+                    "the picture again"
                 )
             file.seek(0)
             if has_many_scans(file):
-                raise MedFLError(f"{path} is refined in hundreds of passes; save the picture again")
+                raise MedFLError(f"{path} is stored in hundreds of refining passes; save the picture again")
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
-            )  # of huge sides, which are checked below, and of metadata that nobody reads
+            )  # warnings of huge sides, which are checked below, and of metadata that is not read
             picture = Image.open(path if content is None else BytesIO(content), formats=FORMATS)
         width, height = picture.size
         if max(width, height) > MAX_SIDE:
             raise MedFLError(
-                f"{path} is {width}×{height} pixels, and a slice has at most {MAX_SIDE} a side; shrink it "
-                f"first"
+                f"{path} is {width}×{height} pixels, but a slice has at most {MAX_SIDE} a side; shrink it "
+                "first"
             )
         if min(width, height) < MIN_SIDE:
             raise MedFLError(
-                f"{path} is {width}×{height} pixels, too small for a slice; take it away, or choose another file"
+                f"{path} is {width}×{height} pixels, too small for a slice; remove it, or choose another file"
             )
         frames = getattr(picture, "n_frames", 1)
         if frames != 1:
             raise MedFLError(
-                f"{path} holds {frames} pictures, and a slice is one; save each as a file of its own"
+                f"{path} holds {frames} pictures, but a slice is one; save each as a file of its own"
             )
         if picture.mode in EIGHT_BIT and (stored := _stored_otherwise(picture)):
-            # Pillow would make 8 bits of it without a word
-            raise MedFLError(f"{path} has {stored} a channel, and a slice has 8; convert it first")
+            # Pillow would silently convert it to 8 bits
+            raise MedFLError(f"{path} has {stored} a channel, but a slice has 8 bits; convert it first")
         stored_turned = picture.tag_v2.get(TURNED) if isinstance(picture, TiffImageFile) else None
         if decode:
             picture.load()
-            if (
-                turned := stored_turned or _exif_orientation(picture)
-            ) > UPRIGHT:  # Pillow turns TIFF and nothing else
+            if (turned := stored_turned or _exif_orientation(picture)) > UPRIGHT:  # Pillow turns only TIFF
                 raise MedFLError(
-                    f"{path} is shown turned or mirrored by viewers (its orientation tag is {turned}), and a mask "
-                    "could lie on either; save it as it is shown, without the tag"
+                    f"{path} is shown turned or mirrored by viewers (its orientation tag is {turned}), so "
+                    "the orientation of its mask is ambiguous; save it as it is shown, without the tag"
                 )
     except FileNotFoundError as error:
         raise MedFLError(f"{path} does not exist; check the name") from error
     except PermissionError as error:
-        raise MedFLError(f"{path} may not be read by you; check its permissions") from error
-    except Image.DecompressionBombError as error:  # told before anything is decoded
+        raise MedFLError(f"{path} can't be read by this user; check its permissions") from error
+    except Image.DecompressionBombError as error:  # raised before anything is decoded
         raise MedFLError(
             f"{path} is far larger than a slice, which has at most {MAX_SIDE} pixels a side; shrink it"
         ) from error
@@ -152,7 +153,7 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
         ValueError,
         TypeError,
         MemoryError,
-    ) as error:  # what Pillow's decoders raise
+    ) as error:  # exceptions of Pillow's decoders
         _refuse_pointer(path, content)
         raise MedFLError(
             f"{path} can't be read as a picture (truncated or another format); copy it again, or save it as PNG"
@@ -161,15 +162,15 @@ def _open(path: PurePath, content: bytes | None, decode: bool = True) -> Image.I
 
 
 def _exif_orientation(picture: Image.Image) -> int:
-    """How a viewer turns a picture before it shows it, by its EXIF; a damaged one says nothing."""
+    """The orientation in which a viewer shows a picture, from its EXIF; damaged EXIF is ignored."""
     try:
         return int(picture.getexif().get(TURNED, UPRIGHT))
-    except Exception:  # Pillow's parser raises many kinds, for what nobody else reads
+    except Exception:  # Pillow's parser raises many kinds of exceptions, for data that nothing else reads
         return UPRIGHT
 
 
 def _refuse_pointer(path: PurePath, content: bytes | None) -> None:
-    """Raises MedFLError for a note of Git LFS or git-annex in the place of a picture."""
+    """Raises MedFLError if the file is a pointer of Git LFS or git-annex instead of a picture."""
     try:
         if content is None:
             with open(path, "rb") as file:
@@ -178,31 +179,31 @@ def _refuse_pointer(path: PurePath, content: bytes | None) -> None:
         return
     if content.startswith((b"version https://git-lfs", b"/annex/objects/")):
         raise MedFLError(
-            f"{path} is a note where the picture would be; fetch it with `git lfs pull`, `git annex get` or "
-            "`datalad get`"
+            f"{path} only points to the picture, which was not fetched; fetch it with `git lfs pull`, `git "
+            "annex get` or `datalad get`"
         )
 
 
 def _stored_otherwise(picture: Image.Image) -> str | None:
-    """How the file's samples are stored, if not as unsigned numbers of up to 8 bits; whatever Pillow would
-    make of them."""
+    """How the file's samples are stored, if not as unsigned numbers of up to 8 bits, whatever Pillow would
+    convert them to."""
     if isinstance(picture, TiffImageFile):
         bits, kind = (picture.tag_v2.get(tag, (1,)) for tag in (BITSPERSAMPLE, SAMPLEFORMAT))
         if max(bits) > 8:
             return f"{max(bits)} bits"
         return None if set(kind) == {1} else "signed or fractional numbers"
-    # of PNG, Pillow's name of how the samples lie in the file, such as "RGB;16B"; its JPEG decoder knows 8 only
+    # for PNG, Pillow's name of the samples' layout in the file, such as "RGB;16B"; its JPEG decoder only knows 8 bits
     return "16 bits" if any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ())) else None
 
 
 def read_volume(paths: list[Path]) -> np.ndarray:
-    """The slices in the order given as one volume, (S, H, W,
-    3) uint8. Raises MedFLError where sizes differ, and where they are too many to hold."""
+    """The slices in the order given as one volume, (S, H, W, 3) uint8. Raises MedFLError if sizes differ or
+    memory does not hold them all."""
     columns, rows = picture_size(paths[0])
     if not fits((len(paths), rows, columns)):
         raise MedFLError(
-            f"{len(paths)} slices of {columns}×{rows} pixels, as {paths[0].name} is, are more than can be read "
-            f"at once ({MAX_VOXELS >> 20} million pixels); name fewer of them"
+            f"{len(paths)} slices of {columns}×{rows} pixels (the size of {paths[0].name}) are more than "
+            f"can be read at once ({MAX_VOXELS >> 20} million pixels); name fewer of them"
         )
     slices: list[np.ndarray] = []
     for path in paths:
@@ -210,8 +211,8 @@ def read_volume(paths: list[Path]) -> np.ndarray:
         slices.append(pixels)
         if pixels.shape != slices[0].shape:
             raise MedFLError(
-                f"{path} is {_size(pixels)} and {paths[0].name} is {_size(slices[0])}, "
-                "and the slices of a volume have one size; put them in folders of their own"
+                f"{path} is {_size(pixels)} and {paths[0].name} is {_size(slices[0])}, but all slices of a "
+                "volume must have the same size; put them in separate folders"
             )
     return np.stack(slices)
 

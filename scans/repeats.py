@@ -1,4 +1,4 @@
-"""What a folder holds more than once: further visits of a person, and copies of a patient."""
+"""Repeats in a folder: further visits of a person, and copies of a patient."""
 
 import hashlib
 import re
@@ -13,12 +13,12 @@ VISIT = re.compile(
     r"(?:^|(?<=[-_ ]))(?:ses|session|visit|timepoint|week)(?:[-_ ][a-z0-9]+|\d+)(?:-\d+)?(?=$|[-_ ])",
     re.IGNORECASE,
 )
-SUBJECT = re.compile(r"^sub-[a-z0-9]+", re.IGNORECASE)  # BIDS: what lies below is of one person
+SUBJECT = re.compile(r"^sub-[a-z0-9]+", re.IGNORECASE)  # BIDS: everything below belongs to one person
 
 
 def first_visits(top: Path, places: dict[Path, Slices], left_out: list[str]) -> dict[Path, Slices]:
-    """The patients less further visits of a person (`sub-01/ses-2`, `anna/week_12`): one person must not be on
-    both sides of a split, nor count twice."""
+    """The patients without further visits of a person (`sub-01/ses-2`, `anna/week_12`): one person must
+    neither be on both sides of a split nor count twice."""
     visits: defaultdict[Path, list[Path]] = defaultdict(list)
     for place in sorted(places):
         visits[_person(place.relative_to(top))].append(place)
@@ -27,14 +27,14 @@ def first_visits(top: Path, places: dict[Path, Slices], left_out: list[str]) -> 
         people = sum(len(of_one) > 1 for of_one in visits.values())
         left_out.append(
             f"{counted(len(further), 'further visit')} of {counted(people, 'patient')} (such as "
-            f"{min(further).relative_to(top)}): not read, the first visit of each is; a person must not be on both "
-            "sides of a split"
+            f"{min(further).relative_to(top)}): not read, only the first visit of each; a person must not "
+            "be on both sides of a split"
         )
     return {place: slices for place, slices in places.items() if place not in further}
 
 
 def _person(place: Path) -> Path:
-    """Whose visit a patient's folder holds, by its path below the top: the path itself where it names none."""
+    """The person of a patient's folder, by its path below the top; the path itself if it names no visit."""
     parts: list[str] = []
     for part in place.parts:
         left = re.sub(r"[-_ ]{2,}", "_", VISIT.sub("", part)).strip("-_ ")
@@ -47,12 +47,15 @@ def _person(place: Path) -> Path:
 def without_copies(
     top: Path, places: dict[Path, Slices], file_hash: Callable[[Path], str], left_out: list[str]
 ) -> dict[Path, Slices]:
-    """The patients less those whose slices and masks are another's, nearer to `top`. Only those whose slices
-    are as many and as large can be copies, and only of them files are read."""
+    """The patients without copies: of patients with equal slices and masks, the one nearest to `top` stays.
+    Files are read only for patients with the same number and sizes of slices, because only these can be
+    copies."""
     alike: defaultdict[tuple, list[Path]] = defaultdict(list)
     for place, (images, _) in places.items():
         alike[tuple(_size(image) for image in images)].append(place)
-    content = {place: str(place) for place in places}  # of slices, in hexadecimal, where they may be copies
+    content = {
+        place: str(place) for place in places
+    }  # hash of the slices, in hexadecimal, if they may be copies
     for same in alike.values():
         for place in same if len(same) > 1 else ():
             content[place] = _digest(places[place][0], file_hash)
@@ -63,7 +66,7 @@ def without_copies(
         if original != place:
             if _digest(places[place][1], file_hash) != _digest(places[original][1], file_hash):
                 raise MedFLError(
-                    f"{original} and {place} hold the same slices with different masks; take one of them away"
+                    f"{original} and {place} hold the same slices with different masks; remove one of them"
                 )
             copies[place] = original
     _refuse_partial_copies(copies, content)
@@ -77,8 +80,8 @@ def without_copies(
 
 
 def _refuse_partial_copies(copies: dict[Path, Path], content: dict[Path, str]) -> None:
-    """Raises MedFLError where two folders beside each other share patients and differ in others: two versions
-    of one dataset, and only the user knows which one is meant."""
+    """Raises MedFLError if two folders beside each other share some patients and differ in others: they are
+    two versions of one dataset, and only the user knows which one is meant."""
     inside: defaultdict[Path, set[str]] = defaultdict(set)
     for place, value in content.items():
         inside[place.parent].add(value)
@@ -87,7 +90,8 @@ def _refuse_partial_copies(copies: dict[Path, Path], content: dict[Path, str]) -
         beside = not (one.is_relative_to(other) or other.is_relative_to(one))
         if beside and inside[one] != inside[other]:
             raise MedFLError(
-                f"{one} and {other} hold different patients, and some are in both; name one of them with --data-dir"
+                f"{one} and {other} hold different patients, but some are in both; name one of the folders "
+                "with --data-dir"
             )
 
 

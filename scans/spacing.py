@@ -1,4 +1,4 @@
-"""Millimetres of a patient: what the `volume.json` beside the slices says of them.
+"""A patient's voxel sizes in millimetres, from the `volume.json` beside the slices.
 
 {"version": 1, "spacing_mm": [between slices, row, column], "slice_positions_mm": [one per slice], ...}
 """
@@ -15,29 +15,29 @@ VERSION = 1
 def read_spacing(path: PurePath, slices: int, content: bytes | None = None) -> tuple[float, float, float]:
     """Millimetres between a patient's slices, rows and columns.
 
-    slices: how many the patient has; content: the file's bytes, if they are in memory and not on disk. Raises
-    MedFLError for a file that can't be read, another version, sizes that are none, and the `volume.json` of
+    slices: the patient's number of slices; content: the file's bytes, if they are in memory and not on disk.
+    Raises MedFLError for a file that can't be read, another version, invalid sizes, and the `volume.json` of
     other slices.
     """
-    again = "make it again with data/prepare_hospital.py, or take it away to do without millimetres"
+    again = "make it again with data/prepare_hospital.py, or remove it to work without millimetres"
     try:
         told = read_json_file(Path(path)) if content is None else read_json(content)
         version = told["version"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise MedFLError(f"{path} is no {NAME} of a prepared patient; {again}") from error
+        raise MedFLError(f"{path} is not the {NAME} of a prepared patient; {again}") from error
     if version != VERSION:
         raise MedFLError(
-            f"{path} is of version {version}, and this MedFL reads {VERSION}; use the MedFL that wrote it, "
-            f"or {again}"
+            f"{path} has version {version}, but this MedFL reads version {VERSION}; use the MedFL that "
+            f"wrote it, or {again}"
         )
     spacing, positions = told.get("spacing_mm"), told.get("slice_positions_mm")
     if not (isinstance(spacing, list) and len(spacing) == 3 and all(map(is_size_mm, spacing))):
         raise MedFLError(
-            f"{path} holds no three sizes of {SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm as spacing_mm (between slices, "
-            f"row, column); {again}"
+            f"{path} must have three sizes of {SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm as spacing_mm (between "
+            f"slices, row, column); {again}"
         )
     if not isinstance(positions, list) or len(positions) != slices:
         count = len(positions) if isinstance(positions, list) else 0
-        raise MedFLError(f"{path} tells of {count} slices, and the patient has {slices}; {again}")
+        raise MedFLError(f"{path} describes {count} slices, but the patient has {slices}; {again}")
     between, row, column = map(float, spacing)
     return between, row, column

@@ -37,7 +37,7 @@ from common import MedFLError
 from data.prepare_task import read_nifti
 from deployment.app.card import card_rows
 from deployment.app.cases import add_truth, read_case
-from radiology.headers import InMemory
+from radiology.bounds import InMemory
 from radiology.nifti import find_volumes, load_volume
 from radiology.segmentation import read_segmentation
 from radiology.series import find_series, load_series

@@ -347,7 +347,7 @@ def test_studies_are_chosen_by_patient_by_key_and_by_day(archive, login, tmp_pat
     (tmp_path / "patients.txt").write_text("QX-axial\n\nQX-sagittal\nQX-nobody\n")
     said = planned("--patients", tmp_path / "patients.txt")
     assert "2 of 2 studies would be" in said
-    assert "of 1 patient that" in said and "no study that matches: QX-nobody\n" in said
+    assert "no matching study of 1 patient in " in said and "patients.txt: QX-nobody\n" in said
     assert "1 of 1 studies would be" in planned("--query", "PatientID=QX-?????")
     assert "3 of 3 studies would be" in planned("--query", "PatientID=QX-*a*")
     assert "1 of 1 studies would be" in planned("--query", "PatientID=QX-e*", "StudyDate=20260103")

@@ -17,7 +17,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import UID, MRImageStorage, generate_uid
 
 from common import MedFLError
-from radiology.headers import InMemory
+from radiology.bounds import InMemory
 from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
 from radiology.segmentation import read_segmentation, refusal, write_segmentation
 from radiology.series import find_series, load_series

@@ -65,7 +65,7 @@ def test_a_patient_is_a_path_below_the_root(tmp_path):
 
 def test_an_archive_of_which_nothing_has_a_mask_says_what_is_missing(tmp_path):
     save(tmp_path / "without_masks" / "anna_1" / "anna_1_1.png", np.zeros((16, 16, 3), np.uint8))
-    with pytest.raises(MedFLError, match="lie in without_masks, and only patients with masks train"):
+    with pytest.raises(MedFLError, match="are in without_masks, and training needs masks"):
         load(tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_what_is_not_read_is_told(tmp_path):
     save(tmp_path / "overview.png", np.zeros((8, 8), np.uint8))
     names, notes = load(tmp_path)
     assert names == ["anna"]
-    for told in ("1 patient kept apart", "2 pictures without masks", "1 phantom beside real scans"):
+    for told in ("1 patient kept apart", "2 pictures without a mask", "1 phantom beside real scans"):
         assert any(told in note for note in notes), notes
 
 
@@ -146,7 +146,7 @@ def test_links_that_lead_to_one_another_are_followed_once(tmp_path):
         *(".", "a", "b", "a/anna", "a/x", "b/bert", "b/y", "a/x/bert", "b/y/anna")
     ]
     (tmp_path / "a" / "self").symlink_to("self")
-    with pytest.raises(MedFLError, match="self is a link that leads to itself; take it away"):
+    with pytest.raises(MedFLError, match="self is a link that leads to itself; remove it"):
         load(tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_links_that_lead_to_one_another_are_followed_once(tmp_path):
 def test_a_note_in_the_place_of_a_picture_is_named(tmp_path, note):
     path = patient(tmp_path / "scans" / "anna", 1) / "p_2.png"
     path.write_bytes(note)
-    with pytest.raises(MedFLError, match="p_2.png is a note where the picture would be"):
+    with pytest.raises(MedFLError, match="p_2.png only points to the picture"):
         load(tmp_path / "scans")
 
 
@@ -199,7 +199,7 @@ def test_a_flat_tree_holds_a_patient_for_each_name(tmp_path):
 def test_a_folder_with_the_slices_of_two_patients_is_refused(tmp_path):
     for k, name in enumerate(("a_{}", "b_{}")):
         patient(tmp_path / "scans" / "all", k, name=name)
-    with pytest.raises(MedFLError, match=r"slices of 2 names with the same numbers \(a, b\)"):
+    with pytest.raises(MedFLError, match=r"slices with 2 names and the same numbers \(a, b\)"):
         load(tmp_path / "scans")
 
 
@@ -306,7 +306,7 @@ DEEP = np.arange(3 * 256, dtype=np.uint16).reshape(3, 16, 16) * 80
 )
 @pytest.mark.parametrize("read", [read_slice, read_mask])
 def test_no_more_than_8_unsigned_bits_are_cut_in_silence(tmp_path, make, read):
-    with pytest.raises(MedFLError, match=r"a channel, and a slice has 8|pixels of type"):
+    with pytest.raises(MedFLError, match=r"a channel, but a slice has 8|pixels of type"):
         read(make(tmp_path / "deep_1.tif"))
 
 
@@ -441,7 +441,7 @@ def test_masks_of_another_name_are_read_where_it_is_said_and_asked_about_where_n
     patient(tmp_path / "anna", 1, mask="{}" + suffix)
     with pytest.raises(
         MedFLError,
-        match=f"anna holds slices without masks .*if those are the masks, say --mask-suffix={suffix}",
+        match=f"anna holds slices without masks .*if those are the masks, give --mask-suffix={suffix}",
     ):
         load(tmp_path)
     found = load_dataset(tmp_path, progress=False, mask_suffix=suffix)
@@ -474,9 +474,12 @@ def test_unlabelled_slices_are_those_of_no_mask(tmp_path):
     ("name", "sentence"),
     [
         ("x.dcm", "no patients .*it holds DICOM files: prepare them with .*--dicom FOLDER --out PREPARED"),
-        ("flair.nii.gz", "no patients .*it holds volumes: prepare them with .*--nifti FOLDER"),
+        (
+            "flair.nii.gz",
+            "no patients .*it holds NIfTI or similar volumes: prepare them with .*--nifti FOLDER",
+        ),
         ("archive.zip", "no patients .*it holds an archive: unpack it"),
-        ("p_1.bmp", "no patients .*kinds that are not read: save them as TIFF or PNG"),
+        ("p_1.bmp", "no patients .*formats that MedFL does not read: save them as TIFF or PNG"),
     ],
 )
 def test_what_lies_there_instead_of_slices_is_named(tmp_path, name, sentence):
@@ -486,8 +489,8 @@ def test_what_lies_there_instead_of_slices_is_named(tmp_path, name, sentence):
         load(tmp_path)
     patient(tmp_path / "bert", 1)
     names, notes = load(tmp_path)
-    assert names == ["bert"] and "1 file of kinds that are no slices" in notes[0]
-    with pytest.raises(MedFLError, match="is a file, and patients lie in a folder"):
+    assert names == ["bert"] and "1 file in formats that are not slices" in notes[0]
+    with pytest.raises(MedFLError, match="is a file, but patients lie in a folder"):
         load(tmp_path / "anna" / name)
     with pytest.raises(MedFLError, match="did not replace the ~"):
         load(Path("~/scans"))
@@ -499,7 +502,7 @@ def test_inverted_masks_and_folders_of_another_split_are_told(tmp_path):
     for path in (tmp_path / "train" / "pat0").glob("*_mask.png"):
         save(path, 255 - np.asarray(Image.open(path)))
     notes = " ".join(load(tmp_path)[1])
-    assert "folders called test and train are no split here" in notes
+    assert "the folders test and train are not used as a split" in notes
     assert "more than half of all pixels are tumour in the masks of 1 of 2 patients" in notes
 
 
@@ -521,7 +524,7 @@ def test_one_patient_in_two_parts_of_another_split_is_refused(tmp_path, in_trees
             else:
                 patient(tmp_path / part / name, k, slices)
     with pytest.raises(
-        MedFLError, match="train/anna and val/anna are one patient in two parts .*; bring all slices"
+        MedFLError, match="train/anna and val/anna seem to be one patient in two parts .*; move all slices"
     ):
         load(tmp_path)
 
@@ -575,7 +578,7 @@ def test_what_medfl_wrote_among_the_scans_is_not_read_and_told(tmp_path):
     )  # beside the patients, and in a patient's own folder: they are read
     (tmp_path / "anna" / "predictions.csv").write_text("file")
     names, notes = load(tmp_path)
-    assert names == ["anna"] and notes == ["2 folders with what MedFL wrote (a run, predictions): not read"]
+    assert names == ["anna"] and notes == ["2 folders written by MedFL (a run, predictions): not read"]
 
 
 def test_a_second_patients_masks_do_not_mix_with_the_firsts(tmp_path):

@@ -112,7 +112,7 @@ def numbers(phantoms) -> tuple[int, int]:
 
 
 def refused(out: Path, numbers: tuple[int, int]) -> str:
-    """The sentence with which the download ends; it always tells the way by hand."""
+    """The sentence with which the download ends; it always says how to do it by hand."""
     with pytest.raises(MedFLError) as error:
         download(out, *numbers)
     assert PAGE in str(error.value) and "\n" not in str(error.value)
@@ -154,7 +154,7 @@ def test_the_set_is_fetched_once_and_nothing_but_its_name_is_sent(kaggle, phanto
 
 def test_a_broken_connection_goes_on_where_it_stopped(kaggle, phantoms, numbers, tmp_path):
     kaggle.breaks_at = len(kaggle.archive) // 2
-    assert "broke off" in refused(tmp_path / "data", numbers)
+    assert "connection was lost" in refused(tmp_path / "data", numbers)
     assert not (tmp_path / "data").exists()
     kaggle.breaks_at = None
     folder, _ = download(tmp_path / "data", *numbers)
@@ -178,14 +178,14 @@ def test_what_is_not_of_the_download_is_never_overwritten(kaggle, phantoms, numb
     drawn = tmp_path / "data" / "kaggle_3m" / patient / f"{patient}_1.tif"
     drawn.parent.mkdir(parents=True)
     drawn.write_bytes(b"a mask that someone drew anew")
-    with pytest.raises(MedFLError, match="is not what the download holds; move it away"):
+    with pytest.raises(MedFLError, match="differs from the download; move it away"):
         download(tmp_path / "data", *numbers)
     assert drawn.read_bytes().startswith(b"a mask")
 
 
 def test_a_set_that_lacks_a_patient_a_slice_or_a_mask_is_told(kaggle, numbers, tmp_path):
     with pytest.raises(
-        MedFLError, match=f"{numbers[0]} patients and {numbers[1]} slices, and the set has 110 and 3929"
+        MedFLError, match=f"{numbers[0]} patients and {numbers[1]} slices, but the dataset has 110 and 3929"
     ):
         download(tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -197,7 +197,7 @@ def test_a_set_that_lacks_a_patient_a_slice_or_a_mask_is_told(kaggle, numbers, t
 
 @pytest.mark.parametrize(
     ("code", "sentence"),
-    [(401, "wants an account"), (403, "accepted its terms"), (404, "code 404"), (500, "code 500")],
+    [(401, "requires an account"), (403, "accepted its terms"), (404, "code 404"), (500, "code 500")],
 )
 def test_each_refusal_gets_a_sentence(kaggle, numbers, tmp_path, code, sentence):
     kaggle.code = code
@@ -207,7 +207,7 @@ def test_each_refusal_gets_a_sentence(kaggle, numbers, tmp_path, code, sentence)
 def test_a_damaged_archive_is_fetched_anew(kaggle, archive, numbers, tmp_path):
     for damaged in (b"<html>sign in</html>", archive[:-30]):
         kaggle.archive = damaged
-        assert "damaged or no archive" in refused(tmp_path / "data", numbers)
+        assert "damaged or not an archive" in refused(tmp_path / "data", numbers)
     kaggle.archive = archive
     assert download(tmp_path / "data", *numbers)[1]
 

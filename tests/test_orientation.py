@@ -148,7 +148,7 @@ def sheared() -> bytes:
 
 
 DOUBTFUL = {
-    "no codes": (without_codes(head()), "does not say how the patient lies in it"),
+    "no codes": (without_codes(head()), "does not give the patient's orientation"),
     "contradiction": (contradicting(), "qform and sform place a voxel 33 mm apart"),
     "sheared": (sheared(), "not at right angles (its sform is sheared)"),
 }

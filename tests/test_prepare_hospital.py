@@ -169,7 +169,8 @@ def test_a_dry_run_shows_the_choice_and_writes_nothing(scene):
     assert scene["dry"].returncode == 0 and scene["after_dry"] == {"export"}
     said = scene["dry"].stdout
     assert (
-        "4 of 5 studies would be prepared, 3 with a mask; 1 file of no patient; nothing was written" in said
+        "4 of 5 studies would be prepared, 3 with a mask; 1 file without a patient; nothing was written"
+        in said
     )
     for part in (
         "patient QX-48151623, study 20190317: is prepared",

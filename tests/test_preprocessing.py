@@ -234,7 +234,7 @@ def test_a_fourth_sequence_is_not_taken_for_transparency(tmp_path, bands, suffix
 def test_a_coloured_mask_is_refused_and_never_read_as_black(tmp_path, colour):
     mask = np.zeros((16, 16, 3), np.uint8)
     mask[3, 4] = colour
-    with pytest.raises(MedFLError, match="has colours, and a mask is grey"):
+    with pytest.raises(MedFLError, match="has colours, but a mask is grey"):
         read_mask(save(tmp_path / "a_1_mask.tif", mask))
 
 

@@ -70,19 +70,19 @@ WRONG = {
     "a misspelt folder": (lambda f: load(f / "scnas"), "there is no folder .*scnas; fetch the scans"),
     "a patient's own folder": (
         lambda f: load(scans(f) / "anna"),
-        "anna holds slices itself.*name the one above",
+        "anna holds slices itself.*name the folder above it",
     ),
     "no mask": (
         loaded(lambda f: (f / "anna" / "p_2_mask.png").unlink()),
-        r"p_2.png has no mask \(p_2_mask.png\), nor one of its name in a tree of masks; add",
+        r"p_2.png has no mask \(p_2_mask.png\), and no tree of masks has one of its name; add",
     ),
     "a mask alone": (
         loaded(lambda f: (f / "anna" / "p_2.png").unlink()),
-        r"p_2_mask.png has no slice .*add it",
+        r"p_2_mask.png has no slice .*add the slice",
     ),
     "two masks": (
         loaded(lambda f: save(f / "anna" / "p_2_mask.tif", BLACK)),
-        "are two masks of one slice; take one",
+        "are two masks of one slice; remove one",
     ),
     "two formats": (
         loaded(lambda f: [save(f / "anna" / f"p_2{s}.tif", BLACK) for s in ("", "_mask")]),
@@ -90,7 +90,7 @@ WRONG = {
     ),
     "two sizes": (
         loaded(lambda f: save(f / "anna" / "p_2.png", np.zeros((20, 16, 3), np.uint8))),
-        "p_2.png is 16×20 pixels and p_1.png is 16×16; a patient's slices and masks have one size",
+        "p_2.png is 16×20 pixels and p_1.png is 16×16; all slices and masks of a patient must have the same size",
     ),
     "text for a picture": (
         loaded(lambda f: text(f / "anna" / "p_2.png")),
@@ -98,19 +98,19 @@ WRONG = {
     ),
     "a file not fetched": (
         loaded(lambda f: text(f / "anna" / "p_2.png", "version https://git-lfs.github.com/spec/v1")),
-        "p_2.png is a note where the picture would be; fetch it with `git lfs pull`",
+        "p_2.png only points to the picture, which was not fetched; fetch it with `git lfs pull`",
     ),
     "a share that is away": (
         loaded(lambda f: (f / "carl").symlink_to("/mnt/away/carl")),
-        "carl is a link to /mnt/away/carl, which is not there; fetch it .*connect the share",
+        "carl is a link to /mnt/away/carl, which does not exist; fetch it .*connect the share",
     ),
     "grey masks": (
         loaded(lambda f: save(f / "anna" / "p_2_mask.png", BLACK + 7)),
-        "p_2_mask.png has the value 7, and a mask holds 0",
+        "p_2_mask.png has the value 7, but a mask only holds 0",
     ),
     "two patients in one folder": (
         loaded(lambda f: patient(f / "anna", 3, name="q_{}")),
-        r"anna holds slices of 2 names with the same numbers \(p, q\); give each patient a folder",
+        r"anna holds slices with 2 names and the same numbers \(p, q\); give each patient a folder",
     ),
     "images and masks in two folders of other names": (
         uploaded(trees_of_other_names),

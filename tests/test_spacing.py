@@ -39,19 +39,19 @@ def test_the_spacing_is_read_from_disk_or_memory(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "no volume.json of a prepared patient"),
-        (b"[1]", "no volume.json"),
-        (b"{}", "no volume.json"),
-        (b"\xff\xfe", "no volume.json"),
-        ({"version": 2}, "of version 2"),
-        ({"spacing_mm": None}, "no three sizes"),
-        ({"spacing_mm": [1.0, 1.0]}, "no three sizes"),
-        ({"spacing_mm": [5.0, 0.0, 1.0]}, "no three sizes"),
-        ({"spacing_mm": [5.0, "1", 1.0]}, "no three sizes"),
-        ({"spacing_mm": [5.0, float("nan"), 1.0]}, "no three sizes"),
-        ({"spacing_mm": [True, 1.0, 1.0]}, "no three sizes"),
-        ({"slice_positions_mm": [0.0]}, "tells of 1 slices, and the patient has 2"),
-        ({"slice_positions_mm": None}, "tells of 0 slices"),
+        (b"", "is not the volume.json of a prepared patient"),
+        (b"[1]", "is not the volume.json"),
+        (b"{}", "is not the volume.json"),
+        (b"\xff\xfe", "is not the volume.json"),
+        ({"version": 2}, "has version 2"),
+        ({"spacing_mm": None}, "must have three sizes"),
+        ({"spacing_mm": [1.0, 1.0]}, "must have three sizes"),
+        ({"spacing_mm": [5.0, 0.0, 1.0]}, "must have three sizes"),
+        ({"spacing_mm": [5.0, "1", 1.0]}, "must have three sizes"),
+        ({"spacing_mm": [5.0, float("nan"), 1.0]}, "must have three sizes"),
+        ({"spacing_mm": [True, 1.0, 1.0]}, "must have three sizes"),
+        ({"slice_positions_mm": [0.0]}, "describes 1 slices, but the patient has 2"),
+        ({"slice_positions_mm": None}, "describes 0 slices"),
     ],
     ids=str,
 )
@@ -159,5 +159,5 @@ def test_a_broken_one_is_told_before_anybody_is_scored(phantoms, tmp_path):
     names = [patient.name for patient in dataset.patients[:3]]
     assert dataset.spacing(names[-1]) is None
     (dataset.root / names[-1] / "volume.json").write_text("{")
-    with pytest.raises(MedFLError, match="no volume.json of a prepared patient"):
+    with pytest.raises(MedFLError, match="is not the volume.json of a prepared patient"):
         score_patients(None, dataset, names, 0.5, closely=True)  # without a model nobody can be scored

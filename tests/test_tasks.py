@@ -133,7 +133,7 @@ def test_a_label_lies_on_its_scan_or_is_refused(tmp_path, stored):
         nibabel.save(image, tmp_path / f"{name}.nii")
     files = ("a", tmp_path / "scan.nii", tmp_path / "label.nii", named_task("hippocampus"), tmp_path)
     if stored in ("beside it", "nowhere"):
-        with pytest.raises(MedFLError, match="another place|does not say how the patient lies"):
+        with pytest.raises(MedFLError, match="another position|does not give the patient's orientation"):
             write_patient(*files)
         return
     write_patient(*files)
@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_told(tmp_path):
     grey = (FOLDER / "wounds.toml").read_text().replace('["red", "green", "blue"]', '["grey"]')
     (tmp_path / "grey.toml").write_text(grey)
     colours = run_here(*command, tmp_path / "e", "--task", tmp_path / "grey.toml")
-    assert colours.returncode == 2 and "has colours, and wounds has one channel" in colours.stderr
+    assert colours.returncode == 2 and "has colours, but wounds has one channel" in colours.stderr
     Image.new("L", (64, 48), 7).save(labels / "north_0.png")
     odd = run_here(*command, tmp_path / "a", "--task", "wounds")
     assert odd.returncode == 2 and "has the value 7" in odd.stderr
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_told(tmp_path):
     assert other.returncode == 2 and "differ in size" in other.stderr
     (labels / "north_0.png").unlink()
     alone = run_here(*command, tmp_path / "c", "--task", "wounds")
-    assert alone.returncode == 2 and "north_0 is in one of" in alone.stderr
+    assert alone.returncode == 2 and "north_0 is only in one of" in alone.stderr
     shutil.rmtree(labels)
     none = run_here(*command, tmp_path / "d", "--task", "wounds")
     assert none.returncode == 2 and "there is no folder" in none.stderr
@@ -237,5 +237,5 @@ def test_a_federations_model_tells_its_task():
 def test_two_pictures_of_one_name_are_refused(tmp_path, other):
     photographs(tmp_path, 2)
     Image.new("RGB", (64, 48)).save(tmp_path / "images" / other)
-    with pytest.raises(MedFLError, match="are both south_1"):
+    with pytest.raises(MedFLError, match="are both called south_1"):
         pairs(tmp_path)

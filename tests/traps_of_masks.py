@@ -12,8 +12,8 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit
 
+from radiology.bounds import InMemory
 from radiology.contours import read_structure_set
-from radiology.headers import InMemory
 from radiology.segmentation import make_segmentation, read_segmentation
 from radiology.series import find_series, load_series
 

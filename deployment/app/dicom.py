@@ -18,6 +18,7 @@ from deployment.app.framing import FRAMED
 from deployment.app.nifti import nifti_bytes
 from deployment.app.source import Source
 from preprocessing import CHANNELS
+from radiology.bounds import File, InMemory
 from radiology.geometry import (
     POOR,
     SIDE,
@@ -29,7 +30,7 @@ from radiology.geometry import (
     to_axial,
     to_uint8,
 )
-from radiology.headers import File, InMemory, read_header
+from radiology.headers import read_header
 from radiology.rules import FLAIR, LEFT_OUT, POST, PRE, load_rules, role_of
 from radiology.segmentation import make_segmentation, read_segmentation, refusal
 from radiology.series import Refused, Series, find_series, load_series

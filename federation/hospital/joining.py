@@ -4,14 +4,16 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime
 
 from common import counted
-from federation.hospital.hospital import Hospital, HospitalError
+from federation.hospital.faults import HospitalError
+from federation.hospital.hospital import Hospital
 from federation.hospital.identity import Identity
+from federation.hospital.promise import planned_noise
 from federation.hospital.rehearsal import round_seconds
+from federation.protocol.agreement import approval, unusual
 from federation.protocol.answers import Facts, Introduction, Part
 from federation.protocol.log import say
 from federation.protocol.messages import SOON, Failure
 from federation.protocol.requests import Join
-from federation.protocol.settings import approval, unusual
 
 
 def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital]) -> Introduction | Facts:
@@ -48,7 +50,7 @@ def introduce(asked: Join, identity: Identity, hospital: Callable[[], Hospital])
         next_step += " (it only observes: nothing is trained here)" * (identity.role == "observe")
     say(f"joined as {identity.label}: {facts.data}, {what_trains(mine, parts)}; {next_step}")
     if mine.budget:
-        noise = mine.planned_noise(asked.run)
+        noise = planned_noise(mine.budget, mine.federation, asked.run)
         noise_said = "" if noise is None else f"noise of {noise:.3g} clips; "
         say(
             f"promised to the patients: epsilon {mine.budget.epsilon:g} at delta {mine.budget.delta:g}, of "

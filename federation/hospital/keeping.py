@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoint import describe, save_checkpoint
-from federation.hospital.hospital import Hospital, HospitalError
+from federation.hospital.faults import HospitalError
+from federation.hospital.hospital import Hospital
 from federation.protocol.messages import Failure
 from federation.protocol.weights import Record, from_record, model_hash, unpack
 from transunet import TransUNet

@@ -37,4 +37,4 @@ def round_seconds(hospital: Hospital) -> float:
     others, began = others or [first], time.monotonic()
     learner.train_epoch(others)
     step = (time.monotonic() - began) / len(others)
-    return hospital.score(model).seconds + step * federation.steps_a_round(len(batches))
+    return hospital.reports.score(model).seconds + step * federation.steps_a_round(len(batches))

@@ -9,11 +9,12 @@ import torch
 from flwr.app import ConfigRecord, Context
 
 from common import MedFLError
-from federation.hospital.hospital import HospitalError
+from federation.hospital.faults import HospitalError
 from federation.hospital.sums import Sums
+from federation.protocol.masks import sha256_of
 from federation.protocol.messages import Failure
 from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask
-from federation.protocol.secure_aggregation import Party, WrongShares, sha256_of
+from federation.protocol.secure_aggregation import Party, WrongShares
 
 SECRETS = "secure"  # the record in that memory
 

@@ -13,14 +13,10 @@ from common import MedFLError, __version__, counted, git_commit, settings_from
 from encoders.autoencoder import check_name
 from encoders.weights import PRETRAINED, RANDOM, RECIPES, go_on_from, start_model, with_recipe
 from federation.privacy.hospitals import HospitalPrivacy
+from federation.protocol.agreement import approval, check_together, to_json
 from federation.protocol.log import say
 from federation.protocol.messages import local_versions
-from federation.protocol.settings import (
-    FederationSettings,
-    approval,
-    check_together,
-    to_json,
-)
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import most_bytes, part_mask
 from federation.runtime.bundle import hospital_code
 from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
@@ -96,8 +92,8 @@ def taken_up(
     done = state["progress"]["round"]
     federation = with_rounds(federation, arguments.rounds if "rounds" in arguments.given else None, done)
     say(
-        f"going on after round {done} of {federation.rounds}, with that run's own settings; other options are "
-        "ignored"
+        f"going on after round {done} of {federation.rounds}, with that run's own settings; options other than "
+        "--rounds are ignored"
         if done < federation.rounds
         else f"all {federation.rounds} rounds of this run are done; what is left is to score the model and to "
         "tell the hospitals the end (for a new run leave --resume out)"

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from borders import escaping
 from checkpoint import load_checkpoint
 from common import EXIT_BAD_INPUT, MedFLError
-from federation.protocol.settings import from_json
+from federation.protocol.agreement import from_json
 from federation.server.audit import AUDIT
 from federation.server.events import Journal, Messenger
 from federation.server.rounds import Federation

@@ -59,6 +59,20 @@ class Collected:
         }
 
 
+@dataclass
+class Asked:
+    """What was sent for one try of a round. observers: who only scores the model. travels: which of the weights are in
+    an update, (n,) bool. sent: bytes, by label. secure: the secure aggregation, if there is one."""
+
+    number: int
+    purpose: str
+    members: list[Member]
+    observers: list[Member]
+    travels: torch.Tensor
+    sent: dict[str, int]
+    secure: SecureRound | None
+
+
 class Collector:
     """Collects the updates of one round after the other into files below `out`."""
 
@@ -77,86 +91,103 @@ class Collector:
         hospitals' one.
         """
         members = self.exchange.quorum()
-        left_out = self.settings.left_out(number <= self.state.training.frozen_epochs)
-        about = {
-            "round": number,
-            "rate": self.state.rate,
-            "seconds": self.settings.round_timeout,
-            "partition": partition,
-        }
-        purpose = f"round-{number}.{attempt}"
         came = Collected(members, Updates(self.state.weights, self.state.is_statistic, self.out))
-        travels = part_mask(self.state.model, left_out)
-        secure, own = None, None
-        if self.settings.secure_aggregation:
-            members = self._without_the_accused(number, members)
-            model = weights_sha256(
-                self.state.weights_as_sent, common_mask(self.state.model, self.settings.keep_norm_local)
-            )
-            secure = SecureRound(
-                self.exchange.mailbox,
-                self.exchange.wait,
-                self.settings,
-                number,
-                purpose,
-                int(travels.sum()),
-                self.state.progress.run,
-                model,
-                [self.exchange.about["settings"], self.state.rate],
-                self.exchange.mailbox.keys(),
-            )
-            own = secure.prepare(members)
-            members = [member for member in members if member.label in own]
-        sent = self.exchange.send("train", purpose, members, about, self.state.weights_as_sent, left_out, own)
-
-        observers = self.exchange.membership.observers
-        watched = {"part": "val", "last": False}
-        sent |= self.exchange.send(
-            "evaluate", purpose, observers, watched, self.state.weights_as_sent, self.settings.left_out(False)
-        )
-
-        def take(member: Member, answer: Answer) -> None:
-            if member in observers:
-                seen = parse(Result, answer.about)
-                announced(seen, member.facts)
-                came.observed[member.label], came.bytes[member.label] = seen, (sent[member.label], 0)
-                return
-            told = parse(Trained, answer.about)
-            if told.round != number:
-                raise MedFLError(f"its update is of round {told.round}")
-            announced(told, member.facts)
-            if secure:
-                secure.take(member, told, answer.arrays)
-            else:
-                self._take(member, told, answer, came.updates, travels)
-            came.told[member.label] = told
-            came.bytes[member.label] = sent[member.label], answer.bytes
-            if answer.proof:
-                came.proofs[member.label] = answer.proof
-            self.exchange.holds(member)
-
+        asked = self._ask(number, f"round-{number}.{attempt}", members, partition)
         _, came.failures = self.exchange.wait(
-            purpose, [*members, *observers], f"round {number} of {self.settings.rounds}", take=take
+            asked.purpose,
+            [*asked.members, *asked.observers],
+            f"round {number} of {self.settings.rounds}",
+            take=lambda member, answer: self._take(member, answer, asked, came),
         )
         complaints = self.exchange.complaints()
         unfit = (FAILURES[Failure.TRAINING], FAILURES[Failure.PROTOCOL])
         came.unable = {label for label, why in came.failures.items() if why in unfit}.difference(
             *complaints.values()
         )
-        if secure:
-            mean = secure.mean(sorted(came.told), self.state.weights, travels)
-            for node, by in self.exchange.complaints().items():  # of the last stages
-                complaints.setdefault(node, set()).update(by)
-            for label in secure.failures.keys() & came.told.keys():
-                del came.told[label]
-            came.failures |= secure.failures
-            came.lost = secure.lost
-            came.blamed = secure.blamed | self._accuse(number, secure, complaints, came.failures)
-            if mean is not None:
-                # of single updates nothing can be checked; a variance below 0 would ruin the model for everybody
-                mean = torch.where(self.variances & (mean < 0), self.state.weights, mean)
-                came.updates.add("the mean", mean, 1)
+        if asked.secure:
+            self._add_sum(asked.secure, asked, came, complaints)
         return came
+
+    def _ask(self, number: int, purpose: str, members: list[Member], partition: str | None) -> Asked:
+        """Send the model to those who train and to those who only observe."""
+        left_out = self.settings.left_out(number <= self.state.training.frozen_epochs)
+        travels = part_mask(self.state.model, left_out)
+        about = {
+            "round": number,
+            "rate": self.state.rate,
+            "seconds": self.settings.round_timeout,
+            "partition": partition,
+        }
+        secure, own = None, None
+        if self.settings.secure_aggregation:
+            members = self._without_the_accused(number, members)
+            secure = self._secure_round(number, purpose, int(travels.sum()))
+            own = secure.prepare(members)
+            members = [member for member in members if member.label in own]
+        weights, observers = self.state.weights_as_sent, self.exchange.membership.observers
+        sent = self.exchange.send("train", purpose, members, about, weights, left_out, own)
+        watched = {"part": "val", "last": False}
+        sent |= self.exchange.send(
+            "evaluate", purpose, observers, watched, weights, self.settings.left_out(False)
+        )
+        return Asked(number, purpose, members, observers, travels, sent, secure)
+
+    def _secure_round(self, number: int, purpose: str, length: int) -> SecureRound:
+        """The secure aggregation of this try of a round. length: weights that travel."""
+        model = weights_sha256(
+            self.state.weights_as_sent, common_mask(self.state.model, self.settings.keep_norm_local)
+        )
+        return SecureRound(
+            self.exchange.mailbox,
+            self.exchange.wait,
+            self.settings,
+            number,
+            purpose,
+            length,
+            self.state.progress.run,
+            model,
+            [self.exchange.about["settings"], self.state.rate],
+            self.exchange.mailbox.keys(),
+        )
+
+    def _take(self, member: Member, answer: Answer, asked: Asked, came: Collected) -> None:
+        """Check an answer and add it to what came. Raises MedFLError if it can't be right."""
+        if member in asked.observers:
+            seen = parse(Result, answer.about)
+            announced(seen, member.facts)
+            came.observed[member.label], came.bytes[member.label] = seen, (asked.sent[member.label], 0)
+            return
+        told = parse(Trained, answer.about)
+        if told.round != asked.number:
+            raise MedFLError(f"its update is of round {told.round}")
+        announced(told, member.facts)
+        if asked.secure:
+            asked.secure.take(member, told, answer.arrays)
+        else:
+            self._add_update(member, told, answer, came.updates, asked.travels)
+        came.told[member.label] = told
+        came.bytes[member.label] = asked.sent[member.label], answer.bytes
+        if answer.proof:
+            came.proofs[member.label] = answer.proof
+        self.exchange.holds(member)
+
+    def _add_sum(
+        self, secure: SecureRound, asked: Asked, came: Collected, complaints: dict[str, set[str]]
+    ) -> None:
+        """Take the masks off the sum, and add the mean that it gives as the round's only update. complaints: of the
+        stages before, by the node that they are about."""
+        mean = secure.mean(sorted(came.told), self.state.weights, asked.travels)
+        for node, by in self.exchange.complaints().items():  # of the last stages
+            complaints.setdefault(node, set()).update(by)
+        for label in secure.failures.keys() & came.told.keys():
+            del came.told[label]
+        came.failures |= secure.failures
+        came.lost = secure.lost
+        came.blamed = secure.blamed | self._accuse(asked.number, secure, complaints, came.failures)
+        if mean is not None:
+            # of single updates nothing can be checked; a variance below 0 would ruin the model for everybody
+            mean = torch.where(self.variances & (mean < 0), self.state.weights, mean)
+            came.updates.add("the mean", mean, 1)
 
     def _without_the_accused(self, number: int, members: list[Member]) -> list[Member]:
         """The members without those who broke the protocol in a former try of this round, or lost one."""
@@ -189,7 +220,7 @@ class Collector:
             came.failures[label] = f"{reason}; it is left out"
             del came.told[label]
 
-    def _take(
+    def _add_update(
         self, member: Member, told: Trained, answer: Answer, updates: Updates, travels: torch.Tensor
     ) -> None:
         """Check an update and put it to the others. travels: which of the weights are in it, (n,) bool."""

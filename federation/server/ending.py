@@ -13,9 +13,9 @@ import torch
 from checkpoint import load_checkpoint, read_metadata, update_metadata
 from common import __version__, counted, utc_now
 from encoders.autoencoder import write_encoder
+from federation.protocol.agreement import to_json
 from federation.protocol.answers import Tested, announced, parse
 from federation.protocol.messages import Query
-from federation.protocol.settings import to_json
 from federation.protocol.weights import in_precision, model_hash, pack, to_record, unpack
 from federation.server.audit import AuditLog
 from federation.server.energy import FederationEnergy

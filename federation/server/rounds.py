@@ -11,10 +11,10 @@ import torch
 
 from common import EXIT_NO_QUORUM, counted
 from federation.privacy.hospitals import HospitalPrivacy
+from federation.protocol.agreement import to_json
 from federation.protocol.answers import Result, announced, parse
 from federation.protocol.log import say as say_on_the_terminal
 from federation.protocol.messages import End
-from federation.protocol.settings import to_json
 from federation.protocol.weights import part_mask
 from federation.server.aggregation import ROBUST
 from federation.server.audit import AuditLog

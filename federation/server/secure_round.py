@@ -11,18 +11,10 @@ from flwr.app import ArrayRecord
 
 from common import MedFLError
 from federation.protocol.answers import Agreed, OpenShares, PublicKeys, SealedShares, Trained, parse
+from federation.protocol.masks import binding, check_keys, from_sum, sha256_of
 from federation.protocol.messages import FAILURES, Failure, Query
 from federation.protocol.proofs import check, keys_statement
-from federation.protocol.secure_aggregation import (
-    LEAST,
-    WrongShares,
-    binding,
-    check_keys,
-    from_sum,
-    sha256_of,
-    threshold,
-    unmasked,
-)
+from federation.protocol.secure_aggregation import LEAST, WrongShares, threshold, unmasked
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import values_of
 from federation.server.mailbox import Answer, Mailbox

@@ -12,7 +12,8 @@ import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
 from common import MedFLError
-from federation.protocol.settings import FederationSettings, from_json, to_json
+from federation.protocol.agreement import from_json, to_json
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import in_precision, pack, statistics_mask, unpack
 from federation.server.aggregation import Aggregator
 from federation.server.audit import AUDIT, AuditLog, check_file, check_line, ended_well, hashes_of

@@ -60,8 +60,8 @@ def test_volume_json_gives_mm_and_a_broken_one_is_refused(slices, zipped):
     plain = read_case(slices)
     assert plain.spacing is None and not plain.measured
     for files, sentence in (
-        ([*slices, ("volume.json", b"{")], "no volume.json of a prepared patient"),
-        ([*slices[:3], measured[-1]], "tells of 12 slices, and the patient has 3"),
+        ([*slices, ("volume.json", b"{")], "is not the volume.json of a prepared patient"),
+        ([*slices[:3], measured[-1]], "describes 12 slices, but the patient has 3"),
         ([*measured, ("b/volume.json", b"{}")], "2 files are called volume.json"),
     ):
         with pytest.raises(MedFLError, match=sentence):

@@ -104,7 +104,7 @@ def test_what_is_not_finite_is_counted_and_told(tmp_path):
     values[:10] = 1e39  # which single precision does not hold
     assert read_case([("flair.nii", nifti(values))]).volume.any()
     assert load_counted(found(tmp_path, "large.nii", nifti(values)))[1] == 10 * 64 * 20
-    with pytest.raises(MedFLError, match="no value that is finite"):
+    with pytest.raises(MedFLError, match="no finite value"):
         load_volume(found(tmp_path, "nan.nii", nifti(np.full((9, 9, 9), np.nan, np.float32))))
 
 
@@ -115,7 +115,7 @@ def test_a_volume_of_two_sizes_has_no_millimetres(tmp_path):
     )  # of the two records of its place, one that the pixel size is not part of
     struct.pack_into("<3f", content, 80, 9, 9, 9)
     case = read_case([("flair.nii", bytes(content))])
-    assert case.spacing is None and "flair.nii tells voxels of 9 × 9 × 9 mm" in " ".join(case.notes)
+    assert case.spacing is None and "flair.nii says that voxels measure 9 × 9 × 9 mm" in " ".join(case.notes)
     assert "places them" in found(tmp_path, "flair.nii", bytes(content)).problems[0]
 
 

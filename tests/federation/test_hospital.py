@@ -16,11 +16,14 @@ from benchmarks.local_federation import LocalHospital
 from common import MedFLError, __version__
 from dataset import load_dataset
 from evaluation.scoring import score_patients
-from federation.hospital.hospital import Hospital, HospitalError, Scored
+from federation.hospital.faults import HospitalError
+from federation.hospital.hospital import Hospital
 from federation.hospital.identity import ENDED, IDENTITY, Identity
+from federation.hospital.reports import Scored
+from federation.protocol.agreement import to_json
 from federation.protocol.messages import ENDS, End, Failure, Query, message, read
 from federation.protocol.requests import Train
-from federation.protocol.settings import FederationSettings, to_json
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack, to_record
 from split import VAL_FRACTION, Split, make_split, save_split
 from training import TrainingSettings
@@ -71,44 +74,44 @@ def test_the_score_is_of_the_validation_patients(hospital):
     wanted = np.mean(
         [row["dice"] for row in score_patients(model, subject.data.dataset, subject.data.split.val, 0.5)]
     )
-    score = subject.score(model)
+    score = subject.reports.score(model)
     assert (score.val_dice, score.val_patients) == (pytest.approx(wanted), 3)
 
 
 def test_a_server_gets_no_more_scores_than_runs_need(hospital, monkeypatch):
     """With weights of its own making and as many exact scores as it liked, it could read masks pixel by pixel."""
-    monkeypatch.setattr("federation.hospital.hospital.score_patients", lambda *_: [{"dice": 0.123456}])
+    monkeypatch.setattr("federation.hospital.reports.score_patients", lambda *_: [{"dice": 0.123456}])
     subject, model = hospital(None, val_fraction=0.3, rounds=3), TransUNet("mini", 32)
     heard, bias = [], dict(model.named_parameters())["head.bias"]
     for question in range(30):
         with torch.no_grad():
             bias.fill_(question)
-        heard.append(subject.told(subject.score(model)).val_dice)
+        heard.append(subject.reports.told(subject.reports.score(model)).val_dice)
     assert heard == [0.1235] * 22 + [None] * 8
-    assert subject.score(model, "test") == Scored()
+    assert subject.reports.score(model, "test") == Scored()
     assert work(subject)[0].train_loss is None
     with torch.no_grad():
         bias.fill_(0)
-    assert subject.score(model).val_dice == 0.123456  # the same model tells nothing new
+    assert subject.reports.score(model).val_dice == 0.123456  # the same model tells nothing new
 
 
 def test_a_server_that_ends_a_service_gets_no_more_scores_once_it_has_started_again(hospital, monkeypatch):
     """A unit starts again what ended with an error, which a server can tell it to do."""
-    monkeypatch.setattr("federation.hospital.hospital.score_patients", lambda *_: [{"dice": 0.123456}])
+    monkeypatch.setattr("federation.hospital.reports.score_patients", lambda *_: [{"dice": 0.123456}])
     model, heard = TransUNet("mini", 32), []
     for question in range(20):
         with torch.no_grad():
             dict(model.named_parameters())["head.bias"].fill_(question)
-        heard.append(hospital(None, val_fraction=0.3, rounds=1).score(model).val_dice)
+        heard.append(hospital(None, val_fraction=0.3, rounds=1).reports.score(model).val_dice)
     assert heard == [0.123456] * 18 + [None] * 2
     now = time.time()
     monkeypatch.setattr("federation.hospital.scored.time.time", lambda: now + 90_000)
-    assert hospital(None, val_fraction=0.3, rounds=1).score(model).val_dice == 0.123456  # a day later
-    file = hospital(None).scored.file
+    assert hospital(None, val_fraction=0.3, rounds=1).reports.score(model).val_dice == 0.123456  # a day later
+    file = hospital(None).reports.scored.file
     assert file.stat().st_mode & 0o077 == 0 or os.name == "nt"
     file.write_text("{", encoding="utf-8")
     with pytest.raises(MedFLError, match="is damaged"):
-        hospital(None).score(model)
+        hospital(None).reports.score(model)
 
 
 def test_one_model_has_no_more_losses_than_runs_need(hospital):
@@ -144,7 +147,9 @@ def test_figures_of_one_or_two_patients_stay_here(hospital, phantoms, tmp_path):
     names = [p.name for p in load_dataset(phantoms, progress=False).patients]
     save_split(Split(0, tuple(names[:2]), tuple(names[2:4]), tuple(names[4:])), tmp_path / "mercy_split.json")
     subject = hospital(None)
-    assert work(subject)[0].train_loss is None and subject.score(TransUNet("mini", 32)).val_dice is None
+    assert (
+        work(subject)[0].train_loss is None and subject.reports.score(TransUNet("mini", 32)).val_dice is None
+    )
     facts = subject.facts()
     assert facts.images is None and facts.split_sha256 is None and facts.partition_sha256 is None
 
@@ -153,7 +158,7 @@ def test_scoring_first_does_not_change_the_training(hospital):
     subject = hospital()
     torch.manual_seed(0)
     model = TransUNet("mini", 32)
-    subject.score(model)
+    subject.reports.score(model)
     assert torch.equal(work(subject)[1], work(subject, model)[1])
 
 

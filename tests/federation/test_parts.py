@@ -16,14 +16,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 import federation.server.history
 from common import ROOT, MedFLError, __version__
-from federation.hospital.app import guard
-from federation.hospital.hospital import HospitalError
+from federation.hospital.answering import guard
+from federation.hospital.faults import HospitalError
 from federation.hospital.identity import Identity
 from federation.hospital.joining import ends_soon
 from federation.hospital.training import proximal_pull
+from federation.protocol.agreement import from_json, to_json
 from federation.protocol.answers import Trained, parse
 from federation.protocol.messages import Failure, message, read
-from federation.protocol.settings import FederationSettings, from_json, to_json
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import from_record, pack, payload, to_record, unpack
 from federation.runtime.bundle import make_bundle
 from federation.runtime.processes import is_loopback, parse_address

@@ -20,14 +20,16 @@ from scripted import federate as scripted_federation
 from checkpoint import load_checkpoint
 from common import MedFLError, __version__
 from dataset import load_dataset
-from federation.hospital.hospital import Hospital, HospitalError
+from federation.hospital.faults import HospitalError
+from federation.hospital.hospital import Hospital
 from federation.hospital.identity import Identity
 from federation.privacy.accountant import Noisy, multiplier_for, spent
 from federation.privacy.budget import PatientBudget
 from federation.privacy.patients import CHANCE, CLIP, STEPS, PatientBatches, PrivateLearner
+from federation.protocol.agreement import to_json
 from federation.protocol.messages import Failure, Query, local_versions, message, read
 from federation.protocol.requests import Train
-from federation.protocol.settings import FederationSettings, to_json
+from federation.protocol.settings import FederationSettings
 from federation.server.state import LAST
 from training import TrainingSettings, segmentation_loss
 from transunet import TransUNet

@@ -13,9 +13,11 @@ from test_hospital import work
 from common import MedFLError
 from encoders.weights import start_model
 from federation.hospital.data import HospitalData
-from federation.hospital.hospital import Hospital, HospitalError
+from federation.hospital.faults import HospitalError
+from federation.hospital.hospital import Hospital
+from federation.protocol.agreement import check_together
 from federation.protocol.answers import PatientPrivacy
-from federation.protocol.settings import FederationSettings, check_together
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack, part_mask, unpack
 from training import TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
@@ -59,6 +61,18 @@ def test_a_private_encoders_file_does_not_tell_who_took_part(federate, tmp_path)
     with safe_open(tmp_path / "out" / "encoder.safetensors", "pt") as file:
         about = json.loads(file.metadata()["medfl"])
     assert about["rounds_done"] == 1 and not {"hospitals", "volumes", "slices"} & about.keys()
+
+
+def test_the_electricity_of_a_pretraining_is_written(federate, phantoms, tmp_path):  # noqa: F811
+    (tmp_path / "out").mkdir()
+    hospitals = [RealHospital(tmp_path / "out", cid, phantoms) for cid in (0, 1)]
+    for one in hospitals:
+        one.identity.model_copy(update={"energy": True}).save(one.folder)
+    _, _, said = federate(1, hospitals=hospitals, energy=True, **TOGETHER)
+    records = {one["what"]: one for one in json.loads((tmp_path / "out" / "energy.json").read_text())}
+    assert records.keys() == {"server", "hospital hospital-0", "hospital hospital-1"}
+    assert all(0 < one["kwh"][0] <= one["kwh"][1] for one in records.values())
+    assert any("of the server and 2 of 2 hospitals" in line for line in said)
 
 
 def test_it_goes_on_after_a_stop(federate, tmp_path):  # noqa: F811

@@ -16,7 +16,8 @@ from deployment.app.card import card_rows
 from federation.privacy.accountant import Noisy, check_accountant, multiplier_for, spent
 from federation.privacy.hospitals import HospitalPrivacy
 from federation.privacy.noise import GRID, noised
-from federation.protocol.settings import FederationSettings, check_together
+from federation.protocol.agreement import check_together
+from federation.protocol.settings import FederationSettings
 from federation.runtime.job import announce_privacy
 from federation.server.state import BEST, LAST
 from federation.server.updates import Updates

@@ -11,8 +11,9 @@ from scripted import Worker, federate, make_fast
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
+from federation.protocol.agreement import to_json
 from federation.protocol.messages import message, read
-from federation.protocol.settings import FederationSettings, to_json
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack
 from federation.server import app as server_app
 from federation.server.audit import AuditLog

@@ -9,20 +9,12 @@ import torch
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from in_process import RealHospital
 
-import federation.hospital.app
+import federation.hospital.answering
 import federation.server.secure_round
 from common import MedFLError
+from federation.protocol.masks import binding, from_sum, mask, quantise, steps
 from federation.protocol.messages import message
-from federation.protocol.secure_aggregation import (
-    Party,
-    binding,
-    from_sum,
-    mask,
-    quantise,
-    steps,
-    threshold,
-    unmasked,
-)
+from federation.protocol.secure_aggregation import Party, threshold, unmasked
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack, variance_mask
 from transunet import TransUNet
@@ -423,13 +415,13 @@ def test_an_update_out_of_range_is_that_hospitals_error(federate, hospitals):
 
 def test_a_hospital_under_a_mask_makes_no_variance_negative(federate, hospitals, monkeypatch):
     """Nobody sees its update, and the sum of one running variance would fall below 0."""
-    masked = federation.hospital.app.masked
+    masked = federation.hospital.answering.masked
 
     def spoilt(task, update, *others):
         below = variance_mask(TransUNet("tiny", 32))
         return masked(task, torch.where(below, torch.full_like(update, -7.0), update), *others)
 
-    monkeypatch.setattr("federation.hospital.app.masked", spoilt)
+    monkeypatch.setattr("federation.hospital.answering.masked", spoilt)
     state, _, _ = federate(1, hospitals=hospitals("out"), secure_aggregation=True, **THREE)
     variances = state.weights[variance_mask(state.model)]
     assert (variances >= 0).all() and len(variances)

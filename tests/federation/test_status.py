@@ -14,9 +14,10 @@ from scripted import VERSIONS, Grid, Worker, facts, make_fast
 from checkpoint import describe, load_checkpoint, save_checkpoint
 from common import MedFLError
 from federation.protocol import page
+from federation.protocol.agreement import to_json
 from federation.protocol.answers import Tested as HospitalScore
 from federation.protocol.messages import read
-from federation.protocol.settings import FederationSettings, to_json
+from federation.protocol.settings import FederationSettings
 from federation.runtime.status_port import serve_status
 from federation.server.app import run
 from federation.server.ending import pooled

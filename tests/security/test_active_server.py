@@ -19,14 +19,15 @@ from in_process import RealHospital
 
 import federation.server.secure_round
 from common import MedFLError
-from federation.hospital.hospital import HospitalError
+from federation.hospital.faults import HospitalError
 from federation.hospital.identity import Identity
 from federation.hospital.secure_stages import masked, secure_stage
 from federation.hospital.sums import Sums
 from federation.protocol.answers import Part
+from federation.protocol.masks import binding, from_sum
 from federation.protocol.messages import message, read
 from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask
-from federation.protocol.secure_aggregation import Party, binding, from_sum, unmasked
+from federation.protocol.secure_aggregation import Party, unmasked
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import array_record
 from federation.server.mailbox import Answer

@@ -14,8 +14,9 @@ from common import MedFLError, __version__
 from federation.hospital.app import make_app
 from federation.hospital.identity import Identity
 from federation.hospital.sums import JOINED
+from federation.protocol.agreement import approval, to_json, unusual
 from federation.protocol.messages import message, read
-from federation.protocol.settings import FederationSettings, approval, to_json, unusual
+from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import pack, to_record
 from run_client import approved
 from training import TrainingSettings

@@ -11,7 +11,7 @@ from federations import BEST, SMALL, Scene
 from running import change, copy_of_medfl
 
 from checkpoint import load_checkpoint
-from federation.protocol.secure_aggregation import steps
+from federation.protocol.masks import steps
 from federation.protocol.settings import FederationSettings
 
 pytestmark = pytest.mark.slow

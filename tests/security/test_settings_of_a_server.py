@@ -10,8 +10,9 @@ from scripted import TINIER
 from common import MedFLError, __version__
 from federation.hospital.hospital import Hospital
 from federation.hospital.identity import Identity
+from federation.protocol.agreement import from_json, to_json
 from federation.protocol.requests import Train
-from federation.protocol.settings import FederationSettings, from_json, to_json
+from federation.protocol.settings import FederationSettings
 from training import TrainingSettings
 from transunet import ARCHITECTURES, TransUNet
 
