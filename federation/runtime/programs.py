@@ -143,9 +143,13 @@ def run_client_app(address: str, token: str) -> None:
     """
     from flwr.app.error import Error
 
+    from borders.limits import BUDGET
     from federation.hospital.app import app_for
     from federation.runtime.bundle import code_in
+    from federation.runtime.flower_objects import pulled_within
 
+    objects = importlib.import_module("flwr.supercore.inflatable.inflatable_utils")
+    vars(objects)["pull_objects"] = pulled_within(BUDGET, objects.pull_objects)
     module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     came: list[str] = []
     vars(module).update(
