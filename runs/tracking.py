@@ -77,6 +77,7 @@ class MLflow:
     """A run at an MLflow tracking address: a folder, a database or a server."""
 
     def __init__(self, address: str):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of its makers, asked for at the import
         for name, value in MLFLOW.items():
             os.environ.setdefault(name, value)
         import mlflow
