@@ -1,9 +1,10 @@
-"""The objects of messages at Flower's SuperLink, each message's by itself.
+"""The objects of messages at Flower's SuperLink, stored separately for each message.
 
-A message travels as a tree of objects named by their SHA-256, and Flower's own store (1.41) keeps for each object the
-children that were named with it first, by whomever. A hospital that knows an object before it is sent, such as the
-model that a run begins with, could name others: no hospital could read the message, or each would wait for an object
-that never comes. Here a message's tree is the one that came with it. These names may change with Flower's version.
+A message is sent as a tree of objects that are named by their SHA-256. For each object Flower's own store (1.41) keeps
+the children that were named with it first, by any sender. A hospital that knows an object before it is sent, such as
+the model that a run begins with, could name other children. Then no hospital could read the message, or each would
+wait for an object that never arrives. Here a message's tree is the one that was sent with it. The names of Flower used
+here may change with its version.
 """
 
 from flwr.proto.message_pb2 import ObjectTree
@@ -13,7 +14,7 @@ from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectSto
 
 
 class ObjectsByMessage(InMemoryObjectStore):
-    """Flower's store in memory, in which an object stays for as long as a message has it. trees: of the messages, by
+    """Flower's store in memory. An object stays for as long as a message contains it. trees: the messages' trees, by
     the id of the message's own object."""
 
     def __init__(self) -> None:
@@ -21,7 +22,7 @@ class ObjectsByMessage(InMemoryObjectStore):
         self.trees: dict[str, ObjectTree] = {}
 
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
-        """Take in a message's tree; the objects of it whose content has not come yet."""
+        """Store a message's tree; returns those of its objects whose content has not arrived yet."""
         root, ids = object_tree.object_id, _ids(object_tree)
         if wrong := [one for one in ids if not is_valid_sha256_hash(one)]:
             raise ValueError(f"Invalid object ID format: {wrong[0]}")
@@ -34,14 +35,14 @@ class ObjectsByMessage(InMemoryObjectStore):
             return [one for one in _ids(self.trees[root]) if not self.store[one].is_available]
 
     def get_object_tree(self, object_id: str) -> ObjectTree:
-        """A message's tree. Raises NoObjectInStoreError for an object that is none of a message."""
+        """A message's tree. Raises NoObjectInStoreError for an object that is not a message's own."""
         with self.lock_store:
             if object_id not in self.trees:
                 raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
             return self.trees[object_id]
 
     def delete(self, object_id: str) -> None:
-        """Forget a message, and the objects that no other one has."""
+        """Forget a message, and the objects that no other message contains."""
         with self.lock_store:
             tree = self.trees.pop(object_id, None)
             for one in _ids(tree) if tree else ():

@@ -108,7 +108,7 @@ def test_the_log_says_of_a_revoked_hospital_why_it_left(play):
     p.grid.nodes.clear()
     p.go()
     why = {about["hospital"]: about["why"] for event, about in p.audited if event == "left"}
-    assert why == {"mercy": "its key is revoked or its admission over", "hope": "gone"}
+    assert why == {"mercy": "its key is revoked or its admission has ended", "hope": "gone"}
 
 
 def test_hospitals_join_and_a_vanished_one_makes_room(play):

@@ -44,7 +44,7 @@ def deleted(out) -> None:
 @pytest.mark.parametrize("harm", [poisoned, cut, deleted], ids=lambda harm: harm.__name__)
 def test_a_changed_checkpoint_or_log_is_not_gone_on_with(ran, harm):
     harm(ran)
-    with pytest.raises(MedFLError, match="it was changed|cut off, written anew or taken away"):
+    with pytest.raises(MedFLError, match="it was changed|cut off, rewritten or removed"):
         load_run(ran)
 
 
