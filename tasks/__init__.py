@@ -108,10 +108,8 @@ def stored(task: Task | None) -> dict | None:
 
 def of_all(task: Task | None) -> Task | None:
     """What the tasks of a federation's hospitals have in common: what is outlined. Name, title and sites are of one
-    dataset. The default and no task are the same."""
-    if task is None or task.name == DEFAULT:
-        return None
-    return task.model_copy(update={"name": "own", "title": "own data", "site": None})
+    dataset."""
+    return task and task.model_copy(update={"name": "own", "title": "own data", "site": None})
 
 
 def read_task(path: Path) -> Task:

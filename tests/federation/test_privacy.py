@@ -228,7 +228,9 @@ def test_a_private_models_file_is_the_same_whoever_took_part(monkeypatch, tmp_pa
     own = {"cid": None, "own_data": True}
     hospitals["hospital-0"] = hospitals["hospital-0"].model_copy(update={**own, "data": "own data"})
     without = state.metadata({}, 1)
-    hospitals["hospital-1"] = other.model_copy(update={**own, "data": "Prostates of Mercy"})  # a task's title
+    title = "Prostates of Mercy"
+    task = LGG.model_copy(update={"title": title})
+    hospitals["hospital-1"] = other.model_copy(update={**own, "data": title, "task": task})
     assert {**state.metadata({}, 1), "created": None} == {**without, "created": None}
     tasks = {"hospital-1": mercys_task("mercy"), "hospital-0": mercys_task("gliomas", "Gliomas", None)}
     for label, task in tasks.items():  # the first that came names its dataset and how its patients are called
