@@ -37,8 +37,8 @@ def check_frame(content: pydicom.Dataset, frame: int) -> None:
         raise MedFLError("a frame is cut into more parts than any encoder makes; export it again")
     if told not in (None, (rows, columns)) or len(data) > 2 * pixels + BEGINNING:
         raise MedFLError(
-            f"a frame says that it has {'×'.join(map(str, told[::-1])) if told else 'more'} pixels, and the header "
-            f"{columns}×{rows}; export it again"
+            f"a compressed frame states {'×'.join(map(str, told[::-1])) if told else 'more'} pixels, but "
+            f"the header {columns}×{rows}; export it again"
         )
 
 
