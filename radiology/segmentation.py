@@ -248,7 +248,7 @@ def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...]
     for frame, corner in zip(frames, corners):
         if not _draw(tumour, frame > 0, corner, reference):
             raise MedFLError(
-                f"{path} has another grid than its series; draw or export the mask on the series itself"
+                f"{path} lies on another grid than its series; draw or export the mask on the series itself"
             )
     image = sitk.GetImageFromArray(tumour)
     image.CopyInformation(reference)

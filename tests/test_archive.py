@@ -374,7 +374,7 @@ def test_a_login_is_private_and_an_address_is_encrypted_and_carries_none(tmp_pat
         ('user = "me"\n', "belong together"),
         ('passwort = "abc-secret"\n', "wrong at: passwort"),
         ('token = "abc-secret\n', "not TOML"),
-        ('certificate = "missing.pem"\n', "no such file"),
+        ('certificate = "missing.pem"\n', "does not exist"),
     ):
         path.write_text(wrong)
         with pytest.raises(MedFLError, match=why) as caught:
