@@ -1,17 +1,17 @@
-"""Say who may join a federation: keys for the server and the hospitals.
+"""Manage the keys of a federation's server and hospitals, and which hospitals may join.
 
     python provision.py server --host fl.example.org 10.1.2.3     the coordinator: authority and certificate in kit/
     python provision.py hospital --name mercy  at the hospital: a key pair; the private key stays there
     python provision.py admit hospital.pub                        the coordinator: let that hospital in
-    python provision.py revoke mercy  ... and out again, also while a federation runs
-    python provision.py list                                      who is admitted, and what expires when
+    python provision.py revoke mercy                              end its admission, also while a federation runs
+    python provision.py list                                      admitted hospitals, and what expires when
     python provision.py members > members.pub                     all admitted keys, for secure aggregation
-    python provision.py audit models/audit.jsonl                  whether its log was changed, and who signed
+    python provision.py audit models/audit.jsonl                  check a log for changes, and its signatures
 
-The hospital sends its hospital.pub (it is no secret) and tells its fingerprint by another way, such as the
-telephone; the coordinator sends back kit/ca.pem, which the hospital puts into its own kit. For secure
-aggregation it also puts members.pub there, whose fingerprints it compares with those hospitals, not with the
-coordinator: the server can then neither exchange keys nor invent hospitals.
+The hospital sends its hospital.pub (which is no secret), and its fingerprint by another channel, such as the telephone.
+The coordinator sends back kit/ca.pem, which the hospital puts into its own kit. For secure aggregation it also puts
+members.pub there, and compares the fingerprints in it with those hospitals, not with the coordinator: the server can
+then neither exchange keys nor invent hospitals.
 """
 
 import argparse
@@ -67,14 +67,14 @@ def parse() -> argparse.Namespace:
     )
     revoke = commands.add_parser("revoke", parents=[common], help="end a hospital's admission")
     revoke.add_argument("name", metavar="LABEL", help="the hospital's label")
-    commands.add_parser("list", parents=[common], help="show who is admitted and what expires when")
+    commands.add_parser("list", parents=[common], help="show the admitted hospitals and what expires when")
     commands.add_parser(
         "members", parents=[common], help="print all admitted public keys, for the hospitals' members.pub"
     )
     audit = commands.add_parser(
         "audit",
         parents=[common],
-        help="check a federation's log, and by the kit, where there is one, its end and the signatures",
+        help="check a federation's log and, if there is a kit, the log's end and the signatures",
     )
     audit.add_argument("log", type=Path, metavar="FILE", help="the audit.jsonl that run_server.py wrote")
     return parser.parse_args()
@@ -82,7 +82,7 @@ def parse() -> argparse.Namespace:
 
 def _days(text: str) -> int:
     if not text.isdigit() or not 0 < int(text) <= AUTHORITY_DAYS:
-        raise argparse.ArgumentTypeError(f"{text} is no number of days from 1 to {AUTHORITY_DAYS}")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of days from 1 to {AUTHORITY_DAYS}")
     return int(text)
 
 
@@ -105,8 +105,8 @@ def make_hospital(arguments: argparse.Namespace) -> None:
     fingerprint = Admission(" ".join(line.split()[:2]), "", "").fingerprint
     print(line)
     print(
-        f"send {arguments.kit / HOSPITAL_PUBLIC} (the line above) to the coordinator, and tell its "
-        f"fingerprint by another way: {fingerprint}"
+        f"send {arguments.kit / HOSPITAL_PUBLIC} (the line above) to the coordinator, and its "
+        f"fingerprint by another channel: {fingerprint}"
     )
     print(f"{arguments.kit / HOSPITAL_KEY} stays here; put the coordinator's {CA} beside it")
     print(
@@ -125,15 +125,13 @@ def admit_hospital(arguments: argparse.Namespace) -> None:
         f"{label} is admitted until {admission.until[:10]}; compare its fingerprint by telephone: "
         f"{admission.fingerprint}"
     )
-    print(
-        f"next: python run_server.py --address 0.0.0.0:8443 --kit {typed(arguments.kit)}, where none runs yet"
-    )
+    print(f"next: python run_server.py --address 0.0.0.0:8443 --kit {typed(arguments.kit)}, if none runs yet")
 
 
 def revoke_hospital(arguments: argparse.Namespace) -> None:
     admission = revoke(arguments.kit, arguments.name)
     print(
-        f"{arguments.name} is revoked since {admission.revoked}; a federation that runs takes note by its "
+        f"{arguments.name} has been revoked since {admission.revoked}; a running federation applies this by its "
         f"next round"
     )
 
@@ -165,14 +163,14 @@ def check_log(arguments: argparse.Namespace) -> None:
         signed = check_signatures(arguments.log, keys)
         print(f"{counted(signed, 'signed update')}, each by its hospital's key")
     else:
-        print(f"signatures are not looked at: {arguments.kit} admits nobody; name the server's --kit")
+        print(f"signatures were not checked: {arguments.kit} admits nobody; name the server's --kit")
     if check_end(arguments.log, arguments.kit / ENDS):
-        print("its end is there, by the copy in the kit")
+        print("its end matches the copy in the kit")
     else:
         print(
             f"the kit has no copy of its end (another --kit, or the log was moved): {arguments.log.resolve()}"
         )
-    print("keep that hash elsewhere: it shows whether lines were cut off at the end later")
+    print("keep that hash elsewhere: it will show whether lines were cut off at the end later")
 
 
 def main() -> None:

@@ -5,8 +5,8 @@
     python run_client.py --own-data scans --name mercy --check    look at the data and the connection, train nothing
     python run_client.py --own-data scans --kit kit --server fl.example.org:8443    with keys of provision.py
 
-The scans stay here. The hospital waits for the server (--wait), takes part in its rounds and ends with it. A
-hospital with own data keeps its split in models/NAME_split.json. Exit codes: 0 done, 2 bad input or refused,
+The scans stay here. The hospital waits for the server (--wait), takes part in its rounds and ends when the federation
+ends. A hospital with own data keeps its split in models/NAME_split.json. Exit codes: 0 done, 2 bad input or refused,
 3 the server is gone or too few hospitals are left, 130 stopped.
 """
 
@@ -44,23 +44,25 @@ from runs.usage import choose_device
 from scans.cache import add_cache_option, choose_cache
 from storage.files import run_folder, text_of
 
-MODELS = Path("models")  # for files of this hospital's own
-WAIT_HERE, WAIT_BEYOND = 300.0, 86_400.0  # seconds for a server on this machine, and on another
+MODELS = Path("models")  # for this hospital's own files
+WAIT_HERE, WAIT_BEYOND = 300.0, 86_400.0  # seconds to wait for a server on this machine, and on another
 CHECK_TIME = 60.0  # seconds for a server's answer to --check
-DELTA = 1e-5  # of a promise to patients that names none
+DELTA = 1e-5  # for a promise to patients without --dp-sgd-delta
 HASH = re.compile("[0-9a-f]{64}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--cid", type=int, help="number of the simulated hospital, from 0: takes that share of --data-dir"
+        "--cid", type=int, help="number of the simulated hospital, from 0; it gets that share of --data-dir"
     )
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data"), help="the dataset to share (default data)"
     )
     parser.add_argument(
-        "--own-data", type=Path, help="folder of own patients, a folder each, images and _mask files"
+        "--own-data",
+        type=Path,
+        help="this hospital's patients: a folder for each, with images and _mask files",
     )
     parser.add_argument("--name", help="this hospital's label, needed with --own-data")
     parser.add_argument(
@@ -75,31 +77,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--wait",
         type=float,
-        help="seconds to wait for a server that is not there or of another version (default 300 on this "
+        help="seconds to wait for a server that is away or has another version (default 300 on this "
         "machine, a day for another)",
     )
     parser.add_argument(
         "--approve",
         nargs="*",
         metavar="HASH",
-        help="train only with code and settings of these hashes, or "
-        "of those in this file, a line each; without any: say what the server wants, and leave",
+        help="train only with code and settings that have these hashes, or those "
+        "in this file, one a line; without any: print the server's hash and settings, then end",
     )
     parser.add_argument(
         "--dp-sgd-epsilon",
         type=float,
-        help="differential privacy of this hospital's patients: what all its rounds together may tell of "
-        "one; hides who was trained on, from the server as well; for a server with --norm group and --init "
+        help="differential privacy of this hospital's patients: the most that all its rounds together may reveal about "
+        "one; hides which patients were trained on, also from the server; for a server with --norm group and --init "
         "(requirements-privacy.txt)",
     )
     parser.add_argument(
         "--dp-sgd-delta",
         type=float,
-        help="of --dp-sgd-epsilon: chance that the bound does not "
+        help="of --dp-sgd-epsilon: probability that the bound does not "
         "hold; far below 1 / patients (default 1e-5)",
     )
     parser.add_argument(
-        "--no-proxy", action="store_true", help="go to the server directly, whatever the environment says"
+        "--no-proxy", action="store_true", help="connect to the server without the environment's proxy"
     )
     parser.add_argument(
         "--observer",
@@ -114,7 +116,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="look at data and connection, ask a running server whether this hospital could join, train nothing",
+        help="check data and connection, ask a running server whether this hospital could join, train nothing",
     )
     add_cache_option(parser)
     add_mask_option(parser)
@@ -136,7 +138,7 @@ def label_of(arguments: argparse.Namespace) -> str:
         raise MedFLError(f"--cid is {arguments.cid}; hospitals are numbered from 0")
     if keys not in (None, label):
         raise MedFLError(
-            f"the kit in {arguments.kit} is {keys}'s and this hospital is called {label}; give the kit of "
+            f"the kit in {arguments.kit} belongs to {keys}, but this hospital is called {label}; give the kit of "
             f"that name"
         )
     if not LABEL.fullmatch(label):
@@ -145,8 +147,8 @@ def label_of(arguments: argparse.Namespace) -> str:
 
 
 def patient_privacy(arguments: argparse.Namespace, label: str) -> PatientPrivacy | None:
-    """What this hospital promises its patients. Raises MedFLError for a promise that can't be kept, or would
-    be broken."""
+    """This hospital's promise of privacy to its patients; None without one. Raises MedFLError if a promise can't be
+    kept or would be broken."""
     ledger = MODELS / f"{label}_privacy.json"
     if arguments.dp_sgd_epsilon is None:
         if arguments.dp_sgd_delta is not None:
@@ -158,13 +160,13 @@ def patient_privacy(arguments: argparse.Namespace, label: str) -> PatientPrivacy
             )
         return None
     delta = DELTA if arguments.dp_sgd_delta is None else arguments.dp_sgd_delta
-    PatientBudget(arguments.dp_sgd_epsilon, delta, ledger)  # complains of what can't be kept
+    PatientBudget(arguments.dp_sgd_epsilon, delta, ledger)  # raises MedFLError if it can't be kept
     return PatientPrivacy(epsilon=arguments.dp_sgd_epsilon, delta=delta)
 
 
 def identity(arguments: argparse.Namespace) -> Identity:
-    """Who this hospital is. Raises MedFLError for options that don't go together
-    and data that can't be used."""
+    """This hospital's identity for the program that trains. Raises MedFLError for options that don't go together and
+    for data that can't be used."""
     label, own = label_of(arguments), arguments.own_data is not None
     folder = arguments.own_data if own else arguments.data_dir
     dataset = load_dataset(folder, label if own else None, mask_suffix=arguments.mask_suffix)
@@ -172,7 +174,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
     print(
         f"{label}: {dataset.name} in {escaping.terminal(dataset.root)}, {counted(len(dataset.patients), 'patient')}, "
         f"{counted(slices, 'slice')}"
-        + ("" if own else ", of which the server's partition says which are this hospital's"),
+        + ("" if own else "; the server's partition decides which of them are this hospital's"),
         flush=True,
     )
     tell(dataset.notes)
@@ -201,7 +203,7 @@ def identity(arguments: argparse.Namespace) -> Identity:
 
 
 def approved(given: list[str]) -> list[str]:
-    """The hashes that the option names. Raises MedFLError for what is neither a hash nor a file of hashes."""
+    """The hashes that --approve names. Raises MedFLError for anything that is neither a hash nor a file of hashes."""
     hashes = []
     for entry in given:
         try:
@@ -214,14 +216,14 @@ def approved(given: list[str]) -> list[str]:
     hashes = [entry for entry in hashes if entry]
     if wrong := [entry for entry in hashes if not HASH.fullmatch(entry)]:
         raise MedFLError(
-            f"--approve got {wrong[0]}, which is no hash of 64 digits from 0 to f and no file; copy the one "
+            f"--approve got {wrong[0]}, which is neither a hash of 64 digits from 0 to f nor a file; copy the hash "
             "that the server or this hospital printed"
         )
     return hashes
 
 
 def check(host: str, port: int, server: str, kit: Path | None) -> None:
-    """Say whether the server can be reached. Raises MedFLError if not."""
+    """Print that the server can be reached. Raises MedFLError if it can't."""
     require_kit(host, port, kit)
     if not is_healthy(host, port, timeout=10, ca=kit and kit / CA):
         raise MedFLError(
@@ -235,7 +237,7 @@ def check(host: str, port: int, server: str, kit: Path | None) -> None:
 
 
 def next_step(who: Identity) -> str:
-    """What a hospital does after a federation that ended well, or after a check."""
+    """The next step after a federation that ended well, or after a check."""
     model = who.file("federated_best.pth")
     if who.role == "check":
         return "the same command without --check takes part"
@@ -249,13 +251,13 @@ def main() -> None:
     choose_cache(arguments.cache)
     host, port = parse_address(arguments.server)
     leave_out_odd()
-    if arguments.no_proxy or is_loopback(host):  # what this machine says to itself leaves it through no proxy
+    if arguments.no_proxy or is_loopback(host):  # connections within this machine use no proxy
         go_direct(host)
     else:
         tell_proxies(host)
     if not is_loopback(host) and arguments.kit is None:
         raise MedFLError(
-            f"{host} is another machine, and what scans taught a model does not travel unencrypted; make "
+            f"{host} is another machine, and models trained on scans are never sent unencrypted; make "
             "this hospital's keys with `python provision.py hospital --name LABEL`, and give them with --kit"
         )
     if arguments.wait is None:
@@ -265,12 +267,12 @@ def main() -> None:
     if arguments.check:
         check(host, port, arguments.server, arguments.kit)
         if arguments.kit and only_one is None:
-            print(f"{who.label} takes part right now, in another process; nothing was trained")
+            print(f"{who.label} is taking part in another process at the moment; nothing was trained")
             return
         arguments.wait = CHECK_TIME
     elif arguments.kit and only_one is None:
         raise MedFLError(
-            f"{who.label} runs already: another process on this machine takes part with the key in "
+            f"{who.label} is already running: another process on this machine takes part with the key in "
             f"{arguments.kit}; leave that one running, or end it first"
         )
     folder = run_folder("hospital")

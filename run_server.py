@@ -3,14 +3,13 @@
     python run_server.py                                       two hospitals on this machine, 127.0.0.1:8080
     python run_server.py --clients 4 --rounds 15 --partition site
     python run_server.py --resume                              after the last complete round in --out
-    python run_server.py --start-or-resume                     the right one of the two: for a service
+    python run_server.py --start-or-resume                     whichever of the two fits, for a service
     python run_server.py --address 0.0.0.0:8443 --kit kit      for hospitals on other machines (keys: provision.py)
 
-Hospitals join with run_client.py, before or after. Writes into --out (default models/):
-transunet_federated_best.pth, by the patient-weighted validation Dice; transunet_federated_last.pth, what
---resume needs; federated_history.csv (columns in federation/server/history.py), federated_curves.png, and
-audit.jsonl (federation/server/audit.py). Exit codes: 0 done, 2 bad input, 3 too few hospitals left, 130
-stopped.
+Hospitals join with run_client.py, which may be started before or after the server. Writes into --out (default models/):
+transunet_federated_best.pth, selected by the patient-weighted validation Dice; transunet_federated_last.pth, which
+--resume needs; federated_history.csv (columns in federation/server/history.py), federated_curves.png, and audit.jsonl
+(federation/server/audit.py). Exit codes: 0 done, 2 bad input, 3 too few hospitals left, 130 stopped.
 """
 
 import argparse
@@ -56,7 +55,7 @@ def parse() -> argparse.Namespace:
         "--address", default="127.0.0.1:8080", help="where to listen, HOST:PORT (default 127.0.0.1:8080)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("models"), help="folder for what is written (default models)"
+        "--out", type=Path, default=Path("models"), help="folder for the files written (default models)"
     )
     parser.add_argument("--init", type=Path, help="start from this checkpoint instead of random weights")
     parser.add_argument(
@@ -65,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--own-gateway",
         action="store_true",
-        help="start no nginx: one of yours stands before --address, which stays on loopback "
+        help="start no nginx: your own one is in front of --address, which stays on loopback "
         "(deployment/gateway)",
     )
     parser.add_argument(
@@ -77,10 +76,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--start-or-resume",
         action="store_true",
-        help="for a service: go on with the run in --out, or start it where there is none",
+        help="for a service: continue the run in --out, or start one if there is none",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="start although --out holds a run, which is lost"
+        "--overwrite", action="store_true", help="start even if --out holds a run, which is then lost"
     )
     parser.add_argument(
         "--energy",
@@ -106,7 +105,7 @@ def parse() -> argparse.Namespace:
         "--cores",
         type=int,
         default=usable_cores(),
-        help="of --simulate: cores to use, and so how many hospitals work at once (default all)",
+        help="of --simulate: cores to use, which limits how many hospitals work at once (default all)",
     )
     parser.add_argument(
         "--ray",
@@ -124,13 +123,13 @@ def parse() -> argparse.Namespace:
         "--status-port",
         type=int,
         metavar="PORT",
-        help="show --out/status/index.html at this port of this machine (none by default)",
+        help="serve --out/status/index.html at this port of this machine (none by default)",
     )
+    parser.add_argument("--notify", metavar="URL", help="post a JSON line there for each important event")
     parser.add_argument(
-        "--notify", metavar="URL", help="post a JSON line there for what somebody should know"
-    )
-    parser.add_argument(
-        "--on-event", metavar="COMMAND", help="run this for it, with the line on its standard input"
+        "--on-event",
+        metavar="COMMAND",
+        help="run this for each such event, with the line on its standard input",
     )
     add_tracking(parser)
     add_settings(parser, FederationSettings)
@@ -143,8 +142,8 @@ def parse() -> argparse.Namespace:
 
 
 def check_address(address: str, kit: Path | None, own_gateway: bool) -> tuple[str, int]:
-    """Host and port to listen on. Raises MedFLError beyond loopback without a kit, and where somebody listens
-    already."""
+    """Host and port to listen on. Raises MedFLError for an address beyond loopback without a kit, and for one that is
+    taken."""
     host, port = parse_address(address)
     if not is_loopback(host):
         if kit is None:
@@ -156,7 +155,7 @@ def check_address(address: str, kit: Path | None, own_gateway: bool) -> tuple[st
         if own_gateway:
             raise MedFLError(
                 "Flower's own port must not be reached from other machines; with --own-gateway choose an "
-                "--address on 127.0.0.1 and let your nginx stand before it (deployment/gateway)"
+                "--address on 127.0.0.1 and put your nginx in front of it (deployment/gateway)"
             )
     if own_gateway and kit is None:
         raise MedFLError("--own-gateway needs the keys that your nginx uses; give them with --kit")
@@ -170,26 +169,26 @@ def check_address(address: str, kit: Path | None, own_gateway: bool) -> tuple[st
             probe.bind((host, port))
         except OSError as error:
             raise MedFLError(
-                f"{address} can't be listened on ({error.strerror}); end the program there or choose another "
+                f"{address} can't be listened on ({error.strerror}); end the program that uses it or choose another "
                 "--address"
             ) from error
     return host, port
 
 
 def shared_folder(out: Path) -> Path:
-    """A new folder in `out` for what hospitals on several machines remember; one that a killed run left is
-    removed. Nobody else writes there: `out` is claimed."""
+    """A new folder in `out` for the state of hospitals on several machines. Folders that killed runs left behind are
+    removed; nobody else uses them, because `out` is claimed."""
     for former in out.glob(".hospitals-*"):
         shutil.rmtree(former, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=".hospitals-", dir=out.resolve()))
 
 
 def run_simulated(arguments: argparse.Namespace) -> int:
-    """The whole federation in this process and Ray's workers; its exit code. Raises MedFLError for options
+    """Run the whole federation in this process and Ray's workers; returns its exit code. Raises MedFLError for options
     that don't fit."""
     check_ray()
     if arguments.kit or arguments.own_gateway:
-        raise MedFLError("--simulate runs hospitals of this machine alone and takes no keys; leave --kit out")
+        raise MedFLError("--simulate runs the hospitals itself and takes no keys; leave --kit out")
     if arguments.simulate < 1 or arguments.cores < 1:
         raise MedFLError("--simulate and --cores are 1 or more; choose others")
     dataset = load_dataset(arguments.data_dir, mask_suffix=arguments.mask_suffix)
@@ -201,7 +200,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
         job, training, federation = prepare_job(arguments, folder)
         sites = {p.name: p.site for p in dataset.patients}
         split = make_split(sites, training.seed, federation.val_fraction, federation.test_fraction)
-        # every hospital makes it again; here it complains before the engine starts
+        # every hospital makes its own; made here first, so that a mistake is reported before the engine starts
         make_partition(
             dataset.table, split, federation.partition, federation.clients, federation.alpha, training.seed
         )
@@ -225,7 +224,7 @@ def run_simulated(arguments: argparse.Namespace) -> int:
 
 
 def tell_next(out: Path, federation: FederationSettings, data: Path | None) -> None:
-    """Say what to do with the model. data: the dataset that the hospitals shared, None where each has its own."""
+    """Print the next command. data: the dataset that the hospitals shared; None if each has its own."""
     if federation.pretraining:
         return say(f"next: python run_server.py --encoder {typed(out / ENCODER_FILE)} --out ANOTHER_FOLDER")
     command = "predict.py FOLDER" if data is None else f"evaluate.py --data-dir {typed(data)}"
@@ -233,9 +232,11 @@ def tell_next(out: Path, federation: FederationSettings, data: Path | None) -> N
 
 
 def take_up(arguments: argparse.Namespace) -> None:
-    """Decide whether a run begins or goes on, and what it goes on with. Raises MedFLError where a former run
-    would be overwritten. Ends the program where nothing is left to do."""
+    """Decide whether a run begins or continues, and with which options. Raises MedFLError if a former run would be
+    overwritten. Ends the program if nothing is left to do."""
     if arguments.evaluate:
+        if arguments.energy:
+            raise MedFLError("--energy measures a training; leave it out with --evaluate")
         return
     out = arguments.out
     there = (out / LAST).exists()
@@ -252,7 +253,7 @@ def take_up(arguments: argparse.Namespace) -> None:
     if there and nothing_left(out, arguments.rounds if "rounds" in arguments.given else None):
         verify(out / AUDIT)  # whose last line says so
         check_end(out / AUDIT, arguments.kit and arguments.kit / ENDS)
-        say(f"the run in {out} is over, nothing is left to do; more --rounds go on with it")
+        say(f"the run in {out} is over, nothing is left to do; more --rounds continue it")
         sys.exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Which hospitals may join: the list in a server's kit."""
+"""The list of admissions in a server's kit: which hospitals may join."""
 
 import base64
 import hashlib
@@ -16,8 +16,8 @@ from storage.files import atomic_write
 
 @dataclass
 class Admission:
-    """A hospital that may join. public_key: OpenSSH's line without the comment; times: UTC, ISO 8601;
-    revoked: when, or None; former: public keys of this label that were revoked before it had this one."""
+    """A hospital's entry in the list. public_key: OpenSSH's line without the comment; admitted, until, revoked: UTC,
+    ISO 8601 (revoked: None if it was not); former: this label's earlier public keys, all revoked."""
 
     public_key: str
     admitted: str
@@ -33,7 +33,7 @@ class Admission:
 
     @property
     def pem(self) -> bytes:
-        """The public key as Flower wants it."""
+        """The public key in the form that Flower takes."""
         key = serialization.load_ssh_public_key(self.public_key.encode())
         return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
@@ -46,7 +46,7 @@ class Admission:
 
 
 def read_admissions(kit: Path) -> dict[str, Admission]:
-    """Who is or was admitted, by label. Raises MedFLError for a damaged list."""
+    """All hospitals that are or were admitted, by label. Raises MedFLError for a damaged list."""
     path = kit / HOSPITALS
     if not path.exists():
         return {}
@@ -74,9 +74,9 @@ def write_admissions(kit: Path, admissions: dict[str, Admission]) -> None:
 
 
 def admit(kit: Path, line: str, days: int) -> tuple[str, Admission]:
-    """Admit the hospital whose `hospital.pub` holds this line; its label and admission. Raises MedFLError for
-    a line that is no key of `provision.py hospital`, a label or a key that another has, and a key that was
-    revoked."""
+    """Admit the hospital whose `hospital.pub` holds this line; returns its label and admission. Raises MedFLError for a
+    line that is not a key from `provision.py hospital`, for a label or a key that another hospital has, and for a key
+    that was revoked."""
     label, public = parse_public(line)
     admissions = read_admissions(kit)
     for other, admission in admissions.items():
@@ -102,10 +102,10 @@ def admit(kit: Path, line: str, days: int) -> tuple[str, Admission]:
 
 
 def revoke(kit: Path, label: str) -> Admission:
-    """Revoke a hospital's admission. Raises MedFLError where there is none."""
+    """Revoke a hospital's admission. Raises MedFLError if there is none."""
     admissions = read_admissions(kit)
     if label not in admissions:
-        raise MedFLError(f"{label} is not in {kit / HOSPITALS}; `provision.py list` shows who is")
+        raise MedFLError(f"{label} is not in {kit / HOSPITALS}; `provision.py list` shows which are")
     if not admissions[label].revoked:
         admissions[label].revoked = now().isoformat()
         write_admissions(kit, admissions)
@@ -113,7 +113,7 @@ def revoke(kit: Path, label: str) -> Admission:
 
 
 def public_lines(kit: Path) -> list[str]:
-    """The `hospital.pub` lines of all who are admitted, for the hospitals' `members.pub`."""
+    """The `hospital.pub` lines of all admitted hospitals, for their `members.pub`."""
     admitted = sorted(read_admissions(kit).items())
     return [
         f"{admission.public_key} {label}" for label, admission in admitted if admission.state == "admitted"

@@ -1,5 +1,5 @@
-"""The bundle of code that the server sends to the hospitals: what both apps import of this repository, and
-nothing else. Hospitals compare with their own what of it runs at a hospital."""
+"""The bundle of code that the server sends to the hospitals: the files of this repository that the two apps import,
+and nothing else. Hospitals compare the files that run at a hospital with their own."""
 
 import functools
 import hashlib
@@ -10,7 +10,7 @@ from borders.limits import ZIP_KINDS
 from common import ROOT, __version__, files_needed
 from federation.runtime.flower import CLIENT_APP, SERVER_APP, build_bundle
 
-LARGEST = 1_000_000  # bytes of one file of code; a larger one is another program's
+LARGEST = 1_000_000  # bytes; a larger file is not MedFL's code
 
 
 def _entry(app: str) -> str:
@@ -18,7 +18,7 @@ def _entry(app: str) -> str:
 
 
 def _content(name: str) -> bytes:
-    """A file as it travels: text with line feeds, whatever the checkout has."""
+    """A file as it is sent: text with line feeds, whatever the checkout has."""
     return (ROOT / name).read_bytes().replace(b"\r\n", b"\n")
 
 
@@ -37,12 +37,12 @@ def hospital_files() -> tuple[str, ...]:
 
 @functools.cache
 def hospital_code() -> str:
-    """SHA-256, in hexadecimal, of what runs at a hospital of the MedFL that is installed here."""
+    """SHA-256, in hexadecimal, of the installed MedFL's files that run at a hospital."""
     return _hash({name: _content(name) for name in hospital_files()})
 
 
 def code_in(bundle: bytes) -> str:
-    """The same of a bundle that came, by the files that run at a hospital here; nothing of it is run."""
+    """The same hash of a received bundle, over those of its files that run at a hospital here. Nothing in it is run."""
     try:
         with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
             entries = {info.filename: info for info in archive.infolist() if info.compress_type in ZIP_KINDS}
@@ -53,7 +53,7 @@ def code_in(bundle: bytes) -> str:
 
 
 def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """A file of an archive, and no byte more than the archive says that it has."""
+    """The content of a file in an archive, at most as many bytes as the archive announces."""
     with archive.open(entry) as file:
         return file.read(entry.file_size)
 

@@ -25,7 +25,7 @@ from federation.runtime.kit import (
     write_new,
 )
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # the gateway and Flower speak with each other by these
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # the gateway reaches Flower by these
 AUTHORITY_DAYS = 3_650
 
 
@@ -47,9 +47,8 @@ def make_authority(kit: Path) -> None:
 
 
 def make_server_certificate(kit: Path, hosts: list[str], days: int, renew: bool = False) -> None:
-    """Make `server.pem` for these names and addresses (and this machine's own), signed by the kit's
-    authority, and its key. Those that are there already are kept as former-server.* with `renew`, else
-    MedFLError is raised."""
+    """Make `server.pem`, signed by the kit's authority, for these names and addresses and this machine's own, and its
+    key. With `renew` existing files are kept as former-server.*; without it they raise MedFLError."""
     authority = read_certificate(kit / CA)
     signer = read_private(kit / CA_KEY)
     key = ec.generate_private_key(CURVE())
@@ -69,7 +68,7 @@ def make_server_certificate(kit: Path, hosts: list[str], days: int, renew: bool 
     for path in (kit / SERVER, kit / SERVER_KEY):
         if path.exists() and not renew:
             raise MedFLError(
-                f"{path} is there already; --renew makes a new one by the same authority, or choose another "
+                f"{path} already exists; --renew makes a new one by the same authority, or choose another "
                 f"--kit"
             )
         if path.exists():
@@ -79,8 +78,8 @@ def make_server_certificate(kit: Path, hosts: list[str], days: int, renew: bool 
 
 
 def server_certificate(kit: Path) -> x509.Certificate:
-    """The server's certificate, checked: it and its authority are valid now and belong together, and so does
-    its key. Raises MedFLError for what is missing, broken, expired or mismatched."""
+    """The server's certificate, checked: the certificate and its authority are valid now, and both and the key belong
+    together. Raises MedFLError if one is missing, broken, expired or mismatched."""
     check_modes(kit)
     authority, certificate = read_certificate(kit / CA), read_certificate(kit / SERVER)
     for path, one in ((kit / CA, authority), (kit / SERVER, certificate)):
@@ -124,7 +123,7 @@ def _general_name(host: str) -> x509.GeneralName:
         or not all(part and part.replace("-", "").isalnum() for part in host.split("."))
     ):
         raise MedFLError(
-            f"{host} is no name and no address of a machine; give the one by which hospitals reach the server"
+            f"{host} is neither a host name nor an address; give the one by which hospitals reach the server"
         )
     return x509.DNSName(host)
 

@@ -23,22 +23,22 @@ from federation.runtime.processes import (
 )
 
 LOOK = 0.5  # seconds between two looks at children and server
-PARTING = 5.0  # seconds in which the last answer reaches the server, unless it has gone before
-RESTARTS = 5  # of the connection in a row, without it working for QUIET seconds, before it is given up
-QUIET = 120.0
-DAY = 86_400.0  # seconds between two looks at what ends soon
+PARTING = 5.0  # seconds for the last answer to reach the server, unless the server is gone before
+RESTARTS = 5  # of the connection in a row, before it is given up
+QUIET = 120.0  # seconds; a connection that has worked for longer ends such a row
+DAY = 86_400.0  # seconds between two looks at certificates that end soon
 CLOCK = "the server does not accept this machine's time; set the clock, it may be 5 s ahead at most"
 REFUSED = "[code: 2004]"  # of Flower's SuperNode: its activation was not accepted
-# seconds for which a server may hold a connection whose hospital was killed; Flower's own are about 60
+# seconds for which a server may keep the connection of a hospital that was killed; Flower keeps it for about 60
 LINGERS = 120.0
-AGAIN = 5.0  # seconds between two tries meanwhile
-# seconds between two looks for a message: Flower's own, and where the server is this machine, which many looks
-# cost nothing
+AGAIN = 5.0  # seconds between two tries during that time
+# seconds between two looks for a message: Flower's own, and less for a server on this machine, where looks cost
+# nothing
 FAR, NEAR = 3.0, 0.2
 
 
 class ServerGone(MedFLError):
-    """The server was there, and is gone for longer than the hospital waits."""
+    """The server was there, and has been gone for longer than the hospital waits."""
 
 
 class Connection:
@@ -46,7 +46,7 @@ class Connection:
 
     def __init__(self, server: str, kit: Path | None, folder: Path):
         port, log = str(free_port()), folder / "supernode.log"
-        log.unlink(missing_ok=True)  # what a former connection said is no sign of how this one does
+        log.unlink(missing_ok=True)  # the former connection's log says nothing about this one
         transport = (
             ["--insecure"]
             if kit is None
@@ -79,13 +79,12 @@ class Connection:
 
     @property
     def broken(self) -> bool:
-        """Whether one of the two has ended; neither does so unasked."""
+        """Whether one of the two has ended, which neither does by itself."""
         return self.supernode.exit_code is not None or self.hospital.exit_code is not None
 
     @property
     def refused(self) -> bool:
-        """Whether the server did not let this key in: it doesn't know
-        it, or still holds a former connection."""
+        """Whether the server refused this key: it does not know the key, or still holds a former connection."""
         return self.supernode.exit_code is not None and REFUSED in self.supernode.last_words()
 
     def stop(self) -> None:
@@ -107,7 +106,7 @@ class Watch:
         wait: float,
         patient: bool = True,
     ):
-        """patient: whether to wait for a server of the same version as well."""
+        """patient: whether to wait also while the server has another version."""
         self.server, self.host, self.port, self.kit, self.folder, self.wait = (
             server,
             host,
@@ -118,18 +117,18 @@ class Watch:
         )
         self.patient = patient
         self.connection: Connection | None = None
-        self.seen = time.monotonic()  # the server, last time
+        self.seen = time.monotonic()  # when the server was last there
         self.was_there, self.was_gone = False, False
-        self.answers: bool | None = None  # what `is_healthy` said last
-        self.differs_from: float | None = None  # since when the server's code is another
+        self.answers: bool | None = None  # the last result of `is_healthy`
+        self.differs_from: float | None = None  # since when the server's code has differed
         self.restarts = 0
-        self.told_at: float | None = None  # what ends soon
-        # since when the server refuses this key: because of a former connection, and because of the time
+        self.told_at: float | None = None  # when certificates that end soon were last reported
+        # since when the server has refused this key: because of a former connection, and because of the clock
         self.lingered_from: float | None = None
         self.late_from: float | None = None
 
     def run(self) -> tuple[int, str]:
-        """Exit code and closing sentence."""
+        """Stay connected until the end; returns the exit code and a closing sentence."""
         ended = self.folder / ENDED
         began = time.monotonic()
         try:
@@ -158,13 +157,13 @@ class Watch:
         except NotTls:
             if (
                 self.was_there
-            ):  # something else, such as a forwarder's page, stands in for a server that is away
+            ):  # something else, such as a forwarder's page, answers in place of a server that is away
                 return False
             raise
 
     def _look_at_server(self) -> None:
-        """Start the connection when the server is there, and anew when it was gone: it does not know the old
-        one."""
+        """Start the connection when the server is there, and a new one when the server was gone, because it does not
+        know the old one."""
         state, now = self._health(), time.monotonic()
         self.answers = state
         if not state and not self.was_there:
@@ -196,7 +195,7 @@ class Watch:
 
     def _look_at_children(self) -> None:
         connection = self.connection
-        if connection is None or not self.answers:  # no connection holds where no server is
+        if connection is None or not self.answers:  # without a server no connection lasts
             return
         if connection.broken and self.kit:
             said = ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY)
@@ -206,7 +205,7 @@ class Watch:
             if connection.refused:
                 return self._wait_for_the_former(connection)
         if not connection.broken and time.monotonic() - connection.began > QUIET:
-            self.restarts, self.lingered_from, self.late_from = 0, None, None  # it works
+            self.restarts, self.lingered_from, self.late_from = 0, None, None  # the connection works
         if connection.broken:
             self.restarts += 1
             if self.restarts > RESTARTS:
@@ -218,7 +217,7 @@ class Watch:
             self._renew(connection, "the connection ended")
 
     def _look_at_difference(self) -> None:
-        """Give up where the server's code has been another for longer than this hospital waits."""
+        """Give up if the server's code has differed for longer than this hospital waits."""
         waiting = self.folder / WAITING
         if not waiting.exists():
             self.differs_from = None
@@ -233,8 +232,7 @@ class Watch:
             raise MedFLError(sentence)
 
     def _wait_for_the_former(self, refused: Connection) -> None:
-        """Another process has this key, or had it and was killed: try again
-        until the server lets go of it."""
+        """Another process uses this key, or used it and was killed: try again until the server drops its connection."""
         if self.lingered_from is None:
             self.lingered_from = time.monotonic()
             say(
@@ -248,7 +246,7 @@ class Watch:
         self.connection = Connection(self.server, self.kit, self.folder)
 
     def _wait_for_the_clock(self, refused: Connection) -> None:
-        """One of the two clocks was set, or is to be set: try again for as long as this hospital waits."""
+        """One of the two clocks was set, or has to be set. Try again for as long as this hospital waits."""
         now = time.monotonic()
         if self.late_from is None:
             self.late_from = now
@@ -266,20 +264,20 @@ class Watch:
 
 
 def require_kit(host: str, port: int, kit: Path | None) -> None:
-    """Raises MedFLError where a hospital without keys asks a server that wants them."""
+    """Raises MedFLError if a hospital without keys connects to a server that asks for keys."""
     if kit is None and speaks_tls(host, port):
         raise MedFLError(
             f"the server at {join_address(host, port)} speaks TLS and asks for keys; give this hospital's "
-            "with --kit"
+            "keys with --kit"
         )
 
 
 def refuse(said: str) -> None:
-    """Raises MedFLError where the server said that it does not let this hospital's key in."""
+    """Raises MedFLError if `said`, from `ask_admission`, means that the server refuses this hospital."""
     if said == "unknown":
         raise MedFLError(
-            "the server does not admit this hospital's key: it was never admitted, or its admission is over "
-            "or revoked; ask the coordinator"
+            "the server does not admit this hospital's key: it was never admitted, or its admission has ended "
+            "or was revoked; ask the coordinator"
         )
     if said == "clock":
         raise MedFLError(CLOCK)

@@ -1,4 +1,4 @@
-"""Certificates that end soon, told before they do, at the server and at the hospitals."""
+"""Warnings before certificates and admissions end, at the server and at the hospitals."""
 
 import ssl
 from datetime import UTC, datetime
@@ -14,11 +14,12 @@ from federation.runtime.certificates import read_authority, server_certificate
 from federation.runtime.kit import CA
 from federation.runtime.processes import is_loopback, parse_address
 
-RENEW, ASK = "renew it before (provision.py)", "ask the coordinator for a new one before"
+RENEW, ASK = "renew it before then (provision.py)", "ask the coordinator for a new one before then"
 
 
 def tell_kit(kit: Path) -> list[str]:
-    """Say what of a server's kit ends within 30 days: authority, certificate, admissions; what was said."""
+    """Warn of everything in a server's kit that ends within 30 days: authority, certificate, admissions. Returns the
+    warnings."""
     told = [
         _tell(read_authority(kit).not_valid_after_utc, "the consortium's authority"),
         _tell(server_certificate(kit).not_valid_after_utc, "the server's certificate"),
@@ -30,8 +31,8 @@ def tell_kit(kit: Path) -> list[str]:
 
 
 def tell_hospital(kit: Path, server: str) -> None:
-    """The same at a hospital: of the authority in its kit, and of the certificate that the server at HOST:PORT
-    shows, on the way that the environment's proxies give. A server that does not answer shows none."""
+    """The same at a hospital, for the authority in its kit and for the certificate that the server at HOST:PORT shows,
+    reached through the environment's proxies. If the server does not answer, its certificate is not checked."""
     _tell(read_authority(kit).not_valid_after_utc, f"the authority in {kit}", ASK)
     context, proxies = ssl.create_default_context(cafile=kit / CA), not is_loopback(parse_address(server)[0])
     try:

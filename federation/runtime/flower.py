@@ -1,5 +1,5 @@
-"""Flower's side of a federation that is no public API, but for the programs (`programs.py`) and the SuperLink's objects
-(`flower_objects.py`): these names may change with Flower's version."""
+"""The parts of Flower used here that are not public API, except those of the programs (`programs.py`) and of the
+SuperLink's objects (`flower_objects.py`). These names may change with Flower's version."""
 
 import hashlib
 import os
@@ -19,8 +19,8 @@ clientapp = "{client}:app"
 
 
 def name_home_where_missing() -> None:
-    """Name a folder for Flower, which asks for one when it is imported, where a service's user has no home.
-    Flower's programs get one of their own (`processes.environment`); in this process nothing is written there."""
+    """Name a folder for Flower if the user, such as a service's, has no home: Flower asks for a folder when it is
+    imported. Flower's programs get one of their own (`processes.environment`); this process writes nothing there."""
     try:
         Path.home()
     except RuntimeError:
@@ -47,7 +47,7 @@ class Control:
         self._client = ControlHttpClient.from_server_address(address, **transport(ca), interceptors=[])
 
     def submit(self, bundle: bytes) -> int:
-        """Start a run of the bundle; the run's id."""
+        """Start a run of the bundle; returns the run's id."""
         from flwr.common.serde import fab_to_proto
         from flwr.proto.control_pb2 import StartRunRequest
         from flwr.supercore.fab import Fab
@@ -56,25 +56,24 @@ class Control:
         return self._client.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
 
     def register(self, public_key: bytes, label: str) -> int:
-        """Let the holder of a key (PEM) in; the node's id."""
+        """Admit the holder of a key (PEM); returns the node's id."""
         from flwr.proto.control_pb2 import RegisterNodeRequest
 
         return self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=label)).node_id
 
     def unregister(self, node: int) -> None:
-        """Put a node out, for good."""
+        """Remove a node for good."""
         from flwr.proto.control_pb2 import UnregisterNodeRequest
 
         self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
 
 def ask_admission(address: str, ca: Path, key: Path) -> str:
-    """What the SuperLink at `address` makes of a hospital's key (its OpenSSH file): "admitted", "unknown",
-    "clock" (this machine's is wrong), or "" where it gives no answer.
+    """The SuperLink's verdict on a hospital's key (an OpenSSH file): "admitted", "unknown", "clock" (this machine's
+    clock is wrong), or "" if it gives no answer.
 
-    The SuperLink refuses an unknown key and a key whose former connection is still open in the same way.
-    Asked to let it in with a heartbeat that can't be, it refuses as well, and for another reason if it knows
-    the key.
+    The SuperLink refuses an unknown key in the same way as a key whose former connection is still open. A request with
+    an impossible heartbeat is refused too, but for another reason if the key is known.
     """
     import httpx
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -106,12 +105,12 @@ def ask_admission(address: str, ca: Path, key: Path) -> str:
 
 
 def transport(ca: Path | str | None) -> dict:
-    """How Flower's clients are told to speak TLS, or not to."""
+    """The arguments that make Flower's clients speak TLS, or not."""
     return {"insecure": ca is None, "root_certificates": None if ca is None else Path(ca).read_bytes()}
 
 
 class TaskSource:
-    """Hands out the tasks that wait at a SuperLink ("flwr-serverapp") or a SuperNode ("flwr-clientapp")."""
+    """Hands out the tasks that are waiting at a SuperLink ("flwr-serverapp") or a SuperNode ("flwr-clientapp")."""
 
     def __init__(self, address: str, kind: str, ca: Path | None = None):
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -127,7 +126,7 @@ class TaskSource:
         )
 
     def next_token(self) -> str | None:
-        """The token of a task that is now ours, or None."""
+        """The token of a task that now belongs to this process, or None."""
         from flwr.proto.runtime_pb2 import AcquireTaskRequest
 
         got = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self.kind]))

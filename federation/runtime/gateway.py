@@ -1,5 +1,4 @@
-"""The gateway: an nginx in front of Flower's SuperLink that lets
-hospitals' calls through and nothing else."""
+"""The gateway: an nginx in front of Flower's SuperLink that lets only hospitals' calls through."""
 
 import os
 import shutil
@@ -14,17 +13,17 @@ from federation.runtime.processes import Child, is_healthy, join_address
 
 TEMPLATE = ROOT / "deployment" / "gateway" / "nginx.conf.template"
 START_TIME = 20.0  # seconds for nginx to answer
-MOST_LOG = 20_000_000  # bytes of a log of calls, about 200,000 lines, before it is put aside
-ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # every address of this machine, and one of them
+MOST_LOG = 20_000_000  # bytes of the log of calls, about 200,000 lines, before it is rotated
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # "all addresses of this machine", and one of these
 
 
 def find_nginx() -> str:
-    """The path of nginx. Raises MedFLError where there is none."""
+    """The path of nginx. Raises MedFLError if there is none."""
     found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/bin")
     if found is None:
         raise MedFLError(
-            "nginx is missing, and hospitals on other machines reach the server through it; install it (such "
-            "as `apt-get install nginx-light`), or run your own with --own-gateway and deployment/gateway"
+            "nginx is missing, and hospitals on other machines reach the server through it; install it (for "
+            "example `apt-get install nginx-light`), or run your own with --own-gateway and deployment/gateway"
         )
     return found
 
@@ -32,7 +31,7 @@ def find_nginx() -> str:
 def write_configuration(
     host: str, port: int, superlink_port: int, kit: Path, folder: Path, access_log: Path
 ) -> Path:
-    """The gateway's configuration for this address and kit, in `folder`."""
+    """Write the gateway's configuration for this address and kit into `folder`; returns its path."""
     values = {
         "folder": folder,
         "log": folder / "nginx.log",
@@ -43,7 +42,7 @@ def write_configuration(
     }
     if odd := [str(value) for value in values.values() if set(str(value)) & set(" ;{}\"'$\\\n")]:
         raise MedFLError(
-            f"nginx can't take the path {odd[0]}; choose --kit, --out and TMPDIR without blanks and quotes"
+            f"nginx can't use the path {odd[0]}; choose --kit, --out and TMPDIR without blanks and quotes"
         )
     path = folder / "nginx.conf"
     path.write_text(
@@ -53,8 +52,8 @@ def write_configuration(
 
 
 def rotate(log: Path) -> None:
-    """Put a log that has grown long aside, in the place of the one before it (NAME.1), and let it begin again.
-    It is copied and cut, because nginx' workers may not open files there. On a full disk it stays as it is."""
+    """Rotate a log that has grown long: it replaces the one before it (NAME.1) and starts again empty. It is copied and
+    truncated, because nginx's workers may not open files there. On a full disk it stays as it is."""
     if not log.exists() or log.stat().st_size <= MOST_LOG:
         return
     aside = log.with_name(f"{log.name}.1")
@@ -69,8 +68,8 @@ def rotate(log: Path) -> None:
 def start_gateway(
     host: str, port: int, superlink_port: int, kit: Path, folder: Path, access_log: Path
 ) -> Child:
-    """nginx on HOST:PORT before the SuperLink, answering. Raises MedFLError where it is missing, ends or
-    stays silent."""
+    """Start nginx on HOST:PORT in front of the SuperLink, and wait until it answers. Raises MedFLError if it is
+    missing, ends or does not answer."""
     nginx, log = find_nginx(), folder / "nginx.log"
     access_log.parent.mkdir(parents=True, exist_ok=True)
     configuration = write_configuration(host, port, superlink_port, kit, folder, access_log)

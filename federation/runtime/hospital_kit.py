@@ -1,4 +1,4 @@
-"""A hospital's own kit: its key pair, made, checked and held, and the keys of its consortium."""
+"""A hospital's own kit: its key pair, which is made, checked and locked here, and the keys of its consortium."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ from storage.files import text_of
 
 
 def make_hospital_key(kit: Path, label: str) -> str:
-    """Make a hospital's key pair; the public line to hand over."""
+    """Make a hospital's key pair; returns the public line for the coordinator."""
     if not LABEL.fullmatch(label):
         raise MedFLError(f"--name is {label}; take up to 32 letters, digits, - and _")
     key = ec.generate_private_key(CURVE())
@@ -37,7 +37,7 @@ def make_hospital_key(kit: Path, label: str) -> str:
     line = f"{public} {label}"
     if (kit / HOSPITAL_PUBLIC).exists():
         raise MedFLError(
-            f"{kit / HOSPITAL_PUBLIC} is there already and is not overwritten; choose another --kit"
+            f"{kit / HOSPITAL_PUBLIC} already exists and is not overwritten; choose another --kit"
         )
     write_new(
         kit / HOSPITAL_KEY,
@@ -51,8 +51,8 @@ def make_hospital_key(kit: Path, label: str) -> str:
 
 
 def hold_kit(kit: Path) -> IO | None:
-    """The hospital's key, open and locked for as long as it is held; None where another process of this
-    machine holds it. Where the system has no such locks nobody is held off."""
+    """The hospital's key file, locked for as long as it is open; None if another process on this machine has locked it.
+    On systems without such locks the file is only opened."""
     file = open(kit / HOSPITAL_KEY, "rb")  # noqa: SIM115  closed with the process
     if sys.platform != "win32":
         import fcntl
@@ -68,8 +68,8 @@ def hold_kit(kit: Path) -> IO | None:
 
 
 def hospital_label(kit: Path) -> str:
-    """The label of a hospital's kit, checked: keys and the server's `ca.pem` are there and fit. Raises
-    MedFLError."""
+    """The label of a hospital's kit. Raises MedFLError if the keys or the server's `ca.pem` are missing or can't be
+    used."""
     make = "make it with `provision.py hospital`"
     for name, remedy in (
         (HOSPITAL_KEY, make),
@@ -90,9 +90,9 @@ def hospital_label(kit: Path) -> str:
 
 
 def read_members(kit: Path) -> dict[str, str] | None:
-    """Public keys (OpenSSH's lines without the label) of the consortium's hospitals by label, this one's own
-    among them; None without a `members.pub`. Raises MedFLError for lines that are no keys, and for a label
-    that stands there with two."""
+    """Public keys (OpenSSH's lines without the label) of the consortium's hospitals by label, including this one's own;
+    None without a `members.pub`. Raises MedFLError for lines that are not keys, for a label with two keys, and for a
+    key with two labels."""
     path = kit / MEMBERS
     if not path.is_file():
         return None
@@ -104,9 +104,9 @@ def read_members(kit: Path) -> dict[str, str] | None:
         try:
             label, public = parse_public(line)
         except MedFLError as error:
-            raise MedFLError(f"{path} has a line that is no hospital's public key; {error}") from error
+            raise MedFLError(f"{path} has a line that is not a hospital's public key; {error}") from error
         if members.setdefault(label, public) != public:
             raise MedFLError(f"{path} has two keys of {label}; ask that hospital which is its own")
     if len(set(members.values())) < len(members):
-        raise MedFLError(f"{path} has one key for two hospitals; ask them which is whose")
+        raise MedFLError(f"{path} has one key for two hospitals; ask them whose key it is")
     return members

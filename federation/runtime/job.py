@@ -1,5 +1,5 @@
-"""What a federation's server begins with: both kinds of settings, the model, and the job for its ServerApp. Every
-user's mistake is found here, before anything starts."""
+"""Prepares a federation's server: both kinds of settings, the model, and the job for the ServerApp. The user's mistakes
+are found here, before anything starts."""
 
 import argparse
 import hashlib
@@ -17,7 +17,7 @@ from federation.protocol.agreement import approval, check_together, to_json
 from federation.protocol.log import say
 from federation.protocol.messages import local_versions
 from federation.protocol.settings import FederationSettings
-from federation.protocol.weights import part_mask
+from federation.protocol.weights import most_bytes, part_mask
 from federation.runtime.bundle import hospital_code
 from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
 from federation.server.state import LAST, check_best, load_run, with_rounds
@@ -29,9 +29,8 @@ from transunet import TransUNet
 def starting_model(
     arguments: argparse.Namespace, training: TrainingSettings
 ) -> tuple[TransUNet, str, str | None, TrainingSettings]:
-    """The model that round 1 begins with, in words where it comes from, the SHA-256 of the split it was
-    trained on, if it was, and the settings with what its encoder holds. Raises MedFLError for a file that
-    doesn't fit."""
+    """The model that round 1 begins with, its origin in words, the SHA-256 of the split that it was trained on (None if
+    it was not), and the settings, completed with its encoder's. Raises MedFLError for a file that does not fit."""
     torch.manual_seed(training.seed)
     if arguments.init is None:
         model, training, note = start_model(training)
@@ -46,22 +45,22 @@ def starting_model(
 
 
 def network_of(path: Path) -> dict:
-    """The settings that say which network a checkpoint's is."""
+    """The settings that describe a checkpoint's network."""
     model = load_checkpoint(path).model
     return {"model": model.name, "image_size": model.image_side, "norm": model.norm}
 
 
 def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: TrainingSettings) -> None:
-    """Say what is protected, and warn where the noise leaves nothing to learn."""
+    """Print what is protected, and warn if the noise leaves nothing to learn."""
     settings = privacy.settings
     if privacy.exhausted(0):
         raise MedFLError(
             f"the first round alone would spend epsilon {privacy.spent(1):.3g}, more than --dp-epsilon "
-            f"{settings.dp_epsilon:g}; raise one of --dp-epsilon and --dp-noise-multiplier"
+            f"{settings.dp_epsilon:g}; raise --dp-epsilon or --dp-noise-multiplier"
         )
     rounds = next((n for n in range(settings.rounds) if privacy.exhausted(n)), settings.rounds)
     say(
-        "differential privacy: the protected unit is the hospital, and not the patient; noise "
+        "differential privacy: the protected unit is the hospital, not the patient; noise "
         f"{privacy.multiplier:.3g} x clip {settings.dp_clip:g}, epsilon {privacy.spent(rounds):.3g} after "
         f"{counted(rounds, 'round')} at delta {settings.dp_delta:g}"
     )
@@ -72,31 +71,31 @@ def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: Train
 
 
 def check_log(log: Path, ends: Path | None, resume: bool) -> None:
-    """See that the audit log of former runs in the folder is whole; a half-written last line is cut, and told.
-    Raises MedFLError."""
+    """Check the audit log of former runs in the folder. A half-written last line is cut off and reported. Raises
+    MedFLError if the log is missing or was changed."""
     if half := cut_half_line(log):
-        say(f"the last line of {log} was written half (a full disk?); its {half} bytes are cut off")
+        say(f"the last line of {log} was only half written (a full disk?); its {half} bytes were cut off")
     if log.exists():
         verify(log)
         check_end(log, ends)
     elif resume and (log.parent / LAST).exists():
-        raise MedFLError(f"there is no {log} beside the run to go on with; put back a copy of it")
+        raise MedFLError(f"there is no {log} beside the run to continue; put back a copy of it")
 
 
 def taken_up(
     arguments: argparse.Namespace, out: Path
 ) -> tuple[dict, TrainingSettings, FederationSettings, TransUNet]:
-    """A run that was interrupted: what the job tells of it, its own settings, and its model."""
+    """An interrupted run: its entries for the job, its own settings, and its model."""
     training, federation, state, model = load_run(out)
     check_best(out)
     done = state["progress"]["round"]
     federation = with_rounds(federation, arguments.rounds if "rounds" in arguments.given else None, done)
     say(
-        f"going on after round {done} of {federation.rounds}, with that run's own settings; other options are "
-        "ignored"
+        f"continuing after round {done} of {federation.rounds}, with that run's own settings; options other than "
+        "--rounds are ignored"
         if done < federation.rounds
-        else f"all {federation.rounds} rounds of this run are done; what is left is to score the model and to "
-        "tell the hospitals the end (for a new run leave --resume out)"
+        else f"all {federation.rounds} rounds of this run are done; only the scoring of the model and the message "
+        "that ends the federation are left (for a new run leave --resume out)"
     )
     return {"rounds": federation.rounds}, training, federation, model
 
@@ -104,21 +103,21 @@ def taken_up(
 def begun(
     arguments: argparse.Namespace, folder: Path
 ) -> tuple[dict, TrainingSettings, FederationSettings, TransUNet]:
-    """A new run: what the job tells of it, the settings that the options make, and the model to begin with."""
+    """A new run: its entries for the job, the settings from the options, and the model to begin with."""
     training = settings_from(arguments, TrainingSettings)
     federation = settings_from(arguments, FederationSettings)
     told: dict = {}
     if arguments.evaluate:
         arguments.init = arguments.evaluate
         training = replace(training, **network_of(arguments.evaluate))
-        federation = replace(federation, rounds=0)  # a hospital that agrees to that trains nothing
+        federation = replace(federation, rounds=0)  # a hospital that approves these settings trains nothing
         told["evaluate"] = {"model": arguments.evaluate.name, "sha256": file_sha256(arguments.evaluate)}
     elif not federation.rounds:
         raise MedFLError("--rounds is 0; choose a number above 0, or score a model with --evaluate MODEL")
     check_together(training, federation)
     if federation.pretraining:
         check_name(training.model)
-        # all of a loaded encoder learns, from the first round
+        # the whole encoder learns from the first round on, also a loaded one
         training = with_recipe(training, RECIPES[False])
     model, started_from, init_split, training = starting_model(arguments, training)
     start = folder / "start.pth"
@@ -132,7 +131,7 @@ def begun(
     numbers = sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
     say(
         f"{training.model} at {training.image_size} pixels from {started_from}; {4 * numbers / 1e6:.0f} MB each way "
-        f"a round and hospital"
+        f"per round and hospital"
     )
     return told, training, federation, model
 
@@ -140,7 +139,7 @@ def begun(
 def prepare_job(
     arguments: argparse.Namespace, folder: Path
 ) -> tuple[dict, TrainingSettings, FederationSettings]:
-    """What the ServerApp needs, and both settings; every user's mistake is found here."""
+    """The job for the ServerApp, and both settings. The user's mistakes are found here."""
     if arguments.evaluate:
         arguments.out = arguments.out / "evaluation"
     out = arguments.out.resolve()
@@ -153,13 +152,13 @@ def prepare_job(
     )
     if federation.secure_aggregation:
         say(
-            "secure aggregation: this server learns the sum of a round's updates, and none by itself; they "
+            "secure aggregation: this server learns the sum of a round's updates, but no single one; they "
             "are not screened"
         )
     if federation.private:
         announce_privacy(HospitalPrivacy(federation), model, training)
     settings, code = to_json(training, federation), hospital_code()
-    say(f"code and settings, for hospitals that ask what they approve: {approval(code, settings)}")
+    say(f"code and settings, for hospitals that use --approve: {approval(code, settings)}")
     job = {
         **{
             name: getattr(arguments, name)
@@ -171,6 +170,7 @@ def prepare_job(
         "commit": commit,
         "versions": versions,
         "ends": ends and str(ends),
+        "most_bytes": most_bytes(model),
         **told,
         "audit": {
             "code": code,

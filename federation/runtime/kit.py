@@ -1,10 +1,10 @@
-"""Kits: the folders of keys that say who the server is, and which hospitals it admits.
+"""Kits: the folders of keys that identify the server and the hospitals that it admits.
 
 A server's kit is a folder with `ca.pem` (the certificate authority, which every hospital gets), `ca.key`,
-`server.pem`, `server.key` (certificates.py) and `hospitals.json` (who is admitted, with which public key, until
-when: admissions.py). A hospital's kit (hospital_kit.py) is a folder with `hospital.key`, which never leaves it,
-`hospital.pub`, and the server's `ca.pem`; for secure aggregation also `members.pub`, the public keys of its
-consortium's hospitals. Private files can be read by their owner alone.
+`server.pem`, `server.key` (certificates.py) and `hospitals.json` (the admitted hospitals, their public keys and the
+ends of their admissions: admissions.py). A hospital's kit (hospital_kit.py) is a folder with `hospital.key`, which
+never leaves it, `hospital.pub`, and the server's `ca.pem`; for secure aggregation also `members.pub`, the public keys
+of its consortium's hospitals. Only their owner can read private files.
 """
 
 import os
@@ -27,19 +27,18 @@ MEMBERS = (
 
 
 def now() -> datetime:
-    """UTC, in whole seconds."""
+    """The present time, UTC, in whole seconds."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 def write_new(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file that was not there; nobody else can read a private one. Raises MedFLError where there is
-    one already."""
+    """Write a new file; only the owner can read a private one. Raises MedFLError if the file already exists."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
     except FileExistsError as error:
         raise MedFLError(
-            f"{path} is there already and is not overwritten; choose another --kit, or move it away"
+            f"{path} already exists and is not overwritten; choose another --kit, or move it away"
         ) from error
     except OSError as error:
         raise MedFLError(f"{path} can't be written ({error.strerror}); choose another --kit") from error
@@ -48,7 +47,7 @@ def write_new(path: Path, content: bytes, private: bool = False) -> None:
 
 
 def check_modes(kit: Path) -> None:
-    """Raises MedFLError where others can change a kit, or read its private keys."""
+    """Raises MedFLError if other users can change a kit or read its private keys."""
     if os.name != "posix" or not kit.is_dir():
         return
     for path in [kit, *sorted(kit.iterdir())]:
@@ -59,13 +58,13 @@ def check_modes(kit: Path) -> None:
             )
         if mode & 0o022:
             raise MedFLError(
-                f"others can change {path}; run chmod go-w on it, after a look at whether somebody did"
+                f"others can change {path}; check whether somebody did, then run chmod go-w on it"
             )
 
 
 def check_owner(kit: Path) -> None:
-    """Raises MedFLError where a private file that this user writes into the kit would be closed to the user who
-    runs the server, so that an admission or a revocation had no effect."""
+    """Raises MedFLError if the kit belongs to another user. That user, who runs the server, could not read a private
+    file that this user writes, and an admission or a revocation would have no effect."""
     if os.name != "posix" or not kit.is_dir():
         return
     owner = kit.stat().st_uid
@@ -77,7 +76,7 @@ def check_owner(kit: Path) -> None:
 
 
 def parse_public(line: str) -> tuple[str, str]:
-    """Label and key of a `hospital.pub`, the key always in the same letters: base64 can be written in many ways, and
+    """Label and key from a `hospital.pub`. The key is in canonical form, because base64 can be written in many ways and
     keys are compared as texts. Raises MedFLError for anything else."""
     parts = line.split()
     try:
@@ -85,7 +84,7 @@ def parse_public(line: str) -> tuple[str, str]:
         fits = len(parts) == 3 and isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, CURVE)
     except Exception as error:  # cryptography raises many kinds for a foreign file
         raise MedFLError(
-            "this is no hospital's public key; take the hospital.pub that `provision.py hospital` wrote"
+            "this is not a hospital's public key; take the hospital.pub that `provision.py hospital` wrote"
         ) from error
     if not fits or not LABEL.fullmatch(parts[2]):
         raise MedFLError(
@@ -97,7 +96,7 @@ def parse_public(line: str) -> tuple[str, str]:
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """The certificate in a PEM file. Raises MedFLError where there is none."""
+    """The certificate in a PEM file. Raises MedFLError if there is none."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
@@ -105,11 +104,11 @@ def read_certificate(path: Path) -> x509.Certificate:
             f"there is no {path} that can be read; make a kit with provision.py, or correct --kit"
         ) from error
     except ValueError as error:
-        raise MedFLError(f"{path} is no certificate; take it from the server's kit again") from error
+        raise MedFLError(f"{path} is not a certificate; take it from the server's kit again") from error
 
 
 def read_private(path: Path) -> ec.EllipticCurvePrivateKey:
-    """The private key in a file, in PEM or as OpenSSH writes it. Raises MedFLError where there is none."""
+    """The private key in a file, in PEM or OpenSSH's format. Raises MedFLError if there is none."""
     try:
         content = path.read_bytes()
         load = (
@@ -123,7 +122,7 @@ def read_private(path: Path) -> ec.EllipticCurvePrivateKey:
             f"there is no {path} that can be read; make a kit with provision.py, or correct --kit"
         ) from error
     except (ValueError, TypeError) as error:
-        raise MedFLError(f"{path} is no private key; take it from the kit that it was made in") from error
+        raise MedFLError(f"{path} is not a private key; take it from the kit that it was made in") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise MedFLError(f"{path} is a key of another kind; take it from the kit that it was made in")
     return key

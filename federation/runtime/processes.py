@@ -1,5 +1,5 @@
-"""The care of child processes: started so that they end with us, watched, stopped; and the ports that they
-listen on."""
+"""Child processes: started so that they end with this process, watched and stopped; and the addresses that they listen
+on."""
 
 import contextlib
 import http.client
@@ -16,17 +16,17 @@ from pathlib import Path
 from common import ROOT, MedFLError
 from federation.runtime.programs import PROGRAM
 
-GRACE = 5.0  # seconds between asking a child to end and making it
-LAST_LINES = 15  # of a child's log, shown when it ended unasked
-# For programs that hold weights but don't train: glibc gives every array above 1 MiB back to the system as soon
-# as it is freed. By its own rule it keeps them, and the holes between them let a server grow with every round.
+GRACE = 5.0  # seconds between asking a child to end and killing it
+LAST_LINES = 15  # of a child's log, shown when it ended by itself
+# For programs that hold weights but don't train: glibc returns every array above 1 MiB to the system as soon as it is
+# freed. By default glibc keeps them, and the holes between them make a server grow with every round.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
 TRAINING = (
     "hospital",
     "clientapp",
-)  # where asking the system for each array would take time from the training
-# what TLS says where asking again does not help: the other side speaks another version, or no TLS at all. A
-# connection that was cut is none of these: a server that starts or dies behind a forwarder looks like that.
+)  # here it would slow the training to ask the system for each array
+# TLS errors that another try does not cure: the other side speaks another version, or no TLS at all. A connection that
+# was cut is not one of them: a server that is starting or dying behind a forwarder looks like that.
 NOT_TLS = {
     "HTTP_REQUEST",
     "HTTPS_PROXY_REQUEST",
@@ -47,8 +47,8 @@ else:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Our environment for Flower's programs: this MedFL, a folder of their own, no contact with Flower's
-    makers, and no proxy between processes of this machine."""
+    """The environment for Flower's programs: this MedFL, a folder of their own, no telemetry or update check, and no
+    proxy between processes of this machine."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,
@@ -63,23 +63,23 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def no_proxy() -> dict[str, str]:
-    """Environment variables that keep a proxy, usual in hospitals, out of
-    what this machine says to itself. What either spelling exempts stays exempt."""
+    """Environment variables that keep a hospital's usual proxy out of connections within this machine. Hosts that
+    either spelling exempts stay exempt."""
     told = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"]
     local = ",".join(dict.fromkeys(host for part in told if part for host in part.split(",")))
     return {"NO_PROXY": local, "no_proxy": local}
 
 
 class NotTls(MedFLError):
-    """What answers speaks no TLS, or none that is new enough."""
+    """The other side speaks no TLS, or a version that is too old."""
 
 
 class Child:
-    """One of the programs in programs.py, in its own process group, so that Ctrl-C reaches us alone and we stop
-    it.
+    """One of the programs in programs.py. It has a process group of its own, so that Ctrl-C reaches only this process,
+    which then stops the child.
 
-    folder: where it runs and keeps its files. log: what it prints goes there; None leaves it on our terminal.
-    secret: a line that it gets on its standard input, where no list of processes shows it.
+    folder: where it runs and keeps its files. log: the file for its output; None leaves the output on the terminal.
+    secret: a line for its standard input, where no list of processes shows it.
     """
 
     def __init__(
@@ -106,18 +106,18 @@ class Child:
         if output:
             output.close()
         if secret and self.process.stdin:
-            with contextlib.suppress(BrokenPipeError):  # it ended at once; whoever watches it will see
+            with contextlib.suppress(BrokenPipeError):  # it ended at once, which the caller notices
                 self.process.stdin.write(secret.encode() + b"\n")
                 self.process.stdin.close()
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """The exit code; None while the child runs."""
         return self.process.poll()
 
     def stop(self) -> None:
-        """End it, by force if it does not end by itself, and what it may have left in its group (nginx'
-        workers, if nginx was killed)."""
+        """End the child, by force if it does not end when asked, and any process left in its group (nginx's workers, if
+        nginx was killed)."""
         if self.exit_code is None:
             self.process.terminate()
             try:
@@ -146,10 +146,10 @@ def parse_address(address: str) -> tuple[str, int]:
     """Host and port of HOST:PORT. Raises MedFLError for anything else."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise MedFLError(f"{address} is no address; write it as HOST:PORT, such as 127.0.0.1:8080")
+        raise MedFLError(f"{address} is not an address; write it as HOST:PORT, such as 127.0.0.1:8080")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise MedFLError(
-            f"in {address} it can't be told which part is the port; write an IPv6 address in brackets, such as "
+            f"in {address} it is not clear which part is the port; write an IPv6 address in brackets, such as "
             "[2001:db8::1]:8443"
         )
     return host.strip("[]"), int(port)
@@ -161,7 +161,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def proxy_for(host: str) -> str | None:
-    """The proxy through which Flower's part would reach the host by HTTPS; None where it goes there directly."""
+    """The proxy through which Flower would reach the host by HTTPS; None if it connects directly."""
     if urllib.request.proxy_bypass(host):
         return None
     proxies = urllib.request.getproxies()
@@ -169,8 +169,8 @@ def proxy_for(host: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether every address that the name stands for is this machine's own. Raises MedFLError for a name that
-    is not known, unless a proxy leads there, which may know it."""
+    """Whether every address that the name resolves to is this machine's own. Raises MedFLError for an unknown name,
+    unless a proxy is used for it, which may know the name."""
     try:
         found = socket.getaddrinfo(host, None)
     except OSError as error:
@@ -181,14 +181,13 @@ def is_loopback(host: str) -> bool:
 
 
 def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = None) -> bool | None:
-    """Whether Flower answers there: True, False if the connection is refused or cut, None if no answer came
-    in time: it may be busy. ca: the authority that must have made the server's certificate, where it speaks
-    TLS.
+    """Whether Flower answers there: True, False if the connection is refused or cut, or None if no answer came in time,
+    because the server may be busy. ca: the authority that must have made the server's certificate, if it speaks TLS.
 
-    Raises MedFLError where another server answers, or one whose certificate is not for that name, or expired.
+    Raises MedFLError if another server answers, or if the certificate is for another name or has expired.
     """
     here = host == "localhost" or host.startswith("127.") or host == "::1"
-    # to another machine the way that Flower's part takes as well
+    # to another machine by the same way as Flower
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({} if here else None)]
     if ca:
         context = ssl.create_default_context(cafile=ca)
@@ -199,7 +198,7 @@ def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = Non
         with urllib.request.build_opener(*handlers).open(where, timeout=timeout) as answer:
             return answer.status == 200
     except urllib.error.HTTPError:
-        return None  # a gateway whose server is not there yet, or anymore
+        return None  # a gateway whose server is not there yet, or is gone
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLError):
             _refuse_tls(error.reason, join_address(host, port))
@@ -212,7 +211,7 @@ def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = Non
 
 
 def _refuse_tls(error: ssl.SSLError, where: str) -> None:
-    """Raises MedFLError where TLS failed for good; a connection that was only cut passes."""
+    """Raises MedFLError if TLS failed for good; returns if the connection was only cut."""
     if isinstance(error, ssl.SSLCertVerificationError):
         raise MedFLError(
             f"the server at {where} is not the one of this kit ({error.verify_message}); nothing was sent to "
@@ -221,7 +220,7 @@ def _refuse_tls(error: ssl.SSLError, where: str) -> None:
     reason = error.reason or ""
     if reason in NOT_TLS or "_ALERT_" in reason and any(word in reason for word in ALERTS):
         raise NotTls(
-            f"what answers at {where} does not speak TLS 1.3 ({reason}); check --server, or ask the "
+            f"the program at {where} does not speak TLS 1.3 ({reason}); check --server, or ask the "
             "coordinator"
         ) from error
 

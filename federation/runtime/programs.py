@@ -1,5 +1,5 @@
-"""Flower's programs and ours that run its apps, each tied to the process that started it. Names of Flower that are no
-public API are used, as in `flower.py`.
+"""Flower's programs, and MedFL's programs that run Flower's apps. Each ends with the process that started it. Some of
+the names of Flower used here are not public API, as in `flower.py`.
 
     python -m federation.runtime.programs PARENT superlink OPTIONS             Flower's own
     python -m federation.runtime.programs PARENT supernode SECONDS OPTIONS     Flower's own, with its longest sleep
@@ -10,14 +10,15 @@ public API are used, as in `flower.py`.
 
 serverapp and clientapp read a token from standard input.
 
-The ServerApp runs the code that run_server.py put into its bundle. A hospital never unpacks a bundle: it runs
-the MedFL that is installed there, and looks whether the server's is the same.
+The ServerApp runs the code that run_server.py put into its bundle. A hospital never unpacks a bundle: it runs the MedFL
+that is installed there, and checks whether the server's is the same.
 """
 
 import contextlib
 import ctypes
 import importlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,18 +35,18 @@ from borders.terminal import steady_output
 from federation.runtime.flower import CLIENT_APP, TaskSource, transport
 
 POLL = 0.1  # seconds between two looks for a task
-# how each of the programs is started; -P keeps its working folder, where no module lies, off the path
+# the start of each program's command; -P keeps its working folder, which holds no modules, off the path
 PROGRAM = (sys.executable, "-P", "-m", "federation.runtime.programs")
 CAN_FORK = sys.platform == "linux"  # elsewhere a fork after importing torch is not safe
 
 
 def tie_to_parent(parent: int, how: signal.Signals | None = None) -> None:
-    """End with the process `parent`, also when it is killed. Linux sees to it, by the signal `how` (SIGKILL);
-    elsewhere a thread watches."""
+    """Make this process end with the process `parent`, also when that is killed. Linux sends the signal `how` (SIGKILL
+    by default); elsewhere a thread watches the parent."""
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, how or signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before we asked
+        if os.getppid() != parent:  # it ended before this call
             os._exit(1)
         return
 
@@ -63,16 +65,16 @@ def tie_to_parent(parent: int, how: signal.Signals | None = None) -> None:
 
 
 def only_own_answers(push: Callable) -> Callable:
-    """What takes a hospital's message in at the SuperLink, for its own answers alone. Flower (1.41) looks at who
-    calls, and not at whom the message names as its sender: one that answers nothing and names the server would be
-    handed to another hospital as the server's."""
+    """The SuperLink's handler for hospitals' messages, limited to their own answers. Flower (1.41) checks the caller,
+    but not the sender that a message names. A message that answers nothing and names the server as its sender would
+    be delivered to another hospital as the server's."""
     from fastapi import HTTPException
 
     def pushed(request: Any, state: Any) -> Any:
         for one in request.messages_list:
             about = one.metadata
             if about.src_node_id != request.node.node_id or not about.reply_to_message_id:
-                raise HTTPException(403, "a hospital sends its own answers alone")
+                raise HTTPException(403, "a hospital may send only its own answers")
         return push(request=request, state=state)
 
     return pushed
@@ -99,12 +101,12 @@ def run_supernode(longest: float, options: list[str]) -> None:
     vars(loop)["time"] = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, longest)))
     sys.argv = ["flower-supernode", *options]
     flower_supernode()
-    os._exit(1)  # it gave up; a thread of its own would keep a process alive that does nothing
+    os._exit(1)  # it gave up, and one of its threads would keep an idle process alive
 
 
 def run_gateway(parent: int, command: list[str]) -> None:
-    """Become nginx. Its death signal is one that it passes on to its workers; it survives the change of
-    program."""
+    """Become nginx. Its death signal is one that nginx passes on to its workers; the signal's setting survives the
+    exec."""
     if sys.platform == "linux":
         tie_to_parent(parent, signal.SIGTERM)
         os.execv(command[0], command)
@@ -115,10 +117,15 @@ def run_gateway(parent: int, command: list[str]) -> None:
 def run_server_app(address: str, ca: str | None = None) -> None:
     from queue import Queue
 
+    from federation.runtime.flower_objects import within
+
     module = importlib.import_module(
         "flwr.superlink.runtime.run_serverapp"
     )  # a function of the package has its name
     vars(module)["install_from_fab"] = _quietly(module.install_from_fab)
+    most = json.loads(Path("job.json").read_text(encoding="utf-8"))["most_bytes"]
+    grid = importlib.import_module("flwr.superlink.grid.http_grid")
+    vars(grid)["inflate_object_from_contents"] = within(most, grid.inflate_object_from_contents)
     how = transport(ca)
     module.run_serverapp(
         address,
@@ -130,10 +137,9 @@ def run_server_app(address: str, ca: str | None = None) -> None:
 
 
 def run_client_app(address: str, token: str) -> None:
-    """Handle one message by the app that is installed here. The bundle that came along is looked at and not
-    run.
+    """Handle one message with the app that is installed here. The bundle that came with it is inspected but not run.
 
-    What Flower itself would say of an exception is replaced: its text can hold a file's name.
+    Flower's own text about an exception is replaced, because it can hold a file's name.
     """
     from flwr.app.error import Error
 
@@ -151,7 +157,7 @@ def run_client_app(address: str, token: str) -> None:
 
 
 def _quietly(install: Callable) -> Callable:
-    """Unpack the bundle without a line on the user's terminal for each message."""
+    """`install`, without its output on the user's terminal for each message."""
 
     def quiet(*arguments: Any, **options: Any) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -161,7 +167,7 @@ def _quietly(install: Callable) -> Callable:
 
 
 def serve_hospital(address: str) -> None:
-    """Run the app for each message that comes: in a fork that has all loaded already, or in a new process."""
+    """Run the app for each message that arrives: in a fork that has everything loaded, or in a new process."""
     for module in (CLIENT_APP, "flwr.supernode.runtime.run_clientapp"):
         importlib.import_module(module)
     importlib.import_module("federation.runtime.bundle").hospital_files()  # forks need not look for them
@@ -176,27 +182,26 @@ def serve_hospital(address: str) -> None:
         else:
             command = [*PROGRAM, str(os.getpid()), "clientapp", address]
             code = subprocess.run(command, input=token + "\n", text=True, check=False).returncode
-        # without an answer, maybe, and then the SuperNode would wait for it for ever: run_client.py renews
-        # both
+        # perhaps without an answer, for which the SuperNode would wait for ever: run_client.py restarts both
         if code:
             why = "killed, perhaps because memory ran out" if code < 0 else f"exit code {code}"
-            sys.exit(f"the program that works on a message ended before its time ({why})")
+            sys.exit(f"the program that handles a message ended too early ({why})")
 
 
 def run_in_fork(address: str, token: str) -> int:
-    """Handle one message in a fork of this process; its exit code, negative where a signal ended it."""
+    """Handle one message in a fork of this process; returns its exit code, negative if a signal ended it."""
     parent = os.getpid()
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(
             os.waitpid(child, 0)[1]
-        )  # one message at a time, as the SuperNode hands them out
+        )  # one message at a time, because the SuperNode hands out one at a time
     code = 1
     try:
         tie_to_parent(parent)
         run_client_app(address, token)
     except SystemExit as end:
-        # a text in the code's place means 1, as wherever Python ends
+        # as everywhere in Python, a text instead of a code means 1
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()

@@ -9,38 +9,38 @@ NAMES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def tell_proxies(host: str) -> None:
-    """Say through which proxy the host is reached, if through any."""
+    """Print the proxy through which the host is reached, if there is one."""
     if (proxy := proxy_for(host)) is not None:
-        say(f"the way to {host} leads through the proxy {_plain(proxy)}; --no-proxy goes there directly")
+        say(f"{host} is reached through the proxy {_plain(proxy)}; --no-proxy connects directly")
 
 
 def perhaps_the_proxy(host: str, port: int) -> str:
-    """What is said besides where no server answers: nothing where no proxy stands between."""
+    """A hint at the proxy for the message that no server answers; empty if no proxy is used."""
     proxy = None if is_loopback(host) else proxy_for(host)
     if proxy is None:
         return ""
     return (
-        f"; or the proxy {_plain(proxy)} is away or does not let this through: it has to allow CONNECT to port "
-        f"{port}, and --no-proxy leaves it out"
+        f"; or the proxy {_plain(proxy)} is down or blocks the connection: it has to allow CONNECT to port "
+        f"{port}, and --no-proxy bypasses it"
     )
 
 
 def leave_out_odd() -> None:
-    """Take proxies of another kind than HTTP out of the environment of this process and its children, and say
-    it: desktops name SOCKS there, and the library that Flower uses would fail at the mere name."""
+    """Remove proxies that are not HTTP proxies from the environment of this process and its children, and report it.
+    Desktops set SOCKS proxies there, at whose mere name the library that Flower uses would fail."""
     for name, value in list(os.environ.items()):
         if name.lower() in NAMES and "://" in value and not value.startswith(("http://", "https://")):
-            say(f"{name} names {_plain(value)}, which is no HTTP proxy; it is not used")
+            say(f"{name} names {_plain(value)}, which is not an HTTP proxy; it is ignored")
             del os.environ[name]
 
 
 def go_direct(host: str) -> None:
-    """Keep proxies out of the way to the host, for this process and its children."""
+    """Make this process and its children connect to the host without a proxy."""
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
 
 
 def _plain(proxy: str) -> str:
-    """A proxy's address without the password that it may hold."""
+    """A proxy's address without the user and password that it may hold."""
     scheme, _, rest = proxy.rpartition("://")
     return f"{scheme}://{rest.rpartition('@')[2]}" if scheme else rest.rpartition("@")[2]

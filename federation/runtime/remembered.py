@@ -1,4 +1,4 @@
-"""What a run was started with, kept in its folder, so that it can be taken up without saying it again."""
+"""The options with which a run's server was started, kept in its folder, so that --resume needs none of them again."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ FILE = "server.json"
 
 
 class Remembered(BaseModel):
-    """Where a server listens, and with which keys."""
+    """The address on which a server listens, and its keys."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -26,7 +26,7 @@ class Remembered(BaseModel):
 
 
 def remembered(out: Path) -> Remembered | None:
-    """What the run in `out` was started with; None where it kept nothing. Raises MedFLError where the file is
+    """The options with which the run in `out` was started; None if it kept none. Raises MedFLError if the file is
     damaged."""
     path = out / FILE
     if not path.exists():

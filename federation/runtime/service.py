@@ -1,5 +1,5 @@
-"""The server's processes: Flower's SuperLink, the gateway before it and the server's app, started together,
-watched, and started again where one of them ended unasked."""
+"""The server's processes: Flower's SuperLink, the gateway in front of it and the server's app. They are started
+together, watched, and restarted if one of them ends unexpectedly."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from federation.server.state import LAST
 from storage.files import write_json
 
 START_TIME = 90.0  # seconds for Flower's SuperLink to answer
-DAY = 86_400.0  # seconds between two looks at what of the kit ends soon
-STARTS = 5  # in a row that bring no round, before a run is given up
+DAY = 86_400.0  # seconds between two checks of the kit for certificates and admissions that end soon
+STARTS = 5  # in a row without a new round, before a run is given up
 
 
 class Broken(MedFLError):
@@ -33,8 +33,9 @@ class Broken(MedFLError):
 class Service:
     """A run's processes on HOST:PORT, from the first start to the run's end.
 
-    kit: keys, None on loopback without them. gated: an nginx of ours stands before Flower. job: what the
-    server's app needs; folder: an empty one, for all of them. told: who hears what ends soon.
+    kit: the folder of keys, None on loopback without keys. gated: whether our own nginx runs in front of Flower. job:
+    the input of the server's app. folder: an empty folder for all processes. told: gets the warnings of certificates
+    and admissions that end soon.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class Service:
         self.children: list[Child] = []
 
     def run(self, announcement: str) -> int:
-        """Start everything and wait for the run's end; its exit code. announcement: said once all is there.
+        """Start everything and wait for the run's end; returns its exit code. announcement: printed when everything has
+        started.
 
-        A process that ended unasked (a machine that slept, a clock that was set, memory that ran out) ends
-        the others; then all start again after the last complete round. Raises MedFLError where five starts
-        in a row bring no round.
+        If a process ends unexpectedly (because a machine slept, a clock was set or memory ran out), the others are
+        ended too, and all start again after the last complete round. Raises MedFLError after five starts in a row
+        without a new round.
         """
         while True:
             rounds = self._rounds()
@@ -75,7 +77,7 @@ class Service:
                 in_a_row = 1 if self._rounds() != rounds else self.starts + 1
                 if in_a_row >= STARTS:
                     raise MedFLError(
-                        f"{error}\nthat was so {STARTS} times in a row; the rounds so far are kept, go on with "
+                        f"{error}\nthis happened {STARTS} times in a row; the rounds so far are kept, continue with "
                         "--resume"
                     ) from error
                 self.starts = in_a_row
@@ -87,7 +89,7 @@ class Service:
                 self.children = []
 
     def _rounds(self) -> int:
-        """What changes with each complete round: when the file that holds it was written."""
+        """A number that changes with each complete round: the time at which the run's file was written."""
         last = self.out / LAST
         return last.stat().st_mtime_ns if last.exists() else 0
 
@@ -99,7 +101,7 @@ class Service:
         inner_host, inner_port = ("127.0.0.1", free_port()) if self.gated else (self.host, self.port)
         self.children.append(start_superlink(inner_host, inner_port, self.kit, folder))
         inner, ca = join_address(inner_host, inner_port), self.kit and self.kit / CA
-        go_direct(self.host)  # a proxy that the environment names is not between us and our own gateway
+        go_direct(self.host)  # the server reaches its own gateway without the environment's proxy
         os.environ.update(no_proxy())
         control = Control(inner, ca)
         registrar = Registrar(control, self.kit, folder, say) if self.kit else None
@@ -116,11 +118,11 @@ class Service:
         self.children.append(app)
         self._wait_for(app, registrar)
         if not outcome.exists():
-            raise Broken("the server's program ended before the run's end")
+            raise Broken("the server's program ended before the run was over")
         return json.loads(outcome.read_text(encoding="utf-8"))["exit"]
 
     def _wait_for(self, app: Child, registrar: Registrar | None) -> None:
-        """Wait for the app's end. Meanwhile who is newly admitted is let in, and who is revoked put out."""
+        """Wait for the app's end. Meanwhile newly admitted hospitals are registered and revoked ones removed."""
         while app.exit_code is None:
             for child in self.children[:-1]:
                 if child.exit_code is not None:
@@ -133,7 +135,7 @@ class Service:
             time.sleep(0.2)
 
     def _tell_expiry(self) -> None:
-        """Say once a day what of the kit ends soon."""
+        """Warn once a day of certificates and admissions in the kit that end soon."""
         if self.kit and time.time() - self.told_at > DAY:
             self.told_at = time.time()
             for text in tell_kit(self.kit):
@@ -146,8 +148,8 @@ class Service:
 
 
 def start_superlink(host: str, port: int, kit: Path | None, folder: Path) -> Child:
-    """Flower's SuperLink, answering; with a kit it speaks TLS and asks every hospital for its key. Raises
-    MedFLError where it ends or stays silent."""
+    """Start Flower's SuperLink and wait until it answers. With a kit it speaks TLS and asks every hospital for its key.
+    Raises MedFLError if it ends or does not answer."""
     if kit is None:
         transport = ["--insecure"]
     else:

@@ -1,8 +1,8 @@
 """Many hospitals on one machine, or on a Ray cluster: the same two apps in Flower's simulation engine, on Ray.
 
-A few workers, one for each share of the cores, take the hospitals' messages in turn, so memory is bounded by
-the workers and not by the hospitals. Any worker may take any hospital's, so what hospitals remember lies where
-all can read it. Ray is optional: requirements-simulation.txt.
+A few workers, one for each share of the cores, handle the hospitals' messages in turn, so the number of workers, not
+of hospitals, bounds the memory. Any worker may handle any hospital's messages, so the hospitals' state is in a folder
+that all workers can read. Ray is optional: requirements-simulation.txt.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from federation.hospital.app import make_app
 from federation.hospital.identity import Identity
 from federation.server.app import run
 
-STORE = 300 * 2**20  # bytes of Ray's shared memory besides the weights on their way
+STORE = 300 * 2**20  # bytes of Ray's object store
 
 
 def check_ray() -> None:
-    """Raises MedFLError where the simulation engine is not installed."""
+    """Raises MedFLError if the simulation engine is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise MedFLError(
             "--simulate needs Ray, which is not installed; run `pip install -r requirements.txt -r "
@@ -40,8 +40,7 @@ def check_ray() -> None:
 
 
 class StoppableGrid:
-    """Flower's grid until `stopped` is set; the next call then ends the
-    thread that the round loop runs in."""
+    """Flower's grid until `stopped` is set. The next call then ends the thread in which the round loop runs."""
 
     def __init__(self, grid: Grid, stopped: threading.Event):
         self._grid, self._stopped = grid, stopped
@@ -54,14 +53,14 @@ class StoppableGrid:
 
 @contextlib.contextmanager
 def stopped_by_signals(stopped: threading.Event) -> Iterator[None]:
-    """Within the block Ctrl-C and SIGTERM set `stopped`; a second one ends the process. The engine itself
+    """Within the block Ctrl-C and SIGTERM set `stopped`, and a second one ends the process. Without this the engine
     would hang."""
 
     def stop(*_: object) -> None:
         if stopped.is_set():
             os._exit(EXIT_INTERRUPTED)
         print(
-            "stopping when the hospitals that work now are done; once more stops at once",
+            "stopping when the hospitals at work are done; a second Ctrl-C stops at once",
             file=sys.stderr,
             flush=True,
         )
@@ -76,9 +75,10 @@ def stopped_by_signals(stopped: threading.Event) -> Iterator[None]:
 
 
 def _start_ray(cores: int, scratch: str, cluster: str | None) -> tuple[int, int]:
-    """Start Ray on so many cores of this machine, or join the cluster at HOST:PORT; the cores that there are, and
-    the fewest of one machine. It is done here, before Flower would: Ray takes SIGTERM for itself when it starts."""
-    os.environ["RAY_DEDUP_LOGS"] = "0"  # hospitals say alike things, and each is to be seen
+    """Start Ray on `cores` cores of this machine, or join the cluster at HOST:PORT. Returns the number of cores, and
+    that of the machine with the fewest. This comes before Flower would do it, because Ray takes over SIGTERM when it
+    starts."""
+    os.environ["RAY_DEDUP_LOGS"] = "0"  # hospitals print similar lines, and each must be shown
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES alone
     import ray
 
@@ -100,11 +100,11 @@ def _start_ray(cores: int, scratch: str, cluster: str | None) -> tuple[int, int]
 def _run_engine(
     server_app: ServerApp, client_app: ClientApp, hospitals: int, cores: int, stopped: threading.Event
 ) -> None:
-    """Run both apps to their end. cores: of a worker."""
+    """Run both apps to their end. cores: the cores of each worker."""
     import ray
     from flwr.simulation import run_simulation
 
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what goes wrong is told once, by us
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # MedFL reports each error, once
     try:
         with stopped_by_signals(stopped):
             run_simulation(
@@ -127,12 +127,12 @@ def simulate(
     mask_suffix: str,
     cluster: str | None = None,
 ) -> int:
-    """Run the federation that the job describes with simulated hospitals; its exit code. Raises
-    KeyboardInterrupt when it was stopped, and MedFLError where the engine fails.
+    """Run the federation that the job describes with simulated hospitals; returns its exit code. Raises
+    KeyboardInterrupt if it was stopped, and MedFLError if the engine fails.
 
-    folder: an empty one, for what hospitals remember. cores: how many may be used; a hospital's training
-    takes one, or its share of them where there are fewer hospitals than cores. cluster: HOST:PORT of
-    a Ray cluster whose cores are used instead; its machines find `folder`, the data and MedFL where this one does.
+    folder: an empty folder for the hospitals' state. cores: the number that may be used; a hospital's training takes
+    one core, or its share if there are fewer hospitals than cores. cluster: HOST:PORT of a Ray cluster whose cores are
+    used instead; its machines must find `folder`, the data and MedFL under the same paths as this one.
     """
 
     def folder_of(context: Context) -> Path:
@@ -144,7 +144,7 @@ def simulate(
     def main(grid: Grid, context: Context) -> None:
         codes.append(run(cast(Grid, StoppableGrid(grid, stopped)), job))
 
-    # sockets lie in Ray's folder, and their paths may not be long; a user's TMPDIR often is
+    # Ray's folder holds sockets, whose paths must be short; a user's TMPDIR is often too long
     scratch = tempfile.mkdtemp(prefix="medfl-", dir="/tmp" if os.name == "posix" else None)
     try:
         cores, most = _start_ray(cores, scratch, cluster)

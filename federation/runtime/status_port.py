@@ -1,4 +1,4 @@
-"""The status page, shown to browsers of this machine."""
+"""Serves the status page to browsers on this machine."""
 
 import functools
 import http.server
@@ -10,8 +10,8 @@ from federation.protocol.log import say
 
 
 class _Pages(http.server.SimpleHTTPRequestHandler):
-    """Files of one folder, for callers that name this machine: a page elsewhere can't read them by a name that
-    it lets point here."""
+    """Serves the files of one folder to requests whose host is this machine. A page from elsewhere can't read them
+    through a name that it points at this machine."""
 
     def do_GET(self) -> None:
         host = self.headers.get("Host", "").rpartition(":")[0]
@@ -25,8 +25,8 @@ class _Pages(http.server.SimpleHTTPRequestHandler):
 
 
 def serve_status(folder: Path, port: int) -> int:
-    """Show `folder` at 127.0.0.1:PORT for as long as this process lives; the port. Raises MedFLError where
-    somebody listens there."""
+    """Serve `folder` at 127.0.0.1:PORT for as long as this process lives; returns the port. Raises MedFLError if the
+    port is taken."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         server = http.server.ThreadingHTTPServer(

@@ -1,19 +1,18 @@
 """From the hospitals' updates to one model.
 
-The strategies, with the papers that they come from. Weighted by training slices, which are capped
-(updates.py):
+The strategies and their papers. These weight the hospitals by their training slices, up to a cap (updates.py):
 
 - fedavg (McMahan et al. 2017, arXiv:1602.05629): the mean
-- fedprox (Li et al. 2020, arXiv:1812.06127): the mean; it differs at the hospitals only
+- fedprox (Li et al. 2020, arXiv:1812.06127): the mean; only the hospitals' training differs
 - fedavgm (Hsu et al. 2019, arXiv:1909.06335): the mean change with momentum
 - fedadam, fedyogi (Reddi et al. 2021, arXiv:2003.00295): the mean change as the gradient of an adaptive optimiser
 
-Not weighted, and not moved far by one hostile hospital: fedmedian and fedtrimmedavg (Yin et al. 2018,
-arXiv:1803.01498), value by value, and krum (Blanchard et al. 2017), which takes the one update that lies
-nearest to the others.
+These are not weighted, and one hostile hospital can't move their result far: fedmedian and fedtrimmedavg (Yin et
+al. 2018, arXiv:1803.01498), computed value by value, and krum (Blanchard et al. 2017), which takes the one update
+that is nearest to the others.
 
-Flower has these too. Its classes want all updates in memory, so they serve as the reference in the tests, and
-the sums here are taken block by block.
+Flower has these strategies too, but its classes need all updates in memory. The tests use them as the reference;
+the sums here are computed block by block.
 """
 
 import math
@@ -29,21 +28,21 @@ MEMORY = {
     "fedavgm": ("momentum",),
     "fedadam": ("m", "v"),
     "fedyogi": ("m", "v"),
-}  # what a server's optimiser remembers
-# how many values a robust mean leaves out at each end: the median all but the middle one or two
+}  # the state of each server-side optimiser
+# how many values a robust mean leaves out at each end; the median keeps only the middle one or two
 CUTS = {
     "fedmedian": lambda hospitals, _: (hospitals - 1) // 2,
     "fedtrimmedavg": lambda hospitals, trim: int(trim * hospitals),
 }
-ROBUST = "fedmedian"  # in the place of the mean where a round's model collapsed
+ROBUST = "fedmedian"  # used instead of the run's strategy after a round's model collapsed
 
 
 @dataclass
 class Aggregator:
-    """Makes one model of each round's updates, and keeps what its strategy remembers.
+    """Combines each round's updates into one model, and keeps the state of its strategy.
 
-    is_statistic: which weights nobody trains, (n,) bool. They are averaged; a server's optimiser, which goes
-    further than any hospital went, would make negative variances of them.
+    is_statistic: which weights are statistics that nobody trains, (n,) bool. They are averaged, because a
+    server-side optimiser can step further than any hospital did and would make variances negative.
     """
 
     settings: FederationSettings
@@ -51,7 +50,7 @@ class Aggregator:
     memory: dict[str, torch.Tensor] = field(default_factory=dict)  # (trained weights,) float64, by name
 
     def __call__(self, number: int, updates: Updates, robust: bool = False) -> torch.Tensor:
-        """The weights, (n,) float32, after round `number`, of screened updates. robust: by the median,
+        """The weights after round `number`, (n,) float32, from screened updates. robust: use the median,
         whatever the strategy is."""
         strategy = ROBUST if robust else self.settings.strategy
         change = self._combined(strategy, updates)
@@ -61,7 +60,7 @@ class Aggregator:
         return (updates.sent.double() + change).float()
 
     def _combined(self, strategy: str, updates: Updates) -> torch.Tensor:
-        """One change, (n,) float64, of all hospitals'."""
+        """The changes of all hospitals combined into one, (n,) float64."""
         change = np.empty(len(updates.sent))
         if strategy == "krum":
             weights = np.eye(len(updates))[nearest(updates.distances(), self.settings.malicious)]
@@ -88,8 +87,8 @@ class Aggregator:
         m = settings.beta_1 * kept["m"] + (1 - settings.beta_1) * change
         if settings.strategy == "fedadam":
             v = settings.beta_2 * kept["v"] + (1 - settings.beta_2) * square
-            # Kingma and Ba's correction of the moments' bias, with the round's number plus one, as Flower's
-            # FedAdam has it
+            # Kingma and Ba's correction of the moments' bias, with the round's number plus one, as in Flower's
+            # FedAdam
             rate *= math.sqrt(1 - settings.beta_2 ** (number + 1)) / (1 - settings.beta_1 ** (number + 1))
         else:
             v = kept["v"] - (1 - settings.beta_2) * square * torch.sign(kept["v"] - square)
@@ -97,19 +96,19 @@ class Aggregator:
         return rate * m / (v.sqrt() + settings.tau)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What the strategy remembers, by name; empty for those without a memory."""
+        """The strategy's state, by name; empty for strategies without one."""
         return dict(self.memory)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.memory = dict(state)
 
 
 def nearest(distances: np.ndarray, malicious: int) -> int:
-    """Krum's choice: whose squared distances to its nearest neighbours, all but `malicious` and two, have the
-    least sum.
+    """Krum's choice: the index of the update whose squared distances to its nearest neighbours have the smallest
+    sum. The neighbours are all hospitals but `malicious` + 2.
 
-    distances: (hospitals, hospitals). Of equal ones the first.
+    distances: (hospitals, hospitals). Among equal sums, the first is taken.
     """
     neighbours = max(1, len(distances) - malicious - 2)
     others = np.sort(distances + np.diag(np.full(len(distances), np.inf)), axis=1)

@@ -1,5 +1,4 @@
-"""The server's side of a federation: Flower's ServerApp. It runs in the folder that run_server.py made for
-it."""
+"""The server's side of a federation: Flower's ServerApp. It runs in a folder that run_server.py made for it."""
 
 import json
 import sys
@@ -29,7 +28,7 @@ app = ServerApp()
 
 
 def prepare(job: dict) -> RunState:
-    """The state that the run begins with, or goes on from."""
+    """The state that the run begins with or continues from."""
     out = Path(job["out"])
     remove_leftovers(out)
     if job["resume"]:
@@ -41,14 +40,14 @@ def prepare(job: dict) -> RunState:
         return state
     state = RunState(load_checkpoint(job["start"]).model, *from_json(job["settings"]), out, job["commit"])
     if not job.get("evaluate"):
-        state.last.unlink(missing_ok=True)  # so that a later --resume can't go on with another run
+        state.last.unlink(missing_ok=True)  # so that a later --resume can't continue another run
     state.progress.started_from, state.progress.init_split = job["started_from"], job["init_split"]
     return state
 
 
 def labels() -> dict[int, str] | None:
-    """The label that each node's key stands for, as run_server.py keeps it;
-    None where no keys are asked for."""
+    """The label that belongs to each node's key, from the file that run_server.py keeps up to date; None if the
+    server asks for no keys."""
     return (
         {int(node): label for node, label in json.loads(NODES.read_text(encoding="utf-8")).items()}
         if NODES.exists()
@@ -57,7 +56,7 @@ def labels() -> dict[int, str] | None:
 
 
 def keys() -> dict[int, str] | None:
-    """The public key of each node, in the same way."""
+    """The public key of each node, from the same source; None if the server asks for no keys."""
     return (
         {int(node): key for node, key in json.loads(KEYS.read_text(encoding="utf-8")).items()}
         if KEYS.exists()
@@ -66,7 +65,7 @@ def keys() -> dict[int, str] | None:
 
 
 def until() -> dict[int, str]:
-    """The day on which each node's admission ends, in the same way."""
+    """The day on which each node's admission ends, from the same source; empty if the server asks for no keys."""
     if not UNTIL.exists():
         return {}
     return {int(node): day for node, day in json.loads(UNTIL.read_text(encoding="utf-8")).items()}
@@ -74,12 +73,12 @@ def until() -> dict[int, str]:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation and leave its exit code in the outcome's file."""
+    """Run the federation and write its exit code into the outcome file."""
     write_json(OUTCOME, {"exit": run(grid, json.loads(JOB.read_text(encoding="utf-8")))})
 
 
 def run(grid: Grid, job: dict) -> int:
-    """Run the federation that the job describes; its exit code."""
+    """Run the federation that the job describes; returns its exit code."""
     messenger = None
     try:
         out = Path(job["out"])

@@ -1,18 +1,17 @@
-"""The audit log: what happened in a federation, in lines that can't be changed, left out or put elsewhere
-unnoticed.
+"""The audit log: the events of a federation, in lines that nobody can change, remove or reorder unnoticed.
 
-`audit.jsonl` is appended to only. Each line is JSON: `n` (its number, from 1), `time` (UTC), `event`, what
-belongs to it, and `before`: the SHA-256 of the line before (of 64 zeros for the first). No figure of a
-patient or slice, no name of a patient or a file, and no path is written. Who holds the last line's hash
-elsewhere notices that the end was cut off, too; a server with a kit keeps it there.
+Lines are only ever appended to `audit.jsonl`. Each line is JSON: `n` (its number, from 1), `time` (UTC), `event`,
+the event's own entries, and `before`: the SHA-256 of the line before it (64 zeros for the first line). The log
+holds no figure of a patient or slice, no name of a patient or a file, and no path. A copy of the last line's hash,
+kept elsewhere, also shows whether the end was cut off; a server with a kit keeps this copy in the kit.
 
-Events: start (settings and code by their SHA-256, versions, whether keys are asked for), joined, refused,
-left, round (with whom, and what was written), left_out (whose update, and why), statistics_left_out (whose
-statistics did not count, and why), failed (a round that too few completed), collapse (a round's model that
-is taken back), signed (an update that was taken: what its hospital signed of it, and the signature), blamed
-(who broke the secure aggregation, and how), lost (a round whose sum was made impossible, and what was
-written), cut (a line that a full disk had left half), checkpoint (the best so far), delivered (who has the
-model), end (exit code).
+Events: start (SHA-256 of settings and code, versions, whether keys are asked for), joined, refused, left, round
+(the hospitals, and the file that was written), left_out (the hospital whose update was left out, and why),
+statistics_left_out (the hospital whose statistics did not count, and why), failed (a round that too few hospitals
+completed), collapse (a round's model that was taken back), signed (an update that was accepted: the statement that
+its hospital signed, and the signature), blamed (the hospital that broke the secure aggregation, and how), lost (a
+round whose sum became impossible, and the file that was written), cut (a half-written line, after a full disk),
+checkpoint (the best model so far), delivered (the hospitals that have the model), end (exit code).
 """
 
 import contextlib
@@ -33,14 +32,17 @@ AUDIT = "audit.jsonl"  # in the folder that a run writes
 NOTHING = "0" * 64
 SHA256 = re.compile("[0-9a-f]{64}")
 
-# in the server's kit: {path of a log: [lines, SHA-256 of the last]}, and that of the next one while it is written
+# in the server's kit: {path of a log: [lines, SHA-256 of the last line]}, and the next line's SHA-256 while that
+# line is being written
 ENDS = "audit_ends.json"
 
 
 class AuditLog:
-    """Appends to the log in `path`; a last line that was written half is cut, and the log says so. ends: the
-    file beside the kit's keys in which the log's end is kept as well, None without a kit. Raises MedFLError
-    where what is there was changed, or can't be written."""
+    """Appends to the log in `path`. A half-written last line is cut off, and the log says so.
+
+    ends: the file beside the kit's keys in which a copy of the log's end is kept; None without a kit. Raises
+    MedFLError if the existing log was changed or can't be written.
+    """
 
     def __init__(self, path: Path, ends: Path | None = None):
         self.path, self.ends = path, ends
@@ -52,7 +54,7 @@ class AuditLog:
 
     @property
     def end(self) -> tuple[int, str]:
-        """The number of lines and the SHA-256 of the last."""
+        """The number of lines and the SHA-256 of the last line."""
         return self._count, self._last
 
     @property
@@ -61,7 +63,7 @@ class AuditLog:
         return self._last
 
     def write(self, event: str, **about) -> None:
-        """Append a line; it is on disk when this returns."""
+        """Append a line. It is on disk when this returns."""
         line = json.dumps(
             {"n": self._count + 1, "time": utc_now(), "event": event, **about, "before": self._last},
             ensure_ascii=False,
@@ -79,14 +81,15 @@ class AuditLog:
             with contextlib.suppress(OSError):
                 cut_half_line(self.path)
             raise MedFLError(
-                f"{self.path} can't be written ({error.strerror or error}); free the space, then go on with "
+                f"{self.path} can't be written ({error.strerror or error}); free the space, then continue with "
                 "--resume"
             ) from error
         self._count, self._last = self._count + 1, new
         self._keep_end(self._count, self._last)
 
     def _keep_end(self, *end: int | str) -> None:
-        """Keep the log's end, and what its next line is to be, in the kit, where other runs may keep theirs."""
+        """Keep a copy of the log's end, and the hash of its next line, in the kit. Other runs may keep theirs in the
+        same file."""
         if not self.ends:
             return
         with FileLock(f"{self.ends}.lock"):
@@ -96,7 +99,7 @@ class AuditLog:
 
 
 def cut_half_line(path: Path) -> int:
-    """Cut what a full disk left of a last line; how many bytes that was."""
+    """Cut off a last line that a full disk left incomplete; returns how many bytes that was."""
     if not path.exists() or (content := path.read_bytes()).endswith(b"\n") or not content:
         return 0
     whole = content.rfind(b"\n") + 1
@@ -105,8 +108,8 @@ def cut_half_line(path: Path) -> int:
 
 
 def check_end(path: Path, ends: Path | None) -> bool:
-    """Whether there is a copy of the log's end to compare with. Raises MedFLError where the log in `path` does
-    not end with the line that was its last, by that copy, or with the one that was being written."""
+    """Whether there is a copy of the log's end to compare with. Raises MedFLError if the log in `path` ends neither
+    with the last line according to that copy nor with the line that was being written."""
     kept = _read_ends(ends).get(str(path.resolve())) if ends else None
     if kept is None or not path.exists():
         return False
@@ -116,18 +119,18 @@ def check_end(path: Path, ends: Path | None) -> bool:
     more = [hashlib.sha256(line).hexdigest() for line in path.read_bytes().splitlines()[number:]]
     if more not in ([], begun):
         raise MedFLError(
-            f"{path} goes on after line {number}, the last by {by}: lines were added; put back a copy, and find out "
-            "who can write there"
+            f"{path} continues after line {number}, the last one according to {by}: lines were added; put back a copy, "
+            "and find out who can write there"
         )
     return True
 
 
 def check_signatures(path: Path, keys: Mapping[str, list[str]]) -> int:
-    """How many updates the log says were signed, each by a key that its hospital has or had.
+    """The number of signed updates in the log, each signed with a key that its hospital has or had.
 
-    keys: public keys (OpenSSH's lines) by label. Raises MedFLError that names the first line whose signature
-    is another's, of no update, of another run, or of something else than the line says, and a round that counts an
-    update without one.
+    keys: public keys (OpenSSH's lines) by label. Raises MedFLError that names the first line whose signature was
+    not made by that hospital, belongs to no update or to another run, or does not match the line, and the first
+    round that counts an update without a signature.
     """
     signed: set[tuple[str, str]] = set()
     count, asked, run = 0, False, None
@@ -152,19 +155,19 @@ def check_signatures(path: Path, keys: Mapping[str, list[str]]) -> int:
             for hospital in map(str, list(about.get("updates") or ())):
                 if (str(about.get("round")), hospital) not in signed:
                     raise MedFLError(
-                        f"{where} counts an update of {hospital} that no line says it signed; ask that "
+                        f"{where} counts an update of {hospital}, but no line holds its signature; ask that "
                         "hospital, and find out who can write there"
                     )
     return count
 
 
 def _check_signed(about: dict, keys: Mapping[str, list[str]], where: str) -> None:
-    """Raises MedFLError where no key of its hospital signed what a line says."""
+    """Raises MedFLError if what a line says was not signed with a key of its hospital."""
     try:
         hospital, signature = str(about["hospital"]), str(about["signature"])
         statement = {name: about[name] for name in ("ticket", "run", "round", "answer", "update")}
         _ = int(about["round"])
-        if not SHA256.fullmatch(about["update"]):  # a hospital signs its refusals as well, which hold none
+        if not SHA256.fullmatch(about["update"]):  # a hospital also signs its refusals, which hold no update
             raise ValueError("no update")
     except (KeyError, TypeError, ValueError) as error:
         raise MedFLError(f"{where} says nothing that could have been signed; the log was changed") from error
@@ -180,18 +183,18 @@ def _check_signed(about: dict, keys: Mapping[str, list[str]], where: str) -> Non
 
 
 def check_line(path: Path, number: int, sha256: str, by: str) -> None:
-    """Raises MedFLError where line `number` of the log, from 1, has another SHA-256. by: who says that."""
+    """Raises MedFLError if line `number` of the log, from 1, has another SHA-256. by: the source of that hash."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     if number and (len(lines) < number or hashlib.sha256(lines[number - 1]).hexdigest() != sha256):
         raise MedFLError(
-            f"{path} has not the line {number} that {by} names: the log was cut off, written anew or taken "
-            "away; put back a copy, and find out who can write there"
+            f"{path} does not have the line {number} that {by} names: the log was cut off, rewritten or "
+            "removed; put back a copy, and find out who can write there"
         )
 
 
 def hashes_of(name: str, log: Path) -> list[str]:
-    """What the log says of a file of this name: its SHA-256 whenever it was written. Lines that can't be read say
-    nothing here; `verify` and `cut_half_line` tell of them."""
+    """The SHA-256 that the log holds for a file of this name, once for each time that the file was written. Unreadable
+    lines are ignored here; `verify` and `cut_half_line` report them."""
     said = []
     for line in log.read_bytes().splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
@@ -202,30 +205,30 @@ def hashes_of(name: str, log: Path) -> list[str]:
 
 
 def check_file(path: Path, log: Path) -> None:
-    """Raises MedFLError where a file is another than the log says that it was when it was written last."""
+    """Raises MedFLError if a file is not the one that the log says was written last."""
     said = hashes_of(path.name, log)
     if said and file_sha256(path) != said[-1]:
         raise MedFLError(
-            f"{path} is not the file whose hash stands in {log}: it was changed, by somebody or by evaluate.py "
+            f"{path} is not the file whose hash is in {log}: it was changed, by somebody or by evaluate.py "
             "(--write-back, --fit-temperature); put back a copy of both, or start a new run elsewhere"
         )
 
 
 def _read_ends(ends: Path) -> dict:
-    """What is kept of the ends of logs."""
+    """The copies of the ends of logs, by the log's path."""
     if not ends.exists():
         return {}
     try:
         return dict(json.loads(ends.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise MedFLError(
-            f"{ends}, which keeps the ends of logs, is damaged; put back a copy, or remove it if you know that "
-            "no log was changed"
+            f"{ends}, which holds copies of the ends of logs, is damaged; put back a copy, or remove it if you know "
+            "that no log was changed"
         ) from error
 
 
 def verify(path: Path) -> tuple[int, str]:
-    """The number of lines and the SHA-256 of the last. Raises MedFLError that names the first line that does
+    """The number of lines and the SHA-256 of the last line. Raises MedFLError that names the first line that does
     not fit."""
     try:
         content = Path(path).read_bytes()
@@ -254,7 +257,7 @@ def verify(path: Path) -> tuple[int, str]:
 
 
 def ended_well(path: Path) -> bool:
-    """Whether the last line of a log says that the run came to its end."""
+    """Whether the last line of a log says that the run ended successfully."""
     try:
         last = json.loads(Path(path).read_bytes().splitlines()[-1])
         return last["event"] == "end" and last["exit"] == 0

@@ -1,4 +1,4 @@
-"""A round's updates: asked for, checked one by one as they come, and screened beside each other."""
+"""A round's updates: requested, checked one by one as they arrive, and then compared with each other."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +29,14 @@ from federation.server.updates import Updates
 
 @dataclass
 class Collected:
-    """What one try of a round brought.
+    """The result of one attempt at a round.
 
-    told: what hospitals said of their training, by label; observed: the scores of those that only observe.
-    updates: those that may count. bytes: what went to each hospital and what came back. failures: why
-    hospitals have no part in it. proofs: what they signed. blamed: who broke the secure aggregation, and how,
-    also where it counts all the same. unable: who could not train the model, or whose update has no place in a
-    secure sum. lost: a hospital's wrong secret makes a sum of this round impossible.
+    members: the members that were there at its start. updates: the updates that may count. told: what hospitals
+    reported about their training. observed: the scores of the hospitals that only observe. bytes: sent to each
+    hospital, and received from it. failures: why a hospital's update does not count. proofs: what hospitals signed.
+    blamed: how a hospital broke the secure aggregation, also if its update counts. unable: hospitals that could not
+    train the model, or whose update does not fit into a secure sum. lost: whether a hospital's wrong secret made
+    the sum of this round impossible. Dicts are by label.
     """
 
     members: list[Member]
@@ -61,8 +62,9 @@ class Collected:
 
 @dataclass
 class Asked:
-    """What was sent for one try of a round. observers: who only scores the model. travels: which of the weights are in
-    an update, (n,) bool. sent: bytes, by label. secure: the secure aggregation, if there is one."""
+    """What was sent for one attempt at a round. members: the hospitals that train. observers: those that only score the
+    model. travels: which of the weights are in an update, (n,) bool. sent: bytes, by label. secure: the secure
+    aggregation, if there is one."""
 
     number: int
     purpose: str
@@ -74,21 +76,22 @@ class Asked:
 
 
 class Collector:
-    """Collects the updates of one round after the other into files below `out`."""
+    """Collects the updates of each round in files below `out`."""
 
     def __init__(self, state: RunState, exchange: Exchange, out: Path):
         self.state, self.exchange, self.out = state, exchange, out
         self.settings = state.federation
         self.variances = variance_mask(state.model)
-        # of secure aggregation: a round and who broke the protocol in it; who lost one
+        # of secure aggregation: a round and the hospitals that broke the protocol in it; those that made a round's
+        # sum impossible
         self._accused: tuple[int, set[str]] = (0, set())
         self._banned: set[str] = set()
 
     def collect(self, number: int, attempt: int, partition: str | None) -> Collected:
-        """Send the model, and take in the hospitals' answers as they come.
+        """Send the model, and process the hospitals' answers as they arrive.
 
-        number: the round; attempt: how often it was asked for, from 1; partition: SHA-256 of the simulated
-        hospitals' one.
+        number: the round; attempt: the attempt at it, from 1; partition: SHA-256 of the simulated hospitals'
+        partition.
         """
         members = self.exchange.quorum()
         came = Collected(members, Updates(self.state.weights, self.state.is_statistic, self.out))
@@ -109,7 +112,7 @@ class Collector:
         return came
 
     def _ask(self, number: int, purpose: str, members: list[Member], partition: str | None) -> Asked:
-        """Send the model to those who train and to those who only observe."""
+        """Send the model to the hospitals that train and to those that only observe."""
         left_out = self.settings.left_out(number <= self.state.training.frozen_epochs)
         travels = part_mask(self.state.model, left_out)
         about = {
@@ -133,7 +136,7 @@ class Collector:
         return Asked(number, purpose, members, observers, travels, sent, secure)
 
     def _secure_round(self, number: int, purpose: str, length: int) -> SecureRound:
-        """The secure aggregation of this try of a round. length: weights that travel."""
+        """The secure aggregation of this attempt at a round. length: the number of weights that are sent."""
         model = weights_sha256(
             self.state.weights_as_sent, common_mask(self.state.model, self.settings.keep_norm_local)
         )
@@ -151,7 +154,7 @@ class Collector:
         )
 
     def _take(self, member: Member, answer: Answer, asked: Asked, came: Collected) -> None:
-        """Check an answer and add it to what came. Raises MedFLError if it can't be right."""
+        """Check an answer and add it to `came`. Raises MedFLError if it can't be right."""
         if member in asked.observers:
             seen = parse(Result, answer.about)
             announced(seen, member.facts)
@@ -159,7 +162,7 @@ class Collector:
             return
         told = parse(Trained, answer.about)
         if told.round != asked.number:
-            raise MedFLError(f"its update is of round {told.round}")
+            raise MedFLError(f"its update is for round {told.round}")
         announced(told, member.facts)
         if asked.secure:
             asked.secure.take(member, told, answer.arrays)
@@ -174,8 +177,8 @@ class Collector:
     def _add_sum(
         self, secure: SecureRound, asked: Asked, came: Collected, complaints: dict[str, set[str]]
     ) -> None:
-        """Take the masks off the sum, and add the mean that it gives as the round's only update. complaints: of the
-        stages before, by the node that they are about."""
+        """Unmask the sum, and add the mean as the round's only update. complaints: those of the earlier stages, by the
+        node that they are about."""
         mean = secure.mean(sorted(came.told), self.state.weights, asked.travels)
         for node, by in self.exchange.complaints().items():  # of the last stages
             complaints.setdefault(node, set()).update(by)
@@ -185,12 +188,13 @@ class Collector:
         came.lost = secure.lost
         came.blamed = secure.blamed | self._accuse(asked.number, secure, complaints, came.failures)
         if mean is not None:
-            # of single updates nothing can be checked; a variance below 0 would ruin the model for everybody
+            # single updates can't be checked here; a variance below 0 would ruin the model for everybody
             mean = torch.where(self.variances & (mean < 0), self.state.weights, mean)
             came.updates.add("the mean", mean, 1)
 
     def _without_the_accused(self, number: int, members: list[Member]) -> list[Member]:
-        """The members without those who broke the protocol in a former try of this round, or lost one."""
+        """The members, without those that broke the protocol in an earlier attempt at this round or made any round
+        of this run impossible."""
         if self._accused[0] != number:
             self._accused = number, set()
         return [member for member in members if member.label not in self._accused[1] | self._banned]
@@ -198,9 +202,12 @@ class Collector:
     def _accuse(
         self, number: int, secure: SecureRound, complaints: dict[str, set[str]], failures: dict[str, str]
     ) -> dict[str, str]:
-        """Who made shares or codes that more than half of the other hospitals can't use, by label; they have no part in
-        the next tries of this round, and who made a round impossible in none of this run. One hospital's word
-        is not enough: it may lie, and drops out itself; whom it names is put to why it did, in `failures`."""
+        """The hospitals whose shares or codes more than half of the others can't use, by label, with the reason.
+
+        They are excluded from further attempts at this round; hospitals that made a round impossible are excluded from
+        the rest of the run. One hospital's word is not enough, because it may lie: it drops out itself, and its
+        entry in `failures` also names the hospital that it accuses.
+        """
         found = {}
         for node, by in complaints.items():
             label, others = secure.names.get(node), {*secure.shared} - {secure.names.get(node)}
@@ -215,7 +222,7 @@ class Collector:
         return found
 
     def screen(self, came: Collected) -> None:
-        """Leave out the updates that stand out among the others."""
+        """Leave out the updates that differ too much from the others."""
         for label, reason in screen(came.updates, self.settings).items():
             came.failures[label] = f"{reason}; it is left out"
             del came.told[label]
@@ -223,14 +230,14 @@ class Collector:
     def _add_update(
         self, member: Member, told: Trained, answer: Answer, updates: Updates, travels: torch.Tensor
     ) -> None:
-        """Check an update and put it to the others. travels: which of the weights are in it, (n,) bool."""
+        """Check an update and add it to the others. travels: which of the weights are in it, (n,) bool."""
         precision, sent = self.settings.update_dtype, self.state.weights
         update = from_record(answer.arrays, precision)
         if len(update) != int(
             travels.sum()
-        ):  # of the whole model, it would change what is frozen, or kept elsewhere
+        ):  # an update of the whole model would change layers that are frozen or kept at the hospitals
             raise MedFLError(
-                f"its update has {len(update)} weights and the model {int(travels.sum())} that travel in this round"
+                f"its update has {len(update)} weights, but {int(travels.sum())} of the model's travel in this round"
             )
         weights = sent.clone()
         weights[travels] = update + (0 if precision == FULL else sent[travels])

@@ -1,5 +1,6 @@
 """The metadata of a federation's checkpoint: what its model was made of, and by whom."""
 
+from collections import Counter
 from dataclasses import asdict
 
 from appearance.features import pool_image_statistics
@@ -9,7 +10,7 @@ from federation.protocol.settings import FederationSettings
 from federation.server.judging import Scores, mean_dice
 from federation.server.progress import Progress
 from split import PARTS
-from tasks import stored
+from tasks import Task, of_all, stored
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -26,12 +27,12 @@ def describe_run(
     """The metadata of a run's model after round `number`.
 
     Args:
-        done: how far the run is. commit: of this working copy.
-        scores: of the model on validation patients, empty without any.
+        done: the run's progress. commit: of this working copy.
+        scores: the model's scores on validation patients; empty without any.
     """
     told = list(done.hospitals.values())
-    # differential privacy of hospitals puts noise on weights only, so beside them nothing is told that depends on
-    # who took part: no label, count or device, and nothing of the images
+    # differential privacy of hospitals adds noise only to the weights, so the metadata holds nothing that depends on
+    # which hospitals took part: no label, count or device, and nothing about the images
     images = (
         None
         if settings.private
@@ -48,10 +49,18 @@ def describe_run(
         origin=_origin(settings, done, told, number),
         data=_data(training, settings, told),
         scores={"val": val} if scores else {},
-        task=stored(told[0].task) if told else None,  # all have the same one
+        task=stored(_task(told, settings.private)),
     )
     about["versions"].update(commit=commit, flwr=told[0].versions["flwr"] if told else None)
     return about
+
+
+def _task(told: list[Facts], private: bool) -> Task | None:
+    """What the model outlines. All hospitals outline the same, and what most of them call it counts; if the run is
+    private, only what is the same at all of them."""
+    if private:
+        return of_all(next((facts.task for facts in told if facts.outlined), None))
+    return next((task for task, _ in Counter(facts.task for facts in told).most_common(1)), None)
 
 
 def _training(
@@ -75,7 +84,7 @@ def _training(
 
 
 def _data(training: TrainingSettings, settings: FederationSettings, told: list[Facts]) -> dict:
-    # what hospitals call data of their own depends on who took part
+    # the names of the hospitals' own data depend on which hospitals took part
     names = {"own data" if settings.private and facts.own_data else facts.data for facts in told}
     data: dict = {
         "name": " and ".join(sorted(names)),
@@ -117,8 +126,8 @@ def _origin(settings: FederationSettings, done: Progress, told: list[Facts], num
 
 
 def _patients_privacy(done: Progress) -> dict[str, dict[str, float]]:
-    """What hospitals spent of their patients' privacy, by label; nothing of one that also gave updates
-    without."""
+    """The privacy that hospitals spent for their patients, by label; hospitals that also sent an update without such
+    privacy are left out."""
     spent, bare = {}, set()
     for row in done.rows:
         if row["patient_epsilon"] is not None:

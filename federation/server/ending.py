@@ -1,5 +1,5 @@
-"""After the last round: the federation's score on patients that no hospital trained on, and the model for
-every hospital."""
+"""After the last round: the federation's score on patients that no hospital trained on, and the delivery of the
+model to every hospital."""
 
 import json
 import shutil
@@ -32,12 +32,11 @@ LEAST = 3  # hospitals, for an interval over hospitals
 
 
 def pooled(results: dict[str, Tested]) -> dict | None:
-    """What the hospitals' test scores come to; None without any.
+    """The hospitals' test scores combined; None without any.
 
-    mean: of the volume Dice over all patients; ci95: an interval of it that would hold for other hospitals,
-    by drawing whole hospitals again (percentile bootstrap; Field and Welsh 2007, doi:10.1111/j.1467-
-    9868.2007.00593.x), None of fewer than three; worst: the hospital with the lowest mean; spread: from the
-    lowest mean to the highest.
+    mean: of the volume Dice over all patients. ci95: the mean's 95 % interval for other hospitals, by resampling
+    whole hospitals (percentile bootstrap; Field and Welsh 2007, doi:10.1111/j.1467-9868.2007.00593.x); None for
+    fewer than three hospitals. worst: the hospital with the lowest mean. spread: the highest mean minus the lowest.
     """
     scores = {
         label: (r.test_dice, r.test_patients) for label, r in results.items() if r.test_dice is not None
@@ -51,7 +50,7 @@ def pooled(results: dict[str, Tested]) -> dict | None:
         drawn = np.random.default_rng(0).integers(0, len(means), (DRAWS, len(means)))
         again = (means[drawn] * patients[drawn]).sum(axis=1) / patients[drawn].sum(axis=1)
         ci95 = [round(float(value), 6) for value in np.percentile(again, (2.5, 97.5))]
-    worst = min(sorted(scores), key=lambda label: scores[label][0])  # the first by name of equals
+    worst = min(sorted(scores), key=lambda label: scores[label][0])  # among equals, the first by name
     return {
         "patients": int(patients.sum()),
         "volume_dice": {
@@ -92,8 +91,8 @@ class Ending:
         self.state, self.exchange, self.out, self.audit, self.say = state, exchange, out, audit, say
 
     def test(self) -> None:
-        """Let the hospitals score the best model and the last on their test patients; the score goes into the
-        best model's card and a file."""
+        """Let the hospitals score the best model and the last one on their test patients. The scores are written to
+        a file, and the best model's score also into its card."""
         if self.state.federation.keep_norm_local:
             return  # each hospital has a model of its own, and scores it there
         last = self.state.weights_to_score
@@ -104,13 +103,13 @@ class Ending:
         if not any(scores.values()):
             return
         write_json(self.out / TEST, scores)
-        # no noise covers a score, so none goes out with a model that is to be private
+        # no noise covers a score, so a model that has to be private carries none
         if scores["best"] and self.state.best.exists() and not self.state.federation.private:
             about = read_metadata(self.state.best)
             self._update_best(scores={**about.get("scores", {}), "test": scores["best"]})
 
     def keep_energy(self, energy: FederationEnergy) -> None:
-        """Write what the run used, and put it into the best model's card. Who used it is not told of a private run."""
+        """Write the run's use of electricity, also into the best model's card unless the run is private."""
         done = self.state.progress
         used = summed(energy.write())
         moved = sum(row["bytes_sent"] + row["bytes_received"] for row in done.rows)
@@ -134,7 +133,7 @@ class Ending:
         keep(self.state.best, write, self.audit, "checkpoint", round=number)
 
     def keep_encoder(self) -> None:
-        """Write what pretraining ends with: the encoder, as a file that `--encoder` takes."""
+        """Write the result of pretraining: the encoder, as a file that `--encoder` takes."""
         model, done, path = self.state.model, self.state.progress, self.out / ENCODER_FILE
         model.load_state_dict(unpack(self.state.weights_to_score, model.state_dict()))
         about = {
@@ -157,10 +156,10 @@ class Ending:
         self.say(f"wrote {path}")
 
     def score(self, what: str, weights: torch.Tensor, purpose: str) -> dict | None:
-        """The pooled score of these weights, (n,) float32, on the hospitals' test patients; None of none."""
+        """The pooled score of these weights, (n,) float32, on the hospitals' test patients; None if there is none."""
         everybody = [*self.exchange.membership.present, *self.exchange.membership.observers]
         members = [member for member in everybody if member.facts.parts["test"].patients]
-        if not members:  # nobody is asked in vain
+        if not members:  # hospitals without test patients are not asked
             self.say(f"{what}: no hospital has test patients")
             return None
         sent = in_precision(weights, self.state.federation.update_dtype)
@@ -175,14 +174,14 @@ class Ending:
 
         _, failures = self.exchange.wait(purpose, members, f"testing {what}", take=take)
         for label, reason in sorted(failures.items()):
-            self.say(f"{what} is not tested by {label}: {reason}")
+            self.say(f"{what} was not tested by {label}: {reason}")
         score = pooled(results)
         self.say(f"{what}: no hospital sent a test Dice" if score is None else table(what, score))
         return score
 
     def deliver(self) -> None:
-        """Send the best model and the last to every hospital that took part and trains on data of its own, or
-        has a key; the others share the server's machine."""
+        """Send the best model and the last one to every hospital that took part and has a key or data of its own.
+        The others share the server's machine."""
         settings, membership = self.state.federation, self.exchange.membership
         if settings.withhold_model or settings.keep_norm_local:
             return
@@ -194,20 +193,20 @@ class Ending:
             if members and path.exists():
                 got -= self._send(which, path, members)
         if got:
-            self.say(f"the model is with {', '.join(sorted(got))}")
+            self.say(f"the model was delivered to {', '.join(sorted(got))}")
         absent = set(self.state.progress.hospitals) - got
         over = absent - set((membership.labels() or {}).values()) if keyed else set()
         if over:
-            self.say(f"the model is not with {', '.join(sorted(over))}: {NOT_ADMITTED}")
+            self.say(f"the model was not delivered to {', '.join(sorted(over))}: {NOT_ADMITTED}")
         absent -= over
         if keyed and absent:
             self.say(
-                f"the model is not with {', '.join(sorted(absent))}; send them {self.state.best} yourself"
+                f"the model was not delivered to {', '.join(sorted(absent))}; send them {self.state.best} yourself"
             )
         self.audit.write("delivered", hospitals=sorted(got))
 
     def _send(self, which: str, path: Path, members: list[Member]) -> set[str]:
-        """Send a file's model; who did not confirm it."""
+        """Send the model in a file; returns the hospitals that did not confirm it."""
         weights, metadata = pack(load_checkpoint(path).model.state_dict()), json.dumps(read_metadata(path))
         about = {
             "query": Query.MODEL,

@@ -1,4 +1,4 @@
-"""How much electricity a federation takes: this process's, measured here, and what hospitals that measure it report."""
+"""A federation's use of electricity: this process's, measured here, and the hospitals', as they report it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ NOT_MEASURED = ("Flower's SuperLink and SuperNodes, which pass messages on",)
 
 
 class FederationEnergy:
-    """Sums what the server and each hospital use.
+    """Sums the electricity that the server and each hospital use.
 
-    out: the run's folder; hospitals: what each used so far, by label, which is added to in place; resumed: whether
-    the records there are of this run.
+    out: the run's folder; hospitals: each hospital's use so far, by label, updated in place; resumed: whether the
+    records in `out` belong to this run.
     """
 
     def __init__(self, out: Path, hospitals: dict[str, dict[str, Any]], resumed: bool):

@@ -1,7 +1,7 @@
-"""What happens in a run, told to who is not at the terminal: a webhook and a command.
+"""Reports a run's events to people who are not at the terminal, through a webhook and a command.
 
-Every event is a line of the audit log, so nothing of a patient is in it. Who listens can't stop a round: what
-goes wrong there is said once and forgotten.
+An event holds nothing about a patient. A listener can't stop a round: an error in one is reported once, and the run
+continues.
 """
 
 import json
@@ -22,8 +22,8 @@ from federation.protocol.log import say
 from federation.server.audit import AuditLog
 
 TOLD = {
-    "joined": "a hospital is there",
-    "left": "a hospital is gone",
+    "joined": "a hospital joined",
+    "left": "a hospital left",
     "left_out": "an update is left out",
     "failed": "a round failed",
     "collapse": "a model is taken back",
@@ -33,43 +33,43 @@ TOLD = {
     "expiry": "a certificate ends soon",
 }
 TIME = 10.0  # seconds for a webhook or a command
-WAITING = 100  # events that may wait to be told; more are dropped
+WAITING = 100  # events that may wait to be reported; more are dropped
 
 Listener = Callable[[str, dict], None]
 
 
 class Journal(AuditLog):
-    """The audit log, and those who listen to what is written there."""
+    """The audit log, with listeners that get each line that is written."""
 
     def __init__(self, path: Path, ends: Path | None = None):
         self.listeners: list[Listener] = []
         super().__init__(path, ends)
 
     def write(self, event: str, **about: Any) -> None:
-        """Append a line to the log, then tell it."""
+        """Append a line to the log, then report it to the listeners."""
         super().write(event, **about)
         self.tell(event, about)
 
     def tell(self, event: str, about: dict) -> None:
-        """Tell it only."""
+        """Report an event to the listeners without writing a line."""
         for listener in list(self.listeners):
             try:
                 listener(event, about)
             except Exception as error:
                 self.listeners.remove(listener)
-                say(f"no more is told by {type(listener).__name__.lower()}: {type(error).__name__}: {error}")
+                say(f"no more events for {type(listener).__name__.lower()}: {type(error).__name__}: {error}")
 
 
 class Messenger:
-    """Tells a webhook (POST, one JSON line) and a command (the line on its standard input) of events, in a
-    thread of its own. folder: where the command runs, and from where its relative path counts.
+    """Reports events to a webhook (POST, one JSON line) and to a command (the line on its standard input), in a
+    thread of its own. folder: where the command runs; a relative path to it starts there.
 
-    Raises MedFLError for an address that is none of HTTP, and a command that is not there.
+    Raises MedFLError for an address that is not HTTP, and for a command that does not exist.
     """
 
     def __init__(self, url: str | None, command: str | None, folder: Path):
         self.url, self.command, self.folder = url, shlex.split(command) if command else None, folder
-        if self.command and Path(self.command[0]).name != self.command[0]:  # a path, and no name of the PATH
+        if self.command and Path(self.command[0]).name != self.command[0]:  # a path, not a name on the PATH
             self.command[0] = str(folder / self.command[0])
         if url is not None and urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise MedFLError(f"--notify is {url}; give an address that begins with https:// or http://")
@@ -81,7 +81,7 @@ class Messenger:
         self._thread.start()
 
     def __call__(self, event: str, about: dict) -> None:
-        """Tell of an event, if it is one that is told; returns at once."""
+        """Queue an event for reporting, if it is one of `TOLD`; returns at once."""
         if event not in TOLD:
             return
         about = {name: value for name, value in about.items() if name not in ("before", "sha256")}
@@ -89,10 +89,10 @@ class Messenger:
         try:
             self._lines.put_nowait(line)
         except queue.Full:
-            self._complain("--notify or --on-event", "more events than it takes")
+            self._complain("--notify or --on-event", "too many events at once")
 
     def close(self) -> None:
-        """Wait a moment until all is told."""
+        """Wait a moment until all events are reported."""
         self._lines.put(None)
         self._thread.join(2 * TIME)
 
@@ -130,12 +130,12 @@ class Messenger:
 
     def _complain(self, option: str, why: str) -> None:
         if option not in self._failed:
-            say(f"{option} could not be told ({why}); the run goes on")
+            say(f"{option} failed ({why}); the run continues")
         self._failed.add(option)
 
 
 def _in_words(error: Exception) -> str:
-    """Why, without the address of a webhook: there may be a secret in it."""
+    """The reason, without a webhook's address, which may hold a secret."""
     if isinstance(error, subprocess.CalledProcessError):
         said = (error.stderr or "").strip().splitlines()
         return f"exit code {error.returncode}" + (f": {said[-1][:200]}" if said else "")

@@ -1,4 +1,4 @@
-"""The server's talk with the hospitals: who is there, what is sent to whom, and the wait for answers."""
+"""The server's exchange with the hospitals: waiting for members, sending messages and waiting for answers."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,23 +15,23 @@ from federation.server.membership import PURPOSES, Member, Membership
 from federation.server.updates import NoRoom
 
 TICK = 0.2  # seconds between two looks for answers
-LATE_TIME = 120.0  # seconds in which the others may come to a run that goes on, once enough are there
-REMIND = 60.0  # seconds between two lines that say who is missing
+LATE_TIME = 120.0  # seconds that a resumed run waits for the others once enough hospitals are there
+REMIND = 60.0  # seconds between two lines that name the missing hospitals
 
 Take = Callable[
     [Member, Answer], None
-]  # takes in an answer with its arrays; raises MedFLError where it can't count
+]  # processes an answer with its arrays; raises MedFLError if it can't count
 
 
 class NoQuorum(MedFLError):
-    """Too few hospitals are left to go on."""
+    """Too few hospitals are left to continue."""
 
 
 class Exchange:
-    """Sends the members messages and waits for what they answer.
+    """Sends the members messages and waits for their answers.
 
-    about: what every message with weights says (settings and the run's name). known: labels of those that
-    ever gave an update.
+    about: the content of every message with weights (settings and the run's name). known: returns the labels of the
+    hospitals that ever gave an update.
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class Exchange:
             model,
         )
         self.known, self.say = known, say
-        self._observers = False  # whether those that only score count as well
-        self._complaints: dict[str, set[str]] = {}  # by node, of secure aggregation
+        self._observers = False  # whether hospitals that only score count as well
+        self._complaints: dict[str, set[str]] = {}  # in secure aggregation: who complained, by node
         self._have: set[str] = (
             set()
         )  # sessions of hospitals that hold a whole model, so that parts of it are enough
 
     def assemble(self, resumed: bool, observers: bool = False) -> None:
-        """Wait for the hospitals that a run begins with. A resumed run waits for those that took part before
-        and may still come, and, once enough are there, not much longer. observers: they count as well."""
+        """Wait for the hospitals that a run begins with. A resumed run waits for those that took part before and may
+        still come, but only `LATE_TIME` once enough are there. observers: whether these count as well."""
         self._observers = observers
         began, told, told_at, enough = time.monotonic(), "", 0.0, None
-        while self._incomplete(resumed):
+        while self._incomplete(resumed) or self.membership.settle():  # for who had to go another may come
             for _ in self._attend():
                 pass
             count, now = len(self._here), time.monotonic()
@@ -80,10 +80,11 @@ class Exchange:
             elif enough is None:
                 enough = now
             if resumed and enough and now - enough > min(LATE_TIME, self.settings.round_timeout):
+                self.membership.settle()
                 break
             time.sleep(TICK)
         if self.missing():
-            self.say("going on with those that are here")
+            self.say("continuing with those that are here")
 
     @property
     def _here(self) -> set[str]:
@@ -100,20 +101,23 @@ class Exchange:
         return bool(may_come - here) or len(here) < self.settings.beginners
 
     def _why_not_all(self) -> str:
-        """Who is missing, and whether fewer keys are admitted than hospitals are waited for."""
+        """The missing hospitals, and a hint if fewer keys are admitted than the run waits for."""
         said = f"; missing: {', '.join(self.missing())}" if self.missing() else ""
         admitted = self.membership.labels()
         if admitted is None or len(admitted) >= self.settings.clients:
             return said
         return (
-            f"{said}; {counted(len(admitted), 'key')} admitted and {self.settings.clients} hospitals are waited "
-            "for: admit more with `provision.py admit`, or start with fewer --clients"
+            f"{said}; {counted(len(admitted), 'key')} admitted, but the run waits for {self.settings.clients} "
+            "hospitals: admit more with `provision.py admit`, or start with fewer --clients"
         )
 
     def missing(self) -> list[str]:
-        """Labels that are expected and not there: those that took part before, then those whose keys are
-        admitted, or numbers; of the latter none where more could come than are waited for, or where hospitals
-        with own data chose their names. A hospital whose key is revoked can't come."""
+        """The labels that are expected and not there.
+
+        First come hospitals that took part before, unless their key is revoked. Then come those whose keys are
+        admitted or, without keys, the numbered ones. These are left out if more could come than the run waits for;
+        the numbered ones also if hospitals with own data chose their names.
+        """
         here, admitted = self._here, self.membership.labels()
         keys = None if admitted is None else set(admitted.values())
         absent = [
@@ -127,21 +131,21 @@ class Exchange:
         return [*absent, *(more if len(absent) + len(more) <= room else [])][:room]
 
     def too_few(self, count: int) -> str:
-        """The sentence about a round that only so many hospitals took part in."""
+        """The sentence for a round in which only `count` hospitals took part."""
         missing = f" (missing: {', '.join(self.missing())})" if self.missing() else ""
         return (
             f"{count} of {counted(self.settings.clients, 'hospital')} took part and a round needs "
-            f"{self.settings.beginners}{missing}; see to them and go on with --resume"
+            f"{self.settings.beginners}{missing}; check on them, then continue with --resume"
         )
 
     def quorum(self) -> list[Member]:
-        """The members that can be given work. Raises NoQuorum where too few come within a round's time."""
+        """The members that can be given work. Raises NoQuorum if too few come within a round's time."""
         until = time.monotonic() + self.settings.round_timeout
         told = False
         while len(present := self.membership.present) < self.settings.beginners or self.membership.disputed:
             if not told and not self.membership.disputed:
                 self.say(
-                    f"{len(present)} of {counted(self.settings.clients, 'hospital')} can work, a round needs "
+                    f"{len(present)} of {counted(self.settings.clients, 'hospital')} can work and a round needs "
                     f"{self.settings.beginners}; waiting up to {self.settings.round_timeout:.0f} s for "
                     f"{', '.join(self.missing()) or 'those behind'}"
                 )
@@ -163,8 +167,8 @@ class Exchange:
         left_out: list[str],
         own: dict[str, dict] | None = None,
     ) -> dict[str, int]:
-        """Send the members one message with the weights; those who hold a model get it without the parts that
-        are left out. own: what is said to each besides, by label. The bytes that went to each, by label."""
+        """Send the members one message with the weights. Members that hold a model get the weights without the parts
+        in `left_out`. own: further content for each member, by label. Returns the bytes sent to each, by label."""
         holders = [m for m in members if m.session in self._have] if left_out else []
         sent: dict[str, int] = {}
         for some, without in ((holders, left_out), ([m for m in members if m not in holders], [])):
@@ -172,8 +176,8 @@ class Exchange:
                 continue
             part = to_record(weights[part_mask(self.model, without)], self.settings.update_dtype)
             message = {**self.about, "without": without, **about}
-            # Flower lets the message live a little longer, so that it is we who say that somebody gave no
-            # answer in time
+            # Flower keeps the message a little longer, so that our own timeout is the first to report a missing
+            # answer
             time_to_live = self.settings.round_timeout + SPARE
             if own is None:
                 self.mailbox.send([m.node for m in some], kind, purpose, message, time_to_live, part)
@@ -193,11 +197,11 @@ class Exchange:
         limit: float | None = None,
         take: Take | None = None,
     ) -> tuple[dict[str, Answer], dict[str, str]]:
-        """Wait for answers, for `limit` seconds or as long as a round may take: answers, and reasons for
-        none, by label.
+        """Wait for answers, for `limit` seconds or as long as a round may take. Returns the answers, and the reasons
+        where there is none, by label.
 
-        take: is given each answer as it comes; an answer that it refuses is a failure. The arrays are let go
-        of then.
+        take: is called with each answer as it arrives; an answer that it refuses counts as a failure. The arrays are
+        released after that.
         """
         by_node = {member.node: member for member in members}
         answers: dict[str, Answer] = {}
@@ -207,7 +211,7 @@ class Exchange:
         with tqdm(total=len(members), desc=title, unit="hospital", leave=False, disable=None) as bar:
             over = False
             while len(answers) + len(failures) < len(members) and not over:
-                over = time.monotonic() > until  # then whatever is there is still taken in
+                over = time.monotonic() > until  # answers that have arrived by then are still processed
                 for answer in self._attend(over):
                     member = by_node.get(answer.node) if answer.purpose == purpose else None
                     if member is None or member.label in failures:
@@ -217,8 +221,8 @@ class Exchange:
                 waiting = [m.label for m in members if m.label not in answers and m.label not in failures]
                 for label in waiting:
                     now = self.membership.members.get(label)
-                    if now and now.node not in by_node:  # what was sent to its old connection is lost
-                        failures[label] = "it came back with a new connection; the next round counts on it"
+                    if now and now.node not in by_node:  # messages to its old connection are lost
+                        failures[label] = "it reconnected during the round; it takes part in the next one"
                 bar.set_postfix_str(f"waiting for {', '.join(waiting)}" if waiting else "", refresh=False)
                 time.sleep(TICK)
         self.mailbox.drop(purpose)
@@ -229,7 +233,7 @@ class Exchange:
         return answers, failures
 
     def complaints(self) -> dict[str, set[str]]:
-        """Who could not use the shares of which node since this was asked last."""
+        """The labels of the hospitals that could not use a node's shares, by node, since the last call."""
         complaints, self._complaints = self._complaints, {}
         return complaints
 
@@ -245,7 +249,7 @@ class Exchange:
         answers: dict[str, Answer],
         failures: dict[str, str],
     ) -> None:
-        """Put an answer among the answers, or its failure among the failures."""
+        """Add an answer to the answers, or its failure to the failures."""
         if answer.failure:
             failures[member.label] = answer.failure
             if isinstance(of := answer.about.get("of"), str):
@@ -263,7 +267,7 @@ class Exchange:
                 return
             except (
                 Exception
-            ) as error:  # whatever an answer raises is its hospital's failure, and the round goes on
+            ) as error:  # any error from an answer is its hospital's failure, and the round continues
                 failures[member.label] = f"its answer can't be used ({type(error).__name__}); it is left out"
                 return
             finally:
@@ -271,8 +275,7 @@ class Exchange:
         answers[member.label] = answer
 
     def _attend(self, last: bool = False) -> Iterator[Answer]:
-        """One look at who comes and goes, and at the answers; those
-        to other questions than the membership's. last: see Mailbox.collect."""
+        """Update the membership once, and yield the answers that do not belong to it. last: see Mailbox.collect."""
         self.membership.poll()
         for answer in self.mailbox.collect(last):
             if answer.purpose in PURPOSES:

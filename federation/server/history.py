@@ -1,11 +1,11 @@
-"""The story of a federation: a line per round and hospital, as CSV, as a table on the terminal and as curves.
+"""A federation's history: a line per round and hospital, as CSV, as a table on the terminal and as curves.
 
 Columns: round, site (the hospital's label), examples (training slices), train_loss (mean over the round),
 val_dice (mean volume Dice of the model that the round began with, over the hospital's validation patients),
 val_patients, seconds (of the hospital's own work), bytes_sent and bytes_received (the arrays' payload, seen
-from the server), patient_epsilon (what of its patients' privacy the hospital has spent, where it promises
-them any), encoder (what it began with). After the last round R the final model is scored: rows of round R + 1
-have no training columns.
+from the server), patient_epsilon (the epsilon that the hospital has spent for its patients, if it promised them
+privacy), encoder (its initial weights). After the last round R the final model is scored: rows of round R + 1 have
+no values in the training columns.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from storage.files import write_csv
 
 
 class Row(TypedDict):
-    """A line: what a hospital told in a round. None where it told nothing of the kind."""
+    """A line: a hospital's report of a round. None where it reported no such value."""
 
     round: int
     site: str
@@ -35,7 +35,7 @@ class Row(TypedDict):
 
 COLUMNS = (*Row.__annotations__, "encoder")
 MARKS = "os^Dv<>ph*"
-NAMED = 12  # hospitals, beyond which a picture does not name each
+NAMED = 12  # the most hospitals that a picture names one by one
 
 
 def scores_of(rows: list[Row]) -> Scores:
@@ -46,7 +46,7 @@ def scores_of(rows: list[Row]) -> Scores:
 
 
 def write_history(rows: list[Row], path: Path, encoder: str) -> None:
-    """All rows so far; whole or not at all. encoder: what it began with."""
+    """Write all rows so far; the file is written whole or not at all. encoder: its initial weights."""
     told = [{**row, "encoder": encoder} for row in rows]
     write_csv(path, [COLUMNS, *([row.get(name) for name in COLUMNS] for row in told)])
 
@@ -73,8 +73,7 @@ def table(rows: list[Row]) -> str:
 
 
 def draw_curves(rows: list[Row], path: Path, title: str) -> None:
-    """Write a PNG: training loss at the left, validation Dice of each
-    hospital and their mean at the right."""
+    """Write a PNG: on the left the training loss, on the right the validation Dice of each hospital and their mean."""
     figure = new_figure((11, 4.2))
     loss, dice = figure.subplots(1, 2)
     sites = sorted({row["site"] for row in rows})

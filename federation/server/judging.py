@@ -1,27 +1,27 @@
-"""Which model is the best so far, and whether one collapsed: judged by the hospitals' own scores.
+"""Which model is the best so far, and whether one collapsed, judged by the hospitals' own scores.
 
-Two models are compared over the hospitals that scored both, each hospital with itself, so that one that
-leaves, or is missing for a round, neither helps a model nor hurts it. No hospital decides by itself: of three
-or more, the best and the worst verdict take no part in the comparison (of three the middle one decides), so that
-whatever one hospital says, the outcome lies between the verdicts of the others; and patients count as weights up
-to a bound. A collapse is judged in the same way.
+Two models are compared over the hospitals that scored both, each hospital with itself. A hospital that leaves, or
+misses a round, therefore neither helps nor hurts a model. No hospital decides by itself: with three or more, the
+best and the worst verdict are left out of the comparison (with three, the middle one decides). Whatever one hospital
+says, the outcome then lies between the verdicts of the others. Hospitals are weighted by their patients, up to a
+bound. A collapse is judged with the same verdicts left out.
 """
 
 from dataclasses import dataclass, field
 
 from federation.server.updates import capped
 
-LASTING = 3  # judged rounds in a row with other hospitals, after which the comparison begins again
-WEIGHT = 2.0  # medians of the patients: the most that a hospital counts
-COLLAPSE = 0.5  # of the mean score before: a model below it collapsed
-GOOD = 0.1  # Dice: below it there is nothing to lose
+LASTING = 3  # judged rounds in a row with other hospitals, after which the comparison starts again
+WEIGHT = 2.0  # the largest weight of a hospital, in medians of the hospitals' patients
+COLLAPSE = 0.5  # a model below this share of the mean score before it has collapsed
+GOOD = 0.1  # Dice; a model below it has nothing to lose
 
 Scores = dict[str, tuple[float, int]]  # mean volume Dice and validation patients, by the hospital's label
 
 
 def difference(before: Scores, now: Scores) -> float | None:
-    """How much better the second model is, by mean volume Dice over the hospitals that scored both; None
-    without any."""
+    """How much better the second model is, in mean volume Dice over the hospitals that scored both; None if no
+    hospital did."""
     both = sorted(before.keys() & now.keys())
     if not both:
         return None
@@ -32,8 +32,8 @@ def difference(before: Scores, now: Scores) -> float | None:
 
 
 def collapsed(before: Scores, now: Scores) -> bool:
-    """Whether the mean Dice of the hospitals that scored both models fell below half, the best and the worst
-    verdict of three or more left out."""
+    """Whether the mean Dice of the hospitals that scored both models fell below half. With three or more hospitals
+    the best and the worst verdict are left out."""
     both = sorted(before.keys() & now.keys())
     if not both:
         return False
@@ -43,7 +43,7 @@ def collapsed(before: Scores, now: Scores) -> bool:
 
 
 def _without_the_ends(before: Scores, now: Scores, labels: list[str]) -> list[str]:
-    """These hospitals, of three or more without the one whose Dice rose most and the one whose Dice rose least."""
+    """These hospitals; with three or more, without the one whose Dice rose most and the one whose Dice rose least."""
     if len(labels) < 3:
         return labels
     return sorted(labels, key=lambda label: (now[label][0] - before[label][0], label))[1:-1]
@@ -51,11 +51,11 @@ def _without_the_ends(before: Scores, now: Scores, labels: list[str]) -> list[st
 
 @dataclass
 class Judge:
-    """The best model so far, of those that hospitals scored.
+    """The best model so far, among those that hospitals scored.
 
-    scores: of the best; number: the round after which it was made; since: judged rounds since then;
-    improvements: how often there was a better one; other: judged rounds in a row that other hospitals scored
-    than the best's.
+    scores: of the best model. number: the round that made it. since: judged rounds since then. improvements: how
+    often a model was better than the best before it. other: judged rounds in a row that were scored by other
+    hospitals than the best model.
     """
 
     scores: Scores = field(default_factory=dict)
@@ -65,22 +65,22 @@ class Judge:
     other: int = 0
 
     def look(self, now: Scores, number: int) -> tuple[bool, str | None]:
-        """Note the scores of the model after round `number`: whether it is the best so far, and what is to be
-        said besides."""
+        """Note the scores of the model after round `number`. Returns whether it is the best so far, and a sentence to
+        print, if any."""
         if not now:
             return False, None
         gain = difference(self.scores, now)
         self.other = 0 if now.keys() == self.scores.keys() else self.other + 1
         again = bool(self.scores) and self.other >= LASTING
         if self.scores and not again and not (gain is not None and gain > 0):
-            self.since += gain is not None  # a model that nobody compared says nothing of the training
+            self.since += gain is not None  # a model that nobody compared says nothing about the training
             return False, None
         said = None
         if self.scores and now.keys() != self.scores.keys():
             who = ", ".join(sorted(now))
             said = (
-                f"for {LASTING} rounds other hospitals have scored than those that scored the best model; "
-                f"the comparison begins again with {who}"
+                f"for {LASTING} rounds the models were scored by other hospitals than the best model was; "
+                f"the comparison starts again with {who}"
                 if again
                 else f"the best model so far is now the choice of {who}"
             )
@@ -90,6 +90,6 @@ class Judge:
 
 
 def mean_dice(scores: Scores) -> tuple[float | None, int]:
-    """The mean over hospitals, by their patients, and how many these are; None over none."""
+    """The mean over hospitals, weighted by their patients, and the number of patients; None without any."""
     patients = sum(count for _, count in scores.values())
     return (sum(dice * count for dice, count in scores.values()) / patients if patients else None), patients

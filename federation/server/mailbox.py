@@ -1,5 +1,5 @@
-"""Messages on their way: sent to hospitals and collected without waiting, each with a time after which it
-counts as lost."""
+"""Messages to hospitals and their answers, collected without waiting. Each message has a time after which it counts
+as lost."""
 
 import secrets
 import time
@@ -17,11 +17,11 @@ from federation.protocol.proofs import Asked, Proof, asked, check_answer
 from federation.protocol.weights import payload
 from federation.server.pulling import PULL_TIME, Puller, time_for
 
-SPARE = 10.0  # seconds after a message's time in which Flower itself may say that it ran out
+SPARE = 10.0  # seconds that Flower has after a message's timeout to report the timeout itself
 GONE, NO_ANSWER = 5, "no answer in time"
 UNREADABLE = "its answer can't be read"
-NOT_ADMITTED = "its key is revoked or its admission over"
-DRIPS = "its answer came piece by piece and was not whole within {seconds:.0f} s"
+NOT_ADMITTED = "its key is revoked or its admission has ended"
+DRIPS = "its answer came piece by piece and was not complete within {seconds:.0f} s"
 FLOWER_SAYS = {
     3: NO_ANSWER,
     GONE: "it is not reachable",
@@ -31,8 +31,8 @@ FLOWER_SAYS = {
 
 @dataclass
 class Answer:
-    """What came back for a message: `about` and arrays, or the reason why there is nothing. bytes: of the
-    arrays' numbers; proof: what the hospital signed, where keys are asked for."""
+    """The answer to a message: `about` and arrays, or the reason why there is none. bytes: the size of the arrays'
+    values; proof: what the hospital signed, if the server asks for keys."""
 
     node: int
     purpose: str
@@ -53,10 +53,10 @@ class _Sent:
 
 
 class Mailbox:
-    """Sends messages over Flower's Grid and hands out the answers as they come.
+    """Sends messages over Flower's Grid and hands out the answers as they arrive.
 
-    keys: gives the public key (OpenSSH's line) of each node, with which it has to sign its answers; None where
-    no keys are asked for.
+    keys: returns the public key (OpenSSH's line) of each node, which checks the signature of its answers; None if the
+    server asks for no keys.
     """
 
     def __init__(self, grid: Any, keys: Callable[[], dict[int, str] | None] = lambda: None):
@@ -65,7 +65,7 @@ class Mailbox:
         self._refused: list[Answer] = []
 
     def online(self) -> set[int]:
-        """The nodes that Flower holds to be connected. One that was killed stays here for about a minute."""
+        """The nodes that Flower considers connected. One that was killed stays here for about a minute."""
         return set(self._grid.get_node_ids())
 
     def send(
@@ -77,8 +77,8 @@ class Mailbox:
         timeout: float,
         arrays: ArrayRecord | None = None,
     ) -> None:
-        """Send each node the same message of Flower's `kind` (train, evaluate or query), to be answered
-        within `timeout` s. Each has a ticket of its own, so that no other node can know the message."""
+        """Send each node the same message of Flower's `kind` (train, evaluate or query), to be answered within
+        `timeout` s. Each message has a ticket of its own, so that no other node can know the message."""
         if not nodes:
             return
         texts = [{**about, "ticket": secrets.token_hex(16)} for _ in nodes]
@@ -91,28 +91,28 @@ class Mailbox:
         for identity, node, text in zip_longest(identities, nodes, texts):
             if identity:
                 self._open[identity] = _Sent(node, purpose, lost_at, pull_time, asked(text))
-            else:  # the node has left since we looked
+            else:  # the node has left since the last look
                 self._refused.append(Answer(node, purpose, {}, failure=FLOWER_SAYS[GONE]))
 
     def is_open(self, node: int, purpose: str | None = None) -> bool:
-        """Whether a message (of this purpose) to the node is unanswered."""
+        """Whether a message to the node (of this purpose, if one is given) is unanswered."""
         return any(sent.node == node and purpose in (None, sent.purpose) for sent in self._open.values())
 
     def drop(self, purpose: str) -> None:
-        """Wait no longer for answers to messages of this purpose; later ones are ignored."""
+        """Stop waiting for answers to messages of this purpose. Later answers are ignored."""
         self._open = {identity: sent for identity, sent in self._open.items() if sent.purpose != purpose}
 
     def collect(self, last: bool = False) -> Iterator[Answer]:
-        """The answers that have come, lost messages among them, a few at a time: the caller is to be done
-        with one before it takes the next, so that memory holds few (pulling.py). last: nobody looks again, so
-        all are asked for at once.
+        """The answers that have arrived, lost messages included, a few at a time. The caller must finish with one
+        before it takes the next, so that memory holds only a few (pulling.py). last: this is the last look, so all
+        answers are requested at once.
         """
         refused, self._refused = self._refused, []
         yield from refused
         for pulled in self._puller.look(list(self._open), patient=not last):
             if pulled.error is None and pulled.message is None:
                 continue
-            # by the message that was asked for and not by the sender: Flower answers for the dead
+            # found by the message that was sent, not by the answer's sender: Flower answers for dead nodes
             sent = self._open.pop(pulled.identity, None)
             if sent and pulled.message is not None:
                 yield self._answer(sent, pulled.message)
@@ -128,13 +128,13 @@ class Mailbox:
                 yield Answer(sent.node, sent.purpose, {}, failure=NO_ANSWER)
 
     def _answer(self, sent: _Sent, reply: Message) -> Answer:
-        """What a message says. Whatever it raises is the fault of who sent it."""
+        """The answer in a message. Any error while reading it counts against its sender."""
         try:
             if reply.has_error():
                 said = FLOWER_SAYS.get(reply.error.code, "its program could not answer")
                 return Answer(sent.node, sent.purpose, {}, failure=said)
             keys, proof = self.keys(), None
-            if keys is not None and sent.node not in keys:  # revoked after it was asked
+            if keys is not None and sent.node not in keys:  # revoked after the message was sent
                 return Answer(sent.node, sent.purpose, {}, failure=NOT_ADMITTED)
             if keys is not None:
                 proof = check_answer(reply.content, sent.asked, keys[sent.node])

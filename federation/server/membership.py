@@ -1,6 +1,7 @@
-"""Who takes part: hospitals join, are refused, fall behind, vanish and come back."""
+"""The hospitals that take part: they join, are refused, fall behind, vanish and come back."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,22 +13,22 @@ from federation.server.audit import AuditLog
 from federation.server.mailbox import NOT_ADMITTED, Answer, Mailbox
 from tasks import LGG
 
-LOOK = 1.0  # seconds between two looks at who is connected
+LOOK = 1.0  # seconds between two looks at which hospitals are connected
 JOIN_TIME = 600.0  # seconds for a hospital's answer at joining; it may have to read its scans first
-JOIN_TRIES = 3  # for a hospital that is connected and can't say who it is
-JOIN_AGAIN = 10.0  # seconds between them
-PING_TIME = 45.0  # seconds in which somebody who is there answers, also on a busy machine
+JOIN_TRIES = 3  # for a connected hospital whose answer at joining is a failure
+JOIN_AGAIN = 10.0  # seconds between these tries
+PING_TIME = 45.0  # seconds in which a hospital that is there answers, even on a busy machine
 PURPOSES = ("join", "ping", "end")
 FINAL = (
     Failure.DATA,
     Failure.CONSENT,
     Failure.PRIVACY,
-)  # reasons for not joining that asking again does not mend
+)  # reasons for not joining that another try would not change
 
 
 @dataclass
 class Member:
-    """A hospital that takes part. facts: what it said at joining."""
+    """A hospital that takes part. facts: its answer at joining."""
 
     label: str
     node: int
@@ -38,7 +39,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a hospital can't be a member, and what the sentence of this code says besides."""
+    """Why a hospital can't be a member. detail: completes the sentence of this code."""
 
     label: str
     code: End
@@ -46,13 +47,12 @@ class Refusal:
 
 
 class Membership:
-    """Keeps the list of members up to date; `poll` and `handle` are called again and again by who waits for
-    answers.
+    """Keeps the list of members up to date. Whoever waits for answers calls `poll` and `handle` repeatedly.
 
-    about: what the JOIN message says (settings and the server's versions). contributors: what hospitals that
-    gave updates said at joining, by label. say: prints a line. audit: keeps who joined, was refused and left.
-    labels: gives the label that each node's key stands for, or None where no keys are asked for; until: the day
-    on which each node's admission ends.
+    about: the content of the JOIN message (settings and the server's versions). contributors: the facts that
+    hospitals with updates gave at joining, by label. say: prints a line. audit: records which hospitals joined, were
+    refused and left. labels: returns the label that belongs to each node's key, or None if the server asks for no
+    keys. until: returns the day on which each node's admission ends.
     """
 
     def __init__(
@@ -78,9 +78,10 @@ class Membership:
         self._asked: set[int] = set()
         self._tries: dict[
             int, tuple[int, float]
-        ] = {}  # nodes that could not join: how often they tried, when to ask again
-        self._rivals: dict[int, Facts] = {}  # nodes that claim a label somebody has: what they said
+        ] = {}  # nodes that could not join: number of tries, time of the next one
+        self._rivals: dict[int, Facts] = {}  # the facts of nodes that claim a label which a member has
         self._looked = -LOOK
+        self._settled = bool(contributors)  # whether it is known what the hospitals' data are of
 
     @property
     def present(self) -> list[Member]:
@@ -89,12 +90,12 @@ class Membership:
 
     @property
     def observers(self) -> list[Member]:
-        """The members that score and do not train, by label."""
+        """The members that only score, by label."""
         return [member for member in self._ready if member.facts.role == "observe"]
 
     @property
     def training(self) -> set[str]:
-        """The labels of the members that train, those that are behind among them."""
+        """The labels of the members that train, including those that are behind."""
         return {label for label, member in self.members.items() if member.facts.role == "train"}
 
     @property
@@ -103,22 +104,22 @@ class Membership:
 
     @property
     def partition(self) -> str | None:
-        """The SHA-256 of the partition that the simulated hospitals share; None before the first, or without
-        any."""
+        """The SHA-256 of the partition that the simulated hospitals share; None if there is none, or not yet."""
         return next((f.partition_sha256 for f in self._known if not f.own_data), None)
 
     @property
     def _known(self) -> list[Facts]:
-        """What members say of themselves, and those who contributed before."""
+        """The facts of the members, and of hospitals that contributed before."""
         return [*(member.facts for member in self.members.values()), *self.contributors.values()]
 
     @property
     def disputed(self) -> bool:
-        """Whether two claim one label, and it is not known yet whether the first is still there."""
+        """Whether two hospitals claim one label, and it is not known yet whether the first is still there."""
         return bool(self._rivals)
 
     def poll(self) -> None:
-        """See who is connected; ask newcomers, and those behind, who they are and whether they are there."""
+        """Check which hospitals are connected. Newcomers are asked to join; members that are behind or whose label is
+        contested are asked whether they are still there."""
         now = time.monotonic()
         if now - self._looked < LOOK:
             return
@@ -136,7 +137,7 @@ class Membership:
         ends = self.until()
         for day in sorted(
             {ends.get(node, "") for node in newcomers}
-        ):  # a message for all whose admissions end then
+        ):  # one message for all hospitals whose admission ends on that day
             nodes = [node for node in newcomers if ends.get(node, "") == day]
             asked = {"query": Query.JOIN, **self.about, "until": day}
             self.mailbox.send(nodes, "query", "join", asked, JOIN_TIME)
@@ -157,18 +158,18 @@ class Membership:
                 self._admit(node, self._rivals.pop(node))
 
     def handle(self, answer: Answer) -> None:
-        """Take an answer to one of our own messages (`PURPOSES`)."""
+        """Process an answer to one of the membership's own messages (`PURPOSES`)."""
         if answer.purpose == "join":
             self._joined(answer)
         elif answer.purpose == "ping":
             self._pinged(answer)
 
     def fell_behind(self, member: Member) -> None:
-        """No work for this member until it answers again."""
+        """Give this member no work until it answers again."""
         member.behind = True
 
     def end(self, code: End, seconds: float) -> None:
-        """Tell everybody that the federation is over, and give them `seconds` to take note."""
+        """Send all hospitals the end of the federation, and wait up to `seconds` for their answers."""
         nodes = sorted(self.mailbox.online())
         self.mailbox.send(nodes, "query", "end", {"query": Query.END, "code": code}, seconds)
         until = time.monotonic() + seconds
@@ -186,12 +187,12 @@ class Membership:
         except MedFLError as error:
             self._unfit(answer, str(error))
             return
-        except Exception as error:  # whatever an introduction raises is its hospital's failure
+        except Exception as error:  # any error from an introduction is its hospital's failure
             self._unfit(answer, f"its answer can't be used ({type(error).__name__})")
             return
         if isinstance(seen, Refusal):
             self.say(f"{seen.label} refused: {seen.code}{' (' + seen.detail + ')' if seen.detail else ''}")
-            # by its key, and not by the name that it gives itself, which may be another's
+            # named by its key, not by the label that it gives itself, which may be another hospital's
             self.audit.write("refused", hospital=self._name(answer), node=str(answer.node), why=seen.code)
             self._refuse(answer.node, seen.code, seen.detail)
             return
@@ -200,13 +201,15 @@ class Membership:
             self.say(f"{seen.label} asks whether it could join: {End.TAKEN if holder else 'it could'}")
             self._refuse(answer.node, End.TAKEN if holder else End.FIT)
             return
-        if holder and holder.session != seen.session:
+        # what one connection says twice is no dispute: a hospital that kept one up with itself held all rounds up
+        if holder and holder.session != seen.session and holder.node != answer.node:
             self._rivals[answer.node] = seen  # the holder is asked whether it is still there
         else:
             self._admit(answer.node, seen)
 
     def _did_not_join(self, answer: Answer) -> None:
-        """Bad data and a lack of consent are final; other trouble, Flower's own included, may pass."""
+        """Handle a failed answer to JOIN. Bad data and a lack of consent are final; other failures, including Flower's
+        own, may be temporary, so the hospital is asked again."""
         if answer.about.get("failure") == Failure.CODE:
             return self._differs(answer, FAILURES[Failure.CODE])
         count = self._tries.get(answer.node, (0, 0.0))[0] + 1
@@ -216,24 +219,24 @@ class Membership:
         else:
             self._tries[answer.node] = (count, time.monotonic() + JOIN_AGAIN)
             who = self._name(answer) or "a hospital"
-            self.say(f"{who} could not join: {answer.failure}; it is asked again")
+            self.say(f"{who} could not join: {answer.failure}; it will be asked again")
 
     def _unfit(self, answer: Answer, why: str) -> None:
-        """Refuse who can't take part, and write down who it is as far as that is known."""
+        """Refuse a hospital that can't take part, and record its label, if it is known."""
         name = self._name(answer)
         self.say(f"{name or 'a hospital'} can't take part: {why}")
         self.audit.write("refused", hospital=name, node=str(answer.node), why=why)
         self._refuse(answer.node, End.UNFIT)
 
     def _name(self, answer: Answer) -> str | None:
-        """The label of a node's key, where keys are asked for, else the one that its answer gives."""
+        """The label of the node's key or, if the server asks for no keys, the one in its answer."""
         known = self.labels()
         label = answer.about.get("label") if known is None else known.get(answer.node)
         return label if isinstance(label, str) and LABEL.fullmatch(label) else None
 
     def _differs(self, answer: Answer, why: str) -> None:
-        """Another version is mended by a restart of either side, and then this hospital is asked again; it
-        waits for that."""
+        """Report a hospital with another version. It is not refused: it waits until either side is restarted with the
+        right version, and is then asked again."""
         ours = self.about["versions"]
         commit = f", commit {ours['commit'][:12]}" if ours.get("commit") else ""
         self._tries.pop(answer.node, None)
@@ -248,8 +251,8 @@ class Membership:
         rivals = [node for node, facts in self._rivals.items() if facts.label == member.label]
         if answer.failure:
             if rivals:
-                self._remove(member, "replaced by one that came back")
-                self._refuse(member.node, End.TAKEN)  # in case it was only slow
+                self._remove(member, "replaced by its new connection")
+                self._refuse(member.node, End.TAKEN)  # in case the first was only slow
             return
         if member.behind:
             member.behind = False
@@ -261,24 +264,49 @@ class Membership:
             del self._rivals[node]
 
     def _look_at(self, node: int, about: dict) -> Facts | Refusal:
-        """What a hospital says of itself, or why it can't be a member. Raises MedFLError where that makes no
-        sense."""
+        """A hospital's facts, or the reason why it can't be a member. Raises MedFLError if they make no sense."""
         who = parse(Introduction, {name: about[name] for name in Introduction.model_fields if name in about})
         if not LABEL.fullmatch(who.label) or who.cid is not None and who.label != f"hospital-{who.cid}":
             raise MedFLError(
-                "its label is none that run_client.py gives; use the same version of MedFL everywhere"
+                "its label is not one that run_client.py gives; use the same version of MedFL everywhere"
             )
         if refusal := self._refusal(node, who):
             return refusal
         facts = parse(Facts, about)
-        if not facts.own_data and self.partition not in (None, facts.partition_sha256):
+        early = not self._settled and facts.role != "check"
+        return facts if early else self._other_data(facts, self._known) or facts
+
+    def settle(self) -> bool:
+        """Refuse those whose data are of another task than most hospitals', or of another divided dataset; from now on
+        newcomers as well. If the first to come decided, one could have all others sent away. Whether somebody had to
+        go."""
+        members = list(self.members.values())
+        training = [one.facts for one in members if one.facts.role == "train"]
+        voters = [*self.contributors.values()] or training or [one.facts for one in members]
+        right = _most_common(voters, lambda facts: facts.outlined)
+        shares = _most_common(
+            [one for one in voters if not one.own_data], lambda facts: facts.partition_sha256
+        )
+        out = {one.label: self._other_data(one.facts, [*shares, *right]) for one in members}
+        for member in members:
+            if refusal := out[member.label]:
+                self._remove(member, f"its data are not of what most hospitals' are ({refusal.code})")
+                self.audit.write("refused", hospital=member.label, node=str(member.node), why=refusal.code)
+                self._refuse(member.node, refusal.code, refusal.detail)
+        self._settled = True
+        return any(out.values())
+
+    def _other_data(self, facts: Facts, known: list[Facts]) -> Refusal | None:
+        """Why a hospital's data don't go with those of these hospitals; None if they do."""
+        partition = next((one.partition_sha256 for one in known if not one.own_data), None)
+        if not facts.own_data and partition not in (None, facts.partition_sha256):
             return Refusal(facts.label, End.SPLIT)
-        if any(facts.outlined != known.outlined for known in self._known):
-            return Refusal(facts.label, End.TASK, (self._known[0].task or LGG).region)
-        return facts
+        if known and facts.outlined != known[-1].outlined:
+            return Refusal(facts.label, End.TASK, (known[-1].task or LGG).region)
+        return None
 
     def _refusal(self, node: int, who: Introduction) -> Refusal | None:
-        """Why who says this can't be a member whatever its data are; None where it can."""
+        """Why a hospital with this introduction can't be a member, whatever its data are; None if it can."""
         known, ours = self.labels(), self.about["versions"]
         if known is not None and known.get(node) != who.label:
             return Refusal(who.label, End.IDENTITY, known.get(node, "nobody"))
@@ -291,7 +319,7 @@ class Membership:
             return Refusal(who.label, End.VERSION, ", ".join(other))
         if who.cid is not None and who.cid >= self.settings.clients:
             return Refusal(who.label, End.NUMBER, str(self.settings.clients))
-        # with keys the list of admissions says who may come, now or in any later round
+        # with keys, the list of admissions decides who may join, now or in any later round
         places = self.settings.clients if known is None and who.role != "observe" else None
         if places is not None and who.label not in self.members and len(self.training) >= places:
             return Refusal(who.label, End.FULL)
@@ -326,3 +354,9 @@ class Membership:
         self.mailbox.send(
             [node], "query", "end", {"query": Query.END, "code": code, "detail": detail}, PING_TIME
         )
+
+
+def _most_common(told: list[Facts], what: Callable[[Facts], object]) -> list[Facts]:
+    """One of those of whom most say the same; of as many the first to come. Empty of none."""
+    counts = Counter(what(facts) for facts in told)
+    return [max(told, key=lambda facts: counts[what(facts)])] if told else []

@@ -1,4 +1,4 @@
-"""How far a federation is: rounds, scores, hospitals, and what is spent."""
+"""A federation's progress: rounds, scores, hospitals, and the privacy and energy that were spent."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,13 +10,13 @@ from federation.server.judging import Judge, Scores, mean_dice
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """A run's progress.
 
     run: a random name, kept over restarts. before: the scores of the model that the last round began with.
-    collapses: rounds whose model was taken back. epsilon: of a hospital's differential privacy, spent so far.
-    started_from: in words, such as "random weights". init_split: SHA-256 of the split that this checkpoint
-    was trained on. rows: the history. hospitals: what each that ever gave an update said at joining, by
-    label. energy: what each hospital that measures it used so far, by label.
+    collapses: rounds whose model was taken back. epsilon: of the hospitals' differential privacy, spent so far.
+    started_from: in words, such as "random weights". init_split: SHA-256 of the split that a checkpoint given with
+    --init was trained on. rows: the history. hospitals: the facts of each hospital that ever gave an update, by label.
+    energy: the use so far of each hospital that measures it, by label.
     """
 
     run: str = ""
@@ -40,16 +40,16 @@ class Progress:
 
     @property
     def best_round(self) -> int:
-        """The round after which that model was made."""
+        """The round that made the best model."""
         return self.judge.number
 
     @property
     def scored_patients(self) -> int:
-        """Patients behind its score."""
+        """The number of patients behind the best model's score."""
         return mean_dice(self.judge.scores)[1]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a file."""
+        """The progress as plain values, for a file."""
         return {
             **asdict(self),
             "hospitals": {label: facts.model_dump() for label, facts in self.hospitals.items()},
@@ -57,7 +57,7 @@ class Progress:
 
     @classmethod
     def from_dict(cls, kept: dict[str, Any]) -> "Progress":
-        """Back from `to_dict`."""
+        """The progress from what `to_dict` returned."""
         scores = {label: tuple(score) for label, score in kept["before"].items()}
         best = {label: tuple(score) for label, score in kept["judge"]["scores"].items()}
         return cls(

@@ -1,9 +1,8 @@
-"""Answers taken out of Flower, each in a thread of its own, so that one that comes slowly, or is no message at
-all, holds up nobody else's.
+"""Pulls answers out of Flower, each in a thread of its own, so that a slow or malformed answer delays no other one.
 
-Flower hands out an answer as soon as its first piece has come and waits for the others for up to two hours; an
-answer that is malformed raises, and those that were asked for together with it are lost. So each is asked for
-by itself.
+Flower hands out an answer as soon as its first piece has arrived, and waits up to two hours for the others. A
+malformed answer raises an error, and the answers that were requested together with it are lost. Each answer is
+therefore requested by itself.
 """
 
 import queue
@@ -16,17 +15,17 @@ from typing import Any
 import httpx
 from flwr.app import Message
 
-AT_ONCE = 4  # answers that are taken out of Flower at a time, and so in memory together
-SLOW = 10.0  # seconds after which an answer that still comes makes room for another
-LOOK = 0.2  # seconds for which a look waits for what it has asked for
-LAST = 5.0  # the same for a last look, also on a busy machine
-PULL_TIME = 60.0  # seconds in which an answer's pieces come, and longer for many bytes:
+AT_ONCE = 4  # answers that are pulled, and therefore in memory, at the same time
+SLOW = 10.0  # seconds after which an answer that is still arriving no longer counts towards AT_ONCE
+LOOK = 0.2  # seconds for which a look waits for the answers that it has requested
+LAST = 5.0  # the same for a last look, enough on a busy machine too
+PULL_TIME = 60.0  # seconds in which all pieces of an answer must arrive; longer for many bytes:
 BYTES_A_SECOND = 125_000  # 1 Mbit/s
 
 
 @dataclass
 class Pulled:
-    """What became of asking for an answer: the message, None where none has come yet, or an error."""
+    """The result of one request for an answer: the message, None if it has not arrived yet, or an error."""
 
     identity: str
     message: Message | None = None
@@ -34,7 +33,7 @@ class Pulled:
 
 
 class Puller:
-    """Asks `grid` for answers. Each pull runs in a daemon thread; those that take too long are given up."""
+    """Requests answers from `grid`. Each pull runs in a daemon thread."""
 
     def __init__(self, grid: Any):
         self._grid = grid
@@ -42,8 +41,8 @@ class Puller:
         self._began: dict[str, float] = {}  # pulls in flight: when they began, monotonic
 
     def look(self, identities: list[str], patient: bool = True) -> Iterator[Pulled]:
-        """Ask for the answers to these messages that are not asked for already, and hand out what came, and
-        what former looks asked for. patient: no more than `AT_ONCE` at a time; else all, for a last look."""
+        """Request the answers to these messages that are not being pulled already, and yield what arrives, also from
+        earlier looks. patient: at most `AT_ONCE` at a time; else all at once, for a last look."""
         waiting = [identity for identity in identities if identity not in self._began]
         until = time.monotonic() + (LOOK if patient else LAST)
         while True:
@@ -57,12 +56,12 @@ class Puller:
                     return
 
     def seconds(self, identity: str) -> float:
-        """For how long the answer to this message has been coming; 0 where it is not being asked for."""
+        """For how many seconds the answer to this message has been pulled; 0 if it is not being pulled."""
         began = self._began.get(identity)
         return 0.0 if began is None else time.monotonic() - began
 
     def _busy(self) -> int:
-        """Pulls in flight that have not become slow."""
+        """The number of pulls in flight that are not slow yet."""
         now = time.monotonic()
         return sum(now - began < SLOW for began in self._began.values())
 
@@ -80,7 +79,7 @@ class Puller:
         try:
             pulled.message = next(iter(self._grid.pull_messages([identity])), None)
         except (httpx.HTTPError, SystemExit):
-            pass  # the connection, or the end: the round loop meets it as well, and this answer is asked for again
+            pass  # a broken connection, or the end: the round loop notices it too, and this answer is requested again
         except (
             BaseException
         ) as error:  # bytes from elsewhere: Flower, protobuf and numpy raise their own kinds
@@ -89,5 +88,5 @@ class Puller:
 
 
 def time_for(size: int) -> float:
-    """Seconds in which an answer of so many bytes comes over a slow connection."""
+    """Seconds in which an answer of `size` bytes must arrive, also over a slow connection."""
     return PULL_TIME + size / BYTES_A_SECOND

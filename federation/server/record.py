@@ -1,5 +1,4 @@
-"""What a federation writes down of its rounds: history and curves, the best model and the last, lines on the
-terminal."""
+"""The record of a federation's rounds: history and curves, the best model and the last one, lines on the terminal."""
 
 import time
 from collections.abc import Callable
@@ -17,8 +16,7 @@ from runs.usage import in_time, memory_in_words
 
 
 def row_of(number: int, label: str, told: Result, sent: int, received: int) -> Row:
-    """A line of the history: what a hospital told in round `number`, and the bytes that went there and came
-    back."""
+    """A line of the history: a hospital's report of round `number`, and the bytes sent to it and received from it."""
     trained = told if isinstance(told, Trained) else None
     return Row(
         round=number,
@@ -35,8 +33,8 @@ def row_of(number: int, label: str, told: Result, sent: int, received: int) -> R
 
 
 class Record:
-    """Writes into `out`. chooses: whether scores may choose a model; under differential privacy of hospitals
-    they may not."""
+    """Writes the record into `out`. chooses: whether scores may select the best model, which differential privacy of
+    hospitals forbids."""
 
     def __init__(
         self, state: RunState, out: Path, audit: AuditLog, say: Callable[[str], None], chooses: bool
@@ -44,18 +42,21 @@ class Record:
         self.state, self.out, self.audit, self.say, self.chooses = state, out, audit, say, chooses
 
     def round(self, number: int, rows: list[Row], sent: torch.Tensor, began: float) -> None:
-        """Write what a round gave. The scores in its rows are of the model that was sent, (n,) float32;
-        began: when, monotonic."""
+        """Write the results of a round.
+
+        rows: their scores belong to the model that was sent. sent: that model's weights, (n,) float32. began: the
+        round's start, monotonic.
+        """
         done = self.state.progress
         scores = scores_of(
             [row for row in rows if row["examples"] is not None]
-        )  # who observes chooses nothing
+        )  # the scores of observers select nothing
         if number == 1:
             self.state.best.unlink(missing_ok=True)  # of an earlier run
         done.rows = [row for row in done.rows if row["round"] < number] + rows
         from_a_model = number > 1 or done.started_from.startswith(
             "checkpoint"
-        )  # random weights are no model to keep
+        )  # random weights are not worth keeping
         better = from_a_model and self._judge(sent, scores, number - 1)
         done.before = scores
         done.seconds += time.monotonic() - began
@@ -67,19 +68,18 @@ class Record:
         left = done.seconds / number * (self.state.federation.rounds - number)
         spent = "" if done.epsilon is None else f"; epsilon {done.epsilon:.3g} of a hospital is spent"
         self.say(
-            f"round {number} of {self.state.federation.rounds}: {seconds:.1f} s, of which {work:.1f} s the "
-            f"longest hospital's "
+            f"round {number} of {self.state.federation.rounds}: {seconds:.1f} s, of which {work:.1f} s were the "
+            f"slowest hospital's "
             f"work; about {in_time(left)} left of the run; the model before it: {_in_words(scores)}"
             f"{' (best so far)' * better}{spent}\n{table(rows)}"
         )
 
     def end(self, rows: list[Row], weights: torch.Tensor) -> None:
-        """Write the scores of the model that the run ends with, (n,) float32, and
-        keep it if it is the best."""
+        """Write the scores of the model that the run ends with, weights (n,) float32, and keep it if it is the best."""
         done, scores = self.state.progress, scores_of(rows)
         done.rows = [row for row in done.rows if row["round"] <= done.round] + rows
         if not self._judge(weights, scores, done.round) and not (self.chooses and self.state.best.exists()):
-            self._keep_best(weights, {}, done.round)  # nothing may choose, or nobody scored a trained model
+            self._keep_best(weights, {}, done.round)  # no score may choose, or no trained model was scored
         self._write_pictures()
         if rows:
             kind = " (averaged over rounds)" if self.state.average is not None else ""
@@ -92,7 +92,7 @@ class Record:
         self.say(self._spent())
 
     def _spent(self) -> str:
-        """Where the time of all rounds went, and the most memory that the server took."""
+        """The time of all rounds, divided into work and waiting, and the server's peak memory."""
         done = self.state.progress
         work: dict[int, float] = {}
         for row in done.rows:
@@ -105,7 +105,7 @@ class Record:
         )
 
     def _judge(self, weights: torch.Tensor, scores: Scores, number: int) -> bool:
-        """Whether the model after round `number` is the best so far; it is kept then."""
+        """Whether the model after round `number` is the best so far. If it is, it is kept."""
         if not self.chooses:
             return False
         better, said = self.state.judge(scores, number)
@@ -135,7 +135,7 @@ class Record:
                 f"Federated training, {self.state.federation.strategy}, {counted(len(done.hospitals), 'hospital')}",
             )
         except MedFLError as error:  # a viewer may hold the file; both are written again after the next round
-            self.say(f"not this time: {error}")
+            self.say(f"history or curves were not written this time: {error}")
 
 
 def _in_words(scores: Scores) -> str:

@@ -1,4 +1,4 @@
-"""The round loop: what the server does from the first hospital's joining to the last model."""
+"""The round loop: the server's work from the first hospital's joining to the last model."""
 
 import math
 import time
@@ -32,16 +32,16 @@ from federation.server.state import RunState, keep_last
 from federation.server.updates import Updates
 from storage.files import write_json
 
-END_TIME = 15.0  # seconds in which hospitals may take note of the end
-TRIES = 2  # of a round that too few hospitals complete
-SHARE = 0.5  # of the hospitals that were asked: a round with fewer updates does not count, whatever --min-clients is
-OFTEN = 2  # collapses, after which every round is summed by the median
+END_TIME = 15.0  # seconds in which hospitals may confirm the end
+TRIES = 2  # for a round that too few hospitals complete
+SHARE = 0.5  # a round with updates of less than this share of the hospitals does not count, whatever --min-clients is
+OFTEN = 2  # collapses after which every round's updates are combined by the median
 
 
 class Federation:
-    """One run. resumed: it goes on with an earlier one, and need not wait for every hospital. labels: gives
-    the label that each node's key stands for, or None where no keys are asked for; keys: these keys; until: the
-    days on which their admissions end."""
+    """One run. resumed: whether it continues an earlier one; then it does not wait for every hospital. labels:
+    returns the label that belongs to each node's key, or None if the server asks for no keys. keys: returns these
+    keys. until: returns the days on which their admissions end."""
 
     def __init__(
         self,
@@ -79,20 +79,20 @@ class Federation:
         self.collector = Collector(state, self.exchange, out)
         self.ending = Ending(state, self.exchange, out, audit, say)
         self.energy = FederationEnergy(out, state.progress.energy, resumed) if energy else None
-        # what the last round's model was made of, until hospitals have scored it
+        # the updates of the last round's model, until hospitals have scored it
         self._last: Updates | None = None
-        self._robust = False  # whether that was by the median
-        self._unexplained = 0  # rounds in a row that have no sum, of nobody who is known
+        self._robust = False  # whether they were combined by the median
+        self._unexplained = 0  # rounds in a row without a sum for which no hospital can be named
 
     def run(self) -> int:
-        """All rounds; the exit code. What every round gave is on disk when it is over."""
+        """Run all rounds; returns the exit code. The result of each round is on disk when the round is over."""
         try:
             self.exchange.assemble(self.resumed)
             self._warn_of_another_split()
             while self.state.progress.round < self.settings.rounds and not self.state.stopped_early:
                 if self.privacy and self.privacy.exhausted(self.state.progress.round):
                     self.say(
-                        f"one round more would spend more than --dp-epsilon {self.settings.dp_epsilon:g}; "
+                        f"one more round would spend more than --dp-epsilon {self.settings.dp_epsilon:g}; "
                         f"stopped"
                     )
                     break
@@ -118,8 +118,8 @@ class Federation:
         return 0
 
     def evaluate(self, about: dict[str, str]) -> int:
-        """Score the model on the hospitals' test patients, and train nothing; the exit code. about: its file's
-        name and SHA-256."""
+        """Score the model on the hospitals' test patients without training; returns the exit code. about: the name
+        and SHA-256 of the model's file."""
         name = about["model"]
         try:
             self.exchange.assemble(resumed=False, observers=True)
@@ -144,21 +144,22 @@ class Federation:
         split = next((m.facts.split_sha256 for m in self.membership.present if not m.facts.own_data), None)
         if split and self.state.progress.init_split not in (None, split):
             self.say(
-                "note: the checkpoint that this starts from was trained on another split, so it may have "
-                "seen patients that are kept for the test here"
+                "note: the checkpoint that this run starts from was trained with another split, so it may have "
+                "seen patients that this run keeps for the test"
             )
 
     def _round(self, number: int) -> None:
-        """One round: enough updates, the new model, what is written. Raises NoQuorum after two tries."""
+        """One round: collect enough updates, make the new model, write the results. Raises NoQuorum after two tries
+        without enough updates."""
         began, tries, sent = time.monotonic(), 0, self.state.weights_as_sent
-        expected: set[str] = set()  # all that were asked in any try, and are still connected
+        expected: set[str] = set()  # the members at the start of any try
         for attempt in count(1):
             asked = self.collector.collect(number, attempt, self.membership.partition)
             expected |= {member.label for member in asked.members}
             self._add_energy({**asked.told, **asked.observed})
             ruined = self._collapsed(asked.scores) or self._can_hardly_train(asked)
             if ruined and self._take_back(asked.scores):
-                if self.settings.secure_aggregation:  # hospitals sum no round twice
+                if self.settings.secure_aggregation:  # hospitals take part in the sum of a round only once
                     return self._give_up(number, asked)
                 asked.updates.close()
                 sent = self.state.weights_as_sent
@@ -177,7 +178,7 @@ class Federation:
             got = f"got {len(asked.told)} updates and needs {needed}"
             what = "has no sum" if self.settings.secure_aggregation else got
             self.audit.write("failed", round=number, updates=len(asked.told), needed=self.settings.quorum)
-            self.say(f"round {number} {what}" + ("; once more" if tries < TRIES else ""))
+            self.say(f"round {number} {what}" + ("; trying again" if tries < TRIES else ""))
             if tries == TRIES:
                 raise NoQuorum(self.exchange.too_few(len(asked.told)))
         new = asked.told.keys() - self.state.progress.hospitals.keys()
@@ -200,35 +201,35 @@ class Federation:
                 self.energy.add(label, one)
 
     def _can_hardly_train(self, asked: Collected) -> bool:
-        """Whether half of the hospitals that were asked can't train the model: it has no use, whatever the others
-        say of it. Who fails sends no score."""
+        """Whether half or more of the hospitals can't train the model. It is useless then, whatever scores the others
+        send; a hospital that fails sends none."""
         many = 2 * len(asked.unable) >= len(asked.members) > 0
         return not self.privacy and self.state.can_go_back and many
 
     def _end_if_nobody_is_found(self, asked: Collected) -> None:
-        """Raises NoQuorum after two rounds in a row whose sum somebody made impossible who can't be named."""
+        """Raises NoQuorum after two rounds in a row without a sum for which no hospital can be named."""
         self._unexplained = 0 if asked.blamed else self._unexplained + 1
         if self._unexplained == TRIES:
             raise NoQuorum(
-                "the last two rounds have no sum, and masks hide who made it impossible; revoke or leave out one "
-                "hospital after the other, and go on with --resume"
+                "the last two rounds have no sum, and masks hide which hospital made it impossible; revoke or leave "
+                "out one hospital after another, and continue with --resume"
             )
 
     def _give_up(self, number: int, asked: Collected) -> None:
-        """Count a round for nothing whose sum one hospital made impossible, or whose model was ruined: the others
-        have given their shares and give none of this round again."""
+        """Skip a round whose sum became impossible, or whose model was ruined. It can't be repeated, because
+        hospitals have given their shares of this round and don't give them again."""
         asked.updates.close()
         self._forget_updates()
         self.state.begin()
         self.state.take(self.state.weights)
         keep_last(self.state, self.audit, "lost", round=number)
-        self.say(f"round {number} is lost, and the model stays as it was before it")
+        self.say(f"round {number} is lost; the model stays as it was before that round")
 
     def _look_through(self, number: int, asked: Collected) -> None:
-        """Screen the updates beside each other, and say who has no part in the round."""
-        # Under differential privacy an update is not compared with the others: whether it is left out would
-        # depend on them and so tell something about them, which no noise covers; the clip bounds it instead.
-        # A secure sum has no single updates.
+        """Compare the updates with each other, and report the hospitals whose update does not count."""
+        # Under differential privacy updates are not compared: whether one is left out would depend on the others and
+        # so reveal something about them that no noise covers. The clip bounds each update instead. A secure sum has
+        # no single updates.
         if not self.privacy and not self.settings.secure_aggregation:
             self.collector.screen(asked)
         for label, proof in sorted(asked.proofs.items()):
@@ -237,8 +238,8 @@ class Federation:
             if update.aside:
                 self.audit.write("statistics_left_out", round=number, hospital=update.label, why=update.aside)
                 self.say(
-                    f"round {number}: what {update.label} changed of the statistics {update.aside}; "
-                    "they don't count, its trained weights do"
+                    f"round {number}: {update.label}'s change of the statistics {update.aside}; "
+                    "its statistics don't count, its trained weights do"
                 )
         for label, why in sorted(asked.blamed.items()):
             self.audit.write("blamed", round=number, hospital=label, why=why)
@@ -250,7 +251,7 @@ class Federation:
             self.say(f"round {number} without {label}: {reason}")
 
     def _sum(self, number: int, updates: Updates) -> None:
-        """Make the round's model of its updates."""
+        """Combine the updates into the round's model."""
         self._forget_updates()
         self._robust = self.state.progress.collapses >= OFTEN and len(updates) >= COMPARED
         self.state.begin()
@@ -272,14 +273,13 @@ class Federation:
         self._last = None
 
     def _collapsed(self, now: Scores) -> bool:
-        """Whether the hospitals' scores say that the last round ruined the model. Under privacy no score
+        """Whether the hospitals' scores show that the last round ruined the model. Under differential privacy no score
         decides anything."""
         return not self.privacy and self.state.can_go_back and collapsed(self.state.progress.before, now)
 
     def _take_back(self, now: Scores) -> bool:
-        """Go back to the model before the last round, and on with the median of that round's updates, or,
-        where that collapsed as well or there is none, without the round. False where nothing more can be
-        done."""
+        """Go back to the model before the last round. Then take the median of that round's updates or, if that
+        collapsed as well or can't be computed, skip the round. Returns False if nothing more can be done."""
         done, number = self.state.progress, self.state.progress.round
         before, after = (
             mean_dice({label: scores[label] for label in done.before.keys() & now.keys()})[0] or 0.0
@@ -287,7 +287,7 @@ class Federation:
         )
         found = f"mean Dice {before:.3f} before it, {after:.3f} after it"
         if not self._collapsed(now):
-            found = "half of the hospitals or more can't train it"
+            found = "half or more of the hospitals can't train it"
         updates, robust = self._last, self._robust or self.settings.strategy == ROBUST
         if updates is None and self._robust:
             return False
@@ -305,7 +305,7 @@ class Federation:
         self.say(
             f"round {number} ruined the model ({found}): it is taken back, and "
             + what
-            + ("; from now on every round is summed by the median" if done.collapses == OFTEN else "")
+            + ("; from now on every round is combined by the median" if done.collapses == OFTEN else "")
         )
         keep_last(
             self.state,
@@ -319,8 +319,8 @@ class Federation:
         return True
 
     def _final_score(self) -> None:
-        """Score the model that the run ends with, and keep it if it is the best. If it collapsed, the last
-        round is taken back."""
+        """Score the model that the run ends with, and keep it if it is the best. If it collapsed, the last round is
+        taken back."""
         for attempt in count(1):
             weights = self.state.weights_to_score
             rows = self._scored(weights, self.state.progress.round + 1, f"final.{attempt}")
@@ -329,7 +329,7 @@ class Federation:
         self.record.end(rows, weights)
 
     def _scored(self, weights: torch.Tensor, number: int, purpose: str) -> list[Row]:
-        """Rows of the hospitals that scored these weights, as of round `number`."""
+        """The rows of the hospitals that scored these weights, as rows of round `number`."""
         members = self.membership.present
         size = self.exchange.send(
             "evaluate", purpose, members, {}, weights, self.settings.left_out(frozen=False)
@@ -344,5 +344,5 @@ class Federation:
         _, failures = self.exchange.wait(purpose, members, "scoring the last model", take=take)
         self._add_energy(results)
         for label, reason in sorted(failures.items()):
-            self.say(f"the last model is not scored by {label}: {reason}")
+            self.say(f"the last model was not scored by {label}: {reason}")
         return [row_of(number, label, result, size[label], 0) for label, result in sorted(results.items())]

@@ -1,13 +1,15 @@
-"""What is looked at before a hospital's update may count: its form, its numbers, its length and direction
-beside the others'.
+"""The checks that a hospital's update must pass before it counts: its form, its values, and its length and direction
+compared with the others'.
 
-Form and numbers are checked for each by itself. Length and direction are compared with the other updates of
-the round, and for what is trained and for BatchNorm's statistics separately: in the first rounds statistics
-are 99 % of an update's squared length, so together they would hide whatever was done to the weights. A change
-(a hospital's weights less those that were sent) of the weights that points against all the others' is left out;
-statistics that do so don't count; what is long is cut to the bound, because a hospital with many slices makes
-long changes; and a change beyond all measure is left out. The bounds leave room for honest hospitals
-(SECURITY.md has the figures of the real sites).
+Form and values are checked for each update by itself. Length and direction of the change (a hospital's weights minus
+the weights that were sent) are compared with the round's other updates, separately for the trained weights and for
+BatchNorm's statistics. In the first rounds the statistics are 99 % of an update's squared length; checked together,
+they would hide any manipulation of the weights.
+
+An update whose trained weights point against all the others is left out. Statistics that point against the others
+don't count. A long change is cut to a bound, because a hospital with many slices makes long changes. An update with
+an extremely long change is left out. The bounds leave room for honest hospitals (SECURITY.md has the figures of the
+real sites).
 """
 
 import numpy as np
@@ -17,17 +19,17 @@ from common import MedFLError
 from federation.protocol.settings import FederationSettings
 from federation.server.updates import Updates
 
-TINY = 1e-12  # a change that is none
-COMPARED = 3  # updates from which on they can be compared: of two that differ none is the odd one
+TINY = 1e-12  # the smallest length that anything is divided by
+COMPARED = 3  # the fewest updates that can be compared: of two that differ, neither is the odd one out
 PARTS = ("trained weights", "statistics")  # in the order of Updates.products
 
 
 def check_update(
     weights: torch.Tensor, examples: int, length: int, announced: int, variances: torch.Tensor
 ) -> None:
-    """Raises MedFLError where an update, (n,) float32, can't be averaged: another length, values that are not
-    finite, running variances below 0, no examples, or more than the hospital `announced` when it joined.
-    variances: where they are, (n,) bool."""
+    """Raises MedFLError if an update, (n,) float32, can't be averaged: it has another length, values that are not
+    finite, running variances below 0, no examples, or more examples than the hospital `announced` when it joined.
+    variances: which values are running variances, (n,) bool."""
     if examples <= 0:
         raise MedFLError(f"its update counts {examples} slices")
     if examples > announced:
@@ -41,15 +43,14 @@ def check_update(
 
 
 def lengths(products: np.ndarray) -> np.ndarray:
-    """The length of each change in medians of all, (hospitals,), from the
-    products of each with each other."""
+    """The length of each change, in units of the median length, (hospitals,); from the inner products of all pairs."""
     norms = np.sqrt(products.diagonal().clip(min=0))
     return norms / max(float(np.median(norms)), TINY)
 
 
 def cosines(products: np.ndarray) -> np.ndarray:
-    """The cosine between each change and the mean of the others, (hospitals,), each scaled to length 1 so
-    that none outweighs; from the products of each with each other."""
+    """The cosine between each change and the mean of the others, (hospitals,), from the inner products of all pairs.
+    Each change is scaled to length 1, so that none outweighs the others."""
     norms = np.sqrt(products.diagonal().clip(min=TINY**2))
     unit = products / np.outer(norms, norms)
     with_all = unit.sum(axis=1)
@@ -60,16 +61,16 @@ def cosines(products: np.ndarray) -> np.ndarray:
 
 
 def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
-    """Drop the updates that are unlike the round's others, set statistics aside, and cut what is long.
+    """Drop the updates that differ too much from the others, set statistics aside, and cut long changes.
 
-    Of each part: longer than `max_update_norm_ratio` medians, the update is dropped; longer than
-    `cut_update_norm_ratio` medians, the part is cut to that. Trained weights whose cosine is below
-    `min_update_cosine`: the update is dropped, the worst first, and the rest is compared again. Statistics below it
-    are set aside and the weights count: late in a training statistics move little and to either side, so those of
-    an honest hospital can point against the others by chance.
+    An update is dropped if one of its parts is longer than `max_update_norm_ratio` medians. A part that is longer
+    than `cut_update_norm_ratio` medians is cut to that length. An update is also dropped if the cosine of its trained
+    weights is below `min_update_cosine`; the worst update goes first, and the rest is compared again. Statistics with
+    a cosine below that bound are set aside, and the weights count: late in a training statistics move little and to
+    either side, so an honest hospital's statistics can point against the others by chance.
 
     Returns:
-        Why updates were dropped, by label.
+        The reasons why updates were dropped, by label.
     """
     found: dict[str, str] = {}
 
@@ -105,7 +106,7 @@ def screen(updates: Updates, settings: FederationSettings) -> dict[str, str]:
 
 
 def _set_statistics_aside(updates: Updates, bound: float) -> None:
-    """Set aside the statistics that point against the others', the worst first."""
+    """Set aside the statistics that point against the others, the worst first."""
     labels, products = updates.labels, updates.products()[1]
     while len(labels) >= COMPARED:
         against = cosines(products)

@@ -1,5 +1,5 @@
-"""What lasts over the rounds, and how it is kept: weights, averaged weights, plateau rule, history, the best
-so far, and the way back to the model before."""
+"""The state that lasts over the rounds, and its files: weights, averaged weights, plateau rule, history, the best
+model so far, and the state before the last round."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from training import TrainingSettings, averaging_weight, plateau
 from transunet import TransUNet
 
 BEST, LAST = "transunet_federated_best.pth", "transunet_federated_last.pth"
-# in the place of the best where hospitals keep layers, or train the encoder alone: by itself it is no model
+# replaces the best model's file if hospitals keep layers or train only the encoder: by itself it is not a whole model
 SHARED = "transunet_federated_shared.pth"
 
 
@@ -48,32 +48,32 @@ class RunState:
         self.aggregator = Aggregator(federation, self.is_statistic)
         self.weights = pack(model.state_dict())  # (n,) float32, as all weights here
         self.average: torch.Tensor | None = None
-        self.audited: tuple[int, str] | None = None  # the audit log's end when this was kept
-        self._before: dict = {}  # what the last round began with; empty where that is not known
-        self.plateau = plateau(torch.optim.SGD([torch.zeros(1)], lr=1.0))  # of a share of --lr
+        self.audited: tuple[int, str] | None = None  # the audit log's end when this state was written
+        self._before: dict = {}  # the state before the last round; empty if it is not known
+        self.plateau = plateau(torch.optim.SGD([torch.zeros(1)], lr=1.0))  # its rate is a share of --lr
 
     @property
     def rate(self) -> float | None:
-        """The share of the learning rate that hospitals take, or None where they follow the cosine."""
+        """The share of the learning rate that hospitals use, or None if they follow the cosine schedule."""
         return self.plateau.optimizer.param_groups[0]["lr"] if self.training.schedule == "plateau" else None
 
     @property
     def final_weights(self) -> torch.Tensor:
-        """What the run ends with: averaged weights, if there are any."""
+        """The weights that the run ends with: the averaged ones, if there are any."""
         return self.weights if self.average is None else self.average
 
     @property
     def weights_as_sent(self) -> torch.Tensor:
-        """The weights that hospitals get: rounded, where they travel in half precision."""
+        """The weights that hospitals get: rounded, if they are sent in half precision."""
         return in_precision(self.weights, self.federation.update_dtype)
 
     @property
     def weights_to_score(self) -> torch.Tensor:
-        """What the run ends with, rounded as it travels."""
+        """The weights that the run ends with, rounded as they are sent."""
         return in_precision(self.final_weights, self.federation.update_dtype)
 
     def take(self, weights: torch.Tensor) -> None:
-        """A round is complete and gave this model."""
+        """Take these weights as the model of a complete round."""
         self.weights = weights
         self.progress.round += 1
         if self.training.ema_decay:
@@ -81,7 +81,7 @@ class RunState:
             self.average = weights if self.average is None else self.average.lerp(weights, 1 - past)
 
     def begin(self) -> None:
-        """A round is about to be summed: keep the way back."""
+        """Keep the present state, so that the round which is about to be summed can be taken back."""
         self._before = {
             "weights": self.weights,
             "average": self.average,
@@ -91,24 +91,23 @@ class RunState:
 
     @property
     def can_go_back(self) -> bool:
-        """Whether the model before the last round is known."""
+        """Whether the state before the last round is known."""
         return bool(self._before)
 
     def go_back(self) -> None:
-        """Take the last round's model back. What it was made of, and what the strategy learnt of it, is
-        forgotten."""
+        """Return to the state before the last round, also of the strategy."""
         self.weights, self.average = self._before["weights"], self._before["average"]
         self.aggregator.load_state_dict(self._before["strategy"])
         self.progress.round = self._before["round"]
 
     def judge(self, scores: Scores, number: int) -> tuple[bool, str | None]:
-        """Note the scores of the model after round `number`: whether it is the best so far, and what is to be
-        said besides."""
+        """Note the scores of the model after round `number`. Returns whether it is the best so far, and a sentence to
+        print, if any."""
         better, said = self.progress.judge.look(scores, number)
         if scores:
             self.plateau.step(
                 self.progress.judge.improvements
-            )  # it waits for improvements, by whomever they are seen
+            )  # the rule waits for improvements, whichever hospitals see them
         return better, said
 
     @property
@@ -125,19 +124,19 @@ class RunState:
         )
 
     def save_best(self, path: Path, weights: torch.Tensor, scores: Scores, number: int) -> None:
-        """Write `transunet_federated_best.pth`, or what is to become it, from these weights, which round `number`
-        gave. scores: by which they were chosen."""
+        """Write these weights, the result of round `number`, to `path`, as `transunet_federated_best.pth`. scores: the
+        scores by which they were chosen."""
         about = self.metadata(scores, number)
         about["training"]["weights"] = "averaged" if self._is_average(weights) else "raw"
         save_checkpoint(path, unpack(weights, self.model.state_dict()), about)
 
     def _is_average(self, weights: torch.Tensor) -> bool:
-        """Whether weights, (n,) float32, are those averaged over the rounds, as they travel."""
+        """Whether weights, (n,) float32, are those averaged over the rounds, as they are sent."""
         sent = None if self.average is None else in_precision(self.average, self.federation.update_dtype)
         return sent is not None and torch.equal(weights, sent)
 
     def save_last(self, path: Path | None = None) -> None:
-        """Write `transunet_federated_last.pth`, or another file: all that --resume needs."""
+        """Write `transunet_federated_last.pth`, or another file, with everything that --resume needs."""
         state = {
             "weights": self.weights,
             "average": self.average,
@@ -153,7 +152,7 @@ class RunState:
         save_checkpoint(path or self.last, unpack(self.final_weights, self.model.state_dict()), about, state)
 
     def restore(self, state: dict) -> None:
-        """Go on from what `save_last` kept."""
+        """Continue from the state that `save_last` wrote."""
         self.weights = state["weights"]
         self.average = state["average"]
         self.aggregator.load_state_dict(state["strategy"])
@@ -163,28 +162,28 @@ class RunState:
 
 
 def with_rounds(federation: FederationSettings, rounds: int | None, done: int) -> FederationSettings:
-    """The settings of a run that goes on, with as many rounds as are asked for now, and no fewer than are
-    done. Raises MedFLError for more where its noise was worked out for as many as it had."""
+    """The settings of a run that continues, with the number of rounds that is asked for now, but no fewer than are
+    done. Raises MedFLError for more rounds if the noise was calculated for the former number."""
     if rounds is None or rounds == federation.rounds:
         return federation
     if rounds > federation.rounds and federation.private and federation.dp_noise_multiplier is None:
         raise MedFLError(
-            f"the noise of this run was worked out from --dp-epsilon for {federation.rounds} rounds, and more "
-            "would spend more; start a new run from its model with --init"
+            f"the noise of this run was calculated from --dp-epsilon for {federation.rounds} rounds, and more "
+            "rounds would exceed that epsilon; start a new run from its model with --init"
         )
     return replace(federation, rounds=max(rounds, done, 1))
 
 
 def nothing_left(out: Path, rounds: int | None) -> bool:
-    """Whether the run in `out` came to its end, as its log tells, and no more rounds are asked for."""
+    """Whether the run in `out` is over, according to its log, and no more rounds are asked for."""
     _, federation, kept, _ = load_run(out)
     done = kept["progress"]["round"]
     return ended_well(out / AUDIT) and (rounds in (None, federation.rounds) or rounds <= done)
 
 
 def keep(path: Path, write: Callable[[Path], None], audit: AuditLog, event: str, **about) -> None:
-    """Write a file of the run by `write`, and its hash into the audit log first: a server that is killed between the
-    two finishes when it goes on."""
+    """Write a file of the run with `write`. Its hash goes into the audit log before the file is put in its place; a
+    server that is killed between the two puts it there when it continues."""
     new = _beside(path)
     write(new)
     audit.write(event, **about, file=path.name, sha256=file_sha256(new))
@@ -198,7 +197,7 @@ def keep_last(state: RunState, audit: AuditLog, event: str, **about) -> None:
 
 
 def finish_keeping(path: Path, log: Path) -> None:
-    """Put the file that a killed server had written, and whose hash stands in the log, in its place."""
+    """Put a file that a killed server wrote in its place, if its hash is in the log."""
     new = _beside(path)
     if not new.exists():
         return
@@ -213,8 +212,8 @@ def _beside(path: Path) -> Path:
 
 
 def check_best(out: Path) -> None:
-    """Raises MedFLError where the best model of a run that goes on is another than its log says: it would be scored
-    and sent to the hospitals."""
+    """Raises MedFLError if the best model of a continued run is not the one in its log: it would be scored and sent
+    to the hospitals."""
     for path in (out / BEST, out / SHARED):
         finish_keeping(path, out / AUDIT)
         if path.exists():
@@ -222,16 +221,15 @@ def check_best(out: Path) -> None:
 
 
 def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, TransUNet]:
-    """Settings, state and network of the run that `out` holds. Raises MedFLError where there is none to go on
-    with."""
+    """Settings, state and network of the run that `out` holds. Raises MedFLError if there is no run to continue."""
     last = out / LAST
     if not last.exists():
-        raise MedFLError(f"there is no {last} to go on from; start without --resume")
+        raise MedFLError(f"there is no {last} to continue from; start without --resume")
     finish_keeping(last, out / AUDIT)
     check_file(last, out / AUDIT)
     checkpoint = load_checkpoint(last, whole=False)
     if not checkpoint.state or "progress" not in checkpoint.state:
-        raise MedFLError(f"{last} holds a model but no federation to go on with; start without --resume")
+        raise MedFLError(f"{last} holds a model but no federation to continue; start without --resume")
     if audited := checkpoint.state.get("audited"):
         number, sha256 = audited
         check_line(out / AUDIT, number, sha256, str(last))
@@ -241,13 +239,13 @@ def load_run(out: Path) -> tuple[TrainingSettings, FederationSettings, dict, Tra
         return *from_json(settings, stored=True), {**checkpoint.state, "settings": settings}, checkpoint.model
     except (MedFLError, KeyError, TypeError, AttributeError) as error:
         raise MedFLError(
-            f"{last} was written by another version of MedFL, whose run can't be gone on with; use that "
+            f"{last} was written by another version of MedFL, and this version can't continue its run; use that "
             f"version, or start a new run from its model with --init {last}"
         ) from error
 
 
 def _as_now(settings: str) -> str:
-    """Settings of a run of before --encoder, whose encoder was loaded or not by two other settings."""
+    """The settings of a stored run, as of today. Before --encoder two other settings named the encoder's weights."""
     content = json.loads(settings)
     if "encoder" not in content["training"]:
         content["training"].pop("encoder_weights", None)

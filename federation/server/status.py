@@ -1,4 +1,4 @@
-"""The run's status page, written after every event: what the terminal shows, for who is not there."""
+"""The run's status page, written after every event. It shows what the terminal shows, for people who are not there."""
 
 import shutil
 import sys
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 PAGE = Path("status") / "index.html"
 HEAD = ("hospital", "state", "last seen", "Dice", "loss", "left out")
 KEPT = 30  # events on the page
-SCARCE = 10  # times the size of the run's file: less free disk is told
-NEARLY = 0.9  # of epsilon
+SCARCE = 10  # times the size of the run's file; less free disk is reported
+NEARLY = 0.9  # share of epsilon; more is reported
 
 
 class Status:
-    """Writes the page into `out`, and tells when disk or epsilon are nearly spent."""
+    """Writes the page into `out`, and reports when the disk is nearly full or epsilon is nearly spent."""
 
     def __init__(self, federation: "Federation", journal: Journal, out: Path):
         self.federation, self.journal, self.out = federation, journal, out
@@ -32,7 +32,7 @@ class Status:
         self._told: set[str] = set()
 
     def __call__(self, event: str, about: dict) -> None:
-        """Take in an event, and write the page again."""
+        """Process an event, and write the page again."""
         now = utc_now().replace("T", " ")[:19]
         who = str(about.get("hospital") or ", ".join(about.get("hospitals", ())) or "")
         why = str(about.get("why", about.get("then", "")))
@@ -46,7 +46,7 @@ class Status:
             self.left_out[who] = f"round {number}: {why}"
         try:
             self.write(event)
-        except MedFLError as error:  # a full disk ends the run where it writes what counts
+        except MedFLError as error:  # a full disk ends the run where it writes a file that matters
             if "page" not in self._told:
                 self.federation.say(f"no status page: {error}")
             self._told.add("page")
@@ -65,14 +65,14 @@ class Status:
         if not settings.rounds:
             lead = "a model is scored, nothing is trained" + ", over" * (event == "end")
         facts = [
-            ("renewed", f"{utc_now().replace('T', ' ')[:19]} UTC"),
+            ("updated", f"{utc_now().replace('T', ' ')[:19]} UTC"),
             ("best model", f"Dice {done.best:.3f} after round {done.best_round}" if done.best >= 0 else None),
             ("epsilon of a hospital spent", done.epsilon),
             (
                 "sent and received",
                 f"{_megabytes(done.rows, 'bytes_sent')}, {_megabytes(done.rows, 'bytes_received')}",
             ),
-            ("memory of the server, at most", _memory()),
+            ("peak memory of the server", _memory()),
             ("disk free", f"{shutil.disk_usage(self.out).free / 1e9:.1f} GB"),
             ("audit log's last line, SHA-256", self.journal.head),
         ]
@@ -83,7 +83,7 @@ class Status:
             if (mean := mean_dice(scores_of([r for r in rounds if r["round"] == number]))[0]) is not None
         ]
         curve = page.curve(means, "Dice over rounds") or page.text(
-            "drawn from two rounds on whose Dice a hospital sent"
+            "drawn once hospitals have sent their Dice in two rounds"
         )
         sections = [
             ("The run", page.table(("", ""), facts)),
@@ -94,11 +94,11 @@ class Status:
         page.write_page(self.out / PAGE, "MedFL federation", lead, sections)
 
     def _hospitals(self) -> list[tuple]:
-        """A row of each hospital that is or was there."""
+        """A row for each hospital that is or was there."""
         membership, done = self.federation.membership, self.federation.state.progress
         admitted, lines = membership.labels(), []
         last = {row["site"]: row for row in done.rows}
-        # the last model is scored without a training, which says nothing of the loss
+        # the last model is scored without training, so those rows have no loss
         losses = {row["site"]: row["train_loss"] for row in done.rows if row["train_loss"] is not None}
         for label in sorted({*membership.members, *done.hospitals, *self.seen}):
             member = membership.members.get(label)

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class RoundTracker:
-    """Gives a run's trackers each round's figures, and at the end the model and the pictures."""
+    """Gives a run's tracker each round's figures, and at the end the model and the curves."""
 
     def __init__(self, federation: "Federation", tracker: Tracker, out: Path):
         self.federation, self.tracker, self.out = federation, tracker, out
 
     def __call__(self, event: str, about: dict) -> None:
-        """Take in an event."""
+        """Process an event."""
         state = self.federation.state
         if event == "start":
             self.tracker.settings({**vars(state.training), **vars(state.federation)})
@@ -45,5 +45,5 @@ def _figures(rows: list[Row]) -> dict[str, float]:
 
 
 def trackers(federation: "Federation", out: Path, tensorboard: bool, mlflow: str | None) -> list[Listener]:
-    """Listeners for what was asked for."""
+    """The listeners for the trackers that were asked for."""
     return [RoundTracker(federation, one, out) for one in open_trackers(out, tensorboard, mlflow)]

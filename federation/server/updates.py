@@ -1,8 +1,8 @@
 """A round's updates on disk. Memory holds one block of them at a time, however many hospitals there are.
 
-An update is a file of float32 values; what a strategy or the screening sees are changes (a hospital's weights
-less those that were sent) in float64, a block of columns of all hospitals at a time. Lengths, directions and
-distances all follow from the products of each change with each other one, which take one pass.
+An update is a file of float32 values. Strategies and the screening get changes (a hospital's weights minus the
+weights that were sent) in float64, a block of columns of all hospitals at a time. Lengths, directions and distances
+all follow from the inner products of all pairs of changes, which take one pass.
 """
 
 import shutil
@@ -17,17 +17,17 @@ import torch
 
 from common import MedFLError
 
-BLOCK = 4_000_000  # values of all hospitals together that are in memory at a time: 32 MB in float64
+BLOCK = 4_000_000  # values in memory at a time, over all hospitals: 32 MB in float64
 
 
 class NoRoom(MedFLError):
-    """The server's disk takes no more: not the fault of the hospital whose update it was."""
+    """The server's disk is full, which is not the fault of the hospital whose update it was."""
 
 
 @dataclass
 class Update:
-    """What is known of a hospital's update besides its values. trained, statistics: factors to which the
-    screening cut its changes of trained weights and of statistics. aside: why its statistics don't count."""
+    """A hospital's update without its values. trained, statistics: the factors by which the screening shortened its
+    changes of trained weights and of statistics. aside: why its statistics don't count, empty if they do."""
 
     label: str
     examples: int
@@ -40,8 +40,8 @@ class Update:
 class Updates:
     """The updates of one round to the weights `sent`, (n,) float32.
 
-    is_statistic: which weights nobody trains, (n,) bool. within: the folder in which they get one of their
-    own.
+    is_statistic: which weights are statistics that nobody trains, (n,) bool. within: the folder in which the updates
+    get a folder of their own.
     """
 
     def __init__(self, sent: torch.Tensor, is_statistic: torch.Tensor, within: Path):
@@ -54,7 +54,7 @@ class Updates:
         return len(self._of)
 
     def __iter__(self) -> Iterator[Update]:
-        """The updates by their labels, so that nothing depends on who answered first."""
+        """The updates in the order of their labels, so that nothing depends on which hospital answered first."""
         return iter(self._of[label] for label in sorted(self._of))
 
     @property
@@ -63,17 +63,17 @@ class Updates:
         return sorted(self._of)
 
     def add(self, label: str, weights: torch.Tensor, examples: int) -> None:
-        """Take in a hospital's weights, (n,) float32, and the training slices behind them. Raises NoRoom on a
-        full disk."""
-        path = self._folder / label.encode().hex()  # some systems take mercy and Mercy for one file
+        """Add a hospital's weights, (n,) float32, and the number of its training slices. Raises NoRoom on a full
+        disk."""
+        path = self._folder / label.encode().hex()  # some systems treat mercy and Mercy as one file
         try:
-            with open(path, "wb") as file:  # numpy's tofile is silent where the disk is full
+            with open(path, "wb") as file:  # numpy's tofile reports no error on a full disk
                 file.write(weights.contiguous().numpy().data)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise NoRoom(
                 f"the updates of a round don't fit into {self._folder.parent} ({error.strerror or error}); "
-                "free the disk, then go on with --resume"
+                "free the disk, then continue with --resume"
             ) from error
         self._of[label], self._products = Update(label, examples, path), None
 
@@ -87,13 +87,13 @@ class Updates:
             self._products = [labels[k] for k in kept], trained[square], of_statistics[square]
 
     def cut(self, label: str, trained: float, statistics: float) -> None:
-        """Shorten an update: its changes of trained weights and of statistics are multiplied by these factors
-        from now on."""
+        """Shorten an update: from now on its changes of trained weights and of statistics are multiplied by these
+        factors."""
         update = self._of[label]
         update.trained, update.statistics = trained, 0.0 if update.aside else statistics
 
     def set_aside(self, label: str, why: str) -> None:
-        """Let a hospital's statistics stay as they were sent; its trained weights count."""
+        """Ignore a hospital's change of the statistics; its trained weights count."""
         self._of[label].aside, self._of[label].statistics = why, 0.0
 
     def close(self) -> None:
@@ -102,13 +102,13 @@ class Updates:
         self._of, self._products = {}, None
 
     def shares(self, ratio: float) -> np.ndarray:
-        """Each hospital's weight in the mean, (hospitals,) float64, by its slices; `capped`."""
+        """Each hospital's weight in the mean, (hospitals,) float64, by its slices, `capped`."""
         counts = np.array(capped([update.examples for update in self], ratio))
         return counts / counts.sum()
 
     def products(self) -> tuple[np.ndarray, np.ndarray]:
-        """The products of each hospital's change with each other's, of trained weights and of statistics,
-        each (hospitals, hospitals) float64, as they came: before any cut."""
+        """The inner products of all pairs of changes, separately for trained weights and for statistics, each
+        (hospitals, hospitals) float64; before any cut."""
         if self._products is None:
             labels = self.labels
             whole, of_statistics = (np.zeros((len(labels), len(labels))) for _ in range(2))
@@ -120,7 +120,7 @@ class Updates:
         return self._products[1:]
 
     def distances(self) -> np.ndarray:
-        """The squared distance between each two hospitals' changes, as they are cut, (hospitals, hospitals)
+        """The squared distance between the changes of each two hospitals, after the cuts, (hospitals, hospitals)
         float64."""
         total = np.zeros((len(self), len(self)))
         for part, name in zip(self.products(), ("trained", "statistics")):
@@ -130,7 +130,7 @@ class Updates:
         return total
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """All changes, as they are cut, in blocks: which values, and the changes of them, (hospitals, values)
+        """All changes, after the cuts, in blocks: the slice of values, and their changes, (hospitals, values)
         float64."""
         factors = np.array([[update.trained, update.statistics] for update in self]).reshape(-1, 2)
         for columns, block in self._blocks():
@@ -150,8 +150,8 @@ class Updates:
 
 
 def capped(counts: list[int], ratio: float) -> list[float]:
-    """Counts of slices or patients as weights, none more than `ratio` times their median: a hospital that
-    claims a hundred times what the others have does not rule the mean."""
+    """Counts of slices or patients as weights, none larger than `ratio` times their median, so that a hospital that
+    claims a hundred times as many as the others does not dominate the mean."""
     most = ratio * statistics.median(counts)
     return [min(float(count), most) for count in counts]
 
@@ -163,11 +163,11 @@ def _made(within: Path) -> Path:
         return Path(tempfile.mkdtemp(dir=within, prefix=".updates-"))
     except OSError as error:
         raise MedFLError(
-            f"{within} can't be written ({error.strerror or error}); free it, or choose another --out"
+            f"{within} can't be written ({error.strerror or error}); free space there, or choose another --out"
         ) from error
 
 
 def remove_leftovers(within: Path) -> None:
-    """Remove the updates that a killed server left."""
+    """Remove the updates that a killed server left behind."""
     for folder in within.glob(".updates-*"):
         shutil.rmtree(folder, ignore_errors=True)

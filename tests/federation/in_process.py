@@ -53,6 +53,7 @@ def federate(monkeypatch, tmp_path, phantoms, home):
         out: str = "out",
         resume: bool = False,
         hospitals=None,
+        energy: bool = False,
         **settings,
     ):
         said, grid, folder = [], Grid(), tmp_path / out
@@ -69,7 +70,14 @@ def federate(monkeypatch, tmp_path, phantoms, home):
         hospitals = hospitals or [RealHospital(folder, cid, phantoms) for cid in (0, 1)]
         grid.nodes = dict(enumerate(hospitals, 1))
         code = Federation(
-            grid, state, VERSIONS, folder, resume, AuditLog(folder / "audit.jsonl"), say=said.append
+            grid,
+            state,
+            VERSIONS,
+            folder,
+            resume,
+            AuditLog(folder / "audit.jsonl"),
+            say=said.append,
+            energy=energy,
         ).run()
         assert code == 0, said
         return state, hospitals, said

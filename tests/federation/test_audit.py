@@ -88,12 +88,12 @@ def test_the_copy_of_the_end_beside_the_kit_shows_a_log_that_was_cut_or_written_
     assert ends.stat().st_mode & 0o077 == 0
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
-    with pytest.raises(MedFLError, match="cut off, written anew or taken away"):
+    with pytest.raises(MedFLError, match="cut off, rewritten or removed"):
         AuditLog(path, ends)
     path.unlink()
     for event in ("start", "joined", "round", "end"):
         AuditLog(path).write(event, by="somebody")
-    with pytest.raises(MedFLError, match="cut off, written anew or taken away"):
+    with pytest.raises(MedFLError, match="cut off, rewritten or removed"):
         AuditLog(path, ends)
     path.write_bytes(whole)
     AuditLog(path, ends)

@@ -186,7 +186,7 @@ def test_a_proxy_is_told_without_its_password_and_can_be_left_out(no_proxies, ca
 def test_a_proxy_that_is_none_of_http_is_not_used(no_proxies, capsys):
     no_proxies.setenv("all_proxy", "socks://127.0.0.1:1080/")
     proxies.leave_out_odd()
-    assert "no HTTP proxy" in capsys.readouterr().out and "all_proxy" not in os.environ
+    assert "not an HTTP proxy" in capsys.readouterr().out and "all_proxy" not in os.environ
     proxies.tell_proxies("fl.example.org")
     assert not capsys.readouterr().out
 

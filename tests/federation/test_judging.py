@@ -55,7 +55,7 @@ def test_a_lasting_change_begins_a_new_comparison_and_is_said(now):
     judge.look(scores(a=0.5, b=0.5), 1)
     told = [judge.look(now, number) for number in range(2, 2 + LASTING)]
     assert [better for better, _ in told] == [False] * (LASTING - 1) + [True]
-    assert "the comparison begins again with a" in told[-1][1] and judge.number == 1 + LASTING
+    assert "the comparison starts again with a" in told[-1][1] and judge.number == 1 + LASTING
 
 
 def test_one_liar_of_three_can_neither_choose_nor_prevent():

@@ -63,6 +63,18 @@ def test_a_private_encoders_file_does_not_tell_who_took_part(federate, tmp_path)
     assert about["rounds_done"] == 1 and not {"hospitals", "volumes", "slices"} & about.keys()
 
 
+def test_the_electricity_of_a_pretraining_is_written(federate, phantoms, tmp_path):  # noqa: F811
+    (tmp_path / "out").mkdir()
+    hospitals = [RealHospital(tmp_path / "out", cid, phantoms) for cid in (0, 1)]
+    for one in hospitals:
+        one.identity.model_copy(update={"energy": True}).save(one.folder)
+    _, _, said = federate(1, hospitals=hospitals, energy=True, **TOGETHER)
+    records = {one["what"]: one for one in json.loads((tmp_path / "out" / "energy.json").read_text())}
+    assert records.keys() == {"server", "hospital hospital-0", "hospital hospital-1"}
+    assert all(0 < one["kwh"][0] <= one["kwh"][1] for one in records.values())
+    assert any("of the server and 2 of 2 hospitals" in line for line in said)
+
+
 def test_it_goes_on_after_a_stop(federate, tmp_path):  # noqa: F811
     federate(2, **TOGETHER)
     state, _, _ = federate(3, resume=True, **TOGETHER)

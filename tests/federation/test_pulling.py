@@ -84,7 +84,7 @@ def test_pulling_has_a_deadline_of_its_own(run, monkeypatch):
     monkeypatch.setattr("federation.server.mailbox.time_for", lambda size: 0.5)
     code, rounds, left, _, seconds = run(3, drips=[1], round_timeout=600.0)
     assert code == 0 and rounds == [["hospital-1", "hospital-2"]] and seconds < 12
-    assert "piece by piece and was not whole" in left["hospital-0"]
+    assert "piece by piece and was not complete" in left["hospital-0"]
 
 
 def test_an_answer_that_is_no_message_takes_no_other_with_it(run):

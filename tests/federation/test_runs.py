@@ -213,7 +213,7 @@ def test_a_killed_server_goes_on_where_it_was(whole, scene, phantoms):
     assert left == []
     again = scene.server("--resume")
     assert again.end() == 0, again.output
-    assert "going on after round 1 of 3" in again.output and [h.end() for h in hospitals] == [0, 0]
+    assert "continuing after round 1 of 3" in again.output and [h.end() for h in hospitals] == [0, 0]
     wanted = history(whole[0].out)
     for one, other in zip(history(scene.out), wanted, strict=True):
         assert {**one, "seconds": ""} == {**other, "seconds": ""}

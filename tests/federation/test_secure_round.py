@@ -318,7 +318,7 @@ class Liar(RealHospital):
 
 
 @pytest.mark.parametrize(
-    ("lies", "reason"), [({"examples": 10_000}, "counts 10000 slices"), ({"round": 7}, "is of round 7")]
+    ("lies", "reason"), [({"examples": 10_000}, "counts 10000 slices"), ({"round": 7}, "is for round 7")]
 )
 def test_an_update_that_counts_too_much_or_is_of_another_round_is_left_out(
     federate, hospitals, phantoms, tmp_path, lies, reason

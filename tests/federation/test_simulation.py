@@ -29,7 +29,7 @@ def test_one_core_serves_all_hospitals_and_a_stopped_run_goes_on(scene: Scene, p
     assert len([row for row in history(scene.out) if row["round"] == str(done)]) == 3
     again = Script(scene.folder, "again", *options, "--resume")
     scene.scripts.append(again)
-    again.wait_for(r"going on after round \d+ of 30")
+    again.wait_for(r"continuing after round \d+ of 30")
     again.wait_for(rf"round {done + 1} of 30: [\d.]+ s")
     again.process.send_signal(signal.SIGTERM)
     assert again.end() == 130, again.output

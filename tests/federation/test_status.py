@@ -4,11 +4,14 @@ end of a run: test scores, the model for everybody."""
 import http.client
 import http.server
 import json
+import os
+import subprocess
 import sys
 import threading
 from dataclasses import asdict
 
 import pytest
+from running import ROOT
 from scripted import VERSIONS, Grid, Worker, facts, make_fast
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
@@ -157,10 +160,10 @@ def test_a_webhook_and_a_command_get_one_line_an_event_and_cant_stop_anything(tm
     server.shutdown()
     assert [line["event"] for line in got] == ["left_out", "end"] and "before" not in got[0]
     said = capsys.readouterr().out
-    assert got[0]["hospital"] == "mercy" and "--notify could not be told (HTTP 500)" in said
+    assert got[0]["hospital"] == "mercy" and "--notify failed (HTTP 500)" in said
     # what fails here does not keep the line from who is next
     assert [json.loads(line)["event"] for line in heard.read_text().splitlines()] == ["left_out", "end"]
-    assert "--on-event could not be told (exit code 1: no)" in said
+    assert "--on-event failed (exit code 1: no)" in said
 
 
 @pytest.mark.parametrize(("url", "command"), [("ftp://x", None), (None, "/no/such/program")])
@@ -206,6 +209,37 @@ def test_the_pooled_score_weighs_patients_and_draws_hospitals():
 def test_mlflows_files_count_from_where_the_script_was_started(given, taken, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert mlflow_address(given) == taken.replace("HERE", tmp_path.resolve().as_posix())
+
+
+ASKED = """
+import socket, sys, time
+from pathlib import Path
+from runs.tracking import open_trackers
+def look(host, *others, **more):
+    print("asked for", host, flush=True)
+    raise socket.gaierror
+socket.getaddrinfo = look
+(one,) = open_trackers(Path(sys.argv[1]), False, "local")
+one.settings({"lr": 0.1})
+one.close()
+from mlflow.telemetry.client import get_telemetry_client
+print("telemetry is", "on" if get_telemetry_client() else "off")
+"""
+
+
+def test_mlflow_tells_its_makers_nothing(tmp_path):
+    pytest.importorskip("mlflow")
+    quiet = {
+        "CI",
+        "GITHUB_ACTIONS",
+        "PYTEST_CURRENT_TEST",
+        "MLFLOW_DISABLE_TELEMETRY",
+    }  # it tells nothing there
+    others = {name: value for name, value in os.environ.items() if name not in quiet}
+    environment = {**others, "MLFLOW_ALLOW_FILE_STORE": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ASKED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "telemetry is off", done.stdout + done.stderr
 
 
 def test_mlflow_keeps_a_run_in_a_local_folder(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_a_lost_quorum_ends_with_3_everywhere(scene, phantoms):
     server.wait_for("round 1 of 1000: ")
     leaves.process.send_signal(signal.SIGTERM)
     assert leaves.end() == 130
-    assert server.end() == 3 and "go on with --resume" in server.output, server.output
+    assert server.end() == 3 and "continue with --resume" in server.output, server.output
     assert stays.end() == 3 and "too few hospitals" in stays.output
     assert (scene.out / LAST).exists()
 

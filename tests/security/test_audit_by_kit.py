@@ -74,7 +74,7 @@ def ran(tmp_path):
 def test_end_and_signatures_are_looked_at(ran):
     done = ran.audit()
     assert done.returncode == 0, done.stderr
-    assert "4 signed updates, each by its hospital's key" in done.stdout and "its end is there" in done.stdout
+    assert "4 signed updates, each by its hospital's key" in done.stdout and "its end matches" in done.stdout
 
 
 def test_a_log_that_was_cut_or_written_anew_is_refused(ran):
@@ -84,7 +84,7 @@ def test_a_log_that_was_cut_or_written_anew_is_refused(ran):
     ran.written_anew(lambda events: [*events, {"event": "end", "exit": 0}])
     anew = ran.audit()
     for done in (cut, anew):
-        assert done.returncode == 2 and "cut off, written anew or taken away" in done.stderr, done
+        assert done.returncode == 2 and "cut off, rewritten or removed" in done.stderr, done
 
 
 def test_a_line_that_was_added_at_the_end_is_refused(ran):
@@ -152,7 +152,7 @@ def nothing_said(events):
     [
         (another_update, "not signed with a key of hope"),
         (another_hospital, "not signed with a key of hope"),
-        (nobodys, "that no line says it signed"),
+        (nobodys, "but no line holds its signature"),
         (a_strangers, "names stranger, which the kit does not know"),
         (of_lists, "says nothing that could have been signed"),
         (nothing_said, "says nothing that could have been signed"),
@@ -191,7 +191,7 @@ def test_updates_of_a_former_key_are_still_known_and_the_key_is_not_admitted_aga
 
 def test_what_was_not_looked_at_is_said(ran, tmp_path):
     done = run_here("provision.py", "audit", ran.path, "--kit", tmp_path / "none")
-    assert done.returncode == 0 and "signatures are not looked at" in done.stdout
+    assert done.returncode == 0 and "signatures were not checked" in done.stdout
     assert "no copy of its end" in done.stdout
 
 

@@ -52,7 +52,7 @@ def test_a_hospital_trains_what_it_approved_and_nothing_else(scene: Scene, phant
     options = ("--cid", 0, "--data-dir", phantoms)
     server = scene.server("--clients", 1, "--rounds", 1, "--lr", 0.0005, *SMALL)
     server.wait_for("listening")
-    wanted = re.search(r"what they approve: ([0-9a-f]{64})", server.output)[1]
+    wanted = re.search(r"that use --approve: ([0-9a-f]{64})", server.output)[1]
     looking = scene.hospital("looking", *options, "--approve")
     assert looking.end() == 2, looking.output
     assert f"start again with --approve {wanted}" in looking.output and "--lr 0.0005" in looking.output
@@ -138,7 +138,7 @@ def test_the_option_takes_hashes_and_files(tmp_path):
 
 def test_a_mistyped_hash_is_told_at_the_start(phantoms, home):
     done = run_here("run_client.py", "--cid", 0, "--data-dir", phantoms, "--approve", "abc")
-    assert done.returncode == 2 and "no hash of 64 digits" in done.stderr
+    assert done.returncode == 2 and "neither a hash of 64 digits" in done.stderr
 
 
 def test_settings_as_they_travel_hold_no_path_of_the_server():

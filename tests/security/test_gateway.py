@@ -315,7 +315,7 @@ def test_a_killed_hospital_comes_back_with_the_same_key(scene):
 def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
     hospital = next(script for script in scene.scripts if script.name == "hospital-1")
     scene.consortium.provision("revoke", "hospital-1", "--kit", scene.consortium.kit)
-    scene.run.wait_for("hospital-1 is put out")
+    scene.run.wait_for("hospital-1 is removed")
     assert hospital.end() == 2 and "does not admit this hospital's key" in hospital.output
     hospital_left = scene.rounds
     scene.run.wait_for(
@@ -326,7 +326,7 @@ def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
     gone = next(
         k for k, event in enumerate(events) if event["event"] == "left" and event["hospital"] == "hospital-1"
     )
-    assert events[gone]["why"] == "its key is revoked or its admission over"
+    assert events[gone]["why"] == "its key is revoked or its admission has ended"
     before, after = (
         [event["hospitals"] for event in part if event["event"] == "round"]
         for part in (events[:gone], events[gone:])

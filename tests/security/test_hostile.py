@@ -98,9 +98,9 @@ ATTACKS = {
     "huge": (Hostile(numbers(lambda w, c: c + 1e6 * (w - c))), "times as long"),
     "sign-flipped": (Hostile(numbers(lambda w, c: c - (w - c))), "points against"),
     "sign-flipped and long": (Hostile(numbers(lambda w, c: c - 4 * (w - c))), "points against"),
-    "stale": (Hostile(lag=1), "is of round"),
-    "too short": (Hostile(numbers(lambda w, c: w[:-1])), "weights and the model"),
-    "too long": (Hostile(numbers(lambda w, c: torch.cat([w, w]))), "weights and the model"),
+    "stale": (Hostile(lag=1), "is for round"),
+    "too short": (Hostile(numbers(lambda w, c: w[:-1])), "weights, but"),
+    "too long": (Hostile(numbers(lambda w, c: torch.cat([w, w]))), "weights, but"),
     "wrong shape": (
         Hostile(lambda w, c: ArrayRecord({WEIGHTS: Array(w.numpy()[None])})),
         "another shape or type",

@@ -60,7 +60,7 @@ def test_nothing_is_overwritten_and_a_renewed_certificate_keeps_the_authority(co
     again = consortium.provision("hospital", "--name", "mercy", "--kit", mercy, fine=False)
     assert again.returncode == 2 and "not overwritten" in again.stderr
     bad = consortium.provision("server", "--host", "no name!", "--renew", "--kit", consortium.kit, fine=False)
-    assert bad.returncode == 2 and "no name and no address" in bad.stderr
+    assert bad.returncode == 2 and "neither a host name nor an address" in bad.stderr
     assert {path: path.read_bytes() for path in before} == before
     consortium.provision("server", "--host", "x.org", "--renew", "--kit", consortium.kit)
     assert "x.org" in certificates.certificate_names(certificates.server_certificate(consortium.kit))
@@ -106,7 +106,7 @@ def test_a_label_and_a_key_belong_together(consortium):
 @pytest.mark.parametrize("host", ["klinik-köln.example", "a..b", "*.example"])
 def test_a_name_that_is_no_machines_is_told(consortium, host):
     told = refused(consortium, "server", "--host", host, "--kit", consortium.folder / "new")
-    assert told.count("\n") == 1 and "is no name and no address" in told
+    assert told.count("\n") == 1 and "is neither a host name nor an address" in told
 
 
 @pytest.mark.parametrize("letters", ["{}.{}", "{}-{}", "{}{}="])
@@ -153,7 +153,7 @@ def test_files_that_are_missing_expired_or_of_another_kit_are_told(consortium, t
         certificates.server_certificate(other.kit)
     monkeypatch.undo()
     (other.kit / "server.pem").write_text("no certificate")
-    with pytest.raises(MedFLError, match="is no certificate"):
+    with pytest.raises(MedFLError, match="is not a certificate"):
         certificates.server_certificate(other.kit)
     (other.kit / "server.pem").unlink()
     with pytest.raises(MedFLError, match="there is no"):
@@ -175,7 +175,7 @@ def test_a_hospitals_kit_is_checked(consortium):
             hospital_kit.hospital_label(third)
     (third / "hospital.key").write_text("no key")
     (third / "hospital.key").chmod(0o600)
-    with pytest.raises(MedFLError, match="is no private key"):
+    with pytest.raises(MedFLError, match="is not a private key"):
         hospital_kit.hospital_label(third)
     other = ed25519.Ed25519PrivateKey.generate()
     pem = other.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
@@ -208,7 +208,7 @@ def test_members_of_a_consortium_are_read_and_damaged_lists_refused(consortium):
     for damaged, sentence in (
         (printed.replace(lines[0][1], lines[1][1]), "two keys of anna"),
         (printed.replace(lines[1][1], lines[0][1]), "one key for two hospitals"),
-        ("bert", "is no hospital's public key"),
+        ("bert", "is not a hospital's public key"),
     ):
         (anna / "members.pub").write_text(damaged, encoding="utf-8")
         with pytest.raises(MedFLError, match=sentence):

@@ -70,14 +70,14 @@ def test_through_a_proxy(scene: Scene, consortium, phantoms, monkeypatch):
         for proxy in ("http://127.0.0.1:9", narrow.address):
             monkeypatch.setenv("https_proxy", proxy)
             done = run_here("run_client.py", "--server", scene.address, *cid, "--check")
-            assert done.returncode == 2 and f"leads through the proxy {proxy}" in done.stdout, done.stdout
+            assert done.returncode == 2 and f"reached through the proxy {proxy}" in done.stdout, done.stdout
             assert f"it has to allow CONNECT to port {port}" in done.stderr and "--no-proxy" in done.stderr
         direct = scene.hospital("direct", *cid, "--check", "--no-proxy")
         assert direct.end() == 0 and "through the proxy" not in direct.output, direct.output
         monkeypatch.setenv("https_proxy", right.address)
         hospital = scene.hospital("hospital-0", *cid)
         assert hospital.end() == 0 and server.end() == 0, hospital.output + server.output
-        assert f"leads through the proxy {right.address}" in hospital.output
+        assert f"is reached through the proxy {right.address}" in hospital.output
         assert (
             "the server's certificate ends on" in hospital.output and "ask the coordinator" in hospital.output
         )

@@ -47,7 +47,7 @@ def test_who_is_admitted_comes_in_and_who_is_revoked_goes_out(consortium, tmp_pa
     until = json.loads((tmp_path / UNTIL).read_text())
     admitted = read_admissions(consortium.kit)
     assert sorted(until.values()) == sorted(admitted[label].until[:10] for label in ("hope", "late"))
-    assert said[0] == "admitted: hope, mercy" and said[1].startswith("mercy is put out")
+    assert said[0] == "admitted: hope, mercy" and said[1].startswith("mercy is removed")
     before = (tmp_path / NODES).stat().st_mtime_ns
     registrar.update()
     assert (tmp_path / NODES).stat().st_mtime_ns == before
@@ -78,7 +78,7 @@ def test_who_is_admitted_again_after_its_time_waits_for_a_new_start(consortium, 
     assert (
         nodes(tmp_path) == []
         and said[1:] == [said[1], said[2]]
-        and "when the server is started again" in said[2]
+        and "after a restart of the server" in said[2]
     )
     Registrar(Control(), consortium.kit, tmp_path, said.append)
     assert nodes(tmp_path) == ["mercy"]

@@ -44,7 +44,7 @@ def deleted(out) -> None:
 @pytest.mark.parametrize("harm", [poisoned, cut, deleted], ids=lambda harm: harm.__name__)
 def test_a_changed_checkpoint_or_log_is_not_gone_on_with(ran, harm):
     harm(ran)
-    with pytest.raises(MedFLError, match="it was changed|cut off, written anew or taken away"):
+    with pytest.raises(MedFLError, match="it was changed|cut off, rewritten or removed"):
         load_run(ran)
 
 
@@ -121,3 +121,11 @@ def test_a_kit_that_others_can_read_or_change_is_refused(consortium, name, mode,
         (mercy / name).chmod(mode)
         with pytest.raises(MedFLError, match=sentence):
             hospital_kit.hospital_label(mercy)
+
+
+def test_electricity_is_of_a_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "sys.argv", ["run_server.py", "--evaluate", "m.pth", "--energy", "--out", str(tmp_path)]
+    )
+    with pytest.raises(MedFLError, match="--energy measures a training; leave it out with --evaluate"):
+        take_up(parse())

@@ -98,9 +98,9 @@ def test_who_is_revoked_while_it_works_is_not_called_a_forger(monkeypatch, tmp_p
     code, _, said = federate([Signing(0), Signing(1), revoked], 2, tmp_path, keys=keys)
     events = list(map(json.loads, (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines()))
     why = {event["why"] for event in events if event["event"] == "left_out"}
-    assert code == 0 and why == {"its key is revoked or its admission over"}
-    end = next(line for line in said if "the model is not with" in line)
-    assert end == "the model is not with hospital-2: its key is revoked or its admission over"
+    assert code == 0 and why == {"its key is revoked or its admission has ended"}
+    end = next(line for line in said if "the model was not delivered to" in line)
+    assert end == "the model was not delivered to hospital-2: its key is revoked or its admission has ended"
 
 
 def test_the_log_shows_who_sent_what(run):

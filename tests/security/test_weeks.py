@@ -65,5 +65,5 @@ def test_a_week(short_heartbeats, scene, phantoms):
     assert lost.end() == 2 and "--overwrite" in lost.output
     scene.address = f"127.0.0.1:{free_port()}"
     longer = scene.server("--resume", "--rounds", week.rounds + 1, root=week.root)
-    longer.wait_for(f"going on after round {week.rounds} of {week.rounds + 1}")
+    longer.wait_for(f"continuing after round {week.rounds} of {week.rounds + 1}")
     longer.wait_for("admitted: charity, grace, mercy")  # the kit is remembered, and who was put out

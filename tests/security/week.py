@@ -174,7 +174,7 @@ class Week:
     def begin(self) -> None:
         """Fewer keys than hospitals that are waited for; a server that dies before any round; two hospitals."""
         self.day("the start")
-        self.start("server").wait_for("2 keys admitted and 3 hospitals are waited for")
+        self.start("server").wait_for("2 keys admitted, but the run waits for 3 hospitals")
         self.services["server"].kill()
         self.clients = 2  # a run that has not begun begins with as many as the unit says now
         self.start("mercy")
@@ -184,7 +184,7 @@ class Week:
         twice = self.scene.hospital(
             "mercy-again", "--own-data", self.data["mercy"], "--kit", self.kits["mercy"]
         )
-        assert twice.end() == 2 and "mercy runs already" in twice.output
+        assert twice.end() == 2 and "mercy is already running" in twice.output
 
     def add(self, label: str) -> None:
         """A hospital is admitted while the run goes on: it asks, observes, leaves, and trains."""
