@@ -151,9 +151,9 @@ def check_size(header: pydicom.Dataset, length: int, left: int) -> None:
     frames, rows, columns = int(header.get("NumberOfFrames") or 1), int(header.Rows), int(header.Columns)
     if not fits((frames, rows, columns)) or max(rows, columns) > MAX_SIDE:
         raise MedFLError(
-            f"claims {frames:,} frames of {columns}×{rows} pixels, more than is read at once; export it in "
-            f"smaller series"
+            f"claims {frames:,} frames of {columns}×{rows} pixels, more than can be read at once; export it "
+            "in smaller series"
         )
     pixels = frames * rows * columns * 8 * (header.get("SamplesPerPixel") or 1)
     if left > pixels + MAX_HEADER or length - left >= MAX_HEADER:
-        raise MedFLError("holds far more than its picture; export it again without what was added to it")
+        raise MedFLError("holds far more data than its picture; export it again without the additions")

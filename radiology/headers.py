@@ -136,7 +136,7 @@ def read_header(path: File) -> Header:
     except MedFLError:
         raise
     except InvalidDicomError as error:
-        raise MedFLError("no DICOM file; leave it out of the export") from error
+        raise MedFLError("not a DICOM file; leave it out of the export") from error
     except OSError as error:
         raise MedFLError(
             f"can't be read ({error.strerror or error}); check its permissions and copy it again"
@@ -151,7 +151,7 @@ def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
     kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
     if kind.type == "SOP Class" and not kind.name.endswith(PICTURES):
         raise MedFLError(
-            f"{kind.name.removesuffix(' Storage')}, which is no picture of a scan; it is not needed"
+            f"{kind.name.removesuffix(' Storage')}, which is not a picture of a scan; it is not needed"
         )
     if header.get("Modality") in NOT_PICTURES:
         raise MedFLError(f"of modality {header.Modality}, which holds no pictures; it is not needed")
@@ -249,8 +249,8 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
     if syntax not in AllTransferSyntaxes:  # and not those that another package registered
         name = "" if syntax.name == syntax else f" ({syntax.name})"
         problems.append(
-            f"its pixels are stored by the transfer syntax {syntax}{name}, which nothing here knows; export it as "
-            "Explicit VR Little Endian"
+            f"its pixels are stored in the transfer syntax {syntax}{name}, which MedFL can't read; export "
+            "it as Explicit VR Little Endian"
         )
         return problems
     pixels = (

@@ -95,7 +95,7 @@ def test_an_enhanced_source_works_as_well(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong, sentence",
-    [(mask() * 0, "the mask is empty"), (mask()[1:], "is 6×20×24 and the series “FLAIR” 7×20×24")],
+    [(mask() * 0, "the mask is empty"), (mask()[1:], "is 6×20×24, but the series “FLAIR” 7×20×24")],
 )
 def test_masks_that_can_not_be_written(source, tmp_path, wrong, sentence):
     with pytest.raises(MedFLError, match=sentence):
@@ -176,7 +176,7 @@ def fractional(file):
     [
         (blank, "is empty: no pixel is marked"),
         (with_another_segment, r"holds 2 segments \(tumour, oedema\)"),
-        (fractional, "holds shares of tumour, not a mask"),
+        (fractional, "holds fractions, not a mask"),
         (lambda file: file.__delattr__("SegmentSequence"), "can't be read as a DICOM SEG"),
         (lambda file: file.__delattr__("PerFrameFunctionalGroupsSequence"), "can't be read as a DICOM SEG"),
         (lambda file: file.PerFrameFunctionalGroupsSequence.pop(), "can't be read as a DICOM SEG"),

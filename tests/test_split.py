@@ -2,6 +2,7 @@
 everywhere."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -197,3 +198,14 @@ def test_split_for_refuses_the_file_of_other_patients(tmp_path):
         split_for(path, {**FORTY, "new": "CS"}, 0, 0.1, 0.2)
     with pytest.raises(MedFLError, match="does not hold"):
         split_for(path, dict(list(FORTY.items())[1:]), 0, 0.1, 0.2)
+
+
+def test_a_split_of_a_mac_names_the_same_patients(tmp_path):
+    names = ("Jäger", "Müller", "Ömer")
+    mac = [unicodedata.normalize("NFD", name) for name in names]
+    assert not set(mac) & set(names)
+    path = tmp_path / "split.json"
+    save_split(Split(0, tuple(mac[:1]), tuple(mac[1:2]), tuple(mac[2:])), path)
+    assert load_split(path, set(names)) == Split(0, names[:1], names[1:2], names[2:])
+    both = {*names, *mac}  # on Linux they can be two patients
+    assert load_split(path, both).part("all") == tuple(mac)

@@ -102,7 +102,7 @@ def test_the_folder_starts_by_itself_and_segments(staged, tmp_path):
         "file = io.BytesIO()\n"
         "with zipfile.ZipFile(file, 'w') as archive: archive.writestr('a', bytes(128) + b'DICM')\n"
         "page.file_uploader[0].set_value([('a.zip', file.getvalue(), 'application/zip')]).run()\n"
-        "assert ['published page takes none' in error.value for error in page.error] == [True], page.error\n"
+        "assert ['published page does not accept them' in error.value for error in page.error] == [True], page.error\n"
         "page.button(key='phantom_1').click().run()\n"
         "assert not page.exception and len(page.table) == 1, page.exception\n"
         "names = ('deployment.app.card', 'transunet', 'inference', 'appearance.doubts')\n"
