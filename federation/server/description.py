@@ -1,4 +1,4 @@
-"""The metadata of a federation's checkpoint: what its model was made of, and by whom."""
+"""The metadata of a federation's checkpoint: the settings, data and hospitals behind its model."""
 
 from dataclasses import asdict
 
