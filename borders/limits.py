@@ -28,6 +28,7 @@ MAX_HEADER = 8 * 2**20  # bytes of a DICOM file without its pixels
 MAX_SCANS = 100  # passes in which a JPEG is refined; each decodes the whole picture again, and ten are usual
 MAX_LARGE = 1e15  # of a voxel's value; larger ones have squares that overflow single precision
 MAX_ITEMS = 100_000  # of all sequences in such a header; each becomes an object of a kilobyte
+MAX_ELEMENTS = 10_000  # of such a header, beside those in its items; each costs microseconds at every reading
 MAX_SEGMENTS = (
     1_000  # of a DICOM SEG, whose reader takes 3 ms for each; an atlas of the brain has two hundred
 )

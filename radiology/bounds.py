@@ -12,14 +12,17 @@ from typing import Any
 import pydicom
 from pydicom.dataset import FileMetaDataset
 from pydicom.filebase import DicomIO
-from pydicom.filereader import read_dataset
+from pydicom.filereader import read_dataset, read_partial
 from pydicom.filewriter import write_file_meta_info
+from pydicom.tag import Tag
 from pydicom.uid import (
+    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
 )
 
-from borders.limits import MAX_HEADER, MAX_ITEMS, MAX_SEGMENTS, MAX_SIDE, MAX_UNPACKED, fits
+from borders.limits import MAX_ELEMENTS, MAX_HEADER, MAX_ITEMS, MAX_SEGMENTS, MAX_SIDE, MAX_UNPACKED, fits
 from common import MedFLError
 
 # warnings about odd values quote them: a patient's date of birth in an old form would get into a worker's log
@@ -28,6 +31,7 @@ pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 PREAMBLE = 132  # bytes, which end in DICM
 META = 0x0002  # the group of tags that says how the file is written
 ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # the start of each sequence item, in either byte order
+PIXELS = {0x7FE00008, 0x7FE00009, 0x7FE00010}  # tags that hold them, as fractions or whole numbers
 
 
 class InMemory(io.BytesIO):
@@ -60,7 +64,7 @@ def check_bounds(path: File) -> None:
         try:
             beginning, length = beginning_of(path, file)
             tags = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "SegmentSequence"]
-            header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=tags)
+            header = read_up_to_pixels(beginning, tags)
             check_size(header, length, length - beginning.tell())
             if (segments := len(header.get("SegmentSequence") or ())) > MAX_SEGMENTS:
                 raise MedFLError(f"holds {segments:,} segments; export the tumour's by itself")
@@ -68,6 +72,39 @@ def check_bounds(path: File) -> None:
             refusal = MedFLError(f"{path} {error}")
     if refusal:
         raise refusal
+
+
+def read_up_to_pixels(file: Any, tags: list) -> pydicom.Dataset:
+    """These tags of a file, read up to its pixels. Raises MedFLError for a header with far too many elements."""
+    elements = 0
+
+    def stop(tag: int, *_: Any) -> bool:
+        nonlocal elements
+        elements += 1
+        if elements > MAX_ELEMENTS:
+            raise MedFLError(f"holds more than {MAX_ELEMENTS:,} elements in its header; export it again")
+        return tag in PIXELS
+
+    return read_partial(file, stop, specific_tags=[Tag(tag) for tag in tags])
+
+
+def read_with_pixels(path: File) -> pydicom.Dataset:
+    """A file's header and pixels. What lies behind the pixels is not read: nothing there is needed, and nothing has
+    checked it. Raises MedFLError for pixels in far too many pieces."""
+    is_behind = False
+
+    def stop(tag: int, *_: Any) -> bool:
+        nonlocal is_behind
+        ends, is_behind = is_behind, is_behind or tag in PIXELS
+        return ends
+
+    with path.open("rb") as file:
+        content = read_partial(file, stop)
+    pixels = content.get("PixelData") or b""
+    packed = UID(content.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)).is_compressed
+    if packed and pixels.count(ITEMS[0]) > MAX_ITEMS:
+        raise MedFLError(f"{path} holds its pixels in more than {MAX_ITEMS:,} pieces; export it again")
+    return content
 
 
 def beginning_of(path: File, file: Any) -> tuple[Any, int]:

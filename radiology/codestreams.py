@@ -7,47 +7,76 @@ from io import BytesIO
 
 import pydicom
 from pydicom.encaps import get_frame
+from pydicom.uid import RLELossless
 
 from borders.limits import has_many_scans
 from common import MedFLError
 
-JPEG, JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
+JPEG, JPEG_2000, BOXES = b"\xff\xd8", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"
 NO_FRAME = {
     0xC4,
     0xC8,
     0xCC,
 }  # among the markers C0 to CF of JPEG that begin a frame; F7 begins one of JPEG-LS
+NO_SEGMENT = {
+    0x00,
+    0x01,
+    *range(0xD0, 0xDB),
+    0xDE,
+}  # what never stands before a frame, or begins one of frames
 MOST_PRECINCTS = (
     2**16
 )  # in a JPEG 2000 frame; the decoder allocates half a kilobyte for each before it reads a pixel
 MOST_TILES, MOST_COMPONENTS = 2**12, 4
-BEGINNING = 2**10  # bytes that contain the size of JPEG 2000, even if the stream is inside a file's boxes
+SPARE = 2**10  # bytes by which a compressed frame may be longer than its pixels twice
+# tables of offsets by which a decoder could take other bytes for a frame than are checked here; it does without them
+OFFSETS = ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")
 
 
 def check_frame(content: pydicom.Dataset, frame: int) -> None:
     """Raises MedFLError for a compressed frame whose size differs from the header's, that is far longer than its
-    pixels, or that has far too many parts; pydicom's errors for a frame that is not there."""
-    if not content.file_meta.TransferSyntaxUID.is_encapsulated:
+    pixels, or that has far too many parts; pydicom's errors for a frame that is not there. Takes tables of offsets
+    away, so that the decoder finds the frame where it is checked."""
+    syntax = content.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
         return
+    for name in OFFSETS:
+        content.pop(name, None)
     frames, rows, columns = int(content.get("NumberOfFrames") or 1), int(content.Rows), int(content.Columns)
     data = get_frame(content.PixelData, frame, number_of_frames=frames)
     told = told_size(data)
     pixels = rows * columns * max(1, content.BitsAllocated // 8)
     if has_many_scans(BytesIO(data)) or _is_cut_small(data, rows, columns):
         raise MedFLError("a frame is cut into more parts than any encoder makes; export it again")
-    if told not in (None, (rows, columns)) or len(data) > 2 * pixels + BEGINNING:
+    if told is None and syntax != RLELossless:  # which has no size of its own
+        raise MedFLError("a frame does not begin with its size, as JPEG and JPEG 2000 do; export it again")
+    if told not in (None, (rows, columns)) or len(data) > 2 * pixels + SPARE:
         raise MedFLError(
             f"a frame says that it has {'×'.join(map(str, told[::-1])) if told else 'more'} pixels, and the header "
             f"{columns}×{rows}; export it again"
         )
 
 
+def _stream_2000(data: bytes) -> int | None:
+    """Where a JPEG 2000 stream begins: with the frame, or in the box of it if the frame has a file's boxes. None for
+    other kinds. Raises struct.error if the boxes are cut off, and ValueError for one that has no length."""
+    place = 0
+    if data.startswith(BOXES):
+        while data[place + 4 : place + 8] != b"jp2c":
+            (length,) = struct.unpack_from(">I", data, place)
+            if length < 8:
+                raise ValueError("a box without a length")
+            place += length
+        place += 8
+    return place if data.startswith(JPEG_2000, place) else None
+
+
 def _is_cut_small(data: bytes, rows: int, columns: int) -> bool:
     """Whether a JPEG 2000 frame is cut into far too many tiles, components or precincts. The sizes of precincts
     stand in COD and COC segments, anywhere before or between the pixels. Bytes count as such a segment only if they
     agree with its stated length."""
-    start = data[:BEGINNING].find(JPEG_2000)
-    if start < 0:
+    start = _stream_2000(data)
+    if start is None:
         return False
     wide, tall = struct.unpack_from(">2I", data, start + 24)
     (components,) = struct.unpack_from(">H", data, start + 40)
@@ -85,16 +114,20 @@ def _precincts(sizes: bytes, rows: int, columns: int) -> int:
 
 def told_size(data: bytes) -> tuple[int, int] | None:
     """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 frame states; None for other kinds. Raises struct.error
-    if the frame is cut off."""
-    start = data[:BEGINNING].find(JPEG_2000)
-    if start >= 0:
+    if the frame is cut off, and ValueError if it has no size where decoders look for it."""
+    if (start := _stream_2000(data)) is not None:
         right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
         return bottom - top, right - left
     if data[:2] != JPEG:
         return None
     place = 2
     while True:
-        marker, length = struct.unpack_from(">xBH", data, place)
+        fill, marker, length = struct.unpack_from(">BBH", data, place)
+        if fill != 0xFF or marker in NO_SEGMENT:
+            raise ValueError("no segment of a JPEG")
+        if marker == 0xFF:  # any number of them may fill
+            place += 1
+            continue
         if (0xC0 <= marker <= 0xCF and marker not in NO_FRAME) or marker == 0xF7:
             rows, columns = struct.unpack_from(">HH", data, place + 5)
             return rows, columns

@@ -16,7 +16,7 @@ from pydicom.uid import UID, JPEGExtended12Bit
 
 from borders.limits import MAX_LARGE
 from common import MedFLError
-from radiology.bounds import File
+from radiology.bounds import File, read_with_pixels
 from radiology.codestreams import check_frame
 
 END_OF_JPEG = b"\xff\xd9"
@@ -27,7 +27,7 @@ def decode_slice(path: File, whole: pydicom.Dataset | None, frame: int) -> np.nd
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about padding, and about errors that the decoder then raises
-            content = whole if whole is not None else pydicom.dcmread(path)
+            content = whole if whole is not None else read_with_pixels(path)
             syntax = content.file_meta.TransferSyntaxUID
             if syntax.is_compressed and not _can_decode(syntax):
                 raise MedFLError(

@@ -14,7 +14,7 @@ from pydicom.uid import (
 
 from borders.limits import MAX_HEADER
 from common import MedFLError
-from radiology.bounds import File, beginning_of, check_size
+from radiology.bounds import File, beginning_of, check_size, read_up_to_pixels
 from radiology.values import look_up, number_in, numbers_in, several_in, time_in
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
@@ -116,7 +116,7 @@ def read_header(path: File) -> Header:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about deviations from the standard that can still be read
             beginning, length = beginning_of(path, file)
-            header = pydicom.dcmread(beginning, stop_before_pixels=True, specific_tags=TAGS)
+            header = read_up_to_pixels(beginning, TAGS)
             _refuse_what_is_no_picture(header)
             left = length - beginning.tell()
             if header.get("Modality") != "RTSTRUCT":

@@ -199,6 +199,8 @@ def _told_beside(path: Path) -> dict:
         "field_strength": number("MagneticFieldStrength"),
         "manufacturer": text("Manufacturer"),
         "model": text("ManufacturersModelName", "ManufacturerModelName"),
+        # where dcm2niix was told to keep them (-ba n); the number is not always the folder's name
+        "person": tuple(map(text, ("PatientName", "PatientBirthDate", "PatientSex", "PatientID"))),
     }
 
 

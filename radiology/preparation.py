@@ -48,7 +48,11 @@ class Prepared:
 def prepare(study: Study, rules: Rules) -> Prepared:
     """A study's series, read, aligned and in 8 bits. Raises MedFLError if the FLAIR can't be read or is blank."""
     flair, notes = _load(FLAIR, study.channels[FLAIR])
-    notes += [f"{line.used_as} was taken {line.why}" for line in study.lines if ", though" in line.why]
+    notes += [
+        f"{line.used_as} was taken {line.why}"
+        for line in study.lines
+        if line.used_as and ", though" in line.why
+    ]
     fixed, told = to_axial(flair)
     notes += ([f"FLAIR was {told}"] if told else []) + _text_notes(FLAIR, study.channels[FLAIR], flair)
     grids, transforms, failures = {FLAIR: _grid_of(flair)}, {FLAIR: sitk.Transform()}, {}
@@ -200,14 +204,18 @@ def _about(flair: Series, fixed: sitk.Image) -> dict:
 def _without_patient(text: str, series: Series) -> str | None:
     """A tag's text about the scanner. None if it is empty, or if somebody typed patient data there: a word of the
     patient's data, or the patient's number, name or dates in any spelling."""
-    name, born = (*series.person, "", "")[:2]
+    name, born, _, number = (*series.person, *[""] * 4)[:4]
     texts = series.patient_id, *series.person, series.when[:8]
     names = [word for word in _words_of(name) if not word.isdigit()]
-    whole = {_together(series.patient_id), "".join(names), "".join(reversed(names))}
+    whole = {_together(series.patient_id), _together(number), "".join(names), "".join(reversed(names))}
+    whole |= set(
+        map(_together, re.split(r"[\^=]", name) + name.split("="))
+    )  # O'Brien; one of several scripts
     for day in map(_together, (born, series.when[:8])):
-        whole |= {day, day[6:] + day[4:6] + day[:4], day[4:] + day[:4]}  # year, day or month first
+        for year in (day[:4], day[2:4]):
+            whole |= {year + day[4:], day[6:] + day[4:6] + year, day[4:] + year}  # year, day or month first
     typed = _together(text)
-    stands = any(len(one) >= 4 and one in typed for one in whole)
+    stands = any(len(one) >= (4 if one.isascii() else 2) and one in typed for one in whole)
     return None if not text or stands or set(_words_of(text)) & set(_words_of(*texts)) else text
 
 

@@ -11,14 +11,14 @@ import highdicom
 import numpy as np
 import pydicom
 import SimpleITK as sitk
-from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription, segread
+from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
 from pydicom.datadict import dictionary_VR
 from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
 from pydicom.uid import MRImageStorage, generate_uid
 
 from common import MedFLError, __version__
-from radiology.bounds import File, check_bounds
+from radiology.bounds import File, check_bounds, read_with_pixels
 from radiology.codestreams import check_frame
 from radiology.series import Series
 from scans.orientation import OFF_GRID
@@ -217,7 +217,7 @@ def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            stored = segread(path)
+            stored = highdicom.seg.Segmentation.from_dataset(read_with_pixels(path), copy=False)
             kind = stored.segmentation_type
             names = {
                 int(s.SegmentNumber): str(s.SegmentLabel) for s in stored.SegmentSequence if s.SegmentNumber
@@ -284,6 +284,8 @@ def _draw(tumour: np.ndarray, frame: np.ndarray, corners: np.ndarray, reference:
     if not (sorted({*nearest[:, 0]}) == sorted({0, columns - 1}) and len({*nearest[:, 2]}) == 1):
         return False
     if sorted({*nearest[:, 1]}) != sorted({0, rows - 1}) or not 0 <= nearest[0, 2] < slices:
+        return False
+    if nearest[0, 1] != nearest[1, 1]:  # its rows are the columns of the reference
         return False
     turned = frame[:: -1 if nearest[0, 1] else 1, :: -1 if nearest[0, 0] else 1]
     tumour[int(nearest[0, 2])] |= turned.astype(np.uint8)

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import pydicom
 import SimpleITK as sitk
 
 from borders.limits import fits, is_size_mm
 from common import MedFLError
-from radiology.bounds import File
+from radiology.bounds import File, read_with_pixels
 from radiology.decoding import decode_slice
 from radiology.headers import OUTLINES, Place, Slice, read_header
 
@@ -36,7 +35,8 @@ class Series:
     slices, rows and columns. positions: mm along the normal, one per slice. problems: why it can't be used, a
     sentence each; empty if it can. references: the series that a segmentation belongs to. when: the study's date and
     time in DICOM's form, to sort studies. person: name, birth date and sex, to detect a number that several people
-    share. volume: the number of the volume in a NIfTI file that holds several, or None.
+    share, and the number that stands beside a NIfTI file. volume: the number of the volume in a NIfTI file that holds
+    several, or None.
     """
 
     uid: str
@@ -246,7 +246,7 @@ def load_series(series: Series) -> sitk.Image:
     if series.problems:
         raise MedFLError(f"the series “{series.description}” can't be used: {'; '.join(series.problems)}")
     volume = np.empty((series.slices, series.rows, series.columns), np.float32)
-    whole = {path: pydicom.dcmread(path) for path in dict.fromkeys(series.files)} if series.frames else {}
+    whole = {path: read_with_pixels(path) for path in dict.fromkeys(series.files)} if series.frames else {}
     for index in range(series.slices):
         path, frame = series.place_of(index)
         volume[index] = decode_slice(path, whole.get(path), frame or 0)

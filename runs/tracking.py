@@ -5,6 +5,7 @@ Nothing is sent anywhere unless an MLflow server's address is given.
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +70,7 @@ class MLflow:
     """A run at an MLflow tracking address: a folder, a database or a server."""
 
     def __init__(self, address: str):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of its makers, asked for at the import
         import mlflow
 
         mlflow.set_tracking_uri(address)

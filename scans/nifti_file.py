@@ -225,9 +225,11 @@ def nrrd_sizes(content: bytes) -> tuple[int, ...]:
 
 def _unpacked(voxels: bytes, encoding: str | None) -> bytes:
     """A NRRD file's voxels, unpacked. Raises ValueError, or the decompressor's exception, for data that is
-    cut off or unpacks to too much."""
-    if encoding not in NRRD_PACKED:
+    cut off, unpacks to too much, or is written as text, where two bytes can make a value of eight."""
+    if encoding == "raw":
         return voxels
+    if encoding not in NRRD_PACKED:
+        raise ValueError("text")
     unpacker = NRRD_PACKED[encoding]()
     unpacked = unpacker.decompress(voxels, MAX_UNPACKED + 1)
     if len(unpacked) > MAX_UNPACKED or not unpacker.eof:
@@ -254,8 +256,8 @@ def _read_nrrd(content: bytes) -> Any:
         raise
     except Exception as error:  # pynrrd and its decompressors raise many kinds of exceptions
         raise MedFLError(
-            "can't be read as NRRD: it is truncated, damaged or split into several files; copy it again, "
-            "or export it as one file"
+            "can't be read as NRRD: it is truncated, damaged, written as text or split into several files; copy it "
+            "again, or export it as one file"
         ) from error
     if values.ndim != 3:
         raise MedFLError(

@@ -106,6 +106,12 @@ def stored(task: Task | None) -> dict | None:
     return task.model_dump(mode="json") if task else None
 
 
+def of_all(task: Task | None) -> Task | None:
+    """What the tasks of a federation's hospitals have in common: what is outlined. Name, title and sites are of one
+    dataset."""
+    return task and task.model_copy(update={"name": "own", "title": "own data", "site": None})
+
+
 def read_task(path: Path) -> Task:
     """The task in a file. Raises MedFLError for a file that can't be read or holds a wrong value."""
     try:

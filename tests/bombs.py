@@ -83,6 +83,16 @@ def gzipped_lines(mib: int) -> bytes:
     return gzip.compress(head) + gzip.compress(b"")[:10] + piece * mib + b"\x03\x00" + end
 
 
+def gzipped_text(mib: int) -> bytes:
+    """A gzip file of a NRRD file whose voxels are so many MiB of text, each number of which would take eight bytes."""
+    head = b"NRRD0004\ntype: double\ndimension: 3\nsizes: 64 64 20\nencoding: ascii\n\n"
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    text = b"1 " * (MIB // 2 * mib)
+    piece = packer.compress(text[:MIB]) + packer.flush(zlib.Z_FULL_FLUSH)
+    end = struct.pack("<II", zlib.crc32(text), len(text))
+    return gzip.compress(head) + gzip.compress(b"")[:10] + piece * mib + b"\x03\x00" + end
+
+
 def zipped(files: Files) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
@@ -315,6 +325,7 @@ def bombs(folder: Path) -> dict[str, Callable[[], object]]:
         "a NIfTI within the bounds, cut off": page(("a.nii", nifti((256, 256, 190), 64, 64))),
         "a NIfTI of 1024×1024×250 bytes": page(("a.nii.gz", gzipped(nifti((1024, 1024, 250), 2, 8, 0), 251))),
         "a NRRD of 60 million lines": page(("a.nii.gz", gzipped_lines(120))),
+        "a NRRD of 60 million numbers as text": page(("a.nii.gz", gzipped_text(120))),
         "a mask of 6.8 GB": lambda: add_truth(small_case(), [("m.nii", nifti((1500, 1500, 1500)))]),
         "a volume.json of brackets": page(*slices, ("volume.json", nested)),
         "a volume.json of one number": page(*slices, ("volume.json", long_number)),

@@ -92,6 +92,11 @@ def test_packed_voxels_are_read_whole_or_refused(monkeypatch, encoding, pack):
         read_image(stored(voxels=whole, encoding=encoding))
 
 
+def test_voxels_that_are_written_as_text_are_refused_before_they_are_read():
+    with pytest.raises(MedFLError, match="written as text"):
+        read_image(stored(voxels=b"1 " * SCAN.size, encoding="ascii"))
+
+
 def test_what_pynrrd_writes_is_read():
     file = io.BytesIO()
     nrrd.write(

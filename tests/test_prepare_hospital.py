@@ -265,6 +265,7 @@ def test_neither_order_nor_times_of_what_is_handed_on_follow_the_patients_number
         *("Siemens Zzyzxóva", "QX-48151623", "Avanto 19540312", "1.5T 20190317"),
         *("Li, Avanto", "ZZYZXOVALI", "Avanto lizzyzxova", "Zzyzxo\u0301va", "qx48151623"),
         *("Avanto 12.03.1954", "1954-03-12", "03/12/1954", "Avanto(17.03.2019)"),
+        *("Avanto 12.03.54", "540312", "DArcy", "Avanto 山田太郎", "山田"),
     ],
 )
 def test_a_scanners_tag_in_which_somebody_typed_the_patient_is_left_out(typed):
@@ -277,7 +278,7 @@ def test_a_scanners_tag_in_which_somebody_typed_the_patient_is_left_out(typed):
         files=(),
         manufacturer=typed,
         model="Prisma",
-        person=("Zzyzxóva^Li", "19540312", "F"),
+        person=("Zzyzxóva^Li^D'Arcy=山田^太郎", "19540312", "F"),
         when="20190317074912",
     )
     about = _about(series, sitk.Image(4, 4, 2, sitk.sitkUInt8))

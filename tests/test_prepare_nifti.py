@@ -107,6 +107,22 @@ def test_nifti_volumes_are_prepared_alike(volumes):
     assert not any("anna" in str(p.relative_to(volumes.parent)) for p in (volumes.parent / "out").rglob("*"))
 
 
+def test_what_names_a_patient_beside_or_in_the_name_of_a_volume_is_not_handed_on(volumes):
+    """A series that was not taken had its name quoted on the page, if that held the words of a note."""
+    folder = volumes / "bert"
+    shutil.copy(folder / "bert_flair.nii.gz", folder / "bert_flair, though Zzyzx moved.nii.gz")
+    about = {"PatientName": "Quux^Ada", "PatientID": "4711-0815", "PatientBirthDate": "1954-03-12"}
+    about |= {"Manufacturer": "4711 0815", "ManufacturersModelName": "Prisma Ada"}
+    (folder / "bert_flair, though Zzyzx moved.json").write_text(json.dumps(about))
+    done = prepare_nifti(volumes)
+    assert done.returncode == 0 and "2 of 2 studies" in done.stdout, done.stderr
+    name = next(row["pseudonym"] for row in report(volumes) if row["patient_id"] == "bert")
+    out = volumes.parent / "out"
+    about = json.loads((out / name / "volume.json").read_text())
+    assert (about["manufacturer"], about["model"]) == (None, None)
+    assert "Zzyzx" not in (out / "index.html").read_text()
+
+
 def change(path: Path, what) -> None:
     """Give a NIfTI file what a function makes of its values and affine."""
     stored = nibabel.load(path)

@@ -83,6 +83,16 @@ def test_scans_without_masks_are_read_but_for_those_of_test_patients(tmp_path):
     assert read(unmasked=True) == {"a", "without_masks/c"} and read(unmasked=False) == {"a"}
 
 
+def test_a_patient_of_the_same_name_at_another_depth_is_another(tmp_path):
+    for place in ("anna", "site/anna", "other/site/anna"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / place / "x_1.png")
+    for train in ("anna", "site/anna"):
+        others = tuple({"anna", "site/anna", "other/site/anna"} - {train})
+        found = unlabelled_volumes(tmp_path, reads=of_training(Split(0, (train,), others[:1], others[1:])))
+        assert [slices[0].parent for slices in found] == [tmp_path / train]
+
+
 def test_an_encoder_is_pretrained_and_taken(phantoms, home, tmp_path):
     """It learns, it reads training patients only, and a training begins with its weights."""
     names = sorted(folder.name for folder in (phantoms / "kaggle_3m").iterdir() if folder.is_dir())

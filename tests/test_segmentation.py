@@ -6,6 +6,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from dicom_phantoms import image_of, turn, write_series
+from pydicom.pixels import pack_bits
 from test_series import write_enhanced
 
 from common import MedFLError
@@ -121,6 +122,26 @@ def test_a_mask_of_another_geometry_is_refused(source, tmp_path, reference):
     write_segmentation(mask(), source[0], tmp_path / "seg.dcm")
     with pytest.raises(MedFLError, match="another grid than its series"):
         read_segmentation(tmp_path / "seg.dcm", reference(source[1]))
+
+
+def test_a_mask_whose_rows_are_the_columns_of_its_series_is_refused(tmp_path):
+    """On square slices its corners lie where the series' do."""
+    square = image_of(np.arange(3 * 20 * 20).reshape(3, 20, 20), (5, 1, 1))
+    write_enhanced(tmp_path / "square", square, [0, 1, 2])
+    (series,), _ = find_series([tmp_path / "square"])
+    marked = np.zeros((3, 20, 20), np.uint8)
+    marked[:, 2:5, 7:15] = 1
+    write_segmentation(marked, series, tmp_path / "seg.dcm")
+
+    def exchanged(file):
+        for group in [*file.SharedFunctionalGroupsSequence, *file.PerFrameFunctionalGroupsSequence]:
+            if plane := group.get("PlaneOrientationSequence"):
+                plane[0].ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
+        file.PixelData = pack_bits(marked.transpose(0, 2, 1).ravel())
+
+    change(tmp_path / "seg.dcm", exchanged)
+    with pytest.raises(MedFLError, match="another grid than its series"):
+        read_segmentation(tmp_path / "seg.dcm", load_series(series))
 
 
 def change(path, what) -> None:

@@ -22,6 +22,7 @@ from pydicom.uid import (
 from running import ROOT
 
 from common import MedFLError
+from radiology.bounds import read_with_pixels
 from radiology.series import find_series, load_series
 
 SPACING = (5.0, 1.25, 0.75)
@@ -313,6 +314,18 @@ def test_a_slope_that_is_none_is_told(tmp_path, slope):
     paths[2].write_bytes(paths[2].read_bytes().replace(b"1.75", slope))
     with pytest.raises(MedFLError, match="no numbers|can't be decoded"):
         load_series(only(paths))
+
+
+def test_what_lies_behind_the_pixels_is_not_read(tmp_path):
+    """Nobody has looked through it, and a megabyte of items there becomes a gigabyte of objects."""
+    path = write_series(tmp_path / "s", image_of(values(), (5, 1, 1)), {"PatientID": "X"})[0]
+    items = b"\xfe\xff\x00\xe0\0\0\0\0" * 3 + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    path.write_bytes(path.read_bytes() + b"\xe1\x7f\x01\x10SQ\0\0\xff\xff\xff\xff" + items)
+    assert (0x7FE1, 0x1001) in pydicom.dcmread(path)
+    read = read_with_pixels(path)
+    assert (0x7FE1, 0x1001) not in read and np.array_equal(
+        read.pixel_array, pydicom.dcmread(path).pixel_array
+    )
 
 
 def test_one_bad_series_does_not_spoil_another(tmp_path):

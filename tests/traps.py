@@ -31,6 +31,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
+    RLELossless,
 )
 from traps_of_masks import frame_of_precincts, jpeg_of_passes, traps_of_masks
 
@@ -104,6 +105,19 @@ def deflated(change: Callable[[bytes], bytes], **about) -> bytes:
     )
 
 
+def dicom_of_pieces() -> bytes:
+    """A DICOM file whose pixels, which claim 4096², lie in 15 million empty pieces behind a first one."""
+    plain = stored(dicom(side=4096, syntax=RLELossless, PixelData=encapsulate([bytes(9 * MIB)])))
+    return plain[:-8] + b"\xfe\xff\x00\xe0\0\0\0\0" * 15_000_000 + plain[-8:]
+
+
+def dicom_of_small_elements() -> bytes:
+    """A DICOM file whose header has a million empty elements."""
+    plain = stored(dicom())
+    start = plain.index(PIXELS)
+    return plain[:start] + of_elements(PIXELS, 1_000_000)[: -len(PIXELS)] + plain[start:]
+
+
 def element(group: int, number: int, kind: bytes, content: bytes) -> bytes:
     return struct.pack("<HH2sHI", group, number, kind, 0, len(content)) + content
 
@@ -126,9 +140,9 @@ def of_items(body: bytes) -> bytes:
     return body[:start] + padding + element(0x5200, 0x9230, b"SQ", items) + body[start:]
 
 
-def of_elements(body: bytes) -> bytes:
-    """1.2 million empty elements, each with a number of its own."""
-    start, k = body.index(PIXELS), np.arange(1_200_000)
+def of_elements(body: bytes, count: int = 1_200_000) -> bytes:
+    """So many empty elements, each with a number of its own."""
+    start, k = body.index(PIXELS), np.arange(count)
     each = np.zeros(len(k), [("group", "<u2"), ("number", "<u2"), ("kind", "S2"), ("length", "<u2")])
     each["group"], each["number"], each["kind"] = 0x5201 + 2 * (k >> 15), (k & 0x7FFF) + 0x1000, b"LO"
     return body[:start] + each.tobytes() + body[start:]
@@ -270,6 +284,8 @@ def traps(folder: Path) -> dict[str, Callable[[], object]]:
         "a deflated position of 50 MiB": dicom_of("numbers", lambda: deflated(of_numbers(50))),
         "a deflated header of 3 million items": dicom_of("items", lambda: deflated(of_items)),
         "a deflated header of 1.2 million elements": dicom_of("elements", lambda: deflated(of_elements)),
+        "a header of a million elements in preparation": dicom_of("small", dicom_of_small_elements),
+        "pixels in 15 million pieces": dicom_of("pieces", dicom_of_pieces),
         "900,000 items in the other order of bytes": dicom_of("order", big_endian_items),
         "a model with a bytearray of 2 GiB": lambda: load_checkpoint(
             checkpoint_of(folder, "bytes", with_state(ManyBytes()))

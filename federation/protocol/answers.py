@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from appearance.features import MEASURES
 from common import SMALLEST_GROUP, MedFLError
 from split import PARTS
-from tasks import DEFAULT, Task
+from tasks import DEFAULT, LGG, Task
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # of a hospital
 NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")  # of an entry that is named in a sentence
@@ -114,7 +114,9 @@ class Facts(Introduction):
     @property
     def outlined(self) -> tuple | None:
         """What is outlined in its data, and in what; None for the default."""
-        return self.task.outlines if self.task and self.task.name != DEFAULT else None
+        task = self.task or LGG
+        is_default = task.name == DEFAULT and (task.region, task.channels) == (LGG.region, LGG.channels)
+        return None if is_default else task.outlines
 
     @model_validator(mode="after")
     def _consistent(self) -> "Facts":

@@ -15,7 +15,8 @@ hospital does the server get the shares of both secrets, which together would op
 
 A server may tell hospitals different things. Therefore every mask is derived from a hash that each hospital
 computes itself, of run, round, total, model, settings, rate and participants (`binding`). If two hospitals were
-told different values, their masks don't cancel. A hospital also gives no share before more than half of the
+told different values, their masks don't cancel. Shares are sealed under keys that depend on the participants, so
+hospitals that were told others can't open them. A hospital also gives no share before more than half of the
 hospitals have confirmed, under keys that the server doesn't have, that they were told the same members of the sum
 (`Party.agree`; the consistency check of Bonawitz et al.). Otherwise, with five hospitals or more, a server that
 told each of them different members could gather the shares for a whole update. Hashes of all shares
@@ -28,6 +29,7 @@ are cut, and counts above a limit overflow, both in silence. And a hospital woul
 hospital if asked for them.
 """
 
+import base64
 import hashlib
 import hmac
 import json
@@ -299,10 +301,17 @@ class Party:
             )
 
     def _seal(self, node: str) -> bytes:
-        return generate_shared_key(
+        """The key between this hospital and another one that was told the same participants.
+
+        Without that a server could tell two of seven hospitals a list with a third, get the third one's key from the
+        other four as that of a missing hospital, and open the sum of the two.
+        """
+        between = generate_shared_key(
             bytes_to_private_key(bytes.fromhex(self.private[1])),
             bytes_to_public_key(bytes.fromhex(self.public[node][1])),
         )
+        alike = binding(["participants"], self.public, self.names)
+        return base64.urlsafe_b64encode(bound_key(between, alike))
 
     def kept(self) -> dict:
         """What is kept until the next message. After the last stage it holds no secret."""

@@ -26,6 +26,7 @@ NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.GroupNorm,
 )  # FedBN's layers (Li et al. 2021, arXiv:2102.07623) and their kin
+HEAD = 1_000  # bytes beside an array's values; numpy takes 128
 FULL = "float32"
 ON_THE_WAY = {
     FULL: np.float32,
@@ -167,6 +168,12 @@ def model_hash(vector: torch.Tensor, metadata: str) -> str:
     total = hashlib.sha256(vector.contiguous().numpy().data)
     total.update(metadata.encode())
     return total.hexdigest()
+
+
+def most_bytes(model: nn.Module) -> int:
+    """The most bytes that the arrays of an answer take: a value of 32 bits for each weight, and what is said of
+    them."""
+    return 4 * len(pack(model.state_dict())) + HEAD
 
 
 def payload(arrays: ArrayRecord | None) -> int:

@@ -3,12 +3,28 @@
 A message is sent as a tree of objects that are named by their SHA-256. For each object Flower's own store (1.41) keeps
 the children that were named with it first, by any sender. A hospital that knows an object before it is sent, such as
 the model that a run begins with, could name other children. Then no hospital could read the message, or each would
-wait for an object that never arrives. Here a message's tree is the one that was sent with it. The names of Flower used
-here may change with its version.
+wait for an object that never arrives. Here a message's tree is the one that was sent with it, and it names each object
+once.
+
+An array's object says by the numbers of its pieces what the array's bytes are, and Flower takes a piece as often as it
+is named: an answer of 5 MB could become a terabyte in the server's memory. Here an answer is read only if its arrays
+fit into what an answer can need. The names of Flower used here may change with its version.
 """
 
+import json
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import Array
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.inflatable.inflatable_object import is_valid_sha256_hash, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_head_values_from_object_content,
+    get_object_type_from_object_content,
+    is_valid_sha256_hash,
+    iterate_object_tree,
+)
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore, ObjectEntry
 
@@ -24,6 +40,10 @@ class ObjectsByMessage(InMemoryObjectStore):
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
         """Store a message's tree; returns those of its objects whose content has not arrived yet."""
         root, ids = object_tree.object_id, _ids(object_tree)
+        if sum(1 for _ in iterate_object_tree(object_tree)) > len(
+            ids
+        ):  # each would be fetched as often as named
+            raise ValueError("An object is named twice.")
         if wrong := [one for one in ids if not is_valid_sha256_hash(one)]:
             raise ValueError(f"Invalid object ID format: {wrong[0]}")
         with self.lock_store:
@@ -64,6 +84,29 @@ class ObjectsByMessage(InMemoryObjectStore):
         with self.lock_store:
             super().clear()
             self.trees.clear()
+
+
+def within(most: int, inflate: Callable[..., Any]) -> Callable[..., Any]:
+    """Flower's function that makes a message of its objects, for messages whose arrays take at most `most` bytes.
+    Others raise ValueError before anything is allocated."""
+
+    def bounded(object_id: str, contents: dict[str, bytes]) -> Any:
+        if (size := sum(_bytes_of_array(one, contents) for one in contents.values())) > most:
+            raise ValueError(f"The message's arrays take {size} bytes.")
+        return inflate(object_id, contents)
+
+    return bounded
+
+
+def _bytes_of_array(content: bytes, contents: dict[str, bytes]) -> int:
+    """The bytes that an array's object asks for; 0 for another object. contents: of all objects, by their ids."""
+    kind, pieces, _ = get_object_head_values_from_object_content(content)
+    if kind != Array.__qualname__:
+        return 0
+    if any(get_object_type_from_object_content(contents[one]) != ArrayChunk.__qualname__ for one in pieces):
+        raise ValueError("An array's pieces are something else.")  # such as arrays, each of many pieces
+    numbers = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+    return sum(len(contents[pieces[number]]) for number in numbers)
 
 
 def _ids(tree: ObjectTree) -> list[str]:

@@ -17,7 +17,7 @@ from federation.protocol.agreement import approval, check_together, to_json
 from federation.protocol.log import say
 from federation.protocol.messages import local_versions
 from federation.protocol.settings import FederationSettings
-from federation.protocol.weights import part_mask
+from federation.protocol.weights import most_bytes, part_mask
 from federation.runtime.bundle import hospital_code
 from federation.server.audit import AUDIT, ENDS, check_end, cut_half_line, verify
 from federation.server.state import LAST, check_best, load_run, with_rounds
@@ -170,6 +170,7 @@ def prepare_job(
         "commit": commit,
         "versions": versions,
         "ends": ends and str(ends),
+        "most_bytes": most_bytes(model),
         **told,
         "audit": {
             "code": code,

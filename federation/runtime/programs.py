@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import importlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,10 +117,15 @@ def run_gateway(parent: int, command: list[str]) -> None:
 def run_server_app(address: str, ca: str | None = None) -> None:
     from queue import Queue
 
+    from federation.runtime.flower_objects import within
+
     module = importlib.import_module(
         "flwr.superlink.runtime.run_serverapp"
     )  # a function of the package has its name
     vars(module)["install_from_fab"] = _quietly(module.install_from_fab)
+    most = json.loads(Path("job.json").read_text(encoding="utf-8"))["most_bytes"]
+    grid = importlib.import_module("flwr.superlink.grid.http_grid")
+    vars(grid)["inflate_object_from_contents"] = within(most, grid.inflate_object_from_contents)
     how = transport(ca)
     module.run_serverapp(
         address,

@@ -1,5 +1,6 @@
 """The metadata of a federation's checkpoint: the settings, data and hospitals behind its model."""
 
+from collections import Counter
 from dataclasses import asdict
 
 from appearance.features import pool_image_statistics
@@ -9,7 +10,7 @@ from federation.protocol.settings import FederationSettings
 from federation.server.judging import Scores, mean_dice
 from federation.server.progress import Progress
 from split import PARTS
-from tasks import stored
+from tasks import Task, of_all, stored
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -48,10 +49,18 @@ def describe_run(
         origin=_origin(settings, done, told, number),
         data=_data(training, settings, told),
         scores={"val": val} if scores else {},
-        task=stored(told[0].task) if told else None,  # all have the same one
+        task=stored(_task(told, settings.private)),
     )
     about["versions"].update(commit=commit, flwr=told[0].versions["flwr"] if told else None)
     return about
+
+
+def _task(told: list[Facts], private: bool) -> Task | None:
+    """What the model outlines. All hospitals outline the same, and what most of them call it counts; if the run is
+    private, only what is the same at all of them."""
+    if private:
+        return of_all(next((facts.task for facts in told if facts.outlined), None))
+    return next((task for task, _ in Counter(facts.task for facts in told).most_common(1)), None)
 
 
 def _training(

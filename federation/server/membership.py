@@ -1,6 +1,7 @@
 """The hospitals that take part: they join, are refused, fall behind, vanish and come back."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,6 +81,7 @@ class Membership:
         ] = {}  # nodes that could not join: number of tries, time of the next one
         self._rivals: dict[int, Facts] = {}  # the facts of nodes that claim a label which a member has
         self._looked = -LOOK
+        self._settled = bool(contributors)  # whether it is known what the hospitals' data are of
 
     @property
     def present(self) -> list[Member]:
@@ -199,7 +201,8 @@ class Membership:
             self.say(f"{seen.label} asks whether it could join: {End.TAKEN if holder else 'it could'}")
             self._refuse(answer.node, End.TAKEN if holder else End.FIT)
             return
-        if holder and holder.session != seen.session:
+        # what one connection says twice is no dispute: a hospital that kept one up with itself held all rounds up
+        if holder and holder.session != seen.session and holder.node != answer.node:
             self._rivals[answer.node] = seen  # the holder is asked whether it is still there
         else:
             self._admit(answer.node, seen)
@@ -270,11 +273,37 @@ class Membership:
         if refusal := self._refusal(node, who):
             return refusal
         facts = parse(Facts, about)
-        if not facts.own_data and self.partition not in (None, facts.partition_sha256):
+        early = not self._settled and facts.role != "check"
+        return facts if early else self._other_data(facts, self._known) or facts
+
+    def settle(self) -> bool:
+        """Refuse those whose data are of another task than most hospitals', or of another divided dataset; from now on
+        newcomers as well. If the first to come decided, one could have all others sent away. Whether somebody had to
+        go."""
+        members = list(self.members.values())
+        training = [one.facts for one in members if one.facts.role == "train"]
+        voters = [*self.contributors.values()] or training or [one.facts for one in members]
+        right = _most_common(voters, lambda facts: facts.outlined)
+        shares = _most_common(
+            [one for one in voters if not one.own_data], lambda facts: facts.partition_sha256
+        )
+        out = {one.label: self._other_data(one.facts, [*shares, *right]) for one in members}
+        for member in members:
+            if refusal := out[member.label]:
+                self._remove(member, f"its data are not of what most hospitals' are ({refusal.code})")
+                self.audit.write("refused", hospital=member.label, node=str(member.node), why=refusal.code)
+                self._refuse(member.node, refusal.code, refusal.detail)
+        self._settled = True
+        return any(out.values())
+
+    def _other_data(self, facts: Facts, known: list[Facts]) -> Refusal | None:
+        """Why a hospital's data don't go with those of these hospitals; None if they do."""
+        partition = next((one.partition_sha256 for one in known if not one.own_data), None)
+        if not facts.own_data and partition not in (None, facts.partition_sha256):
             return Refusal(facts.label, End.SPLIT)
-        if any(facts.outlined != known.outlined for known in self._known):
-            return Refusal(facts.label, End.TASK, (self._known[0].task or LGG).region)
-        return facts
+        if known and facts.outlined != known[-1].outlined:
+            return Refusal(facts.label, End.TASK, (known[-1].task or LGG).region)
+        return None
 
     def _refusal(self, node: int, who: Introduction) -> Refusal | None:
         """Why a hospital with this introduction can't be a member, whatever its data are; None if it can."""
@@ -325,3 +354,9 @@ class Membership:
         self.mailbox.send(
             [node], "query", "end", {"query": Query.END, "code": code, "detail": detail}, PING_TIME
         )
+
+
+def _most_common(told: list[Facts], what: Callable[[Facts], object]) -> list[Facts]:
+    """One of those of whom most say the same; of as many the first to come. Empty of none."""
+    counts = Counter(what(facts) for facts in told)
+    return [max(told, key=lambda facts: counts[what(facts)])] if told else []

@@ -6,7 +6,7 @@ brought into at will.
 
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
-from scripted import VERSIONS, Grid, Node, facts
+from scripted import VERSIONS, Grid, Node, facts, make_fast
 
 import federation.server.mailbox
 import federation.server.membership
@@ -14,9 +14,12 @@ from appearance.features import MEASURES
 from federation.protocol.answers import Facts
 from federation.protocol.messages import End, read
 from federation.protocol.settings import FederationSettings
-from federation.server.mailbox import Mailbox
+from federation.server.mailbox import Answer, Mailbox
 from federation.server.membership import Membership
+from federation.server.state import RunState
 from tasks import LGG, named_task
+from training import TrainingSettings
+from transunet import TransUNet
 
 
 class Play:
@@ -171,6 +174,15 @@ def test_a_dispute_waits_for_the_holders_work(play):
     assert twin.ends == [End.TAKEN]
 
 
+def test_a_hospital_has_no_dispute_with_itself(play):
+    """It was asked twice when its connection was lost for a moment, and answered once later, as if started anew."""
+    p = play()
+    p.grid.nodes = {1: Node(facts("hospital-0"))}
+    p.go()
+    p.membership.handle(Answer(1, "join", facts("hospital-0", session="another")))
+    assert not p.membership.disputed and p.membership.members["hospital-0"].session == "another"
+
+
 @pytest.mark.parametrize(
     ("introduction", "code"),
     [
@@ -178,6 +190,7 @@ def test_a_dispute_waits_for_the_holders_work(play):
         (facts("hospital-7"), End.NUMBER),
         (facts("hospital-1", partition_sha256="other"), End.SPLIT),
         (facts("mercy", task=named_task("hippocampus").model_dump(mode="json")), End.TASK),
+        (facts("mercy", task={**LGG.model_dump(mode="json"), "region": "nothing"}), End.TASK),
         (facts("mercy", task={**LGG.model_dump(mode="json"), "region": "\x1b[2J"}), End.UNFIT),
         ({"failure": "data", "label": "mercy"}, End.UNFIT),
         (facts("hospital-1", cid=0), End.UNFIT),
@@ -196,9 +209,48 @@ def test_who_is_refused(play, introduction, code):
     p = play()
     p.grid.nodes = {1: Node(facts("hospital-0"))}
     p.go()
+    assert not p.membership.settle()  # the run begins
     p.grid.nodes[2] = newcomer = Node(introduction)
     p.go(3)
     assert p.labels == {"hospital-0": 1} and newcomer.ends == [code]
+
+
+def test_the_first_to_come_does_not_send_the_others_away(play):
+    """Nor does one that only observes. The others' programs ended with "refused", at every start again."""
+    other = named_task("hippocampus").model_dump(mode="json")
+    p = play(clients=6)
+    p.grid.nodes = {
+        1: Node(facts("mallory", task=other)),
+        2: Node(facts("oscar", task=other, role="observe")),
+    }
+    p.go()
+    honest = {
+        3: Node(facts("mercy")),
+        4: Node(facts("hope")),
+        5: Node(facts("hospital-0")),
+        6: Node(facts("hospital-1")),
+    }
+    p.grid.nodes |= honest | {7: Node(facts("hospital-2", partition_sha256="other"))}
+    p.go()
+    assert p.membership.settle() and not p.membership.settle()
+    p.go()
+    assert p.labels == {"mercy": 3, "hope": 4, "hospital-0": 5, "hospital-1": 6}
+    assert [p.grid.nodes[one].ends for one in (1, 2, 7)] == [[End.TASK], [End.TASK], [End.SPLIT]]
+    assert not any(node.ends for node in honest.values())
+
+
+def test_one_hospital_does_not_name_what_the_model_outlines(tmp_path, monkeypatch):
+    """Whose label came first named it for all; the pages show that beside each mask."""
+    make_fast(monkeypatch)
+    state = RunState(
+        TransUNet("tiny", 32), TrainingSettings(image_size=32), FederationSettings(), tmp_path, None
+    )
+    lie = LGG.model_copy(update={"title": "Healthy brains"})
+    state.progress.hospitals = {
+        label: Facts(**facts(label, task=task and task.model_dump(mode="json")))
+        for label, task in (("a", lie), ("b", None), ("c", None))
+    }
+    assert state.metadata({}, 1)["task"] is None
 
 
 def test_a_full_federation_takes_nobody(play):

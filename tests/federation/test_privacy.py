@@ -21,6 +21,7 @@ from federation.protocol.settings import FederationSettings
 from federation.runtime.job import announce_privacy
 from federation.server.state import BEST, LAST
 from federation.server.updates import Updates
+from tasks import LGG, Task
 from training import TrainingSettings
 from transunet import TransUNet
 
@@ -211,6 +212,10 @@ def test_a_run_ends_when_the_budget_is_spent_and_keeps_its_last_model(monkeypatc
     assert torch.equal(best, last)
 
 
+def mercys_task(name: str, title: str = "Gliomas of Mercy", site: str | None = "^(MERCY)_") -> Task:
+    return LGG.model_copy(update={"name": name, "title": title, "site": site, "region": "glioma"})
+
+
 def test_a_private_models_file_is_the_same_whoever_took_part(monkeypatch, tmp_path):
     """Noise on the weights hid who took part, and the file beside them named the hospitals."""
     make_fast(monkeypatch)
@@ -223,8 +228,19 @@ def test_a_private_models_file_is_the_same_whoever_took_part(monkeypatch, tmp_pa
     own = {"cid": None, "own_data": True}
     hospitals["hospital-0"] = hospitals["hospital-0"].model_copy(update={**own, "data": "own data"})
     without = state.metadata({}, 1)
-    hospitals["hospital-1"] = other.model_copy(update={**own, "data": "Prostates of Mercy"})  # a task's title
+    title = "Prostates of Mercy"
+    task = LGG.model_copy(update={"title": title})
+    hospitals["hospital-1"] = other.model_copy(update={**own, "data": title, "task": task})
     assert {**state.metadata({}, 1), "created": None} == {**without, "created": None}
+    tasks = {"hospital-1": mercys_task("mercy"), "hospital-0": mercys_task("gliomas", "Gliomas", None)}
+    for label, task in tasks.items():  # the first that came names its dataset and how its patients are called
+        hospitals[label] = hospitals.pop(label).model_copy(update={"task": task})
+    told = state.metadata({}, 1)
+    del hospitals["hospital-1"]
+    assert {**state.metadata({}, 1), "created": None} == {**told, "created": None}
+    assert told["task"]["region"] == "glioma" and "ercy" not in str(told)
+    hospitals["hospital-0"] = hospitals["hospital-0"].model_copy(update={"task": LGG})
+    assert state.metadata({}, 1)["task"] is None  # as of who has no file of a task
     rows = dict(card_rows(load_checkpoint(tmp_path / BEST), "0" * 64))
     assert rows["Trained"].startswith("federated, 2 hospitals, 1 rounds") and "hospital-" not in str(rows)
     assert "patients" not in rows["Data"]

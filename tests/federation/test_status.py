@@ -4,11 +4,14 @@ end of a run: test scores, the model for everybody."""
 import http.client
 import http.server
 import json
+import os
+import subprocess
 import sys
 import threading
 from dataclasses import asdict
 
 import pytest
+from running import ROOT
 from scripted import VERSIONS, Grid, Worker, facts, make_fast
 
 from checkpoint import describe, load_checkpoint, save_checkpoint
@@ -206,6 +209,37 @@ def test_the_pooled_score_weighs_patients_and_draws_hospitals():
 def test_mlflows_files_count_from_where_the_script_was_started(given, taken, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert mlflow_address(given) == taken.replace("HERE", tmp_path.resolve().as_posix())
+
+
+ASKED = """
+import socket, sys, time
+from pathlib import Path
+from runs.tracking import open_trackers
+def look(host, *others, **more):
+    print("asked for", host, flush=True)
+    raise socket.gaierror
+socket.getaddrinfo = look
+(one,) = open_trackers(Path(sys.argv[1]), False, "local")
+one.settings({"lr": 0.1})
+one.close()
+from mlflow.telemetry.client import get_telemetry_client
+print("telemetry is", "on" if get_telemetry_client() else "off")
+"""
+
+
+def test_mlflow_tells_its_makers_nothing(tmp_path):
+    pytest.importorskip("mlflow")
+    quiet = {
+        "CI",
+        "GITHUB_ACTIONS",
+        "PYTEST_CURRENT_TEST",
+        "MLFLOW_DISABLE_TELEMETRY",
+    }  # it tells nothing there
+    others = {name: value for name, value in os.environ.items() if name not in quiet}
+    environment = {**others, "MLFLOW_ALLOW_FILE_STORE": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ASKED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "telemetry is off", done.stdout + done.stderr
 
 
 def test_mlflow_keeps_a_run_in_a_local_folder(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from federation.protocol.answers import Part
 from federation.protocol.masks import binding, from_sum
 from federation.protocol.messages import message, read
 from federation.protocol.requests import Agree, Keys, Shares, Train, Unmask
-from federation.protocol.secure_aggregation import Party, unmasked
+from federation.protocol.secure_aggregation import Party, WrongShares, unmasked
 from federation.protocol.settings import FederationSettings
 from federation.protocol.weights import array_record
 from federation.server.mailbox import Answer
@@ -187,6 +187,21 @@ def test_a_server_that_tells_five_hospitals_different_members_of_the_sum_gets_no
         agreed = {str(by): codes[by][str(node)] for by in TOLD if by != node}
         with pytest.raises(MedFLError, match="not told the same members of the sum"):
             party.reveal(*TOLD[node], agreed)
+
+
+def test_shares_are_of_use_only_among_hospitals_that_were_told_the_same_participants():
+    """Two of seven were told a list with the third. The other four gave the third one's key, as that of a missing
+    hospital, and the sum of the two came out to 4e-8."""
+    parties = {node: Party() for node in range(1, 8)}
+    seven = {str(node): party.keys(node) for node, party in parties.items()}
+    three = {node: seven[node] for node in ("1", "2", "3")}
+    told = {node: three if node < 3 else seven for node in parties}
+    sealed = {node: party.share(told[node], {}, ["run", 1]) for node, party in parties.items()}
+    for node in (1, 2):
+        theirs = {str(by): sealed[by][str(node)] for by in (1, 2, 3) if by != node}
+        with pytest.raises(WrongShares, match="can't be opened") as caught:
+            parties[node].masked(theirs, torch.zeros(LENGTH), 0.5, LIMIT, ["run", 1, MOST, "m"])
+        assert caught.value.node == 3
 
 
 @pytest.mark.parametrize("forge", ["another set", "no codes", "own codes", "codes for others", "made up"])

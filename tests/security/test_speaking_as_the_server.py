@@ -1,5 +1,11 @@
 """A hospital with a key sends another one a message in the server's name, or spoils what the server sends it, through
-Flower's own code."""
+Flower's own code; or it answers with a message that asks for more than it brings."""
+
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +20,24 @@ from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_children_ids_from_object_content,
+    get_object_id,
+    get_object_tree,
+    get_object_type_from_object_content,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
+from flwr.superlink.grid import http_grid
 from flwr.superlink.servicer.fleet import fleet_handlers
 
 from federation.protocol.messages import End, Query, message
-from federation.protocol.weights import to_record
-from federation.runtime.flower_objects import ObjectsByMessage
-from federation.runtime.programs import only_own_answers
+from federation.protocol.weights import from_record, most_bytes, to_record
+from federation.runtime.flower_objects import ObjectsByMessage, within
+from federation.runtime.programs import only_own_answers, run_server_app
 
 SERVER = 1  # the number of Flower's SuperLink among the nodes
 END = message({"query": Query.END, "code": End.DONE})
@@ -132,3 +147,87 @@ def test_objects_stay_for_as_long_as_a_message_has_them(door):
     assert all(node.object_id in store for node in iterate_object_tree(sent[1].message_object_trees[0]))
     store.delete_objects_in_run(door.run)
     assert not len(store) and not store.trees
+
+
+def answer_of(content: RecordDict, change) -> tuple[str, dict[str, bytes]]:
+    """An answer as the server's process fetches it: the id of its message, and the contents of its objects. change: of
+    the array's object and those that it is made of; gives another content, and further objects."""
+    whole = make_message(Metadata(1, "", 2, SERVER, "a" * 64, "round", 0.0, 60.0, "train"), content)
+    objects = {identity: one.deflate() for identity, one in get_all_nested_objects(whole).items()}
+    array = next(one for one in objects if get_object_type_from_object_content(objects[one]) == "Array")
+    changed, more = change(objects[array])
+    # a content is named by its hash, so all that lead to it are made again
+    objects |= {get_object_id(one): one for one in more}
+    old, new = array, get_object_id(changed)
+    objects[new] = changed
+    for kind in ("ArrayRecord", "RecordDict", "Message"):
+        parent = next(one for one in objects if get_object_type_from_object_content(objects[one]) == kind)
+        content_ = objects.pop(parent).replace(old.encode(), new.encode())
+        old, new = parent, get_object_id(content_)
+        objects[new] = content_
+    return new, objects
+
+
+def array_object(pieces: list[str], numbers: list[int]) -> bytes:
+    """The object of an array of these pieces."""
+    about = {"dtype": "float32", "shape": [100], "stype": "numpy.ndarray", "arraychunk_ids": numbers}
+    body = json.dumps(about).encode()
+    return b"Array %s %d\0" % (",".join(pieces).encode(), len(body)) + body
+
+
+def often(content: bytes) -> tuple[bytes, list[bytes]]:
+    """One piece, a thousand times."""
+    pieces = get_object_children_ids_from_object_content(content)
+    return array_object(pieces, [0] * 1_000), []
+
+
+def nested(content: bytes) -> tuple[bytes, list[bytes]]:
+    """An array that is twice an array that is twice ... one piece: each by itself asks for little."""
+    objects = [content]
+    for _ in range(12):
+        objects.append(array_object([get_object_id(objects[-1])], [0, 0]))
+    return objects[-1], objects[1:-1]
+
+
+def as_it_is(content: bytes) -> tuple[bytes, list[bytes]]:
+    return content, []
+
+
+@pytest.mark.parametrize("change", [often, nested])
+def test_an_answer_takes_no_more_memory_than_an_update(change):
+    message_id, objects = answer_of(message({}, to_record(torch.arange(100.0))), change)
+    grown = inflate_object_from_contents(message_id, dict(objects))
+    assert len(grown.content["arrays"]["weights"].data) > 500_000  # by Flower alone
+    with pytest.raises(ValueError):
+        within(most_bytes(torch.nn.Linear(99, 1)), inflate_object_from_contents)(message_id, objects)
+
+
+def test_an_honest_update_fits():
+    for update in (torch.arange(100.0), torch.zeros(100)):
+        message_id, objects = answer_of(message({}, to_record(update)), as_it_is)
+        bounded = within(most_bytes(torch.nn.Linear(99, 1)), inflate_object_from_contents)
+        assert torch.equal(from_record(bounded(message_id, objects).content["arrays"]), update)
+
+
+def test_the_servers_process_bounds_what_it_reads(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("job.json").write_text('{"most_bytes": 1}', encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("token\n"))
+    monkeypatch.setattr(http_grid, "inflate_object_from_contents", inflate_object_from_contents)
+    module = importlib.import_module("flwr.superlink.runtime.run_serverapp")
+    monkeypatch.setattr(module, "install_from_fab", module.install_from_fab)
+    monkeypatch.setattr(module, "run_serverapp", lambda *_, **__: None)
+    run_server_app("127.0.0.1:1")
+    message_id, objects = answer_of(message({}, to_record(torch.arange(100.0))), as_it_is)
+    with pytest.raises(ValueError, match="bytes"):
+        http_grid.inflate_object_from_contents(message_id, objects)
+
+
+def test_an_object_that_is_named_twice_is_not_fetched_twice(door):
+    """Each would be fetched as often as it is named: 16 MB of names let the server fetch a terabyte."""
+    push = only_own_answers(fleet_handlers.push_messages)
+    fleet_handlers.push_messages(door.pushed(SERVER, SERVER, door.bad), door.state)
+    (got,) = door.waiting(door.bad)
+    twice = [ObjectTree(object_id="f" * 64)] * 2
+    with pytest.raises(ValueError):
+        push(door.pushed(door.bad, door.bad, SERVER, got.metadata.message_id, more=twice), door.state)
