@@ -25,7 +25,7 @@ export function doubt(header, data, shape) {
   const records = [];
   if (header.qform_code > 0) records.push(["qform", qform(header)]);
   if (header.sform_code > 0) records.push(["sform", sform(header, data)]);
-  if (!records.length) return "does not say how the patient lies in it (qform and sform code are 0)";
+  if (!records.length) return "does not give the patient's orientation (qform and sform code are 0)";
   for (const [name, matrix] of records) {
     const columns = [0, 1, 2].map((column) => matrix.map((row) => row[column]));
     const [a, b, c] = columns, dot = (u, v) => u[0] * v[0] + u[1] * v[1] + u[2] * v[2];
