@@ -262,13 +262,46 @@ def _by_slice(path: File, rings: list[np.ndarray], reference: sitk.Image) -> dic
 
 
 def fill(rings: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels of a slice whose centres lie inside an odd number of rings, (H, W) bool.
+    """The pixels of a slice that rings enclose, (H, W) bool. A ring inside another is a hole, one inside that is
+    marked again, and one that is there twice counts once.
 
-    rings: (points, 2) each, columns and rows, the first pixel's centre at 0. A pixel is inside if an odd number of
-    lines cross its row on its left.
+    rings: (points, 2) each, columns and rows, the first pixel's centre at 0. Raises MedFLError for rings that share
+    only a part of what they enclose: some programs mark that part, and others leave it out.
     """
-    start = np.concatenate(rings)
-    end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    filled, innermost, sizes = np.zeros(shape, bool), np.zeros(shape, int), [0]
+    each = [(place, _inside(ring, place)) for ring in rings if (place := _box(ring, shape)) is not None]
+    for place, inside in sorted(each, key=lambda one: -np.count_nonzero(one[1])):
+        if not inside.any():
+            continue
+        around = innermost[place][inside]
+        if (around != around[0]).any():
+            raise MedFLError(
+                "it has outlines that overlap on one slice, and what lies in both may be meant or not; unite them"
+            )
+        if around[0] == 0 or sizes[around[0]] != len(around):
+            filled[place] ^= inside
+            innermost[place][inside] = len(sizes)
+            sizes.append(len(around))
+    return filled
+
+
+def _box(ring: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice] | None:
+    """The rows and columns of the pixels that a ring can enclose, None if there are none."""
+    (left, top), (right, bottom) = np.ceil(ring.min(axis=0)), np.floor(ring.max(axis=0)) + 1
+    rows, columns = (
+        slice(int(max(0, top)), int(min(shape[0], bottom))),
+        slice(int(max(0, left)), int(min(shape[1], right))),
+    )
+    return (rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
+
+
+def _inside(ring: np.ndarray, place: tuple[slice, slice]) -> np.ndarray:
+    """The pixels of a box whose centres lie inside a ring. A pixel is inside if an odd number of lines cross its row
+    on its left."""
+    rows, columns = place
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    start = ring - (columns.start, rows.start)
+    end = np.roll(start, -1, axis=0)
     low, high = np.sort([start[:, 1], end[:, 1]], axis=0)
     first, last = (
         np.ceil(low).clip(0, shape[0]),
