@@ -117,6 +117,17 @@ def test_what_is_no_case_gets_one_sentence_in_both(ask):
         assert TOLD.get(name, "") in answer["error"], (name, answer)
 
 
+def test_a_mask_that_names_other_numbers_is_doubted_in_both(ask):
+    voxels = np.random.default_rng(0).integers(1, 900, (20, 24, 18)).astype(np.int16)
+    scan, mask = (nifti(values, (1, 1, 4)).to_bytes() for values in (voxels, (voxels > 800).astype(np.uint8)))
+    names = [("a_00001_000.nii", "a_00002_000_seg.nii"), ("a_00001_000.nii", "a_00001_000_seg.nii")]
+    given = [[(one, scan), (other, mask)] for one, other in names]
+    for files, answer in zip(given, ask(*[(files, {}) for files in given])):
+        assert answer.get("notes") == read_case(files).notes, answer
+        doubted = any("names other numbers" in note for note in answer["notes"])
+        assert doubted == ("00002" in files[1][0])
+
+
 @pytest.mark.parametrize("before", [b"\xff", b"\xff\x01", b"\xff\xd0"])
 def test_the_size_of_a_jpeg_is_that_of_the_frame_that_a_browser_decodes(ask, before):
     """A comment holds another frame, where a reader comes to that takes the bytes before the real one for a
