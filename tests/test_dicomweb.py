@@ -76,6 +76,12 @@ def test_an_archive_that_refers_to_a_machine_without_encryption_is_not_followed(
         there.find_studies(Query(patients=("QX-1",)))
 
 
+def test_an_address_that_begins_like_the_archives_is_another():
+    session = DICOMweb("http://localhost", Login())._client._session
+    with pytest.raises(Denied, match="localhost.pacs.example, which is not encrypted"):
+        session.get("http://localhost.pacs.example/studies")
+
+
 class Mixed:
     """An archive of one study whose series are of these patients, by their descriptions."""
 
