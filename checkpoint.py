@@ -160,6 +160,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
         )
     plan = Plan(**{name: metadata["architecture"][name] for name in Plan.model_fields})
     _check_weights(plan, content["model"], path)
+    _refuse_no_numbers(content["model"], path)
     model = TransUNet(plan.name, plan.image_side, plan.norm)
     load_weights(model, content["model"], path)
     model.temperature = _temperature(metadata, path)
@@ -253,6 +254,16 @@ def _check_weights(plan: Plan, weights: dict, source: Path) -> None:
         name: tuple(value.shape) for name, value in expected.items()
     }:
         raise MedFLError(_of_another(plan.name, plan.image_side, plan.norm, source))
+
+
+def _refuse_no_numbers(weights: dict, source: Path) -> None:
+    """Raises MedFLError for weights that are NaN or infinite: from them comes no probability, and a mask without it is
+    empty, as if there were no tumour."""
+    if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+        raise MedFLError(
+            f"{source} holds weights that are no finite numbers, and would outline nothing; copy it again, or choose "
+            "the checkpoint of another epoch or run"
+        )
 
 
 def _of_another(name: object, side: object, norm: object, source: Path) -> str:

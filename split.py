@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -111,11 +112,17 @@ def save_split(split: Split, path: Path) -> None:
 
 
 def load_split(path: Path, patients: set[str]) -> Split:
-    """The split in `path`. Raises MedFLError for another format, unknown patients,
-    or a patient in two parts."""
+    """The split in `path`, with the patients' names as the dataset writes them: a Mac encodes accents otherwise.
+    Raises MedFLError for another format, unknown patients, or a patient in two parts."""
+    here = {unicodedata.normalize("NFC", name): name for name in patients}
+
+    def as_here(name: str) -> str:
+        return name if name in patients else here.get(unicodedata.normalize("NFC", name), name)
+
     try:
         content = read_json_file(Path(path))
-        split = Split(int(content["seed"]), *(tuple(map(str, content[part])) for part in PARTS))
+        told = [map(str, content[part]) for part in PARTS]
+        split = Split(int(content["seed"]), *(tuple(map(as_here, names)) for names in told))
     except FileNotFoundError as error:
         raise MedFLError(
             f"there is no split file {path}; give the training's split.json with --split-file"
@@ -123,10 +130,10 @@ def load_split(path: Path, patients: set[str]) -> Split:
     except OSError as error:
         raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
     except json.JSONDecodeError as error:
-        raise MedFLError(f"{path} is no JSON ({error}); correct it there, or delete the file") from error
+        raise MedFLError(f"{path} is not JSON ({error}); correct it there, or delete the file") from error
     except (ValueError, KeyError, TypeError, OverflowError) as error:  # the last of an infinite seed
         raise MedFLError(
-            f"{path} is no split file of MedFL; name the split.json that the training wrote"
+            f"{path} is not a split file of MedFL; name the split.json that the training wrote"
         ) from error
     if content.get("version") != 1:
         raise MedFLError(

@@ -3,7 +3,7 @@ scans.
 
     python data/make_phantoms.py --patients 24 --out data/phantoms
 
-A phantom is drawn, not measured: a score on phantoms says nothing about real patients.
+A phantom is painted, not measured: a score on phantoms says nothing about real patients.
 """
 
 import argparse

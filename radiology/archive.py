@@ -30,7 +30,7 @@ PAGE, SHEETS = "index.html", "contact_sheets"  # in the output
 NAMED = 5  # studies of earlier runs that a message names
 PARTS = {
     TRAINING: "for training",
-    MORE: "another study of a patient who trains already, so kept apart",
+    MORE: "kept apart: another study of this patient is used for training",
     UNMASKED: "kept apart from training",
 }
 
@@ -212,7 +212,8 @@ class Preparation:
         before = self._made.get(name)
         if before is None or before.fingerprint != fingerprint:
             self.tell(
-                f"{name} has a truth that a person saved, and is left as it is; move its folder away to prepare it anew"
+                f"{name} has a truth that a person saved, and is left unchanged; move its folder away to "
+                "prepare it again"
             )
         slices = len(list((self.out / part / name).glob("*_mask.tif")))
         notes, failures = (before.notes, before.failures) if before else ([], {})

@@ -52,8 +52,8 @@ def check_frame(content: pydicom.Dataset, frame: int) -> None:
         raise MedFLError("a frame does not begin with its size, as JPEG and JPEG 2000 do; export it again")
     if told not in (None, (rows, columns)) or len(data) > 2 * pixels + SPARE:
         raise MedFLError(
-            f"a frame says that it has {'×'.join(map(str, told[::-1])) if told else 'more'} pixels, and the header "
-            f"{columns}×{rows}; export it again"
+            f"a compressed frame states {'×'.join(map(str, told[::-1])) if told else 'more'} pixels, but "
+            f"the header {columns}×{rows}; export it again"
         )
 
 

@@ -49,7 +49,8 @@ class Collection:
             return [Part(found[1], self.channels[int(found[2])])]
         if volumes != len(self.channels):
             raise MedFLError(
-                f"holds {volumes} volumes, and {NAME} names {len(self.channels)} channels; correct one of the two"
+                f"holds {volumes} volumes, but {NAME} names {len(self.channels)} channels; correct one of "
+                "the two"
             )
         return [Part(name, shows, k if volumes > 1 else None) for k, shows in sorted(self.channels.items())]
 
@@ -73,7 +74,7 @@ def collection_in(root: Path) -> Collection | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MedFLError(
-            f'{path} does not say what the channels show; write it as nnU-Net has it, with "channel_names": '
+            f'{path} does not say what the channels show; write it in the form of nnU-Net, with "channel_names": '
             '{"0": "FLAIR"}'
         ) from error
 

@@ -18,7 +18,7 @@ def add_login_option(parser: argparse.ArgumentParser) -> None:
     """Add --login."""
     parser.add_argument(
         "--login",
-        help="file with the login at the archive (docs/archive.md), readable by you only; or "
+        help="file with the login for the archive (docs/archive.md), readable only by you; or "
         f'"{PROMPT}" for user and password at a prompt',
     )
 
@@ -26,13 +26,13 @@ def add_login_option(parser: argparse.ArgumentParser) -> None:
 def add_query_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that select studies."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--patients", type=Path, help="file with patients' numbers (PatientID), a line each")
+    which.add_argument("--patients", type=Path, help="file with patients' numbers (PatientID), one per line")
     which.add_argument(
         "--query",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="what the archive's studies have to match, by DICOM keyword, such as StudyDescription=*BRAIN*",
+        help="select the archive's studies by DICOM keyword, such as StudyDescription=*BRAIN*",
     )
     parser.add_argument("--since", metavar="DATE", help="only studies from this day on, such as 2026-01-31")
 
@@ -44,7 +44,7 @@ def add_dimse_options(parser: argparse.ArgumentParser) -> None:
         "--move-port",
         type=int,
         metavar="PORT",
-        help="port of ours for C-MOVE, as the archive knows it (default: C-GET is used, which needs none)",
+        help="our port for C-MOVE, as set in the archive (default: C-GET is used, which needs no port)",
     )
 
 
@@ -64,7 +64,8 @@ def read_query(arguments: argparse.Namespace) -> Query:
         key, separator, value = entry.partition("=")
         if not (separator and value) or tag_for_keyword(key) is None:
             raise MedFLError(
-                f"--query {entry} is no KEY=VALUE with a DICOM keyword; write StudyDescription=*BRAIN*, for instance"
+                f"--query {entry} is not KEY=VALUE with a DICOM keyword; write for example "
+                "StudyDescription=*BRAIN*"
             )
         filters.append((key, value))
     return Query(tuple(filters), _read_patients(arguments.patients), _day(arguments.since))
@@ -79,9 +80,9 @@ def _read_patients(path: Path | None) -> tuple[str, ...]:
         raise MedFLError(f"{path} can't be read as text; check --patients") from error
     patients = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not patients:
-        raise MedFLError(f"{path} names no patient; write a number a line")
+        raise MedFLError(f"{path} names no patient; write one number per line")
     if any(set(patient) & set("*?\\") for patient in patients):
-        raise MedFLError(f"{path} holds a number with *, ? or \\, which would match others too; correct it")
+        raise MedFLError(f"{path} holds a number with *, ? or \\, which would also match others; correct it")
     return patients
 
 
@@ -91,5 +92,5 @@ def _day(text: str | None) -> str:
     try:
         day = date.fromisoformat(text)
     except ValueError as error:
-        raise MedFLError(f"--since {text} is no day; write 2026-01-31, for instance") from error
+        raise MedFLError(f"--since {text} is not a date; write for example 2026-01-31") from error
     return f"{day:%Y%m%d}"

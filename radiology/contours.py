@@ -50,7 +50,8 @@ def make_structure_set(
     """
     if not series.frame_of_reference:
         raise MedFLError(
-            "the series names no frame of reference, which an RTSTRUCT must refer to; export it whole"
+            "the series names no frame of reference, which an RTSTRUCT must refer to; export the series "
+            "completely"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the scanner's tags that deviate from the standard
@@ -215,8 +216,8 @@ def _tumour(path: File, stored: pydicom.Dataset) -> int:
     )
     if len(meant) != 1:
         raise MedFLError(
-            f"{path} holds {len(names)} outlines, {len(meant)} of which are called GTV, tumour or lesion, and one "
-            "means tumour; export that one by itself"
+            f"{path} holds {len(names)} outlines, of which {len(meant)} are called GTV, tumour or lesion "
+            "instead of one; export the tumour's outline by itself"
         )
     return next(iter(meant))
 
@@ -249,13 +250,14 @@ def _by_slice(path: File, rings: list[np.ndarray], reference: sitk.Image) -> dic
         index = round(float(places[:, 2].mean()))
         if np.abs(places[:, 2] - index).max() > OFF_GRID or not 0 <= index < slices:
             raise MedFLError(
-                f"{path} has outlines that lie off the slices of its series; draw them on the series itself"
+                f"{path} has outlines that do not lie on the slices of its series; draw them on the series "
+                "itself"
             )
         shown = places[:, 1].clip(-1, rows)
         crossed += float(np.abs(shown - np.roll(shown, -1)).sum())
         if crossed > MOST_CROSSED:
             raise MedFLError(
-                f"{path} has far more lines than an outline of a tumour; export that one by itself"
+                f"{path} has far more lines than the outline of a tumour; export that outline by itself"
             )
         found[index].append(places[:, :2])
     return found

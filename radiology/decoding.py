@@ -31,8 +31,8 @@ def decode_slice(path: File, whole: pydicom.Dataset | None, frame: int) -> np.nd
             syntax = content.file_meta.TransferSyntaxUID
             if syntax.is_compressed and not _can_decode(syntax):
                 raise MedFLError(
-                    f"{path} is compressed ({syntax.name}), and nothing here can decode it; "
-                    "`pip install -r requirements-dicom.txt`, or export without compression"
+                    f"{path} is compressed ({syntax.name}), and no installed decoder can read it; `pip "
+                    "install -r requirements-dicom.txt`, or export without compression"
                 )
             check_frame(content, frame)
             try:
@@ -49,7 +49,7 @@ def decode_slice(path: File, whole: pydicom.Dataset | None, frame: int) -> np.nd
             values = _rescaled(content, stored, frame)
             if not (np.abs(values) <= MAX_LARGE).all():
                 raise MedFLError(
-                    f"{path} has values that are no numbers (its rescale slope?); export it again"
+                    f"{path} has values that are not numbers (check its rescale slope); export it again"
                 )
             return np.where(padding, np.float32(np.nan), values.astype(np.float32))
     except MedFLError:

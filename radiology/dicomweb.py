@@ -56,7 +56,7 @@ class _Encrypted(HTTPAdapter):
 
     def send(self, request: requests.PreparedRequest, *more: Any, **how: Any) -> requests.Response:
         if (refusal := _clear_text(request.url or "")) is not None:
-            raise Denied(f"the archive refers to {refusal}; correct its settings, or the address")
+            raise Denied(f"the archive redirects to {refusal}; correct its settings, or the address")
         return super().send(request, *more, **how)
 
 
@@ -134,8 +134,8 @@ class DICOMweb:
         if failed := answer.get("FailedSOPSequence"):
             reason = failed[0].get("FailureReason")
             raise MedFLError(
-                f"the archive did not take {len(failed)} of {len(objects)} objects (reason {reason}); "
-                "its log tells more"
+                f"the archive did not accept {len(failed)} of {len(objects)} objects (reason {reason}); its "
+                "log says more"
             )
 
     def _fetch_missing(self, study: str, series: str, folder: Path) -> None:
@@ -180,13 +180,16 @@ class DICOMweb:
                 fault = _judge(error)
             except requests.exceptions.SSLError as error:
                 raise Denied(
-                    "the archive's certificate, or ours, does not stand the check of TLS; name who signed the "
-                    "archive's as authority in the login's file, or correct the address"
+                    "the archive's certificate, or ours, fails the check of TLS; name the CA of the "
+                    "archive's certificate as authority in the login's file, or correct the address"
                 ) from error
             except (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException, ConnectionError):
-                fault = "the archive can't be reached, or broke off; check the address and the network, and try again"
+                fault = (
+                    "the archive can't be reached, or the connection was lost; check the address and the "
+                    "network, and try again"
+                )
             except (ValueError, KeyError) as error:  # the answer is not DICOM as JSON or multipart
-                raise MedFLError("the archive's answer is not DICOMweb's; check the address") from error
+                raise MedFLError("the archive's answer is not DICOMweb; check the address") from error
             if wait is None:
                 break
             time.sleep(wait)
@@ -196,10 +199,12 @@ class DICOMweb:
 def _check_address(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise MedFLError("the archive's address is no URL; give one such as https://pacs.example/dicom-web")
+        raise MedFLError(
+            "the archive's address is not a URL; give one such as https://pacs.example/dicom-web"
+        )
     if parts.username or parts.password or parts.query:
         raise MedFLError(
-            "the archive's address carries a login, which others can see there; put it into a --login file"
+            "the archive's address contains a login, which others can see there; put it into a --login file"
         )
     if (refusal := _clear_text(url)) is not None:
         raise MedFLError(f"{refusal}; use https://")
@@ -210,7 +215,7 @@ def _clear_text(url: str) -> str | None:
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname in HERE:
         return None
-    return f"http://{parts.hostname}, which is not encrypted, and names would cross the network"
+    return f"http://{parts.hostname}, which is not encrypted, so names would cross the network in clear text"
 
 
 def _judge(error: requests.HTTPError) -> str:
@@ -223,8 +228,8 @@ def _judge(error: requests.HTTPError) -> str:
     if status in (404, 410):
         raise Missing("the archive does not have it, or the address is not that of DICOMweb (404)") from error
     if status not in AGAIN:
-        raise MedFLError(f"the archive refuses the request ({status}); its log tells more") from error
-    return f"the archive has a fault of its own ({status}); try again later"
+        raise MedFLError(f"the archive refuses the request ({status}); its log says more") from error
+    return f"the archive reports an internal error ({status}); try again later"
 
 
 def _text(entry: dict, tag: str) -> str:
@@ -234,7 +239,7 @@ def _text(entry: dict, tag: str) -> str:
 
 def _checked(uid: str) -> str:
     if not UID.fullmatch(uid) or len(uid) > 64:
-        raise MedFLError("a UID of the study is none; it has digits and points only")
+        raise MedFLError("a UID of the study is not valid; a UID consists of digits and points")
     return uid
 
 

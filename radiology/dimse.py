@@ -65,11 +65,12 @@ class DIMSE:
         parts = ADDRESS.fullmatch(address)
         if parts is None or not 0 < int(parts["port"]) < 65536:
             raise MedFLError(
-                "the archive's address for DIMSE is TITLE@HOST:PORT, such as PACS@10.0.0.5:104; correct it"
+                "the archive's address for DIMSE must be TITLE@HOST:PORT, such as PACS@10.0.0.5:104; "
+                "correct it"
             )
         if login.token is not None or login.user is not None:
             raise MedFLError(
-                "DIMSE knows no token and no user, only certificates; take them out of the login"
+                "DIMSE has no tokens and no users, only certificates; remove them from the login"
             )
         self._called, self._host, self._port = parts["aet"], parts["host"].strip("[]"), int(parts["port"])
         self._aet, self._move_port, self._tls, self.waits = aet, move_port, login.tls(), waits
@@ -194,7 +195,7 @@ class DIMSE:
             )
         except OSError as error:
             raise MedFLError(
-                f"port {self._move_port} can't be listened on; choose another --move-port"
+                f"port {self._move_port} is not available; choose another --move-port"
             ) from error
         try:
             yield
@@ -220,10 +221,11 @@ class DIMSE:
         )
         if association.is_rejected:
             raise Denied(
-                f"the archive refuses {self._aet}, or is not called {self._called}; let its engineer enter us"
+                f"the archive refuses {self._aet}, or is not called {self._called}; ask its administrator "
+                "to register us"
             )
         if not association.is_established:
-            tls = ", and the certificates on both sides" if self._tls else " (does it want TLS?)"
+            tls = ", and the certificates on both sides" if self._tls else " (does it require TLS?)"
             raise Unreachable(
                 f"the archive can't be reached by DIMSE; check address, port and network{tls}, and try again"
             )

@@ -110,17 +110,18 @@ def continues(status: Dataset) -> bool:
     """Whether an answer is followed by others; False at the end. Raises Unreachable if the connection broke, and
     MedFLError if the archive refuses."""
     if not status or "Status" not in status:
-        raise Unreachable("the archive broke off; check the network, and try again")
+        raise Unreachable("the archive ended the connection; check the network, and try again")
     if status.Status in PENDING:
         return True
     if status.Status == SUCCESS:
         return False
     if status.Status in (0xA801,):
         raise MedFLError(
-            "the archive does not know us as a target of C-MOVE; let its engineer enter name and port"
+            "the archive does not know us as a target of C-MOVE; ask its administrator to register our "
+            "title and port"
         )
     raise Unreachable(
-        f"the archive answers with status {status.Status:04X}; its log tells more, then try again"
+        f"the archive answers with status {status.Status:04X}; look into its log, then try again"
     )
 
 

@@ -53,7 +53,7 @@ def to_axial(image: sitk.Image) -> tuple[sitk.Image, str | None]:
     )  # the axis that the slices follow
     if across == 2 and tilt <= AS_ACQUIRED:
         head, cropped = _head(oriented, is_axial=True)
-        told = [f"acquired {tilt:.0f} degrees off the scanner's axes, and left so"] if tilt >= 1 else []
+        told = [f"acquired {tilt:.0f} degrees off the scanner's axes, and kept so"] if tilt >= 1 else []
         return resample(oriented, _square_grid(head)), ", ".join([*told, *cropped]) or None
     name = ("sagittal", "coronal", "axial")[across]
     head, cropped = _head(oriented, is_axial=False)
@@ -182,7 +182,7 @@ def register(moving: sitk.Image, fixed: sitk.Image, same_frame: bool) -> sitk.Tr
         for factor, longest in zip(FACTORS, LONGEST):
             _improve(transform, moving, fixed, factor, longest)
     except RuntimeError as error:  # ITK's: no sample of one lies in the other, or one is blank
-        raise MedFLError("it can't be laid over FLAIR: they show different places, or nothing") from error
+        raise MedFLError("it can't be aligned with FLAIR: they show different regions, or nothing") from error
     if same_frame and agreement(resample(moving, fixed), fixed) >= agreement(
         resample(moving, fixed, transform), fixed
     ):

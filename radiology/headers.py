@@ -14,7 +14,7 @@ from pydicom.uid import (
 
 from borders.limits import MAX_HEADER
 from common import MedFLError
-from radiology.bounds import File, beginning_of, check_size, read_up_to_pixels
+from radiology.bounds import File, Readings, beginning_of, check_size, read_up_to_pixels
 from radiology.values import look_up, number_in, numbers_in, several_in, time_in
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
@@ -110,13 +110,16 @@ class Header(NamedTuple):
     slices: list[Slice]
 
 
-def read_header(path: File) -> Header:
-    """The header of a file; no pixel is read. Raises MedFLError for a file that is not a DICOM picture."""
+def read_header(path: File, readings: Readings | None = None) -> Header:
+    """The header of a file; no pixel is read. readings: what it may cost, if several files share that.
+
+    Raises MedFLError for a file that is not a DICOM picture.
+    """
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about deviations from the standard that can still be read
             beginning, length = beginning_of(path, file)
-            header = read_up_to_pixels(beginning, TAGS)
+            header = read_up_to_pixels(beginning, TAGS, readings or Readings())
             _refuse_what_is_no_picture(header)
             left = length - beginning.tell()
             if header.get("Modality") != "RTSTRUCT":
@@ -136,7 +139,7 @@ def read_header(path: File) -> Header:
     except MedFLError:
         raise
     except InvalidDicomError as error:
-        raise MedFLError("no DICOM file; leave it out of the export") from error
+        raise MedFLError("not a DICOM file; leave it out of the export") from error
     except OSError as error:
         raise MedFLError(
             f"can't be read ({error.strerror or error}); check its permissions and copy it again"
@@ -151,7 +154,7 @@ def _refuse_what_is_no_picture(header: pydicom.Dataset) -> None:
     kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
     if kind.type == "SOP Class" and not kind.name.endswith(PICTURES):
         raise MedFLError(
-            f"{kind.name.removesuffix(' Storage')}, which is no picture of a scan; it is not needed"
+            f"{kind.name.removesuffix(' Storage')}, which is not a picture of a scan; it is not needed"
         )
     if header.get("Modality") in NOT_PICTURES:
         raise MedFLError(f"of modality {header.Modality}, which holds no pictures; it is not needed")
@@ -249,8 +252,8 @@ def _problems_of_file(path: File, header: pydicom.Dataset, left: int) -> list[st
     if syntax not in AllTransferSyntaxes:  # and not those that another package registered
         name = "" if syntax.name == syntax else f" ({syntax.name})"
         problems.append(
-            f"its pixels are stored by the transfer syntax {syntax}{name}, which nothing here knows; export it as "
-            "Explicit VR Little Endian"
+            f"its pixels are stored in the transfer syntax {syntax}{name}, which MedFL can't read; export "
+            "it as Explicit VR Little Endian"
         )
         return problems
     pixels = (

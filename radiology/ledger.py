@@ -75,14 +75,14 @@ class Ledger:
             return {}
         except (OSError, ValueError) as error:
             raise MedFLError(
-                f"{self.file} can't be read; move it away, and every study is seen as new"
+                f"{self.file} can't be read; move it away, and every study is treated as new"
             ) from error
         whole, _, cut = text.rpartition("\n")
         try:
             entries = [Entry(**json.loads(line)) for line in whole.splitlines()]
         except (ValueError, TypeError) as error:
             raise MedFLError(
-                f"{self.file} is damaged; move it away, and every study is seen as new"
+                f"{self.file} is damaged; move it away, and every study is treated as new"
             ) from error
         latest = {entry.study: entry for entry in entries}
         if cut or len(latest) < len(entries):

@@ -81,8 +81,8 @@ class Login(BaseModel):
             return None
         if not (self.certificate and self.authority):
             raise MedFLError(
-                "with --move-port over TLS the archive calls us, and the login needs certificate, key and authority; "
-                "add what is missing, or leave --move-port out"
+                "with --move-port over TLS the archive connects to us, so the login needs certificate, key "
+                "and authority; add the missing ones, or leave out --move-port"
             )
         context = self._context(ssl.Purpose.CLIENT_AUTH)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -110,14 +110,14 @@ def read_login(source: str | None) -> Login:
     path = Path(source)
     try:
         if os.name != "nt" and stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise MedFLError(f"{path} can be read by others, and it opens the archive; chmod 600 {path}")
+            raise MedFLError(
+                f"{path} can be read by others, but gives access to the archive; chmod 600 {path}"
+            )
         content: dict[str, Any] = tomllib.loads(text_of(path))
         for name in {"certificate", "key", "authority"} & content.keys():
             content[name] = (path.parent / str(content[name])).resolve()
             if not content[name].is_file():
-                raise MedFLError(
-                    f"{path} names the {name} {content[name]}, and there is no such file; correct it"
-                )
+                raise MedFLError(f"{path} names the {name} {content[name]}, which does not exist; correct it")
         return Login(**content)
     except OSError as error:
         raise MedFLError(
@@ -127,14 +127,14 @@ def read_login(source: str | None) -> Login:
         first = error.errors()[0]
         about = ".".join(map(str, first["loc"])) or first["msg"].removeprefix("Value error, ")
         raise MedFLError(
-            f"the login {path} is wrong at: {about}; docs/archive.md shows what it holds"
+            f"the login {path} is wrong at: {about}; docs/archive.md shows its content"
         ) from error
     except ValueError:  # from TOML; its message can quote a secret
-        raise MedFLError(f"the login {path} is no TOML; docs/archive.md shows what it holds") from None
+        raise MedFLError(f"the login {path} is not TOML; docs/archive.md shows its content") from None
 
 
 def _ask() -> Login:
     try:
         return Login(user=input("user at the archive: "), password=SecretStr(getpass.getpass("password: ")))
     except EOFError as error:
-        raise MedFLError("nobody is there to ask for the password; name a file with --login") from error
+        raise MedFLError("there is no terminal to ask for the password; name a file with --login") from error

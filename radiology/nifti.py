@@ -50,10 +50,10 @@ def find_volumes(root: Path, paths: Iterable[Path]) -> tuple[list[Series], list[
         if path.suffix.lower() == ".json" and _has_volume(path):
             continue
         if not path.name.lower().endswith(SUFFIXES):
-            told = nifti_file.other_format(path.name) or "no NIfTI file (.nii or .nii.gz)"
+            told = nifti_file.other_format(path.name) or "not a NIfTI file (.nii or .nii.gz)"
             refused.append(Refused(path, told))
         elif not folders:
-            refused.append(Refused(path, "lies in no patient's folder; make a folder per patient"))
+            refused.append(Refused(path, "is not in a patient's folder; make a folder per patient"))
         else:
             try:
                 found += _describe(root, path, folders, collection, trees)
@@ -121,23 +121,25 @@ def _series(
     values = len(dtype.names or (1,))
     if len(shape) != 3 or values != 1:
         problems.append(
-            f"it has {len(shape)} dimensions and {values} values a pixel, and a volume has 3 and 1; split it"
+            f"it has {len(shape)} dimensions and {values} values per pixel, but a volume has 3 and 1; split "
+            "it"
         )
     elif not fits(shape[::-1]):
         problems.append(
-            f"it has {'×'.join(map(str, shape))} voxels, more than is read at once; make it smaller"
+            f"it has {'×'.join(map(str, shape))} voxels, more than can be read at once; make it smaller"
         )
     if dtype.kind == "c":
-        problems.append("it holds complex numbers, and a scan has real ones; export its magnitude")
+        problems.append("it holds complex numbers, but a scan has real ones; export its magnitude")
     if why := nifti_file.doubt(header):
-        problems.append(f"it {why}: left and right can't be told; convert the scan's DICOM files again")
+        problems.append(f"it {why}: left and right can't be told apart; convert the scan's DICOM files again")
     if why := nifti_file.unlike_sizes(header):
         problems.append(f"it {why}; convert the scan's DICOM files again")
     columns, rows, slices = (*shape, 1, 1)[:3]
     column, row, between = (*map(float, header.get_zooms()[:3]), 1.0, 1.0)[:3]
     if not all(map(is_size_mm, (between, row, column))):
         problems.append(
-            f"it tells voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; convert it again"
+            f"it says that voxels measure {column:g} × {row:g} × {between:g} mm, which can't be right; "
+            "convert it again"
         )
     return Series(
         uid=str(path) if volume is None else f"{path}#{volume}",
@@ -165,7 +167,7 @@ def _header(path: Path) -> Any:
             return nifti_file.read_image(nifti_file.read_content(path)).header
         return nifti_file.read_header(head)
     except MedFLError as error:
-        raise MedFLError(f"damaged, or no NIfTI file: it {error}") from error
+        raise MedFLError(f"damaged, or not a NIfTI file: it {error}") from error
     except OSError as error:
         raise MedFLError(f"can't be read ({error.strerror or error}); check its permissions") from error
 
@@ -249,14 +251,14 @@ def read_labels(
     """
     path, (image, odd) = series.files[0], load_counted(series)
     if odd:
-        raise MedFLError(f"{path.name} holds {odd:,} values that are no numbers; export it again")
+        raise MedFLError(f"{path.name} holds {odd:,} values that are not numbers; export it again")
     values = sitk.GetArrayViewFromImage(image)
     present = np.unique(values)
     whole = present.round()
     if unknown := [f"{v:g}" for v, n in zip(present, whole) if abs(v - n) > WHOLE or n not in (0, *labels)]:
         raise MedFLError(
-            f"{path.name} holds the values {', '.join(unknown[:5])}, and tumour is "
-            f"{', '.join(map(str, labels))}; name those that mean tumour in the rules (mask, labels)"
+            f"{path.name} holds the values {', '.join(unknown[:5])}, but tumour is "
+            f"{', '.join(map(str, labels))}; list those that mean tumour in the rules (mask, labels)"
         )
     if not whole.any():
         raise MedFLError(f"{path.name} is empty: no voxel is marked as tumour")
@@ -269,5 +271,6 @@ def read_labels(
             nearest = sitk.sitkNearestNeighbor
             return sitk.Resample(tumour, reference, sitk.Transform(), nearest, 0, sitk.sitkUInt8), place
     raise MedFLError(
-        f"{path.name} has another geometry than the volumes beside it; draw or export the mask on one of them"
+        f"{path.name} has a different geometry from the volumes beside it; draw or export the mask on one "
+        "of them"
     )

@@ -93,13 +93,13 @@ def write_page(entries: list[dict], path: Path) -> None:
         file.write(
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Prepared '
             f"studies</title><style>{STYLE}</style>"
-            f"<h1>{len(entries)} prepared studies</h1><p>Rows from above: pre-contrast, FLAIR, "
+            f"<h1>{len(entries)} prepared studies</h1><p>Rows from the top: pre-contrast, FLAIR, "
             f"post-contrast, and all three "
             "as colours with the mask's outline; slices from neck to crown, the patient's left on the "
             "right. Look for text "
-            "in the pictures, coloured fringes (sequences that don't lie over each other), a wrong "
+            "in the pictures, coloured fringes (sequences that are not aligned), a wrong "
             "sequence, a mask in "
-            f"the wrong place.</p><p>To look at closely: "
+            f"the wrong place.</p><p>Look closely at: "
             f"{', '.join(doubtful) or 'none'}.</p>{''.join(articles)}</html>\n"
         )
 

@@ -79,7 +79,7 @@ def prepare(study: Study, rules: Rules) -> Prepared:
                 )
         if channel not in planes:
             planes[channel] = planes[FLAIR]
-            notes.append(f"{channel} is missing or can't be used, and FLAIR stands in")
+            notes.append(f"{channel} is missing or can't be used, so FLAIR stands in")
     mask = None
     if study.mask is not None:
         try:
@@ -98,7 +98,7 @@ def _load(channel: str, series: Series) -> tuple[sitk.Image, list[str]]:
     if series.modality != "NIfTI":
         return load_series(series), []
     image, odd = load_counted(series)
-    return image, [f"{odd:,} values of {channel} were not finite, and were taken for background"] * bool(odd)
+    return image, [f"{odd:,} values of {channel} were not finite and became background"] * bool(odd)
 
 
 def _grid_of(image: sitk.Image) -> sitk.Image:
@@ -118,7 +118,7 @@ def _same_frame(one: Series, other: Series) -> bool:
 
 def _not_blank(plane: np.ndarray) -> np.ndarray:
     if not plane.any():
-        raise MedFLError("nothing of it lies where FLAIR lies, or every pixel has the same value")
+        raise MedFLError("it does not overlap with FLAIR, or every pixel has the same value")
     return plane
 
 
@@ -126,8 +126,8 @@ def _alignment_notes(channel: str, found: float) -> list[str]:
     if found >= POOR:
         return []
     return [
-        f"{channel} may lie poorly on FLAIR (agreement of edges {found:.2f}, usually above {POOR}): look at "
-        f"its contact sheet"
+        f"{channel} may be poorly aligned with FLAIR (agreement of edges {found:.2f}, usually above "
+        f"{POOR}): look at its contact sheet"
     ]
 
 
@@ -178,10 +178,10 @@ def _read_mask(
     before = np.count_nonzero(sitk.GetArrayViewFromImage(labels)) * np.prod(labels.GetSpacing())
     after = np.count_nonzero(mask) * np.prod(fixed.GetSpacing())
     if not after:
-        raise MedFLError("it marks nothing that lies where FLAIR lies")
+        raise MedFLError("it marks nothing within FLAIR")
     if abs(after - before) > LOST * before:
         notes.append(
-            f"the mask's volume went from {before / 1000:.1f} to {after / 1000:.1f} cm³ on FLAIR's slices"
+            f"the mask's volume changed from {before / 1000:.1f} to {after / 1000:.1f} cm³ on FLAIR's slices"
         )
     return mask
 

@@ -69,7 +69,7 @@ def _patient(out: Path, part: str, name: str) -> PreparedPatient | None:
         return None
     volumes = group_volumes(pairing.images, {folder})
     if len(volumes) > 1:
-        raise MedFLError(f"{folder} holds slices of {len(volumes)} names; give each patient a folder")
+        raise MedFLError(f"{folder} holds slices with {len(volumes)} names; give each patient a folder")
     images = tuple(volumes[0][1])
     masks = tuple(pairing.masks[image] for image in images if image in pairing.masks)
     if len(masks) == len(images):

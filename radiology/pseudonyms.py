@@ -27,15 +27,15 @@ def check_folders(source: Path, out: Path, private: Path) -> None:
     for option, folder in (("--out", out), ("--private", private)):
         if folder.is_relative_to(source):
             raise MedFLError(
-                f"{option} is {folder}, inside of the archive {source}, which is only read; choose a folder "
-                f"outside"
+                f"{option} is {folder}, inside the archive {source}, where nothing may be written; choose a "
+                "folder outside it"
             )
     if source.is_relative_to(out):
-        raise MedFLError(f"--out is {out}, and the archive {source} lies in it; choose a folder of its own")
+        raise MedFLError(f"--out is {out}, which contains the archive {source}; choose a separate folder")
     if private.is_relative_to(out) or out.is_relative_to(private):
         raise MedFLError(
             f"the key and the table of names would lie in {private}, together with the output {out}, which "
-            "is handed on; keep them apart with --private"
+            "is passed on; name another folder with --private"
         )
 
 
@@ -59,8 +59,9 @@ class Pseudonyms:
         who = (cell(patient_id), cell(study))  # as the table holds them
         if self._table.setdefault(name, who) != who:
             raise MedFLError(
-                f"{self.folder / TABLE} tells another number or study of {name} than the archive does, as after a "
-                "spreadsheet saved it; put back a copy, or move the table away (the key stays, and so do all names)"
+                f"{self.folder / TABLE} gives another number or study for {name} than the archive, as if a "
+                "spreadsheet program had saved it; restore a copy, or move the table away (the key stays, "
+                "and so do all names)"
             )
         return name
 
@@ -84,7 +85,7 @@ def _key_in(folder: Path) -> bytes:
                 file.write(secrets.token_hex(32) + "\n")
         if os.name != "nt" and stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise MedFLError(
-                f"{path} can be read by others, and it leads from pseudonyms to patients; chmod 600 {path}"
+                f"{path} can be read by others, but leads from pseudonyms to patients; chmod 600 {path}"
             )
         key = bytes.fromhex(path.read_text(encoding="ascii").strip())
     except OSError as error:
@@ -93,10 +94,13 @@ def _key_in(folder: Path) -> bytes:
         ) from error
     except ValueError as error:
         raise MedFLError(
-            f"{path} is no key of MedFL; name the folder with the key by --private, or move this file away"
+            f"{path} is not a key of MedFL; name the folder with the key with --private, or move this file "
+            "away"
         ) from error
     if len(key) != 32:
-        raise MedFLError(f"{path} is cut off; bring back the whole key, or every patient gets a new name")
+        raise MedFLError(
+            f"{path} is cut off; restore the complete key, otherwise every patient gets a new name"
+        )
     return key
 
 
@@ -110,5 +114,5 @@ def _table_in(folder: Path) -> dict[str, tuple[str, str]]:
         return {}
     except (OSError, KeyError, ValueError) as error:
         raise MedFLError(
-            f"{folder / TABLE} can't be read; bring back the whole table, or move it away"
+            f"{folder / TABLE} can't be read; restore the complete table, or move it away"
         ) from error

@@ -186,7 +186,7 @@ class Retrieval:
             replace(s, patient_id=study.patient_id, study_uid=study.uid)
             for s in _of_one_patient(study, [s for s in known.values() if s not in own])
         ]
-        lines = tuple(Line(s, "", "MedFL drew it, so it is no truth") for s in own)
+        lines = tuple(Line(s, "", "MedFL drew it, so it is not a truth") for s in own)
         if not others:
             return Study(study.patient_id, study.uid, study.when, {}, None, None, lines)
         (plan,) = plan_studies(others, self.rules)
@@ -200,7 +200,7 @@ class Retrieval:
             header = self.archive.header(study.uid, listed.uid, _series_folder(folder, listed.uid))
             return _from_header(header, listed)
         except Missing:
-            return _bare(listed, "the archive lists it and has no file of it")
+            return _bare(listed, "the archive lists it but has no file of it")
         except UNREADABLE:  # pydicom can't convert the header; the fetched files decide
             return _bare(listed)
 

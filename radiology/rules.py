@@ -64,16 +64,14 @@ def load_rules(path: Path = DEFAULT) -> Rules:
         ) from error
     except KeyError as error:
         raise MedFLError(
-            f"the rules {path} lack {error.args[0]}; begin with a copy of {DEFAULT.name}"
+            f"the rules {path} lack {error.args[0]}; start from a copy of {DEFAULT.name}"
         ) from error
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise MedFLError(
-            f"the rules {path} can't be understood ({error}); begin with a copy of {DEFAULT.name}"
+            f"the rules {path} can't be understood ({error}); start from a copy of {DEFAULT.name}"
         ) from error
     if content:
-        raise MedFLError(
-            f"the rules {path} have a section {next(iter(content))} that nobody reads; take it away"
-        )
+        raise MedFLError(f"the rules {path} have an unknown section {next(iter(content))}; remove it")
     if not (isinstance(labels, list) and labels and all(isinstance(v, int) and v > 0 for v in labels)):
         raise MedFLError(
             f"the rules {path} need labels as a list of whole numbers above 0, such as [1]; correct them"
@@ -85,7 +83,7 @@ def _rule(section: dict) -> Rule:
     """One section. Raises ValueError or TypeError for content that does not belong there."""
     unknown = section.keys() - {"any", "none", *TIMES}
     if unknown:
-        raise ValueError(f"{sorted(unknown)[0]} is no rule")
+        raise ValueError(f"{sorted(unknown)[0]} is not a rule")
     patterns = {
         key: tuple(re.compile(p, re.IGNORECASE) for p in section.get(key, ())) for key in ("any", "none")
     }
@@ -103,7 +101,7 @@ def role_of(series: Series, rules: Rules) -> tuple[str | None, str]:
         return MASK, "a segmentation"
     if series.modality == "NIfTI" and any(p.search(own) for p in rule["mask"].any):
         fits = rule["mask"].found_in(own)
-        return (MASK, "a segmentation") if fits else (None, "a mask, but of no tumour by its name")
+        return (MASK, "a segmentation") if fits else (None, "a mask, but by its name not of a tumour")
     if rule["leave_out"].found_in(own):
         return None, LEFT_OUT
     named, timed = _kind_by_name(own, rule), _kind_by_times(series, rule)

@@ -13,6 +13,7 @@ import pydicom
 import SimpleITK as sitk
 from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
 from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
 from pydicom.uid import MRImageStorage, generate_uid
@@ -37,6 +38,7 @@ EXPECTED = (
     "PositionReferenceIndicator",
 )
 FRAMED = ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+MOST_BYTES = 65_536  # of a header's element that a segmentation may take over from its source
 BESIDE = 0.3  # slices by which a frame may be off its series' regular grid; slice distances may vary by 5 %
 MANUFACTURER = "MedFL"
 SERIES_NUMBER = 9001  # far from the scanner's own
@@ -61,8 +63,8 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
     shape = (series.slices, series.rows, series.columns)
     if mask.shape != shape:
         raise MedFLError(
-            f"the mask is {_size(mask.shape)} and the series “{series.description}” {_size(shape)}; "
-            "give the mask on the series' own slices"
+            f"the mask is {_size(mask.shape)}, but the series “{series.description}” {_size(shape)}; draw "
+            "the mask on the series' own slices"
         )
     if not mask.any():
         raise MedFLError(
@@ -100,7 +102,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
     except Exception as error:  # for example a missing tag; highdicom raises many kinds of errors
         raise MedFLError(
             f"the series “{series.description}” lacks what a DICOM SEG needs ({error}); export it without "
-            "taking tags away"
+            "removing tags"
         ) from error
     if frames:
         _name_frames(segmentation, frames)
@@ -161,6 +163,12 @@ def _header(path: File) -> pydicom.Dataset:
     """A file's header, with dates, times and sex in valid DICOM forms or empty."""
     with path.open("rb") as file:
         header = pydicom.dcmread(file, stop_before_pixels=True)
+    for tag in list(
+        header.keys()
+    ):  # each value is unpacked below, and what is long or a maker's own is not needed
+        element = header.get_item(tag)
+        if tag.is_private or (isinstance(element, RawDataElement) and len(element.value or b"") > MOST_BYTES):
+            del header[tag]
     for element in header:
         if element.VR in ("DA", "TM", "DT") and isinstance(element.value, str):
             element.value = _in_dicoms_form(element.VR, element.value)
@@ -232,15 +240,15 @@ def read_segmentation(path: File, reference: sitk.Image, labels: tuple[int, ...]
         raise MedFLError(f"{path}: {error}") from error
     except Exception as error:  # highdicom and pydicom raise many kinds for a damaged or unusual file
         raise MedFLError(
-            f"{path} can't be read as a DICOM SEG whose frames lie in parallel; export it again"
+            f"{path} can't be read as a DICOM SEG with parallel frames; export it again"
         ) from error
     if frames is None:
-        raise MedFLError(f"{path} holds shares of tumour, not a mask; export it as a binary segmentation")
+        raise MedFLError(f"{path} holds fractions, not a mask; export it as a binary segmentation")
     if len(names) > 1 and not names.keys() <= set(labels):
         raise MedFLError(
             f"{path} holds {len(names)} segments ({', '.join(names.values())}), numbers "
-            f"{', '.join(map(str, names))}, and tumour is {', '.join(map(str, labels))}; name all that mean tumour "
-            f"in the rules (mask, labels), or export the tumour's segment only"
+            f"{', '.join(map(str, names))}, but tumour is {', '.join(map(str, labels))}; list all that mean "
+            "tumour in the rules (mask, labels), or export only the tumour's segment"
         )
     if not frames.any():
         raise MedFLError(f"{path} is empty: no pixel is marked as tumour")

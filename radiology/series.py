@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from borders.limits import fits, is_size_mm
 from common import MedFLError
-from radiology.bounds import File, read_with_pixels
+from radiology.bounds import File, Readings, read_with_pixels
 from radiology.decoding import decode_slice
 from radiology.headers import OUTLINES, Place, Slice, read_header
 
@@ -95,10 +95,13 @@ class Refused:
     why: str
 
 
-def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
+def find_series(
+    paths: Iterable[File], readings: Readings | None = None
+) -> tuple[list[Series], list[Refused]]:
     """The series that these files form, sorted by patient, study and number, and the files that belong to none.
 
-    Only headers are read. A file that is there twice counts once; its copy is among the refused files.
+    Only headers are read. A file that is there twice counts once; its copy is among the refused files. readings: what
+    all headers together may cost; each may cost as much as one study's, if nothing is given.
     """
     slices: defaultdict[str, list[Slice]] = defaultdict(list)
     notes: defaultdict[str, list[str]] = defaultdict(list)
@@ -107,7 +110,7 @@ def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
     refused = []
     for path in paths:
         try:
-            header = read_header(path)
+            header = read_header(path, readings)
         except MedFLError as error:
             refused.append(Refused(path, str(error)))
             continue
@@ -117,7 +120,7 @@ def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
         seen[header.instance] = path
         head = heads.setdefault(header.series, header.about)
         notes[header.series] += header.problems + [
-            f"its files name different {what} under one series number: export each by itself"
+            f"its files name different {what} under one series number: export each separately"
             for what, names in OF_ONE.items()
             if any(head[name] != header.about[name] for name in names)
         ]
@@ -139,7 +142,7 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
         problems.append(f"its slices have different sizes, {columns}×{rows} and {sizes[0][1]}×{sizes[0][0]}")
     geometry = problem = None
     if len({s.frame is None for s in slices}) > 1:
-        problem = "it mixes files of several frames with others; export it as one kind"
+        problem = "it mixes multi-frame files with others; export it as one kind"
     elif len(places := [s.place for s in slices if s.place is not None]) < len(slices):
         problem = "it does not say where its slices lie (position, orientation or pixel spacing is missing)"
     else:
@@ -148,8 +151,8 @@ def _assemble(head: dict, slices: list[Slice], notes: list[str]) -> Series:
         problems.append(problem)
     if not fits((len(slices), rows, columns)):
         problems.append(
-            f"it has {len(slices)} slices of {columns}×{rows}, more than is read at once; export it in "
-            f"smaller series"
+            f"it has {len(slices)} slices of {columns}×{rows}, more than can be read at once; export it in "
+            "smaller series"
         )
     if geometry is None:
         return Series(**head, files=files, rows=rows, columns=columns, problems=tuple(problems))
@@ -175,7 +178,7 @@ def _geometry(slices: list[Place], thickness: float) -> tuple[dict | None, str |
     ):
         return None, "its directions are not at right angles, or its pixels have no size; export it again"
     if any(np.abs(np.subtract(s.orientation, first.orientation)).max() > TURNED for s in slices):
-        return None, "its slices are turned against each other, as in a localizer of several planes"
+        return None, "its slices have different directions, as in a localizer of several planes"
     if any(np.abs(np.subtract(s.pixel_spacing, first.pixel_spacing)).max() > TURNED for s in slices):
         return None, "its slices have pixels of different sizes"
     normal = np.cross(across, down)
@@ -193,17 +196,18 @@ def _geometry(slices: list[Place], thickness: float) -> tuple[dict | None, str |
         between or float(np.median(steps[steps > SAME_PLACE])) if (steps > SAME_PLACE).any() else thickness
     )
     if between <= 0:
-        problem = problem or "it is a single slice that does not say how thick it is"
+        problem = problem or "it is a single slice that does not state its thickness"
         between = 1.0
     if not all(map(is_size_mm, (between, *first.pixel_spacing))):
         row, column = first.pixel_spacing
         return (
             None,
-            f"it tells voxels of {column:g} × {row:g} × {between:g} mm, which can't be right; export it again",
+            f"it says that voxels measure {column:g} × {row:g} × {between:g} mm, which can't be right; "
+            "export it again",
         )
     sideways = places[order] - places[order[0]] - np.outer(along - along[0], normal)
     if not problem and np.abs(sideways).max() > min(first.pixel_spacing):
-        problem = "its slices do not lie straight above each other (a tilted gantry, or several stacks)"
+        problem = "its slices are shifted against each other (a tilted gantry, or several stacks)"
     return {
         "order": order.tolist(),
         "spacing": (between, *first.pixel_spacing),
@@ -219,8 +223,8 @@ def _spacing_problem(steps: np.ndarray) -> str | None:
         return None
     if (steps <= SAME_PLACE).any():
         return (
-            f"{int((steps <= SAME_PLACE).sum())} of its slices lie where another lies (several echoes or "
-            "times, or sent twice); export them as series of their own"
+            f"{int((steps <= SAME_PLACE).sum())} of its slices lie at the same place as another (several "
+            "echoes or times, or sent twice); export them as separate series"
         )
     usual = float(np.median(steps))
     gaps = steps / usual
@@ -232,7 +236,7 @@ def _spacing_problem(steps: np.ndarray) -> str | None:
         return (
             f"{missing} of its slices are missing (a gap of {steps.max():.1f} mm where {usual:.1f} is usual)"
         )
-    return f"its slices lie unevenly, {steps.min():.2f} to {steps.max():.2f} mm apart"
+    return f"its slices are unevenly spaced, {steps.min():.2f} to {steps.max():.2f} mm apart"
 
 
 def load_series(series: Series) -> sitk.Image:
@@ -252,7 +256,7 @@ def load_series(series: Series) -> sitk.Image:
         volume[index] = decode_slice(path, whole.get(path), frame or 0)
     if (padding := np.isnan(volume)).any():
         if padding.all():
-            raise MedFLError(f"the series “{series.description}” holds nothing but padding; export it again")
+            raise MedFLError(f"the series “{series.description}” holds only padding; export it again")
         volume[padding] = volume[~padding].min()
     image = sitk.GetImageFromArray(volume)
     between, row, column = series.spacing

@@ -59,7 +59,7 @@ def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study
         elif role is None:
             lines[series.uid] = Line(series, "", why)
         elif role != MASK and series.slices < LEAST_SLICES:
-            lines[series.uid] = Line(series, "", f"{series.slices} slices are no volume")
+            lines[series.uid] = Line(series, "", f"{series.slices} slices are not a volume")
         else:
             candidates[role].append((series, why))
     outlined = {reference for series, _ in candidates[MASK] for reference in series.references}
@@ -90,14 +90,14 @@ def shared_numbers(found: list[Series]) -> dict[str, str]:
         what = [name for name, values in zip(("names", "birth dates", "sexes"), known) if len(values) > 1]
         if what:
             told[number] = (
-                f"one patient number stands for series with different {' and '.join(what)}: only one study of them "
-                f"trains; give each patient a number of their own in the export"
+                f"one patient number stands for series with different {' and '.join(what)}: only one of "
+                "their studies is used for training; give each patient a separate number in the export"
             )
     nameless = {series.study_uid for series in found if not series.patient_id}
     if len(nameless) > 1:
         told[""] = (
-            f"{len(nameless)} studies have no patient number, and each is taken for a patient of its own: two of one "
-            "person could come into training and test; give each patient a number in the export"
+            f"{len(nameless)} studies have no patient number, so each is treated as a separate patient: two "
+            "of one person could get into training and test; give each patient a number in the export"
         )
     return told
 
@@ -131,7 +131,7 @@ def _choose(
             (text for text, value in preferences if value(best) != value(other)), "nothing tells them apart"
         )
         lines[other.uid] = Line(
-            other, "", f"claims to be {channel} as well; {_label(best)} was taken, because {reason}"
+            other, "", f"also claims to be {channel}; {_label(best)} was taken, because {reason}"
         )
         reasons.append(reason)
     told = f"; {len(ranked)} series claim to be {channel}, taken because {reasons[0]}" if reasons else ""
@@ -164,6 +164,8 @@ def _choose_mask(
             return mask, None if mask.modality == "NIfTI" else channel
         for series in fitting.pop(channel):
             lines[series.uid] = Line(
-                series, "", f"{len(candidates)} segmentations claim to be the mask; leave one in the export"
+                series,
+                "",
+                f"{len(candidates)} segmentations claim to be the mask; keep only one in the export",
             )
     return None, None

@@ -73,7 +73,9 @@ def correction(who: str, model: str, sha256: str, threshold: float) -> Correctio
     try:
         return Correction(who=who, model=model, model_sha256=sha256, threshold=threshold)
     except ValidationError as error:
-        raise MedFLError("the log needs a name for who corrects, of 1 to 100 letters; type yours") from error
+        raise MedFLError(
+            "the log needs the name of the person who corrects, 1 to 100 letters; enter yours"
+        ) from error
 
 
 def read_log(folder: Path) -> list[Saved]:
@@ -84,7 +86,7 @@ def read_log(folder: Path) -> list[Saved]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:  # pydantic's is a ValueError
-        raise MedFLError(f"{path} can't be read as a log of truths; move it away to begin another") from error
+        raise MedFLError(f"{path} can't be read as a log of truths; move it away to start another") from error
 
 
 def save_truth(
@@ -117,15 +119,15 @@ def save_truth(
             raise MedFLError(f"{patient.name} is not in {patient.out} any more; close it and choose another")
         if content_of(here.images) != slices:
             raise MedFLError(
-                f"the slices of {patient.name} are others than those that were opened; open the patient again"
+                f"the slices of {patient.name} have changed since they were opened; open the patient again"
             )
         _check(here, mask, proposal)
         log = read_log(here.folder)
         if (now := version_of(here)) != version:
             by_whom = f"{log[-1].who} saved" if log else "there is"
             raise ChangedMeanwhile(
-                f"{by_whom} another truth of {patient.name} meanwhile; save again to put yours in its place, which "
-                "keeps the other as a former one, or open the patient again to look at it",
+                f"{by_whom} another truth of {patient.name} in the meantime; save again to replace it with "
+                "yours (the other is kept as a former one), or open the patient again to look at it",
                 now,
             )
         part = here.part if here.masks else _part_for(here)
@@ -144,11 +146,12 @@ def _check(patient: PreparedPatient, mask: np.ndarray, proposal: np.ndarray) -> 
     for what, values in (("mask", mask), ("proposal", proposal)):
         if values.shape != wanted:
             raise MedFLError(
-                f"the {what} has {' × '.join(map(str, values.shape))} pixels and {patient.name} "
-                f"{' × '.join(map(str, wanted))} (slices, rows, columns); open the patient again and correct there"
+                f"the {what} has {' × '.join(map(str, values.shape))} pixels, but {patient.name} has "
+                f"{' × '.join(map(str, wanted))} (slices, rows, columns); open the patient again and "
+                "correct it there"
             )
         if values.dtype not in (np.uint8, np.bool_):
-            raise MedFLError(f"the {what} holds {values.dtype} and not 0 and 255; convert it first")
+            raise MedFLError(f"the {what} holds {values.dtype}, not 0 and 255; convert it first")
 
 
 def _part_for(patient: PreparedPatient) -> str:

@@ -86,14 +86,14 @@ def _check(path: Path, entries: list[zipfile.ZipInfo], into: Path) -> None:
     ):
         raise MedFLError(f"{path} holds a name that points out of the archive; pack it again")
     if len({str(name).lower() for name in names}) < len(names):
-        raise MedFLError(f"{path} holds two files of one name, of which one would be lost; pack it again")
+        raise MedFLError(f"{path} holds two files with one name, so one would be lost; pack it again")
     if any(entry.compress_type not in ZIP_KINDS for entry in entries):
-        raise MedFLError(f"{path} is packed by bzip2 or LZMA; pack it again as a usual ZIP")
+        raise MedFLError(f"{path} is compressed with bzip2 or LZMA; pack it again as an ordinary ZIP")
     asked, free = sum(entry.file_size for entry in entries), shutil.disk_usage(into).free
     if len(entries) > MOST_FILES or asked > MOST_BYTES:
         raise MedFLError(
-            f"{path} holds {len(entries):,} files of {asked / 2**30:.0f} GiB, more than a patient's; pack each patient "
-            "by itself"
+            f"{path} holds {len(entries):,} files of {asked / 2**30:.0f} GiB, more than one patient has; "
+            "pack each patient separately"
         )
     if asked > max(BUDGET, MOST_TIMES * path.stat().st_size):
         raise MedFLError(
@@ -101,8 +101,8 @@ def _check(path: Path, entries: list[zipfile.ZipInfo], into: Path) -> None:
         )
     if asked > free - ROOM:
         raise MedFLError(
-            f"{path} needs {asked / 2**30:.1f} GiB unpacked, and the disk has {free / 2**30:.1f} GiB free; free the "
-            "space, or name another --private"
+            f"{path} needs {asked / 2**30:.1f} GiB unpacked, but the disk has {free / 2**30:.1f} GiB free; "
+            "free the space, or name another --private"
         )
 
 

@@ -55,8 +55,8 @@ class Watch:
         return len(self._waiting)
 
     def look(self) -> int:
-        """Process the studies that are due, and return their number. Raises Unreachable if the archive does not
-        answer; the next look continues."""
+        """Process the studies that are due, and return their number. Raises Unreachable if the archive does
+        not answer; the next query continues."""
         archive: Archive = self._retrieval.archive
         dealt = 0
         studies = ordered(archive.find_studies(self._query))

@@ -6,7 +6,7 @@ Nothing is sent anywhere unless an MLflow server's address is given.
 import argparse
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -14,9 +14,16 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from common import MedFLError
+from common import MedFLError, tell
 
 SQLITE = "sqlite:///"
+MLFLOW = {  # for what the environment leaves open
+    # with MLflow's own values, a run would wait four minutes for a server that is away, and much longer for one that
+    # hangs
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # else it refuses a folder, and --mlflow without an address names one
+}
 
 
 class Tracker(Protocol):
@@ -71,6 +78,8 @@ class MLflow:
 
     def __init__(self, address: str):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of its makers, asked for at the import
+        for name, value in MLFLOW.items():
+            os.environ.setdefault(name, value)
         import mlflow
 
         mlflow.set_tracking_uri(address)
@@ -92,6 +101,41 @@ class MLflow:
 
     def close(self) -> None:
         self.mlflow.end_run()
+
+
+class Aside:
+    """A tracker that can't end a run: what it does not take (its server is away, its disk is full) is left out. The
+    first time, that is said."""
+
+    def __init__(self, tracker: Tracker):
+        self.tracker, self._said = tracker, False
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        self._hand_over(self.tracker.settings, values)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._hand_over(self.tracker.scalars, values, step)
+
+    def picture(self, name: str, path: Path) -> None:
+        self._hand_over(self.tracker.picture, name, path)
+
+    def model(self, path: Path) -> None:
+        self._hand_over(self.tracker.model, path)
+
+    def close(self) -> None:
+        self._hand_over(self.tracker.close)
+
+    def _hand_over(self, take: Callable[..., None], *values: Any) -> None:
+        try:
+            take(*values)
+        except Exception as error:  # each tracker raises many kinds
+            if not self._said:
+                tell([f"{type(self.tracker).__name__} could not keep all ({_cause(error)}); the run goes on"])
+            self._said = True
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def add_tracking(parser: argparse.ArgumentParser) -> None:
@@ -130,10 +174,19 @@ def check_installed(tensorboard: bool, mlflow: str | None) -> None:
 
 
 def open_trackers(out: Path, tensorboard: bool, mlflow: str | None) -> list[Tracker]:
-    """The requested trackers. mlflow: an address; "local" is a folder in `out`."""
+    """The requested trackers. mlflow: an address; "local" is a folder in `out`. Raises MedFLError where one can't be
+    used from the start."""
     opened: list[Tracker] = []
-    if tensorboard:
-        opened.append(TensorBoard(out / "tensorboard"))
-    if mlflow:
-        opened.append(MLflow((out / "mlruns").resolve().as_uri() if mlflow == "local" else mlflow))
+    try:
+        if tensorboard:
+            opened.append(Aside(TensorBoard(out / "tensorboard")))
+        if mlflow:
+            address = (out / "mlruns").resolve().as_uri() if mlflow == "local" else mlflow
+            opened.append(Aside(MLflow(address)))
+    except Exception as error:  # each tracker raises many kinds
+        option = "mlflow" if opened or not tensorboard else "tensorboard"
+        raise MedFLError(
+            f"--{option} can't be used ({_cause(error)}); check the address and that its server runs, or leave the "
+            "option out"
+        ) from error
     return opened

@@ -187,7 +187,7 @@ def test_objects_that_are_no_pictures_leave_their_series_whole(tmp_path, kind):
     other.save_as(tmp_path / "other")
     (series,), (refused,) = find_series([*paths, tmp_path / "other"])
     assert series.problems == () and series.slices == len(VALUES)
-    assert UID(kind).name.removesuffix(" Storage") in refused.why and "no picture" in refused.why
+    assert UID(kind).name.removesuffix(" Storage") in refused.why and "not a picture" in refused.why
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.110", "1.2.840.10008.1.2.8.1", "1.2.840.113619.5.2"])
@@ -233,7 +233,7 @@ def test_label_maps_and_several_segments_are_read_by_the_labels_of_the_rules(tmp
             sources, mask, kind, segments(numbers), generate_uid(), 9, generate_uid(), 1, "M", "M", "1", "1"
         ).save_as(tmp_path / "seg")
         if len(numbers) > 1:
-            with pytest.raises(MedFLError, match="holds 2 segments .*tumour is 1; name all that mean tumour"):
+            with pytest.raises(MedFLError, match="holds 2 segments .*tumour is 1; list all that mean tumour"):
                 read_segmentation(tmp_path / "seg", image)
         found = read_segmentation(tmp_path / "seg", image, (1, 2))
         assert np.array_equal(sitk.GetArrayFromImage(found), mask > 0)

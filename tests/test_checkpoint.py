@@ -138,6 +138,14 @@ def test_another_architecture(saved, tmp_path):
     assert "another architecture" in changed(saved, tmp_path / "a.pth", architecture=plan)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(saved, tmp_path, value):
+    content = torch.load(saved[0], weights_only=True)
+    next(iter(content["model"].values())).view(-1)[0] = value
+    torch.save(content, tmp_path / "broken.pth")
+    assert "no finite numbers" in refused(tmp_path / "broken.pth")
+
+
 def test_a_failed_save_keeps_the_old_file(saved, tmp_path):
     path = tmp_path / "kept.pth"
     path.write_bytes(saved[0].read_bytes())

@@ -257,7 +257,7 @@ def test_the_workers_lines_quote_nothing_of_a_study_that_it_leaves_out(archive, 
     assert done.returncode == 0 and ("could not be prepared" in said or "left out" in said), said
     assert not [secret for secret in ("Zzyzxova", "1943", "QX-4", number) if secret in said], said
     kept = (tmp_path / "worker" / ("report.csv" if prepares else "sent.jsonl")).read_text(encoding="utf-8")
-    assert "nothing but padding" in kept
+    assert "holds only padding" in kept
 
 
 def test_the_worker_can_only_prepare(archive, tmp_path):

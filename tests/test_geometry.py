@@ -125,7 +125,7 @@ def test_other_planes_are_resampled_to_axial(head, name, direction):
     "degrees, told",
     [
         (0, None),
-        (12, "12 degrees off the scanner's axes, and left so"),
+        (12, "12 degrees off the scanner's axes, and kept so"),
         (30, "acquired axial, 30 degrees off the scanner's axes, and resampled to axial"),
     ],
 )
@@ -168,7 +168,7 @@ def test_volumes_of_different_places_are_told(head):
     far = sitk.Image(head[0])
     far.SetOrigin((900, 900, 900))
     for moving in (far, head[0] * 0):
-        with pytest.raises(MedFLError, match="can't be laid over FLAIR"):
+        with pytest.raises(MedFLError, match="can't be aligned with FLAIR"):
             register(moving, head[1], same_frame=moving is far)
 
 

@@ -178,7 +178,7 @@ def test_a_dry_run_shows_the_choice_and_writes_nothing(scene):
         "the study has no FLAIR",
         "it is a localizer",
         "it is of modality CT, not MR",
-        "letter.txt: no DICOM file",
+        "letter.txt: not a DICOM file",
     ):
         assert part in said, said
     line = next(line for line in said.splitlines() if "SAG T1 quux +C" in line)
@@ -313,15 +313,15 @@ def test_every_series_and_every_other_file_is_in_the_report(scene):
     used = {row["description"]: row["used_as"] for row in rows if row["patient_id"] == "QX-48151623"}
     assert used["AX FLAIR quux"] == "FLAIR" and used["SAG T1 quux +C"] == "post-contrast"
     assert used["LOC quux"] == used["CT quux"] == ""
-    assert ["no DICOM file" in row["why"] for row in rows if row["description"].endswith("letter.txt")] == [
-        True
-    ]
+    assert [
+        "not a DICOM file" in row["why"] for row in rows if row["description"].endswith("letter.txt")
+    ] == [True]
 
 
 def test_notes_are_said_and_stand_on_the_page(scene):
     page = (scene["out"] / "index.html").read_text(encoding="utf-8")
     for sentence in (
-        "post-contrast is missing or can&#x27;t be used, and FLAIR stands in",
+        "post-contrast is missing or can&#x27;t be used, so FLAIR stands in",
         "was acquired 7 degrees off",
     ):
         assert sentence in page
@@ -460,9 +460,9 @@ def test_a_full_disk_is_told_and_a_second_run_goes_on(home, tmp_path, monkeypatc
     [
         (("--dicom", "gone", "--out", "out"), "there is no folder gone"),
         (("--dicom", "empty", "--out", "out"), "empty holds no file"),
-        (("--dicom", "full", "--out", "full/out"), "inside of the archive"),
+        (("--dicom", "full", "--out", "full/out"), "inside the archive"),
         (("--dicom", "full", "--out", "out"), "none of 0 studies"),
-        (("--dicom", "full", "--out", "out", "--private", "out/key"), "keep them apart"),
+        (("--dicom", "full", "--out", "out", "--private", "out/key"), "name another folder with --private"),
         (("--dicom", "full", "--out", "out", "--rules", "gone"), "the rules gone can't be read"),
     ],
 )
@@ -532,10 +532,12 @@ def test_what_a_study_may_carry_is_warned_of(home, tmp_path):
     done = run_script(SCRIPT, "--dicom", tmp_path / "export", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     said = done.stderr
-    assert "FLAIR may carry burnt-in text" in said and "post-contrast may lie poorly on FLAIR" in said
+    assert (
+        "FLAIR may carry burnt-in text" in said and "post-contrast may be poorly aligned with FLAIR" in said
+    )
     assert (
         "IM0003 can't be decoded" in said
-        and "pre-contrast is missing or can't be used, and FLAIR stands in" in said
+        and "pre-contrast is missing or can't be used, so FLAIR stands in" in said
     )
     assert "pre-contrast may carry" not in said
     assert "is left out: " in said and "1 of 2 studies" in done.stdout

@@ -134,10 +134,13 @@ FAULTS = {
     "empty": (lambda data, affine: (data * 0, affine), "seg.nii.gz is empty: no voxel is marked"),
     "labels": (
         lambda data, affine: (data * 4, affine),
-        "holds the values 4, and tumour is 1; name those that mean tumour",
+        "holds the values 4, but tumour is 1; list those that mean tumour",
     ),
-    "moved": (lambda data, affine: (data, affine + np.eye(4, k=3) * 9), "has another geometry"),
-    "smaller": (lambda data, affine: (data[:-8], affine), "has another geometry than the volumes beside it"),
+    "moved": (lambda data, affine: (data, affine + np.eye(4, k=3) * 9), "has a different geometry"),
+    "smaller": (
+        lambda data, affine: (data[:-8], affine),
+        "has a different geometry from the volumes beside it",
+    ),
 }
 
 
@@ -164,7 +167,7 @@ def test_masks_that_can_not_be_used_are_told_and_the_rest_goes_on(volumes):
     (why,) = (
         row["why"] for row in rows if row["description"].endswith("bert_seg.nii.gz")
     )  # a path: it is no volume
-    assert "damaged, or no NIfTI file" in why
+    assert "damaged, or not a NIfTI file" in why
     assert len(list((volumes.parent / "out" / "without_masks").iterdir())) == 6
     rules = volumes.parent / "rules.toml"
     rules.write_text(DEFAULT.read_text().replace("labels = [1]", "labels = [1, 4]"))
@@ -184,7 +187,7 @@ def test_files_that_are_no_volumes_are_reported(volumes):
     (volumes / "anna" / "anna_seg.nii.gz").unlink()
     done = prepare_nifti(volumes)
     why = {Path(row["description"]).name: row["why"] for row in report(volumes)}
-    assert "lies in no patient's folder" in why["loose.nii.gz"] and "no NIfTI file" in why["notes.txt"]
+    assert "is not in a patient's folder" in why["loose.nii.gz"] and "not a NIfTI file" in why["notes.txt"]
     assert (
         "4 dimensions" in why["bert_flair"]
         and why["bert_seg"] == "the study has no FLAIR"
@@ -296,7 +299,9 @@ def test_what_a_collection_does_not_say_is_asked_for(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"modality": CHANNELS}))
     assert "holds 1 volumes, and dataset.json names 4 channels" in plan(tmp_path)[1][0].why
     (tmp_path / "dataset.json").write_text("[]")
-    with pytest.raises(MedFLError, match="does not say what the channels show; write it as nnU-Net has it"):
+    with pytest.raises(
+        MedFLError, match="does not say what the channels show; write it in the form of nnU-Net"
+    ):
         plan(tmp_path)
 
 

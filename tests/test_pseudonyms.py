@@ -68,7 +68,7 @@ def test_key_and_table_are_for_their_owner_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, sentence", [("no key", "no key of MedFL"), ("ab" * 20, "is cut off"), ("", "is cut off")]
+    "text, sentence", [("no key", "not a key of MedFL"), ("ab" * 20, "is cut off"), ("", "is cut off")]
 )
 def test_a_damaged_key_is_told(tmp_path, text, sentence):
     Pseudonyms(tmp_path)
@@ -80,14 +80,14 @@ def test_a_damaged_key_is_told(tmp_path, text, sentence):
 @pytest.mark.parametrize(
     "source, out, private, sentence",
     [
-        ("a", "a/out", "p", "--out is .* inside of the archive"),
-        ("a", "a", "p", "inside of the archive"),
-        ("a", "out", "a/p", "--private is .* inside of the archive"),
-        ("out/a", "out", "p", "the archive .* lies in it"),
-        ("a", "out", "out/p", "keep them apart"),
-        ("a", "p/out", "p", "keep them apart"),
-        ("a", "out", "out", "keep them apart"),
-        ("a", "out", "x/../out/p", "keep them apart"),
+        ("a", "a/out", "p", "--out is .* inside the archive"),
+        ("a", "a", "p", "inside the archive"),
+        ("a", "out", "a/p", "--private is .* inside the archive"),
+        ("out/a", "out", "p", "which contains the archive"),
+        ("a", "out", "out/p", "name another folder with --private"),
+        ("a", "p/out", "p", "name another folder with --private"),
+        ("a", "out", "out", "name another folder with --private"),
+        ("a", "out", "x/../out/p", "name another folder with --private"),
     ],
 )
 def test_folders_that_would_mix_what_must_stay_apart_are_refused(tmp_path, source, out, private, sentence):

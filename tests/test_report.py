@@ -168,7 +168,7 @@ def test_of_several_outlines_the_one_called_tumour_is_meant(proposal, tmp_path):
     assert np.array_equal(sitk.GetArrayFromImage(read) > 0, proposal.mask > 0)
     other.ROIName = "GTV_2"
     made.save_as(tmp_path / "rt.dcm", enforce_file_format=True)
-    with pytest.raises(MedFLError, match="2 of which are called GTV"):
+    with pytest.raises(MedFLError, match="of which 2 are called GTV"):
         read_structure_set(tmp_path / "rt.dcm", grid_of(proposal.series))
 
 
@@ -179,7 +179,7 @@ def test_outlines_off_the_slices_are_refused(proposal, tmp_path):
         moved = np.array(contour.ContourData, float).reshape(-1, 3) + shift
         contour.ContourData = [f"{value:.4f}" for value in moved.ravel()]
     made.save_as(tmp_path / "rt.dcm", enforce_file_format=True)
-    with pytest.raises(MedFLError, match="off the slices"):
+    with pytest.raises(MedFLError, match="do not lie on the slices"):
         read_structure_set(tmp_path / "rt.dcm", grid_of(proposal.series))
     contour.ContourData = ["NaN"] * 9
     made.save_as(tmp_path / "rt.dcm", enforce_file_format=True)

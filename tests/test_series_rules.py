@@ -151,7 +151,10 @@ def test_one_number_of_several_people_is_noticed():
     )
     assert told.keys() == {"ANONYMOUS"} and "different names:" in told["ANONYMOUS"]
     nameless = [replace(of(uid, "", "A^B", "", "F"), study_uid=uid) for uid in ("1", "2")]
-    assert "2 studies have no patient number, and each is taken for a patient" in shared_numbers(nameless)[""]
+    assert (
+        "2 studies have no patient number, so each is treated as a separate patient"
+        in shared_numbers(nameless)[""]
+    )
     assert shared_numbers(nameless[:1]) == {}
 
 
@@ -183,7 +186,10 @@ def test_a_study_takes_its_channels_and_names_what_it_leaves():
         zip(CHANNELS, ("AX T1", "AX FLAIR", "AX T1 +C"))
     )
     assert lines["AX T2"][0] == "" and "neither its description nor its times" in lines["AX T2"][1]
-    assert lines["AX FLAIR b"] == ("", "3 slices are no volume") and lines["LOC"] == ("", "it is a localizer")
+    assert lines["AX FLAIR b"] == ("", "3 slices are not a volume") and lines["LOC"] == (
+        "",
+        "it is a localizer",
+    )
     assert study.mask is None
 
 
@@ -208,7 +214,7 @@ def test_of_two_series_that_claim_to_be_flair_one_is_taken_and_it_is_told_why(be
     assert study.channels[FLAIR].description == "FLAIR one"
     assert (
         lines["FLAIR two"][0] == ""
-        and "claims to be FLAIR as well" in lines["FLAIR two"][1]
+        and "also claims to be FLAIR" in lines["FLAIR two"][1]
         and reason in lines["FLAIR two"][1]
     )
     assert "2 series claim to be FLAIR" in lines["FLAIR one"][1]
@@ -250,10 +256,10 @@ def test_studies_come_by_patient_and_date():
     [
         ("[flair]", "[flare]", "lack flair"),
         ("'flair'", "'fl(air'", "can't be understood"),
-        ("[t1]", "[more]\n[t1]", "a section more that nobody reads"),
+        ("[t1]", "[more]\n[t1]", "an unknown section more"),
         ("[1]", "[0]", "whole numbers above 0"),
         ("labels = [1]", "", "lack labels"),
-        ("inversion_time", "inverse_time", "inverse_time is no rule"),
+        ("inversion_time", "inverse_time", "inverse_time is not a rule"),
         ("[mask]", "]", "can't be understood"),
     ],
 )

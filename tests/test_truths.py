@@ -107,16 +107,16 @@ def test_masks_of_another_size_or_of_other_slices_are_refused(out):
     ):
         with pytest.raises(MedFLError, match="3 × 32 × 32"):
             save_truth(patient, wrong, marked(8), BY, slices, "")
-    with pytest.raises(MedFLError, match="float64 and not 0 and 255"):
+    with pytest.raises(MedFLError, match="float64, not 0 and 255"):
         save_truth(patient, marked(8) / 2, marked(8), BY, slices, "")
     Image.new("RGB", (32, 32), (9, 9, 9)).save(patient.images[1])
-    with pytest.raises(MedFLError, match="others than those that were opened"):
+    with pytest.raises(MedFLError, match="have changed since they were opened"):
         save_truth(patient, marked(8), marked(8), BY, slices, "")
     shutil.rmtree(patient.folder)
     with pytest.raises(MedFLError, match="is not in"):
         save_truth(patient, marked(8), marked(8), BY, slices, "")
     for who in ("", "  ", "x" * 101):
-        with pytest.raises(MedFLError, match="type yours"):
+        with pytest.raises(MedFLError, match="enter yours"):
             correction(who, "m", "ab" * 32, 0.5)
 
 

@@ -2,8 +2,8 @@
 
     streamlit run deployment/app/app.py
 
-What is uploaded stays in the memory of this process while its page is open; it is not written to disk and not
-sent on. `streamlit run` finds `app` here, which is this page behind deployment/app/guard.py.
+Uploaded files stay in the memory of this process while their page is open; they are not written to disk and
+not sent anywhere. `streamlit run` finds `app` here, which is this page behind deployment/app/guard.py.
 """
 
 import importlib.util
@@ -36,8 +36,8 @@ from tasks import LGG, Task
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE = "This is a phantom: painted, not measured."
 PHANTOMS_ONLY = (
-    "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its outline "
-    "of one means nothing."
+    "This model learned from phantoms only, which are painted: it knows nothing of real scans, and its "
+    "outline of one means nothing."
 )
 STYLE = """
 <style>
@@ -60,7 +60,7 @@ STYLE = """
   }
 </style>
 """
-# an open case: the picture fills the window, and what stands beside it scrolls by itself
+# an open case: the picture fills the window, and the column beside it scrolls separately
 READING = """
 <style>
   .block-container {padding: .4rem .75rem 0; max-width: none}
@@ -90,10 +90,10 @@ FOLDED = "<style>[data-testid=stColumn]:has(.st-key-side) {display: none}</style
 
 
 def open_case(read: Callable[[], Case], sample: bool = False) -> None:
-    """Make what is read the case that is shown; or keep the reason why it can't be. sample: whether it is one of
+    """Show the case that `read` returns, or keep the reason why there is none. sample: whether it is one of
     the page's own phantoms."""
     state = st.session_state
-    state.uploads = state.get("uploads", 0) + 1  # a new uploader, which is empty
+    state.uploads = state.get("uploads", 0) + 1  # makes a new, empty uploader
     close_case()
     try:
         state.case = read()
@@ -104,7 +104,7 @@ def open_case(read: Callable[[], Case], sample: bool = False) -> None:
 
 
 def fold() -> None:
-    """Leave the window to the picture, or show what stands beside it again."""
+    """Give the picture the whole window, or show the column beside it again."""
     st.session_state.folded = not st.session_state.unfolded
 
 
@@ -119,7 +119,7 @@ def ask_or_close() -> None:
 
 
 def close_case() -> None:
-    """Forget the case and everything that was made of it."""
+    """Forget the case and everything derived from it."""
     for name in (
         "case",
         "prediction",
@@ -141,7 +141,7 @@ def close_case() -> None:
 
 
 def what_to_open(task: Task) -> str:
-    """The page's first words: what scans the model is for."""
+    """The page's first words: the kind of scans that the model is for."""
     if task == LGG:
         return "Open a brain MRI: slices with pre-contrast, FLAIR and post-contrast as their three channels"
     channels = task.channels[0] if len(task.channels) == 1 else " and ".join(task.channels)
@@ -149,11 +149,11 @@ def what_to_open(task: Task) -> str:
 
 
 def choose_case(checkpoint: Checkpoint, sha256: str) -> None:
-    """The start of a visit: the hospital's prepared patients where there are any, sample cases and uploads."""
+    """The start of a visit: the hospital's prepared patients if there are any, sample cases and uploads."""
     number = st.session_state.get("uploads", 0)
     takes_dicom = (
         importlib.util.find_spec("radiology") is not None
-    )  # a Space goes without, so that no name is sent there
+    )  # not in a Space, so that no name is sent there
     task = checkpoint.task
     st.markdown(
         f"{what_to_open(task)}{', or the DICOM series of one study' if takes_dicom else ''}. The model outlines "
@@ -178,15 +178,15 @@ def choose_case(checkpoint: Checkpoint, sha256: str) -> None:
                     phantom = [(path.name, path.read_bytes())]
                     open_case(partial(read_case, phantom), sample=True)
                     st.rerun()
-    # archives name DICOM files as they like, mostly without an ending
+    # archives give DICOM files any name, mostly without a suffix
     kinds, also = (None, "DICOM, a ZIP of either") if takes_dicom else (KINDS, "a ZIP of them")
     files = st.file_uploader(
         f"Slices of one patient (TIFF, PNG, JPEG), {also}, or a NIfTI file",
         kinds,
         accept_multiple_files=True,
         key=f"files-{number}",
-        help="A number at the end of a file's name gives the order. Masks (NAME_mask.png) may be among them, "
-        "and a volume.json.",
+        help="The number at the end of each file's name gives the order. Masks (NAME_mask.png) may be among "
+        "them, and a volume.json.",
     )
     folder = st.file_uploader(
         "Or a patient's folder", accept_multiple_files="directory", key=f"folder-{number}"
@@ -194,7 +194,7 @@ def choose_case(checkpoint: Checkpoint, sha256: str) -> None:
     if chosen := files or folder:
         with st.spinner(
             "reading the files"
-        ):  # DICOM series are laid over each other, which takes some seconds
+        ):  # DICOM series are aligned with each other, which takes some seconds
             taken = take_uploads(chosen)
             open_case(partial(read_case, taken))
         st.rerun()
@@ -214,11 +214,11 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
     progress = st.progress(0.0, f"segmenting {slices}")
 
     def told(done: int, others: int) -> None:
-        wait = f"; {counted(others, 'other scan')} of other readers in turn with it" if others else ""
+        wait = f"; {counted(others, 'other scan')} of other readers take turns with it" if others else ""
         progress.progress(min(1.0, done / len(case.slices)), f"segmenting {slices}: {done} done{wait}")
 
     for name in ("beside", "beside_refusal", "other_model"):
-        state.pop(name, None)  # of another model, or of the case before its sides were exchanged
+        state.pop(name, None)  # they belong to another model, or to the case before its sides were exchanged
     state.prediction = predict_case(checkpoint.model, case, told)
     progress.empty()
     state.predicted_by = sha256
@@ -262,5 +262,5 @@ def main() -> None:
 
 if get_script_run_ctx(suppress_warning=True):
     main()
-else:  # `streamlit run` has imported this file, to serve what `app` is
+else:  # `streamlit run` has imported this file, to serve `app`
     app = App(__file__, middleware=[Middleware(Guard)])

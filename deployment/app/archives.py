@@ -12,7 +12,7 @@ from borders.limits import MAX_FILES, MAX_NAME, MAX_UNPACKED, ZIP_KINDS
 from common import MedFLError
 from deployment.app.case import short
 
-# what Python's zipfile and its decompressors raise for an archive that is damaged, encrypted or of another
+# exceptions of Python's zipfile and its decompressors for an archive that is damaged, encrypted or of another
 # kind
 DAMAGED = (
     zipfile.BadZipFile,
@@ -42,18 +42,18 @@ def check_lengths(names: Iterable[str]) -> None:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises MedFLError for a name that is there twice: one of the two files would be lost."""
+    """Raises MedFLError for a name that occurs twice: one of the two files would be lost."""
     counts = Counter(names)
     if twice := next((name for name, count in counts.items() if count > 1), None):
         raise MedFLError(
-            f"{short(twice)} is there {counts[twice]} times, and which one counts can't be told; give each "
-            f"file a name of its own"
+            f"{short(twice)} is there {counts[twice]} times, so it is not clear which one counts; give each "
+            "file a different name"
         )
 
 
 def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
-    """Names and contents of a ZIP's files, folders and hidden files left out. Raises MedFLError for a damaged
-    archive, names that point out of it, and more than may be unpacked."""
+    """Names and contents of a ZIP's files, without folders and hidden files. Raises MedFLError for a damaged
+    archive, names that point out of it, and archives that unpack to too much."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             check_number(len(archive.infolist()))
@@ -65,7 +65,9 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
                         f"{short(name)} holds a name that points out of the archive; pack the slices again"
                     )
             if any(entry.compress_type not in ZIP_KINDS for entry in entries):
-                raise MedFLError(f"{short(name)} is packed by bzip2 or LZMA; pack it again as a usual ZIP")
+                raise MedFLError(
+                    f"{short(name)} is compressed with bzip2 or LZMA; pack it again as an ordinary ZIP"
+                )
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
                 raise MedFLError(
                     f"{short(name)} unpacks to more than {MAX_UNPACKED >> 20} MB; pack one patient at a time"
@@ -94,8 +96,8 @@ def unpack_zip(name: str, content: bytes) -> list[tuple[str, bytes]]:
 
 
 def unpack_gzip(content: bytes) -> bytes:
-    """What a .gz file holds. Raises MedFLError, in words that follow the file's name, for a damaged one, or one
-    that unpacks to too much."""
+    """The content of a .gz file. Raises MedFLError, in words that follow the file's name, for a damaged one,
+    or one that unpacks to too much."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             unpacked = file.read(MAX_UNPACKED + 1)
@@ -107,7 +109,7 @@ def unpack_gzip(content: bytes) -> bytes:
 
 
 def gzip_begins_with(content: bytes, length: int) -> bytes:
-    """The first bytes of what a .gz file holds. Raises MedFLError as `unpack_gzip` does."""
+    """The first bytes of a .gz file's content. Raises MedFLError like `unpack_gzip`."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             return file.read(length)

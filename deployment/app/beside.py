@@ -1,4 +1,4 @@
-"""Side by side with the open case: the mask that another model draws on it, or a scan of another date."""
+"""A second picture beside the open case: the mask of another model for it, or a scan of another date."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from runs.models import find_checkpoints
 
 @dataclass(frozen=True)
 class Beside:
-    """What is shown beside the open case. mask: (S, H, W) uint8 0/255, of the case; label: what it is, in words."""
+    """The picture beside the open case. mask: (S, H, W) uint8 0/255, of the case; label: a description."""
 
     case: Case
     mask: np.ndarray
@@ -28,7 +28,7 @@ class Beside:
 
 
 def choose_beside(checkpoint: Checkpoint) -> None:
-    """The ways to a second picture. checkpoint: the model of the open case."""
+    """The controls for a second picture. checkpoint: the model of the open case."""
     state = st.session_state
     with st.expander("Side by side", expanded=bool(state.get("beside") or state.get("beside_refusal"))):
         others: list[Path | None] = [path for path in find_checkpoints(MODELS) if path != checkpoint.path]
@@ -48,18 +48,18 @@ def choose_beside(checkpoint: Checkpoint) -> None:
             args=(checkpoint,),
         )
         st.caption(
-            "Both pictures move together: as far from the middle. Scans are not laid over each other; Shift and the "
-            "wheel move the right one by itself."
+            "Both pictures move together, at the same distance from the middle. The scans are not aligned; "
+            "Shift and the wheel move only the right one."
         )
         if refusal := state.get("beside_refusal"):
             st.error(markdown(refusal))
 
 
-# Streamlit keeps a widget's callback longer than the widget: so these are no closures, which would keep a closed case.
+# Streamlit keeps a widget's callback longer than the widget; a closure would therefore keep a closed case alive.
 
 
 def take_other_model() -> None:
-    """The mask of the model that was chosen stands beside the case."""
+    """Show the mask of the chosen model beside the case."""
     state = st.session_state
     path: Path | None = state.other_model
     state.beside = state.beside_refusal = None
@@ -73,10 +73,11 @@ def take_other_model() -> None:
 
 
 def take_other_date(checkpoint: Checkpoint) -> None:
-    """The scan that was uploaded stands beside the case, with this model's mask; or the reason is kept why it can't."""
+    """Show the uploaded scan, with this model's mask, beside the case, or keep the reason why it can't be
+    shown."""
     state = st.session_state
     files = state[f"date-{state.get('dates', 0)}"]
-    state.dates = state.get("dates", 0) + 1  # a new uploader, which is empty
+    state.dates = state.get("dates", 0) + 1  # makes a new, empty uploader
     state.beside = state.beside_refusal = None
     try:
         case = read_case(take_uploads(files))

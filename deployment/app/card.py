@@ -1,16 +1,16 @@
-"""What the model card says of a model."""
+"""The content of the model card."""
 
 from checkpoint import Checkpoint, validation_dice
 from common import MedFLError
 from runs.energy import in_words
 
-UNTRAINED = 0.1  # validation Dice, below which a model hardly learnt anything
-LABELS = 8  # hospitals that are named
+UNTRAINED = 0.1  # validation Dice; a model below it hardly learnt anything
+LABELS = 8  # number of hospitals that are named
 NOTICE = "Research use only, not a medical device. No output may guide a diagnosis or a treatment."
 
 
 def warning(metadata: dict) -> str | None:
-    """What is to be said of a model that hardly learnt anything; None of others."""
+    """A warning about a model that hardly learnt anything; None for others."""
     dice = validation_dice(metadata)
     if dice is None or dice >= UNTRAINED:
         return None
@@ -18,16 +18,15 @@ def warning(metadata: dict) -> str | None:
 
 
 def card_rows(checkpoint: Checkpoint, sha256: str, device: str | None = None) -> list[tuple[str, str]]:
-    """What the model card says, as (subject, text), from the checkpoint's metadata; what it doesn't tell is
-    left out.
+    """The model card as (subject, text), from the checkpoint's metadata; missing entries are left out.
 
-    device: where the model runs, if it runs already. Raises MedFLError for metadata of other types.
+    device: the model's device, if it is loaded already. Raises MedFLError for metadata of other types.
     """
     try:
         return _rows(checkpoint, sha256, device)
     except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
         raise MedFLError(
-            f"{checkpoint.path.name} has damaged metadata, of which no card can be made; copy it again"
+            f"{checkpoint.path.name} has damaged metadata, so its card can't be shown; copy it again"
         ) from error
 
 
@@ -69,12 +68,12 @@ def _rows(checkpoint: Checkpoint, sha256: str, device: str | None) -> list[tuple
 
 
 def _task(task: dict | None) -> str | None:
-    """What the model outlines, where it is another task than the default."""
+    """What the model outlines, if its task is not the default."""
     return f"{task['title']}: {task['region']}, of {', '.join(task['channels'])}" if task else None
 
 
 def _origin(origin: dict) -> str:
-    """How the model came about."""
+    """How the model was trained."""
     kind = origin.get("kind")
     if kind == "federated" and origin.get("hospital"):
         return (
@@ -99,7 +98,7 @@ def _origin(origin: dict) -> str:
         names = ", ".join(labels[:LABELS]) + (
             f" and {len(labels) - LABELS} more" if len(labels) > LABELS else ""
         )
-        whom = f" ({names})" if names else ""  # privacy of hospitals tells no names
+        whom = f" ({names})" if names else ""  # with the privacy of hospitals there are no names
         return (
             f"federated, {origin['hospitals']} hospitals{whom}, {origin['rounds']} rounds, "
             f"{origin['strategy']}, data held by {origin['partition']}; {kept}, {noise}"
@@ -111,10 +110,10 @@ def _origin(origin: dict) -> str:
 
 
 def _encoder(training: dict) -> str:
-    """What the encoder began with, if the file says it."""
+    """The encoder's initial weights, if the file names them."""
     encoder = training.get("encoder")
     known = {"pretrained": "ImageNet weights", "random": "random weights"}
-    return f"; the encoder began with {known.get(encoder, encoder)}" if encoder else ""
+    return f"; the encoder started from {known.get(encoder, encoder)}" if encoder else ""
 
 
 def _data(data: dict) -> str | None:
@@ -146,7 +145,7 @@ def _calibration(about: dict) -> str | None:
 
 
 def _lesions(test: dict) -> str | None:
-    """How many lesions of the test patients were found."""
+    """The number of the test patients' lesions that were found."""
     found = test.get("lesions")
     if not found:
         return None

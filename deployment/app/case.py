@@ -1,4 +1,4 @@
-"""What a reader looks at together, and the bounds of it."""
+"""A case: the slices that a reader looks at together, and its limits."""
 
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -22,7 +22,7 @@ LONE_SLICE = (
 
 @dataclass(frozen=True)
 class Opened:
-    """A prepared patient as it was when it was opened. slices: what its slices held; version: its truth."""
+    """A prepared patient at the time it was opened. slices: digest of its slices; version: of its truth."""
 
     patient: "PreparedPatient"
     slices: str
@@ -31,15 +31,15 @@ class Opened:
 
 @dataclass
 class Case:
-    """What is looked at together.
+    """The slices that a reader looks at together.
 
-    name: the patient's, or the file's; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each
+    name: of the patient or the file; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each
     slice the number of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H,
-    W) uint8 0/255 or None; spacing: mm between rows, columns and slices, or None; measured: whether the files
-    tell it; oriented: whether it is known that the patient's left is on the right of each slice; notes: what
-    a reader should know about how it was read; feed: what the network is given in the place of the slices,
-    if that is something else; nifti, dicom: the image or the series (dicom.Source) that it came from, if it
-    did, to write a mask in the same space; prepared: the hospital's patient that it is.
+    W) uint8 0/255 or None; spacing: mm between rows, columns and slices, or None; measured: whether the
+    spacing comes from the files; oriented: whether it is known that the patient's left is on the right of
+    each slice; notes: what a reader should know about how the files were read; feed: the network's input, if
+    it differs from the slices; nifti, dicom: the source image or series (dicom.Source), if there is one, to
+    write a mask in the same space; prepared: the hospital's prepared patient, if the case is one.
     """
 
     name: str
@@ -58,16 +58,16 @@ class Case:
 
     @property
     def fed(self) -> np.ndarray:
-        """What the network is given, (s, h, w, 3) uint8."""
+        """The network's input, (s, h, w, 3) uint8."""
         return self.volume if self.feed is None else self.feed.fed
 
     @property
     def is_volume(self) -> bool:
-        """Whether the slices are one patient's, so that sums over them mean something."""
+        """Whether the slices belong to one patient, so that sums over them are meaningful."""
         return len(self.slices) > 1 and int(self.groups.max()) == 0
 
 
 def short(name: str) -> str:
-    """A file's name without its folders, cut where it is very long."""
+    """A file's name without its folders, shortened if it is very long."""
     name = PurePosixPath(name).name
     return name if len(name) <= 60 else f"{name[:40]}…{name[-15:]}"

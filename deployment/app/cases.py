@@ -1,5 +1,4 @@
-"""From what a user uploads to a case: slices in order, their truth if it came along, and the space between
-pixels.
+"""From uploaded files to a case: slices in order, their truth if it was uploaded too, and the pixel spacing.
 
 Everything stays in memory; nothing is written to disk.
 """
@@ -22,15 +21,14 @@ from scans.pairing import pair
 from scans.pictures import picture_size, read_mask_and_form, read_slice
 from scans.spacing import NAME, read_spacing
 
-DICOM = (".dcm", ".dicom", ".ima")  # or any other name, where the content says so
-ONES = "{masks} with 1, or a palette, in the place of 255: 1 is read as 255."
-# that the page's upload offers
+DICOM = (".dcm", ".dicom", ".ima")  # or any other name, if the content is DICOM
+ONES = "{masks} with 1, or a palette, instead of 255: 1 is read as 255."
+# offered by the page's upload
 KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "nrrd", "json"]
 
 
 def read_case(files: list[tuple[str, bytes]]) -> Case:
-    """The case that (name, content) of uploaded files make: slices, DICOM, one ZIP of either, or a NIfTI
-    file.
+    """The case made of uploaded files, (name, content): slices, DICOM, one ZIP of either, or a NIfTI file.
 
     Raises MedFLError, in one sentence, for everything else.
     """
@@ -42,7 +40,7 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
         files = unpack_zip(*files[0])
     check_number(len(files))
     check_lengths(name for name, _ in files)
-    if any(_is_dicom(*file) for file in files):  # whose names say nothing
+    if any(_is_dicom(*file) for file in files):  # whose names say nothing about their kind
         return _dicom().read_dicom(files)
     check_names(name for name, _ in files)
     if any(name.lower().endswith(NIFTI) for name, _ in files):
@@ -57,15 +55,15 @@ def _is_dicom(name: str, content: bytes) -> bool:
 
 
 def _dicom() -> ModuleType:
-    """The module that reads DICOM, which is optional. Raises MedFLError where what it needs is not installed,
-    or not here."""
+    """The module that reads DICOM, which is optional. Raises MedFLError if its requirements are not
+    installed, or if this page must not take DICOM."""
     try:
         from deployment.app import dicom
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("radiology"):  # left out of a Space
             raise MedFLError(
-                "DICOM files carry the patient's name, so this published page takes none; run the page on a "
-                "machine of your own, or upload slices or NIfTI"
+                "DICOM files contain the patient's name, so this published page does not accept them; run "
+                "the page on your own machine, or upload slices or NIfTI"
             ) from error
         raise MedFLError(
             f"DICOM files need {error.name}; install it (`pip install -r requirements-dicom.txt`), or upload "
@@ -77,7 +75,7 @@ def _dicom() -> ModuleType:
 def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
     """A case of TIFF, PNG and JPEG slices, with masks and a prepared patient's `volume.json` among them.
 
-    archive: the files came in a ZIP, which is a folder, as those are whose names have one.
+    archive: whether the files came in a ZIP, which counts as a folder, like a folder in the files' names.
     """
     paths = {PurePosixPath(name): content for name, content in files.items()}
     pairing = pair(paths)
@@ -111,40 +109,42 @@ def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
         case.notes.append(LONE_SLICE)
     if spare := len(pairing.alone):
         belong = "belongs" if spare == 1 else "belong"
-        case.notes.append(f"{counted(spare, 'mask')} {belong} to no slice of the upload. Ignored.")
+        case.notes.append(f"{counted(spare, 'mask')} {belong} to no slice of the upload (ignored).")
     told = [path for path in paths if path.name == NAME]
     if len(told) > 1:
         raise MedFLError(
-            f"{len(told)} files are called {NAME}, and a patient has one; open one patient at a time"
+            f"{len(told)} files are called {NAME}, but a patient has one; open one patient at a time"
         )
     if told:
         between, rows, columns = read_spacing(told[0], len(order), paths[told[0]])
         case.spacing, case.measured = (rows, columns, between), True
-        case.oriented = True  # data/prepare_hospital.py wrote it, which takes no scan whose left is not known
+        case.oriented = (
+            True  # written by data/prepare_hospital.py, which refuses scans of unknown orientation
+        )
     if left := len(paths) - len(images) - len(masks) - len(pairing.alone) - len(told):
         case.notes.append(f"{counted(left, 'file')} ignored: neither slice nor mask.")
     return case
 
 
 def _instead(paths: Iterable[PurePosixPath]) -> str:
-    """What an upload without a slice holds, in words that follow."""
+    """A text about an upload without slices, to be appended to a sentence."""
     names = sorted(paths)
     if any(path.suffix.lower() == ".zip" for path in names):
         return ": a ZIP in a ZIP is not unpacked"
     if any(is_mask(path) for path in names):
-        return ": masks are shown with their slices only"
+        return ": masks are only shown with their slices"
     return f": {short(names[0].name)} is of another kind" if names else ""
 
 
 def _shown(name: str) -> str:
-    """A path's last folder and name, cut where it is very long."""
+    """A path's last folder and name, shortened if it is very long."""
     *_, folder, last = ["", *name.split("/")]
     return f"{folder[:20]}/{short(last)}" if folder else short(last)
 
 
 def _refuse_several(volumes: list[tuple[str, list[PurePosixPath]]], folders: set[PurePosixPath]) -> None:
-    """Raises MedFLError where volumes are several patients', and not lone slices that are looked at side by
-    side."""
+    """Raises MedFLError if the volumes belong to several patients and are not single slices to be looked at
+    side by side."""
     numbered = [slices[0] for _, slices in volumes if slice_number(slices[0]) is not None]
     if len(numbered) > 1 or len(folders) > 1:
         names = sorted(str(slices[0].parent / volume_name(slices[0])) for _, slices in volumes)
@@ -155,13 +155,13 @@ def _refuse_several(volumes: list[tuple[str, list[PurePosixPath]]], folders: set
     if numbered:
         odd = next(slices[0] for _, slices in volumes if slice_number(slices[0]) is None)
         raise MedFLError(
-            f"{short(odd.name)} has no slice number at its end and others have; open it by itself, or the "
-            "patient's folder as a ZIP"
+            f"{short(odd.name)} has no slice number at the end of its name, but others have; open it by "
+            "itself, or the patient's folder as a ZIP"
         )
 
 
 def _check_sizes(order: list[PurePosixPath], sizes: list[tuple[int, int]]) -> None:
-    """Raises MedFLError where slices, whose columns and rows their headers tell, can't be one case."""
+    """Raises MedFLError if slices can't be one case, by the columns and rows in their headers."""
     columns, rows = sizes[0]
     if min(rows, columns) < MIN_SIDE:
         raise MedFLError(
@@ -170,7 +170,7 @@ def _check_sizes(order: list[PurePosixPath], sizes: list[tuple[int, int]]) -> No
     for path, size in zip(order, sizes):
         if size != sizes[0]:
             raise MedFLError(
-                f"{short(path.name)} is {size[0]}×{size[1]} pixels and {short(order[0].name)} is "
+                f"{short(path.name)} is {size[0]}×{size[1]} pixels, but {short(order[0].name)} is "
                 f"{columns}×{rows}; open slices of one size together"
             )
     if len(sizes) * rows * columns > MAX_PIXELS:
@@ -181,13 +181,13 @@ def _check_sizes(order: list[PurePosixPath], sizes: list[tuple[int, int]]) -> No
 
 
 def _one_each(masks: list[tuple[str, PurePosixPath]]) -> dict[str, PurePosixPath]:
-    """Masks by the slice that each is of. Raises MedFLError where two are of one slice."""
+    """Masks by the name of their slice. Raises MedFLError if two belong to one slice."""
     found: dict[str, PurePosixPath] = {}
     for name, path in masks:
         if name in found:
             raise MedFLError(
-                f"{short(found[name].name)} and {short(path.name)} are masks of one slice, and which one "
-                f"counts can't be told; leave one out"
+                f"{short(found[name].name)} and {short(path.name)} are masks of one slice, so it is not "
+                "clear which one counts; leave one out"
             )
         found[name] = path
     return found
@@ -196,20 +196,20 @@ def _one_each(masks: list[tuple[str, PurePosixPath]]) -> dict[str, PurePosixPath
 def _read_masks(
     case: Case, order: list[PurePosixPath], masks: Sequence[tuple[PurePosixPath, bytes] | None]
 ) -> np.ndarray:
-    """The truth of each slice, (S, H, W) uint8; a note where masks hold 1 in the place of 255. Raises
-    MedFLError where one is missing or has another size."""
+    """The truth of each slice, (S, H, W) uint8, and a note if masks hold 1 instead of 255. Raises MedFLError
+    if a mask is missing or has another size."""
     truth, other_forms, shape = [], 0, case.volume.shape
     for path, mask in zip(order, masks):
         if mask is None:
             raise MedFLError(
-                f"{short(path.name)} has no mask and other slices have; add {short(path.stem)}_mask, or "
-                "leave all masks out"
+                f"{short(path.name)} has no mask, but other slices have; add {short(path.stem)}_mask, or "
+                "leave out all masks"
             )
         pixels, other = read_mask_and_form(*mask)
         other_forms += other
         if pixels.shape != shape[1:3]:
             raise MedFLError(
-                f"{short(mask[0].name)} is {pixels.shape[1]}×{pixels.shape[0]} pixels and its slice is "
+                f"{short(mask[0].name)} is {pixels.shape[1]}×{pixels.shape[0]} pixels, but its slice is "
                 f"{shape[2]}×{shape[1]}; choose masks of the slices' size"
             )
         truth.append(pixels)
@@ -219,9 +219,9 @@ def _read_masks(
 
 
 def add_truth(case: Case, files: list[tuple[str, bytes]]) -> np.ndarray:
-    """The truth, (S, H, W) uint8, that uploaded masks give for a case that is open. A mask belongs to the
-    slice of its name without `_mask`; for a lone slice any one mask does. Raises MedFLError where they don't
-    fit."""
+    """The truth, (S, H, W) uint8, from masks that are uploaded for an open case. A mask belongs to the slice
+    with its name without `_mask`; for a single slice any one mask is accepted. Raises MedFLError if they
+    don't match."""
     check_number(len(files))
     given = [(PurePosixPath(name.replace("\\", "/")), content) for name, content in files]
     check_lengths(str(path) for path, _ in given)

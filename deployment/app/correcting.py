@@ -1,8 +1,8 @@
-"""From the model's proposal to the mask that a reader stands by: components on and off, a corrected mask, and *Save as
-truth* for a hospital's prepared patient.
+"""From the model's proposal to the mask that a reader accepts: components on and off, a corrected mask, and
+*Save as truth* for a hospital's prepared patient.
 
-What the reader drew or uploaded is `st.session_state.edited`, (S, H, W) uint8 0/255, or absent; the proposal stays
-beside it.
+The mask that the reader drew or uploaded is `st.session_state.edited`, (S, H, W) uint8 0/255, or absent; the
+proposal is kept beside it.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,10 @@ OF_A_CASE = (
 
 @dataclass(frozen=True)
 class Corrected:
-    """What the reader stands by. proposal: of the model at the threshold; mask: what is left of it, or the reader's
-    own, without the components that are off, both (S, H, W) uint8 0/255. found: the components, None where slices
-    are of no volume; on: the numbers of those that count. by_hand: whether the reader drew or uploaded it."""
+    """The mask that the reader accepts. proposal: the model's mask at the threshold; mask: the proposal or
+    the reader's own mask, without the components that are off, both (S, H, W) uint8 0/255. found: the
+    components, None if the slices form no volume; on: the numbers of those that count. by_hand: whether the
+    reader drew or uploaded the mask."""
 
     proposal: np.ndarray
     mask: np.ndarray
@@ -48,20 +49,20 @@ class Corrected:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The bounds of the volume in cm³, as `evaluation.components.INTERVAL` says, where they are known."""
+        """The bounds of the volume in cm³, as in `evaluation.components.INTERVAL`, if they are known."""
         voxels = volume_interval(self.found, set(self.on)) if self.found else None
         size = next((part.voxel_cm3 for part in self.found.parts), None) if self.found else None
         return (voxels[0] * size, voxels[1] * size) if voxels and size else None
 
     @property
     def changed(self) -> int:
-        """In how many pixels it differs from the proposal."""
+        """The number of pixels that differ from the proposal."""
         return int(np.count_nonzero(self.mask != self.proposal))
 
 
 def corrected(case: Case, prediction: Prediction, threshold: float) -> Corrected:
-    """The mask as the reader's switches and edits have it. The components are found once for each proposal or
-    edit, and all of them are on then."""
+    """The mask after the reader's switches and edits. Components are determined once for each proposal or
+    edit; at first all are on."""
     state = st.session_state
     proposal = to_mask(prediction.probability, threshold)
     edited: np.ndarray | None = state.get("edited")
@@ -90,7 +91,7 @@ def as_drawn() -> Corrected:
 
 
 def _noted(done: Corrected) -> Corrected:
-    """The same, and whether it is work that would be lost with the case."""
+    """The same mask, and whether it would be lost with the case."""
     kept: np.ndarray | None = st.session_state.get("kept")
     st.session_state.unsaved = done.changed > 0 and (kept is None or not np.array_equal(kept, done.mask))
     return done
@@ -127,15 +128,16 @@ def show_components(done: Corrected) -> None:
             st.checkbox(said_of(part), True, key=_key(part))
         told = "" if done.by_hand else f" In brackets: {INTERVAL}."
         st.caption(
-            f"The two largest perpendicular diameters in the plane, as RANO has them, between pixels' centres.{told}"
+            "The two largest perpendicular diameters in the plane, as in RANO, between pixels' "
+            f"centres.{told}"
         )
 
 
 def take_edit() -> None:
-    """The masks that were uploaded become the corrected one, or the reason is kept why they can't."""
+    """Make the uploaded masks the corrected mask, or keep the reason why they can't be used."""
     state = st.session_state
     files = state[f"edit-{state.get('edit_uploads', 0)}"]
-    state.edit_uploads = state.get("edit_uploads", 0) + 1  # a new uploader, which is empty
+    state.edit_uploads = state.get("edit_uploads", 0) + 1  # makes a new, empty uploader
     try:
         state.edited = add_truth(state.case, take_uploads(files))
         state.edit_refusal = None
@@ -149,7 +151,8 @@ def back_to_the_proposal() -> None:
 
 
 def correct(checkpoint: Checkpoint, sha256: str, case: Case, done: Corrected) -> None:
-    """Give a corrected mask, and save it where the case is a hospital's prepared patient."""
+    """The controls to upload a corrected mask, and to save it if the case is a hospital's prepared
+    patient."""
     state = st.session_state
     with st.expander("Correct", expanded=case.prepared is not None or bool(state.get("edit_refusal"))):
         st.caption(f"{counted(done.changed, 'pixel')} of the proposal changed.")
@@ -168,12 +171,13 @@ def correct(checkpoint: Checkpoint, sha256: str, case: Case, done: Corrected) ->
             _offer_to_save(checkpoint, sha256, done)
         else:
             st.caption(
-                f"Download the masks to keep them; a page that is started with {DATA} saves them for the training."
+                f"Download the masks to keep them; a page that is started with {DATA} can save them for "
+                "training."
             )
 
 
 def _offer_to_save(checkpoint: Checkpoint, sha256: str, done: Corrected) -> None:
-    """The reader's name, the button, and what came of it."""
+    """The reader's name, the button, and the result."""
     state = st.session_state
     st.text_input(
         "Your name, for the log",
@@ -193,7 +197,7 @@ def _offer_to_save(checkpoint: Checkpoint, sha256: str, done: Corrected) -> None
         disabled=not agreed,
         on_click=_save,
         args=(checkpoint.path.name, sha256),
-        help="Puts the mask where the hospital's training finds it. A former truth is kept beside it.",
+        help="Saves the mask where the hospital's training finds it. A former truth is kept beside it.",
     )
     if state.get("save_refusal"):
         st.error(markdown(state.save_refusal))
@@ -202,12 +206,13 @@ def _offer_to_save(checkpoint: Checkpoint, sha256: str, done: Corrected) -> None
 
 
 def _keep_reader() -> None:
-    """Keep the name: what a field holds is gone with it, and it may go while a stroke is taken."""
+    """Keep the name: a field's content is lost when the field is removed, which can happen while a stroke is
+    processed."""
     st.session_state.reader = st.session_state.who
 
 
 def _save(model: str, sha256: str) -> None:
-    """Save the mask as the open patient's truth, and keep in words what came of it."""
+    """Save the mask as the open patient's truth, and keep a sentence about the result."""
     from radiology.truths import ChangedMeanwhile, correction, in_words, save_truth, version_of
 
     state = st.session_state

@@ -1,7 +1,6 @@
 """DICOM series in and masks out, through radiology/, which is optional here (requirements-dicom.txt).
 
-Of a file's tags a case keeps what its mask as DICOM SEG needs, until it is closed; the page shows none but
-the geometry.
+Until it is closed, a case keeps the tags that its mask as DICOM SEG needs; the page shows only the geometry.
 """
 
 import importlib.util
@@ -18,7 +17,7 @@ from deployment.app.framing import FRAMED
 from deployment.app.nifti import nifti_bytes
 from deployment.app.source import Source
 from preprocessing import CHANNELS
-from radiology.bounds import File, InMemory
+from radiology.bounds import File, InMemory, Readings
 from radiology.geometry import (
     POOR,
     SIDE,
@@ -40,19 +39,18 @@ from scans.field_of_view import square_margins
 if TYPE_CHECKING:
     from radiology.prediction import Proposal
 
-LONGEST = 2.0  # sides of a pixel, longer to shorter, that a page can show and a network can judge
-ACQUIRED = ("sagittal", "coronal", None)  # by the axis that slices follow
+LONGEST = 2.0  # longest ratio of a pixel's sides that a page can show and a network can judge
+ACQUIRED = ("sagittal", "coronal", None)  # by the axis along which slices follow each other
 
 
 def read_dicom(files: list[tuple[str, bytes]]) -> Case:
-    """The case of the DICOM files of one study: FLAIR, and pre- and post-contrast laid over it where they are
-    there.
+    """The case of the DICOM files of one study: FLAIR, with pre- and post-contrast aligned to it if there are
+    any.
 
-    One series alone is taken for FLAIR. Slices are axial, from feet to head, as the series has them or cut
-    across it; a DICOM SEG of the FLAIR series becomes the truth. Raises MedFLError where no series can be
-    used.
+    A single series is taken as FLAIR. Slices are axial, from feet to head: the series' own, or resampled from
+    it. A DICOM SEG of the FLAIR series becomes the truth. Raises MedFLError if no series can be used.
     """
-    found, refused = find_series([InMemory(name, content) for name, content in files])
+    found, refused = find_series([InMemory(name, content) for name, content in files], Readings(len(files)))
     masks = [series for series in found if series.modality == "SEG"]
     scans = [series for series in found if series not in masks]
     channels, notes = _choose(scans, masks, refused)
@@ -100,7 +98,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
         case.truth = _mask_on_page(source, own[0].files[0])
     if passed := len(masks) - (case.truth is not None):
         case.notes.append(
-            f"{passed} DICOM SEG were ignored: one alone that is of the FLAIR series becomes the truth."
+            f"{passed} DICOM SEG were ignored: only a single one of the FLAIR series becomes the truth."
         )
     return case
 
@@ -108,9 +106,9 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
 def _choose(
     scans: list[Series], masks: list[Series], refused: list[Refused]
 ) -> tuple[dict[str, Series], list[str]]:
-    """The series of each channel, FLAIR among them, and what is to be told of the others. Of several that
-    claim to be FLAIR one with a mask goes first. Raises MedFLError where none can be used, or none can be
-    told to be FLAIR."""
+    """The series of each channel, including FLAIR, and notes about the others. Among several that claim to be
+    FLAIR, one with a mask is preferred. Raises MedFLError if none can be used, or none can be identified as
+    FLAIR."""
     usable = [series for series in scans if not series.problems]
     if not usable:
         raise MedFLError(
@@ -127,13 +125,12 @@ def _choose(
         if role is not None and role != FLAIR or why == LEFT_OUT:
             told = f"it is {role} {why}" if role else why
             raise MedFLError(
-                f"the upload's only series is no FLAIR by its own words ({told}), and the network judges FLAIR; open "
-                "the FLAIR series, and this one with it if you like"
+                f"the upload's only series is not FLAIR according to its header ({told}), and the network "
+                "needs FLAIR; open the FLAIR series, with or without this one"
             )
         if role != FLAIR:
             notes.append(
-                "The series does not say of itself that it is FLAIR, and was taken for it because there is "
-                "no other."
+                "The series does not say that it is FLAIR, and was taken as FLAIR because it is the only one."
             )
     else:
         study = next(s for s in plan_studies(usable + masks, rules) if s.uid == usable[0].study_uid)
@@ -141,8 +138,8 @@ def _choose(
         if not channels:
             why = f"; one that does can't be used ({_reasons(broken, [])})" if broken else ""
             raise MedFLError(
-                f"none of the upload's {len(usable)} series that can be used says of itself that it is "
-                f"FLAIR{why}; upload the FLAIR series alone"
+                f"none of the upload's {len(usable)} usable series says that it is FLAIR{why}; upload only "
+                "the FLAIR series"
             )
         notes += [
             f"{line.used_as} was chosen {line.why}."
@@ -167,14 +164,14 @@ def _reasons(series: list[Series], refused: list[Refused]) -> str:
 
 def _too_large(slices: int, rows: int, columns: int) -> str:
     return (
-        f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; prepare it with "
-        "data/prepare_hospital.py and open the slices"
+        f"the series has {slices} slices of {columns}×{rows} pixels, which this page can't hold; prepare it "
+        "with data/prepare_hospital.py and open the slices"
     )
 
 
 def _page(oriented: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Image, tuple[int, int, int, int]]:
-    """The slices that are shown, and their margins: the series' own where they are not too many, and otherwise
-    those that the network is given."""
+    """The slices that are shown, and their margins: the series' own unless they are too many, otherwise the
+    network's input."""
     columns, rows, slices = oriented.GetSize()
     across, down, _ = oriented.GetSpacing()
     above, left, below, right = margins = square_margins(rows, columns, down, across)
@@ -193,7 +190,7 @@ def _grid(image: sitk.Image) -> sitk.Image:
 
 
 def _volume(planes: dict[str, np.ndarray]) -> np.ndarray:
-    """Channels of one shape, (S, H, W) float32, as (S, H, W, 3) uint8, FLAIR in the place of what is missing."""
+    """Channels of one shape, (S, H, W) float32, as (S, H, W, 3) uint8; FLAIR replaces missing ones."""
     each = {channel: to_uint8(plane) for channel, plane in planes.items()}
     return np.stack([each.get(channel, each[FLAIR]) for channel in CHANNELS], axis=-1)
 
@@ -212,7 +209,7 @@ def _load(series: Series) -> sitk.Image:
 
 
 def _rewind(series: Series) -> None:
-    """What reads a file in memory begins where the last reader stopped."""
+    """Rewind a file in memory, because its reader begins where the last one stopped."""
     for file in series.files:
         if isinstance(file, InMemory):
             file.seek(0)
@@ -221,27 +218,27 @@ def _rewind(series: Series) -> None:
 def _laid_over(
     series: Series, flair: Series, fixed: sitk.Image, page: sitk.Image, notes: list[str]
 ) -> tuple[sitk.Image, sitk.Image]:
-    """Another series of the study, registered to FLAIR: as the network is given it, and as it is shown. Adds to
-    `notes` where it does not fit."""
+    """Another series of the study, registered to FLAIR: for the network, and as it is shown. Adds to `notes`
+    if it does not fit well."""
     moving = _load(series)
     same = bool(flair.frame_of_reference) and series.frame_of_reference == flair.frame_of_reference
     transform = register(moving, fixed, same)
     moved = resample(moving, fixed, transform)
     if agreement(moved, fixed) < POOR:
         notes.append(
-            "A series lies poorly over FLAIR, even after it was registered: look at the channels before you "
-            "trust the mask."
+            "A series is poorly aligned with FLAIR, even after registration: look at the channels before "
+            "you trust the mask."
         )
     return moved, resample(moving, page, transform)
 
 
 def _notes_on(source: Source, image: sitk.Image) -> list[str]:
-    """What a reader should know of the series that the slices are of."""
+    """Notes for a reader about the series of the slices."""
     series, notes = source.series, []
     if not series.frame_of_reference:
         notes.append(
-            "The series names no frame of reference, which a DICOM SEG must refer to: there is no mask in "
-            "this form."
+            "The series names no frame of reference, which a DICOM SEG must refer to, so there is no mask "
+            "in this form."
         )
     elif source.refusal:
         notes.append(f"There is no mask as DICOM SEG: {source.refusal}.")
@@ -259,7 +256,8 @@ def _notes_on(source: Source, image: sitk.Image) -> list[str]:
     if source.page.GetSize()[:2] == (SIDE, SIDE) != as_shown(image).GetSize()[:2]:
         notes.append(
             f"The series is larger than this page shows: its slices were resampled to {SIDE}×{SIDE} pixels, "
-            f"{between:.1f} mm apart, as data/prepare_hospital.py does it. Masks go back onto its own grid."
+            f"{between:.1f} mm apart, as data/prepare_hospital.py does. Masks are resampled back to the "
+            "series' own grid."
         )
     if series.slices == 1:
         notes.append(LONE_SLICE)
@@ -267,23 +265,23 @@ def _notes_on(source: Source, image: sitk.Image) -> list[str]:
 
 
 def _source(of: Case | Source) -> Source:
-    """Where a case of DICOM came from. Raises MedFLError for a case of other files."""
+    """The source of a DICOM case. Raises MedFLError for a case of other files."""
     source = of.dicom if isinstance(of, Case) else of
     if source is None:
-        raise MedFLError("the case was not opened from DICOM files; open the series itself")
+        raise MedFLError("the case was not opened from DICOM files; open the DICOM series itself")
     return source
 
 
 def read_dicom_mask(of: Case | Source, name: str, content: bytes) -> np.ndarray:
     """A mask of the case's shape from a DICOM SEG of its series, (S, H, W) uint8. Raises MedFLError for any
-    other."""
+    other file."""
     source, file = _source(of), InMemory(name, content)
     mask = _mask_on_page(source, file)
     file.seek(0)
     told, own = read_header(file).about["frame_of_reference"], source.series.frame_of_reference
-    if told and own and told != own:  # two scans of one protocol lie on the same millimetres
+    if told and own and told != own:  # two scans of one protocol can have the same grid in mm
         raise MedFLError(
-            f"{name} is of another scan, by its frame of reference; choose the mask of this scan"
+            f"{name} belongs to another scan, by its frame of reference; choose the mask of this scan"
         )
     return mask
 
@@ -311,8 +309,8 @@ def write_segmentation(of: Case | Source, mask: np.ndarray) -> bytes:
 def as_proposal(
     source: Source, mask: np.ndarray, way: str, probability: np.ndarray | None = None
 ) -> "Proposal":
-    """A mask of the case as a proposal for its source series. way: how it was made, so that another is another;
-    probability: (S, H, W) float32 that the mask follows from, None where a person drew it."""
+    """A mask of the case as a proposal for its source series. way: how it was made, to distinguish it from
+    other masks; probability: (S, H, W) float32 from which the mask was made, None if a person drew it."""
     from radiology.prediction import Proposal
 
     _rewind(source.series)
@@ -328,7 +326,7 @@ def write_series_nifti(of: Case | Source, mask: np.ndarray) -> bytes:
     affine = np.eye(4)
     affine[:3, :3] = np.array(grid.GetDirection()).reshape(3, 3) * grid.GetSpacing()
     affine[:3, 3] = grid.GetOrigin()
-    affine[:2] *= -1  # DICOM counts to the left and back, NIfTI to the right and front
+    affine[:2] *= -1  # DICOM counts towards the left and back, NIfTI towards the right and front
     return nifti_bytes(on_series(source, mask).transpose(2, 1, 0), affine)
 
 

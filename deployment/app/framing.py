@@ -1,5 +1,5 @@
-"""What the network is given of a volume whose slices are no squares around a head: framed as those were that it learned
-from, where radiology/preparation.py resamples."""
+"""The network's input for a volume whose slices are not squares around a head: framed like the training
+slices; radiology/preparation.py resamples instead."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -8,24 +8,27 @@ import numpy as np
 
 from scans.field_of_view import DISTANCE, Box, Spacing, find_head, square_margins
 
-FRAMED = "The network was given the scan as it learned from such, {told}; beyond that nothing is found."
+FRAMED = "The network was given the scan framed like its training scans, {told}; nothing is found outside."
 
 
 class Feed(Protocol):
-    """What the network is given of a case in the place of the slices that are shown. fed: (s, h, w, 3) uint8."""
+    """The network's input for a case if it differs from the slices that are shown. fed: (s, h, w, 3)
+    uint8."""
 
     @property
     def fed(self) -> np.ndarray: ...
 
     def onto_page(self, values: np.ndarray) -> np.ndarray:
-        """What the network says of `fed`, (s, h, w) float32, on the slices that are shown, (S, H, W); 0 outside."""
+        """The network's output for `fed`, (s, h, w) float32, on the slices that are shown, (S, H, W); 0
+        outside."""
         ...
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The part of the shown slices with the head, made square. shape: of the shown, (S, H, W); margins: black rows
-    above, columns left, rows below, columns right; thick: how many slices were averaged to one."""
+    """The part of the shown slices with the head, made square. shape: of the shown slices, (S, H, W);
+    margins: black rows above, columns left, rows below, columns right; thick: the number of slices averaged
+    into one."""
 
     fed: np.ndarray
     shape: tuple[int, int, int]
@@ -52,8 +55,8 @@ class Frame:
 
 
 def frame(volume: np.ndarray, flair: np.ndarray, spacing: Spacing, is_axial: bool) -> Frame | None:
-    """The frame of slices (S, H, W, 3) uint8 from feet to head, or None where they serve as they are. flair: their
-    FLAIR as it was stored, (S, H, W); is_axial: whether they were acquired so."""
+    """The frame of slices (S, H, W, 3) uint8 from feet to head, or None if they can be used unchanged. flair:
+    their FLAIR as stored, (S, H, W); is_axial: whether they were acquired axially."""
     between, down, across = spacing
     box = find_head(flair, spacing, is_axial)
     part = volume[box.inside]

@@ -1,5 +1,5 @@
-"""What stands between Streamlit's server and the browser: a content policy on every answer, uploads that stay
-in memory and within a bound, and nothing of a case that outlives its page."""
+"""Middleware between Streamlit's server and the browser: it puts a content policy on every answer, keeps
+uploads in memory and within limits, and removes a case's data when its page is closed."""
 
 import asyncio
 import base64
@@ -20,7 +20,7 @@ from streamlit.runtime.websocket_session_manager import WebsocketSessionManager
 from borders.limits import BUDGET, MAX_FILES
 
 UPLOADS, MEDIA = "/_stcore/upload_file/", "/media/"
-GRACE = 30.0  # seconds that a reader whose connection broke has to come back to the open case
+GRACE = 30.0  # seconds in which a reader can return to the open case after a broken connection
 INLINE = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 KEEP = "/medfl/keep.js"  # the page's own script
 ASKS_FIRST = (
@@ -52,12 +52,12 @@ for (const kind of ["dragover", "drop"]) {
 }
 """
 ).replace("MOST", str(MAX_FILES))
-HUB = "https://huggingface.co"  # which shows a Space in a frame of its own page
+HUB = "https://huggingface.co"  # shows a Space in a frame of its own page
 
 
 def content_policy() -> str:
-    """What the page may load and send: its own address only. Styles are Streamlit's own, written by its
-    script; the scripts in its page are named by their hashes."""
+    """The content policy: the page may load from and send to its own address only. Styles come from
+    Streamlit's script; the scripts in its page are listed by their hashes."""
     page = (Path(streamlit.__file__).parent / "static" / "index.html").read_text(encoding="utf-8")
     hashes = [
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in INLINE.findall(page)
@@ -80,8 +80,8 @@ def content_policy() -> str:
 
 
 def keep_uploads_in_memory() -> None:
-    """Uploads above 1 MB would be written to a temporary file first. They are bounded by Streamlit's
-    maxUploadSize each, and by `Guard` together."""
+    """Keep uploads in memory; above 1 MB they would be written to a temporary file first. Each is limited by
+    Streamlit's maxUploadSize, and all together by `Guard`."""
     MultiPartParser.spool_max_size = BUDGET
 
 
@@ -100,7 +100,7 @@ class Guard:
             and UPLOADS in scope["path"]
             and _is_full(scope)
         ):
-            refusal = PlainTextResponse("more is uploaded than this page holds at once", 413)
+            refusal = PlainTextResponse("the uploads are more than this page can hold at once", 413)
             return await refusal(scope, receive, self._with_policy(scope, send))
         below = _below()
         if scope["type"] == "http" and scope["path"] == below + KEEP:
@@ -108,7 +108,7 @@ class Guard:
             return await script(scope, receive, self._with_policy(scope, send))
         if (
             scope["type"] == "http" and scope["path"] == f"{below}/"
-        ):  # unpacked, so that the script can be named in it
+        ):  # unpacked, so that the script can be added to it
             rest = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
             scope, send = {**scope, "headers": rest}, _with_script(send)
         try:
@@ -118,7 +118,7 @@ class Guard:
         finally:
             if scope["type"] == "websocket" and runtime.exists():
                 task = asyncio.create_task(_end_sessions_that_stay_away())
-                self._tasks.add(task)  # a task that nothing refers to may be collected
+                self._tasks.add(task)  # a task without a reference may be garbage-collected
                 task.add_done_callback(self._tasks.discard)
 
     def _with_policy(self, scope: Scope, send: Send) -> Send:
@@ -136,13 +136,13 @@ class Guard:
 
 
 def _below() -> str:
-    """The path that the page lies below, behind somebody's proxy: `--server.baseUrlPath`, or nothing."""
+    """The page's base path behind a proxy: `--server.baseUrlPath`, or nothing."""
     below = str(get_option("server.baseUrlPath") or "").strip("/")
     return f"/{below}" if below else ""
 
 
 def _with_script(send: Send) -> Send:
-    """Name the page's own script in Streamlit's page."""
+    """Add the page's own script to Streamlit's page."""
     held: list[Message] = []
 
     async def answer(message: Message) -> None:
@@ -160,15 +160,15 @@ def _with_script(send: Send) -> Send:
 
 
 def _is_full(scope: Scope) -> bool:
-    """Whether another upload would go beyond what is held: `MAX_FILES` and one for a page, so that the page
-    itself can say what is too many, and half of the budget for all pages together."""
+    """Whether another upload would exceed the limits: `MAX_FILES` and one more for a page, so that the page
+    itself can report too many files, and half of the memory budget for all pages together."""
     manager = runtime.get_instance()._uploaded_file_mgr
     if not isinstance(manager, MemoryUploadedFileManager):
         return False
     session = scope["path"].split(UPLOADS)[1].split("/")[0]
     held = list(manager.file_storage.items())
     told = dict(scope["headers"]).get(b"content-length", b"0")
-    length = int(told) if told.isdigit() else 0  # Streamlit refuses what is no number
+    length = int(told) if told.isdigit() else 0  # Streamlit refuses a value that is not a number
     return (
         len(dict(held).get(session, ())) > MAX_FILES
         or sum(len(file.data) for _, files in held for file in list(files.values())) + length > BUDGET // 2
@@ -176,8 +176,8 @@ def _is_full(scope: Scope) -> bool:
 
 
 async def _end_sessions_that_stay_away() -> None:
-    """End the sessions whose page is gone now and still is after `GRACE`: Streamlit would keep them, case and
-    all, until another session takes their place."""
+    """End the sessions whose page is gone now and still gone after `GRACE`: Streamlit would keep them, with
+    their case, until another session replaces them."""
     manager = runtime.get_instance()._session_mgr
     if not isinstance(manager, WebsocketSessionManager):
         return
@@ -189,9 +189,9 @@ async def _end_sessions_that_stay_away() -> None:
 
 
 def forget_media() -> None:
-    """Take back every address that this page's pictures and downloads had."""
+    """Remove every address of this page's pictures and downloads."""
     if runtime.exists():
         media = runtime.get_instance().media_file_mgr
         media.clear_session_refs()
-        for _ in range(2):  # the first time a download is marked only
+        for _ in range(2):  # the first call only marks a download
             media.remove_orphaned_files()

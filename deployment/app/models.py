@@ -1,4 +1,5 @@
-"""The models of this page: chosen, loaded once for all readers, and the memory that goes back after their work."""
+"""The models of this page: choosing one, loading it once for all readers, and returning memory after its
+work."""
 
 import contextlib
 import ctypes
@@ -16,15 +17,15 @@ from runs.models import find_checkpoints
 from runs.usage import choose_device
 
 MODELS = ROOT / "models"
-ARENA_MAX = -8  # glibc's M_ARENA_MAX: threads share their heaps, so what one frees another can use
+ARENA_MAX = -8  # glibc's M_ARENA_MAX: threads share their heaps, so one can use what another frees
 
 
 @st.cache_resource(max_entries=2, show_spinner="loading the model")
 def load_model(path: Path, changed: float) -> tuple[Checkpoint, str]:
     """The checkpoint and its SHA-256. changed: the file's time, so that a new file is loaded again."""
     checkpoint = load_checkpoint(path, choose_device())
-    # Streamlit collects garbage after each run of the page. What the libraries hold is none; looking through
-    # it took 0.2 s a run
+    # Streamlit collects garbage after each run of the page. The libraries' objects are not garbage; searching
+    # them took 0.2 s a run
     gc.collect()
     gc.freeze()
     _of_glibc("mallopt", ARENA_MAX, 2)
@@ -32,12 +33,12 @@ def load_model(path: Path, changed: float) -> tuple[Checkpoint, str]:
 
 
 def named(path: Path) -> str:
-    """A checkpoint's file, and its folder unless that is `models`."""
+    """The name of a checkpoint's file, with its folder unless that is `models`."""
     return path.name if path.parent == MODELS else f"{path.parent.name}/{path.name}"
 
 
 def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
-    """The model that the sidebar names, and its card. Ends the page with a sentence where there is none that
+    """The model that is chosen in the sidebar; its card is shown. Ends the page with a sentence if no model
     can be used."""
     try:
         paths = find_checkpoints(MODELS)
@@ -63,21 +64,21 @@ def choose_model() -> tuple[Checkpoint, list[tuple[str, str]]]:
 
 
 def stop(error: Exception) -> None:
-    """Say what is wrong and what to do, and show nothing else."""
+    """Show what is wrong and what to do, and nothing else."""
     st.error(markdown(f"No model: {error}"))
     st.stop()
 
 
 def give_memory_back() -> None:
-    """Return freed memory to the system, a moment later: it takes a tenth of a second or two, which a reader
-    need not wait for. Streamlit runs the page in ever new threads, and glibc keeps what each of them freed:
-    without this a session of 50 volumes grew by 600 MiB."""
+    """Return freed memory to the system a moment later, because it takes 0.1 to 0.2 s and a reader should not
+    wait for it. Streamlit runs the page in new threads each time, and glibc keeps the memory that each of
+    them freed: without this a session of 50 volumes grew by 600 MiB."""
     later = threading.Timer(1.0, _of_glibc, ("malloc_trim", 0))
     later.daemon = True
     later.start()
 
 
 def _of_glibc(name: str, *numbers: int) -> None:
-    """Call a function of the C library; elsewhere than on Linux with glibc nothing happens."""
+    """Call a function of the C library; nothing happens except on Linux with glibc."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None)[name](*numbers)

@@ -1,4 +1,4 @@
-"""NIfTI (and NRRD) files in and masks out, through nibabel, which is optional."""
+"""Reads NIfTI (and NRRD) files and writes masks with nibabel, which is optional."""
 
 import gzip
 import re
@@ -33,18 +33,19 @@ if TYPE_CHECKING:
     import nibabel
 
 BRIGHTEST = 99.9  # percentile of the voxels above 0 that becomes 255
-BELOW = 0.25  # of the values that are not 0: with more of them below 0, 0 is not the black of this file
-DARKEST = 0.5  # percentile of the values that are not 0 that becomes black in such a file
+BELOW = 0.25  # share of the values other than 0: if more of them lie below 0, 0 is not the black of this file
+DARKEST = 0.5  # percentile of the values other than 0 that becomes black in such a file
 TRUTH = re.compile(r"(mask|seg|segm|segmentation|labels?|glistrboost|manuallycorrected)$", re.IGNORECASE)
 OTHER_MASK = re.compile(r"(brain|skull|head)[_-]?(mask|seg\w*)$", re.IGNORECASE)
 
 
 def read_nifti(files: list[tuple[str, bytes]]) -> Case:
-    """The case of one scan, its axial slices from feet to head, and of its mask (`..._mask`, `..._seg`) if
-    that came along.
+    """The case of one scan, as axial slices from feet to head, and of its mask (`..._mask`, `..._seg`) if it
+    was uploaded too.
 
     One volume fills all three channels; three volumes are pre-contrast, FLAIR and post-contrast; several
-    files on one grid (as BraTS has them) are told apart by their names. Raises MedFLError.
+    files on one grid (as in BraTS) are identified by their names. Raises MedFLError if they can't be one
+    case.
     """
     files = [(name, content) for name, content in files if not name.lower().endswith(".json")]
     scans = [(name, content) for name, content in files if not _is_truth(name)]
@@ -52,7 +53,7 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
     if not scans or len(truths) > 1 or not all(name.lower().endswith(SUFFIXES) for name, _ in files):
         raise MedFLError(
             "a NIfTI case is one scan, or one for each channel, and at most one mask (named ..._mask or "
-            "..._seg); upload these alone"
+            "..._seg); upload only these"
         )
     notes: list[str] = []
     if len(scans) == 1:
@@ -97,8 +98,9 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
         case.notes.append(f"{name} {unlike}: there are no figures in mm unless you give the sizes.")
     elif not measured:
         case.notes.append(
-            f"The file tells voxels of {columns:g} × {rows:g} × {between:g} mm, which can't be right (they are "
-            f"{SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm): there are no figures in mm unless you give the sizes."
+            f"According to the file voxels measure {columns:g} × {rows:g} × {between:g} mm, which can't be "
+            f"right (they are {SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm): there are no figures in mm unless you "
+            "give the sizes."
         )
     if not is_bytes:
         case.notes.append(
@@ -107,8 +109,8 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
         )
     if why := doubt(stored.header):
         case.notes.append(
-            f"{UNKNOWN.capitalize()}: {name} {why}. Left and right may be exchanged; if you know, say below "
-            f"which side is the patient's left."
+            f"{UNKNOWN.capitalize()}: {name} {why}. Left and right may be exchanged; if you know which side "
+            "is the patient's left, choose it below."
         )
     case.oriented = why is None
     _frame(case, to_shown(flair, axes), is_axial=axes[0][2] == 2)  # slices follow the last stored axis
@@ -131,7 +133,7 @@ def _of_others(one: str, other: str) -> bool:
 
 
 def _frame(case: Case, flair: np.ndarray, is_axial: bool) -> None:
-    """See to it that the network is given slices as it learned from. flair: as it was stored, (S, H, W)."""
+    """Frame the network's input like its training slices. flair: as stored, (S, H, W)."""
     if case.spacing is None:
         return
     rows, columns, between = case.spacing
@@ -146,14 +148,14 @@ def _is_truth(name: str) -> bool:
 
 
 def _channels(scans: list[tuple[str, bytes]]) -> tuple[dict[str, tuple[str, bytes]], list[str]]:
-    """The file of each channel, by the rules for series' names; FLAIR stands in for what is missing."""
+    """The file of each channel, by the rules for series' names; FLAIR stands in for missing channels."""
     try:
         from radiology.rules import load_rules, role_of
         from radiology.series import Series
     except ModuleNotFoundError as error:
         raise MedFLError(
-            f"several NIfTI files are told apart with {error.name}, which is not installed here; upload one scan "
-            f"and at most one mask (named ..._mask or ..._seg)"
+            f"several NIfTI files can't be told apart without {error.name}, which is not installed here; "
+            "upload one scan and at most one mask (named ..._mask or ..._seg)"
         ) from error
     rules, found = load_rules(), {}
     for name, content in scans:
@@ -177,17 +179,17 @@ def _channels(scans: list[tuple[str, bytes]]) -> tuple[dict[str, tuple[str, byte
 
 
 def _refuse_another_sequence(name: str) -> None:
-    """Raises MedFLError for a single file whose name says that it is another sequence than FLAIR."""
+    """Raises MedFLError for a single file whose name says that it is not FLAIR but another sequence."""
     try:
         from radiology.rules import load_rules, role_of
         from radiology.series import Series
-    except ModuleNotFoundError:  # without the rules a name says nothing
+    except ModuleNotFoundError:  # without the rules a name can't be interpreted
         return
     role, _ = role_of(Series("", "", "", "NIfTI", stem(name), ()), load_rules())
     if role in CHANNELS and role != "FLAIR":
         raise MedFLError(
-            f"{short(name)} is {role} by its name, and the network judges FLAIR; open the FLAIR file, and this one "
-            "with it if you like"
+            f"{short(name)} is {role} by its name, but the network needs FLAIR; open the FLAIR file, with "
+            "or without this one"
         )
 
 
@@ -195,23 +197,23 @@ def _check_grids(stored: "nibabel.Nifti1Image", others: dict, name: str) -> None
     for other, image in others.items():
         if not same_place(stored, image):
             raise MedFLError(
-                f"{other} lies on another grid than {name}; prepare them with data/prepare_hospital.py, which "
-                f"lays sequences over each other"
+                f"{other} lies on another grid than {name}; prepare them with data/prepare_hospital.py, "
+                "which aligns sequences"
             )
 
 
 def _one_file(
     name: str, image: "nibabel.Nifti1Image", most: int = 3
 ) -> tuple[np.ndarray, np.ndarray, list[str], bool]:
-    """A file's stored voxels as uint8, (I, J, K, 1 or 3), its FLAIR (or only sequence) in its own numbers, (I, J, K),
-    what is to be told of them, and whether they were bytes."""
+    """A file's stored voxels as uint8, (I, J, K, 1 or 3), its FLAIR (or only sequence) in the file's own
+    numbers, (I, J, K), notes about them, and whether they were bytes."""
     values = np.asarray(image.dataobj)
     if values.dtype.names:  # stored as RGB
         values = np.stack([values[channel] for channel in values.dtype.names[:3]], axis=-1)
     values = values.reshape(*values.shape[:3], -1)
     if values.shape[3] not in (1, most):
         raise MedFLError(
-            f"{name} holds {values.shape[3]} volumes, and a case has one, or three (pre-contrast, FLAIR and "
+            f"{name} holds {values.shape[3]} volumes, but a case has one, or three (pre-contrast, FLAIR and "
             "post-contrast); choose another file"
         )
     try:
@@ -220,13 +222,13 @@ def _one_file(
         raise MedFLError(f"{name} {error}") from error
     notes = []
     if odd:
-        notes.append(f"{odd} values were not finite, and were taken for background.")
+        notes.append(f"{odd} values were not finite and became background.")
     planes = [good[..., channel] for channel in range(good.shape[3])]
     flair = planes[CHANNELS.index("FLAIR") % len(planes)]
     if any(centred(plane) for plane in planes):
         notes.append(
-            "Many values lie below 0, as after a z-score: they were brought into range, from the least to the "
-            "greatest, and the background to black."
+            "Many values lie below 0, as after a z-score: they were scaled from the lowest to the highest, "
+            "and the background became black."
         )
     planes = [to_bytes(plane) for plane in planes]
     if most == 3:
@@ -235,15 +237,15 @@ def _one_file(
 
 
 def centred(values: np.ndarray) -> bool:
-    """Whether so many values lie below 0 that 0 is not the black of a sequence."""
+    """Whether so many values lie below 0 that 0 is not the black of this sequence."""
     return values.dtype != np.uint8 and bool((values < 0).sum() > BELOW * np.count_nonzero(values))
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
     """Intensities of one sequence as uint8: 0 stays 0, the brightest become 255. uint8 stays as it is.
 
-    A sequence around 0 (`centred`) is brought into range first: its darkest values become 0, and what is
-    exactly 0, if that is the background, as well.
+    A sequence around 0 (`centred`) is shifted first: its darkest values become 0, and so do values of exactly
+    0 if they are the background.
     """
     if values.dtype == np.uint8:
         return values
@@ -257,43 +259,44 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def read_nifti_mask(case: Case, name: str, content: bytes) -> np.ndarray:
-    """A mask of the case's shape and place from a NIfTI file, (S, H, W) uint8: every label above 0 is tumour."""
+    """A mask with the case's shape and place from a NIfTI file, (S, H, W) uint8: every label above 0 is
+    tumour."""
     image = load(name, content)
     values = np.asarray(image.dataobj)
     if values.dtype.names:
         raise MedFLError(
-            f"{short(name)} holds colours, and a mask holds numbers; choose the mask of this scan"
+            f"{short(name)} holds colours, but a mask holds numbers; choose the mask of this scan"
         )
-    if values.shape[3:] == (1,):  # one volume may be told as a fourth dimension
+    if values.shape[3:] == (1,):  # one volume may be stated as a fourth dimension
         values = values[..., 0]
     mask = to_shown(values, closest_axes(mirrored(image.affine)[:3, :3]))
     if mask.shape != case.volume.shape[:3]:
         raise MedFLError(
-            f"the mask has {size(mask)} and the scan {size(case.volume)}; choose the mask of this scan"
+            f"the mask has {size(mask)}, but the scan {size(case.volume)}; choose the mask of this scan"
         )
     if case.nifti is not None and not same_place(case.nifti, image):
         raise MedFLError(
-            f"{short(name)} lies at another place than the scan, by its affine; choose the mask of this scan"
+            f"{short(name)} has another position than the scan, by its affine; choose the mask of this scan"
         )
     if case.nifti is None and (why := doubt(image.header)):
         raise MedFLError(
-            f"{short(name)} {why}, so it can't be laid on these slices; choose a mask that tells it"
+            f"{short(name)} {why}, so it can't be placed on these slices; choose a mask that states it"
         )
     told = mask[np.isfinite(mask)]
     if ((told < 0) | (np.abs(told - np.rint(told)) > WHOLE)).any():
         raise MedFLError(
-            f"{short(name)} holds values that are no labels (0, 1, 2 and so on), as probabilities are; save it as a "
-            "mask"
+            f"{short(name)} holds values that are not labels (0, 1, 2 and so on), such as probabilities; "
+            "save it as a mask"
         )
     return np.where(mask > 0.5, np.uint8(255), np.uint8(0))
 
 
 def mirror(case: Case) -> None:
-    """Exchange left and right of a case whose file does not tell them, and of what is written from it."""
+    """Exchange left and right of a case whose file does not state them, and of the files written from it."""
     import nibabel
 
     scan = case.nifti
-    assert scan is not None  # the page asks about files of this kind only
+    assert scan is not None  # the page asks only about files of this kind
     (left, *_), _ = closest_axes(mirrored(scan.affine)[:3, :3])
     affine = scan.affine.copy()
     affine[:3, left] *= -1
@@ -313,7 +316,8 @@ def write_nifti(scan: "nibabel.Nifti1Image", mask: np.ndarray) -> bytes:
 
 
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
-    """Voxels (X, Y, Z) uint8 as .nii.gz; affine: (4, 4), from indices to mm to the right, front and top."""
+    """Voxels (X, Y, Z) uint8 as .nii.gz; affine: (4, 4), from indices to mm towards the right, front and
+    top."""
     import nibabel
 
     image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), affine)

@@ -1,5 +1,5 @@
-"""The list of a hospital's prepared patients, in the folder that MEDFL_DATA names: those without masks first, and of
-them the ones that the model is least sure of. Without that variable the page has no such list."""
+"""The list of a hospital's prepared patients, in the folder that MEDFL_DATA names: those without masks first,
+starting with those that the model is least sure of. Without that variable the page has no such list."""
 
 import os
 from pathlib import Path
@@ -21,18 +21,18 @@ if TYPE_CHECKING:  # radiology/ is optional
     from radiology.prepared import PreparedPatient
 
 DATA = "MEDFL_DATA"
-AT_ONCE = 20  # patients that are measured at a press
+AT_ONCE = 20  # patients that one press of the button measures
 
 
 def data_folder() -> Path | None:
-    """The folder of prepared patients, where one is named."""
+    """The folder of prepared patients, if one is named."""
     named = os.environ.get(DATA)
     return Path(named) if named else None
 
 
 def open_patient(patient: "PreparedPatient") -> Case:
-    """The case of a prepared patient, with its truth where it has one. Raises MedFLError for what this page can't
-    hold or read."""
+    """The case of a prepared patient, with its truth if it has one. Raises MedFLError if this page can't hold
+    or read it."""
     from radiology.prepared import content_of
     from radiology.truths import version_of
 
@@ -52,8 +52,8 @@ def open_patient(patient: "PreparedPatient") -> Case:
 
 
 def keep_how_sure(checkpoint: Checkpoint, sha256: str, case: Case, prediction: Prediction) -> None:
-    """Keep how sure the model is of an open prepared patient, as a prediction of it is there anyway. A folder that
-    can't be written is told when a truth is saved."""
+    """Store how sure the model is of an open prepared patient, because its prediction exists already. A
+    folder that can't be written is reported when a truth is saved."""
     if case.prepared is not None:
         from radiology.sureness import keep_sureness
 
@@ -61,7 +61,7 @@ def keep_how_sure(checkpoint: Checkpoint, sha256: str, case: Case, prediction: P
         try:
             keep_sureness(case.prepared.patient, sha256, prediction.probability, mask)
         except MedFLError as error:
-            case.notes.append(f"The order of the patients is not kept: {error}.")
+            case.notes.append(f"The order of the patients is not stored: {error}.")
 
 
 def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | None":
@@ -74,7 +74,7 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
         from radiology.prepared import find_prepared
         from radiology.sureness import known_sureness, least_sure_first
     except ModuleNotFoundError:
-        st.error(f"{DATA} is set, and this page is published without what reads prepared patients.")
+        st.error(f"{DATA} is set, but this page is published without the code that reads prepared patients.")
         return None
     try:
         patients = find_prepared(folder)
@@ -88,8 +88,9 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
     ordered = least_sure_first(patients, known)
     without = sum(not patient.masks for patient in patients)
     st.caption(
-        f"{counted(without, 'patient')} without masks, {len(patients) - without} with. Those without come first, "
-        "those that the model is least sure of at the top. Expected Dice is the model's own opinion of its mask."
+        f"{counted(without, 'patient')} without masks, {len(patients) - without} with. Those without come "
+        "first, starting with those that the model is least sure of. Expected Dice is the model's own "
+        "opinion of its mask."
     )
     names = {
         patient.name: f"{plain(patient.name)}: {'has masks' if patient.masks else 'no mask yet'}, "
@@ -107,7 +108,8 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
         if waiting and st.button(
             f"Show the next {min(AT_ONCE, len(waiting))} to the model",
             key="measure",
-            help="To know which it is least sure of. What is known is kept beside the patients, for each model.",
+            help="To find those that it is least sure of. The results are stored beside the patients, for "
+            "each model.",
         ):
             _measure(checkpoint, sha256, waiting[:AT_ONCE])
             st.rerun()
@@ -115,7 +117,7 @@ def choose_patient(checkpoint: Checkpoint, sha256: str) -> "PreparedPatient | No
 
 
 def _measure(checkpoint: Checkpoint, sha256: str, patients: "list[PreparedPatient]") -> None:
-    """Show patients to the model, one after the other; what can't be read is told and left out."""
+    """Show patients to the model, one after the other; unreadable ones are reported and left out."""
     progress = st.progress(0.0, "reading")
     for number, patient in enumerate(patients):
         progress.progress(number / len(patients), f"patient {number + 1} of {len(patients)}")

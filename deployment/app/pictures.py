@@ -1,6 +1,7 @@
-"""The pictures of a report, masks as PNG and the page's icon. What a reader looks at is the viewer's.
+"""The pictures of a report, masks as PNG and the page's icon. The pictures on the page are drawn by the
+viewer.
 
-Pure functions of numpy arrays. The outline's colour is told apart by colour-blind readers (Okabe and Ito).
+Pure functions of numpy arrays. Colour-blind readers can distinguish the outline's colour (Okabe and Ito).
 """
 
 import io
@@ -14,9 +15,9 @@ from appearance.features import FLAIR
 from scans.orientation import EDGES, UNKNOWN
 
 ORANGE = (230, 159, 0)
-SHOWN = 640  # pixels that the shorter side of a picture has at least
+SHOWN = 640  # least number of pixels of a picture's shorter side
 LINE = 2
-LETTER = 30  # the part of a picture's shorter side that a letter is high, as a divisor
+LETTER = 30  # a picture's shorter side divided by the height of a letter
 PLACES = {
     "left": (0.01, 0.5, "lm"),
     "right": (0.99, 0.5, "rm"),
@@ -26,8 +27,8 @@ PLACES = {
 
 
 def enlargement(shape: tuple[int, int]) -> int:
-    """By how much a slice (H, W) is enlarged, a whole number, so that
-    lines are fine and pixels stay square."""
+    """The whole-number factor by which a slice (H, W) is enlarged, so that lines are fine and pixels stay
+    square."""
     return max(1, -(-SHOWN // min(shape)))
 
 
@@ -43,7 +44,7 @@ def flair_picture(slice_pixels: np.ndarray) -> np.ndarray:
 
 
 def enlarged(mask: np.ndarray) -> np.ndarray:
-    """A mask (H, W) as the shown picture's pixels, (h, w) bool."""
+    """A mask (H, W) in the pixels of the shown picture, (h, w) bool."""
     times = enlargement(mask.shape)
     return np.repeat(np.repeat(mask > 0, times, axis=0), times, axis=1)
 
@@ -66,7 +67,7 @@ def probability_picture(probability: np.ndarray) -> np.ndarray:
 
 
 def marked(picture: np.ndarray, oriented: bool) -> np.ndarray:
-    """A picture (h, w, 3) with R, L, A and P at its edges, or the words that the orientation is not known."""
+    """A picture (h, w, 3) with R, L, A and P at its edges, or a note that the orientation is not known."""
     image = Image.fromarray(picture)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(max(10, min(image.size) // LETTER))
     texts = (
@@ -79,8 +80,8 @@ def marked(picture: np.ndarray, oriented: bool) -> np.ndarray:
 
 
 def icon() -> Image.Image:
-    """The page's icon: an orange outline on dark grey. Streamlit would fetch
-    a named one from another server."""
+    """The page's icon: an orange outline on dark grey. Streamlit would fetch a named icon from another
+    server."""
     rows, columns = np.indices((32, 32)) - 15.5
     inside = (np.hypot(rows, columns) < 12).astype(np.uint8)
     pixels = np.full((32, 32, 3), 60, np.uint8)

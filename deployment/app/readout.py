@@ -1,5 +1,5 @@
-"""The figures beside the picture: areas, diameters, how sure the model is, agreement with a truth, and what
-is downloaded."""
+"""The figures beside the picture: areas, diameters, the model's sureness, agreement with a truth; and the
+downloads."""
 
 import csv
 import io
@@ -22,15 +22,13 @@ from evaluation.diameters import largest_diameter
 from inference import predict_volume, to_mask
 from transunet import TransUNet
 
-SPREAD_FLOOR = (
-    0.05  # probability below which a pixel is background in both readings and says nothing of the doubt
-)
+SPREAD_FLOOR = 0.05  # probability; a pixel below it in both readings is background and is not counted
 
 
 @dataclass
 class Prediction:
-    """What the model said of a case. probability: (S, H, W) float32; spread: (S,) float32 or None while it
-    was not asked for."""
+    """The model's output for a case. probability: (S, H, W) float32; spread: (S,) float32, None until it is
+    requested."""
 
     probability: np.ndarray
     spread: np.ndarray | None = None
@@ -39,17 +37,17 @@ class Prediction:
 def predict_case(
     model: TransUNet, case: Case, told: Callable[[int, int], None] = lambda done, others: None
 ) -> Prediction:
-    """One pass of the model over the case; slices are normalised with those of their group, as predict.py
-    does it. A DICOM study is given to the network as it is prepared for training, and a NIfTI file framed like
-    one. In the black margins, which are no scan, and beyond the head there is no tumour. Several readers' scans
-    take turns. told: hears how many slices are done and how many other scans are under way."""
+    """One pass of the model over the case; slices are normalised with those of their group, as in predict.py.
+    A DICOM study is prepared for the network as for training, and a NIfTI file is framed like one. In the
+    black margins and outside the head there is no tumour. Several readers' scans take turns. told: receives
+    the number of finished slices and of other scans in progress."""
     return Prediction(_probability(model, case, told=told))
 
 
 def _probability(
     model: TransUNet, case: Case, step: int = 1, told: Callable[[int, int], None] = lambda done, others: None
 ) -> np.ndarray:
-    """step: -1 shows the slices mirrored, and turns the answer back."""
+    """step: -1 mirrors the slices, and mirrors the answer back."""
     groups = case.groups if case.feed is None else np.zeros(len(case.fed), int)
     volume = np.ascontiguousarray(case.fed[:, :, ::step])
     parts: list[np.ndarray] = []
@@ -66,9 +64,8 @@ def _probability(
 
 
 def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.ndarray:
-    """For each slice, (S,) float32: how far the probability changes on average when the slice is shown
-    mirrored, over the pixels where either reading is above 0.05; 0 where there is none. It needs a second
-    pass."""
+    """For each slice, (S,) float32: the average change of the probability when the slice is mirrored, over
+    the pixels where either reading is above 0.05; 0 if there are none. It needs a second pass."""
     mirrored = _probability(model, case, step=-1)
     spread = np.zeros(len(probability), np.float32)
     for number, (one, other) in enumerate(zip(probability, mirrored)):
@@ -81,10 +78,10 @@ def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.nda
 def slice_rows(
     case: Case, prediction: Prediction, threshold: float, masks: np.ndarray | None = None
 ) -> list[dict]:
-    """The read-out of each slice of the mask at a threshold, or of a corrected one (S, H, W) uint8 0/255, in the
-    order of the case: slice, file, tumour_pixels, share_of_slice, largest_diameter_px, mean_probability (inside
-    of the mask, None where it is empty), flip_spread (None while not asked for), and with a spacing tumour_mm2
-    and largest_diameter_mm, with a truth dice and iou (None where both are empty)."""
+    """The read-out of each slice of the mask at a threshold, or of a corrected one (S, H, W) uint8 0/255, in
+    the order of the case: slice, file, tumour_pixels, share_of_slice, largest_diameter_px, mean_probability
+    (inside the mask, None if it is empty), flip_spread (None until it is requested), and with a spacing
+    tumour_mm2 and largest_diameter_mm, with a truth dice and iou (None if both are empty)."""
     rows = []
     for number, probability in enumerate(prediction.probability):
         mask = to_mask(probability, threshold) if masks is None else masks[number]
@@ -108,7 +105,7 @@ def slice_rows(
 
 
 def agreement(prediction: np.ndarray, truth: np.ndarray) -> tuple[float | None, float | None]:
-    """Dice and IoU of two masks of one shape, by the rules in evaluation/metrics.py; None where both are
+    """Dice and IoU of two masks of one shape, by the rules in evaluation/metrics.py; None if both are
     empty."""
     overlap = metrics.counts(prediction, truth)
     return (metrics.dice(*overlap), metrics.iou(*overlap)) if any(overlap) else (None, None)
@@ -137,7 +134,8 @@ def summary(case: Case, rows: list[dict], mask: np.ndarray) -> dict:
 
 
 def component_rows(parts: list[Component]) -> list[dict]:
-    """A line for each component, and one of empty cells where there is none, so that the table has its head."""
+    """A line for each component, or one of empty cells if there is none, so that the table keeps its
+    header."""
     return [part.row() for part in parts] or [dict.fromkeys(COLUMNS)]
 
 
@@ -150,7 +148,7 @@ def csv_text(rows: list[dict]) -> str:
 
 
 def mask_name(name: str) -> str:
-    """The name of a slice's mask, as predict.py gives it."""
+    """The name of a slice's mask, as in predict.py."""
     return f"{PurePosixPath(name).stem if '.' in name else name}_mask.png"
 
 

@@ -12,7 +12,7 @@ from deployment.app.card import NOTICE
 ORANGE = "#C77700"
 PAGE = (8.27, 11.69)  # inches, A4
 DPI = 150
-LETTERS = 75  # of the title, before it is cut
+LETTERS = 75  # letters of the title before it is cut
 
 
 def draw_report(
@@ -61,7 +61,7 @@ def draw_report(
 def _table(
     page: Figure, left: float, top: float, title: str, rows: list[tuple[str, str]], indent: float, width: int
 ) -> None:
-    """Subjects, and after `indent` their texts wrapped to `width` letters, from `top` downwards."""
+    """Draw subjects and, after `indent`, their texts wrapped to `width` letters, from `top` downwards."""
     page.text(left, top, title, fontsize=11, weight="bold")
     height = top - 0.02
     for subject, text in rows:

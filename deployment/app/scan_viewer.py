@@ -1,19 +1,19 @@
-"""The viewer of deployment/viewer as a part of this page: voxels go to the browser, and what the reader draws comes
-back.
+"""The viewer of deployment/viewer as a part of this page: voxels go to the browser, and the reader's drawing
+comes back.
 
 Voxels travel in the page's websocket, so nothing of a case has an address. A message to the browser is the length of
 its head (4 bytes, little endian), the head as JSON, and the parts that the head names with their lengths:
 
-- pixels: (S, H, W, 3) uint8; codes: (S, H, W) uint8, the probability as `codes_of` has it. They are sent once for
-  each case and model, and again where the browser says that it lacks them.
-- truth, mask: (S, H, W) uint8, or nothing where there is no truth, or where the mask is the proposal. They are sent
-  when they differ from what the browser shows.
-- beside_pixels, beside_mask: of what stands beside the case, (s, h, w, 3) and (s, h, w) uint8, where there is such.
-  They are sent when it is another, and with the case.
+- pixels: (S, H, W, 3) uint8; codes: (S, H, W) uint8, the probability as from `codes_of`. They are sent once for
+  each case and model, and again if the browser reports that it lacks them.
+- truth, mask: (S, H, W) uint8, or nothing if there is no truth, or if the mask is the proposal. They are sent
+  when they differ from those that the browser shows.
+- beside_pixels, beside_mask: of the picture beside the case, (s, h, w, 3) and (s, h, w) uint8, if there is one.
+  They are sent with the case, and when that picture changes.
 
-The browser tells of three events: `wanted`, it lacks parts; `slice`, another one is shown, from 0; `drawn`, the reader
-moved the threshold or drew: {"voxels": the number of those that were drawn on, "threshold": number, "mask": base64 of
-a gzip of the mask's bits, or null where it is the proposal}.
+The browser reports three events: `wanted`, it lacks parts; `slice`, another slice is shown, counted from 0;
+`drawn`, the reader moved the threshold or drew: {"voxels": the number of voxels drawn on, "threshold":
+number, "mask": base64 of a gzip of the mask's bits, or null if it is the proposal}.
 """
 
 import base64
@@ -37,15 +37,15 @@ from inference import to_mask
 from tasks import LGG, Task
 
 FOLDER = "deployment/viewer/dist"  # the built files
-KEY = "scan"  # of the component in the session's state
-CODES = 200  # steps of the probability; the viewer's thresholds are whole numbers of them
+KEY = "scan"  # the component's key in the session's state
+CODES = 200  # steps of the probability; the viewer's thresholds are whole numbers of steps
 LEAST, MOST = 0.05, 0.95  # thresholds
 
 
 @dataclass
 class Shown:
-    """What the browser shows, and the numbers that the message gives to it: of the voxels, of truth and mask, and of
-    what stands beside."""
+    """The browser's content, and the version numbers that the message gives to the voxels, to truth and mask,
+    and to the picture beside the case."""
 
     prediction: Prediction | None = None
     truth: np.ndarray | None = None
@@ -64,7 +64,7 @@ def codes_of(probability: np.ndarray) -> np.ndarray:
 
 
 def mask_of(text: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The mask (S, H, W) uint8 0/255 of what the browser sent. Raises MedFLError for anything else."""
+    """The mask (S, H, W) uint8 0/255 that the browser sent. Raises MedFLError for anything else."""
     voxels = math.prod(shape)
     size = math.ceil(voxels / 8)
     try:
@@ -74,7 +74,7 @@ def mask_of(text: str, shape: tuple[int, ...]) -> np.ndarray:
     except (binascii.Error, zlib.error, TypeError, ValueError) as error:
         raise MedFLError("the drawn mask did not arrive; draw once more") from error
     if len(bits) != size:
-        raise MedFLError("the drawn mask is not of this case; draw once more")
+        raise MedFLError("the drawn mask does not belong to this case; draw once more")
     return 255 * np.unpackbits(np.frombuffer(bits, np.uint8), count=voxels).reshape(shape)
 
 
@@ -89,8 +89,8 @@ def show_scan(
 ) -> None:
     """The viewer with a case.
 
-    mask: what the reader stands by; proposal: of the model at the threshold, both (S, H, W) uint8 0/255. beside: a
-    second picture; task: the model's, which names the channels. What the reader draws becomes
+    mask: the mask that the reader accepts; proposal: the model's at the threshold, both (S, H, W) uint8
+    0/255. beside: a second picture; task: the model's, which names the channels. The reader's drawing becomes
     `st.session_state.edited`.
     """
     state = st.session_state
@@ -148,8 +148,8 @@ def _mount(head: dict[str, Any], parts: dict[str, np.ndarray]) -> None:
 
 
 def _component() -> Any:
-    """The component, whose files come from the page's own address. Streamlit looks for them in installed packages only,
-    and this page also runs from a folder (a call that is not public API)."""
+    """The component, whose files come from the page's own address. Streamlit only searches installed
+    packages, but this page also runs from a folder (so this call is not public API)."""
     manager = get_bidi_component_manager()
     if manager.get_component_asset_root("medfl.viewer") is None:
         manager.register_from_manifest(
@@ -158,7 +158,7 @@ def _component() -> Any:
     return st.components.v2.component("medfl.viewer", js="viewer.js", css="viewer.css", isolate_styles=False)
 
 
-# Streamlit keeps a widget's callback longer than the widget: so these are no closures, which would keep a closed case.
+# Streamlit keeps a widget's callback longer than the widget; a closure would therefore keep a closed case alive.
 
 
 def _take_wanted() -> None:
@@ -172,15 +172,15 @@ def _take_slice() -> None:
 
 
 def take_drawing() -> None:
-    """The reader's mask and threshold become the case's; or the reason is kept why they can't. Called by what closes or
-    saves a case as well, because the last stroke may come together with that press."""
+    """Take over the reader's mask and threshold for the case, or keep the reason why they can't be used.
+    Closing or saving a case also calls this, because the last stroke may arrive together with that press."""
     state = st.session_state
     drawn = state[KEY].drawn if KEY in state else None
-    if drawn is None or "prediction" not in state:  # or closed meanwhile
+    if drawn is None or "prediction" not in state:  # or closed in the meantime
         return
     probability = state.prediction.probability
     try:
-        if drawn["voxels"] != state.shown.voxels:  # of another case, or of another model's proposal
+        if drawn["voxels"] != state.shown.voxels:  # from another case, or from another model's proposal
             return
         threshold = float(drawn["threshold"])
         edited = None if drawn["mask"] is None else mask_of(drawn["mask"], probability.shape)
@@ -196,4 +196,4 @@ def take_drawing() -> None:
         state.pop("edited", None)
     else:
         state.edited = edited
-    state.pop("measured_of", None)  # what the browser shows has every component on
+    state.pop("measured_of", None)  # the browser shows all components as on

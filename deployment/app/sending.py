@@ -1,8 +1,9 @@
-"""A button that sends the mask on the page back to the archive that whoever started the page named:
+"""A button that sends the mask on the page back to the archive that was named when the page was started:
 
     streamlit run deployment/app/app.py -- --dicomweb https://pacs.example/dicom-web --login login.toml
 
-Without these options the page sends nothing anywhere. The archive is asked for nothing before the button is pressed.
+Without these options the page sends nothing anywhere. The archive is not contacted before the button is
+pressed.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def options() -> argparse.Namespace:
 def send_button(
     source: "Source", done: Corrected, probability: np.ndarray, threshold: float, checkpoint: Checkpoint
 ) -> None:
-    """Where an archive was named: the button, and what came of it. probability: (S, H, W) float32 of the case."""
+    """The button and the result, if an archive was named. probability: (S, H, W) float32 of the case."""
     archive = options()
     if archive.dicomweb is None:
         return
@@ -61,8 +62,8 @@ def send(
     threshold: float,
     checkpoint: Checkpoint,
 ) -> int:
-    """Send the mask over its source series, and a report: how many objects the archive did not have. Raises MedFLError
-    where the archive does not have the study, or does not take them."""
+    """Send the mask of its source series, and a report. Returns the number of objects that the archive did
+    not have. Raises MedFLError if the archive does not have the study, or does not accept them."""
     from deployment.app.dicom import as_proposal
     from radiology.delivery import send_new
     from radiology.dicomweb import DICOMweb
@@ -72,7 +73,7 @@ def send(
     there = DICOMweb(archive.dicomweb, read_login(archive.login))
     study = there.find_study(source.series.study_uid)
     way = f"page, threshold {threshold:.2f}"
-    if done.changed:  # another object than the proposal
+    if done.changed:  # not the same object as the proposal
         way += f", corrected to {hashlib.sha256(done.mask.tobytes()).hexdigest()}"
     proposal = as_proposal(source, done.mask, way, None if done.by_hand else probability)
     return send_new(there, study.uid, make_objects(proposal, Author.of(checkpoint)))

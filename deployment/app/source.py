@@ -1,4 +1,4 @@
-"""Where a case of DICOM came from, and what the network is given of it."""
+"""The source of a DICOM case, and the network's input for it."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from radiology.series import Series
 
 @dataclass
 class Source:
-    """The series that a case's slices were made of, and how to get back onto its grid.
+    """The series from which a case's slices were made, and the way back onto its grid.
 
     series: FLAIR, its files in memory; grid: an empty image on it; page: an empty image on the slices that
     are shown, without margins; margins: black rows above and black columns on the left that made the slices
-    square, and the rows and columns below and on the right; fed: (s, 256, 256, 3) uint8, the study as
-    radiology.preparation makes it, which is what the network learned from; fixed: an empty image on its grid;
-    refusal: why the series gets no DICOM SEG, or None where it does.
+    square, and the rows and columns below and on the right; fed: (s, 256, 256, 3) uint8, the study prepared
+    by radiology.preparation, as for training; fixed: an empty image on its grid; refusal: why the series gets
+    no DICOM SEG, or None if it gets one.
     """
 
     series: Series
@@ -38,8 +38,8 @@ class Source:
         return np.pad(slices, ((0, 0), (above, below), (left, right)), constant_values=fill)
 
     def onto_page(self, values: np.ndarray) -> np.ndarray:
-        """What the network says of `fed`, (s, 256, 256) float32, on the slices that are shown, (S, H, W), 0 in
-        the margins."""
+        """The network's output for `fed`, (s, 256, 256) float32, on the slices that are shown, (S, H, W), 0
+        in the margins."""
         return self.framed(_moved(values, self.fixed, self.page))
 
     def onto_series(self, mask: np.ndarray) -> np.ndarray:
@@ -53,7 +53,7 @@ class Source:
 
 
 def _moved(values: np.ndarray, grid: sitk.Image, onto: sitk.Image, how: int = sitk.sitkLinear) -> np.ndarray:
-    """Values on one grid (bool becomes uint8) on another, 0 outside."""
+    """Values on one grid (bool becomes uint8) resampled to another, 0 outside."""
     if values.dtype == bool:
         values = values.astype(np.uint8)
     image = sitk.GetImageFromArray(np.ascontiguousarray(values))

@@ -1,5 +1,5 @@
-"""Readers whose scans are segmented at the same time take turns, a block of slices each, in the order in which they
-ask: a short scan need not wait for a long one."""
+"""Readers whose scans are segmented at the same time take turns, one block of slices each, in the order of
+their requests, so that a short scan need not wait for a long one."""
 
 import contextlib
 import threading
@@ -17,7 +17,7 @@ class Turns:
 
     @contextlib.contextmanager
     def scan(self) -> Iterator[None]:
-        """While the block runs, a scan is one of `others`."""
+        """While the block runs, the scan is one of `others`."""
         with self._changed:
             self._scans += 1
         try:
@@ -28,12 +28,12 @@ class Turns:
 
     @property
     def others(self) -> int:
-        """How many scans besides one's own are being segmented."""
+        """The number of other scans that are being segmented."""
         return max(0, self._scans - 1)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait until all who asked before are done, and run the block."""
+        """Wait until all earlier requests are done, and run the block."""
         mine = object()
         with self._changed:
             self._waiting.append(mine)
@@ -46,4 +46,4 @@ class Turns:
                 self._changed.notify_all()
 
 
-TURNS = Turns()  # of this process, which has one set of processors
+TURNS = Turns()  # one for this process, which has one set of processors

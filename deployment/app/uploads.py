@@ -1,4 +1,4 @@
-"""Files that a reader uploaded, taken out of Streamlit's hands."""
+"""Uploaded files, removed from Streamlit's store."""
 
 from typing import cast
 
@@ -8,7 +8,7 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 def take_uploads(uploads: list) -> list[tuple[str, bytes]]:
     """(name, content) of Streamlit's uploaded files. Streamlit would keep their bytes until the session ends,
-    upload after upload; so they are taken out of its store (a call that is not public API)."""
+    upload after upload, so they are removed from its store (a call that is not public API)."""
     files = [(upload.name, upload.getvalue()) for upload in uploads]
     if run := get_script_run_ctx():
         store = cast(MemoryUploadedFileManager, run.uploaded_file_mgr)

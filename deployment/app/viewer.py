@@ -1,5 +1,5 @@
-"""The open case: the viewer, and beside it figures, corrections and downloads. Runs by itself when the reader draws or
-moves a control, without the model."""
+"""The open case: the viewer, and beside it figures, corrections and downloads. It runs separately when the
+reader draws or moves a control, without the model."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ from transunet import TransUNet
 if TYPE_CHECKING:  # radiology/ is optional
     from deployment.app.source import Source
 
-REPORTED = 5  # components, in a report of one page
+REPORTED = 5  # components in a report of one page
 SIDES = ("on the picture's right", "on the picture's left")
 
 
@@ -64,7 +64,7 @@ def show_side(
     done: Corrected,
     threshold: float,
 ) -> None:
-    """What stands beside the picture: doubts, figures, corrections, downloads."""
+    """The column beside the picture: doubts, figures, corrections, downloads."""
     state = st.session_state
     for doubt in state.doubts:
         st.warning(markdown(doubt), icon=":material/visibility_off:")
@@ -114,7 +114,7 @@ def figure_texts(case: Case, figures: dict, done: Corrected, region: str) -> lis
 
 
 def texts_of_report(lines: list[tuple[str, str]], done: Corrected, threshold: float) -> list[tuple[str, str]]:
-    """The figures that the report shows: the case's lines, how the mask came to be, and its largest components."""
+    """The figures in the report: the case's lines, how the mask was made, and its largest components."""
     texts = [*lines, ("Threshold", f"{threshold:.2f}")]
     if done.changed:
         texts.append(("Corrected", f"{done.changed:,} pixels of the proposal changed"))
@@ -128,23 +128,23 @@ def show_figures(case: Case, row: dict, lines: list[tuple[str, str]]) -> None:
     st.table(pd.DataFrame({"value": values}, index=pd.Index(map(markdown, names), name="figure")))
     said = [f"{row['tumour_pixels']:,} pixels", f"{row['largest_diameter_px']:.1f} pixels across"]
     if row["mean_probability"] is not None:
-        said.append(f"mean probability inside of the mask {row['mean_probability']:.2f}")
+        said.append(f"mean probability inside the mask {row['mean_probability']:.2f}")
     if row["flip_spread"] is not None:
         said.append(f"change of the probability when mirrored {row['flip_spread']:.2f}")
     if row.get("dice") is not None:
         said.append(f"Dice {row['dice']:.3f}, IoU {row['iou']:.3f}")
     st.caption(
-        f"Slice {row['slice']} ({markdown(row['file'])}): {'; '.join(said)}. The probability is the network's own, "
-        "not a measured chance of its being right."
+        f"Slice {row['slice']} ({markdown(row['file'])}): {'; '.join(said)}. The probability is the "
+        "network's own, not a measured chance that it is right."
     )
 
 
-# Streamlit keeps a widget's callback longer than the widget. So these are no closures: they would keep a
+# Streamlit keeps a widget's callback longer than the widget. So these are not closures, which would keep a
 # closed case alive.
 
 
 def take_spacing() -> None:
-    """The pixel size that was typed in becomes the case's, once both numbers are there."""
+    """The entered pixel size becomes the case's as soon as both numbers are given."""
     state = st.session_state
     plane, between = state.pixel_size, state.slice_distance
     sizes = (plane, plane, between)
@@ -152,7 +152,7 @@ def take_spacing() -> None:
 
 
 def take_side() -> None:
-    """What the reader knows of the side becomes the case's; a mirrored case is segmented again."""
+    """The reader's choice of side becomes the case's; a mirrored case is segmented again."""
     state = st.session_state
     if state.side == SIDES[1]:
         mirror(state.case)
@@ -161,10 +161,10 @@ def take_side() -> None:
 
 
 def take_truth() -> None:
-    """The masks that were uploaded become the case's truth, or the reason is kept why they can't."""
+    """Make the uploaded masks the case's truth, or keep the reason why they can't be used."""
     state = st.session_state
     files = state[f"truth-{state.get('truths', 0)}"]
-    state.truths = state.get("truths", 0) + 1  # a new uploader, which is empty
+    state.truths = state.get("truths", 0) + 1  # makes a new, empty uploader
     try:
         state.case.truth = add_truth(state.case, take_uploads(files))
         state.truth_refusal = None
@@ -179,13 +179,14 @@ def read_mirrored(model: TransUNet) -> None:
 
 
 def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
-    """What not every reader needs: pixel size, truth, a second picture, a second reading of the mirrored slices."""
+    """Rarely needed controls: pixel size, truth, a second picture, a second reading of the mirrored
+    slices."""
     state = st.session_state
     if case.nifti is not None and not case.oriented:
         st.radio("The patient's left is", SIDES, index=None, key="side", on_change=take_side)
     if not case.measured:
         with st.expander("Pixel size in mm"):
-            st.caption("Volumes in cm³ and diameters in mm are shown where both are known.")
+            st.caption("Volumes in cm³ and diameters in mm are shown if both are known.")
             st.number_input(
                 "Side of a pixel (mm)", 0.0, 10.0, step=0.05, key="pixel_size", on_change=take_spacing
             )
@@ -224,8 +225,7 @@ def downloads(
     doubts: list[str],
     task: Task,
 ) -> None:
-    """What the reader can take along; each is made when it is asked for, in a thread that can't see the
-    session."""
+    """The downloads; each is made when it is requested, in a thread that can't see the session."""
     masks, parts = done.mask, component_rows(done.parts)
 
     def report() -> bytes:
@@ -274,8 +274,8 @@ def downloads(
 def dicom_offers(
     source: "Source", name: str, masks: np.ndarray
 ) -> list[tuple[str, Callable[[], bytes], str, str]]:
-    """What a case of DICOM gives besides: the mask over its source series,
-    unless it is empty, and as NIfTI."""
+    """The additional downloads of a DICOM case: the mask for its source series, unless it is empty, and as
+    NIfTI."""
     from deployment.app.dicom import (
         has_nifti,
         write_segmentation,

@@ -1,4 +1,4 @@
-"""A NIfTI (or NRRD) file's bytes as nibabel's image, within the bounds of a page."""
+"""Reads a NIfTI (or NRRD) file's bytes as nibabel's image, within the page's limits."""
 
 import math
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load(name: str, content: bytes):
-    """nibabel's image in a file's bytes. Raises MedFLError for what is damaged or something else."""
+    """nibabel's image in a file's bytes. Raises MedFLError for a damaged file or another kind of file."""
     name = short(name)
     try:
         if content[:2] == GZIP or (
@@ -35,27 +35,27 @@ def load(name: str, content: bytes):
         raise MedFLError(f"{name} {error}") from error
     if len(image.shape) < 3:
         raise MedFLError(
-            f"{name} has {len(image.shape)} dimensions, and a scan has three; choose another file"
+            f"{name} has {len(image.shape)} dimensions, but a scan has three; choose another file"
         )
     return image
 
 
 def _check_size(content: bytes) -> None:
-    """Raises MedFLError for a header that asks for more than a page can hold, before anything more is read or
+    """Raises MedFLError for a header that asks for more than a page can hold, before more is read or
     unpacked."""
     if content[:4] == NRRD:
         shape = nrrd_sizes(content)
     elif header_length(content) is not None:
         shape = tuple(int(side) for side in read_header(content[:HEAD]).get_data_shape())
     else:
-        return  # its reader says what it is
+        return  # its reader reports what it is
     if len(shape) < 3:
-        raise MedFLError(f"has {len(shape)} dimensions, and a scan has three; choose another file")
+        raise MedFLError(f"has {len(shape)} dimensions, but a scan has three; choose another file")
     volumes = math.prod(shape[3:])
     if volumes not in (1, 3):
         raise MedFLError(
-            f"holds {volumes} volumes, and a case has one, or three (pre-contrast, FLAIR and post-contrast); "
-            "choose another file"
+            f"holds {volumes} volumes, but a case has one, or three (pre-contrast, FLAIR and "
+            "post-contrast); choose another file"
         )
     if not fits(shape[2::-1], MAX_PIXELS):
         raise MedFLError(

@@ -42,7 +42,7 @@ class ObjectsByMessage(InMemoryObjectStore):
         root, ids = object_tree.object_id, _ids(object_tree)
         if sum(1 for _ in iterate_object_tree(object_tree)) > len(
             ids
-        ):  # each would be fetched as often as named
+        ):  # an object would be fetched as often as it is named
             raise ValueError("An object is named twice.")
         if wrong := [one for one in ids if not is_valid_sha256_hash(one)]:
             raise ValueError(f"Invalid object ID format: {wrong[0]}")
@@ -87,8 +87,8 @@ class ObjectsByMessage(InMemoryObjectStore):
 
 
 def within(most: int, inflate: Callable[..., Any]) -> Callable[..., Any]:
-    """Flower's function that makes a message of its objects, for messages whose arrays take at most `most` bytes.
-    Others raise ValueError before anything is allocated."""
+    """`inflate`, Flower's function that builds a message from its objects, limited to messages whose arrays take at
+    most `most` bytes. Others raise ValueError before anything is allocated."""
 
     def bounded(object_id: str, contents: dict[str, bytes]) -> Any:
         if (size := sum(_bytes_of_array(one, contents) for one in contents.values())) > most:
@@ -99,12 +99,12 @@ def within(most: int, inflate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bytes_of_array(content: bytes, contents: dict[str, bytes]) -> int:
-    """The bytes that an array's object asks for; 0 for another object. contents: of all objects, by their ids."""
+    """The bytes that an array's object needs; 0 for any other object. contents: those of all objects, by their ids."""
     kind, pieces, _ = get_object_head_values_from_object_content(content)
     if kind != Array.__qualname__:
         return 0
     if any(get_object_type_from_object_content(contents[one]) != ArrayChunk.__qualname__ for one in pieces):
-        raise ValueError("An array's pieces are something else.")  # such as arrays, each of many pieces
+        raise ValueError("An array's pieces are something else.")  # for example arrays, each with many pieces
     numbers = json.loads(get_object_body(content, Array))["arraychunk_ids"]
     return sum(len(contents[pieces[number]]) for number in numbers)
 

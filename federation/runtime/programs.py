@@ -1,5 +1,5 @@
-"""Flower's programs, and MedFL's programs that run Flower's apps. Each ends with the process that started it. Some of
-the names of Flower used here are not public API, as in `flower.py`.
+"""Flower's programs, and MedFL's own, which run the two apps. Each ends with the process that started it. Some of the
+names of Flower used here are not public API, as in `flower.py`.
 
     python -m federation.runtime.programs PARENT superlink OPTIONS             Flower's own
     python -m federation.runtime.programs PARENT supernode SECONDS OPTIONS     Flower's own, with its longest sleep

@@ -48,7 +48,7 @@ class _Sent:
     node: int
     purpose: str
     lost_at: float
-    pull_time: float = PULL_TIME  # seconds in which the answer comes, from its first piece
+    pull_time: float = PULL_TIME  # seconds in which the answer must arrive
     asked: Asked = Asked("")
 
 

@@ -282,7 +282,7 @@ def test_damage_inside_of_an_archive_is_told(slices, zipped):
 
 def test_odd_names_are_no_crash(slices, picture, zipped):
     case = read_case([*slices, ("_mask.png", picture(mode="L"))])
-    assert case.notes == ["1 mask belongs to no slice of the upload. Ignored."]
+    assert case.notes == ["1 mask belongs to no slice of the upload (ignored)."]
     assert len(read_case([("p.zip", zipped([(".", b""), *slices]))]).slices) == len(slices)
     long = f"a_{'1' * 200}.png"
     assert read_case([(long, picture(mode="L"))]).slices == [long]

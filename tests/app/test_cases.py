@@ -42,7 +42,7 @@ def test_masks_become_the_truth_and_may_come_later(slices, picture):
     ):
         with pytest.raises(MedFLError, match=sentence):
             add_truth(read_case(slices), wrong)
-    with pytest.raises(MedFLError, match="16×16 pixels and its slice is 32×32"):
+    with pytest.raises(MedFLError, match="16×16 pixels, but its slice is 32×32"):
         add_truth(read_case(slices[:1]), [("m.png", picture(mode="L", size=(16, 16)))])
 
 
@@ -193,7 +193,7 @@ def test_three_volumes_are_the_three_channels():
         and not case.notes
     )
     for name in ("sub-01_ce-gd_T1w.nii", "BraTS_001_t1ce.nii", "anna_t1.nii"):
-        with pytest.raises(MedFLError, match="contrast by its name, and the network judges FLAIR"):
+        with pytest.raises(MedFLError, match="contrast by its name, but the network needs FLAIR"):
             read_case([(name, scan(np.eye(4)).to_bytes())])
     with pytest.raises(MedFLError, match="holds 2 volumes"):
         read_case([("brain.nii", scan(np.eye(4), (20, 24, 2, 2)).to_bytes())])

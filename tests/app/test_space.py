@@ -102,7 +102,7 @@ def test_the_folder_starts_by_itself_and_segments(staged, tmp_path):
         "file = io.BytesIO()\n"
         "with zipfile.ZipFile(file, 'w') as archive: archive.writestr('a', bytes(128) + b'DICM')\n"
         "page.file_uploader[0].set_value([('a.zip', file.getvalue(), 'application/zip')]).run()\n"
-        "assert ['published page takes none' in error.value for error in page.error] == [True], page.error\n"
+        "assert ['published page does not accept them' in error.value for error in page.error] == [True], page.error\n"
         "page.button(key='phantom_1').click().run()\n"
         "assert not page.exception and len(page.table) == 1, page.exception\n"
         "names = ('deployment.app.card', 'transunet', 'inference', 'appearance.doubts')\n"
@@ -187,7 +187,7 @@ def hub():
     [
         ({"whoami": 401}, None, "token is wrong"),
         ({"create": 402}, None, "may not create Docker Spaces"),
-        ({"create": 403}, None, "may not write"),
+        ({"create": 403}, None, "no write access"),
         ({"create": 409}, None, "is taken"),
         ({"create": 418}, None, "refused with code 418"),
         (
@@ -218,4 +218,4 @@ def test_no_token_no_network_and_no_name(hub, trained, home):
     done = push("--repo", "medfl", *common, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1", **token)
     assert done.returncode == 2 and "unset HF_HUB_OFFLINE" in done.stderr, done.stderr
     done = push("--repo", "no good/name/at all", *common, HF_ENDPOINT=hub, **token)
-    assert done.returncode == 2 and "no name for a Space" in done.stderr, done.stderr
+    assert done.returncode == 2 and "not a valid name for a Space" in done.stderr, done.stderr

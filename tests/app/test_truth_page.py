@@ -175,7 +175,7 @@ def test_components_are_switched_and_what_is_wrong_is_told(hospital, picture):
     assert shown.button(key="save").disabled  # nothing is saved as "no tumour" by mistake
     shown.checkbox(key="no_tumour").check().run()
     shown.button(key="save").click().run()
-    assert "type yours" in shown.error[0].value and not (out / name).exists()
+    assert "enter yours" in shown.error[0].value and not (out / name).exists()
     masks = [(f"{name}_1_mask.png", picture(np.zeros((8, 8), np.uint8)))]
     upload(shown, masks, "A corrected mask")
     assert any("has no mask" in error.value or "8×8" in error.value for error in shown.error)

@@ -124,7 +124,7 @@ def test_a_sequence_around_0_is_brought_into_range():
     brain = (np.hypot(y, x) < 25)[..., None] & np.ones(20, bool)
     scaled = np.where(brain, (SCAN - SCAN[brain].mean()) / SCAN[brain].std(), 0).astype(np.float32)
     raw, z = (read_case([("f.nii", nifti(values))]) for values in (np.where(brain, SCAN, 0), scaled))
-    assert "brought into range" in " ".join(z.notes) and "range" not in " ".join(raw.notes)
+    assert "scaled from the lowest" in " ".join(z.notes) and "lowest" not in " ".join(raw.notes)
     assert abs((z.volume == 0).mean() - (raw.volume == 0).mean()) < 0.02
     shown = raw.volume[..., 1] > 0
     assert np.corrcoef(z.volume[..., 1][shown], raw.volume[..., 1][shown])[0, 1] > 0.99
@@ -134,9 +134,9 @@ def test_a_mask_of_another_place_is_no_truth():
     moved, thicker = A.copy(), np.diag([-1.0, 1, 8, 1])
     moved[:3, 3] = 60, -40, 30
     for affine in (moved, thicker):
-        with pytest.raises(MedFLError, match="another place than the scan"):
+        with pytest.raises(MedFLError, match="another position than the scan"):
             read_case([("flair.nii", nifti(SCAN)), ("flair_seg.nii", nifti(MASK, affine))])
-        with pytest.raises(MedFLError, match="another place than the scan"):
+        with pytest.raises(MedFLError, match="another position than the scan"):
             add_truth(read_case([("flair.nii", nifti(SCAN))]), [("m.nii", nifti(MASK, affine))])
     turned = A @ np.diag([-1.0, 1, 1, 1])
     turned[0, 3] = A[0, 0] * 63

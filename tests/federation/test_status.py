@@ -5,6 +5,7 @@ import http.client
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -246,9 +247,43 @@ def test_mlflow_keeps_a_run_in_a_local_folder(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     from runs.tracking import open_trackers
 
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     (one,) = open_trackers(tmp_path, False, "local")
     one.settings({"lr": 0.1})
     one.scalars({"val_dice/mercy": 0.5}, 1)
     one.close()
     assert [p for p in (tmp_path / "mlruns").rglob("lr")] and list((tmp_path / "mlruns").rglob("mercy"))
+
+
+class Away:
+    """A tracker whose server is gone."""
+
+    def __getattr__(self, name):
+        def refuse(*_):
+            raise RuntimeError("API request failed\nwith many lines")
+
+        return refuse
+
+
+def test_a_tracker_that_is_gone_ends_no_run_and_is_told_once(tmp_path, capsys):
+    from runs.tracking import Aside
+
+    tracker = Aside(Away())
+    tracker.settings({"lr": 0.1})
+    tracker.scalars({"val_dice": 0.5}, 1)
+    tracker.picture("curves", tmp_path / "curves.png")
+    tracker.model(tmp_path / "model.pth")
+    tracker.close()
+    told = capsys.readouterr().out
+    assert told == "note: Away could not keep all (RuntimeError: API request failed); the run goes on\n"
+
+
+def test_an_mlflow_server_that_is_away_is_a_sentence_before_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    from runs import tracking
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(MedFLError, match="--mlflow can't be used .*leave the option out"):
+            tracking.open_trackers(tmp_path, False, f"http://127.0.0.1:{taken.getsockname()[1]}")
