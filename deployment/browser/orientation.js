@@ -30,7 +30,7 @@ export function doubt(header, data, shape) {
     const columns = [0, 1, 2].map((column) => matrix.map((row) => row[column]));
     const [a, b, c] = columns, dot = (u, v) => u[0] * v[0] + u[1] * v[1] + u[2] * v[2];
     const volume = dot(a, [b[1] * c[2] - b[2] * c[1], b[2] * c[0] - b[0] * c[2], b[0] * c[1] - b[1] * c[0]]);
-    if (!matrix.flat().every(Number.isFinite) || Math.abs(volume) < 1e-6) return `places all voxels in one plane, or nowhere (its ${name})`;
+    if (!matrix.flat().every(Number.isFinite) || Math.abs(volume) < 1e-6) return `places all voxels in one plane, or gives no valid place (its ${name})`;
     const cosine = (u, v) => Math.abs(dot(u, v)) / Math.sqrt(dot(u, u) * dot(v, v));
     if (Math.max(cosine(a, b), cosine(a, c), cosine(b, c)) > SHEARED) return `has axes that are not at right angles (its ${name} is sheared)`;
   }
