@@ -35,6 +35,7 @@ TUMOUR = (
 )  # words in the name of the tumour's outline, if there are several outlines
 COLOUR = [255, 150, 0]
 FARTHEST = 1e6  # mm from the scanner's centre, farther than any point of a patient
+MOST_AROUND = 2**28  # pixels in the boxes around all rings; that tumour has 10 million
 MOST_CROSSED = (
     2**22
 )  # pixel rows crossed by all lines of an outline; 100 slices of a large tumour have 50,000
@@ -241,8 +242,8 @@ def _by_slice(path: File, rings: list[np.ndarray], reference: sitk.Image) -> dic
     """Rings by the slice that they lie in, as columns and rows, (points, 2). Raises MedFLError for a ring that does
     not lie on a slice, and for more lines than a person would draw."""
     found: defaultdict[int, list[np.ndarray]] = defaultdict(list)
-    _, rows, slices = reference.GetSize()
-    crossed = 0.0
+    columns, rows, slices = reference.GetSize()
+    crossed = around = 0.0
     for ring in rings:
         places = np.array(
             [reference.TransformPhysicalPointToContinuousIndex(point) for point in ring.tolist()]
@@ -255,7 +256,8 @@ def _by_slice(path: File, rings: list[np.ndarray], reference: sitk.Image) -> dic
             )
         shown = places[:, 1].clip(-1, rows)
         crossed += float(np.abs(shown - np.roll(shown, -1)).sum())
-        if crossed > MOST_CROSSED:
+        around += (np.ptp(shown) + 1) * (np.ptp(places[:, 0].clip(-1, columns)) + 1)
+        if crossed > MOST_CROSSED or around > MOST_AROUND:
             raise MedFLError(
                 f"{path} has far more lines than the outline of a tumour; export that outline by itself"
             )
@@ -264,13 +266,52 @@ def _by_slice(path: File, rings: list[np.ndarray], reference: sitk.Image) -> dic
 
 
 def fill(rings: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels of a slice whose centres lie inside an odd number of rings, (H, W) bool.
+    """The pixels of a slice that rings enclose, (H, W) bool. A ring inside another is a hole, one inside that is
+    marked again, and one that is there twice counts once.
 
-    rings: (points, 2) each, columns and rows, the first pixel's centre at 0. A pixel is inside if an odd number of
-    lines cross its row on its left.
+    rings: (points, 2) each, columns and rows, the first pixel's centre at 0. Raises MedFLError for rings that share
+    only a part of what they enclose: some programs mark that part, and others leave it out.
     """
-    start = np.concatenate(rings)
-    end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    filled, innermost, sizes = np.zeros(shape, bool), np.zeros(shape, np.int32), [0]
+    for ring in sorted(rings, key=_area, reverse=True):
+        place = _box(ring, shape)
+        if place is None or not (inside := _inside(ring, place)).any():
+            continue
+        around = innermost[place][inside]
+        if (around != around[0]).any():
+            raise MedFLError(
+                "it has outlines that overlap on one slice, and what lies in both may be meant or not; unite them"
+            )
+        if around[0] == 0 or sizes[around[0]] != len(around):
+            filled[place] ^= inside
+            innermost[place][inside] = len(sizes)
+            sizes.append(len(around))
+    return filled
+
+
+def _area(ring: np.ndarray) -> float:
+    """What a ring encloses, in pixels. Turned or begun elsewhere, it is the same ring."""
+    x, y = (ring - ring[0]).T
+    return round(abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2, 6)
+
+
+def _box(ring: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice] | None:
+    """The rows and columns of the pixels that a ring can enclose, None if there are none."""
+    (left, top), (right, bottom) = np.ceil(ring.min(axis=0)), np.floor(ring.max(axis=0)) + 1
+    rows, columns = (
+        slice(int(max(0, top)), int(min(shape[0], bottom))),
+        slice(int(max(0, left)), int(min(shape[1], right))),
+    )
+    return (rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
+
+
+def _inside(ring: np.ndarray, place: tuple[slice, slice]) -> np.ndarray:
+    """The pixels of a box whose centres lie inside a ring. A pixel is inside if an odd number of lines cross its row
+    on its left."""
+    rows, columns = place
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    start = ring - (columns.start, rows.start)
+    end = np.roll(start, -1, axis=0)
     low, high = np.sort([start[:, 1], end[:, 1]], axis=0)
     first, last = (
         np.ceil(low).clip(0, shape[0]),

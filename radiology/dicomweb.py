@@ -72,7 +72,7 @@ class DICOMweb:
         _check_address(url)
         session = login.session()
         session.mount("http://", _Encrypted())
-        session.mount(url, _WildcardsAsTheyAre())
+        session.mount(url.rstrip("/") + "/", _WildcardsAsTheyAre())  # and no address that only begins so
         self._client = DICOMwebClient(url.rstrip("/"), session=session, timeout=TIMEOUT)
         self._client.set_http_retry_params(retry=False)  # its own retries don't know of broken connections
 

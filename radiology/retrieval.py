@@ -184,8 +184,7 @@ class Retrieval:
         own = [s for s in known.values() if s.modality in OUTLINES and s.manufacturer == MANUFACTURER]
         others = [
             replace(s, patient_id=study.patient_id, study_uid=study.uid)
-            for s in known.values()
-            if s not in own
+            for s in _of_one_patient(study, [s for s in known.values() if s not in own])
         ]
         lines = tuple(Line(s, "", "MedFL drew it, so it is not a truth") for s in own)
         if not others:
@@ -204,6 +203,21 @@ class Retrieval:
             return _bare(listed, "the archive lists it but has no file of it")
         except UNREADABLE:  # pydicom can't convert the header; the fetched files decide
             return _bare(listed)
+
+
+def _of_one_patient(study: FoundStudy, found: list[Series]) -> list[Series]:
+    """These series, with a problem for those of another patient than the study's, if they are of several."""
+    if len({series.patient_id for series in found} - {""}) < 2:
+        return found  # an archive that corrects a number in its list may leave it in all files as it was
+    told = (
+        "the study's series are of several patients, and this one is not of the patient in the archive's list"
+    )
+    return [
+        series
+        if series.patient_id in ("", study.patient_id)
+        else replace(series, problems=(*series.problems, told))
+        for series in found
+    ]
 
 
 def _series_folder(folder: Path, uid: str) -> Path:

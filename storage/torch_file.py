@@ -118,7 +118,7 @@ def _check_names(content: IO[bytes]) -> None:
 
 def _check_tensors(content: Any, path: Path) -> None:
     """Raises MedFLError for tensors that stand for more values than the file holds: repeated or sparse ones, and
-    many tensors over the same bytes."""
+    many tensors over the same bytes; and for nested ones, which have no shape."""
     waiting, seen, claimed = [content], set(), 0
     while waiting:
         one = waiting.pop()
@@ -126,7 +126,7 @@ def _check_tensors(content: Any, path: Path) -> None:
             continue
         seen.add(id(one))
         if isinstance(one, torch.Tensor):
-            if one.layout != torch.strided or one.numel() > _held(one):
+            if one.is_nested or one.layout != torch.strided or one.numel() > _held(one):
                 raise MedFLError(
                     f"{path} holds tensors that are not plain values; take one that holds plain weights"
                 )

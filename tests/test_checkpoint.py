@@ -109,6 +109,13 @@ def test_another_programs_file(saved, tmp_path):
     assert "no model of MedFL" in refused(tmp_path / "state.pth")
 
 
+def test_a_nested_tensor_is_no_weight(saved, tmp_path):
+    content = torch.load(saved[0], weights_only=True)
+    content["model"]["odd"] = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
+    torch.save(content, tmp_path / "odd.pth")
+    assert "not plain values" in refused(tmp_path / "odd.pth")
+
+
 def changed(saved, path, **entries):
     metadata = {**describe(saved[1]), **entries}
     torch.save({"model": saved[1].state_dict(), "metadata": json.dumps(metadata)}, path)

@@ -5,10 +5,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from bombs import dicom
 
 from radiology.dicomweb import DICOMweb
 from radiology.login import Login
-from radiology.retrieval import Denied, FoundStudy, Query, Retrieval
+from radiology.retrieval import Denied, FoundSeries, FoundStudy, Query, Retrieval
 from radiology.rules import load_rules
 
 SERIES = {
@@ -73,3 +74,34 @@ def test_an_archive_that_refers_to_a_machine_without_encryption_is_not_followed(
     answers.refers_to = "http://pacs.example"
     with pytest.raises(Denied, match="pacs.example, which is not encrypted"):
         there.find_studies(Query(patients=("QX-1",)))
+
+
+def test_an_address_that_begins_like_the_archives_is_another():
+    session = DICOMweb("http://localhost", Login())._client._session
+    with pytest.raises(Denied, match="localhost.pacs.example, which is not encrypted"):
+        session.get("http://localhost.pacs.example/studies")
+
+
+class Mixed:
+    """An archive of one study whose series are of these patients, by their descriptions."""
+
+    def __init__(self, patients: dict[str, str]):
+        self.patients = patients
+
+    def find_series(self, study):
+        return [FoundSeries(f"1.2.{k}", "MR", name, k, 20) for k, name in enumerate(self.patients)]
+
+    def header(self, study, series, folder):
+        name, patient = list(self.patients.items())[int(series[-1])]
+        return dicom(SeriesInstanceUID=series, SeriesDescription=name, PatientID=patient)
+
+
+def test_series_of_another_patient_in_a_study_are_not_laid_together(tmp_path):
+    def used(patients):
+        plan = Retrieval(Mixed(patients), load_rules(), tmp_path).plan(FoundStudy("1.2", "A", ""))
+        return {line.series.description: line.used_as or line.why for line in plan.lines}
+
+    mixed = used({"FLAIR": "A", "T1": "B", "T1 post": ""})
+    assert mixed["FLAIR"] == "FLAIR" and mixed["T1 post"] == "post-contrast"
+    assert "of several patients" in mixed["T1"]
+    assert used({"FLAIR": "a", "T1": "a"}) == {"FLAIR": "FLAIR", "T1": "pre-contrast"}

@@ -145,6 +145,18 @@ def test_an_outline_has_the_area_of_its_circle_and_holes():
     assert not fill([circle * 20 + 200], (64, 64)).any()
 
 
+def test_an_outline_that_is_there_twice_counts_once_and_those_that_overlap_are_refused():
+    """By the lines that cross a row alone, what lies within both would be left out."""
+    square = np.array([[0, 0], [6, 0], [6, 6], [0, 6]], float)
+    hole, island = square / 2 + 2, square / 6 + 3
+    once = fill([square + 9, hole + 9, island + 9, square], (64, 64))
+    assert once.sum() == 36 - 9 + 1 + 36
+    again = [island, square, hole, square, hole, island]
+    assert np.array_equal(fill([ring + 9 for ring in again] + [square] * 3, (64, 64)), once)
+    with pytest.raises(MedFLError, match="overlap on one slice"):
+        fill([square, square + 3], (64, 64))
+
+
 def test_of_several_outlines_the_one_called_tumour_is_meant(proposal, tmp_path):
     made = make_structure_set(proposal.mask, proposal.series, "1.2.5", "1.2.6", 1)
     other = pydicom.Dataset()

@@ -116,7 +116,20 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
     _frame(case, to_shown(flair, axes), is_axial=axes[0][2] == 2)  # slices follow the last stored axis
     if truths:
         case.truth = read_nifti_mask(case, *truths[0])
+    others = dict.fromkeys(other for other, _ in [*named.values(), *truths] if other != first)
+    case.notes += [
+        f"{short(other)} names other numbers than {name}: make sure that both are of one patient and one day."
+        for other in others
+        if _of_others(first, other)
+    ]
     return case
+
+
+def _of_others(one: str, other: str) -> bool:
+    """Whether the long numbers in two files' names, of a patient or a day, differ. Research sets have one grid for all
+    patients, so the grid doesn't show it."""
+    found = [re.findall(r"\d{3,}", stem(name)) for name in (one, other)]
+    return all(found) and found[0] != found[1]
 
 
 def _frame(case: Case, flair: np.ndarray, is_axial: bool) -> None:

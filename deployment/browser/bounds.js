@@ -3,10 +3,18 @@
 import { Unzlib } from "fflate";
 
 const MAX_PICTURES = 1000, MAX_SIDE = 4096; // of a TIFF; pixels
+const MAX_SCANS = 100; // passes in which a JPEG is refined; each decodes the whole picture again
 const TIFF_BYTES = [0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4]; // of a value by its type
 const TILE = [322, 323], ENTRY = 12; // tags of a tile's columns and rows; bytes of a tag
 const DEFLATED = [8, 32946]; // compressions of a TIFF
 const NEEDED = ["IHDR", "PLTE", "IDAT", "IEND"]; // of a PNG's chunks; others may unpack to anything
+
+/** Whether a JPEG is refined in more than MAX_SCANS passes, which take seconds per kilobyte. */
+export function hasManyScans(bytes) {
+  let scans = 0;
+  for (let at = bytes.indexOf(0xff); at >= 0; at = bytes.indexOf(0xff, at + 1)) scans += bytes[at + 1] === 0xda;
+  return scans > MAX_SCANS;
+}
 
 /** Whether a TIFF holds countless pictures, tiles that are larger than any slice, or tags that claim more bytes than the file has. */
 export function tiffAsksForMore(bytes) {

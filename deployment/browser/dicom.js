@@ -1,8 +1,10 @@
 // One DICOM series in, as a NIfTI case: dcm2niix, the converter of the field, reads it; which series counts is radiology/series_rules.toml's.
 
+import { MAX_UNPACKED } from "./archives.js";
 import { UserError, counted, short } from "./common.js";
 import { readNifti } from "./nifti.js";
 
+const MAX_MEMORY = 2 * MAX_UNPACKED, WASM_PAGE = 2 ** 16; // bytes that the converter may take, and of one step
 const OTHERWISE = "open one MR series by itself, or use the page with a server";
 const FIELD_OF_VIEW = "The series is shown as it was scanned, and FLAIR stands in for the other channels. Where the head fills little of the " +
   "slices, or other series are there too, the page with a server prepares them as the model knows them.";
@@ -35,7 +37,7 @@ async function convert(scans, createConverter) {
   const { FS, callMain } = await createConverter({ noInitialRun: true, print: say, printErr: say });
   for (const folder of ["/in", "/out"]) FS.mkdir(folder);
   scans.forEach(({ bytes }, k) => FS.writeFile(`/in/${k}`, bytes)); // not by their names, which may be patients'
-  const code = callMain(["-z", "n", "-b", "y", "-f", "scan", "-o", "/out", "/in"]);
+  const code = withinMemory(() => callMain(["-z", "n", "-b", "y", "-f", "scan", "-o", "/out", "/in"]));
   const made = FS.readdir("/out").filter((name) => name.endsWith(".nii"));
   if (!made.length) {
     throw new UserError(`${counted(scans.length, "DICOM file")} can't be read (damaged, compressed in an unknown way, or no pictures); ${OTHERWISE}`);
@@ -48,6 +50,27 @@ async function convert(scans, createConverter) {
     throw new UserError("the DICOM series is incomplete (slices are missing, occur twice, or are unevenly spaced); export it again");
   }
   return { scan: FS.readFile(`/out/${made[0]}`), about: JSON.parse(new TextDecoder().decode(FS.readFile("/out/scan.json"))) };
+}
+
+/** What the converter's `run` returns. It believes what a header says of its pixels, and three kilobytes can ask for gigabytes; so it gets
+    no more than MAX_MEMORY. It goes on without what it did not get, so nothing that it makes after that counts. */
+function withinMemory(run) {
+  const { prototype } = WebAssembly.Memory, { grow } = prototype;
+  let refused = false, given;
+  prototype.grow = function (pages) {
+    refused ||= this.buffer.byteLength + pages * WASM_PAGE > MAX_MEMORY;
+    if (refused) throw new RangeError("too much memory");
+    return grow.call(this, pages);
+  };
+  try {
+    given = run();
+  } catch (error) {
+    if (!refused) throw error;
+  } finally {
+    prototype.grow = grow;
+  }
+  if (refused) throw new UserError(`the DICOM files ask for more pixels than this page can hold; ${OTHERWISE}`);
+  return given;
 }
 
 /** A note where a series does not say that it is FLAIR, or null. Throws UserError where it says that it is something else. */

@@ -94,8 +94,20 @@ export function readNifti(files) {
       notes.push(`The network was given the scan framed like its training scans, ${opened.frame.told.join(" and ")}; nothing is found outside.`);
     }
   }
-  if (truths.length) opened.truth = readNiftiMask(opened, truths[0]);
+  if (truths.length) {
+    opened.truth = readNiftiMask(opened, truths[0]);
+    const other = short(truths[0].name);
+    if (areOfOthers(scans[0].name, truths[0].name)) {
+      notes.push(`${other} names other numbers than ${name}: make sure that both are of one patient and one day.`);
+    }
+  }
   return opened;
+}
+
+/** Whether the long numbers in two files' names, of a patient or a day, differ. Research sets have one grid for all patients. */
+function areOfOthers(...names) {
+  const [one, other] = names.map((name) => (name.split("/").at(-1).match(/\d{3,}/g) ?? []).join(" "));
+  return one !== "" && other !== "" && one !== other;
 }
 
 /** A mask of the case's shape from a NIfTI file, 0 or 255: every label above 0 is tumour. */

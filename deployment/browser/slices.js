@@ -3,7 +3,7 @@
 import { decode as decodePng, encode as encodePng } from "fast-png";
 import { decode as decodeTiff } from "tiff";
 
-import { plainPng, tiffAsksForMore, tiffUnpacksToMore } from "./bounds.js";
+import { hasManyScans, plainPng, tiffAsksForMore, tiffUnpacksToMore } from "./bounds.js";
 import { UserError, short } from "./common.js";
 
 const MAX_SIDE = 4096; // pixels
@@ -186,19 +186,24 @@ async function fromJpeg(name, bytes) {
   if (components !== 1 && components !== 3) refuseType(name, `${components} colour channels`);
   const end = String.fromCharCode(...bytes.subarray(-64));
   if (!end.includes("\xff\xd9")) throw new Error("truncated"); // a browser would show the part that is there
+  if (hasManyScans(bytes)) throw new UserError(`${short(name)} is stored in hundreds of refining passes; save the picture again`);
   const picture = await createImageBitmap(new Blob([bytes]), { colorSpaceConversion: "none", imageOrientation: "none" });
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.drawImage(picture, 0, 0);
   return { width, height, channels: 4, data: context.getImageData(0, 0, width, height).data };
 }
 
-/** Size and number of components, from a JPEG's start-of-frame segment. */
+/** Size and number of components, from a JPEG's start-of-frame segment. It goes from segment to segment as the browser's decoder does,
+    which would otherwise find another frame than this one. */
 function jpegFrame(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   for (let at = 2; ;) {
     const marker = view.getUint16(at);
-    const isFrame = marker >= 0xffc0 && marker <= 0xffcf && ![0xffc4, 0xffc8, 0xffcc].includes(marker);
-    if (isFrame) return { height: view.getUint16(at + 5), width: view.getUint16(at + 7), components: view.getUint8(at + 9) };
-    at += 2 + view.getUint16(at + 2);
+    if (marker === 0xffff) at++; // a byte that fills
+    else if (marker === 0xff01 || (marker >= 0xffd0 && marker <= 0xffd7)) at += 2; // nothing belongs to it
+    else if (marker < 0xffc0) throw new Error("no segment");
+    else if (marker <= 0xffcf && ![0xffc4, 0xffc8, 0xffcc].includes(marker)) {
+      return { height: view.getUint16(at + 5), width: view.getUint16(at + 7), components: view.getUint8(at + 9) };
+    } else at += 2 + view.getUint16(at + 2);
   }
 }

@@ -153,6 +153,19 @@ def test_labels_that_a_scale_makes_almost_whole_are_read(tmp_path):
     assert int(sitk.GetArrayFromImage(labels).sum()) == int(MASK.sum())
 
 
+@pytest.mark.parametrize(
+    "other", ["BraTS-GLI-00002-000-seg", "BraTS-GLI-00001-001-seg", "BraTS-GLI-00002-000-t1c"]
+)
+def test_files_that_name_other_numbers_are_doubted(other):
+    """All patients of a research set have one grid, so it does not show a mask or a channel of another."""
+    first = "BraTS-GLI-00001-000-t2f.nii"
+    content = nifti(MASK if "seg" in other else SCAN)
+    doubted = read_case([(first, nifti(SCAN)), (f"{other}.nii", content)])
+    assert doubted.notes[-1].startswith(f"{other}.nii names other numbers than {first}")
+    for same in ("BraTS-GLI-00001-000-seg.nii", "seg.nii"):
+        assert "names other" not in read_case([(first, nifti(SCAN)), (same, nifti(MASK))]).notes[-1]
+
+
 def test_files_of_one_grid_are_the_channels_as_brats_has_them():
     values = {"t1n": SCAN, "t2f": SCAN[::-1].copy(), "t1c": SCAN[:, ::-1].copy(), "t2w": SCAN}
     files = [(f"BraTS-GLI-1-{kind}.nii", nifti(v)) for kind, v in values.items()]

@@ -16,6 +16,7 @@ from PIL import Image
 from running import ROOT
 from scipy.ndimage import gaussian_filter
 from traps import tags
+from traps_of_masks import jpeg_of_passes
 from uploads import (
     BITS,
     BROKEN,
@@ -114,6 +115,39 @@ def test_what_is_no_case_gets_one_sentence_in_both(ask):
             answer,
         )
         assert TOLD.get(name, "") in answer["error"], (name, answer)
+
+
+def test_a_mask_that_names_other_numbers_is_doubted_in_both(ask):
+    voxels = np.random.default_rng(0).integers(1, 900, (20, 24, 18)).astype(np.int16)
+    scan, mask = (nifti(values, (1, 1, 4)).to_bytes() for values in (voxels, (voxels > 800).astype(np.uint8)))
+    names = [("a_00001_000.nii", "a_00002_000_seg.nii"), ("a_00001_000.nii", "a_00001_000_seg.nii")]
+    given = [[(one, scan), (other, mask)] for one, other in names]
+    for files, answer in zip(given, ask(*[(files, {}) for files in given])):
+        assert answer.get("notes") == read_case(files).notes, answer
+        doubted = any("names other numbers" in note for note in answer["notes"])
+        assert doubted == ("00002" in files[1][0])
+
+
+@pytest.mark.parametrize("before", [b"\xff", b"\xff\x01", b"\xff\xd0"])
+def test_the_size_of_a_jpeg_is_that_of_the_frame_that_a_browser_decodes(ask, before):
+    """A comment holds another frame, where a reader comes to that takes the bytes before the real one for a
+    segment with a length."""
+    plain = picture(Image.new("L", (20_000, 8)), "JPEG")
+    at = plain.index(b"\xff\xc0")
+    (length,) = struct.unpack_from(">H", plain, at + 2)
+    head = plain[:at] + before + plain[at : at + 2 + length]
+    place = at + 2 + int.from_bytes(head[at + 2 : at + 4], "big")  # where such a reader looks next
+    false = b"\xff\xc0" + struct.pack(">HBHHB3x", 11, 8, 64, 64, 1)
+    comments, left = b"", place - len(head) - 4
+    assert 0 <= left < 2**16 - 20
+    comments = b"\xff\xfe" + struct.pack(">H", left + len(false) + 2) + bytes(left) + false
+    (answer,) = ask(([("a_1.jpg", head + comments + plain[at + 2 + length :])], {}))
+    assert "20000×8 pixels" in answer["error"], answer
+
+
+def test_a_jpeg_of_thousands_of_passes_is_refused(ask):
+    (answer,) = ask(([("a_1.jpg", jpeg_of_passes(3_000, 64))], {}))
+    assert "refining passes" in answer["error"], answer
 
 
 @pytest.mark.parametrize("length", [32, -32, 24, 0])
