@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on after the last complete round in --out, with its settings, --address and --kit; other "
+        help="continue after the last complete round in --out, with its settings, --address and --kit; other "
         "--rounds make it longer, or end it earlier",
     )
     parser.add_argument(
@@ -251,7 +251,7 @@ def take_up(arguments: argparse.Namespace) -> None:
             if name not in arguments.given:
                 setattr(arguments, name, getattr(before, name))
     if there and nothing_left(out, arguments.rounds if "rounds" in arguments.given else None):
-        verify(out / AUDIT)  # whose last line says so
+        verify(out / AUDIT)  # its last line says that nothing is left
         check_end(out / AUDIT, arguments.kit and arguments.kit / ENDS)
         say(f"the run in {out} is over, nothing is left to do; more --rounds continue it")
         sys.exit(0)

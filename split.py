@@ -130,10 +130,10 @@ def load_split(path: Path, patients: set[str]) -> Split:
     except OSError as error:
         raise MedFLError(f"{path} can't be read ({error.strerror}); check its permissions") from error
     except json.JSONDecodeError as error:
-        raise MedFLError(f"{path} is no JSON ({error}); correct it there, or delete the file") from error
+        raise MedFLError(f"{path} is not JSON ({error}); correct it there, or delete the file") from error
     except (ValueError, KeyError, TypeError, OverflowError) as error:  # the last of an infinite seed
         raise MedFLError(
-            f"{path} is no split file of MedFL; name the split.json that the training wrote"
+            f"{path} is not a split file of MedFL; name the split.json that the training wrote"
         ) from error
     if content.get("version") != 1:
         raise MedFLError(

@@ -29,6 +29,7 @@ MAX_SCANS = 100  # passes in which a JPEG is refined; each decodes the whole pic
 MAX_LARGE = 1e15  # of a voxel's value; larger ones have squares that overflow single precision
 MAX_ITEMS = 100_000  # of all sequences in such a header; each becomes an object of a kilobyte
 MAX_ELEMENTS = 10_000  # of such a header, beside those in its items; each costs microseconds at every reading
+MAX_READINGS = 500_000  # of the headers of one study beyond that; an object of 2,000 frames takes 400,000
 MAX_SEGMENTS = (
     1_000  # of a DICOM SEG, whose reader takes 3 ms for each; an atlas of the brain has two hundred
 )

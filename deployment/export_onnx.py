@@ -1,14 +1,15 @@
-"""Write a checkpoint as one ONNX graph that holds the whole way from the stored pixels to the probability.
+"""Write a checkpoint as one ONNX graph that contains every step from the stored pixels to the probability.
 
     python deployment/export_onnx.py --checkpoint models/demo/transunet_centralized_best.pth --out models/transunet.onnx
 
 Inputs: `volume` uint8 (S, H, W, 3), all slices of a patient; `first` and `count` int64, the slices to
 segment. Output: `probability` float32 (count, H, W). The statistics of the normalisation come from the whole
-volume, so block by block gives the same as all at once. The file is kept only if onnxruntime computes with it
-what inference.py computes.
+volume, so blocks give the same result as the whole. The file is kept only if onnxruntime computes the same
+with it as inference.py.
 
-By further outputs a page can doubt a scan as appearance/ does: `foreground_mean` and `foreground_deviation`
-float32 (3,); and where `first` is 0, else empty, `appearance` float32 (6,), `blank` and `copies` bool (3,).
+Further outputs let a page warn of unusual scans like appearance/: `foreground_mean` and
+`foreground_deviation` float32 (3,); and `appearance` float32 (6,), `blank` and `copies` bool (3,), which are
+empty unless `first` is 0.
 """
 
 import argparse
@@ -45,11 +46,11 @@ from scans.pictures import read_volume
 from storage.files import atomic_write
 from transunet import TransUNet
 
-FORMAT = "2"  # of the file's properties; deployment/browser/model.js reads this one
-BOUND, BOUND_HALF = 1e-4, 1e-2  # largest difference of a probability with which a file is kept
-PIXELS = 1e-4  # largest share of the mask's pixels that may differ
-LARGE = 256  # values from which on a weight is stored in half precision; biases and scales stay as they are
-SEED = 9  # of the phantoms that the file is compared on
+FORMAT = "2"  # format of the file's properties; deployment/browser/model.js reads this one
+BOUND, BOUND_HALF = 1e-4, 1e-2  # a file is kept only up to this difference of a probability
+PIXELS = 1e-4  # and up to this share of differing mask pixels
+LARGE = 256  # weights of at least this many values are stored in half precision; biases and scales are not
+SEED = 9  # seed of the phantoms for the comparison
 # What is measured of the whole volume with the first block, each in a branch of its own: what it needs meanwhile,
 # several times the volume, is freed before the next one begins.
 SEEN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -73,7 +74,7 @@ def parse() -> argparse.Namespace:
 
 
 class WholeWay(nn.Module):
-    """What inference.predict_volume does, as one module."""
+    """inference.predict_volume as one module."""
 
     def __init__(self, model: TransUNet):
         super().__init__()
@@ -100,8 +101,8 @@ class Measure(nn.Module):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a graph is from inference.py: the largest difference of a probability, mask pixels that differ,
-    pixels in all."""
+    """The difference between a graph and inference.py: the largest difference of a probability, the number of
+    differing mask pixels, and of all pixels."""
 
     probability: float
     pixels: int
@@ -109,8 +110,8 @@ class Difference:
 
 
 def export(checkpoint: Checkpoint, half: bool = True) -> tuple[bytes, Difference]:
-    """The file's content and how far it is from inference.py. half: store the weights in half precision.
-    Raises MedFLError where it is too far, or onnx is missing."""
+    """The file's content and its difference from inference.py. half: store the weights in half precision.
+    Raises MedFLError if it differs too much, or if onnx is missing."""
     if not HAS_ONNX:
         raise MedFLError(
             "onnx, onnxscript and onnxruntime are needed; install them with `pip install -r "
@@ -165,7 +166,7 @@ def traced(module: nn.Module, given: dict[str, Tensor], outputs: list[str]) -> "
     """A module as ONNX. given: example inputs; all their sides but the channels may differ."""
     anything = torch.export.Dim.DYNAMIC
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own use of its older parts
+        warnings.simplefilter("ignore")  # about torch's own use of its older parts
         program = torch.onnx.export(
             module.eval(),
             tuple(given.values()),
@@ -177,18 +178,18 @@ def traced(module: nn.Module, given: dict[str, Tensor], outputs: list[str]) -> "
                 dict.fromkeys(range(min(value.ndim, 3)), anything) for value in given.values()
             ),
         )
-    assert program is not None  # with dynamo it gives one
-    model_proto = program.model_proto  # a new one each time it is asked for
+    assert program is not None  # with dynamo it returns a program
+    model_proto = program.model_proto  # a new object at each access
     graph = model_proto.graph
     for told in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        told.ClearField("metadata_props")  # what torch tells of the code: paths of this machine, a megabyte
+        told.ClearField("metadata_props")  # torch's notes about the code: paths of this machine, a megabyte
         told.ClearField("doc_string")
     return model_proto
 
 
 def add_appearance(graph: "onnx.GraphProto") -> None:
-    """Give a graph the outputs `appearance`, `blank` and `copies` where `first` is 0, and else empty ones: a page
-    that works block by block looks at the volume once."""
+    """Add the outputs `appearance`, `blank` and `copies` to a graph. They are empty unless `first` is 0, so
+    that a page that works in blocks measures the volume once."""
     graph.node.append(helper.make_node("Equal", ["first", "none"], ["is_first"]))
     for name in SEEN:
         measured = compose.add_prefix_graph(measure_graph(name), f"{name}.", rename_inputs=False)
@@ -220,8 +221,8 @@ def add_appearance(graph: "onnx.GraphProto") -> None:
 
 
 def halve(graph: "onnx.GraphProto") -> None:
-    """Store the large weights in half precision. They are computed with in single precision: a cast stands
-    behind each."""
+    """Store the large weights in half precision. Computation stays in single precision: a cast follows each
+    weight."""
     for weight in list(graph.initializer):
         values = numpy_helper.to_array(weight)
         if values.dtype != np.float32 or values.size < LARGE:
@@ -232,8 +233,8 @@ def halve(graph: "onnx.GraphProto") -> None:
 
 
 def properties(checkpoint: Checkpoint) -> dict[str, str]:
-    """What travels in the file besides the graph: the checkpoint's metadata, its card, the constants of
-    appearance/, and which version of MedFL exported which model."""
+    """The file's content besides the graph: the checkpoint's metadata, its card, the constants of
+    appearance/, and the versions of MedFL and of the model."""
     texts = {
         "metadata": checkpoint.metadata,
         "card": card_rows(checkpoint, checkpoint.sha256()),
@@ -246,7 +247,8 @@ def properties(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def rules() -> dict:
-    """The constants and sentences of appearance/, by which the page in the browser doubts a scan."""
+    """The constants and sentences of appearance/, with which the page in the browser warns of unusual
+    scans."""
     return {
         "channels": CHANNELS,
         "flair": features.FLAIR,
@@ -260,7 +262,7 @@ def rules() -> dict:
 
 
 def compare(checkpoint: Checkpoint, content: bytes) -> Difference:
-    """Run the file in onnxruntime beside inference.py, on phantoms of several sizes and numbers of slices,
+    """Compare the file in onnxruntime with inference.py, on phantoms of several sizes and numbers of slices,
     whole and in blocks."""
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     largest, pixels, of = 0.0, 0, 0

@@ -1,9 +1,9 @@
-"""Make the model that a fresh clone shows: `mini`, trained on phantoms only, under 3 MB.
+"""Make the model that a fresh clone shows: `mini`, trained only on phantoms, under 3 MB.
 
     python deployment/make_phantom_model.py
 
-A few minutes on one core. It knows painted patients and no real ones: its card says so, and the first model
-in models/ takes its place.
+It takes a few minutes on one core. The model knows painted patients and no real ones: its card says so, and
+the first model in models/ replaces it.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from runs.models import PHANTOM_MODEL
 from split import make_split
 from training import TrainingSettings
 
-PATIENTS, SLICES, SIZE, SEED = 32, 16, 256, 2027  # of phantoms that no sample is one of
+PATIENTS, SLICES, SIZE, SEED = 32, 16, 256, 2027  # seed of phantoms that are not among the samples
 SETTINGS = TrainingSettings(model="mini", encoder="random", image_size=96, steps=600, precision="float32")
 
 

@@ -1,4 +1,4 @@
-"""Make the app's sample cases: phantoms as ZIPs of JPEG slices with their masks.
+"""Make the app's sample cases: phantoms as ZIPs of JPEG slices with masks.
 
     python deployment/make_samples.py
 
@@ -16,7 +16,7 @@ from dataset import load_dataset
 from phantoms.patients import make_phantoms
 
 SAMPLES = Path(__file__).parent / "app" / "samples"
-SEED = 2026  # of no phantom that the README's models were trained on
+SEED = 2026  # seed of phantoms that the README's models were not trained on
 COUNT = 3
 
 
@@ -28,7 +28,7 @@ def main() -> None:
             path = SAMPLES / f"phantom_{number}.zip"
             with zipfile.ZipFile(path, "w") as archive:
                 for place, (image, mask) in enumerate(zip(patient.images, patient.masks), start=1):
-                    slice_name = f"phantom_{number}_{place}"  # like no patient's
+                    slice_name = f"phantom_{number}_{place}"  # unlike any patient's
                     for source, name, options in (
                         (image, f"{slice_name}.jpg", {"quality": 92}),
                         (mask, f"{slice_name}_mask.png", {}),

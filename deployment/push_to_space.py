@@ -6,8 +6,8 @@
 
 The first two publish the Streamlit page as a Docker Space, the third the page that runs in the reader's
 browser as a static Space, which is free. Stages a folder (models/space or models/browser) from an allow-list,
-shows what it holds, and with a token of yours (`hf auth login`, or HF_TOKEN) creates or updates the Space and
-waits until it runs. --dry-run stops before anything is sent.
+shows its content, and with your token (`hf auth login`, or HF_TOKEN) creates or updates the Space and waits
+until it runs. --dry-run stops before anything is sent.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from common import ROOT, MedFLError, run_script
 from deployment.export_onnx import told
 from deployment.staging import BROWSER, SPACE, of_phantoms, stage_browser, stage_space
 
-PATIENCE = 1_800.0  # seconds for the Space to be built and started
-LOOK = 5.0  # seconds between two looks at it
+PATIENCE = 1_800.0  # seconds allowed for the Space to be built and started
+LOOK = 5.0  # seconds between two checks
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two Spaces. folder: what is sent; title: in the front matter of its README; own_machine: how
-    to do without it."""
+    """One of the two Spaces. folder: the folder that is sent; title: in the front matter of its README;
+    own_machine: how to run the page without a Space."""
 
     sdk: str
     folder: Path
@@ -72,8 +72,8 @@ def parse() -> argparse.Namespace:
 
 
 def publish(repo: str, kind: Kind) -> str:
-    """Create or update the Space from the staged folder and wait until it runs; its address. Raises
-    MedFLError."""
+    """Create or update the Space from the staged folder, wait until it runs, and return its address. Raises
+    MedFLError if that fails."""
     api = HfApi()
     try:
         owner = api.whoami()["name"]
@@ -89,17 +89,17 @@ def publish(repo: str, kind: Kind) -> str:
         _wait(api, repo)
     except LocalTokenNotFoundError as error:
         raise MedFLError(
-            "there is no Hugging Face token; make one that may write and give it with `hf auth login` or "
+            "there is no Hugging Face token; make one with write access and set it with `hf auth login` or "
             f"HF_TOKEN, or run the page yourself: {kind.own_machine}"
         ) from error
     except HFValidationError as error:
         raise MedFLError(
-            f"{repo} is no name for a Space; choose letters, digits, - and _, as in NAME/medfl"
+            f"{repo} is not a valid name for a Space; use letters, digits, - and _, as in NAME/medfl"
         ) from error
     except HfHubHTTPError as error:
         raise MedFLError(_reason(error, repo, kind)) from error
     except OfflineModeIsEnabled as error:
-        raise MedFLError("HF_HUB_OFFLINE keeps this machine off the network; unset HF_HUB_OFFLINE") from error
+        raise MedFLError("HF_HUB_OFFLINE blocks access to the network; unset HF_HUB_OFFLINE") from error
     except HTTPError as error:
         raise MedFLError(
             f"Hugging Face can't be reached ({type(error).__name__}); check the network, or run the page "
@@ -109,8 +109,7 @@ def publish(repo: str, kind: Kind) -> str:
 
 
 def _create(api: HfApi, repo: str, kind: Kind) -> None:
-    """Make the Space, unless it is there and holds this app. Raises
-    MedFLError where it holds something else."""
+    """Create the Space, unless it exists and holds this app. Raises MedFLError if it holds something else."""
     if not api.repo_exists(repo, repo_type="space"):
         api.create_repo(repo, repo_type="space", space_sdk=kind.sdk)
         return
@@ -121,7 +120,7 @@ def _create(api: HfApi, repo: str, kind: Kind) -> None:
 
 
 def _wait(api: HfApi, repo: str) -> None:
-    """Wait until the Space runs. Raises MedFLError where it can't be built or started."""
+    """Wait until the Space runs. Raises MedFLError if it can't be built or started."""
     until = time.monotonic() + PATIENCE
     before = None
     while time.monotonic() < until:
@@ -141,12 +140,12 @@ def _wait(api: HfApi, repo: str) -> None:
 
 
 def _reason(error: HfHubHTTPError, repo: str, kind: Kind) -> str:
-    """What a refusal means and what to do."""
+    """The meaning of a refusal and what to do."""
     code = error.response.status_code
     if code == 401:
         return (
-            "the Hugging Face token is wrong or has expired; make a new one that may write, and give it with "
-            "`hf auth login`"
+            "the Hugging Face token is wrong or has expired; make a new one with write access, and set it "
+            "with `hf auth login`"
         )
     if code == 402:
         why = (
@@ -158,7 +157,7 @@ def _reason(error: HfHubHTTPError, repo: str, kind: Kind) -> str:
         spaces = f"{kind.sdk.capitalize()} Spaces"
         return f"this account may not create {spaces}{why}, or run the page yourself: {kind.own_machine}"
     if code == 403:
-        return f"the token may not write to {repo}; make one that may, or choose another --repo"
+        return f"the token has no write access to {repo}; make one that has, or choose another --repo"
     if code == 409:
         return f"the name {repo} is taken; choose another --repo"
     return f"Hugging Face refused with code {code}; try again later, or run the page yourself: {kind.own_machine}"
@@ -168,7 +167,9 @@ def main() -> None:
     arguments = parse()
     kind = STATIC if arguments.static else DOCKER
     if arguments.single and kind is DOCKER:
-        raise MedFLError("--single is for the page that runs in the browser; add --static, or leave it out")
+        raise MedFLError(
+            "--single is for the page that runs in the browser; add --static, or leave out --single"
+        )
     checkpoint = load_checkpoint(arguments.checkpoint)
     if kind is STATIC:
         files, difference = stage_browser(checkpoint, not arguments.single)
@@ -180,10 +181,7 @@ def main() -> None:
     size = sum(path.stat().st_size for path in files) / 1e6
     print(f"{size:8.2f} MB in {len(files)} files, staged in {kind.folder.relative_to(ROOT).as_posix()}")
     if not of_phantoms(checkpoint):
-        print(
-            "note: the weights carry the licence of the scans that they were trained on, and so does the "
-            "Space"
-        )
+        print("note: the licence of the training scans also applies to the weights and to the Space")
     if arguments.dry_run:
         print(f"nothing was sent; to run it here: {kind.own_machine}")
         return

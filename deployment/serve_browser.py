@@ -1,9 +1,9 @@
-"""Serve the page that runs in the browser on this computer, with the headers that its Space gets.
+"""Serve the page that runs in the browser from this computer, with the same headers as its Space.
 
     python deployment/serve_browser.py
     python deployment/serve_browser.py --checkpoint models/demo/transunet_centralized_best.pth --port 8600
 
-Without --checkpoint it is the newest model in models/, or the one that was trained on phantoms.
+Without --checkpoint it uses the newest model in models/, or the one that was trained on phantoms.
 """
 
 import argparse
@@ -23,12 +23,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="the model, a .pth file (default: the newest *_best.pth in models/, else the phantoms' one)",
+        help="the model, a .pth file (default: the newest *_best.pth in models/, else the one trained on "
+        "phantoms)",
     )
     parser.add_argument(
         "--single", action="store_true", help="store the weights in single precision: twice the size"
     )
-    parser.add_argument("--port", type=int, default=8600, help="where to listen on 127.0.0.1 (default 8600)")
+    parser.add_argument("--port", type=int, default=8600, help="port on 127.0.0.1 (default 8600)")
     return parser.parse_args()
 
 
@@ -41,7 +42,7 @@ def headers(readme: Path) -> dict[str, str]:
 
 
 class Page(SimpleHTTPRequestHandler):
-    """Files of one folder, each answer with the Space's headers."""
+    """Serves the files of one folder, each with the Space's headers."""
 
     extensions_map = {
         ".html": "text/html",
@@ -61,16 +62,16 @@ class Page(SimpleHTTPRequestHandler):
     def end_headers(self) -> None:
         for name, value in self.more.items():
             self.send_header(name, value)
-        self.send_header("Cache-Control", "no-cache")  # another model may lie there next time
+        self.send_header("Cache-Control", "no-cache")  # there may be another model next time
         super().end_headers()
 
     def log_message(self, *_) -> None:
-        """Say nothing of each request."""
+        """Print nothing about requests."""
 
 
 def server(folder: Path, port: int, isolated: bool = True) -> ThreadingHTTPServer:
     """A server of a staged folder on 127.0.0.1, not running yet; isolated: with the Space's headers. Raises
-    MedFLError where the port is taken."""
+    MedFLError if the port is taken."""
     page = functools.partial(
         Page, directory=str(folder), more=headers(folder / "README.md") if isolated else {}
     )

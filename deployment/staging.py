@@ -1,7 +1,7 @@
 """The folders that are published: the page with its server (Docker Space), and the page that runs in the
 browser (static Space).
 
-Each is filled with what its page needs by name, so that nothing else can slip in.
+Each is filled with named files that its page needs, so that no other file gets in.
 """
 
 import json
@@ -16,11 +16,11 @@ from deployment.app.card import NOTICE, card_rows
 from deployment.export_onnx import Difference, export
 
 SPACE, BROWSER = ROOT / "models" / "space", ROOT / "models" / "browser"
-DATASET_LICENCE = "cc-by-nc-sa-4.0"  # of the LGG scans, which weights trained on them carry as well
+DATASET_LICENCE = "cc-by-nc-sa-4.0"  # licence of the LGG scans, which also applies to weights trained on them
 SAMPLES = "deployment/app/samples"
 SERIES_RULES = ROOT / "radiology" / "series_rules.toml"
 
-# besides what the page imports
+# in addition to the page's imports
 SPACE_OTHERS = (
     "LICENSE",
     "deployment/app/.streamlit/config.toml",
@@ -28,7 +28,7 @@ SPACE_OTHERS = (
     "deployment/viewer/dist/viewer.css",
     "deployment/viewer/dist/LICENSES.txt",
 )
-NOT_IN_A_SPACE = ("radiology",)  # DICOM files carry names, and a Space is somebody else's computer
+NOT_IN_A_SPACE = ("radiology",)  # DICOM files contain names, and a Space is somebody else's computer
 SPACE_TOP = ("README.md", "Dockerfile", "requirements.txt")  # of deployment/space
 
 BROWSER_FILES = (
@@ -38,7 +38,7 @@ BROWSER_FILES = (
     "icon.svg",
     "manifest.webmanifest",
 )  # of deployment/browser, and its *.js
-# of its node_modules: a library's folder, and the files of it, {pattern in the library: folder in libs}
+# of its node_modules: a library's folder and files, {pattern in the library: folder in libs}
 LIBRARIES = {
     "fast-png": {"lib/*.js": "fast-png", "lib/helpers/*.js": "fast-png/helpers"},
     "fflate": {"esm/browser.js": "fflate"},
@@ -46,18 +46,18 @@ LIBRARIES = {
     "nifti-reader-js": {"dist/*.js": "nifti-reader-js"},
     "tiff": {"lib/*.js": "tiff", "lib/tags/*.js": "tiff/tags"},
 }
-# of deployment/viewer/dist, which `npm run build` makes of NiiVue and our modules
+# of deployment/viewer/dist, which `npm run build` makes from NiiVue and our modules
 VIEWER = {"viewer.js": "viewer.js", "viewer.css": "viewer.css", "libs/viewer/LICENSE": "LICENSES.txt"}
-# of dcm2niix, which reads DICOM; its package holds no text of its licence
+# of dcm2niix, which reads DICOM; its package does not contain the licence's text
 DCM2NIIX = {
     name: f"node_modules/@niivue/dcm2niix/dist/{name}" for name in ("dcm2niix.jpeg.js", "dcm2niix.jpeg.wasm")
 } | {"LICENSE": "LICENSE-dcm2niix.txt"}
-# .js where the package says .mjs: some servers send that as something that browsers don't run
+# .js instead of the package's .mjs: some servers send .mjs with a type that browsers don't run
 ONNXRUNTIME = {
     "ort.js": "ort.wasm.min.mjs",
     "ort-wasm.js": "ort-wasm-simd-threaded.mjs",
     "ort-wasm.wasm": "ort-wasm-simd-threaded.wasm",
-    # for graphics cards (WebGPU), where WebAssembly can wait for them (JSPI); loaded there only
+    # for graphics cards (WebGPU), if WebAssembly can wait for them (JSPI); loaded only there
     "ort-gpu.js": "ort.jspi.min.mjs",
     "ort-gpu-wasm.js": "ort-wasm-simd-threaded.jspi.mjs",
     "ort-gpu-wasm.wasm": "ort-wasm-simd-threaded.jspi.wasm",
@@ -69,8 +69,8 @@ def stage_space(checkpoint: Checkpoint, folder: Path = SPACE) -> list[Path]:
     that holds more than a model."""
     if checkpoint.state is not None:
         raise MedFLError(
-            f"{checkpoint.path} also holds what its run needs to go on: what the optimiser learnt of single scans, and "
-            "a federation's hospitals; publish the _best.pth beside it"
+            f"{checkpoint.path} also holds the state with which its run continues: the optimiser's memory "
+            "of single scans, and a federation's hospitals; publish the _best.pth beside it"
         )
     code = files_needed("deployment/app/app.py", without=NOT_IN_A_SPACE)
     sources = {name: ROOT / name for name in (*code, *SPACE_OTHERS)}
@@ -90,7 +90,7 @@ def stage_browser(
     checkpoint: Checkpoint, half: bool = True, folder: Path = BROWSER
 ) -> tuple[list[Path], Difference]:
     """Put the page that runs in the browser, its libraries and the exported model into `folder`; the files'
-    paths, and how far the exported model is from inference.py. Raises MedFLError where the libraries were not
+    paths, and the exported model's difference from inference.py. Raises MedFLError if the libraries are not
     installed."""
     content, difference = export(checkpoint, half)
     page = ROOT / "deployment" / "browser"
@@ -113,7 +113,7 @@ def stage_browser(
         }
         sources["libs/onnxruntime/README.md"] = (
             runtime / "README.md"
-        )  # names its licence; the package holds no text of it
+        )  # names its licence; the package does not contain the text
         sources |= {f"libs/dcm2niix/{name}": page / source for name, source in DCM2NIIX.items()}
         sources |= {name: ROOT / "deployment" / "viewer" / "dist" / source for name, source in VIEWER.items()}
         _fill(folder, sources, checkpoint)
@@ -129,8 +129,8 @@ def stage_browser(
 
 
 def _fill(folder: Path, sources: dict[str, Path], checkpoint: Checkpoint) -> list[Path]:
-    """Copy each source to its name in an empty `folder`, write the model card, and name the licence that the
-    weights carry."""
+    """Copy each source to its name in an empty `folder`, write the model card, and name the weights'
+    licence."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, source in sources.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def of_phantoms(checkpoint: Checkpoint) -> bool:
-    """Whether no real scan went into the model."""
+    """Whether the model was trained without real scans."""
     return checkpoint.metadata.get("data", {}).get("name") == "phantoms"
 
 
@@ -164,7 +164,7 @@ def model_card(checkpoint: Checkpoint) -> str:
             "**Use:** to look at what a small TransUNet finds on slices of brain MRI (pre-contrast, FLAIR, "
             "post-contrast), in research and teaching. **Not for:** patients' care, other organs, other "
             "sequences, or scanners unlike those of the training scans. Small or faint tumours are missed, "
-            "and bright spots that are no tumour are outlined.",
+            "and bright spots that are not tumour are outlined.",
             "",
             "**Figures:** the Dice is the volume Dice of each patient, averaged over patients; the interval "
             "is a bootstrap over them.",

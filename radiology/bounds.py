@@ -22,7 +22,16 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from borders.limits import MAX_ELEMENTS, MAX_HEADER, MAX_ITEMS, MAX_SEGMENTS, MAX_SIDE, MAX_UNPACKED, fits
+from borders.limits import (
+    MAX_ELEMENTS,
+    MAX_HEADER,
+    MAX_ITEMS,
+    MAX_READINGS,
+    MAX_SEGMENTS,
+    MAX_SIDE,
+    MAX_UNPACKED,
+    fits,
+)
 from common import MedFLError
 
 # warnings about odd values quote them: a patient's date of birth in an old form would get into a worker's log
@@ -55,6 +64,36 @@ class InMemory(io.BytesIO):
 File = Path | InMemory
 
 
+class Readings:
+    """How often files may still be read from. pydicom reads one to three times for each element of a header and of its
+    sequences, and each reading costs microseconds, however short the element is.
+
+    files: how many share this number.
+    """
+
+    def __init__(self, files: int = 1):
+        self.left = MAX_READINGS + files * MAX_ELEMENTS
+
+    def of(self, file: Any) -> Any:
+        return CountedFile(file, self)
+
+
+class CountedFile:
+    """A file whose readings are counted. Raises MedFLError when none is left."""
+
+    def __init__(self, file: Any, readings: Readings):
+        self._file, self._readings = file, readings
+
+    def read(self, size: int = -1) -> bytes:
+        self._readings.left -= 1
+        if self._readings.left < 0:
+            raise MedFLError("holds far too many elements in the sequences of its header; export it again")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def check_bounds(path: File) -> None:
     """Raises MedFLError for a file that claims more than can be read. A damaged file, or one that is not DICOM,
     passes: its reader reports that."""
@@ -64,7 +103,7 @@ def check_bounds(path: File) -> None:
         try:
             beginning, length = beginning_of(path, file)
             tags = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "SegmentSequence"]
-            header = read_up_to_pixels(beginning, tags)
+            header = read_up_to_pixels(beginning, tags, Readings())
             check_size(header, length, length - beginning.tell())
             if (segments := len(header.get("SegmentSequence") or ())) > MAX_SEGMENTS:
                 raise MedFLError(f"holds {segments:,} segments; export the tumour's by itself")
@@ -74,7 +113,7 @@ def check_bounds(path: File) -> None:
         raise refusal
 
 
-def read_up_to_pixels(file: Any, tags: list) -> pydicom.Dataset:
+def read_up_to_pixels(file: Any, tags: list, readings: Readings) -> pydicom.Dataset:
     """These tags of a file, read up to its pixels. Raises MedFLError for a header with far too many elements."""
     elements = 0
 
@@ -85,7 +124,7 @@ def read_up_to_pixels(file: Any, tags: list) -> pydicom.Dataset:
             raise MedFLError(f"holds more than {MAX_ELEMENTS:,} elements in its header; export it again")
         return tag in PIXELS
 
-    return read_partial(file, stop, specific_tags=[Tag(tag) for tag in tags])
+    return read_partial(readings.of(file), stop, specific_tags=[Tag(tag) for tag in tags])
 
 
 def read_with_pixels(path: File) -> pydicom.Dataset:

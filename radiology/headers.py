@@ -14,7 +14,7 @@ from pydicom.uid import (
 
 from borders.limits import MAX_HEADER
 from common import MedFLError
-from radiology.bounds import File, beginning_of, check_size, read_up_to_pixels
+from radiology.bounds import File, Readings, beginning_of, check_size, read_up_to_pixels
 from radiology.values import look_up, number_in, numbers_in, several_in, time_in
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
@@ -110,13 +110,16 @@ class Header(NamedTuple):
     slices: list[Slice]
 
 
-def read_header(path: File) -> Header:
-    """The header of a file; no pixel is read. Raises MedFLError for a file that is not a DICOM picture."""
+def read_header(path: File, readings: Readings | None = None) -> Header:
+    """The header of a file; no pixel is read. readings: what it may cost, if several files share that.
+
+    Raises MedFLError for a file that is not a DICOM picture.
+    """
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about deviations from the standard that can still be read
             beginning, length = beginning_of(path, file)
-            header = read_up_to_pixels(beginning, TAGS)
+            header = read_up_to_pixels(beginning, TAGS, readings or Readings())
             _refuse_what_is_no_picture(header)
             left = length - beginning.tell()
             if header.get("Modality") != "RTSTRUCT":

@@ -13,6 +13,7 @@ import pydicom
 import SimpleITK as sitk
 from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
 from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
 from pydicom.uid import MRImageStorage, generate_uid
@@ -37,6 +38,7 @@ EXPECTED = (
     "PositionReferenceIndicator",
 )
 FRAMED = ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+MOST_BYTES = 65_536  # of a header's element that a segmentation may take over from its source
 BESIDE = 0.3  # slices by which a frame may be off its series' regular grid; slice distances may vary by 5 %
 MANUFACTURER = "MedFL"
 SERIES_NUMBER = 9001  # far from the scanner's own
@@ -161,6 +163,12 @@ def _header(path: File) -> pydicom.Dataset:
     """A file's header, with dates, times and sex in valid DICOM forms or empty."""
     with path.open("rb") as file:
         header = pydicom.dcmread(file, stop_before_pixels=True)
+    for tag in list(
+        header.keys()
+    ):  # each value is unpacked below, and what is long or a maker's own is not needed
+        element = header.get_item(tag)
+        if tag.is_private or (isinstance(element, RawDataElement) and len(element.value or b"") > MOST_BYTES):
+            del header[tag]
     for element in header:
         if element.VR in ("DA", "TM", "DT") and isinstance(element.value, str):
             element.value = _in_dicoms_form(element.VR, element.value)

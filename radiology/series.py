@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from borders.limits import fits, is_size_mm
 from common import MedFLError
-from radiology.bounds import File, read_with_pixels
+from radiology.bounds import File, Readings, read_with_pixels
 from radiology.decoding import decode_slice
 from radiology.headers import OUTLINES, Place, Slice, read_header
 
@@ -95,10 +95,13 @@ class Refused:
     why: str
 
 
-def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
+def find_series(
+    paths: Iterable[File], readings: Readings | None = None
+) -> tuple[list[Series], list[Refused]]:
     """The series that these files form, sorted by patient, study and number, and the files that belong to none.
 
-    Only headers are read. A file that is there twice counts once; its copy is among the refused files.
+    Only headers are read. A file that is there twice counts once; its copy is among the refused files. readings: what
+    all headers together may cost; each may cost as much as one study's, if nothing is given.
     """
     slices: defaultdict[str, list[Slice]] = defaultdict(list)
     notes: defaultdict[str, list[str]] = defaultdict(list)
@@ -107,7 +110,7 @@ def find_series(paths: Iterable[File]) -> tuple[list[Series], list[Refused]]:
     refused = []
     for path in paths:
         try:
-            header = read_header(path)
+            header = read_header(path, readings)
         except MedFLError as error:
             refused.append(Refused(path, str(error)))
             continue

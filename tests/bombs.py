@@ -215,10 +215,25 @@ def dicom_of_elements(count: int, behind: bool) -> bytes:
     plain = stored(dicom())
     ends = len(plain) if behind else plain.index(b"\xe0\x7f\x10\x00O")
     first = 0x7FE1 if behind else 0x5201
-    elements = b"".join(
-        struct.pack("<HH2sH", first + 2 * (k >> 15), (k & 0x7FFF) + 0x1000, b"LO", 0) for k in range(count)
+    return plain[:ends] + empty_elements(first, count) + plain[ends:]
+
+
+def empty_elements(group: int, count: int) -> bytes:
+    """So many private elements from this group on."""
+    return b"".join(
+        struct.pack("<HH2sH", group + 2 * (k >> 15), (k & 0x7FFF) + 0x1000, b"LO", 0) for k in range(count)
     )
-    return plain[:ends] + elements + plain[ends:]
+
+
+def dicom_of_nested_elements(number: int, count: int) -> bytes:
+    """A slice with so many empty elements in one item of a sequence, whose end alone says how long it is."""
+    plain = stored(dicom(FrameOfReferenceUID="1.9", SOPInstanceUID=f"1.2.3.{number}"))
+    start, endless = plain.index(b"\xe0\x7f\x10\x00O"), struct.pack("<I", 0xFFFFFFFF)
+    item = b"\xfe\xff\x00\xe0" + endless + empty_elements(0x5201, count) + b"\xfe\xff\x0d\xe0" + bytes(4)
+    sequence = (
+        struct.pack("<HH2sH", 0x5401, 0x1001, b"SQ", 0) + endless + item + b"\xfe\xff\xdd\xe0" + bytes(4)
+    )
+    return plain[:start] + sequence + plain[start:]
 
 
 def large_j2k() -> bytes:
@@ -351,6 +366,10 @@ def bombs(folder: Path) -> dict[str, Callable[[], object]]:
         "the same of undefined length": page(("a.dcm", dicom_of_items(2_000_000, undefined=True))),
         "a DICOM of a million elements": page(("a.dcm", dicom_of_elements(1_100_000, behind=False))),
         "the same behind the pixels": page(("a.dcm", dicom_of_elements(1_100_000, behind=True))),
+        "a DICOM of a million elements in a sequence": page(("a.dcm", dicom_of_nested_elements(1, 900_000))),
+        "a ZIP of slices of 200,000 elements each": page(
+            ("p.zip", zipped([(f"{k}.dcm", dicom_of_nested_elements(k, 200_000)) for k in range(1, 6)]))
+        ),
         "a frame of JPEG 2000 of 60,000×60,000": lambda: prepared(
             written(folder / "j.dcm", stored(dicom(syntax=JPEG2000Lossless, PixelData=encapsulate([large_j2k()]))))
         ),

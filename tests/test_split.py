@@ -148,12 +148,12 @@ GOOD = {"version": 1, "seed": 0, "train": ["a", "b"], "val": ["c"], "test": ["d"
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        ('{"version": 1,\n "train": ["a",]}', "is no JSON .*line 2 column"),
-        ("", "is no JSON"),
-        ("[1, 2]", "no split file of MedFL"),
-        ({**GOOD, "train": None}, "no split file of MedFL"),
-        ({**GOOD, "seed": float("inf")}, "no split file of MedFL"),
-        ({key: value for key, value in GOOD.items() if key != "test"}, "no split file of MedFL"),
+        ('{"version": 1,\n "train": ["a",]}', "is not JSON .*line 2 column"),
+        ("", "is not JSON"),
+        ("[1, 2]", "not a split file of MedFL"),
+        ({**GOOD, "train": None}, "not a split file of MedFL"),
+        ({**GOOD, "seed": float("inf")}, "not a split file of MedFL"),
+        ({key: value for key, value in GOOD.items() if key != "test"}, "not a split file of MedFL"),
         ({**GOOD, "version": 2}, "version 2"),
         ({**GOOD, "val": ["c", "d"]}, "names d twice"),
         ({**GOOD, "train": ["a", "b", "b"]}, "names b twice"),
@@ -170,7 +170,7 @@ def test_a_wrong_file_is_refused(tmp_path, content, sentence):
 
 def test_bytes_that_are_no_text_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "split.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(MedFLError, match="no split file of MedFL"):
+    with pytest.raises(MedFLError, match="not a split file of MedFL"):
         load_split(tmp_path / "split.json", set("abcd"))
     with pytest.raises(MedFLError, match="there is no split file"):
         load_split(tmp_path / "other.json", set("abcd"))

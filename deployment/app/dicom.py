@@ -17,7 +17,7 @@ from deployment.app.framing import FRAMED
 from deployment.app.nifti import nifti_bytes
 from deployment.app.source import Source
 from preprocessing import CHANNELS
-from radiology.bounds import File, InMemory
+from radiology.bounds import File, InMemory, Readings
 from radiology.geometry import (
     POOR,
     SIDE,
@@ -50,7 +50,7 @@ def read_dicom(files: list[tuple[str, bytes]]) -> Case:
     A single series is taken as FLAIR. Slices are axial, from feet to head: the series' own, or resampled from
     it. A DICOM SEG of the FLAIR series becomes the truth. Raises MedFLError if no series can be used.
     """
-    found, refused = find_series([InMemory(name, content) for name, content in files])
+    found, refused = find_series([InMemory(name, content) for name, content in files], Readings(len(files)))
     masks = [series for series in found if series.modality == "SEG"]
     scans = [series for series in found if series not in masks]
     channels, notes = _choose(scans, masks, refused)

@@ -26,7 +26,7 @@ export function crc32(bytes, before = 0) {
 /** Throws UserError for a name that no file system could hold, and in which patterns are looked for without end. */
 export function checkLengths(names) {
   const long = names.find((name) => name.split("/").some((part) => part.length > MAX_NAME));
-  if (long !== undefined) throw new UserError(`${short(long)} has a name of more than ${MAX_NAME} letters; rename it`);
+  if (long !== undefined) throw new UserError(`${short(long)} has a name longer than ${MAX_NAME} letters; rename it`);
 }
 
 /** Throws UserError for a name that is there twice: one of the two files would be lost. */
@@ -34,7 +34,7 @@ export function checkNames(names) {
   const seen = new Set();
   for (const name of names) {
     if (seen.has(name)) {
-      throw new UserError(`${short(name)} is there more than once, and which one counts can't be told; give each file a name of its own`);
+      throw new UserError(`${short(name)} occurs more than once, and it is not clear which one counts; give each file its own name`);
     }
     seen.add(name);
   }
@@ -72,7 +72,7 @@ export function unpackZip(name, bytes) {
     }
   } catch (error) {
     if (error instanceof UserError) throw error;
-    throw new UserError(`${short(name)} can't be unpacked (damaged, encrypted or of another kind); pack it again`);
+    throw new UserError(`${short(name)} can't be unpacked (damaged, encrypted or not a ZIP); pack it again`);
   }
   const files = Object.entries(unpacked).map(([path, content]) => ({ name: path.replaceAll("\\", "/"), bytes: content }));
   if (!files.length) throw new UserError(`${short(name)} holds no files; pack the slices into it`);

@@ -71,7 +71,7 @@ function pair(files) {
     }
     const wanted = (found ?? folder(picture.name)) + bare;
     if (masks.has(wanted)) {
-      throw new UserError(`${short(masks.get(wanted).name)} and ${short(picture.name)} are two masks of one slice; take one of them away`);
+      throw new UserError(`${short(masks.get(wanted).name)} and ${short(picture.name)} are two masks of one slice; remove one of them`);
     }
     masks.set(wanted, picture);
   }
@@ -111,7 +111,7 @@ function refuseCopies(slices) {
   for (const { name } of slices) {
     const original = stem(name).replace(COPY, "");
     if (original !== stem(name) && known.has(original)) {
-      throw new UserError(`${short(known.get(original))} and ${short(name)} are the same slice twice; take one of them away`);
+      throw new UserError(`${short(known.get(original))} and ${short(name)} are the same slice twice; remove one of them`);
     }
   }
 }
@@ -120,7 +120,7 @@ function refuseDoubles(slices) {
   const known = new Map();
   for (const { name } of [...slices].sort((a, b) => (a.name < b.name ? -1 : 1))) {
     const slice = number(name) === undefined ? stem(name) : `${volumeName(name)}/${Number(number(name))}`;
-    if (known.has(slice)) throw new UserError(`${short(known.get(slice))} and ${short(name)} are the same slice twice; take one of them away`);
+    if (known.has(slice)) throw new UserError(`${short(known.get(slice))} and ${short(name)} are the same slice twice; remove one of them`);
     known.set(slice, name);
   }
 }
@@ -160,7 +160,7 @@ async function readSlices(files, archive) {
   }
   const told = files.filter(({ name }) => file(name) === MEASURES);
   if (told.length > 1) {
-    throw new UserError(`${told.length} files are called ${MEASURES}, and a patient has one; open one patient at a time`);
+    throw new UserError(`${told.length} files are called ${MEASURES}, but a patient has only one; open one patient at a time`);
   }
   if (told.length) Object.assign(opened, { spacing: readSpacing(told[0], opened.count), measured: true, oriented: true });
   const left = files.length - images.length - masks.size - told.length;
@@ -178,7 +178,7 @@ function refuseSeveral(volumes, folders) {
   }
   if (numbered.length) {
     const odd = volumes.flat().find(({ name }) => number(name) === undefined);
-    throw new UserError(`${short(odd.name)} has no slice number at its end and others have; open it by itself, or the patient's folder as a ZIP`);
+    throw new UserError(`${short(odd.name)} has no slice number at its end, but others do; open it by itself, or the patient's folder as a ZIP`);
   }
 }
 
@@ -187,8 +187,8 @@ function oneEach(masks) {
   const found = new Map();
   for (const [slice, mask] of masks) {
     if (found.has(slice)) {
-      throw new UserError(`${short(found.get(slice).name)} and ${short(mask.name)} are masks of one slice, and which one counts can't be ` +
-        "told; leave one out");
+      throw new UserError(`${short(found.get(slice).name)} and ${short(mask.name)} are masks of one slice, and it is not clear which one counts; ` +
+        "leave one out");
     }
     found.set(slice, mask);
   }
@@ -203,15 +203,15 @@ function readSpacing({ name, bytes }, slices) {
     told = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
     if (!("version" in told)) throw new TypeError("another file");
   } catch {
-    throw new UserError(`${short(name)} is no ${MEASURES} of a prepared patient; ${again}`);
+    throw new UserError(`${short(name)} is not the ${MEASURES} of a prepared patient; ${again}`);
   }
-  if (told.version !== 1) throw new UserError(`${short(name)} is of version ${short(`${told.version}`)}, and this page reads 1; ${again}`);
+  if (told.version !== 1) throw new UserError(`${short(name)} has version ${short(`${told.version}`)}, but this page reads version 1; ${again}`);
   const { spacing_mm: spacing, slice_positions_mm: positions } = told;
   if (!(Array.isArray(spacing) && spacing.length === 3 && spacing.every(isSizeMm))) {
     throw new UserError(`${short(name)} holds no three sizes of ${SIZES_MM.join(" to ")} mm as spacing_mm (between slices, row, column); ${again}`);
   }
   if (!Array.isArray(positions) || positions.length !== slices) {
-    throw new UserError(`${short(name)} tells of ${positions?.length ?? 0} slices, and the patient has ${slices}; ${again}`);
+    throw new UserError(`${short(name)} describes ${positions?.length ?? 0} slices, but the patient has ${slices}; ${again}`);
   }
   return [spacing[1], spacing[2], spacing[0]];
 }
@@ -248,7 +248,7 @@ async function readTruth(opened, masks) {
   for (const [k, mask] of masks.entries()) {
     const name = opened.slices[k];
     if (!mask) {
-      throw new UserError(`${short(name)} has no mask and other slices have; add ${short(stem(name))}_mask, or leave all masks out`);
+      throw new UserError(`${short(name)} has no mask, but other slices do; add ${short(stem(name))}_mask, or leave all masks out`);
     }
     const one = await readMask(mask.name, mask.bytes);
     if (one.width !== width || one.height !== height) {
@@ -258,7 +258,7 @@ async function readTruth(opened, masks) {
     truth.set(one.pixels, k * height * width);
     otherForms += one.otherForm;
   }
-  if (otherForms) opened.notes.push(`${counted(otherForms, "mask")} with 1, or a palette, in the place of 255: 1 is read as 255.`);
+  if (otherForms) opened.notes.push(`${counted(otherForms, "mask")} with 1, or a palette, instead of 255: 1 is read as 255.`);
   return truth;
 }
 

@@ -15,7 +15,7 @@ export const isDicom = ({ bytes }) => bytes.length > 132 && String.fromCharCode(
 export async function readDicom(files, load) {
   const { createConverter, rules } = await load();
   const scans = files.filter(isDicom).filter(({ name }) => !/(^|\/)DICOMDIR$/i.test(name));
-  if (!scans.length) throw new UserError(`the DICOM files hold no pictures (a DICOMDIR alone is a list); ${OTHERWISE}`);
+  if (!scans.length) throw new UserError(`the DICOM files hold no pictures (a DICOMDIR is only a list); ${OTHERWISE}`);
   const { scan, about } = await convert(scans, createConverter);
   if (about.Modality && about.Modality !== "MR") {
     throw new UserError(`the series is of modality ${short(about.Modality)}, and the network knows MR; ${OTHERWISE}`);
@@ -42,10 +42,10 @@ async function convert(scans, createConverter) {
   }
   const found = said.map((line) => line.match(/^Convert (\d+) DICOM as .*\(\d+x\d+x\d+x(\d+)\)/)).find(Boolean);
   if (made.length > 1 || !found || Number(found[2]) !== 1) {
-    throw new UserError(`the DICOM files are several series or volumes, and this page takes one; ${OTHERWISE}`);
+    throw new UserError(`the DICOM files are several series or volumes, but this page takes one; ${OTHERWISE}`);
   }
   if (code !== 0 || Number(found[1]) !== scans.length) {
-    throw new UserError("the DICOM series is not whole (slices are missing, there twice, or apart by different distances); export it again");
+    throw new UserError("the DICOM series is incomplete (slices are missing, occur twice, or are unevenly spaced); export it again");
   }
   return { scan: FS.readFile(`/out/${made[0]}`), about: JSON.parse(new TextDecoder().decode(FS.readFile("/out/scan.json"))) };
 }
@@ -59,8 +59,8 @@ function notFlair({ SeriesDescription = "", SequenceName = "", ProtocolName = ""
   for (const told of [`${SeriesDescription} ${SequenceName}`, ProtocolName]) {
     const text = told.replace(/[_\-./\\()[\]\s]+/g, " ").trim();
     const other = fits("leave_out", text) ? "one of those that are left out" : fits("t1", text) && !fits("flair", text) ? "a T1" : null;
-    if (other) throw new UserError(`the series is no FLAIR by its own words (it is ${other}), and the network judges FLAIR; open the FLAIR series`);
+    if (other) throw new UserError(`the series is ${other} by its header, but the network needs FLAIR; open the FLAIR series`);
     if (fits("flair", text)) return null;
   }
-  return "The series does not say of itself that it is FLAIR, and was taken for it because there is no other.";
+  return "The series does not say that it is FLAIR, and was taken as FLAIR because it is the only one.";
 }

@@ -25,7 +25,7 @@ export function readProperties(bytes) {
       found[new TextDecoder().decode(entry[KEY])] = new TextDecoder().decode(entry[VALUE]);
     }
   } catch {
-    throw new UserError("the model file is cut off or no ONNX file; export it again with deployment/export_onnx.py");
+    throw new UserError("the model file is truncated or not an ONNX file; export it again with deployment/export_onnx.py");
   }
   if (found.medfl_format !== FORMAT) {
     throw new UserError("the model file is not one that this page can use; export it with its own deployment/export_onnx.py");

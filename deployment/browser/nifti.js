@@ -71,10 +71,10 @@ export function readNifti(files) {
   } else if ([rows, columns, between].every(isSizeMm)) {
     Object.assign(opened, { spacing: [rows, columns, between], measured: true });
   } else {
-    notes.push(`The file tells voxels of ${columns} × ${rows} × ${between} mm, which can't be right: there are no figures in mm ` +
+    notes.push(`According to the file voxels measure ${columns} × ${rows} × ${between} mm, which can't be right: there are no figures in mm ` +
       "unless you give the sizes.");
   }
-  if (odd) notes.push(`${odd} values were not finite, and were taken for background.`);
+  if (odd) notes.push(`${odd} values were not finite and became background.`);
   if (centred) {
     notes.push("Many values lie below 0, as after a z-score: they were brought into range, from the least to the greatest, and the " +
       "background to black.");
@@ -84,14 +84,14 @@ export function readNifti(files) {
       `${100 * BRIGHTEST} % percentile of the rest becomes 255.`);
   }
   if (stored.doubt) {
-    notes.push(`Orientation unknown: ${name} ${stored.doubt}. Left and right may be exchanged; if you know, say below which side ` +
-      "is the patient's left.");
+    notes.push(`Orientation unknown: ${name} ${stored.doubt}. Left and right may be exchanged; if you know which side ` +
+      "is the patient's left, choose it below.");
   }
   if (opened.spacing) {
     const { place, axes } = stored.turned;
     opened.frame = frameOf(opened, (k) => flair[place(k)], [between, rows, columns], axes[2] === 2); // slices follow the last stored axis
     if (opened.frame?.told.length) {
-      notes.push(`The network was given the scan as it learned from such, ${opened.frame.told.join(" and ")}; beyond that nothing is found.`);
+      notes.push(`The network was given the scan framed like its training scans, ${opened.frame.told.join(" and ")}; nothing is found outside.`);
     }
   }
   if (truths.length) opened.truth = readNiftiMask(opened, truths[0]);
@@ -106,12 +106,12 @@ export function readNiftiMask(opened, file) {
     throw new UserError(`the mask has ${size(stored.turned)} and the scan ${size(opened)}; choose the mask of this scan`);
   }
   if (opened.nifti && !samePlace(opened.nifti.turned, stored.turned)) {
-    throw new UserError(`${short(file.name)} lies at another place than the scan, by its affine; choose the mask of this scan`);
+    throw new UserError(`${short(file.name)} has another position than the scan, by its affine; choose the mask of this scan`);
   }
-  if (!opened.nifti && stored.doubt) throw new UserError(`${short(file.name)} ${stored.doubt}, so it can't be laid on these slices; choose a mask that tells it`);
+  if (!opened.nifti && stored.doubt) throw new UserError(`${short(file.name)} ${stored.doubt}, so it can't be placed on these slices; choose a mask that states it`);
   const values = stored.values(0);
   if (values.some((value) => Number.isFinite(value) && !(value >= 0 && Math.abs(value - Math.round(value)) <= WHOLE))) {
-    throw new UserError(`${short(file.name)} holds values that are no labels (0, 1, 2 and so on), as probabilities are; save it as a mask`);
+    throw new UserError(`${short(file.name)} holds values that are not labels (0, 1, 2 and so on), such as probabilities; save it as a mask`);
   }
   return Uint8Array.from({ length: values.length }, (_, k) => (values[place(k)] > 0.5 ? 255 : 0));
 }
@@ -140,12 +140,12 @@ function load({ name, bytes }) {
   const header = readHeader(data.slice(0, HEADER)); // without extensions: one of negative length would be read for ever, and none is of use
   if (!header?.dims) throw broken;
   const dimensions = header.dims[0];
-  if (dimensions < 3) throw new UserError(`${short(name)} has ${dimensions} dimensions, and a scan has three; choose another file`);
+  if (dimensions < 3) throw new UserError(`${short(name)} has ${dimensions} dimensions, but a scan has three; choose another file`);
   const shape = header.dims.slice(1, 4);
   const length = shape[0] * shape[1] * shape[2];
   const colours = header.datatypeCode === RGB ? 3 : 1;
   if (COMPLEX.includes(header.datatypeCode)) {
-    throw new UserError(`${short(name)} holds complex numbers, and a scan has real ones; export its magnitude`);
+    throw new UserError(`${short(name)} holds complex numbers, but a scan has real ones; export its magnitude`);
   }
   const [bytesOf, read] = READERS[colours === 3 ? UINT8 : header.datatypeCode] ?? [];
   const stacked = header.dims.slice(4, 1 + dimensions).reduce((product, side) => product * side, 1);
@@ -197,7 +197,7 @@ function background(name, values) {
   let odd = 0, least = Infinity;
   for (const value of values) if (isMeasured(value)) least = Math.min(least, value);
     else odd++;
-  if (odd === values.length) throw new UserError(`${name} holds no value that is finite; export it again`);
+  if (odd === values.length) throw new UserError(`${name} holds no finite value; export it again`);
   if (odd) for (let k = 0; k < values.length; k++) if (!isMeasured(values[k])) values[k] = Math.min(0, least);
   return odd;
 }

@@ -25,12 +25,12 @@ export function doubt(header, data, shape) {
   const records = [];
   if (header.qform_code > 0) records.push(["qform", qform(header)]);
   if (header.sform_code > 0) records.push(["sform", sform(header, data)]);
-  if (!records.length) return "does not say how the patient lies in it (qform and sform code are 0)";
+  if (!records.length) return "does not give the patient's orientation (qform and sform code are 0)";
   for (const [name, matrix] of records) {
     const columns = [0, 1, 2].map((column) => matrix.map((row) => row[column]));
     const [a, b, c] = columns, dot = (u, v) => u[0] * v[0] + u[1] * v[1] + u[2] * v[2];
     const volume = dot(a, [b[1] * c[2] - b[2] * c[1], b[2] * c[0] - b[0] * c[2], b[0] * c[1] - b[1] * c[0]]);
-    if (!matrix.flat().every(Number.isFinite) || Math.abs(volume) < 1e-6) return `places all voxels in one plane, or nowhere (its ${name})`;
+    if (!matrix.flat().every(Number.isFinite) || Math.abs(volume) < 1e-6) return `places all voxels in one plane, or gives no valid place (its ${name})`;
     const cosine = (u, v) => Math.abs(dot(u, v)) / Math.sqrt(dot(u, u) * dot(v, v));
     if (Math.max(cosine(a, b), cosine(a, c), cosine(b, c)) > SHEARED) return `has axes that are not at right angles (its ${name} is sheared)`;
   }

@@ -14,7 +14,7 @@ const PNG_PALETTE = 3; // colour type
 export async function readSlice(name, bytes) {
   const { width, height, channels, data } = await decoded(name, bytes);
   if (holdsMore(channels, data)) {
-    throw new UserError(`${short(name)} has more channels than a slice, which is grey or RGB; save it with the three that are meant`);
+    throw new UserError(`${short(name)} has more channels than a slice, which is grey or RGB; save it with the right three`);
   }
   const pixels = new Uint8Array(width * height * 3);
   for (let from = 0, to = 0; to < pixels.length; from += channels, to += 3) {
@@ -41,7 +41,7 @@ export async function readMask(name, bytes) {
   for (let k = 0; k < pixels.length; k++) {
     pixels[k] = data[k * channels];
     if (channels > 2 && (data[k * channels + 1] !== pixels[k] || data[k * channels + 2] !== pixels[k])) {
-      throw new UserError(`${short(name)} has colours, and a mask is grey: 0, and 255 for what is outlined; write it again`);
+      throw new UserError(`${short(name)} has colours, but a mask is grey: 0, and 255 for what is outlined; save it again`);
     }
   }
   const most = pixels.reduce((one, other) => Math.max(one, other), 0);
@@ -110,12 +110,12 @@ function ofTags(view, start) {
 
 function checkSize(name, width, height) {
   if (Math.max(width, height) > MAX_SIDE) {
-    throw new UserError(`${short(name)} is ${width}×${height} pixels, and a slice has at most ${MAX_SIDE} a side; shrink it first`);
+    throw new UserError(`${short(name)} is ${width}×${height} pixels, but a slice has at most ${MAX_SIDE} a side; shrink it first`);
   }
 }
 
 function refuseType(name, what) {
-  throw new UserError(`${short(name)} has ${what}, and a slice has 8-bit grey or RGB; convert it first`);
+  throw new UserError(`${short(name)} has ${what}, but a slice has 8-bit grey or RGB; convert it first`);
 }
 
 function fromTiff(name, bytes) {
@@ -126,7 +126,7 @@ function fromTiff(name, bytes) {
   const page = pages[0];
   checkSize(name, page.width, page.height);
   if (pages.length > 1) {
-    throw new UserError(`${short(name)} holds ${pages.length} pictures, and a slice is one; save each as a file of its own`);
+    throw new UserError(`${short(name)} holds ${pages.length} pictures, but a slice is one; save each as its own file`);
   }
   const bits = page.bitsPerSample ?? 1;
   if (!TIFF_TYPES.includes(page.type)) refuseType(name, "other colours");
@@ -153,7 +153,7 @@ function fromPng(name, bytes) {
   const bits = header.getUint8(24);
   if (bits === 16) refuseType(name, "16 bits a channel");
   if (String.fromCharCode(...bytes.subarray(0, 512)).includes("acTL")) {
-    throw new UserError(`${short(name)} is animated, and a slice is one picture; save each as a file of its own`);
+    throw new UserError(`${short(name)} is animated, but a slice is one picture; save each as its own file`);
   }
   const picture = decodePng(plainPng(bytes), { checkCrc: true });
   const { width, height, palette } = picture;

@@ -1,4 +1,4 @@
-"""Whether the server answers, for a container's health check: exit code 0 or 1.
+"""Checks whether the server answers, for a container's health check: exit code 0 or 1.
 
 python deployment/server/health.py 127.0.0.1:8443 /kit/ca.pem
 """

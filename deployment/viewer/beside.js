@@ -1,5 +1,5 @@
-// A second picture beside the case: another date's scan, or another model's mask. It is looked at and not drawn on, and
-// moves along with the case's.
+// A second picture beside the case: another date's scan, or another model's mask. It can't be drawn on, and it
+// moves along with the case's picture.
 
 import { RIM_ONLY, attach, makeNiivue } from "./canvas.js";
 import { marked } from "./edits.js";
@@ -10,7 +10,7 @@ export class Beside {
     this.viewer = viewer;
     this.nv = makeNiivue();
     this.opened = null;
-    this.offset = 0; // slices that the reader moved this one by itself
+    this.offset = 0; // slices by which the reader moved only this picture
   }
 
   /** Show {pixels, count, height, width, spacing, oriented, mask, label} beside the case. mask: count × height × width, above 0 is tumour. */
@@ -36,11 +36,11 @@ export class Beside {
     return this.volumes[channel];
   }
 
-  /** The case is looked at in another way: so is this. */
+  /** Take over the case's changed look. */
   async look() {
     if (!this.opened) return;
     const { nv, viewer: { look } } = this, volume = await this.#channel();
-    if (!this.opened) return; // closed meanwhile
+    if (!this.opened) return; // closed in the meantime
     nv.drawRimOpacity = look.hidden ? -1 : 1;
     nv.drawOpacity = look.hidden ? 0 : look.plane === "3-D" ? 1 : look.overlay === "fill" ? Math.max(look.opacity, RIM_ONLY) : RIM_ONLY;
     nv.volumes = [volume];
@@ -50,7 +50,7 @@ export class Beside {
     this.follow();
   }
 
-  /** The slice that belongs to the case's: as far from the middle in mm where both spacings are known, else the same share of the way. */
+  /** The slice that corresponds to the case's: at the same distance in mm from the middle if both spacings are known, else at the same share of the way. */
   get slice() {
     const { opened: { count, spacing }, viewer } = this, one = viewer.opened, far = viewer.slice - (one.count - 1) / 2;
     const step = spacing && one.spacing ? one.spacing[2] / spacing[2] : count / one.count;

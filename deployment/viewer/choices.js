@@ -1,4 +1,4 @@
-// What a reader chooses between.
+// The reader's choices.
 
 import { SLICE_TYPE } from "@niivue/niivue";
 

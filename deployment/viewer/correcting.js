@@ -1,19 +1,19 @@
-// How a reader corrects the mask, besides the pen itself, which is NiiVue's.
+// Tools to correct the mask, apart from the pen, which is NiiVue's.
 
 import { SLICE_TYPE } from "@niivue/niivue";
 
 import { gapAround } from "./edits.js";
 
-const TOUCH = 26; // neighbours: parts that touch at a corner are one
+const TOUCH = 26; // neighbours: parts that touch at a corner count as one
 
-/** The pen was lifted. NiiVue's line from point to point leaves its newest point out, so the last one is drawn here. */
+/** The pen was lifted. NiiVue's line from point to point omits its newest point, so the last one is drawn here. */
 export function endStroke(viewer) {
   const { nv } = viewer;
   if (!Number.isNaN(nv.drawPenLocation[0])) nv.drawPt(...nv.drawPenLocation, nv.opts.penValue);
   if (!viewer.compares) viewer.commit();
 }
 
-/** Paint what is connected with the crosshair's pixel in this slice and as bright, give or take the tolerance. */
+/** Paint the pixels of this slice that are connected with the crosshair's pixel and as bright, within the tolerance. */
 export function grow(viewer) {
   const { nv, tolerance } = viewer;
   const at = Array.from(nv.frac2vox(nv.scene.crosshairPos)), value = nv.volumes[0].getValue(...at);

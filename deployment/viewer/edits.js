@@ -1,19 +1,19 @@
-// A reader's corrections of a proposed mask: what was painted and erased stays when the threshold moves.
+// A reader's corrections of a proposed mask: painted and erased voxels stay when the threshold moves.
 
-export const STEPS = 20; // that can be undone
+export const STEPS = 20; // steps that can be undone
 const UNTOUCHED = -1;
 
 export class Edits {
-  /** proposal: Uint8Array of 0 and 1, what the model proposes at the threshold that is set. */
+  /** proposal: Uint8Array of 0 and 1, the model's proposal at the current threshold. */
   constructor(proposal) {
-    this.touched = new Int8Array(proposal.length).fill(UNTOUCHED); // else what the reader made of a voxel, 0 or 1
+    this.touched = new Int8Array(proposal.length).fill(UNTOUCHED); // otherwise the reader's value of a voxel, 0 or 1
     this.done = [];
     this.undone = [];
-    this.steps = 0; // how often the mask was changed
+    this.steps = 0; // number of changes of the mask
     this.propose(proposal);
   }
 
-  /** Take another proposal; voxels that the reader touched stay as they are. */
+  /** Take another proposal; voxels that the reader touched keep their values. */
   propose(proposal) {
     this.proposal = proposal;
     this.mask = proposal.slice();
@@ -35,7 +35,7 @@ export class Edits {
     return true;
   }
 
-  /** Take the last step back. Returns whether there was one. */
+  /** Undo the last step. Returns whether there was one. */
   undo() {
     const step = this.done.pop();
     if (!step) return false;
@@ -44,7 +44,7 @@ export class Edits {
     return true;
   }
 
-  /** Take the last step that was undone again. Returns whether there was one. */
+  /** Redo the last step that was undone. Returns whether there was one. */
   redo() {
     const step = this.undone.pop();
     if (!step) return false;
@@ -62,7 +62,7 @@ export class Edits {
     this.#count();
   }
 
-  /** `changed`: how many voxels differ from the proposal. */
+  /** `changed`: the number of voxels that differ from the proposal. */
   #count() {
     this.changed = 0;
     if (this.steps) for (let k = 0; k < this.mask.length; k++) this.changed += this.mask[k] !== this.proposal[k];
@@ -71,7 +71,7 @@ export class Edits {
 
 /** The mask that a model proposes: 1 where the probability reaches the threshold. */
 export function maskOf(probability, threshold) {
-  const limit = Math.fround(threshold); // as inference.to_mask compares
+  const limit = Math.fround(threshold); // compares like inference.to_mask
   const mask = new Uint8Array(probability.length);
   for (let k = 0; k < mask.length; k++) if (probability[k] >= limit) mask[k] = 1;
   return mask;
@@ -84,7 +84,7 @@ export function marked(values, number) {
   return mask;
 }
 
-/** How many voxels of each slice a mask of 0 and 1 marks. */
+/** The number of voxels that a mask of 0 and 1 marks in each slice. */
 export function countsOf(mask, area) {
   return Array.from({ length: mask.length / area }, (_, slice) => {
     let marked = 0;
@@ -93,7 +93,7 @@ export function countsOf(mask, area) {
   });
 }
 
-/** Two masks as labels: 1 only in the first, 2 only in the second, 3 in both. */
+/** Two masks as labels: 1 is only in the first, 2 only in the second, 3 in both. */
 export function compared(mask, other) {
   const labels = marked(mask, 1);
   for (let k = 0; k < labels.length; k++) if (other[k]) labels[k] += 2;

@@ -1,15 +1,15 @@
-// Wheel, keys and touch, where they are not NiiVue's own.
+// Wheel, keys and touch, except for those that NiiVue handles.
 
 import { endStroke, grow } from "./correcting.js";
 
-const SWIPE = 14; // pixels of a finger's way from slice to slice
+const SWIPE = 14; // pixels that a finger moves from slice to slice
 const onButton = (event) => Boolean(event.target.closest?.("button")); // the second picture has some
 
 /** Let a reader's hands move a viewer. */
 export function listen(viewer) {
   const { tools, element } = viewer, { stage } = tools;
   stage.addEventListener("wheel", (event) => {
-    if (!viewer.opened || !(event.ctrlKey || event.metaKey)) return; // without: through the slices, which NiiVue does
+    if (!viewer.opened || !(event.ctrlKey || event.metaKey)) return; // without them NiiVue moves through the slices
     stop(event);
     viewer.zoom(event.deltaY < 0 ? 1.15 : 1 / 1.15);
   }, { capture: true, passive: false });
@@ -43,7 +43,7 @@ function stop(event) {
   event.stopPropagation();
 }
 
-/** Returns whether the key means something. */
+/** Returns whether the key has a meaning. */
 function key(viewer, { key: pressed, ctrlKey, metaKey, shiftKey }) {
   const { look, slice, tools } = viewer;
   if (ctrlKey || metaKey) {
@@ -65,7 +65,7 @@ function key(viewer, { key: pressed, ctrlKey, metaKey, shiftKey }) {
   return Boolean(does);
 }
 
-/** One finger through the slices, two to zoom and move; a tool gets the one finger for itself. */
+/** One finger through the slices, two to zoom and move; a selected tool uses the single finger. */
 function touches(viewer, stage) {
   let last = null;
   const seen = ({ touches: fingers }) => {

@@ -1,19 +1,19 @@
-// The viewer as a component of the Streamlit page. deployment/app/scan_viewer.py is its other end, and says what travels.
+// The viewer as a component of the Streamlit page. deployment/app/scan_viewer.py is its other end, and describes the messages.
 
 import { createViewer } from "./viewer.js";
 
-const REST = 250; // ms without a further change after which the page hears of one, so that no stroke waits for it
-const GRACE = 1000; // ms in which the page may take the viewer out and put it elsewhere, as it does where something comes above it
+const REST = 250; // ms without a further change before the page is informed, so that no stroke waits for it
+const GRACE = 1000; // ms in which the page may remove the viewer and insert it elsewhere, as it does if something appears above it
 const CODES = 200; // probability 1
 
 const element = document.createElement("div"); // one viewer for all cases of a page: browsers allow few with WebGL
-const held = { voxels: null, masks: null, beside: null }; // numbers of what came last
-const waiting = { slice: null, drawn: null }; // timers of what the page has not heard yet
+const held = { voxels: null, masks: null, beside: null }; // numbers of the content that came last
+const waiting = { slice: null, drawn: null }; // timers of news that the page has not received yet
 let viewer = null, tell = null, quiet = false, queue = Promise.resolve();
-let given = ""; // what the page last gave to be drawn on
-let calls = 0; // of the function below
+let given = ""; // steps and threshold of the mask that the page gave last
+let calls = 0; // calls of the function below
 
-/** Show what Streamlit gives. Called again whenever the page has run; returns what ends it. */
+/** Show what Streamlit gives. Called again whenever the page has run; returns the function that ends it. */
 export default function ({ data, parentElement, setTriggerValue }) {
   tell = setTriggerValue;
   const moved = element.parentElement !== parentElement, call = ++calls;
@@ -23,13 +23,13 @@ export default function ({ data, parentElement, setTriggerValue }) {
     const textContent = viewer ? `The viewer failed: ${error.message}. Open the case again.`
       : "This browser draws no three-dimensional pictures (WebGL 2): switch on its hardware acceleration, or use another browser.";
     element.replaceChildren(Object.assign(document.createElement("p"), { role: "alert", textContent }));
-    if (viewer) viewer.opened = null; // hears no key any more
+    if (viewer) viewer.opened = null; // ignores keys from now on
     viewer = null;
   });
   return () => setTimeout(() => (queue = queue.then(() => call === calls && forget())), GRACE);
 }
 
-/** What was told from the place where the viewer stood before may have been lost with that place. */
+/** Send again: news from the viewer's former place may have been lost with that place. */
 function tellAgain() {
   if (viewer?.opened && drawnOn() !== given) later("drawn");
 }
@@ -66,7 +66,7 @@ async function take(data) {
 async function open(message) {
   const { count, height, width, spacing, oriented, together, channels, pixels, codes, threshold } = message;
   const opened = { count, height, width, spacing, oriented, together, channels, pixels, truth: message.truth.length ? message.truth : null };
-  quiet = true; // what comes from the page need not be told to it
+  quiet = true; // the page's own content is not reported back to it
   try {
     await viewer.show(opened, new Float32Array(codes).map((code) => code / CODES), threshold);
     if (message.mask.length) viewer.takeMask(message.mask);
@@ -77,7 +77,7 @@ async function open(message) {
   given = drawnOn();
 }
 
-/** What stands beside the case, or nothing any more. */
+/** Show the second picture beside the case, or remove it. */
 async function openBeside({ beside, beside_pixels: pixels, beside_mask: mask }) {
   held.beside = beside?.number ?? null;
   if (beside) await viewer.beside.show({ ...beside, pixels, mask });
@@ -93,14 +93,14 @@ async function renew(message) {
   if (message.masks === held.masks) return;
   held.masks = message.masks;
   viewer.setTruth(message.truth.length ? message.truth : null);
-  if (waiting.drawn !== null) return; // a stroke that the page has not heard of is not lost
-  quiet = true; // for this moment only: what the reader draws while something is awaited has to be told
+  if (waiting.drawn !== null) return; // a stroke that the page has not received is not lost
+  quiet = true; // only for this moment: strokes that are drawn while something is awaited must be reported
   viewer.takeMask(message.mask.length ? message.mask : null);
   quiet = false;
   given = drawnOn();
 }
 
-// ---- what the page hears ----
+// ---- reports to the page ----
 
 const telling = {
   slice: () => tell("slice", viewer.slice),

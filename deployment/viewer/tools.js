@@ -1,10 +1,10 @@
-// The bar of tools, the picture with its words, and the slices' slider.
+// The toolbar, the picture with its texts, and the slices' slider.
 
 import { CHANNELS, PLANES, WINDOWS } from "./choices.js";
 import { fillBetween, parts, switchPart } from "./correcting.js";
 import { countsOf } from "./edits.js";
 
-const MOST_PARTS = 12; // that are listed
+const MOST_PARTS = 12; // number of listed parts
 const LEGENDS = {
   outline: "Orange line: the mask.", fill: "Orange: the mask.", probability: "Dark blue is probability 0, yellow is 1.",
   truth: "Yellow: both. Orange: the mask only. Blue: the truth only.",
@@ -47,13 +47,13 @@ export class Tools {
     viewer.element.replaceChildren(this.bar, this.edit, this.stage, make("div", { className: "slices" }, this.strip, this.slider), this.said, this.help);
   }
 
-  /** The second picture, with what moves it by itself. A shield keeps hands off it: it moves with the first. */
+  /** The second picture, with buttons that move only it. A shield blocks other input: it moves with the first. */
   #beside() {
     const { viewer } = this, wheel = (event) => {
       if (event.ctrlKey || event.metaKey) return;
       event.preventDefault();
       event.stopPropagation();
-      const step = event.deltaY + event.deltaX < 0 ? 1 : -1; // with shift, browsers turn the wheel sideways
+      const step = event.deltaY + event.deltaX < 0 ? 1 : -1; // with shift, browsers report the wheel as sideways
       if (event.shiftKey) viewer.beside.move(step);
       else viewer.goTo(viewer.slice + step);
     };
@@ -148,7 +148,7 @@ export class Tools {
     this.words.textContent = text;
   }
 
-  /** Show in the tools what the viewer is set to. */
+  /** Show the viewer's settings in the tools. */
   refresh() {
     const { viewer } = this, { look, opened, edits } = viewer;
     if (!opened || !edits || !viewer.nv.volumes.length) return;
@@ -178,7 +178,7 @@ export class Tools {
     this.tolerance.input.value = this.tolerance.output.value = viewer.tolerance;
     this.tolerance.field.hidden = viewer.tool !== "grow";
     this.size.field.hidden = viewer.tool === "grow";
-    const { changed } = edits, waits = !viewer.probability; // the scan is there, and the model still at work
+    const { changed } = edits, waits = !viewer.probability; // the scan is there, but the model is still at work
     for (const control of [this.overlay.select, this.hide, this.limit.input, this.editing]) control.disabled = waits;
     this.edit.hidden = !viewer.drawing && !changed;
     this.undo.disabled = !edits.done.length;
@@ -189,7 +189,7 @@ export class Tools {
     this.#parts();
   }
 
-  /** What a channel is called in this case: another task than the default names its own, and one alone fills all three. */
+  /** A channel's name in this case: tasks other than the default have their own names, and a single channel fills all three. */
   #named(channel) {
     const { channels } = this.viewer.opened;
     return channels?.[channels.length === 1 ? 0 : CHANNELS[channel]] ?? channel;

@@ -1,4 +1,4 @@
-// The viewer of the pages, around NiiVue: a case, the model's probability and perhaps a truth come in, the reader's mask goes out.
+// The viewer of the pages, around NiiVue: it gets a case, the model's probability and perhaps a truth, and gives the reader's mask.
 
 import { DRAG_MODE } from "@niivue/niivue";
 
@@ -11,9 +11,9 @@ import { Tools } from "./tools.js";
 import { channelVolume, probabilityVolume, turn } from "./volumes.js";
 
 const COMPARISONS = ["truth", "changes"]; // overlays that show two masks
-const THICK = 1.5; // slices this many times as far apart as pixels are shown as steps, not smoothed
+const THICK = 1.5; // if slices are this many times farther apart than pixels, they are shown as steps, not smoothed
 
-/** A viewer that fills `element`. told: {slice(), mask()}, called when another slice is shown and when the mask is another one. */
+/** A viewer that fills `element`. told: {slice(), mask()}, called when another slice is shown and when the mask has changed. */
 export async function createViewer(element, told) {
   const viewer = new Viewer(element, told);
   await viewer.start();
@@ -27,8 +27,8 @@ class Viewer {
     this.look = { plane: "axial", channel: "FLAIR", overlay: "outline", hidden: false, opacity: 0.5, radiological: true };
     this.tool = "look"; // or measure, pen, eraser, grow
     this.penSize = 3; // pixels
-    this.turn = 0; // of those who change the look
-    this.tolerance = 15; // grey values that growing may stray
+    this.turn = 0; // the number of the latest change of the look
+    this.tolerance = 15; // grey values by which growing may differ
     this.tools = new Tools(this);
     this.nv = makeNiivue();
     this.beside = new Beside(this);
@@ -43,10 +43,10 @@ class Viewer {
     };
     this.nv.onLocationChange = () => this.#sliceMayDiffer();
     listen(this);
-    this.element.viewer = this; // for whoever drives the page
+    this.element.viewer = this; // for programs that drive the page
   }
 
-  // ---- what is shown ----
+  // ---- the shown case ----
 
   /** Show a case: {pixels, count, height, width, spacing, oriented, name, slices, truth}, its probability and the threshold. Without a
       probability the scan can be looked at, until `propose` brings one. */
@@ -66,7 +66,7 @@ class Viewer {
     if (probability) this.#maskDiffers();
   }
 
-  /** The model's probability has come. A reader who has looked at no other slice yet gets the one with most of the tumour. */
+  /** Take the model's probability. If the reader has not moved to another slice yet, the one with most of the tumour is shown. */
   async propose(probability) {
     const untouched = this.slice === this.first;
     this.#take(probability);
@@ -82,7 +82,7 @@ class Viewer {
     if (most) this.first = counts.indexOf(most);
   }
 
-  /** Volumes anew, as after another spacing, at slice `number` from 0. */
+  /** Make the volumes again, for example after another spacing, at slice `number` from 0. */
   async #draw(number) {
     const { nv, opened, look } = this;
     this.removed = []; // parts that the reader switched off
@@ -95,7 +95,7 @@ class Viewer {
     this.window = WINDOWS["full range"];
     this.#send([await this.#channel()]);
     nv.createEmptyDrawing();
-    nv.clickToSegmentGrowingBitmap = null; // of a tool that the viewer does not have
+    nv.clickToSegmentGrowingBitmap = null; // belongs to a tool that the viewer does not offer
     nv.scene.crosshairPos = nv.vox2frac([Math.floor(opened.width / 2), Math.floor(opened.height / 2), number]);
     await this.set(look);
     this.resetLook();
@@ -129,7 +129,7 @@ class Viewer {
       volumes.push((this.volumes.probability ??= await probabilityVolume(this.opened, this.probability)));
       volumes[1].opacity = look.opacity;
     }
-    if (turn !== this.turn) return; // asked for something else meanwhile, or closed
+    if (turn !== this.turn) return; // something else was requested in the meantime, or the case was closed
     const solid = look.plane === "3-D";
     volumes[0].opacity = 1;
     const showsMask = !look.hidden && (look.overlay !== "probability" || solid);
@@ -146,7 +146,7 @@ class Viewer {
     await this.beside.look();
   }
 
-  /** Give NiiVue the volumes to draw: only where they differ from what it has, because it sends all their voxels to the graphics card. */
+  /** Give NiiVue the volumes to draw, but only those that have changed, because it sends all their voxels to the graphics card. */
   #send(volumes) {
     const { nv } = this;
     [volumes[0].cal_min, volumes[0].cal_max] = this.window;
@@ -169,7 +169,7 @@ class Viewer {
     this.tools.refresh();
   }
 
-  /** After a drag over the picture, which NiiVue answers. */
+  /** Called after a drag over the picture, which NiiVue has handled. */
   windowMayDiffer() {
     const [base] = this.nv.volumes;
     if (base.cal_min === this.window[0] && base.cal_max === this.window[1]) return;
@@ -194,7 +194,7 @@ class Viewer {
     this.nv.drawScene();
   }
 
-  /** How many mm a pixel of the screen shows of the slice. */
+  /** The mm of the slice that one pixel of the screen shows. */
   millimetresOfPixel() {
     const { opened: { width, height, spacing }, tools: { canvas }, nv } = this, [row, column] = spacing ?? [1, 1];
     return Math.max((width * column) / canvas.clientWidth, (height * row) / canvas.clientHeight) / nv.scene.pan2Dxyzmm[3];
@@ -240,7 +240,7 @@ class Viewer {
     return turn(marked(this.edits.mask, 255), this.area);
   }
 
-  /** The model's mask at the threshold that is set, as `mask`. */
+  /** The model's mask at the current threshold, in the form of `mask`. */
   proposal() {
     return turn(marked(this.edits.proposal, 255), this.area);
   }
@@ -268,7 +268,7 @@ class Viewer {
     nv.refreshDrawing(true);
   }
 
-  // ---- the reader's hands ----
+  // ---- the reader's input ----
 
   get drawing() {
     return ["pen", "eraser", "grow"].includes(this.tool);
@@ -290,7 +290,7 @@ class Viewer {
     this.tools.refresh();
   }
 
-  /** What the buttons of the mouse do, for the tool and the planes that are shown. */
+  /** Set the effect of the mouse buttons, for the tool and the planes that are shown. */
   #mouse() {
     const { nv, tool, look } = this;
     const paints = tool === "pen" || tool === "eraser";
@@ -304,12 +304,12 @@ class Viewer {
     nv.opts.penSize = this.penSize;
   }
 
-  /** What was drawn, or another drawing, becomes the mask's. */
+  /** Take the current drawing, or another one, as the mask. */
   commit(drawing = this.nv.drawBitmap) {
     if (this.edits.commit(drawing)) this.#maskDiffers();
   }
 
-  /** Whether two masks are shown, as colours, and not the one that can be drawn on. */
+  /** Whether two masks are shown as colours, instead of the one that can be drawn on. */
   get compares() {
     return COMPARISONS.includes(this.look.overlay);
   }

@@ -33,6 +33,8 @@ ON_THE_WAY = {
     "float16": np.float16,
     "bfloat16": np.int16,
 }  # numpy has no bfloat16: its bits travel
+MASKED = np.uint32  # under the masks of secure aggregation
+TYPES = {np.dtype(kind).name for kind in (*ON_THE_WAY.values(), MASKED)}
 
 
 Record = ArrayRecord | MetricRecord | ConfigRecord  # what can lie in a message where its weights should be
@@ -136,6 +138,17 @@ def to_record(vector: torch.Tensor, precision: str = FULL) -> ArrayRecord:
 def array_record(values: np.ndarray) -> ArrayRecord:
     """A vector of any type as a message carries it."""
     return ArrayRecord({WEIGHTS: Array(values)})
+
+
+def check_form(arrays: ArrayRecord) -> None:
+    """Raises MedFLError unless arrays from elsewhere are one vector of a type that travels. Names and types cost their
+    sender a few bytes each: an array under 100,000 names would be hashed as often, and a type can have a million
+    fields."""
+    if list(arrays) != [WEIGHTS]:
+        raise MedFLError("its message has no weights")
+    one = arrays[WEIGHTS]
+    if one.dtype not in TYPES or [type(side) for side in one.shape] != [int]:
+        raise MedFLError("its weights have another shape or type than they should")
 
 
 def values_of(arrays: Record | None, kind: type) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Flower's processes, keys, the gateway, the simulation: what starts both sides of a federation."""
+"""The modules that start both sides of a federation: Flower's processes, keys, the gateway, the simulation."""

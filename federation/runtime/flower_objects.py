@@ -8,7 +8,8 @@ once.
 
 An array's object says by the numbers of its pieces what the array's bytes are, and Flower takes a piece as often as it
 is named: an answer of 5 MB could become a terabyte in the server's memory. Here an answer is read only if its arrays
-fit into what an answer can need. The names of Flower used here may change with its version.
+fit into what an answer can need, and at a hospital the server's messages in the same way. The names of Flower used
+here may change with its version.
 """
 
 import json
@@ -28,6 +29,10 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore, ObjectEntry
 
+from federation.protocol.messages import MOST_TEXT
+
+MOST_BESIDE = MOST_TEXT + 1_000_000  # bytes of a message beside its arrays: its text, names and signature
+
 
 class ObjectsByMessage(InMemoryObjectStore):
     """Flower's store in memory. An object stays for as long as a message contains it. trees: the messages' trees, by
@@ -42,7 +47,7 @@ class ObjectsByMessage(InMemoryObjectStore):
         root, ids = object_tree.object_id, _ids(object_tree)
         if sum(1 for _ in iterate_object_tree(object_tree)) > len(
             ids
-        ):  # each would be fetched as often as named
+        ):  # an object would be fetched as often as it is named
             raise ValueError("An object is named twice.")
         if wrong := [one for one in ids if not is_valid_sha256_hash(one)]:
             raise ValueError(f"Invalid object ID format: {wrong[0]}")
@@ -87,24 +92,44 @@ class ObjectsByMessage(InMemoryObjectStore):
 
 
 def within(most: int, inflate: Callable[..., Any]) -> Callable[..., Any]:
-    """Flower's function that makes a message of its objects, for messages whose arrays take at most `most` bytes.
-    Others raise ValueError before anything is allocated."""
+    """`inflate`, Flower's function that builds a message from its objects, limited to messages whose arrays take at
+    most `most` bytes. Others raise ValueError before anything is allocated."""
 
     def bounded(object_id: str, contents: dict[str, bytes]) -> Any:
-        if (size := sum(_bytes_of_array(one, contents) for one in contents.values())) > most:
-            raise ValueError(f"The message's arrays take {size} bytes.")
+        _check_size(contents, most)
         return inflate(object_id, contents)
 
     return bounded
 
 
+def pulled_within(most: int, pull: Callable[..., dict[str, bytes]]) -> Callable[..., dict[str, bytes]]:
+    """Flower's function that fetches a message's objects, with the same bounds."""
+
+    def bounded(*arguments: Any, **options: Any) -> dict[str, bytes]:
+        contents = pull(*arguments, **options)
+        _check_size(contents, most)
+        return contents
+
+    return bounded
+
+
+def _check_size(contents: dict[str, bytes], most: int) -> None:
+    """Raises ValueError for a message whose arrays take more than `most` bytes, or that brings much beside them: each
+    entry of a record takes 40 times its bytes."""
+    if (size := sum(_bytes_of_array(one, contents) for one in contents.values())) > most:
+        raise ValueError(f"The message's arrays take {size} bytes.")
+    kinds = ((get_object_type_from_object_content(one), len(one)) for one in contents.values())
+    if (beside := sum(size for kind, size in kinds if kind != ArrayChunk.__qualname__)) > MOST_BESIDE:
+        raise ValueError(f"The message brings {beside} bytes beside its arrays.")
+
+
 def _bytes_of_array(content: bytes, contents: dict[str, bytes]) -> int:
-    """The bytes that an array's object asks for; 0 for another object. contents: of all objects, by their ids."""
+    """The bytes that an array's object needs; 0 for any other object. contents: those of all objects, by their ids."""
     kind, pieces, _ = get_object_head_values_from_object_content(content)
     if kind != Array.__qualname__:
         return 0
     if any(get_object_type_from_object_content(contents[one]) != ArrayChunk.__qualname__ for one in pieces):
-        raise ValueError("An array's pieces are something else.")  # such as arrays, each of many pieces
+        raise ValueError("An array's pieces are something else.")  # for example arrays, each with many pieces
     numbers = json.loads(get_object_body(content, Array))["arraychunk_ids"]
     return sum(len(contents[pieces[number]]) for number in numbers)
 

@@ -55,7 +55,7 @@ def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: Train
     settings = privacy.settings
     if privacy.exhausted(0):
         raise MedFLError(
-            f"the first round alone would spend epsilon {privacy.spent(1):.3g}, more than --dp-epsilon "
+            f"the first round would already spend epsilon {privacy.spent(1):.3g}, more than --dp-epsilon "
             f"{settings.dp_epsilon:g}; raise --dp-epsilon or --dp-noise-multiplier"
         )
     rounds = next((n for n in range(settings.rounds) if privacy.exhausted(n)), settings.rounds)

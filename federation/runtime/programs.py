@@ -1,5 +1,5 @@
-"""Flower's programs, and MedFL's programs that run Flower's apps. Each ends with the process that started it. Some of
-the names of Flower used here are not public API, as in `flower.py`.
+"""Flower's programs, and MedFL's own, which run the two apps. Each ends with the process that started it. Some of the
+names of Flower used here are not public API, as in `flower.py`.
 
     python -m federation.runtime.programs PARENT superlink OPTIONS             Flower's own
     python -m federation.runtime.programs PARENT supernode SECONDS OPTIONS     Flower's own, with its longest sleep
@@ -143,9 +143,13 @@ def run_client_app(address: str, token: str) -> None:
     """
     from flwr.app.error import Error
 
+    from borders.limits import BUDGET
     from federation.hospital.app import app_for
     from federation.runtime.bundle import code_in
+    from federation.runtime.flower_objects import pulled_within
 
+    objects = importlib.import_module("flwr.supercore.inflatable.inflatable_utils")
+    vars(objects)["pull_objects"] = pulled_within(BUDGET, objects.pull_objects)
     module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     came: list[str] = []
     vars(module).update(

@@ -1,1 +1,1 @@
-"""The server's part of a run: the round loop and what it is made of."""
+"""The server's part of a run: the round loop and its parts."""

@@ -1,4 +1,4 @@
-"""The metadata of a federation's checkpoint: what its model was made of, and by whom."""
+"""The metadata of a federation's checkpoint: the settings, data and hospitals behind its model."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -56,8 +56,8 @@ def describe_run(
 
 
 def _task(told: list[Facts], private: bool) -> Task | None:
-    """What the model outlines. All hospitals outline the same, and what most of them call it counts; if the run is
-    private, only what is the same at all of them."""
+    """The task of the model. All hospitals outline the same; the wording of most of them counts. If the run is private,
+    the task holds only what is the same at all hospitals."""
     if private:
         return of_all(next((facts.task for facts in told if facts.outlined), None))
     return next((task for task, _ in Counter(facts.task for facts in told).most_common(1)), None)

@@ -144,7 +144,7 @@ class Ending:
             "run": done.run,
             "created": utc_now(),
         }
-        if not self.state.federation.private:  # which hides who took part
+        if not self.state.federation.private:  # privacy hides which hospitals took part
             parts = [facts.parts["train"] for facts in done.hospitals.values()]
             about |= {
                 "hospitals": sorted(done.hospitals),

@@ -63,7 +63,7 @@ class Exchange:
         still come, but only `LATE_TIME` once enough are there. observers: whether these count as well."""
         self._observers = observers
         began, told, told_at, enough = time.monotonic(), "", 0.0, None
-        while self._incomplete(resumed) or self.membership.settle():  # for who had to go another may come
+        while self._incomplete(resumed) or self.membership.settle():  # others may come for refused members
             for _ in self._attend():
                 pass
             count, now = len(self._here), time.monotonic()

@@ -14,7 +14,7 @@ from common import MedFLError
 from federation.protocol.answers import Failed, parse
 from federation.protocol.messages import FAILURES, message, read
 from federation.protocol.proofs import Asked, Proof, asked, check_answer
-from federation.protocol.weights import payload
+from federation.protocol.weights import check_form, payload
 from federation.server.pulling import PULL_TIME, Puller, time_for
 
 SPARE = 10.0  # seconds that Flower has after a message's timeout to report the timeout itself
@@ -48,7 +48,7 @@ class _Sent:
     node: int
     purpose: str
     lost_at: float
-    pull_time: float = PULL_TIME  # seconds in which the answer comes, from its first piece
+    pull_time: float = PULL_TIME  # seconds in which the answer must arrive
     asked: Asked = Asked("")
 
 
@@ -133,14 +133,17 @@ class Mailbox:
             if reply.has_error():
                 said = FLOWER_SAYS.get(reply.error.code, "its program could not answer")
                 return Answer(sent.node, sent.purpose, {}, failure=said)
+            arrays = reply.content.get("arrays")
+            if not (arrays is None or isinstance(arrays, ArrayRecord)):
+                raise TypeError("another record in the arrays' place")
+            if arrays is not None:
+                check_form(arrays)
             keys, proof = self.keys(), None
             if keys is not None and sent.node not in keys:  # revoked after the message was sent
                 return Answer(sent.node, sent.purpose, {}, failure=NOT_ADMITTED)
             if keys is not None:
                 proof = check_answer(reply.content, sent.asked, keys[sent.node])
-            about, arrays = read(reply.content), reply.content.get("arrays")
-            if not (arrays is None or isinstance(arrays, ArrayRecord)):
-                raise TypeError("another record in the arrays' place")
+            about = read(reply.content)
             if "failure" in about:
                 failed = parse(Failed, about)
                 said = FAILURES.get(failed.failure, "it failed")

@@ -81,7 +81,7 @@ class Membership:
         ] = {}  # nodes that could not join: number of tries, time of the next one
         self._rivals: dict[int, Facts] = {}  # the facts of nodes that claim a label which a member has
         self._looked = -LOOK
-        self._settled = bool(contributors)  # whether it is known what the hospitals' data are of
+        self._settled = bool(contributors)  # whether the hospitals' task and partition are decided
 
     @property
     def present(self) -> list[Member]:
@@ -201,7 +201,8 @@ class Membership:
             self.say(f"{seen.label} asks whether it could join: {End.TAKEN if holder else 'it could'}")
             self._refuse(answer.node, End.TAKEN if holder else End.FIT)
             return
-        # what one connection says twice is no dispute: a hospital that kept one up with itself held all rounds up
+        # two answers from one connection are no dispute: otherwise a hospital could delay all rounds by disputing its
+        # own label
         if holder and holder.session != seen.session and holder.node != answer.node:
             self._rivals[answer.node] = seen  # the holder is asked whether it is still there
         else:
@@ -277,9 +278,9 @@ class Membership:
         return facts if early else self._other_data(facts, self._known) or facts
 
     def settle(self) -> bool:
-        """Refuse those whose data are of another task than most hospitals', or of another divided dataset; from now on
-        newcomers as well. If the first to come decided, one could have all others sent away. Whether somebody had to
-        go."""
+        """Refuse members, and from now on newcomers, whose data belong to another task or another divided dataset than
+        those of most hospitals. The majority decides, because otherwise the first hospital to come could have all
+        others refused. Returns whether a member was refused."""
         members = list(self.members.values())
         training = [one.facts for one in members if one.facts.role == "train"]
         voters = [*self.contributors.values()] or training or [one.facts for one in members]
@@ -290,14 +291,14 @@ class Membership:
         out = {one.label: self._other_data(one.facts, [*shares, *right]) for one in members}
         for member in members:
             if refusal := out[member.label]:
-                self._remove(member, f"its data are not of what most hospitals' are ({refusal.code})")
+                self._remove(member, f"its data do not match those of most hospitals ({refusal.code})")
                 self.audit.write("refused", hospital=member.label, node=str(member.node), why=refusal.code)
                 self._refuse(member.node, refusal.code, refusal.detail)
         self._settled = True
         return any(out.values())
 
     def _other_data(self, facts: Facts, known: list[Facts]) -> Refusal | None:
-        """Why a hospital's data don't go with those of these hospitals; None if they do."""
+        """Why a hospital's data do not match those of these hospitals; None if they do."""
         partition = next((one.partition_sha256 for one in known if not one.own_data), None)
         if not facts.own_data and partition not in (None, facts.partition_sha256):
             return Refusal(facts.label, End.SPLIT)
@@ -357,6 +358,7 @@ class Membership:
 
 
 def _most_common(told: list[Facts], what: Callable[[Facts], object]) -> list[Facts]:
-    """One of those of whom most say the same; of as many the first to come. Empty of none."""
+    """One of the facts that share the most common value of `what`, as a list; among equally common ones, the first.
+    Empty without facts."""
     counts = Counter(what(facts) for facts in told)
     return [max(told, key=lambda facts: counts[what(facts)])] if told else []

@@ -16,7 +16,7 @@ from federation.protocol.messages import FAILURES, Failure, Query
 from federation.protocol.proofs import check, keys_statement
 from federation.protocol.secure_aggregation import LEAST, WrongShares, threshold, unmasked
 from federation.protocol.settings import FederationSettings
-from federation.protocol.weights import values_of
+from federation.protocol.weights import MASKED, values_of
 from federation.server.mailbox import Answer, Mailbox
 from federation.server.membership import Member
 from federation.server.updates import capped
@@ -124,7 +124,7 @@ class SecureRound:
         announced = member.facts.parts["train"].slices
         if not 0 < told.examples <= announced:
             raise MedFLError(f"its update counts {told.examples} slices, and it joined with {announced}")
-        values = values_of(arrays, np.uint32)
+        values = values_of(arrays, MASKED)
         if len(values) != len(self.total):
             raise MedFLError(f"its update has {len(values)} weights and the model {len(self.total)}")
         self.total += values

@@ -187,7 +187,7 @@ def hub():
     [
         ({"whoami": 401}, None, "token is wrong"),
         ({"create": 402}, None, "may not create Docker Spaces"),
-        ({"create": 403}, None, "may not write"),
+        ({"create": 403}, None, "no write access"),
         ({"create": 409}, None, "is taken"),
         ({"create": 418}, None, "refused with code 418"),
         (
@@ -218,4 +218,4 @@ def test_no_token_no_network_and_no_name(hub, trained, home):
     done = push("--repo", "medfl", *common, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1", **token)
     assert done.returncode == 2 and "unset HF_HUB_OFFLINE" in done.stderr, done.stderr
     done = push("--repo", "no good/name/at all", *common, HF_ENDPOINT=hub, **token)
-    assert done.returncode == 2 and "no name for a Space" in done.stderr, done.stderr
+    assert done.returncode == 2 and "not a valid name for a Space" in done.stderr, done.stderr

@@ -61,8 +61,8 @@ test("a file's name can't break the CSV", () => {
 });
 
 test("a model file that is cut off or not ours is refused", () => {
-  for (const [bytes, sentence] of [[[0x0a, 0x7f, 1], /cut off/], [[0x80], /cut off/], [[], /not one that this page can use/],
-    [[...new TextEncoder().encode("version https://git-lfs")], /cut off/], [[0x72, 6, 0x0a, 1, 0x61, 0x12, 1, 0x62], /not one/],
+  for (const [bytes, sentence] of [[[0x0a, 0x7f, 1], /truncated/], [[0x80], /truncated/], [[], /not one that this page can use/],
+    [[...new TextEncoder().encode("version https://git-lfs")], /truncated/], [[0x72, 6, 0x0a, 1, 0x61, 0x12, 1, 0x62], /not one/],
     [[0x72, 17, 0x0a, 12, ...new TextEncoder().encode("medfl_format"), 0x12, 1, 0x33], /not one/]]) {
     assert.throws(() => readProperties(Uint8Array.from(bytes)), { message: sentence });
   }

@@ -102,15 +102,15 @@ def test_what_is_no_flair_series_is_told(opened, series):
     other = [(f"other_{name}", content) for name, content in other]
     cases = {
         "several series": [*whole, *other],
-        "not whole": whole[:3] + whole[4:],
-        "it is a T1": series("t1", SeriesDescription="AX T1 POST"),
+        "is incomplete": whole[:3] + whole[4:],
+        "is a T1": series("t1", SeriesDescription="AX T1 POST"),
         "left out": series("adc", SeriesDescription="ADC map"),
         "modality CT": series("ct", Modality="CT"),
         "can't be read": [("IM0", whole[0][1][:400])],
-        "a DICOMDIR alone": [("DICOMDIR", whole[0][1])],
+        "a DICOMDIR is only a list": [("DICOMDIR", whole[0][1])],
     }
     for sentence, answer in zip(cases, opened(*cases.values())):
         assert answer.get("kind") == "UserError" and sentence in answer["error"], (sentence, answer)
         assert ";" in answer["error"] and "\n" not in answer["error"]
     (unnamed,) = opened(series("c", SeriesDescription="brain"))
-    assert any("does not say of itself that it is FLAIR" in note for note in unnamed["notes"])
+    assert any("does not say that it is FLAIR" in note for note in unnamed["notes"])

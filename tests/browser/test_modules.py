@@ -137,7 +137,7 @@ def test_a_mask_that_can_not_be_laid_or_holds_no_labels_is_refused_by_both(ask):
     shares = nibabel.Nifti1Image(labels * 0.3, whole.affine)
     below = nibabel.Nifti1Image(-labels, whole.affine)
     nearly = nibabel.Nifti1Image(labels * 1.00001 + 1e-6, whole.affine)
-    told = ("does not say", "are no labels", "are no labels")
+    told = ("does not give", "are not labels", "are not labels")
     given = [("m.nii", image.to_bytes()) for image in (nowhere, shares, below, whole, nearly)]
     answers = ask(*[(VOLUME, {"masks": [mask]}) for mask in given])
     for sentence, mask, answer in zip(told, given, answers):
@@ -173,7 +173,7 @@ TOLD = {
     "a turned JPEG": "orientation tag is 6",
     "a turned PNG": "orientation tag is 6",
     "a turned TIFF": "orientation tag is 6",
-    "a name of 60,000 signs": "more than 255 letters",
+    "a name of 60,000 signs": "longer than 255 letters",
     "a TIFF that follows itself": "tags, tiles or pictures",
     "a TIFF of 60,000 tags": "tags, tiles or pictures",
     "a tile that is larger than a slice": "tags, tiles or pictures",

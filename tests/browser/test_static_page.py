@@ -179,7 +179,7 @@ def test_a_dicom_series_is_opened_and_nothing_is_sent(browser, address, tmp_path
     assert mask.header.get_zooms() == pytest.approx((3.6, 3.6, 6.0))
     page.get_by_role("button", name="Close this case").click()
     choose(page, [(path.name, path.read_bytes()) for path in paths[:2] + paths[3:]])
-    page.get_by_role("alert").get_by_text("the DICOM series is not whole").wait_for()
+    page.get_by_role("alert").get_by_text("the DICOM series is incomplete").wait_for()
     assert all(url.startswith((address, "blob:", "data:")) for url in page.asked), page.asked
     assert page.failures == []
     page.close()

@@ -268,7 +268,7 @@ def test_under_privacy_no_update_is_left_out_for_being_unlike(monkeypatch, tmp_p
 
 def test_a_budget_that_no_round_fits_is_refused_and_how_many_fit_is_told(capsys):
     model, training = TransUNet("tiny", 32, "group"), TrainingSettings(image_size=32, norm="group")
-    with pytest.raises(MedFLError, match="the first round alone would spend"):
+    with pytest.raises(MedFLError, match="the first round would already spend"):
         announce_privacy(HospitalPrivacy(settings(dp_epsilon=1.0, dp_noise_multiplier=0.1)), model, training)
     budget = spent([Noisy(2.0, 3)], 1e-5) + 0.01
     announce_privacy(

@@ -32,8 +32,8 @@ def test_the_code_of_a_server_that_was_changed_does_not_run(scene: Scene, phanto
     mark = scene.folder / "the server's code was here"
     change(
         evil / "federation" / "hospital" / "app.py",
-        "import contextlib\n",
-        f"import contextlib\nopen({str(mark)!r}, 'a').write('x')\n",
+        "import traceback\n",
+        f"import traceback\nopen({str(mark)!r}, 'a').write('x')\n",
     )
     server = scene.server("--clients", 2, *SMALL, root=evil)
     server.wait_for("waiting for 2 hospitals")

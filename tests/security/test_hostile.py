@@ -116,7 +116,7 @@ ATTACKS = {
     ),
     "missing": (Hostile(lambda w, c: None), "no weights"),
     "truncated": (Hostile(array(data=Array(np.zeros(9, np.float32)).data[:-3])), "can't be decoded"),
-    "made-up type": (Hostile(array(dtype="no such type")), "can't be read"),
+    "made-up type": (Hostile(array(dtype="no such type")), "another shape or type"),
     "claims 10 GB": (Hostile(array(shape=(2_500_000_000,), data=b"\x93NUMPY")), "can't be decoded"),
     "negative count": (Hostile(examples=-5), "says examples -5"),
     "no count": (Hostile(examples=0), "counts 0 slices"),

@@ -8,10 +8,11 @@ import pytest
 import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message
+from flwr.app import Array, ArrayRecord, Message
 from scripted import Worker, federate, make_fast
 
 from common import MedFLError
+from federation.protocol import proofs
 from federation.protocol.messages import message, read
 from federation.protocol.proofs import PROOF, check, sign_answer
 from federation.protocol.weights import to_record
@@ -89,6 +90,38 @@ def test_an_answer_that_its_hospital_did_not_sign_does_not_count(run, spoil):
     left = [event for event in events if event["event"] == "left_out"]
     assert [event["hospital"] for event in left] == ["hospital-2"] * 2
     assert all(event["why"].startswith("an answer came in its name that") for event in left)
+
+
+def under_many_names(content, about):
+    content["arrays"] = ArrayRecord({str(n): content["arrays"]["weights"] for n in range(1_000)})
+
+
+def described(one, **otherwise):
+    about = {"dtype": one.dtype, "shape": one.shape, "stype": one.stype, "data": one.data}
+    return ArrayRecord({"weights": Array(**about | otherwise)})
+
+
+def of_many_fields(content, about):
+    content["arrays"] = described(content["arrays"]["weights"], dtype="f4," * 1_000)
+
+
+def of_many_sides(content, about):
+    content["arrays"] = described(content["arrays"]["weights"], shape=(1,) * 1_000)
+
+
+@pytest.mark.parametrize("spoil", [under_many_names, of_many_fields, of_many_sides])
+def test_arrays_that_cost_the_server_more_than_their_sender_are_not_worked_through(monkeypatch, run, spoil):
+    """A megabyte of names for one array would have the server hash it for many minutes, while no round goes on."""
+    hashed = []
+    hash_of = proofs.update_sha256
+    monkeypatch.setattr(proofs, "update_sha256", lambda arrays: hashed.append(arrays) or hash_of(arrays))
+    events = run(spoil)
+    left = [event for event in events if event["event"] == "left_out"]
+    assert [event["hospital"] for event in left] == ["hospital-2"] * 2
+    assert {(*arrays, *(one.dtype for one in arrays.values())) for arrays in hashed} == {
+        ("weights", "float32")
+    }
+    assert all(len(one.shape) == 1 for arrays in hashed for one in arrays.values())
 
 
 def test_who_is_revoked_while_it_works_is_not_called_a_forger(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastapi import HTTPException
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.common.serde import message_to_proto
@@ -20,6 +20,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.date import now
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_children_ids_from_object_content,
@@ -34,10 +35,11 @@ from flwr.superlink.federation.noop_federation_manager import NoOpFederationMana
 from flwr.superlink.grid import http_grid
 from flwr.superlink.servicer.fleet import fleet_handlers
 
+from borders import limits
 from federation.protocol.messages import End, Query, message
 from federation.protocol.weights import from_record, most_bytes, to_record
-from federation.runtime.flower_objects import ObjectsByMessage, within
-from federation.runtime.programs import only_own_answers, run_server_app
+from federation.runtime.flower_objects import MOST_BESIDE, ObjectsByMessage, within
+from federation.runtime.programs import only_own_answers, run_client_app, run_server_app
 
 SERVER = 1  # the number of Flower's SuperLink among the nodes
 END = message({"query": Query.END, "code": End.DONE})
@@ -221,6 +223,36 @@ def test_the_servers_process_bounds_what_it_reads(monkeypatch, tmp_path):
     message_id, objects = answer_of(message({}, to_record(torch.arange(100.0))), as_it_is)
     with pytest.raises(ValueError, match="bytes"):
         http_grid.inflate_object_from_contents(message_id, objects)
+
+
+def test_a_hospital_bounds_what_it_reads(monkeypatch):
+    """A server's message of a megabyte, whose piece is named a million times, would take a terabyte there."""
+    monkeypatch.setattr(limits, "BUDGET", 1_000)
+    monkeypatch.setattr(inflatable_utils, "pull_objects", inflatable_utils.pull_objects)
+    module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    for name in ("install_from_fab", "get_load_client_app_fn", "Error"):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(module, "run_clientapp", lambda *_, **__: None)
+    run_client_app("127.0.0.1:1", "token")
+
+    def read(change) -> RecordDict:
+        message_id, objects = answer_of(message({}, to_record(torch.zeros(100))), change)
+        tree = ObjectTree(object_id=message_id, children=[ObjectTree(object_id=one) for one in objects])
+        pull = inflatable_utils.pull_and_inflate_object_from_tree
+        return pull(tree, objects.__getitem__, lambda _: None, return_type=Message).content
+
+    assert len(from_record(read(as_it_is)["arrays"])) == 100
+    with pytest.raises(ValueError, match="arrays take"):
+        read(often)
+
+
+def test_a_record_of_a_million_entries_is_not_made():
+    """Each entry takes 40 times the bytes that it is sent in."""
+    content = message({}, to_record(torch.arange(100.0)))
+    content["more"] = ConfigRecord({"a": b"0" * MOST_BESIDE})
+    message_id, objects = answer_of(content, as_it_is)
+    with pytest.raises(ValueError, match="beside its arrays"):
+        within(most_bytes(torch.nn.Linear(99, 1)), inflate_object_from_contents)(message_id, objects)
 
 
 def test_an_object_that_is_named_twice_is_not_fetched_twice(door):
