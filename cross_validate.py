@@ -72,8 +72,8 @@ def keep_plan(plan: dict, path: Path) -> None:
     unlike = sorted(name for name in plan if before.get(name) != plan[name])
     if unlike:
         raise MedFLError(
-            f"{path.parent} holds folds with other {' and '.join(unlike)}; give the command that made them, or "
-            "choose another --out"
+            f"{path.parent} holds folds with other {' and '.join(unlike)}; give the command that made them, on "
+            "the same data, or choose another --out"
         )
 
 
@@ -108,7 +108,11 @@ def main() -> None:
     tell(dataset.notes)
     sites = {patient.name: patient.site for patient in dataset.patients}
     splits = make_folds(sites, arguments.folds, settings.seed, arguments.val_fraction)
-    plan = {"patients": [split.sha256() for split in splits], "settings": asdict(settings)}
+    plan = {
+        "patients": [split.sha256() for split in splits],
+        "settings": asdict(settings),
+        "scans or masks": dataset.content,  # a finished fold is not scored again, so its figures are of these
+    }
     claimed = claim(arguments.out, "training")
     keep_plan(plan, arguments.out / "plan.json")
     rows: list[dict] = []

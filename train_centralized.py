@@ -255,7 +255,9 @@ def main() -> None:
         claimed = claim(arguments.out, "training") if processes.first else None
     training = prepare(arguments, processes)
     if processes.first:
-        training.trackers = open_trackers(arguments.out, arguments.tensorboard, arguments.mlflow)
+        training.trackers = open_trackers(
+            arguments.out, arguments.tensorboard, arguments.mlflow, arguments.resume
+        )
     for tracker in training.trackers:
         tracker.settings(asdict(training.settings))
     meter = (

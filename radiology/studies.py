@@ -59,7 +59,8 @@ def _plan(patient_id: str, uid: str, group: list[Series], rules: Rules) -> Study
         elif role is None:
             lines[series.uid] = Line(series, "", why)
         elif role != MASK and series.slices < LEAST_SLICES:
-            lines[series.uid] = Line(series, "", f"{series.slices} slices are not a volume")
+            few = "1 slice is" if series.slices == 1 else f"{series.slices} slices are"
+            lines[series.uid] = Line(series, "", f"{few} not a volume")
         else:
             candidates[role].append((series, why))
     outlined = {reference for series, _ in candidates[MASK] for reference in series.references}

@@ -46,12 +46,13 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `folder`, for `tensorboard --logdir`."""
+    """Event files in `folder`, for `tensorboard --logdir`. resume: whether the run there goes on; else its figures are
+    no longer drawn, which would be one zigzag with those of the new run."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, resume: bool):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=None if resume else 0)
 
     def settings(self, values: Mapping[str, Any]) -> None:
         lines = "\n".join(f"    {name} = {value}" for name, value in sorted(values.items()))
@@ -173,13 +174,13 @@ def check_installed(tensorboard: bool, mlflow: str | None) -> None:
             )
 
 
-def open_trackers(out: Path, tensorboard: bool, mlflow: str | None) -> list[Tracker]:
-    """The requested trackers. mlflow: an address; "local" is a folder in `out`. Raises MedFLError where one can't be
-    used from the start."""
+def open_trackers(out: Path, tensorboard: bool, mlflow: str | None, resume: bool = False) -> list[Tracker]:
+    """The requested trackers. mlflow: an address; "local" is a folder in `out`. resume: whether they go on with the run
+    in `out`. Raises MedFLError where one can't be used from the start."""
     opened: list[Tracker] = []
     try:
         if tensorboard:
-            opened.append(Aside(TensorBoard(out / "tensorboard")))
+            opened.append(Aside(TensorBoard(out / "tensorboard", resume)))
         if mlflow:
             address = (out / "mlruns").resolve().as_uri() if mlflow == "local" else mlflow
             opened.append(Aside(MLflow(address)))

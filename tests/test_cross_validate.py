@@ -1,9 +1,12 @@
 """Cross-validation: who is in which fold, what is kept, what goes on after an interruption."""
 
 import json
+import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
+from PIL import Image
 from running import run_here
 
 import cross_validate
@@ -57,3 +60,24 @@ def test_it_goes_on_where_it_was_interrupted(phantoms, home, tmp_path, monkeypat
     assert other.returncode == 2 and "folds with other settings" in other.stderr
     fewer = run_here("cross_validate.py", "--data-dir", phantoms, "--out", tmp_path, "--folds", 3)
     assert fewer.returncode == 2 and "patients and settings" in fewer.stderr
+
+
+def test_masks_that_changed_between_two_folds_are_not_pooled(phantoms, home, tmp_path, monkeypatch):
+    data, out = shutil.copytree(phantoms, tmp_path / "data"), tmp_path / "out"
+    command = ("cross_validate.py", "--data-dir", data, "--out", out, "--folds", 2, "--steps", 1)
+    command += ("--model", "mini", "--encoder", "random", "--image-size", 32, "--batch-size", 8)
+    fold_rows = cross_validate.fold_rows
+
+    def stop_in_the_second(dataset, split, settings, device, folder):
+        if folder.name == "fold_2":
+            raise KeyboardInterrupt
+        return fold_rows(dataset, split, settings, device, folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cross_validate, "fold_rows", stop_in_the_second)
+        assert run_here(*command).returncode == 130
+    for path in data.rglob("*_mask.tif"):
+        Image.fromarray(np.roll(np.asarray(Image.open(path)), 5, axis=1)).save(path)
+    done = run_here(*command)
+    assert done.returncode == 2 and "holds folds with other scans or masks; give the command" in done.stderr
+    assert not (out / "scores.json").exists()

@@ -180,12 +180,14 @@ def test_a_study_takes_its_channels_and_names_what_it_leaves():
         series("AX T1 +C"),
         series("AX T2"),
         series("AX FLAIR b", slices=3),
+        series("AX FLAIR c", slices=1),
         series("LOC", problems=("it is a localizer",)),
     )
     assert {name: s.description for name, s in study.channels.items()} == dict(
         zip(CHANNELS, ("AX T1", "AX FLAIR", "AX T1 +C"))
     )
     assert lines["AX T2"][0] == "" and "neither its description nor its times" in lines["AX T2"][1]
+    assert lines["AX FLAIR c"] == ("", "1 slice is not a volume")
     assert lines["AX FLAIR b"] == ("", "3 slices are not a volume") and lines["LOC"] == (
         "",
         "it is a localizer",

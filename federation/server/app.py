@@ -100,7 +100,9 @@ def run(grid: Grid, job: dict) -> int:
         if job.get("notify") or job.get("on_event"):
             messenger = Messenger(job.get("notify"), job.get("on_event"), Path(job["started_in"]))
             journal.listeners.append(messenger)
-        journal.listeners += trackers(federation, out, job.get("tensorboard", False), job.get("mlflow"))
+        journal.listeners += trackers(
+            federation, out, job.get("tensorboard", False), job.get("mlflow"), job["resume"]
+        )
         journal.tell("start", {"resumed": job["resume"]})
         code = federation.evaluate(job["evaluate"]) if job.get("evaluate") else federation.run()
         journal.write("end", exit=code)

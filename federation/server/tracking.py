@@ -44,6 +44,8 @@ def _figures(rows: list[Row]) -> dict[str, float]:
     }
 
 
-def trackers(federation: "Federation", out: Path, tensorboard: bool, mlflow: str | None) -> list[Listener]:
+def trackers(
+    federation: "Federation", out: Path, tensorboard: bool, mlflow: str | None, resume: bool
+) -> list[Listener]:
     """The listeners for the trackers that were asked for."""
-    return [RoundTracker(federation, one, out) for one in open_trackers(out, tensorboard, mlflow)]
+    return [RoundTracker(federation, one, out) for one in open_trackers(out, tensorboard, mlflow, resume)]
