@@ -153,7 +153,8 @@ def main() -> None:
         print(f"epoch {epoch:3d}  loss {loss:.4f}", flush=True)
     print(f"wrote {arguments.out}")
     print(
-        f"next: python train_centralized.py --data-dir {typed(arguments.data_dir)} --encoder {typed(arguments.out)}"
+        f"next: python train_centralized.py --data-dir {typed(arguments.data_dir)} --encoder {typed(arguments.out)} "
+        "--out models/pretrained"
     )
 
 

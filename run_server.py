@@ -244,7 +244,8 @@ def take_up(arguments: argparse.Namespace) -> None:
         arguments.resume = there
     if not arguments.resume:
         if not arguments.overwrite:
-            refuse_to_overwrite([out / BEST, out / SHARED, out / LAST, out / ENCODER_FILE])
+            made = [out / ENCODER_FILE] if arguments.pretraining else []
+            refuse_to_overwrite([out / BEST, out / SHARED, out / LAST, *made])
         return
     if before := remembered(out):
         for name in ("address", "kit", "own_gateway"):

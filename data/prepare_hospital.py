@@ -1,5 +1,4 @@
-"""Turn a hospital's scans, from its archive or an export, into training data: aligned slices under
-pseudonyms, with their masks.
+"""Turn a hospital's scans into training data: aligned slices under pseudonyms, with their masks.
 
     python data/prepare_hospital.py --dicom /data/export --out /data/prepared --dry-run    only list what would be used
     python data/prepare_hospital.py --dicom /data/export --out /data/prepared

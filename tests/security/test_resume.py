@@ -129,3 +129,14 @@ def test_electricity_is_of_a_training(monkeypatch, tmp_path):
     )
     with pytest.raises(MedFLError, match="--energy measures a training; leave it out with --evaluate"):
         take_up(parse())
+
+
+def test_a_pretrained_encoder_does_not_stand_in_the_way_of_a_training(monkeypatch, tmp_path):
+    """pretrain.py writes it into the folder that the server takes by default."""
+    (tmp_path / "encoder.safetensors").write_bytes(b"an encoder")
+    command = ["run_server.py", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    take_up(parse())
+    monkeypatch.setattr("sys.argv", [*command, "--pretraining"])
+    with pytest.raises(MedFLError, match="encoder.safetensors is of an earlier run"):
+        take_up(parse())
