@@ -69,11 +69,9 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
     if len(scans) == 1:
         planes, flair, more, is_bytes = _one_file(name, stored)
     else:
-        each = [_one_file(short(named[channel][0]), loaded[named[channel][0]], 1) for channel in CHANNELS]
-        planes = np.concatenate([volume for volume, *_ in each], axis=3)
-        flair = each[CHANNELS.index("FLAIR")][1]
-        more = list(dict.fromkeys(note for *_, notes_of, _ in each for note in notes_of))
-        is_bytes = all(told for *_, told in each)
+        planes, flair, more, is_bytes = _several_files(
+            {channel: file for channel, (file, _) in named.items()}, loaded
+        )
     axes = closest_axes(mirrored(stored.affine)[:3, :3])
     volume = to_shown(planes, axes)
     if min(volume.shape[1:3]) < MIN_SIDE or volume[..., 0].size > MAX_PIXELS:
@@ -82,26 +80,17 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
             "the slices"
         )
     columns, rows, between = (float(stored.header.get_zooms()[axis]) for axis in axes[0])
-    unlike = unlike_sizes(stored.header)
-    measured = not unlike and all(map(is_size_mm, (rows, columns, between)))
+    doubted = _doubt_of_sizes(name, stored.header, (columns, rows, between))
     case = Case(
         name=stem(name),
         slices=[f"{stem(name)}_{k + 1}" for k in range(len(volume))],
         volume=volume,
         groups=np.zeros(len(volume), int),
-        spacing=(rows, columns, between) if measured else None,
-        measured=measured,
+        spacing=None if doubted else (rows, columns, between),
+        measured=not doubted,
         nifti=stored,
-        notes=notes + more,
+        notes=[*notes, *more, *doubted],
     )
-    if unlike:
-        case.notes.append(f"{name} {unlike}: there are no figures in mm unless you give the sizes.")
-    elif not measured:
-        case.notes.append(
-            f"According to the file voxels measure {columns:g} × {rows:g} × {between:g} mm, which can't be "
-            f"right (they are {SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm): there are no figures in mm unless you "
-            "give the sizes."
-        )
     if not is_bytes:
         case.notes.append(
             "The intensities of each sequence were scaled to 0–255: 0 and below become 0, and the "
@@ -123,6 +112,35 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
         if _of_others(first, other)
     ]
     return case
+
+
+def _several_files(
+    files: dict[str, str], loaded: dict[str, "nibabel.Nifti1Image"]
+) -> tuple[np.ndarray, np.ndarray, list[str], bool]:
+    """What `_one_file` returns, of the files of all channels together. files: their names, by channel."""
+    each = [_one_file(short(files[channel]), loaded[files[channel]], 1) for channel in CHANNELS]
+    return (
+        np.concatenate([volume for volume, *_ in each], axis=3),
+        each[CHANNELS.index("FLAIR")][1],
+        list(dict.fromkeys(note for *_, notes_of, _ in each for note in notes_of)),
+        all(is_bytes for *_, is_bytes in each),
+    )
+
+
+def _doubt_of_sizes(
+    name: str, header: "nibabel.Nifti1Header", sizes: tuple[float, float, float]
+) -> list[str]:
+    """A note if the voxel's sizes (columns, rows, slices; mm) can't be right, or contradict its place; else none."""
+    if unlike := unlike_sizes(header):
+        return [f"{name} {unlike}: there are no figures in mm unless you give the sizes."]
+    if all(map(is_size_mm, sizes)):
+        return []
+    columns, rows, between = sizes
+    return [
+        f"According to the file voxels measure {columns:g} × {rows:g} × {between:g} mm, which can't be "
+        f"right (they are {SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm): there are no figures in mm unless you "
+        "give the sizes."
+    ]
 
 
 def _of_others(one: str, other: str) -> bool:
