@@ -47,14 +47,7 @@ def read_nifti(files: list[tuple[str, bytes]]) -> Case:
     files on one grid (as in BraTS) are identified by their names. Raises MedFLError if they can't be one
     case.
     """
-    files = [(name, content) for name, content in files if not name.lower().endswith(".json")]
-    scans = [(name, content) for name, content in files if not _is_truth(name)]
-    truths = [file for file in files if _is_truth(file[0])]
-    if not scans or len(truths) > 1 or not all(name.lower().endswith(SUFFIXES) for name, _ in files):
-        raise MedFLError(
-            "a NIfTI case is one scan, or one for each channel, and at most one mask (named ..._mask or "
-            "..._seg); upload only these"
-        )
+    scans, truths = _scans_and_truths(files)
     notes: list[str] = []
     if len(scans) == 1:
         _refuse_another_sequence(scans[0][0])
@@ -141,6 +134,21 @@ def _doubt_of_sizes(
         f"right (they are {SIZES_MM[0]:g} to {SIZES_MM[1]:g} mm): there are no figures in mm unless you "
         "give the sizes."
     ]
+
+
+def _scans_and_truths(
+    files: list[tuple[str, bytes]],
+) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
+    """An upload's scans, and its mask if there is one. Raises MedFLError for anything else."""
+    files = [(name, content) for name, content in files if not name.lower().endswith(".json")]
+    scans = [(name, content) for name, content in files if not _is_truth(name)]
+    truths = [file for file in files if _is_truth(file[0])]
+    if not scans or len(truths) > 1 or not all(name.lower().endswith(SUFFIXES) for name, _ in files):
+        raise MedFLError(
+            "a NIfTI case is one scan, or one for each channel, and at most one mask (named ..._mask or "
+            "..._seg); upload only these"
+        )
+    return scans, truths
 
 
 def _of_others(one: str, other: str) -> bool:

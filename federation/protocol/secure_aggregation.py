@@ -175,29 +175,7 @@ class Party:
         # once in an attempt: asked again, it would mask with other hospitals than those whose shares it holds. The
         # server could combine the answers so that only a missing hospital's masks, which it can remove, are left
         self.stage = "revealed"
-        others = self.public.keys() - {str(self.node)}
-        if not sealed.keys() <= others or len(sealed) + 1 < threshold(len(self.public)):
-            raise MedFLError(
-                "the server brought shares of too few hospitals, or of unknown ones; nothing was sent"
-            )
-        for node, text in sealed.items():
-            try:
-                source, target, of_seed, of_key = share_keys_plaintext_separate(
-                    decrypt(self._seal(node), bytes.fromhex(text))
-                )
-            except Exception as error:  # bytes from elsewhere
-                raise WrongShares(
-                    "another hospital's shares can't be opened; nothing was sent", int(node)
-                ) from error
-            if (source, target) != (int(node), self.node):
-                raise WrongShares(
-                    "another hospital's shares were meant for somebody else; nothing was sent", int(node)
-                )
-            self.shares[node] = [of_seed.hex(), of_key.hex()]
-            if promised and promised.get(node) != [sha256_of(share) for share in self.shares[node]]:
-                raise WrongShares(
-                    "another hospital's shares are not those that it promised; nothing was sent", int(node)
-                )
+        self._open_shares(sealed, promised)
         if self.round and self.round != of[:2]:
             raise MedFLError("the server asked for the update of another round than the keys are for")
         run_and_round, most, settings_and_rate = of[:2], of[2:3], of[4:]
@@ -221,6 +199,32 @@ class Party:
             values = values + between if self.node > int(node) else values - between
         self.round, self.counted, self.stage = run_and_round, counted, "masked"
         return values
+
+    def _open_shares(self, sealed: dict[str, str], promised: dict[str, list[str]] | None) -> None:
+        """Open the other hospitals' shares, and keep them. Raises as `masked` says."""
+        others = self.public.keys() - {str(self.node)}
+        if not sealed.keys() <= others or len(sealed) + 1 < threshold(len(self.public)):
+            raise MedFLError(
+                "the server brought shares of too few hospitals, or of unknown ones; nothing was sent"
+            )
+        for node, text in sealed.items():
+            try:
+                source, target, of_seed, of_key = share_keys_plaintext_separate(
+                    decrypt(self._seal(node), bytes.fromhex(text))
+                )
+            except Exception as error:  # bytes from elsewhere
+                raise WrongShares(
+                    "another hospital's shares can't be opened; nothing was sent", int(node)
+                ) from error
+            if (source, target) != (int(node), self.node):
+                raise WrongShares(
+                    "another hospital's shares were meant for somebody else; nothing was sent", int(node)
+                )
+            self.shares[node] = [of_seed.hex(), of_key.hex()]
+            if promised and promised.get(node) != [sha256_of(share) for share in self.shares[node]]:
+                raise WrongShares(
+                    "another hospital's shares are not those that it promised; nothing was sent", int(node)
+                )
 
     def agree(self, summed: list[int], missing: list[int]) -> dict[str, str]:
         """Stage 4: a code (HMAC-SHA256) for each other hospital, by node.
