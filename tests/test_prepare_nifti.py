@@ -297,7 +297,7 @@ def test_what_a_collection_does_not_say_is_asked_for(tmp_path):
     write_nifti(tmp_path / "imagesTr" / "BRATS_001.nii.gz", flair)
     assert "lies in imagesTr without a dataset.json that says what it shows" in plan(tmp_path)[1][0].why
     (tmp_path / "dataset.json").write_text(json.dumps({"modality": CHANNELS}))
-    assert "holds 1 volumes, and dataset.json names 4 channels" in plan(tmp_path)[1][0].why
+    assert "holds 1 volumes, but dataset.json names 4 channels" in plan(tmp_path)[1][0].why
     (tmp_path / "dataset.json").write_text("[]")
     with pytest.raises(
         MedFLError, match="does not say what the channels show; write it in the form of nnU-Net"

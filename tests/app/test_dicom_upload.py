@@ -268,7 +268,7 @@ def test_a_truth_must_be_a_mask_of_this_series(series, picture):
             add_truth(case, [(name, content)])
         assert name in str(error.value) and "Upload" not in str(error.value)
     same_places = read_case(series(np.ones((6, 32, 32)) * np.arange(32), FrameOfReferenceUID=generate_uid()))
-    with pytest.raises(MedFLError, match="seg.dcm is of another scan"):
+    with pytest.raises(MedFLError, match="seg.dcm belongs to another scan"):
         add_truth(case, [("seg.dcm", write_segmentation(same_places.dicom, random_mask(same_places)))])
     assert "1 DICOM SEG were ignored" in " ".join(read_case([*files, ("seg.dcm", seg)]).notes)
     masks = [

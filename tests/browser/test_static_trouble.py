@@ -43,8 +43,8 @@ def test_the_page_outlives_every_bad_upload(browser, address, patient):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda content: content[: len(content) // 2], "cut off"),
-        (lambda content: b"version https://git-lfs.github.com", "cut off"),
+        (lambda content: content[: len(content) // 2], "truncated"),
+        (lambda content: b"version https://git-lfs.github.com", "truncated"),
         (lambda content: b"", "not one that this page can use"),
         (None, "can't be loaded"),
     ],

@@ -136,11 +136,15 @@ def test_who_is_refused_is_told_why(scene, phantoms, tmp_path):
         "the one installed here is MedFL 0.0.9": scene.hospital(
             "old", "--cid", 1, "--data-dir", phantoms, "--wait", 5, root=other
         ),
-        "divide another dataset": scene.hospital("fewer", "--cid", 2, "--data-dir", fewer),
     }
     for sentence, script in refused.items():
         assert script.end() == 2 and sentence in script.output, script.output
     assert first.process.poll() is None and "hospital-0 refused" in server.output
+    other_data = scene.hospital("fewer", "--cid", 2, "--data-dir", fewer)
+    server.wait_for("hospital-2 joined")
+    second = scene.hospital("hospital-1", "--cid", 1, "--data-dir", phantoms)  # two of three agree
+    assert other_data.end() == 2 and "divide another dataset" in other_data.output, other_data.output
+    assert first.process.poll() is None and second.process.poll() is None
 
 
 def test_check_looks_at_data_and_connection_alone(scene, phantoms, tmp_path):
