@@ -217,8 +217,8 @@ def _tumour(path: File, stored: pydicom.Dataset) -> int:
     )
     if len(meant) != 1:
         raise MedFLError(
-            f"{path} holds {len(names)} outlines, of which {len(meant)} are called GTV, tumour or lesion "
-            "instead of one; export the tumour's outline by itself"
+            f"{path} holds {len(names)} outlines, of which {len(meant)} are called GTV, tumour or lesion, but exactly "
+            "one must be; export only the tumour's outline"
         )
     return next(iter(meant))
 
@@ -230,10 +230,10 @@ def _rings(stored: pydicom.Dataset, number: int) -> Iterator[np.ndarray]:
             for contour in outline.get("ContourSequence") or ():
                 points = np.array(contour.ContourData, float).reshape(-1, 3)
                 if not (np.abs(points) < FARTHEST).all():  # true of NaN as well
-                    raise ValueError("a point that lies nowhere")
+                    raise ValueError("a point without a valid position")
                 if not str(contour.ContourGeometricType).startswith("CLOSED") or len(points) < 3:
                     raise MedFLError(
-                        "it holds points or open lines, which enclose nothing; draw closed outlines"
+                        "it holds points or open lines, which enclose no area; draw closed outlines"
                     )
                 yield points
 
@@ -259,7 +259,7 @@ def _by_slice(path: File, rings: list[np.ndarray], reference: sitk.Image) -> dic
         around += (np.ptp(shown) + 1) * (np.ptp(places[:, 0].clip(-1, columns)) + 1)
         if crossed > MOST_CROSSED or around > MOST_AROUND:
             raise MedFLError(
-                f"{path} has far more lines than the outline of a tumour; export that outline by itself"
+                f"{path} has far more lines than an outline of a tumour; export only the tumour's outline"
             )
         found[index].append(places[:, :2])
     return found
