@@ -32,7 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from borders.terminal import steady_output
-from federation.runtime.flower import CLIENT_APP, TaskSource, transport
+from federation.runtime.flower import CLIENT_APP, TaskSource, careful_client, transport
 
 POLL = 0.1  # seconds between two looks for a task
 # the start of each program's command; -P keeps its working folder, which holds no modules, off the path
@@ -99,6 +99,9 @@ def run_supernode(longest: float, options: list[str]) -> None:
 
     loop = importlib.import_module("flwr.supernode.start_client_internal")
     vars(loop)["time"] = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, longest)))
+    vars(importlib.import_module("flwr.supernode.fleet_http_connection"))["FleetHttpClient"] = (
+        careful_client()
+    )
     sys.argv = ["flower-supernode", *options]
     flower_supernode()
     os._exit(1)  # it gave up, and one of its threads would keep an idle process alive
