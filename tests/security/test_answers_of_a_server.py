@@ -4,16 +4,28 @@ the hospital's network, a small answer that unpacks to gigabytes, or one without
 import contextlib
 import gzip
 import importlib
+import io
 import sys
 import threading
+import tracemalloc
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.supercore.run import Run
 from flwr.supernode import cli, fleet_http_connection
 
-from federation.runtime.flower import MOST_ANSWER, ask_admission, careful_client, transport
+from federation.runtime.flower import (
+    CLIENT_APP,
+    MOST_ANSWER,
+    PYPROJECT,
+    SERVER_APP,
+    ask_admission,
+    careful_client,
+    transport,
+)
 from federation.runtime.hospital_kit import make_hospital_key
 from federation.runtime.processes import is_healthy
 from federation.runtime.programs import run_supernode
@@ -107,7 +119,10 @@ def test_an_answer_within_the_bounds_is_read():
     assert not pull(Server(fine)).messages_list
 
 
-def test_the_program_of_a_hospital_asks_with_this_client(monkeypatch):
+@pytest.fixture
+def loop(monkeypatch):
+    """Flower's loop of a hospital, as MedFL's program runs it."""
+
     class Began(BaseException):
         pass
 
@@ -115,9 +130,27 @@ def test_the_program_of_a_hospital_asks_with_this_client(monkeypatch):
         raise Began
 
     loop = importlib.import_module("flwr.supernode.start_client_internal")
-    for where, name in ((sys, "argv"), (loop, "time"), (fleet_http_connection, "FleetHttpClient")):
+    changed = [(loop, name) for name in ("time", "get_fused_config_from_fab")]
+    for where, name in (*changed, (sys, "argv"), (fleet_http_connection, "FleetHttpClient")):
         monkeypatch.setattr(where, name, getattr(where, name))  # put back afterwards
     monkeypatch.setattr(cli, "flower_supernode", began)
     with pytest.raises(Began):
         run_supernode(3.0, [])
+    return loop
+
+
+def test_the_program_of_a_hospital_asks_with_this_client(loop):
     assert fleet_http_connection.FleetHttpClient.__name__ == "CarefulClient"
+
+
+def test_the_program_of_a_hospital_unpacks_nothing_of_a_bundle(loop):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        pyproject = PYPROJECT.format(version="1.0.0", server=SERVER_APP, client=CLIENT_APP).encode()
+        archive.writestr("pyproject.toml", pyproject + b"#" * 20 * PIECE)
+    assert len(packed.getvalue()) < PIECE
+    tracemalloc.start()
+    configuration = loop.get_fused_config_from_fab(packed.getvalue(), Run.create_empty(1))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert configuration == {} and most < PIECE
