@@ -14,9 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.object_store import object_store_factory
 from flwr.supercore.run import Run
 from flwr.supernode import cli, fleet_http_connection
 
+from borders import limits
 from federation.runtime.flower import (
     CLIENT_APP,
     MOST_ANSWER,
@@ -119,19 +122,21 @@ def test_an_answer_within_the_bounds_is_read():
     assert not pull(Server(fine)).messages_list
 
 
+class Began(BaseException):
+    pass
+
+
 @pytest.fixture
 def loop(monkeypatch):
     """Flower's loop of a hospital, as MedFL's program runs it."""
-
-    class Began(BaseException):
-        pass
 
     def began() -> None:
         raise Began
 
     loop = importlib.import_module("flwr.supernode.start_client_internal")
-    changed = [(loop, name) for name in ("time", "get_fused_config_from_fab")]
-    for where, name in (*changed, (sys, "argv"), (fleet_http_connection, "FleetHttpClient")):
+    changed = [(loop, name) for name in ("time", "get_fused_config_from_fab", "pull_objects")]
+    changed += [(object_store_factory, "InMemoryObjectStore"), (fleet_http_connection, "FleetHttpClient")]
+    for where, name in (*changed, (sys, "argv")):
         monkeypatch.setattr(where, name, getattr(where, name))  # put back afterwards
     monkeypatch.setattr(cli, "flower_supernode", began)
     with pytest.raises(Began):
@@ -141,6 +146,34 @@ def loop(monkeypatch):
 
 def test_the_program_of_a_hospital_asks_with_this_client(loop):
     assert fleet_http_connection.FleetHttpClient.__name__ == "CarefulClient"
+
+
+def test_the_program_of_a_hospital_writes_no_tree_out_in_full(loop):
+    """Each object of this message names the next one twice, and 20 of them make a million."""
+    root = tree = ObjectTree(object_id=f"{0:064x}")
+    for number in range(1, 20):
+        tree.children.add(object_id=f"{number:064x}")
+        tree = tree.children.add(object_id=f"{number:064x}")
+    store = object_store_factory.ObjectStoreFactory().store()
+    with pytest.raises(ValueError, match="named twice"):
+        store.preregister(1, root)
+
+
+def test_the_program_of_a_hospital_stops_fetching_at_the_bound(loop, monkeypatch):
+    monkeypatch.setattr(limits, "BUDGET", PIECE)
+    with pytest.raises(Began):
+        run_supernode(3.0, [])
+    asked = []
+
+    def piece(name: str) -> bytes:
+        asked.append(name)
+        return bytes(PIECE)
+
+    few, many = ["a"], [str(number) for number in range(100)]
+    assert loop.pull_objects(few, pull_object_fn=piece) == {"a": bytes(PIECE)}
+    with pytest.raises(ValueError, match="takes more than"):
+        loop.pull_objects(many, pull_object_fn=piece)
+    assert len(asked) < 20
 
 
 def test_the_program_of_a_hospital_unpacks_nothing_of_a_bundle(loop):
