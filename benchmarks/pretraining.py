@@ -33,7 +33,6 @@ from split import Split, make_split
 from storage.files import write_json
 from training import TrainingSettings
 
-SHARES = (1.0, 0.5, 0.25)  # of the training patients, with masks
 RANDOM, PRETRAINED = "random", "pretrained here"
 
 
@@ -50,6 +49,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=128, help="pixels (default 128)")
     parser.add_argument(
         "--test-fraction", type=float, default=0.4, help="share of the patients (default 0.4)"
+    )
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=[1.0, 0.5, 0.25],
+        help="shares of the training patients whose masks are used (default 1 0.5 0.25)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     return parser.parse_args()
@@ -97,7 +103,7 @@ def main() -> None:
     for seed in arguments.seeds:
         split = make_split(sites, seed, test_fraction=arguments.test_fraction)
         encoder = pretrained(arguments, dataset.root, split, device)
-        for share in SHARES:
+        for share in arguments.shares:
             for start, source in ((RANDOM, "random"), (PRETRAINED, str(encoder))):
                 settings = TrainingSettings(
                     model=arguments.model,
@@ -110,7 +116,7 @@ def main() -> None:
                 print(f"seed {seed}, {share:.0%} of the masks, {start}", flush=True)
                 runs[share, start].append(fold_rows(dataset, with_masks(split, share), settings, device, out))
     table: list[dict] = []
-    for share in SHARES:
+    for share in arguments.shares:
         rows = {start: by_patient(runs[share, start]) for start in (RANDOM, PRETRAINED)}
         for start, of in rows.items():
             dice = [row["dice"] for row in of]

@@ -108,6 +108,29 @@ def claim(out: Path, what: str) -> "FileLock":
     return lock
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """No other process is in such a block for this file, which is read and then written there. On a file system
+    without locks it stops nobody."""
+    from filelock import FileLock  # not installed where scans are only prepared
+
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise MedFLError(
+                f"{path} can't be written ({error.strerror or error}); free the space or mend its folder"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _remove_leftovers(place: Path, prefix: str) -> None:
     """Remove what ended processes left in `place` under `prefix` and their number."""
     if os.name != "posix":

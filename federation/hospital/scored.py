@@ -17,7 +17,7 @@ from typing import TypedDict
 import torch
 
 from common import MedFLError
-from storage.files import atomic_write
+from storage.files import alone, atomic_write
 
 BESIDE = (
     8  # models of a run in addition to one a round: for the end, the test, and rounds that are taken back
@@ -42,12 +42,14 @@ class ScoredModels:
     def admits(self, weights: torch.Tensor, rounds: int) -> bool:
         """Whether scores of these weights, (n,) float32, may be reported in a run of `rounds` rounds; if so, they are
         counted. Weights that were counted before are allowed again, because they reveal nothing new."""
-        this, told = _hash(weights), self._told()
-        if this not in told["models"]:
-            if len(told["models"]) >= RUNS * (rounds + BESIDE):
-                return False
-            told["models"][this] = time.time()
-            self._keep(told)
+        this = _hash(weights)
+        with alone(self.file):  # another process may have the same label
+            told = self._told()
+            if this not in told["models"]:
+                if len(told["models"]) >= RUNS * (rounds + BESIDE):
+                    return False
+                told["models"][this] = time.time()
+                self._keep(told)
         return True
 
     def loss(self, weights: torch.Tensor, way: str, loss: float, rounds: int) -> float | None:
@@ -56,12 +58,14 @@ class ScoredModels:
         the training that the server chose."""
         if not self.admits(weights, rounds):
             return None
-        this, told = hashlib.sha256(f"{_hash(weights)} {way}".encode()).hexdigest(), self._told()
-        if this not in told["losses"]:
-            if len(told["losses"]) >= RUNS * (rounds + BESIDE):
-                return None
-            told["losses"][this] = time.time(), loss
-            self._keep(told)
+        this = hashlib.sha256(f"{_hash(weights)} {way}".encode()).hexdigest()
+        with alone(self.file):
+            told = self._told()
+            if this not in told["losses"]:
+                if len(told["losses"]) >= RUNS * (rounds + BESIDE):
+                    return None
+                told["losses"][this] = time.time(), loss
+                self._keep(told)
         return told["losses"][this][1]
 
     def _told(self) -> Told:

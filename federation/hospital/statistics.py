@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import MedFLError
 from federation.protocol.answers import Images
-from storage.files import atomic_write
+from storage.files import alone, atomic_write
 
 ENOUGH = 8  # patients of a mean, and of whatever means can be worked out of several
 DIGITS = 3  # that count
@@ -26,13 +26,14 @@ class ToldStatistics:
 
     def tell(self, patients: tuple[str, ...], images: Images | None) -> Images | None:
         """What is told of these patients, of whose images this is the average; None where nothing may be."""
-        told = self._read()
-        if images is None:
-            return None
-        if _tell_of_enough([*(set(one["patients"]) for one in told), set(patients)]):
-            told.append({"patients": sorted(patients), "images": rounded(images)})
-            with atomic_write(self.file, "w", private=True) as file:
-                json.dump({"version": 1, "told": told}, file)
+        with alone(self.file):  # another process may have the same label
+            told = self._read()
+            if images is None:
+                return None
+            if _tell_of_enough([*(set(one["patients"]) for one in told), set(patients)]):
+                told.append({"patients": sorted(patients), "images": rounded(images)})
+                with atomic_write(self.file, "w", private=True) as file:
+                    json.dump({"version": 1, "told": told}, file)
         return told[-1]["images"] if told else None
 
     def _read(self) -> list[dict]:

@@ -11,7 +11,7 @@ from common import MedFLError
 from federation.hospital.identity import Identity
 from federation.protocol.proofs import check, keys_statement, sign
 from federation.protocol.requests import Shares
-from storage.files import atomic_write, write_json
+from storage.files import alone, atomic_write, write_json
 
 JOINED = "joined.json"  # beside hospital.json, so it lasts until run_client.py ends
 
@@ -106,6 +106,14 @@ class Sums:
             ) from error
 
     def remember(self, given: dict[str, list[str]]) -> None:
-        """Keep on disk what `given` returns, before the shares leave."""
-        with atomic_write(self.file, "w", private=True) as file:
-            json.dump({"version": 1, "given": given}, file)
+        """Keep on disk what `given` returns, before the shares leave. Another process with the same label may have
+        given shares in the meantime; of the same round they must have been for the same sum."""
+        with alone(self.file):
+            former = self.given()
+            if any(former.get(one, names) != names for one, names in given.items()):
+                raise MedFLError(
+                    "another process of this hospital has just given shares of another sum of this round; nothing "
+                    "was given"
+                )
+            with atomic_write(self.file, "w", private=True) as file:
+                json.dump({"version": 1, "given": {**former, **given}}, file)

@@ -3,9 +3,11 @@ SuperLink's objects (`flower_objects.py`). These names may change with Flower's 
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+MOST_ANSWER = 16 * 2**20  # bytes of a server's answer; the largest are pieces of 5 MB of an array
 SERVER_APP, CLIENT_APP = "federation.server.app", "federation.hospital.app"
 PYPROJECT = """[project]
 name = "medfl"
@@ -82,7 +84,6 @@ def ask_admission(address: str, ca: Path, key: Path) -> str:
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
     from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-    from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
     private = cast(EllipticCurvePrivateKey, load_ssh_private_key(Path(key).read_bytes(), None))
@@ -93,15 +94,53 @@ def ask_admission(address: str, ca: Path, key: Path) -> str:
     ]
     asked = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0)
     try:
-        with FleetHttpClient.from_server_address(
+        with careful_client().from_server_address(
             address, **transport(ca), interceptors=interceptors
         ) as client:
             client.ActivateNode(asked)
     except httpx.HTTPStatusError as error:
         return {400: "admitted", 412: "unknown", 401: "clock"}.get(error.response.status_code, "")
-    except httpx.TransportError:
+    except httpx.RequestError:
         pass
     return ""
+
+
+def careful_client() -> type[Any]:
+    """Flower's client of a hospital, limited in what it takes of the server's answers.
+
+    Flower's own (1.41) follows a redirect, so a server could have a hospital send requests to any machine of the
+    hospital's network, in clear text as well. And it unpacks and reads answers of any length: 3 MB of gzip took 5 GB.
+    """
+    import httpx
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
+    class Limited(httpx.SyncByteStream):
+        def __init__(self, stream: httpx.SyncByteStream):
+            self.stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            size = 0
+            for piece in self.stream:
+                if (size := size + len(piece)) > MOST_ANSWER:
+                    raise httpx.DecodingError(f"The server's answer takes more than {MOST_ANSWER} bytes.")
+                yield piece
+
+        def close(self) -> None:
+            self.stream.close()
+
+    def limit(response: httpx.Response) -> None:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise httpx.DecodingError("The server's answer is compressed, which was not asked for.")
+        response.stream = Limited(cast(httpx.SyncByteStream, response.stream))
+
+    class CarefulClient(FleetHttpClient):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options)
+            self._client.follow_redirects = False
+            self._client.headers["accept-encoding"] = "identity"
+            self._client.event_hooks = {"response": [limit]}  # called before the answer's body is read
+
+    return CarefulClient
 
 
 def transport(ca: Path | str | None) -> dict:

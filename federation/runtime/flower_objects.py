@@ -113,6 +113,26 @@ def pulled_within(most: int, pull: Callable[..., dict[str, bytes]]) -> Callable[
     return bounded
 
 
+def stopped_at(most: int, pull: Callable[..., dict[str, bytes]]) -> Callable[..., dict[str, bytes]]:
+    """Flower's function that fetches a message's objects, which gives up (ValueError) as soon as those of one message
+    take more than `most` bytes: a hospital's connection keeps them all before anything of the message is read."""
+
+    def bounded(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+        taken = 0
+
+        def one(object_id: str) -> bytes:
+            nonlocal taken
+            content = pull_object_fn(object_id)
+            taken += len(content)
+            if taken > most:
+                raise ValueError(f"The message takes more than {most} bytes.")
+            return content
+
+        return pull(object_ids, pull_object_fn=one)
+
+    return bounded
+
+
 def _check_size(contents: dict[str, bytes], most: int) -> None:
     """Raises ValueError for a message whose arrays take more than `most` bytes, or that brings much beside them: each
     entry of a record takes 40 times its bytes."""

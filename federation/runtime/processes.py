@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from common import ROOT, MedFLError
 from federation.runtime.programs import PROGRAM
@@ -72,6 +73,13 @@ def no_proxy() -> dict[str, str]:
 
 class NotTls(MedFLError):
     """The other side speaks no TLS, or a version that is too old."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: a server could have a hospital ask any machine of the hospital's network."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 class Child:
@@ -188,7 +196,10 @@ def is_healthy(host: str, port: int, timeout: float = 2.0, ca: Path | None = Non
     """
     here = host == "localhost" or host.startswith("127.") or host == "::1"
     # to another machine by the same way as Flower
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({} if here else None)]
+    handlers: list[urllib.request.BaseHandler] = [
+        urllib.request.ProxyHandler({} if here else None),
+        _NoRedirect(),
+    ]
     if ca:
         context = ssl.create_default_context(cafile=ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_3

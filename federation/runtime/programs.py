@@ -32,7 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from borders.terminal import steady_output
-from federation.runtime.flower import CLIENT_APP, TaskSource, transport
+from federation.runtime.flower import CLIENT_APP, TaskSource, careful_client, transport
 
 POLL = 0.1  # seconds between two looks for a task
 # the start of each program's command; -P keeps its working folder, which holds no modules, off the path
@@ -80,13 +80,19 @@ def only_own_answers(push: Callable) -> Callable:
     return pushed
 
 
-def run_superlink(options: list[str]) -> None:
-    from flwr.superlink.cli import flower_superlink
-
+def store_by_message() -> None:
+    """Have Flower's program store its messages' objects by message: by Flower's own way a tree of 100 objects that name
+    each other twice, which take 10 kB, would be written out in full."""
     from federation.runtime.flower_objects import ObjectsByMessage
 
     stores = importlib.import_module("flwr.supercore.object_store.object_store_factory")
     vars(stores)["InMemoryObjectStore"] = ObjectsByMessage
+
+
+def run_superlink(options: list[str]) -> None:
+    from flwr.superlink.cli import flower_superlink
+
+    store_by_message()
     handlers = importlib.import_module("flwr.superlink.servicer.fleet.fleet_handlers")
     vars(handlers)["push_messages"] = only_own_answers(handlers.push_messages)
     sys.argv = ["flower-superlink", *options]
@@ -97,8 +103,18 @@ def run_supernode(longest: float, options: list[str]) -> None:
     """longest: seconds that it sleeps between two looks for a message."""
     from flwr.supernode.cli import flower_supernode
 
+    from borders.limits import BUDGET
+    from federation.runtime.flower_objects import MOST_BESIDE, stopped_at
+
+    store_by_message()
     loop = importlib.import_module("flwr.supernode.start_client_internal")
     vars(loop)["time"] = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, longest)))
+    # MedFL has no run's configuration, and to look for one Flower would unpack a file of any size from the bundle
+    vars(loop)["get_fused_config_from_fab"] = lambda *_: {}
+    vars(loop)["pull_objects"] = stopped_at(BUDGET + MOST_BESIDE, loop.pull_objects)
+    vars(importlib.import_module("flwr.supernode.fleet_http_connection"))["FleetHttpClient"] = (
+        careful_client()
+    )
     sys.argv = ["flower-supernode", *options]
     flower_supernode()
     os._exit(1)  # it gave up, and one of its threads would keep an idle process alive

@@ -4,6 +4,7 @@ and a federation behind the gateway."""
 import http.client
 import re
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
 
 from federations import SMALL, Scene
@@ -77,8 +78,10 @@ def tls(scene, ca: Path | None = None, version=ssl.TLSVersion.TLSv1_3) -> ssl.SS
     return context
 
 
-def call(scene, method: str, path: str, body: bytes = b"", headers: dict | None = None) -> int:
-    """The status that the gateway answers."""
+def call(
+    scene, method: str, path: str, body: bytes | Iterator[bytes] = b"", headers: dict | None = None
+) -> int:
+    """The status that the gateway answers. The pieces of a body are sent one by one, without its size."""
     connection = http.client.HTTPSConnection("127.0.0.1", scene.port, context=tls(scene), timeout=30)
     connection.request(method, path, body, headers or {})
     status = connection.getresponse().status

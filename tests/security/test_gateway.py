@@ -45,6 +45,9 @@ pytestmark = [
 ]
 
 
+TYPED = {"Content-Type": "application/protobuf"}
+
+
 @pytest.fixture(scope="module")
 def scene(phantoms, tmp_path_factory):
     folder = tmp_path_factory.mktemp("secured")
@@ -226,6 +229,21 @@ def test_an_oversized_body_is_refused(scene):
     except (BrokenPipeError, ConnectionResetError):  # it hung up in the middle
         pass
     scene.goes_on()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_only_an_object_is_large(scene, chunked):
+    """Flower takes a call apart, into 28 times the memory, before it asks for the key."""
+
+    def answered(path: str) -> int:
+        piece = b"\x12\x00" * (1 << 19)  # each pair is an entry of a list
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it hung up in the middle
+            return call(scene, "POST", path, iter([piece]) if chunked else piece, TYPED)
+        return 413
+
+    calls = "activate-node pull-messages push-messages get-run get-fab pull-object confirm-message-received"
+    assert {answered(f"/v1/fleet/{name}") for name in calls.split()} == {413}
+    assert answered("/v1/fleet/push-object") in (400, 401)
 
 
 def test_200_connections_held_open_stop_nobody(scene):
