@@ -1,7 +1,10 @@
 """Does a picture look like those that a model was trained on? The differences that are reported, and their limits.
 
-A network answers every picture with a mask, even a photograph.
+A network answers every picture with a mask, even a photograph. Some rules know the MRI of a brain that the default
+task's models see. A model of other images is compared with its training images alone.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,47 +27,71 @@ SENTENCES = {
     "inverted": "The frame is brighter than the middle. If the intensities are inverted, invert them back.",
     "silent": "The model does not say what its training images look like, so this picture is not compared "
     "with them.",
-    "unlike": "This does not look like the brain scans that the model was trained on ({names}). Its mask means "
+    "unlike": "This does not look like the {images} that the model was trained on ({names}). Its mask means "
     "nothing unless it is one.",
     "brightness": "Brightness or contrast of {names} lies outside of the training images' range.",
 }
 
 
-def doubts(volume: np.ndarray, training_images: dict | None) -> list[str]:
+def of_brain(channels: Sequence[str]) -> bool:
+    """Whether images of these channels are the MRI of a brain, of the default task's sequences."""
+    return tuple(channels) == CHANNELS
+
+
+def three(channels: Sequence[str]) -> list[str]:
+    """The names of the network's three inputs; a single channel fills all of them."""
+    return [*channels, *[channels[-1]] * 3][:3]
+
+
+def images_of(channels: Sequence[str]) -> str:
+    """Those images in a sentence."""
+    return "brain scans" if of_brain(channels) else "images"
+
+
+def doubts(volume: np.ndarray, training_images: dict | None, channels: Sequence[str] = CHANNELS) -> list[str]:
     """The reasons why the model may not be able to judge a volume (S, H, W, 3) uint8, a sentence for each; empty if
     the volume looks fine.
 
-    training_images: `image_statistics` of the model's training images, or None if the model has none.
+    training_images: `image_statistics` of the model's training images, or None if the model has none; channels: of
+    the model's task.
     """
-    slices, rows, columns, _ = volume.shape
-    pixels = torch.from_numpy(np.array(volume))
-    found = []
-    if not SIDES[0] <= min(rows, columns) <= max(rows, columns) <= SIDES[1]:
-        found.append(SENTENCES["size"].format(columns=columns, rows=rows))
-    if max(rows, columns) > ASPECT * min(rows, columns):
-        found.append(SENTENCES["shape"].format(columns=columns, rows=rows))
-    flat = [name for name, is_blank in zip(CHANNELS, blank(pixels)) if is_blank]
+    pixels, names = torch.from_numpy(np.array(volume)), three(channels)
+    flat = [name for name, is_blank in zip(names, blank(pixels)) if is_blank]
+    measured = describe_volume(pixels)
+    brain = of_brain(channels)
+    found = _shape(volume) if brain else []
     if flat:
         return [*found, SENTENCES["blank"].format(names=_listed(flat))]
-    same = [name for name, is_copy in zip(CHANNELS, copies(pixels)) if is_copy and name != "FLAIR"]
-    if same:
+    same = [name for name, is_copy in zip(names, copies(pixels)) if is_copy and name != "FLAIR"]
+    if same and brain:
         found.append(SENTENCES["copies"].format(names=_listed([*same, "FLAIR"])))
-    measured = describe_volume(pixels)
-    if measured["appearance"][APPEARANCE.index("frame")] > 1:
+    if brain and measured["appearance"][APPEARANCE.index("frame")] > 1:
         return [*found, SENTENCES["inverted"]]
     if not training_images or not MEASURES.keys() <= training_images.keys():
         return [*found, SENTENCES["silent"]]
-    limit = LIMIT if slices > 1 else LIMIT_ALONE
+    limit = LIMIT if len(volume) > 1 else LIMIT_ALONE
     unlike = _far(measured, training_images, "appearance", limit)
     if unlike:
-        found.append(SENTENCES["unlike"].format(names=_listed([APPEARANCE[k] for k in unlike])))
+        told = _listed([APPEARANCE[k] for k in unlike])
+        found.append(SENTENCES["unlike"].format(images=images_of(channels), names=told))
     odd = {
         k
         for name in ("foreground_mean", "foreground_deviation")
         for k in _far(measured, training_images, name, limit)
     }
-    if odd:
-        found.append(SENTENCES["brightness"].format(names=_listed([CHANNELS[k] for k in sorted(odd)])))
+    if odd and brain:  # else the files of a task may have any scale, which the network does not see
+        found.append(SENTENCES["brightness"].format(names=_listed([names[k] for k in sorted(odd)])))
+    return found
+
+
+def _shape(volume: np.ndarray) -> list[str]:
+    """What is odd about the size of the slices."""
+    _, rows, columns, _ = volume.shape
+    found = []
+    if not SIDES[0] <= min(rows, columns) <= max(rows, columns) <= SIDES[1]:
+        found.append(SENTENCES["size"].format(columns=columns, rows=rows))
+    if max(rows, columns) > ASPECT * min(rows, columns):
+        found.append(SENTENCES["shape"].format(columns=columns, rows=rows))
     return found
 
 
@@ -74,5 +101,6 @@ def _far(measured: dict, training_images: dict, name: str, limit: float) -> list
     return np.flatnonzero(np.abs(np.array(measured[name]) - mean) > limit * (deviation + EPSILON)).tolist()
 
 
-def _listed(names: list[str]) -> str:
+def _listed(named: list[str]) -> str:
+    names = list(dict.fromkeys(named))  # one channel may fill all three
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

@@ -16,7 +16,7 @@ import argparse
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +41,7 @@ from common import MedFLError, __version__, git_commit, run_script, typed
 from deployment.app.card import card_rows
 from inference import BLOCK, predict_volume, probability, to_mask
 from phantoms.patients import make_phantoms
-from preprocessing import CHANNELS, volume_statistics
+from preprocessing import volume_statistics
 from scans.pictures import read_volume
 from storage.files import atomic_write
 from transunet import TransUNet
@@ -238,7 +238,7 @@ def properties(checkpoint: Checkpoint) -> dict[str, str]:
     texts = {
         "metadata": checkpoint.metadata,
         "card": card_rows(checkpoint, checkpoint.sha256()),
-        "plausibility": rules(),
+        "plausibility": rules(checkpoint.task.channels),
         "version": {"medfl": __version__, "commit": git_commit(), "model": checkpoint.sha256()},
     }
     return {"medfl_format": FORMAT} | {
@@ -246,11 +246,13 @@ def properties(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def rules() -> dict:
+def rules(channels: Sequence[str]) -> dict:
     """The constants and sentences of appearance/, with which the page in the browser warns of unusual
-    scans."""
+    scans. channels: of the model's task."""
     return {
-        "channels": CHANNELS,
+        "channels": doubts.three(channels),
+        "brain": doubts.of_brain(channels),
+        "images": doubts.images_of(channels),
         "flair": features.FLAIR,
         "appearance": features.APPEARANCE,
         "limit": doubts.LIMIT,

@@ -24,6 +24,7 @@ from deployment.app.card import NOTICE
 from deployment.app.case import Case
 from deployment.app.cases import KINDS, read_case
 from deployment.app.correcting import OF_A_CASE, as_drawn
+from deployment.app.framing import as_trained
 from deployment.app.guard import Guard, forget_media
 from deployment.app.models import choose_model, give_memory_back
 from deployment.app.patients import choose_patient, data_folder, keep_how_sure, open_patient
@@ -205,8 +206,9 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
     state = st.session_state
     if state.get("predicted_by") == sha256:
         return
-    case: Case = state.case
-    state.doubts = doubts(case.fed, checkpoint.metadata["preprocessing"].get("training_images"))
+    channels = checkpoint.task.channels
+    case = as_trained(state.case, channels)
+    state.doubts = doubts(case.fed, checkpoint.metadata["preprocessing"].get("training_images"), channels)
     data = checkpoint.metadata.get("data") or {}
     if data.get("name") == "phantoms" and SAMPLE not in case.notes:
         state.doubts.insert(0, PHANTOMS_ONLY)

@@ -11,6 +11,7 @@ from checkpoint import Checkpoint
 from common import MedFLError
 from deployment.app.case import Case, short
 from deployment.app.cases import read_case
+from deployment.app.framing import as_trained
 from deployment.app.models import MODELS, load_model, named
 from deployment.app.readout import predict_case
 from deployment.app.uploads import take_uploads
@@ -87,5 +88,5 @@ def take_other_date(checkpoint: Checkpoint) -> None:
 
 
 def _segmented(checkpoint: Checkpoint, case: Case, label: str) -> Beside:
-    probability = predict_case(checkpoint.model, case).probability
+    probability = predict_case(checkpoint.model, as_trained(case, checkpoint.task.channels)).probability
     return Beside(case, to_mask(probability, checkpoint.threshold), label)

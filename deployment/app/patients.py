@@ -13,6 +13,7 @@ from checkpoint import Checkpoint
 from common import MedFLError, counted
 from deployment.app.case import Case, Opened
 from deployment.app.cases import read_case
+from deployment.app.framing import as_trained
 from deployment.app.readout import Prediction, predict_case
 from inference import to_mask
 from scans.spacing import NAME
@@ -122,7 +123,7 @@ def _measure(checkpoint: Checkpoint, sha256: str, patients: "list[PreparedPatien
     for number, patient in enumerate(patients):
         progress.progress(number / len(patients), f"patient {number + 1} of {len(patients)}")
         try:
-            case = open_patient(patient)
+            case = as_trained(open_patient(patient), checkpoint.task.channels)
         except MedFLError as error:
             st.session_state.refusal = f"{error}."
             continue

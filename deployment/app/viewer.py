@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
+from appearance.doubts import of_brain
 from borders.escaping import markdown
 from borders.limits import is_size_mm
 from checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from deployment.app.beside import choose_beside
 from deployment.app.case import Case
 from deployment.app.cases import add_truth
 from deployment.app.correcting import MASK_KINDS, Corrected, correct, corrected, said_of, show_components
+from deployment.app.framing import as_trained
 from deployment.app.nifti import mirror, write_nifti
 from deployment.app.pictures import flair_picture, marked, outline, png, probability_picture
 from deployment.app.readout import (
@@ -33,7 +35,6 @@ from deployment.app.scan_viewer import show_scan
 from deployment.app.sending import send_button
 from deployment.app.uploads import take_uploads
 from tasks import Task
-from transunet import TransUNet
 
 if TYPE_CHECKING:  # radiology/ is optional
     from deployment.app.source import Source
@@ -68,12 +69,12 @@ def show_side(
     state = st.session_state
     for doubt in state.doubts:
         st.warning(markdown(doubt), icon=":material/visibility_off:")
-    for note in case.notes:
+    for note in as_trained(case, checkpoint.task.channels).notes:
         st.info(markdown(note), icon=":material/info:")
     rows = slice_rows(case, prediction, threshold, done.mask)
     figures = summary(case, rows, done.mask)
     number = state.get("slice", 1 + int(np.argmax([row["tumour_pixels"] for row in rows])))
-    lines = figure_texts(case, figures, done, checkpoint.task.region)
+    lines = figure_texts(case, figures, done, checkpoint.task)
     show_figures(case, rows[number - 1], lines)
     show_components(done)
     more(checkpoint, case, prediction)
@@ -86,12 +87,13 @@ def show_side(
         send_button(case.dicom, done, prediction.probability, threshold, checkpoint)
 
 
-def figure_texts(case: Case, figures: dict, done: Corrected, region: str) -> list[tuple[str, str]]:
-    """The case's figures in words, with their units. region: what is outlined."""
+def figure_texts(case: Case, figures: dict, done: Corrected, task: Task) -> list[tuple[str, str]]:
+    """The case's figures in words, with their units."""
+    region, pictured = task.region, "head" if of_brain(task.channels) else "image"
     texts = [
         (region[:1].upper() + region[1:], f"{figures['tumour_pixels']:,} pixels"),
         (f"Slices with {region}", f"{figures['slices_with_tumour']} of {figures['slices']}"),
-        ("Share of the head", f"{100 * figures['foreground_share']:.1f} %"),
+        (f"Share of the {pictured}", f"{100 * figures['foreground_share']:.1f} %"),
         ("Largest diameter", f"{figures['largest_diameter_px']:.1f} pixels"),
     ]
     if case.spacing:
@@ -172,10 +174,11 @@ def take_truth() -> None:
         state.truth_refusal = f"{error}."
 
 
-def read_mirrored(model: TransUNet) -> None:
+def read_mirrored(checkpoint: Checkpoint) -> None:
     """A second pass, over the mirrored slices."""
     state = st.session_state
-    state.prediction.spread = flip_spread(model, state.case, state.prediction.probability)
+    case = as_trained(state.case, checkpoint.task.channels)
+    state.prediction.spread = flip_spread(checkpoint.model, case, state.prediction.probability)
 
 
 def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
@@ -209,7 +212,7 @@ def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
             "Read the mirrored slices as well",
             key="mirror",
             on_click=read_mirrored,
-            args=(checkpoint.model,),
+            args=(checkpoint,),
             help="A second pass over all slices. Where the two readings differ, the model is not sure.",
         )
 

@@ -1,6 +1,7 @@
 // What the network is given of a volume whose slices are no squares around a head, by the rules of scans/field_of_view.py and
 // deployment/app/framing.py, which say why.
 
+export const FRAMED = "The network was given the scan framed like its training scans";
 const TALL = 190, WIDE = 1.35, AROUND = 10, HEAD = 170, SMALLEST = 100, COARSE = 4, DISTANCE = 3; // mm; WIDE: times the head
 const LEAST_HEAD = 0.01, BINS = 128;
 
@@ -49,6 +50,12 @@ export function frameOf({ count, height, width }, value, spacing, isAxial) {
 export function mirrorFrame({ start, end, margins, ...others }, width) {
   return { ...others, start: [start[0], start[1], width - end[2]], end: [end[0], end[1], width - start[2]],
     margins: { ...margins, left: margins.right, right: margins.left } };
+}
+
+/** Let the network see the whole slices, as those of another task than the default were in its training. */
+export function unframe(opened) {
+  opened.frame = null;
+  opened.notes = opened.notes.filter((note) => !note.startsWith(FRAMED));
 }
 
 /** What the network is given of a case, {pixels, count, height, width}. */

@@ -7,7 +7,7 @@ import { agreement, summary } from "./readout.js";
 export function figureLines(opened, rows, changed, region) {
   const found = summary(opened, rows);
   const lines = [[region[0].toUpperCase() + region.slice(1), `${found.pixels.toLocaleString("en")} pixels`], [`Slices with ${region}`, `${found.slices} of ${found.count}`],
-    ["Share of the head", `${(100 * found.share).toFixed(1)} %`], ["Largest diameter", `${found.diameter.toFixed(1)} pixels`]];
+    [`Share of the ${opened.isBrain ? "head" : "image"}`, `${(100 * found.share).toFixed(1)} %`], ["Largest diameter", `${found.diameter.toFixed(1)} pixels`]];
   const [low, high] = found.bounds;
   if (found.pixels) {
     const [one, other] = found.widest.perpendicular.map((value) => value.toFixed(1));

@@ -5,7 +5,7 @@ import { readHeader } from "nifti-reader-js";
 import { packGzip, unpackGzip } from "./archives.js";
 import { MAX_PIXELS, MIN_SIDE } from "./cases.js";
 import { UserError, isSizeMm, short } from "./common.js";
-import { frameOf, mirrorFrame } from "./field_of_view.js";
+import { FRAMED, frameOf, mirrorFrame } from "./field_of_view.js";
 import { affine, doubt, samePlace, turn } from "./orientation.js";
 
 const BRIGHTEST = 0.999; // quantile of the voxels above 0 that becomes 255
@@ -91,7 +91,7 @@ export function readNifti(files) {
     const { place, axes } = stored.turned;
     opened.frame = frameOf(opened, (k) => flair[place(k)], [between, rows, columns], axes[2] === 2); // slices follow the last stored axis
     if (opened.frame?.told.length) {
-      notes.push(`The network was given the scan framed like its training scans, ${opened.frame.told.join(" and ")}; nothing is found outside.`);
+      notes.push(`${FRAMED}, ${opened.frame.told.join(" and ")}; nothing is found outside.`);
     }
   }
   if (truths.length) {

@@ -4,6 +4,7 @@ import { readCase, readMasks } from "./cases.js";
 import { SIZES_MM, UserError, counted, isSizeMm, plain } from "./common.js";
 import { doubts } from "./doubts.js";
 import { components, downloads, isVolume } from "./downloads.js";
+import { unframe } from "./field_of_view.js";
 import { componentLines, figureLines, sliceWords } from "./figures.js";
 import { dropped, take } from "./files.js";
 import { keep } from "./keeping.js";
@@ -94,6 +95,14 @@ function showCard(size) {
 
 // ---- opening and closing ----
 
+/** The case in these files, as the model takes it. */
+async function read(files) {
+  const opened = await readCase(files, loadDicom);
+  opened.isBrain = state.model.plausibility.brain;
+  if (!opened.isBrain) unframe(opened);
+  return opened;
+}
+
 /** Segment the files of a case and show it. sample: whether they are this page's own phantoms. */
 async function open(files, sample = false) {
   if (state.busy || !state.viewer) return;
@@ -101,7 +110,7 @@ async function open(files, sample = false) {
   say("Reading the files …");
   try {
     await drawn(); // reading is one piece of work: without a pause the page would still say that it is ready
-    const opened = await readCase(files, loadDicom);
+    const opened = await read(files);
     opened.sample = sample;
     files.length = 0; // their bytes are not needed any more
     showParts();
@@ -171,7 +180,7 @@ async function openBeside(files) {
   try {
     say("Reading the files …");
     await drawn();
-    const opened = await readCase(files, loadDicom);
+    const opened = await read(files);
     showParts();
     const found = await state.network.segment(opened, (done) => {
       say(`Segmenting the other date: slice ${done} of ${opened.count}.`);

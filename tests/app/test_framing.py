@@ -5,12 +5,16 @@ import pytest
 import SimpleITK as sitk
 from heads import head_in, nifti
 
+from data.prepare_task import write_patient
+from dataset import load_dataset
 from deployment.app.cases import read_case
-from deployment.app.framing import Frame
+from deployment.app.framing import Frame, as_trained
 from deployment.app.nifti import mirror
+from preprocessing import CHANNELS
 from radiology.geometry import to_axial
 from radiology.nifti import _placed
 from scans.field_of_view import square_margins
+from tasks import named_task
 
 
 def opened(image):
@@ -53,6 +57,25 @@ def test_oblong_slices_become_squares_in_mm():
     assert np.array_equal(case.fed[:, :, 56:264], case.volume)
     square = nifti(head_in((230, 230, 10), (115, 115, 25), (80, 100, 25), (1, 1, 5)), (1, 1, 5))
     assert opened(square).feed is None
+
+
+def test_the_model_of_another_task_is_given_whole_slices_as_in_its_training(tmp_path):
+    spacing = (1.0, 1.0, 1.0)
+    head = head_in((34, 49, 36), (17, 24, 18), (15, 20, 15), spacing)
+    image = nifti(head, spacing)
+    case = opened(image)
+    assert as_trained(case, CHANNELS) is case and case.fed.shape == (36, 49, 49, 3)
+    taken = as_trained(case, ("T1",))
+    files = [tmp_path / f"{kind}.nii.gz" for kind in ("image", "label")]
+    for file, content in zip(files, (image, nifti((head > 400).astype(np.uint8), spacing))):
+        content.to_filename(file)
+    write_patient("one", *files, named_task("hippocampus"), tmp_path / "data")
+    prepared, _ = load_dataset(tmp_path / "data", progress=False).volume("one")
+    assert taken.fed.shape == prepared.shape
+    assert np.corrcoef(taken.fed.ravel(), prepared.ravel())[0, 1] > 0.99
+    wide = opened(nifti(head_in((512, 400, 12), (200, 200, 40), (80, 100, 40), (1, 1, 6)), (1, 1, 6)))
+    framed = [note for note in wide.notes if "framed like" in note]
+    assert framed and set(as_trained(wide, ("T1",)).notes) == set(wide.notes) - set(framed)
 
 
 def test_thin_slices_of_a_sagittal_scan_are_averaged_and_the_neck_goes():

@@ -24,7 +24,7 @@ from common import MedFLError, __version__, git_commit
 from dataset import load_dataset
 from deployment import export_onnx
 from deployment.app.cases import read_case
-from deployment.export_onnx import export
+from deployment.export_onnx import export, rules
 from inference import predict_volume
 from runs.models import PHANTOM_MODEL
 from transunet import ARCHITECTURES, TransUNet
@@ -159,6 +159,24 @@ def test_the_pages_doubts_are_the_apps(ask, session, exported, phantoms):
             told += answer["doubts"]
     ends = [sentence.split("}")[-1] for sentence in SENTENCES.values()]
     assert [end for end in ends if not any(text.endswith(end) for text in told)] == [], "untried"
+
+
+def test_a_page_of_another_task_doubts_as_the_app_does(ask, session, phantoms):
+    """Neither speaks of brain scans, sequences or 256 pixels to who segments something else."""
+    dataset = load_dataset(phantoms, progress=False)
+    training = dataset.image_statistics(tuple(patient.name for patient in dataset.patients))
+    grey = np.repeat(
+        np.full((40, 99, 1), 200, np.uint8) - RNG.integers(0, 90, (40, 99, 1), np.uint8), 3, axis=2
+    )
+    grey[10:30, 30:60] //= 2
+    for channels in (("T1",), ("red", "green", "blue")):
+        volume = read_case(files := [("a_1.png", picture(grey))]).volume
+        given = {"rules": rules(channels), "training": training, "measured": measured(session, volume)}
+        answer = ask((files, json.loads(json.dumps(given))))[0]
+        assert answer["doubts"] == doubts(volume, training, channels) != []
+        said = " ".join(answer["doubts"])
+        assert "the images that the model was trained on" in said
+        assert not any(word in said for word in ("brain", "FLAIR", "256", "identical", "invert")), said
 
 
 def test_the_file_tells_what_it_is_and_nothing_of_the_machine(checkpoint, exported):
