@@ -13,7 +13,7 @@ from federation.runtime.processes import Child, is_healthy, join_address
 
 TEMPLATE = ROOT / "deployment" / "gateway" / "nginx.conf.template"
 START_TIME = 20.0  # seconds for nginx to answer
-MOST_LOG = 20_000_000  # bytes of the log of calls, about 200,000 lines, before it is rotated
+MOST_LOG = 20_000_000  # bytes of a log, about 200,000 calls, before it is rotated
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # "all addresses of this machine", and one of these
 
 

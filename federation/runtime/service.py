@@ -130,8 +130,8 @@ class Service:
             if registrar:
                 registrar.update()
                 self._tell_expiry()
-            if self.gated:
-                rotate(self.gateway_log)
+            for log in [self.gateway_log, *(child.log for child in self.children if child.log)]:
+                rotate(log)  # a stranger makes each of them grow
             time.sleep(0.2)
 
     def _tell_expiry(self) -> None:

@@ -13,6 +13,7 @@ import ssl
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -34,6 +35,7 @@ from federation.runtime import gateway
 from federation.runtime.bundle import make_bundle
 from federation.runtime.flower import Control, TaskSource
 from federation.runtime.gateway import rotate
+from federation.runtime.service import Service
 from federation.server.audit import verify
 
 pytestmark = [
@@ -301,6 +303,44 @@ def test_too_many_calls_are_slowed_down(scene):
         thread.join()
     assert set(statuses) == {b"200", b"429"}
     assert call(scene, "GET", "/health") == 200
+
+
+def test_refused_calls_fill_no_log(scene):
+    connection = http.client.HTTPSConnection("127.0.0.1", scene.port, context=tls(scene), timeout=30)
+    statuses = []
+    while statuses.count(429) < 100:
+        connection.request("GET", f"/health?{'a' * 1_000}")
+        answer = connection.getresponse()
+        answer.read()
+        statuses.append(answer.status)
+    connection.close()
+    (log,) = scene.folder.glob("medfl-server-*/start-*/nginx.log")
+    assert "a" * 1_000 not in log.read_text()
+
+
+def test_no_log_of_the_servers_programs_grows_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(gateway, "MOST_LOG", 10)
+    service = Service("127.0.0.1", 1, None, True, {"out": tmp_path}, tmp_path)
+    programs = [
+        SimpleNamespace(log=tmp_path / f"{name}.log", exit_code=None) for name in ("superlink", "nginx")
+    ]
+    logs = [service.gateway_log, *(program.log for program in programs)]
+    for log in logs:
+        log.write_text("a stranger's call")
+
+    class App:
+        log = None
+        looks = iter((None, 0))
+
+        @property
+        def exit_code(self):
+            return next(self.looks)
+
+    app = App()
+    service.children = [*programs, app]
+    service._wait_for(app, None)
+    for log in logs:
+        assert log.read_text() == "" and log.with_name(f"{log.name}.1").read_text() == "a stranger's call"
 
 
 def test_the_access_log_holds_no_secret(scene):
