@@ -147,7 +147,7 @@ def refuse_to_mix(names: dict[Path, str], out: Path) -> None:
     try:
         with open(out / TABLE, encoding="utf-8", newline="") as table:
             former = {row["file"] for row in csv.DictReader(table)}
-    except (OSError, KeyError, ValueError):  # no run came to its end here
+    except (OSError, KeyError, ValueError, csv.Error):  # no run came to its end here
         return
     for file, name in names.items():
         if (out / f"{name}_mask.png").exists() and cell(str(file)) not in former:

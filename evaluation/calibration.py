@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import log_expit, logit
 
+from borders import escaping
 from evaluation.curves import BLUE, ORANGE, new_figure
 from storage.files import atomic_write
 
@@ -109,6 +110,8 @@ def draw_reliability(figures: dict, path: Path, title: str) -> None:
     for axes in (share, count):
         axes.spines[["top", "right"]].set_visible(False)
     ece = figures["ece"]
-    figure.suptitle(title + ("" if ece is None else f"\nECE {ece:.3f} over pixels of 1 % or more"))
+    figure.suptitle(
+        escaping.drawn(title) + ("" if ece is None else f"\nECE {ece:.3f} over pixels of 1 % or more")
+    )
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -19,7 +19,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, RTStructureSetStorage
 
 from common import MedFLError, __version__
 from radiology.bounds import File
-from radiology.segmentation import EXPECTED, MANUFACTURER
+from radiology.segmentation import EXPECTED, MANUFACTURER, valid_header
 from radiology.series import Series
 from scans.orientation import OFF_GRID
 
@@ -47,17 +47,22 @@ def make_structure_set(
     """A mask as an RTSTRUCT with one outline, "tumour", that refers to its source series.
 
     mask: (S, H, W), non-zero is tumour; the slices are in the series' order. Raises MedFLError for a series that
-    names no frame of reference.
+    names no frame of reference or lacks a required tag.
     """
     if not series.frame_of_reference:
         raise MedFLError(
             "the series names no frame of reference, which an RTSTRUCT must refer to; export the series "
             "completely"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the scanner's tags that deviate from the standard
-        images = [_image_reference(series, index) for index in range(series.slices)]
-        made = _empty(series, series_uid, instance_uid, number)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the scanner's tags that deviate from the standard
+            images = [_image_reference(series, index) for index in range(series.slices)]
+            made = _empty(series, series_uid, instance_uid, number)
+    except Exception as error:  # as for a DICOM SEG
+        raise MedFLError(
+            f"the series “{series.description}” lacks what an RTSTRUCT needs ({error}); export it without removing tags"
+        ) from error
     made.ReferencedFrameOfReferenceSequence = [_frame_of_reference(series, images)]
     made.StructureSetROISequence = [
         _dataset(
@@ -80,8 +85,7 @@ def make_structure_set(
 
 def _empty(series: Series, series_uid: UID, instance_uid: UID, number: int) -> pydicom.Dataset:
     """A structure set for the series' patient and study, without an outline."""
-    with series.files[0].open("rb") as content:
-        source = pydicom.dcmread(content, stop_before_pixels=True)
+    source = valid_header(series.files[0])
     told = {name: source.get(name) for name in EXPECTED}
     now = datetime.now()
     made = highdicom.base.SOPClass(

@@ -114,4 +114,6 @@ def _rescaled(content: pydicom.Dataset, stored: np.ndarray, frame: int) -> np.nd
             break
     if content.get("RescaleSlope") == 0:
         raise ValueError("every value would be the same")
+    if "RescaleIntercept" not in content and "RescaleSlope" in content:
+        content.RescaleIntercept = 0  # else pydicom leaves out the slope, which can differ between slices
     return apply_modality_lut(stored, content)

@@ -3,11 +3,11 @@
 Nothing in the archive is changed or deleted. Scans are fetched as they are stored, compressed or not.
 """
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from http.client import HTTPException
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,7 +20,18 @@ from requests.adapters import HTTPAdapter
 
 from common import MedFLError
 from radiology.login import Login
-from radiology.retrieval import SUFFIX, Denied, FoundSeries, FoundStudy, Missing, Query, Unreachable
+from radiology.retrieval import (
+    DAMAGED,
+    SUFFIX,
+    Damaged,
+    Denied,
+    FoundSeries,
+    FoundStudy,
+    Missing,
+    Query,
+    Unreachable,
+)
+from radiology.values import is_uid, whole_number_in
 from storage.files import atomic_write
 
 WAITS = (1.0, 4.0, 15.0)  # s, before the archive is asked again after a fault
@@ -34,7 +45,8 @@ KEYS = (
 )  # UIDs of study, series and instance, which identify an entry of a list
 AS_STORED = (("application/dicom", "*"),)
 HERE = {"localhost", "127.0.0.1", "::1"}
-UID = re.compile(r"[0-9]+(\.[0-9]+)*")
+# of the connection, as its libraries raise them
+BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException, ConnectionError)
 T = TypeVar("T")
 
 
@@ -95,16 +107,15 @@ class DICOMweb:
         fields = ["SeriesDescription", "NumberOfSeriesRelatedInstances"]
         found = []
         for entry in self._list(self._client.search_for_series, study, fields=fields):
-            number, count = _text(entry, "00200011"), _text(entry, "00201209")
+            count = whole_number_in(_text(entry, "00201209"))
             uid = _checked(_text(entry, "0020000E"))
-            instances = int(count) if count.isdigit() else len(self._instances(study, uid))
             found.append(
                 FoundSeries(
                     uid,
                     _text(entry, "00080060"),
                     _text(entry, "0008103E"),
-                    int(number) if number.lstrip("-").isdigit() else None,
-                    instances,
+                    whole_number_in(_text(entry, "00200011")),
+                    len(self._instances(study, uid)) if count is None else count,
                 )
             )
         return found
@@ -120,8 +131,8 @@ class DICOMweb:
 
     def fetch(self, study: str, series: str, folder: Path) -> None:
         """Write the files of a series that `folder` does not hold yet, as FOLDER/UID.dcm. A series that grows in
-        the meantime is fetched until it no longer changes. Raises like the other methods, and MedFLError if the
-        disk is full."""
+        the meantime is fetched until it no longer changes. Raises like the other methods, Damaged for a file that
+        can't be read, and MedFLError if the disk is full."""
         self._patiently(lambda: self._fetch_missing(study, series, folder))
 
     def has(self, study: str, series: str, instance: str) -> bool:
@@ -143,12 +154,17 @@ class DICOMweb:
         if not expected:
             raise Missing("the archive has no file of this series")
         there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
-        if not there:
-            for content in self._client.iter_series(study, series, media_types=AS_STORED):
-                _save(content, folder)
-        else:
-            for uid in sorted(expected - there):
-                _save(self._client.retrieve_instance(study, series, uid, media_types=AS_STORED), folder)
+        try:
+            if not there:
+                for content in self._client.iter_series(study, series, media_types=AS_STORED):
+                    _save(content, folder)
+            else:
+                for uid in sorted(expected - there):
+                    _save(self._client.retrieve_instance(study, series, uid, media_types=AS_STORED), folder)
+        except (MedFLError, *BROKEN):
+            raise
+        except Exception as error:  # the client reads each file with pydicom, which raises many kinds
+            raise Damaged(DAMAGED) from error
         there = {path.stem for path in folder.glob(f"*{SUFFIX}")}
         if self._instances(study, series) - there:
             raise _Changed
@@ -162,7 +178,9 @@ class DICOMweb:
         ends when a page has nothing new."""
         entries: dict[tuple[str, ...], dict] = {}
         while True:
-            page = partial(search, *where, limit=1 if first_only else PAGE, offset=len(entries), **how)
+            page = partial(
+                _listed, search, *where, limit=1 if first_only else PAGE, offset=len(entries), **how
+            )
             before = len(entries)
             for entry in self._patiently(page):
                 entries.setdefault(tuple(_text(entry, tag) for tag in KEYS), entry)
@@ -183,12 +201,12 @@ class DICOMweb:
                     "the archive's certificate, or ours, fails the check of TLS; name the CA of the "
                     "archive's certificate as authority in the login's file, or correct the address"
                 ) from error
-            except (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException, ConnectionError):
+            except BROKEN:
                 fault = (
                     "the archive can't be reached, or the connection was lost; check the address and the "
                     "network, and try again"
                 )
-            except (ValueError, KeyError) as error:  # the answer is not DICOM as JSON or multipart
+            except (ValueError, KeyError, RecursionError) as error:  # not DICOM as JSON or multipart
                 raise MedFLError("the archive's answer is not DICOMweb; check the address") from error
             if wait is None:
                 break
@@ -232,17 +250,33 @@ def _judge(error: requests.HTTPError) -> str:
     return f"the archive reports an internal error ({status}); try again later"
 
 
+def _listed(search: Callable, *where: str, **how: Any) -> list[dict]:
+    """The archive's answer to a search. Raises ValueError if it is not a list of tags as JSON."""
+    told = search(*where, **how)
+    if not isinstance(told, list) or not all(
+        isinstance(entry, dict) and all(isinstance(element, dict) for element in entry.values())
+        for entry in told
+    ):
+        raise ValueError("not a list of tags")
+    return told
+
+
 def _text(entry: dict, tag: str) -> str:
-    values = entry.get(tag, {}).get("Value") or [""]
-    return "" if values[0] is None else str(values[0]).strip()
+    values = entry.get(tag, {}).get("Value")
+    first = values[0] if isinstance(values, list) and values else None
+    return "" if first is None else str(first).strip()
 
 
 def _checked(uid: str) -> str:
-    if not UID.fullmatch(uid) or len(uid) > 64:
+    if not is_uid(uid):
         raise MedFLError("a UID of the study is not valid; a UID consists of digits and points")
     return uid
 
 
 def _save(content: pydicom.Dataset, folder: Path) -> None:
-    with atomic_write(folder / f"{_checked(str(content.SOPInstanceUID))}{SUFFIX}", private=True) as file:
-        content.save_as(file)
+    uid, encoded = str(content.SOPInstanceUID), BytesIO()
+    if not is_uid(uid):
+        raise ValueError("a file without a valid UID")
+    content.save_as(encoded)  # before the file is opened: an error of pydicom's is not one of the disk
+    with atomic_write(folder / f"{uid}{SUFFIX}", private=True) as file:
+        file.write(encoded.getbuffer())

@@ -42,6 +42,7 @@ from radiology.dimse_messages import (
 )
 from radiology.login import Login
 from radiology.retrieval import SUFFIX, Denied, FoundSeries, FoundStudy, Missing, Query, Unreachable
+from radiology.values import whole_number_in
 
 WAITS = (1.0, 4.0, 15.0)  # s, before the archive is asked again after a fault
 TIMEOUT = 120  # s, for an answer
@@ -100,17 +101,16 @@ class DIMSE:
         )
         found = []
         for answer in self._find("SERIES", StudyInstanceUID=study, **dict.fromkeys(names, "")):
-            uid, number = str(answer.SeriesInstanceUID), text_of(answer, "SeriesNumber")
-            count = text_of(answer, "NumberOfSeriesRelatedInstances")
+            uid, count = str(answer.SeriesInstanceUID), whole_number_in(text_of(answer, names[-1]))
             found.append(
                 FoundSeries(
                     uid,
                     text_of(answer, "Modality"),
                     text_of(answer, "SeriesDescription"),
-                    int(number) if number.lstrip("-").isdigit() else None,
-                    int(count)
-                    if count.isdigit()
-                    else len(self._find("IMAGE", **of_series(study, uid), SOPInstanceUID="")),
+                    whole_number_in(text_of(answer, "SeriesNumber")),
+                    len(self._find("IMAGE", **of_series(study, uid), SOPInstanceUID=""))
+                    if count is None
+                    else count,
                 )
             )
         return found

@@ -31,13 +31,16 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made when it
 )
 
 from common import MedFLError
-from radiology.retrieval import SUFFIX, Unreachable
+from radiology.retrieval import DAMAGED, SUFFIX, Damaged, Unreachable
+from radiology.values import is_uid
 from storage.files import atomic_write
 
 FIND = StudyRootQueryRetrieveInformationModelFind
 PENDING = (0xFF00, 0xFF01)
 SUCCESS = 0x0000
 FULL = 0xA700
+FOREIGN = 0xA900  # not what was asked for
+UNREADABLE = 0xC000
 KINDS = (
     MRImageStorage,
     EnhancedMRImageStorage,
@@ -88,19 +91,25 @@ def identifier(level: str, **asked: Any) -> Dataset:
 
 
 def store_handler(series: str, folder: Path, faults: list[MedFLError]) -> Callable:
-    """The handler for a file that the archive sends. Files of other series are refused."""
+    """The handler for a file that the archive sends. Files of other series are refused. faults: gets why a file
+    could not be stored."""
 
     def store(event: Any) -> int:
         try:
             content = event.encoded_dataset()  # as it was sent, without decoding and encoding
             header = pydicom.dcmread(BytesIO(content), stop_before_pixels=True)
-            if str(header.SeriesInstanceUID) != series or not UID(header.SOPInstanceUID).is_valid:
-                return 0xA900  # not what was asked for
-            with atomic_write(folder / f"{header.SOPInstanceUID}{SUFFIX}", private=True) as file:
+            if str(header.SeriesInstanceUID) != series:
+                return FOREIGN
+            if not is_uid(uid := str(header.SOPInstanceUID)):
+                raise ValueError("a file without a valid UID")
+            with atomic_write(folder / f"{uid}{SUFFIX}", private=True) as file:
                 file.write(content)
         except MedFLError as error:
             faults.append(error)
             return FULL
+        except Exception:  # pydicom raises many kinds for a damaged file
+            faults.append(Damaged(DAMAGED))
+            return UNREADABLE
         return SUCCESS
 
     return store

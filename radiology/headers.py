@@ -15,7 +15,7 @@ from pydicom.uid import (
 from borders.limits import MAX_HEADER
 from common import MedFLError
 from radiology.bounds import File, Readings, beginning_of, check_size, read_up_to_pixels
-from radiology.values import look_up, number_in, numbers_in, several_in, time_in
+from radiology.values import look_up, number_in, numbers_in, several_in, time_in, whole_number_in
 
 DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory
 OTHER_MODALITY = (
@@ -176,7 +176,10 @@ def _place(position: Any, orientation: Any, pixel_spacing: Any) -> Place | None:
 
 def _describe(header: pydicom.Dataset, uid: str) -> dict:
     """The fields of a Series that are read from its first file."""
-    kind, number = tuple(map(str, several_in(header.get("ImageType")))), number_in(header.get("SeriesNumber"))
+    kind, number = (
+        tuple(map(str, several_in(header.get("ImageType")))),
+        whole_number_in(header.get("SeriesNumber")),
+    )
 
     def text(name: str) -> str:
         return str(header.get(name) or "").strip()
@@ -187,7 +190,7 @@ def _describe(header: pydicom.Dataset, uid: str) -> dict:
         patient_id=text("PatientID"),
         modality=text("Modality"),
         description=text("SeriesDescription"),
-        number=None if number is None else int(number),
+        number=number,
         protocol=text("ProtocolName"),
         sequence=text("SequenceName"),
         image_type=kind,

@@ -29,11 +29,22 @@ from storage.files import run_folder
 INCOMING = "incoming"  # in the private folder
 SCANS = ("MR",)
 SUFFIX = ".dcm"
-UNREADABLE = (AttributeError, TypeError, ValueError, LookupError)  # from pydicom, for invalid tags
+DAMAGED = "the archive sends a file of it that can't be read"
+UNREADABLE = (
+    AttributeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+)  # from pydicom, for invalid tags
 
 
 class Missing(MedFLError):
     """The archive does not have the requested study or series."""
+
+
+class Damaged(MedFLError):
+    """A file that the archive sends can't be read."""
 
 
 class Denied(MedFLError):
@@ -84,7 +95,7 @@ class FoundSeries:
 
 class Archive(Protocol):
     """The methods of an archive. Each raises MedFLError if the archive refuses (Denied for the login), Missing if it
-    does not have the object, and Unreachable if it does not answer."""
+    does not have the object, Damaged for a file that can't be read, and Unreachable if it does not answer."""
 
     def find_studies(self, query: Query) -> list[FoundStudy]: ...
 
@@ -175,8 +186,11 @@ class Retrieval:
                 return plan
             for series in needed:
                 place = _series_folder(folder, series.uid)
-                self.archive.fetch(study.uid, series.uid, place)
-                known[series.uid] = _read(place, listed[series.uid], known[series.uid])
+                try:
+                    self.archive.fetch(study.uid, series.uid, place)
+                    known[series.uid] = _read(place, listed[series.uid], known[series.uid])
+                except Damaged as error:
+                    known[series.uid] = replace(known[series.uid], problems=(str(error),))
                 here.add(series.uid)
 
     def _plan(self, study: FoundStudy, known: dict[str, Series]) -> Study:
@@ -201,6 +215,8 @@ class Retrieval:
             return _from_header(header, listed)
         except Missing:
             return _bare(listed, "the archive lists it but has no file of it")
+        except Damaged as error:
+            return _bare(listed, str(error))
         except UNREADABLE:  # pydicom can't convert the header; the fetched files decide
             return _bare(listed)
 

@@ -70,7 +70,6 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
         raise MedFLError(
             "the mask is empty, and a DICOM SEG without a pixel can't be shown; there is nothing to write"
         )
-    sources, frames = _sources(series)
     tumour = SegmentDescription(
         segment_number=1,
         segment_label="tumour",
@@ -84,6 +83,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the scanner's tags that deviate from the standard
+            sources, frames = _sources(series)
             segmentation = highdicom.seg.Segmentation(
                 source_images=sources,
                 pixel_array=mask,
@@ -99,7 +99,7 @@ def make_segmentation(mask: np.ndarray, series: Series) -> highdicom.seg.Segment
                 device_serial_number="0",
                 series_description="MedFL tumour, research use only",
             )
-    except Exception as error:  # for example a missing tag; highdicom raises many kinds of errors
+    except Exception as error:  # for example a missing tag; pydicom and highdicom raise many kinds of errors
         raise MedFLError(
             f"the series “{series.description}” lacks what a DICOM SEG needs ({error}); export it without "
             "removing tags"
@@ -132,7 +132,7 @@ def _sources(series: Series) -> tuple[list[pydicom.Dataset], dict[str, tuple[str
     for index in range(series.slices):
         path, frame = series.place_of(index)
         if path not in headers:
-            headers[path] = _header(path)
+            headers[path] = valid_header(path)
         source = pydicom.Dataset()
         source.update(headers[path])
         changed: dict[str, Any] = {
@@ -159,7 +159,7 @@ def _sources(series: Series) -> tuple[list[pydicom.Dataset], dict[str, tuple[str
     return sources, frames
 
 
-def _header(path: File) -> pydicom.Dataset:
+def valid_header(path: File) -> pydicom.Dataset:
     """A file's header, with dates, times and sex in valid DICOM forms or empty."""
     with path.open("rb") as file:
         header = pydicom.dcmread(file, stop_before_pixels=True)

@@ -23,6 +23,9 @@ OF_ONE = {  # fields that must be equal in all files of a series
     "studies": ("study_uid",),
     "frames of reference": ("frame_of_reference",),
 }
+ONE_NUMBER = (
+    "different images in it share one number (SOPInstanceUID), after a faulty anonymisation: export it again"
+)
 TURNED = 1e-3  # tolerance of direction cosines, which are written with about six digits
 
 
@@ -100,13 +103,14 @@ def find_series(
 ) -> tuple[list[Series], list[Refused]]:
     """The series that these files form, sorted by patient, study and number, and the files that belong to none.
 
-    Only headers are read. A file that is there twice counts once; its copy is among the refused files. readings: what
-    all headers together may cost; each may cost as much as one study's, if nothing is given.
+    Only headers are read. A file that is there twice counts once; its copy is among the refused files. Other images
+    under the number of an earlier one are a problem of their series. readings: what all headers together may cost;
+    each may cost as much as one study's, if nothing is given.
     """
     slices: defaultdict[str, list[Slice]] = defaultdict(list)
     notes: defaultdict[str, list[str]] = defaultdict(list)
     heads: dict[str, dict] = {}
-    seen: dict[str, File] = {}
+    seen: dict[str, tuple[File, tuple]] = {}
     refused = []
     for path in paths:
         try:
@@ -114,10 +118,13 @@ def find_series(
         except MedFLError as error:
             refused.append(Refused(path, str(error)))
             continue
-        if header.instance in seen:
-            refused.append(Refused(path, f"the same image as {seen[header.instance].name}; it counts once"))
+        where = header.series, [s.place for s in header.slices]
+        first, there = seen.get(header.instance, (path, None))
+        if there == where:
+            refused.append(Refused(path, f"the same image as {first.name}; it counts once"))
             continue
-        seen[header.instance] = path
+        seen.setdefault(header.instance, (path, where))
+        notes[header.series] += [ONE_NUMBER] * (there is not None)
         head = heads.setdefault(header.series, header.about)
         notes[header.series] += header.problems + [
             f"its files name different {what} under one series number: export each separately"

@@ -1,9 +1,17 @@
-"""Values of DICOM tags as numbers, with None where a tag is missing, empty or damaged."""
+"""Values of DICOM tags: as numbers, with None where a tag is missing, empty or damaged, and the form of a UID."""
 
 import math
+import re
 from typing import Any
 
 import pydicom
+
+UID = re.compile(r"[0-9]+(\.[0-9]+)*")
+
+
+def is_uid(text: str) -> bool:
+    """Whether a text has the form of a UID. Some scanners write numbers that begin with 0, which DICOM forbids."""
+    return len(text) <= 64 and UID.fullmatch(text) is not None
 
 
 def number_in(value: Any) -> float | None:
@@ -13,6 +21,12 @@ def number_in(value: Any) -> float | None:
     except (TypeError, ValueError, IndexError):
         return None
     return number if math.isfinite(number) else None
+
+
+def whole_number_in(value: Any) -> int | None:
+    """The first number in a tag's value without its fraction, or None."""
+    number = number_in(value)
+    return None if number is None else int(number)
 
 
 def numbers_in(value: Any, count: int) -> tuple[float, ...] | None:

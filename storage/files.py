@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 NAME_KEPT = 40  # characters of a file's name in that of its temporary file; a name has at most 255 bytes
+NUMBER = re.compile(r"[0-9]{1,9}")  # of a process
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of network shares without locks
 # torch's words in its error for a file that it could not write
 TORN = ("PytorchStreamWriter", "inline_container")
@@ -135,8 +137,11 @@ def _remove_leftovers(place: Path, prefix: str) -> None:
         return
     for left in place.glob(f"{glob.escape(prefix)}*-*"):
         number = left.name[len(prefix) :].split("-")[0]
-        if number.isdigit() and left.lstat().st_uid == os.getuid() and not _is_alive(int(number)):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        if not NUMBER.fullmatch(number) or _is_alive(int(number)):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
+            if left.lstat().st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def _is_alive(process: int) -> bool:

@@ -18,6 +18,7 @@ from pydicom.uid import UID, MRImageStorage, generate_uid
 
 from common import MedFLError
 from radiology.bounds import InMemory
+from radiology.contours import make_structure_set
 from radiology.rules import FLAIR, POST, PRE, load_rules, role_of
 from radiology.segmentation import read_segmentation, refusal, write_segmentation
 from radiology.series import find_series, load_series
@@ -105,7 +106,20 @@ def test_cosmetic_faults_of_a_series_do_not_cost_its_mask(tmp_path, cosmetic):
     assert refusal(series) is None and comes_back(series, tmp_path / "seg")
     if cosmetic is old_forms:
         seg = pydicom.dcmread(tmp_path / "seg")
-        assert (seg.StudyDate, seg.StudyTime, seg.PatientBirthDate) == ("19970304", "102030", "")
+        outlined = make_structure_set(mask_of(series), series, "1.2.5", "1.2.6", 1)
+        for made in (seg, outlined):
+            told = (made.StudyDate, made.StudyTime, made.PatientBirthDate or "")
+            assert tuple(map(str, told)) == ("19970304", "102030", "")
+
+
+def test_a_header_with_a_damaged_value_gets_no_mask_and_a_sentence(tmp_path):
+    paths = write_series(tmp_path / "s", image_of(VALUES, (5, 2, 2)), {"StudyID": "1"})
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"\x20\x00\x10\x00SH", b"\x20\x00\x10\x00\x55\x00"))
+    series = only(paths)
+    assert "export it without" in str(refusal(series))
+    with pytest.raises(MedFLError, match="lacks what an RTSTRUCT needs"):
+        make_structure_set(mask_of(series), series, "1.2.5", "1.2.6", 1)
 
 
 @pytest.mark.parametrize("enhanced", [False, True])

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from bombs import dicom
 
+from common import MedFLError
 from radiology.dicomweb import DICOMweb
 from radiology.login import Login
 from radiology.retrieval import Denied, FoundSeries, FoundStudy, Query, Retrieval
@@ -20,13 +21,17 @@ SERIES = {
     "00201209": {"vr": "IS", "Value": [9]},
 }
 
+NESTED: dict = {}
+for _ in range(200):
+    NESTED = {"00081140": {"vr": "SQ", "Value": [NESTED]}}
+
 
 @pytest.fixture
 def archive():
     """An archive of one series, what it tells of its header, and where it refers to."""
 
     class Answers(BaseHTTPRequestHandler):
-        header, refers_to = [SERIES], ""
+        header, listed, refers_to = [SERIES], [SERIES], ""
 
         def do_GET(self):
             if self.refers_to:
@@ -34,7 +39,7 @@ def archive():
                 self.send_header("Location", self.refers_to + self.path)
                 self.end_headers()
                 return
-            told = self.header if "/metadata" in self.path else [SERIES] if "offset=0" in self.path else []
+            told = self.header if "/metadata" in self.path else self.listed if "offset=0" in self.path else []
             body = json.dumps(told).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/dicom+json")
@@ -60,6 +65,7 @@ def archive():
         [{"00080060": {"Value": ["MR"]}}],
         [],
         [None],
+        [{"00081140": {"vr": "SQ", "Value": [NESTED]}}],
     ],
 )
 def test_a_header_that_can_not_be_taken_over_costs_no_other_series(archive, header, tmp_path):
@@ -67,6 +73,14 @@ def test_a_header_that_can_not_be_taken_over_costs_no_other_series(archive, head
     answers.header = header
     plan = Retrieval(there, load_rules(), tmp_path).plan(FoundStudy("1.2", "p", "20260101"))
     assert [(line.series.description, line.used_as) for line in plan.lines] == [("FLAIR", "FLAIR")]
+
+
+@pytest.mark.parametrize("listed", [["x"], [None], [{**SERIES, "0020000E": "1.2.3"}], {"a": 1}, 5])
+def test_a_list_of_another_form_is_no_list_of_series(archive, listed):
+    there, answers = archive
+    answers.listed = listed
+    with pytest.raises(MedFLError, match="not DICOMweb"):
+        there.find_series("1.2")
 
 
 def test_an_archive_that_refers_to_a_machine_without_encryption_is_not_followed(archive):

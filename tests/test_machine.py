@@ -26,9 +26,9 @@ from dataset import load_dataset
 from federation.runtime.flower import name_home_where_missing
 from federation.runtime.processes import no_proxy
 from federation.runtime.proxies import leave_out_odd
-from predict import output_names
+from predict import TABLE, output_names, refuse_to_mix
 from scans.cache import cache_folder
-from storage.files import atomic_write, claim, run_folder
+from storage.files import atomic_write, claim, run_folder, write_csv
 from torchvision_operators import name_cache_where_missing
 from training import TrainingSettings
 
@@ -376,3 +376,17 @@ def test_no_mask_takes_the_place_of_another_one_on_any_disk(other):
     assert [name.split("_")[0] for name in names.values()] == ["anna", "bert"]
     with pytest.raises(MedFLError, match="would have the same name"):
         output_names([first, Path("elsewhere/ANNA") / other])
+
+
+@pytest.mark.parametrize("number", ["²", "99999999999999999999"])
+def test_a_file_that_is_called_like_a_leftover_stops_no_writing(tmp_path, number):
+    beside = tmp_path / f".a.csv.{number}-x"
+    beside.touch()
+    write_csv(tmp_path / "a.csv", [("b",)])
+    assert (tmp_path / "a.csv").read_text() == "b\n" and beside.exists()
+
+
+def test_a_table_that_is_not_ours_is_no_earlier_run(tmp_path):
+    (tmp_path / TABLE).write_text("file\n" + "x" * 200_000 + "\n")
+    (tmp_path / "a_mask.png").touch()
+    refuse_to_mix({tmp_path / "a.png": "a"}, tmp_path)

@@ -10,7 +10,7 @@ from pydicom.pixels import pack_bits
 from test_series import write_enhanced
 
 from common import MedFLError
-from radiology.segmentation import _header, read_segmentation, write_segmentation
+from radiology.segmentation import read_segmentation, valid_header, write_segmentation
 from radiology.series import find_series, load_series
 
 SHAPE = (7, 20, 24)
@@ -236,6 +236,6 @@ def test_what_is_long_or_private_in_a_source_is_not_unpacked(source):
     for tag, items in ((0x54011001, 3), (0x00081110, 9_000)):
         file.add_new(tag, "SQ", [pydicom.Dataset() for _ in range(items)])
     file.save_as(path)
-    header = _header(path)
+    header = valid_header(path)
     assert not any(tag.is_private for tag in list(header.keys())) and "ReferencedStudySequence" not in header
     assert header.PatientName == file.PatientName and header.SOPInstanceUID == file.SOPInstanceUID

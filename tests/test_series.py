@@ -335,6 +335,23 @@ def test_one_bad_series_does_not_spoil_another(tmp_path):
     assert sorted(len(series.problems) for series in found) == [0, 1]
 
 
+def test_a_slope_without_an_intercept_counts(tmp_path):
+    paths = write_series(tmp_path, image_of(np.ones((3, 8, 8)), (5, 1, 1)))
+    for index, path in enumerate(paths):
+        change(path, RescaleSlope=index + 1)
+    assert sitk.GetArrayFromImage(load_series(only(paths)))[:, 0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("shared", [2, 6])
+def test_slices_under_one_number_are_no_copies(tmp_path, shared):
+    """A faulty anonymisation gave slices the same number: without every second one the rest would be even."""
+    paths = write_series(tmp_path, image_of(np.zeros((6, 8, 8)), (5, 1, 1)))
+    for index, path in enumerate(paths):
+        change(path, SOPInstanceUID=f"1.2.3.{index // shared + 1}")
+    (series,), refused = find_series(paths)
+    assert not refused and series.spacing[0] == 5 and "share one number" in series.problems[0]
+
+
 def test_files_that_belong_to_no_series_are_named_with_the_reason(tmp_path):
     paths = write_series(tmp_path / "a", image_of(values(2), SPACING))
     twice, text, header, empty = (tmp_path / name for name in ("twice", "text", "header", "empty"))

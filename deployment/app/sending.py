@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
+from borders.escaping import markdown
 from checkpoint import Checkpoint
 from common import MedFLError, counted
 from deployment.app.correcting import Corrected
@@ -49,7 +50,7 @@ def send_button(
         with st.spinner("sending"):
             sent = send(archive, source, done, probability, threshold, checkpoint)
     except MedFLError as error:
-        st.error(f"{error}.")
+        st.error(markdown(f"{error}."))
     else:
         st.success(f"{counted(sent, 'object')} sent." if sent else "The archive has it already.")
 

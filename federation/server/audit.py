@@ -152,7 +152,10 @@ def check_signatures(path: Path, keys: Mapping[str, list[str]]) -> int:
             signed.add((str(about["round"]), str(about["hospital"])))
             count += 1
         elif event == "round" and asked:
-            for hospital in map(str, list(about.get("updates") or ())):
+            counted = about.get("updates") or []
+            if not isinstance(counted, dict | list):
+                raise MedFLError(f"{where} does not say whose updates it counts; the log was changed")
+            for hospital in map(str, counted):
                 if (str(about.get("round")), hospital) not in signed:
                     raise MedFLError(
                         f"{where} counts an update of {hospital}, but no line holds its signature; ask that "

@@ -143,6 +143,10 @@ def of_no_event(events):
     return [{"event": [], "updates": 5}, {"event": "round", "round": [[]], "updates": ["hope"]}]
 
 
+def a_number_of_updates(events):
+    return [{**one, "updates": 5} if one["event"] == "round" else one for one in events]
+
+
 def nothing_said(events):
     return [{"event": "signed", "hospital": "hope"} if one["event"] == "signed" else one for one in events]
 
@@ -156,6 +160,7 @@ def nothing_said(events):
         (a_strangers, "names stranger, which the kit does not know"),
         (of_lists, "says nothing that could have been signed"),
         (nothing_said, "says nothing that could have been signed"),
+        (a_number_of_updates, "does not say whose updates it counts"),
     ],
 )
 def test_a_signature_that_is_not_the_hospitals_is_refused(ran, change, sentence):
