@@ -19,9 +19,11 @@ from federation.runtime.processes import (
     is_loopback,
     join_address,
     parse_address,
+    rotate,
     speaks_tls,
 )
 
+LOG = "supernode.log"  # of the connection
 LOOK = 0.5  # seconds between two looks at children and server
 PARTING = 5.0  # seconds for the last answer to reach the server, unless the server is gone before
 RESTARTS = 5  # of the connection in a row, before it is given up
@@ -45,7 +47,7 @@ class Connection:
     """Flower's SuperNode and the program that handles its messages, started and stopped together."""
 
     def __init__(self, server: str, kit: Path | None, folder: Path):
-        port, log = str(free_port()), folder / "supernode.log"
+        port, log = str(free_port()), folder / LOG
         log.unlink(missing_ok=True)  # the former connection's log says nothing about this one
         transport = (
             ["--insecure"]
@@ -141,6 +143,7 @@ class Watch:
                 self._look_at_server()
                 self._look_at_children()
                 self._look_at_difference()
+                rotate(self.folder / LOG)  # a hostile server could make it fill the disk
                 time.sleep(LOOK)
             about = json.loads(ended.read_text(encoding="utf-8"))
             until = time.monotonic() + PARTING

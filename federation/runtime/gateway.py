@@ -1,6 +1,5 @@
 """The gateway: an nginx in front of Flower's SuperLink that lets only hospitals' calls through."""
 
-import os
 import shutil
 import string
 import subprocess
@@ -13,7 +12,6 @@ from federation.runtime.processes import Child, is_healthy, join_address
 
 TEMPLATE = ROOT / "deployment" / "gateway" / "nginx.conf.template"
 START_TIME = 20.0  # seconds for nginx to answer
-MOST_LOG = 20_000_000  # bytes of the log of calls, about 200,000 lines, before it is rotated
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # "all addresses of this machine", and one of these
 
 
@@ -49,20 +47,6 @@ def write_configuration(
         string.Template(TEMPLATE.read_text(encoding="utf-8")).safe_substitute(values), encoding="utf-8"
     )
     return path
-
-
-def rotate(log: Path) -> None:
-    """Rotate a log that has grown long: it replaces the one before it (NAME.1) and starts again empty. It is copied and
-    truncated, because nginx's workers may not open files there. On a full disk it stays as it is."""
-    if not log.exists() or log.stat().st_size <= MOST_LOG:
-        return
-    aside = log.with_name(f"{log.name}.1")
-    try:
-        shutil.copyfile(log, aside)
-    except OSError:
-        aside.unlink(missing_ok=True)
-    else:
-        os.truncate(log, 0)
 
 
 def start_gateway(

@@ -4,6 +4,7 @@ on."""
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -18,6 +19,7 @@ from common import ROOT, MedFLError
 from federation.runtime.programs import PROGRAM
 
 GRACE = 5.0  # seconds between asking a child to end and killing it
+MOST_LOG = 20_000_000  # bytes of a log, about 200,000 calls at the gateway, before it is rotated
 LAST_LINES = 15  # of a child's log, shown when it ended by itself
 # For programs that hold weights but don't train: glibc returns every array above 1 MiB to the system as soon as it is
 # freed. By default glibc keeps them, and the holes between them make a server grow with every round.
@@ -141,6 +143,20 @@ class Child:
         """The last lines of its log."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log and self.log.exists() else []
         return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+
+
+def rotate(log: Path) -> None:
+    """Rotate a log that has grown long: it replaces the one before it (NAME.1) and starts again empty. It is copied and
+    truncated, because its writer has it open. On a full disk it stays as it is."""
+    if not log.exists() or log.stat().st_size <= MOST_LOG:
+        return
+    aside = log.with_name(f"{log.name}.1")
+    try:
+        shutil.copyfile(log, aside)
+    except OSError:
+        aside.unlink(missing_ok=True)
+    else:
+        os.truncate(log, 0)
 
 
 def free_port() -> int:

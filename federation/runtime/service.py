@@ -12,9 +12,9 @@ from federation.protocol.log import say
 from federation.runtime.bundle import make_bundle
 from federation.runtime.expiry import tell_kit
 from federation.runtime.flower import Control, TaskSource
-from federation.runtime.gateway import rotate, start_gateway
+from federation.runtime.gateway import start_gateway
 from federation.runtime.kit import CA, SERVER, SERVER_KEY
-from federation.runtime.processes import Child, free_port, is_healthy, join_address, no_proxy
+from federation.runtime.processes import Child, free_port, is_healthy, join_address, no_proxy, rotate
 from federation.runtime.proxies import go_direct
 from federation.runtime.registrar import Registrar
 from federation.server.events import Messenger
@@ -130,8 +130,8 @@ class Service:
             if registrar:
                 registrar.update()
                 self._tell_expiry()
-            if self.gated:
-                rotate(self.gateway_log)
+            for log in [self.gateway_log, *(child.log for child in self.children if child.log)]:
+                rotate(log)  # a stranger can make each of them grow
             time.sleep(0.2)
 
     def _tell_expiry(self) -> None:

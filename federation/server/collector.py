@@ -104,9 +104,11 @@ class Collector:
         )
         complaints = self.exchange.complaints()
         unfit = (FAILURES[Failure.TRAINING], FAILURES[Failure.PROTOCOL])
-        came.unable = {label for label, why in came.failures.items() if why in unfit}.difference(
-            *complaints.values()
-        )
+        # an observer's failure says nothing about training: by it one could have had each round taken back
+        asked_to_train = {member.label for member in asked.members}
+        came.unable = {
+            label for label, why in came.failures.items() if why in unfit and label in asked_to_train
+        }.difference(*complaints.values())
         if asked.secure:
             self._add_sum(asked.secure, asked, came, complaints)
         return came

@@ -178,6 +178,28 @@ def test_a_model_that_half_of_the_hospitals_cant_train_is_taken_back(monkeypatch
     assert later == ["hospital-0", "hospital-1"] * 2 and state.weights.abs().max() < 1e20
 
 
+class OnlyScoring(Worker):
+    """An observer whose data can't be read any more, or that says so."""
+
+    def __init__(self, label: str):
+        super().__init__(label, [])
+        self.introduction["role"] = "observe"
+
+    def answer(self, incoming):
+        if "query" in read(incoming.content) or read(incoming.content).get("part") == "test":
+            return super().answer(incoming)
+        return Message(message({"failure": "training"}), reply_to=incoming)
+
+
+def test_who_only_scores_takes_no_round_back(monkeypatch, tmp_path):
+    """With two hospitals that train it was half of them, and had each round taken back."""
+    make_fast(monkeypatch)
+    workers = [Worker(label, [0.5, 0.6, 0.7, 0.8]) for label in ("grace", "hope")]
+    federation = {"clients": 2}
+    code, state, said = federate([*workers, OnlyScoring("zoe")], 3, tmp_path, federation=federation)
+    assert code == 0 and "round 1 without zoe" in "".join(said) and state.progress.collapses == 0
+
+
 class Falling(RealHospital):
     """Says that the model was good before round 1 and bad before round 2; unfit: or that its update of round 2
     does not fit into the secure aggregation, as what a ruined model teaches does not."""

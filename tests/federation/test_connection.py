@@ -20,7 +20,7 @@ from running import run_here
 
 from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
-from federation.runtime import bundle, connection, expiry, proxies
+from federation.runtime import bundle, connection, expiry, processes, proxies
 from federation.runtime.admissions import admit
 from federation.runtime.certificates import make_authority, make_server_certificate
 from federation.runtime.hospital_kit import hold_kit, make_hospital_key
@@ -103,6 +103,17 @@ def test_another_version_is_waited_for_and_not_for_ever(watch):
         watch.run()
     (watch.folder / WAITING).unlink()  # the server came back with the same version, and ended
     assert watch.run() == (2, "another version")
+
+
+def test_what_a_server_makes_the_connection_write_does_not_fill_the_disk(watch, monkeypatch):
+    monkeypatch.setattr(processes, "MOST_LOG", 10)
+    log = watch.folder / "supernode.log"
+    log.write_text("a message whose name takes megabytes")
+    for name in (WAITING, ENDED):  # so that it ends
+        (watch.folder / name).write_text(json.dumps({"exit": 2, "sentence": "another version"}))
+    with pytest.raises(MedFLError, match="another version"):
+        watch.run()
+    assert log.read_text() == "" and log.with_name("supernode.log.1").exists()
 
 
 def test_no_connection_is_counted_as_broken_while_no_server_is_there(watch, monkeypatch):

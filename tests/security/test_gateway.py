@@ -30,10 +30,11 @@ from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from running import run_here
 
-from federation.runtime import gateway
+from federation.runtime import gateway, processes
 from federation.runtime.bundle import make_bundle
 from federation.runtime.flower import Control, TaskSource
-from federation.runtime.gateway import rotate
+from federation.runtime.processes import Child, rotate
+from federation.runtime.service import Service
 from federation.server.audit import verify
 
 pytestmark = [
@@ -303,6 +304,43 @@ def test_too_many_calls_are_slowed_down(scene):
     assert call(scene, "GET", "/health") == 200
 
 
+def test_refused_calls_fill_no_log(scene):
+    connection = http.client.HTTPSConnection("127.0.0.1", scene.port, context=tls(scene), timeout=30)
+    statuses = []
+    while statuses.count(429) < 100:
+        connection.request("GET", f"/health?{'a' * 1_000}")
+        answer = connection.getresponse()
+        answer.read()
+        statuses.append(answer.status)
+    connection.close()
+    (log,) = scene.folder.glob("medfl-server-*/start-*/nginx.log")
+    assert "a" * 1_000 not in log.read_text()
+
+
+class Running(Child):
+    """A program that has written this log, and ends after some looks."""
+
+    def __init__(self, log, looks=100):
+        self.program, self.log, self.looks = log.stem, log, iter([None] * looks + [0])
+
+    @property
+    def exit_code(self):
+        return next(self.looks)
+
+
+def test_no_log_of_the_servers_programs_grows_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "MOST_LOG", 10)
+    service = Service("127.0.0.1", 1, None, True, {"out": tmp_path}, tmp_path)
+    logs = [service.gateway_log, *(tmp_path / f"{name}.log" for name in ("superlink", "nginx", "app"))]
+    for log in logs:
+        log.write_text("a stranger's call")
+    app = Running(logs[3], looks=1)
+    service.children = [Running(logs[1]), Running(logs[2]), app]
+    service._wait_for(app, None)
+    for log in logs:
+        assert log.read_text() == "" and log.with_name(f"{log.name}.1").read_text() == "a stranger's call"
+
+
 def test_the_access_log_holds_no_secret(scene):
     log = (scene.out / "gateway.log").read_text()
     assert "/v1/fleet/pull-messages" in log
@@ -374,7 +412,7 @@ def test_a_long_log_of_calls_is_put_aside_while_the_gateway_writes(scene, monkey
     before = log.read_text()
     rotate(log)
     assert not log.with_name("gateway.log.1").exists()  # it is not long
-    monkeypatch.setattr(gateway, "MOST_LOG", len(before) - 1)
+    monkeypatch.setattr(processes, "MOST_LOG", len(before) - 1)
     rotate(log)
     assert log.with_name("gateway.log.1").read_text().startswith(before)
     scene.goes_on()
