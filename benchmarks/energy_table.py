@@ -3,10 +3,10 @@
     python benchmarks/energy_table.py --data-dir data/phantoms --out models/energy
 
 Each variant is trained by the product's scripts, and what they use is measured as `--energy` does it (runs/energy.py):
-the whole script, start and scoring included. Prints for each: watt hours of the run, watt hours until the validation
-Dice first reached --target (the run's, by the share of its seconds), test Dice, and test Dice per watt hour. Where a
-machine has no counter the watt hours are a range, and only their ratios mean something: the range is the same factor
-in every row.
+the whole script, start and scoring included. Prints for each: watt hours of the run; watt hours until the validation
+Dice first reached --target (all of a pretraining, and of the training the share of its seconds); test Dice; and test
+Dice per watt hour. Where a machine has no counter the watt hours are a range, and only their ratios mean something: the
+range is the same factor in every row.
 """
 
 import argparse
@@ -57,9 +57,9 @@ def script(*command: object) -> None:
         )
 
 
-def train(variant: Variant, arguments: argparse.Namespace, out: Path) -> dict:
-    """Train a variant into `out`; what it used."""
-    meter = Meter(variant.name)
+def train(variant: Variant, arguments: argparse.Namespace, out: Path) -> tuple[dict, list[float]]:
+    """Train a variant into `out`; what it used, and the kWh of its pretraining in it."""
+    meter, before = Meter(variant.name), [0.0, 0.0]
     settings = ("--image-size", arguments.image_size, *variant.options)
     data = ("--data-dir", arguments.data_dir)
     encoder: object = "random"
@@ -75,15 +75,16 @@ def train(variant: Variant, arguments: argparse.Namespace, out: Path) -> dict:
             "--out",
             encoder,
         )
+        before = meter.record()["kwh"]
     if variant.hospitals:
         federation = ("--simulate", variant.hospitals, "--rounds", arguments.epochs, "--energy")
         script(
             "run_server.py", "--overwrite", *federation, *data, *settings, "--encoder", encoder, "--out", out
         )
         # Ray's workers are not this process's children, so their time is only in what the hospitals report
-        return summed(read_records(out / NAME))
+        return summed(read_records(out / NAME)), before
     script(*CENTRAL, "--epochs", arguments.epochs, *data, *settings, "--encoder", encoder, "--out", out)
-    return meter.record()
+    return meter.record(), before
 
 
 def share_to(target: float, history: Path) -> float | None:
@@ -131,7 +132,7 @@ def main() -> None:
     for variant in (one for one in VARIANTS if one.name in arguments.variants):
         out = arguments.out / variant.name.replace(" ", "_").replace(",", "")
         out.mkdir(parents=True, exist_ok=True)
-        used = train(variant, arguments, out)
+        used, before = train(variant, arguments, out)
         kind = "federated" if variant.hospitals else "centralized"
         scored = out / "scores.json"
         script(
@@ -146,13 +147,27 @@ def main() -> None:
         dice = json.loads(scored.read_text(encoding="utf-8"))["volume_dice"]["mean"]
         share = share_to(arguments.target, out / f"{kind}_history.csv")
         hours = [1_000 * kwh for kwh in used["kwh"]]
-        reached = "not reached" if share is None else between([share * value for value in hours])
+        first = [1_000 * kwh for kwh in before]
+        reached = (
+            "not reached"
+            if share is None
+            else between([one + share * (whole - one) for one, whole in zip(first, hours)])
+        )
         print(
             f"{variant.name:32}{between(hours):>16}{reached:>18}{dice:>11.3f}"
             f"{between([dice / value for value in reversed(hours)]):>16}",
             flush=True,
         )
-        rows.append({"variant": variant.name, "wh": hours, "share_to_target": share, "dice": dice, **used})
+        rows.append(
+            {
+                "variant": variant.name,
+                "wh": hours,
+                "wh_before": first,
+                "share_to_target": share,
+                "dice": dice,
+                **used,
+            }
+        )
     write_json(arguments.out / "energy_table.json", rows)
     print(f"method: {rows[0]['method']}")
 
