@@ -8,6 +8,7 @@ from pathlib import Path
 from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
 from federation.protocol.log import say
+from federation.runtime.asking import Asker
 from federation.runtime.expiry import tell_hospital
 from federation.runtime.flower import ask_admission
 from federation.runtime.kit import CA, HOSPITAL_KEY
@@ -128,6 +129,8 @@ class Watch:
         # since when the server has refused this key: because of a former connection, and because of the clock
         self.lingered_from: float | None = None
         self.late_from: float | None = None
+        self._asks_health: Asker[bool | None] = Asker()
+        self._asks_admission: Asker[str] = Asker()
 
     def run(self) -> tuple[int, str]:
         """Stay connected until the end; returns the exit code and a closing sentence."""
@@ -156,7 +159,7 @@ class Watch:
 
     def _health(self) -> bool | None:
         try:
-            return is_healthy(self.host, self.port, ca=self.kit and self.kit / CA)
+            return self._asks_health(lambda: is_healthy(self.host, self.port, ca=self.kit and self.kit / CA))
         except NotTls:
             if (
                 self.was_there
@@ -201,7 +204,8 @@ class Watch:
         if connection is None or not self.answers:  # without a server no connection lasts
             return
         if connection.broken and self.kit:
-            said = ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY)
+            ca, key = self.kit / CA, self.kit / HOSPITAL_KEY
+            said = self._asks_admission(lambda: ask_admission(self.server, ca, key)) or ""
             if said == "clock" and self.patient:
                 return self._wait_for_the_clock(connection)
             refuse(said)
