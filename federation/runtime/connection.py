@@ -131,6 +131,7 @@ class Watch:
         self.late_from: float | None = None
         self._asks_health: Asker[bool | None] = Asker()
         self._asks_admission: Asker[str] = Asker()
+        self._asks_certificate: Asker[None] = Asker()
 
     def run(self) -> tuple[int, str]:
         """Stay connected until the end; returns the exit code and a closing sentence."""
@@ -178,7 +179,8 @@ class Watch:
             self.seen = now
             if self.kit and self.patient and (self.told_at is None or now - self.told_at > DAY):
                 self.told_at = now
-                tell_hospital(self.kit, self.server)
+                kit = self.kit
+                self._asks_certificate(lambda: tell_hospital(kit, self.server))
             if self.connection is None:
                 self.connection = Connection(self.server, self.kit, self.folder)
             elif self.was_gone:

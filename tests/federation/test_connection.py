@@ -138,6 +138,28 @@ def test_an_answer_letter_by_letter_holds_nothing_up(watch, monkeypatch):
     assert late == [False, False] and len(asked) == 1
 
 
+@pytest.mark.parametrize("question", ["tell_hospital", "ask_admission"])
+def test_a_question_without_an_answer_holds_nothing_up(watch, monkeypatch, question):
+    over, looks = threading.Event(), []
+    monkeypatch.setattr(asking, "ANSWER_TIME", 0.1)
+    monkeypatch.setattr(connection, "tell_hospital", lambda *_: None)
+    monkeypatch.setattr(connection, "ask_admission", lambda *_: "admitted")
+    monkeypatch.setattr(connection, question, lambda *_: over.wait(60))
+    watch.kit = watch.folder
+
+    def look():
+        watch._look_at_server()
+        watch.connection.broken, watch.connection.refused = True, False
+        watch._look_at_children()
+        looks.append(watch.restarts)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(10)
+    over.set()
+    assert looks == [1]
+
+
 def test_no_connection_is_counted_as_broken_while_no_server_is_there(watch, monkeypatch):
     monkeypatch.setattr(connection, "is_healthy", lambda *_, **__: None)
     watch.connection, watch.was_there = SimpleNamespace(broken=True, refused=False, stop=lambda: None), True
