@@ -8,6 +8,7 @@ from pathlib import Path
 from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
 from federation.protocol.log import say
+from federation.runtime.asking import Asker
 from federation.runtime.expiry import tell_hospital
 from federation.runtime.flower import ask_admission
 from federation.runtime.kit import CA, HOSPITAL_KEY
@@ -128,6 +129,9 @@ class Watch:
         # since when the server has refused this key: because of a former connection, and because of the clock
         self.lingered_from: float | None = None
         self.late_from: float | None = None
+        self._asks_health: Asker[bool | None] = Asker()
+        self._asks_admission: Asker[str] = Asker()
+        self._asks_certificate: Asker[None] = Asker()
 
     def run(self) -> tuple[int, str]:
         """Stay connected until the end; returns the exit code and a closing sentence."""
@@ -156,7 +160,7 @@ class Watch:
 
     def _health(self) -> bool | None:
         try:
-            return is_healthy(self.host, self.port, ca=self.kit and self.kit / CA)
+            return self._asks_health(lambda: is_healthy(self.host, self.port, ca=self.kit and self.kit / CA))
         except NotTls:
             if (
                 self.was_there
@@ -175,7 +179,8 @@ class Watch:
             self.seen = now
             if self.kit and self.patient and (self.told_at is None or now - self.told_at > DAY):
                 self.told_at = now
-                tell_hospital(self.kit, self.server)
+                kit = self.kit
+                self._asks_certificate(lambda: tell_hospital(kit, self.server))
             if self.connection is None:
                 self.connection = Connection(self.server, self.kit, self.folder)
             elif self.was_gone:
@@ -201,7 +206,8 @@ class Watch:
         if connection is None or not self.answers:  # without a server no connection lasts
             return
         if connection.broken and self.kit:
-            said = ask_admission(self.server, self.kit / CA, self.kit / HOSPITAL_KEY)
+            ca, key = self.kit / CA, self.kit / HOSPITAL_KEY
+            said = self._asks_admission(lambda: ask_admission(self.server, ca, key)) or ""
             if said == "clock" and self.patient:
                 return self._wait_for_the_clock(connection)
             refuse(said)

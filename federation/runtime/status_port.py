@@ -2,8 +2,10 @@
 
 import functools
 import http.server
+import io
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 from common import MedFLError
 from federation.protocol.log import say
@@ -13,12 +15,13 @@ class _Pages(http.server.SimpleHTTPRequestHandler):
     """Serves the files of one folder to requests whose host is this machine. A page from elsewhere can't read them
     through a name that it points at this machine."""
 
-    def do_GET(self) -> None:
+    def send_head(self) -> io.BytesIO | BinaryIO | None:
+        """What GET and HEAD begin with."""
         host = self.headers.get("Host", "").rpartition(":")[0]
         if host not in ("127.0.0.1", "localhost"):
             self.send_error(403)
-            return
-        super().do_GET()
+            return None
+        return super().send_head()
 
     def log_message(self, *_: object) -> None:
         pass

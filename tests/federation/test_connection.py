@@ -20,7 +20,7 @@ from running import run_here
 
 from common import MedFLError
 from federation.hospital.identity import ENDED, WAITING
-from federation.runtime import bundle, connection, expiry, processes, proxies
+from federation.runtime import asking, bundle, connection, expiry, processes, proxies
 from federation.runtime.admissions import admit
 from federation.runtime.certificates import make_authority, make_server_certificate
 from federation.runtime.hospital_kit import hold_kit, make_hospital_key
@@ -114,6 +114,50 @@ def test_what_a_server_makes_the_connection_write_does_not_fill_the_disk(watch, 
     with pytest.raises(MedFLError, match="another version"):
         watch.run()
     assert log.read_text() == "" and log.with_name("supernode.log.1").exists()
+
+
+def test_an_answer_letter_by_letter_holds_nothing_up(watch, monkeypatch):
+    """The hospital would neither notice the end nor rotate the log of its connection meanwhile."""
+    over, asked = threading.Event(), []
+
+    def drips(near):
+        asked.append(near.recv(65536))
+        near.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+        while not over.wait(0.05):
+            near.sendall(b"a")
+
+    monkeypatch.setattr(connection, "is_healthy", is_healthy)
+    monkeypatch.setattr(asking, "ANSWER_TIME", 0.3)
+    watch.port = answering(drips)
+    looks = [threading.Thread(target=watch._health, daemon=True) for _ in range(2)]
+    for look in looks:
+        look.start()
+        look.join(20)
+    late = [look.is_alive() for look in looks]
+    over.set()
+    assert late == [False, False] and len(asked) == 1
+
+
+@pytest.mark.parametrize("question", ["tell_hospital", "ask_admission"])
+def test_a_question_without_an_answer_holds_nothing_up(watch, monkeypatch, question):
+    over, looks = threading.Event(), []
+    monkeypatch.setattr(asking, "ANSWER_TIME", 0.1)
+    monkeypatch.setattr(connection, "tell_hospital", lambda *_: None)
+    monkeypatch.setattr(connection, "ask_admission", lambda *_: "admitted")
+    monkeypatch.setattr(connection, question, lambda *_: over.wait(60))
+    watch.kit = watch.folder
+
+    def look():
+        watch._look_at_server()
+        watch.connection.broken, watch.connection.refused = True, False
+        watch._look_at_children()
+        looks.append(watch.restarts)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(10)
+    over.set()
+    assert looks == [1]
 
 
 def test_no_connection_is_counted_as_broken_while_no_server_is_there(watch, monkeypatch):

@@ -3,6 +3,7 @@ end of a run: test scores, the model for everybody."""
 
 import http.client
 import http.server
+import itertools
 import json
 import os
 import socket
@@ -127,9 +128,10 @@ def test_the_page_in_a_browser(done, browser, tmp_path):
 def test_a_page_elsewhere_cant_read_the_status(tmp_path):
     (tmp_path / "index.html").write_text("here")
     port = serve_status(tmp_path, 0)
-    for host, status in ((f"127.0.0.1:{port}", 200), (f"evil.example:{port}", 403)):
+    hosts = {f"127.0.0.1:{port}": 200, f"evil.example:{port}": 403}
+    for method, (host, status) in itertools.product(("GET", "HEAD"), hosts.items()):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        connection.request("GET", "/index.html", headers={"Host": host})
+        connection.request(method, "/index.html", headers={"Host": host})
         assert connection.getresponse().status == status
         connection.close()
 
