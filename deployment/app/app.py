@@ -21,10 +21,9 @@ from borders.escaping import markdown
 from checkpoint import Checkpoint
 from common import MedFLError, counted
 from deployment.app.card import NOTICE
-from deployment.app.case import Case
+from deployment.app.case import Case, as_trained
 from deployment.app.cases import KINDS, read_case
 from deployment.app.correcting import OF_A_CASE, as_drawn
-from deployment.app.framing import as_trained
 from deployment.app.guard import Guard, forget_media
 from deployment.app.models import choose_model, give_memory_back
 from deployment.app.patients import choose_patient, data_folder, keep_how_sure, open_patient

@@ -9,9 +9,8 @@ import streamlit as st
 from borders.escaping import markdown
 from checkpoint import Checkpoint
 from common import MedFLError
-from deployment.app.case import Case, short
+from deployment.app.case import Case, as_trained, short
 from deployment.app.cases import read_case
-from deployment.app.framing import as_trained
 from deployment.app.models import MODELS, load_model, named
 from deployment.app.readout import predict_case
 from deployment.app.uploads import take_uploads

@@ -1,15 +1,18 @@
 """A case: the slices that a reader looks at together, and its limits."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from appearance.doubts import of_brain
+from deployment.app.framing import FRAMED, Feed, Frame
+
 if TYPE_CHECKING:  # optional
     import nibabel
 
-    from deployment.app.framing import Feed
     from deployment.app.source import Source
     from radiology.prepared import PreparedPatient
 
@@ -51,7 +54,7 @@ class Case:
     measured: bool = False
     oriented: bool = False
     notes: list[str] = field(default_factory=list)
-    feed: "Feed | None" = None
+    feed: Feed | None = None
     nifti: "nibabel.Nifti1Image | None" = None
     dicom: "Source | None" = None
     prepared: "Opened | None" = None
@@ -65,6 +68,15 @@ class Case:
     def is_volume(self) -> bool:
         """Whether the slices belong to one patient, so that sums over them are meaningful."""
         return len(self.slices) > 1 and int(self.groups.max()) == 0
+
+
+def as_trained(case: Case, channels: Sequence[str]) -> Case:
+    """The case as a model of these channels takes it: only brain scans are framed, because all others were whole
+    slices in the training."""
+    if of_brain(channels) or not isinstance(case.feed, Frame):
+        return case
+    start = FRAMED.split(",")[0]
+    return replace(case, feed=None, notes=[note for note in case.notes if not note.startswith(start)])
 
 
 def short(name: str) -> str:

@@ -1,28 +1,14 @@
 """The network's input for a volume whose slices are not squares around a head: framed like the training
 slices; radiology/preparation.py resamples instead."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from appearance.doubts import of_brain
 from scans.field_of_view import DISTANCE, Box, Spacing, find_head, square_margins
 
-if TYPE_CHECKING:
-    from deployment.app.case import Case
-
 FRAMED = "The network was given the scan framed like its training scans, {told}; nothing is found outside."
-
-
-def as_trained(case: "Case", channels: Sequence[str]) -> "Case":
-    """The case as a model of these channels takes it: only brain scans are framed, because all others were whole
-    slices in the training."""
-    if of_brain(channels) or not isinstance(case.feed, Frame):
-        return case
-    start = FRAMED.split(",")[0]
-    return replace(case, feed=None, notes=[note for note in case.notes if not note.startswith(start)])
 
 
 class Feed(Protocol):

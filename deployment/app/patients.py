@@ -11,9 +11,8 @@ from borders.escaping import markdown, plain
 from borders.limits import MAX_UNPACKED
 from checkpoint import Checkpoint
 from common import MedFLError, counted
-from deployment.app.case import Case, Opened
+from deployment.app.case import Case, Opened, as_trained
 from deployment.app.cases import read_case
-from deployment.app.framing import as_trained
 from deployment.app.readout import Prediction, predict_case
 from inference import to_mask
 from scans.spacing import NAME

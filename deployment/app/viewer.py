@@ -14,10 +14,9 @@ from borders.limits import is_size_mm
 from checkpoint import Checkpoint
 from common import MedFLError
 from deployment.app.beside import choose_beside
-from deployment.app.case import Case
+from deployment.app.case import Case, as_trained
 from deployment.app.cases import add_truth
 from deployment.app.correcting import MASK_KINDS, Corrected, correct, corrected, said_of, show_components
-from deployment.app.framing import as_trained
 from deployment.app.nifti import mirror, write_nifti
 from deployment.app.pictures import flair_picture, marked, outline, png, probability_picture
 from deployment.app.readout import (

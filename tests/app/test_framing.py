@@ -7,8 +7,9 @@ from heads import head_in, nifti
 
 from data.prepare_task import write_patient
 from dataset import load_dataset
+from deployment.app.case import as_trained
 from deployment.app.cases import read_case
-from deployment.app.framing import Frame, as_trained
+from deployment.app.framing import Frame
 from deployment.app.nifti import mirror
 from preprocessing import CHANNELS
 from radiology.geometry import to_axial
