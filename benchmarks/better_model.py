@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import batches
 from batches import TrainingBatches
@@ -48,9 +49,15 @@ CHANGES: dict[str, dict] = {
     "Tversky 0.3 / 0.7": {"loss": "tversky"},
     "focal loss + Dice": {"loss": "focal"},
     "deep supervision": {"deep": True},
-    "longer averaging": {"ema_decay": 0.9997},
+    "longer averaging": {"memory": 2.25},  # of a quarter of the run so far, not a ninth
     "lite0 pyramid": {"lite": 1.0},
     "lite0 pyramid, 0.3 of the rate": {"lite": 0.3},
+    "192 pixels": {"side": 192},
+    "256 pixels": {"side": 256},
+    "192 pixels, the same time": {"side": 192, "steps": (128 / 192) ** 2},
+    "256 pixels, the same time": {"side": 256, "steps": (128 / 256) ** 2},
+    "twice the rate": {"lr": 2e-3},
+    "8 slices a step, twice the steps": {"batch_size": 8, "steps": 2},
 }
 READINGS: dict[str, dict] = {
     "mirrored reading": {"mirror": True},
@@ -183,13 +190,9 @@ def train(
     dataset: Dataset, patients: tuple[str, ...], change: dict, steps: int, seed: int, side: int, device: str
 ) -> list[TransUNet]:
     """The averaged model after each share of the run in LATE."""
-    settings = TrainingSettings(
-        encoder="random",
-        image_size=side,
-        steps=steps,
-        seed=seed,
-        ema_decay=change.get("ema_decay", 0.999),
-    )
+    side, steps = change.get("side", side), round(steps * change.get("steps", 1))
+    own = {name: change[name] for name in ("lr", "batch_size") if name in change}
+    settings = TrainingSettings(encoder="random", image_size=side, steps=steps, seed=seed, **own)
     torch.manual_seed(seed)
     model = make_model(change, side)
     learner = Learner(model, settings, choose_device(device))
@@ -199,6 +202,9 @@ def train(
         learner.loss = LOSSES.get(change.get("loss", ""), segmentation_loss)
     if change.get("lite", 1.0) != 1.0:
         _slow_down(learner, model, change["lite"])
+    if memory := change.get("memory"):  # in so few steps the ramp of the averaging counts, not --ema-decay
+        average = cast(AveragedModel, learner.average)
+        average.multi_avg_fn = lambda old, new, count: learner._average(old, new, count * memory)
     kind = NeighbourBatches if change.get("neighbours") else TrainingBatches
     source = kind(dataset, patients, side, settings.batch_size, seed)
     kept: list[TransUNet] = []
