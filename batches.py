@@ -22,15 +22,25 @@ TUMOUR_PART = 0.5  # of a batch
 
 
 class TrainingBatches:
-    """An epoch's batches of augmented slices: images (B, 3, side, side) and masks (B, 1, side, side),
+    """An epoch's batches of augmented slices: images (B, 3, side, side) and masks (B, classes, side, side),
     float32.
 
-    Masks hold the share of tumour in each network pixel, 0 to 1, so that a boundary is not rounded away. All
+    Masks hold the share of each class (of the whole region, if classes is 1) in each network pixel, 0 to 1, so that a
+    boundary is not rounded away. All
     randomness comes from (seed, epoch), so an epoch is the same even if the run was interrupted before it.
     """
 
-    def __init__(self, dataset: Dataset, patients: tuple[str, ...], side: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        patients: tuple[str, ...],
+        side: int,
+        batch_size: int,
+        seed: int,
+        classes: int = 1,
+    ):
         self.dataset, self.side, self.batch_size, self.seed = dataset, side, batch_size, seed
+        self.classes = classes
         slices = [(p, i, n > 0) for p in patients for i, n in enumerate(dataset.tumour_pixels(p))]
         self._slices = [(p, i) for p, i, _ in slices]
         self._tumour = np.array([k for k, (_, _, tumour) in enumerate(slices) if tumour], int)
@@ -71,7 +81,8 @@ class TrainingBatches:
         )
         for numbers in self.order(epoch):
             side = (self.side, self.side)
-            images, masks = torch.zeros(len(numbers), 3, *side), torch.zeros(len(numbers), 1, *side)
+            images = torch.zeros(len(numbers), 3, *side)
+            masks = torch.zeros(len(numbers), self.classes, *side)
             images[share], masks[share] = map(
                 torch.cat, zip(*(self._slice(*self._slices[k]) for k in numbers[share]))
             )
@@ -84,8 +95,11 @@ class TrainingBatches:
             volume[number : number + 1].copy()
         )  # the cache is read-only, and torch wants writable memory
         image = network_input(pixels, *self.dataset.statistics(patient), self.side)
-        mask = torch.from_numpy(truth[number] / np.float32(255))[None, None]
-        return image, resize(mask, (self.side, self.side))
+        truth = truth[number]
+        masks = [truth == k for k in range(1, self.classes + 1)] if self.classes > 1 else [truth > 0]
+        return image, resize(
+            torch.from_numpy(np.stack(masks).astype(np.float32))[None], (self.side, self.side)
+        )
 
 
 def augment(
@@ -93,7 +107,7 @@ def augment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The batch, varied: the geometry of image and mask alike, then the image's intensities. Shapes stay.
 
-    images: (B, 3, h, w) float32, normalised; masks: (B, 1, h, w) float32, 0 to 1; random: a CPU generator.
+    images: (B, 3, h, w) float32, normalised; masks: (B, classes, h, w) float32, 0 to 1; random: a CPU generator.
     """
     grid = F.affine_grid(_affine(len(images), random), list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)

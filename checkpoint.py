@@ -16,10 +16,10 @@ from torch import nn
 
 import preprocessing
 from borders.limits import MAX_NETWORK_SIDE, read_json
-from common import MedFLError, __version__, git_commit, utc_now
+from common import MedFLError, __version__, counted, git_commit, utc_now
 from storage.files import atomic_write, file_sha256
 from storage.torch_file import DAMAGED, read_torch_file, refuse_pointer
-from tasks import LGG, Task
+from tasks import LGG, MOST_CLASSES, Task
 from transunet import TransUNet
 
 FORMAT = 1
@@ -32,6 +32,11 @@ class Plan(BaseModel, strict=True):
     name: Annotated[str, Field(max_length=64)]
     image_side: Annotated[int, Field(ge=1, le=MAX_NETWORK_SIDE)]
     norm: Annotated[str, Field(max_length=64)]
+    classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)] = 1  # older files don't say it
+
+    def network(self) -> TransUNet:
+        """A network of this architecture."""
+        return TransUNet(self.name, self.image_side, self.norm, classes=self.classes)
 
 
 class Data(BaseModel, strict=True):
@@ -77,6 +82,16 @@ class Checkpoint:
             return LGG
 
     @property
+    def labels(self) -> dict[str, int]:
+        """The value of each class in a mask, by name, the first of its labels; empty for a region as a whole."""
+        if self.model.classes == 1:
+            return {}
+        named = {one.name: one.labels[0] for one in self.task.classes}
+        if len(named) != self.model.classes:  # somebody changed the file
+            return {f"class {number}": number for number in range(1, self.model.classes + 1)}
+        return named
+
+    @property
     def shrunk_otherwise(self) -> bool:
         """Whether it was trained on slices that were shrunk without antialiasing; its figures then differ a little."""
         return _was_shrunk_otherwise(self.metadata)
@@ -95,6 +110,7 @@ def describe(model: TransUNet, training_images: dict | None = None, **more: Any)
             "name": model.name,
             "image_side": model.image_side,
             "norm": model.norm,
+            "classes": model.classes,
             "parameters": sum(p.numel() for p in model.parameters()),
         },
         "preprocessing": {**preprocessing.description(model.image_side), "training_images": training_images},
@@ -158,10 +174,10 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", whole: bool 
             f"(--keep-norm-local); "
             "take the NAME_federated_best.pth that a hospital wrote"
         )
-    plan = Plan(**{name: metadata["architecture"][name] for name in Plan.model_fields})
+    plan = Plan.model_validate(metadata["architecture"])
     _check_weights(plan, content["model"], path)
     _refuse_no_numbers(content["model"], path)
-    model = TransUNet(plan.name, plan.image_side, plan.norm)
+    model = plan.network()
     load_weights(model, content["model"], path)
     model.temperature = _temperature(metadata, path)
     model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's types leave memory_format out
@@ -180,14 +196,15 @@ def _was_shrunk_otherwise(metadata: dict) -> bool:
     return former and not _is_of_today(metadata)
 
 
-def load_start(path: Path, name: str, image_side: int, norm: str) -> Checkpoint:
+def load_start(path: Path, name: str, image_side: int, norm: str, classes: int = 1) -> Checkpoint:
     """A checkpoint to start a training from. Raises MedFLError if its network is not the one to be trained."""
     checkpoint = load_checkpoint(path)
     model = checkpoint.model
-    if (model.name, model.image_side, model.norm) != (name, image_side, norm):
+    if (model.name, model.image_side, model.norm, model.classes) != (name, image_side, norm, classes):
         raise MedFLError(
-            f"{path} is {model.name} at {model.image_side} pixels with {model.norm} normalisation; "
-            f"give --model {model.name} --image-size {model.image_side} --norm {model.norm}"
+            f"{path} is {model.name} at {model.image_side} pixels with {model.norm} normalisation and "
+            f"{counted(model.classes, 'class')}; give --model {model.name} --image-size {model.image_side} "
+            f"--norm {model.norm} --classes {model.classes}"
         )
     model.temperature = 1.0  # the trained model gets its own
     return checkpoint
@@ -249,7 +266,7 @@ def _check_weights(plan: Plan, weights: dict, source: Path) -> None:
     """Raises MedFLError for weights of another architecture than the plan's. It checks before the network is built,
     because a small file can name a large network."""
     with torch.device("meta"):  # shapes without values
-        expected = TransUNet(plan.name, plan.image_side, plan.norm).state_dict()
+        expected = plan.network().state_dict()
     if {name: tuple(value.shape) for name, value in weights.items()} != {
         name: tuple(value.shape) for name, value in expected.items()
     }:

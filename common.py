@@ -176,8 +176,10 @@ def files_needed(*entries: str, root: Path = ROOT, without: tuple[str, ...] = ()
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things in words: "1 patient", "5 patients", "2 series"."""
-    return f"{number} {noun}" if number == 1 or noun.endswith("series") else f"{number} {noun}s"
+    """A number of things in words: "1 patient", "5 patients", "2 series", "3 classes"."""
+    if number == 1 or noun.endswith("series"):
+        return f"{number} {noun}"
+    return f"{number} {noun}{'es' if noun.endswith('ss') else 's'}"
 
 
 def typed(path: Path) -> str:

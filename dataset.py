@@ -23,15 +23,17 @@ class Dataset:
     """Patients with their pixels, read from the cache as they are needed.
 
     Attributes: name ("LGG MRI segmentation", "phantoms", "own data" or the task's title), task (of the folder's
-    task.toml, or None), region (what the masks outline), root, patients, content (a name for the files' content; it
-    changes when a pixel changes), table (pandas: patient, site, slices, pixels, tumour_slices, tumour_pixels,
-    tumour_share, one row per patient), notes (sentences for the user: what was not read, and what looks odd).
+    task.toml, or None), region (what the masks outline), classes (the names of its parts, if it has any), root,
+    patients, content (a name for the files' content; it changes when a pixel changes), table (pandas: patient, site,
+    slices, pixels, tumour_slices, tumour_pixels, tumour_share, one row per patient), notes (sentences for the user:
+    what was not read, and what looks odd).
     """
 
     def __init__(self, root: Path, patients: list[Patient], cache: Path):
         self.root, self.patients, self.task = root, patients, task_of(root)
         self.name = self.task.title if self.task else cohort_name(patients)
         self.region = (self.task or LGG).region
+        self.classes = tuple(one.name for one in (self.task or LGG).classes)
         self.content = cache.name
         self._folders = {patient.name: patient.images[0].parent for patient in patients}
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))["patients"]
@@ -96,9 +98,21 @@ class Dataset:
                 f"after a failed export; look at the _mask files in {self.root} and write them again"
             )
 
+    def check_classes(self, classes: int) -> None:
+        """Raises MedFLError if the masks can't teach a model of so many classes."""
+        if classes in (1, len(self.classes)):
+            return
+        told = (
+            f"are {' and '.join(self.classes)}" if self.classes else f"outline the {self.region} as a whole"
+        )
+        raise MedFLError(
+            f"the model is to have {classes} classes, but the masks in {self.root} {told}; give --classes "
+            f"{len(self.classes) or 1}{', or 1 for the whole' * bool(self.classes)}"
+        )
+
     def volume(self, patient: str) -> tuple[np.ndarray, np.ndarray]:
-        """A patient's slices (S, H, W, 3) uint8 and masks (S, H, W) uint8 0/255, both read-only views of the
-        cache."""
+        """A patient's slices (S, H, W, 3) uint8 and masks (S, H, W) uint8, both read-only views of the cache. A mask
+        is 0 outside of the region; inside it is the number of the class, from 1, or 255 if there are no classes."""
         entry = self._entries[patient]
         shape, start = entry["shape"], entry["start"]
         count = int(np.prod(shape))
@@ -139,7 +153,9 @@ def load_dataset(
     name. Raises MedFLError for wrong data.
     """
     found = _cohort(Path(data_dir), site or "own", mask_suffix)
-    dataset = Dataset(found.root, found.patients, cache_of(found.root, found.patients, progress))
+    task = task_of(found.root)
+    cache = cache_of(found.root, found.patients, task.numbers if task else {}, progress)
+    dataset = Dataset(found.root, found.patients, cache)
     dataset.notes = [*found.left_out, *dataset.notes]
     return dataset
 

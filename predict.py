@@ -3,13 +3,13 @@
     python predict.py patient_folder slice.png --checkpoint models/transunet_centralized_best.pth --out predictions
     python predict.py --dicomweb https://pacs.example/dicom-web --login login.toml --study 1.2.3 --checkpoint MODEL
 
-Writes <name>_mask.png (0 or 255, the slice's own size) per slice, predictions.csv (file, patient, slice,
-tumour_pixels, tumour_share) and components.csv: each connected part's volume with an interval from the probability,
-and its two largest perpendicular diameters (evaluation/components.py), in cm³ and mm where a volume.json gives the
-spacing. The slices of a folder belong to one patient and are normalised together, as in training.
-Files that are named one by one form a volume if they lie in one folder and have the same name before the slice
-number. A file without a number is a volume of its own; a single slice is segmented less reliably. `*_mask.*` files
-are ignored.
+Writes <name>_mask.png (0 or 255, the slice's own size; a model of several classes writes their labels) per slice,
+predictions.csv (file, patient, slice, tumour_pixels, tumour_share, and the pixels of each class) and components.csv:
+each connected part's volume with an interval from the probability, and its two largest perpendicular diameters
+(evaluation/components.py), in cm³ and mm where a volume.json gives the spacing. The slices of a folder belong to one
+patient and are normalised together, as in training. Files that are named one by one form a volume if they lie in one
+folder and have the same name before the slice number. A file without a number is a volume of its own; a single slice
+is segmented less reliably. `*_mask.*` files are ignored.
 
 For a study in an archive, the mask is sent back as DICOM SEG, with a structured report of the measurements. Both are
 marked as unverified research output. Nothing is kept on this machine. Needs requirements-dicom.txt (docs/archive.md).
@@ -31,7 +31,7 @@ from common import ROOT, MedFLError, counted, run_script
 from dataset import add_mask_option
 from evaluation.components import COLUMNS as OF_COMPONENT
 from evaluation.components import find_components
-from inference import predict_volume, to_mask
+from inference import predict_classes, to_mask
 from runs.models import find_checkpoints
 from runs.usage import choose_device
 from scans.folders import refuse_dangling, walk
@@ -189,15 +189,18 @@ def predict_slices(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is None:
         data = terminal(checkpoint.metadata.get("data", {}).get("name", "unknown data"))
         print(f"with {path}, trained on {data}")
+    labels = checkpoint.labels
     rows: list[tuple] = []
     parts: list[tuple] = []
     for patient, slices in tqdm(volumes, desc="segmenting", unit="volume", disable=None):
         spacing = spacing_of(slices) if slices[0].parent in folders else None
-        probabilities = predict_volume(checkpoint.model, read_volume(slices))
+        probabilities, classes = predict_classes(checkpoint.model, read_volume(slices))
         found = find_components(to_mask(probabilities, checkpoint.threshold), spacing, probabilities)
         parts += [(patient, *part.row().values()) for part in found.parts]
-        for file, probability in zip(slices, probabilities):
+        for file, probability, likeliest in zip(slices, probabilities, classes):
             mask = to_mask(probability, checkpoint.threshold)
+            if labels:
+                mask = np.where(mask > 0, np.array((0, *labels.values()), np.uint8)[likeliest], np.uint8(0))
             write_picture(mask, arguments.out / f"{names[file]}_mask.png")
             if arguments.probabilities:
                 write_picture(
@@ -205,13 +208,14 @@ def predict_slices(arguments: argparse.Namespace) -> None:
                     arguments.out / f"{names[file]}_probability.png",
                 )
             tumour = int(np.count_nonzero(mask))
-            rows.append((str(file), patient, slice_number(file), tumour, tumour / mask.size))
-    write_csv(arguments.out / TABLE, [COLUMNS, *rows])
+            of_classes = (int(np.count_nonzero(mask == label)) for label in labels.values())
+            rows.append((str(file), patient, slice_number(file), tumour, tumour / mask.size, *of_classes))
+    write_csv(arguments.out / TABLE, [(*COLUMNS, *(f"{name}_pixels" for name in labels)), *rows])
     write_csv(arguments.out / "components.csv", [("patient", *OF_COMPONENT), *parts])
     print(
         f"{counted(len(rows), 'slice')} segmented in {counted(len(volumes), 'volume')}, "
         f"{terminal(checkpoint.task.region)} in "
-        f"{sum(tumour > 0 for *_, tumour, _ in rows)}; wrote "
+        f"{sum(row[COLUMNS.index('tumour_pixels')] > 0 for row in rows)}; wrote "
         f"{arguments.out}"
     )
     print(f"next: look at {arguments.out / TABLE}, or at the slices with `make app`")

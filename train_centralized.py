@@ -148,7 +148,7 @@ def share_of(arguments: argparse.Namespace, dataset: Dataset, split: Split, seed
 def started_from(path: Path, settings: TrainingSettings, split: Split) -> tuple[Checkpoint, str]:
     """The checkpoint of --init, and how the new checkpoint names it. Prints a note if the model may have seen test
     patients."""
-    start = load_start(path, settings.model, settings.image_size, settings.norm)
+    start = load_start(path, settings.model, settings.image_size, settings.norm, settings.classes)
     if start.metadata.get("data", {}).get("split_sha256") not in (None, split.sha256()):
         print(
             f"note: {path} was trained on another split, and may have seen patients that are "

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torchvision_operators  # noqa: F401  must come before timm
@@ -18,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import MedFLError, setting
+from tasks import MOST_CLASSES
 from transunet import ARCHITECTURES, TransUNet
 
 FINAL_RATE = 0.01  # of the learning rate, at the end of the cosine
@@ -30,6 +32,9 @@ class TrainingSettings:
     model: str = setting("tiny", "network: mini (for first tries), tiny, small or base", tuple(ARCHITECTURES))
     image_size: int = setting(128, "side of the network's input in pixels, a multiple of 16")
     norm: str = setting("batch", "normalisation of the convolutions", ("batch", "group"))
+    classes: int = setting(
+        1, "classes of the task that are outlined, each by itself; 1 outlines its region as a whole"
+    )
     encoder: str = setting(
         "pretrained",
         "what the encoder starts with: pretrained (timm's ImageNet weights, from the cache or the network; random "
@@ -83,6 +88,8 @@ class TrainingSettings:
         for name in ("weight_decay", "freeze_encoder_epochs", "patience", "seed"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise MedFLError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 0 or more")
+        if not 1 <= self.classes <= MOST_CLASSES:
+            raise MedFLError(f"--classes is {self.classes}; choose a number from 1 to {MOST_CLASSES}")
         if self.seed >= 2**63:
             raise MedFLError(f"--seed is {self.seed}; choose a number below 2**63, the limit of torch")
         if self.minutes is not None and self.steps is not None:
@@ -96,6 +103,10 @@ class TrainingSettings:
             raise MedFLError(f"--warmup is {self.warmup}; choose a share of the run from 0 to 0.5")
         if not 0 <= self.ema_decay < 1:
             raise MedFLError(f"--ema-decay is {self.ema_decay}; choose a number from 0 to below 1")
+
+    def network(self, encoder_weights: Path | None = None) -> TransUNet:
+        """A new network of this kind, from random weights but for those of an encoder's file."""
+        return TransUNet(self.model, self.image_size, self.norm, encoder_weights, self.classes)
 
     @property
     def encoder_rate(self) -> float:
@@ -167,15 +178,26 @@ def averaging_weight(decay: float, count: float) -> float:
     return min(decay, (1 + count) / (10 + count))
 
 
-def segmentation_loss(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss (binary cross-entropy + 1 - soft Dice) and soft Dice, scalars, of logits and masks (B, 1, h, w).
+def shares_and_entropy(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The probability of each class, (B, classes, h, w), and the cross-entropy summed over all pixels, a scalar, of
+    logits and masks (B, classes, h, w). What the masks leave is background."""
+    if logits.shape[1] == 1:
+        return logits.sigmoid(), F.binary_cross_entropy_with_logits(logits, masks, reduction="sum")
+    logs = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1).log_softmax(dim=1)
+    targets = torch.cat([1 - masks.sum(dim=1, keepdim=True), masks], dim=1)
+    return logs[:, 1:].exp(), -(targets * logs).sum()
 
-    The soft Dice pools over the batch (Milletari et al. 2016, arXiv:1606.04797), because an empty slice has no
-    Dice of its own.
+
+def segmentation_loss(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss (cross-entropy + 1 - soft Dice) and soft Dice, scalars, of logits and masks (B, classes, h, w).
+
+    The soft Dice of a class pools over the batch (Milletari et al. 2016, arXiv:1606.04797), because an empty slice has
+    no Dice of its own; the mean over the classes counts.
     """
-    share = logits.sigmoid()
-    dice = (2 * (share * masks).sum() + 1) / (share.sum() + masks.sum() + 1)
-    return F.binary_cross_entropy_with_logits(logits, masks) + 1 - dice, dice
+    shares, entropy = shares_and_entropy(logits, masks)
+    over = (0, 2, 3)
+    dice = ((2 * (shares * masks).sum(over) + 1) / (shares.sum(over) + masks.sum(over) + 1)).mean()
+    return entropy / masks[:, 0].numel() + 1 - dice, dice
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """The network: a TransUNet (Chen et al. 2021, arXiv:2102.04306), a ViT encoder and a CNN decoder with skip
 connections.
 
-image (B, 3, h, w) -> skips at 1/2, 1/4, 1/8 and ViT tokens at 1/16 -> decoder -> logits (B, 1, h, w)
+image (B, 3, h, w) -> skips at 1/2, 1/4, 1/8 and ViT tokens at 1/16 -> decoder -> logits (B, classes, h, w)
+
+The background's logit is always 0, so one class is a sigmoid, and several are a softmax in which each pixel has one.
 """
 
 from dataclasses import dataclass
@@ -104,8 +106,8 @@ class TransUNet(nn.Module):
 
     name: "mini" (for phantoms and first tries), "tiny" (ViT-Ti/16), "small" (ViT-S/16), "base" (R50 + ViT-B/16,
     the paper's); image_side: pixels, a multiple of 16; norm: "batch" or "group", of pyramid and decoder;
-    encoder_weights: a file with the encoder's weights under timm's names; random weights if None. Raises
-    MedFLError for an unknown name, side or weights file.
+    encoder_weights: a file with the encoder's weights under timm's names; random weights if None; classes: that are
+    outlined, each by itself. Raises MedFLError for an unknown name, side or weights file.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class TransUNet(nn.Module):
         image_side: int = 128,
         norm: str = "batch",
         encoder_weights: Path | str | None = None,
+        classes: int = 1,
     ):
         super().__init__()
         self.temperature = 1.0  # logits are divided by it before they become probabilities
@@ -127,7 +130,7 @@ class TransUNet(nn.Module):
         if norm not in ("batch", "group"):
             raise MedFLError(f"there is no normalisation {norm}; choose batch or group")
         plan = ARCHITECTURES[name]
-        self.name, self.image_side, self.norm = name, image_side, norm
+        self.name, self.image_side, self.norm, self.classes = name, image_side, norm, classes
         self.encoder = _encoder(plan, image_side)
         if encoder_weights is not None:
             _load_encoder(self.encoder, Path(encoder_weights))
@@ -137,10 +140,10 @@ class TransUNet(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderBlock(i, s, o, norm) for i, s, o in zip(inputs, reversed(skips), plan.decoder)
         )
-        self.head = nn.Conv2d(plan.decoder[-1], UPSCALE**2, 3, padding=1)
+        self.head = nn.Conv2d(plan.decoder[-1], classes * UPSCALE**2, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, side, side) float32, normalised, to logits (B, 1, side, side)."""
+        """Images (B, 3, side, side) float32, normalised, to logits (B, classes, side, side)."""
         if self.pyramid:
             features = self.pyramid(images)
             tokens = self.encoder.forward_features(images)  # (B, 1 + n, d)
@@ -152,7 +155,9 @@ class TransUNet(nn.Module):
             x = block(x, skip)  # side/8, side/4, side/2
         # Each position gives its own 2×2 logits (Shi et al. 2016, arXiv:1609.05158). This is finer than
         # stretching one logit, and costs nothing
-        return F.pixel_shuffle(self.head(x), UPSCALE)  # (B, 4, side/2, side/2) to (B, 1, side, side)
+        return F.pixel_shuffle(
+            self.head(x), UPSCALE
+        )  # (B, 4 classes, side/2, side/2) to (B, classes, side, side)
 
     def _as_map(self, tokens: Tensor, like: Tensor) -> Tensor:
         """Tokens (B, 1 + n, d) as a map (B, d, h, w), the class token left out."""

@@ -70,7 +70,7 @@ def run_federation(data_dir: Path, out: Path, options: list[str]) -> TransUNet:
 def loop_of_a_hospital(dataset: Dataset, split: Split, settings: TrainingSettings) -> TransUNet:
     """The model after settings.epochs epochs with the hospital's order of slices."""
     torch.manual_seed(settings.seed)
-    model = TransUNet(settings.model, settings.image_size, settings.norm)
+    model = settings.network()
     seed = settings.seed * 1_000 + zlib.crc32(b"hospital-0") % 1_000
     batches = TrainingBatches(dataset, split.train, settings.image_size, settings.batch_size, seed)
     learner = Learner(model, replace(settings, ema_decay=0.0), torch.device("cpu"))

@@ -25,7 +25,6 @@ from federation.server.audit import AuditLog
 from federation.server.rounds import Federation
 from federation.server.state import RunState
 from training import TrainingSettings
-from transunet import TransUNet
 
 
 class Grid:
@@ -99,9 +98,7 @@ def run(
         0.0,
     )  # there is nothing to wait for
     torch.manual_seed(training.seed)
-    state = RunState(
-        TransUNet(training.model, training.image_size, training.norm), training, settings, out, None
-    )
+    state = RunState(training.network(), training, settings, out, None)
     state.progress.started_from = "random weights"
     if start is not None:
         state.weights, state.progress.started_from = start, "checkpoint"

@@ -32,7 +32,6 @@ from federation.protocol.weights import pack, unpack
 from partition import KINDS
 from split import make_split
 from training import TrainingSettings
-from transunet import TransUNet
 
 HONEST, WITHOUT = "all honest", ", undefended"  # names of rows
 LINES = ("-", "--", ":", "-.")
@@ -51,7 +50,7 @@ class Bench:
             settings.val_fraction,
             settings.test_fraction,
         )
-        self.model = TransUNet(training.model, training.image_size, training.norm)
+        self.model = training.network()
 
     def score(self, weights: torch.Tensor) -> float:
         """Mean volume Dice over the test patients."""

@@ -137,14 +137,15 @@ def to_8_bits(volume: np.ndarray) -> np.ndarray:
 
 
 def region(labels: np.ndarray, task: Task, path: Path) -> np.ndarray:
-    """The task's region as a mask, uint8 0 or 255. Raises MedFLError for values that the task doesn't name."""
+    """The task's region as a mask, uint8 0 or 255; where it has classes, the labels stay. Raises MedFLError for values
+    that the task doesn't name."""
     odd = np.setdiff1d(np.unique(labels), (0, *task.labels))
     if odd.size:
         raise MedFLError(
             f"{path} has the value {odd[0]:g}, but the labels of {task.name} are "
             f"{', '.join(map(str, task.labels))}; list all labels of the region in the task file"
         )
-    return np.where(labels != 0, np.uint8(255), np.uint8(0))
+    return labels.astype(np.uint8) if task.classes else np.where(labels != 0, np.uint8(255), np.uint8(0))
 
 
 def write_patient(name: str, image: Path, label: Path, task: Task, out: Path) -> None:
@@ -199,6 +200,9 @@ def main() -> None:
         file.write(content)
     print(f"{task.title}: {counted(len(found), 'patient')} in {arguments.out}")
     print(f"next: python train_centralized.py --data-dir {typed(arguments.out)}")
+    if task.classes:
+        names = " and ".join(one.name for one in task.classes)
+        print(f"      with --classes {len(task.classes)} it outlines {names} each by itself")
 
 
 if __name__ == "__main__":

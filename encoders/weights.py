@@ -49,7 +49,7 @@ def start_model(settings: TrainingSettings) -> tuple[TransUNet, TrainingSettings
             note = f"the encoder starts from random weights: {why}; --encoder random asks for them"
     elif wanted != RANDOM:
         path = Path(wanted)
-    model = TransUNet(settings.model, settings.image_size, settings.norm, path)
+    model = settings.network(path)
     holds = RANDOM if path is None else PRETRAINED if wanted == PRETRAINED else path.name
     return model, with_recipe(replace(settings, encoder=holds), RECIPES[path is not None]), note
 

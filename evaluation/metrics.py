@@ -125,6 +125,18 @@ def score_patient(patient: str, site: str, prediction: ArrayLike, truth: ArrayLi
     }
 
 
+def score_classes(
+    prediction: np.ndarray, classes: np.ndarray, truth: np.ndarray, names: Sequence[str]
+) -> dict[str, float]:
+    """Volume Dice of each class, by name.
+
+    prediction: the region's mask, non-zero inside; classes: the likeliest class of each pixel, from 1; truth: the true
+    class, 0 outside of the region; all (S, H, W) uint8.
+    """
+    found = np.where(prediction > 0, classes, 0)
+    return {name: dice(*counts(found == k, truth == k)) for k, name in enumerate(names, start=1)}
+
+
 def mean_interval(values: Sequence[float]) -> list[float] | None:
     """The 95 % interval [low, high] of the mean of values from 0 to 1, one per patient; None below 5.
 
@@ -169,8 +181,9 @@ def summarise(rows: list[dict]) -> dict:
     patients without one; slices_with_one_mask: their sum), missed_patients (with a tumour, but nothing was
     predicted), patients_without_tumour (in their truth; their Dice is 1 or 0) and patients_scored. Where a
     row has `FIGURES_IN_MM`: hd95_mm and surface_dice_2mm (mean, median, undefined), and volume_cm3 (the means of
-    truth, prediction, difference and absolute_difference over those patients, and patients). Raises MedFLError if
-    there are no rows.
+    truth, prediction, difference and absolute_difference over those patients, and patients). Where rows have
+    `score_classes`: classes (for each, mean, median and ci95 of its volume Dice). Raises MedFLError if there are no
+    rows.
     """
     if not rows:
         raise MedFLError("there are no patients to score; choose a part of the split that has some")
@@ -189,12 +202,14 @@ def summarise(rows: list[dict]) -> dict:
         "patients_without_tumour": sum(row["tumour_slices"] == 0 for row in rows),
         "patients_scored": len(rows),
         **_summary_in_mm([row for row in rows if "hd95_mm" in row]),
+        **_summary_of_classes([row["classes"] for row in rows if "classes" in row]),
     }
 
 
 def report(rows: list[dict]) -> dict:
     """`summarise` of all rows, with `sites` (the same per site, sorted) and `patients` (each one's figures, in
-    order; those in mm are None for a patient of unknown spacing, and are left out if no patient's spacing is known).
+    order; those in mm are None for a patient of unknown spacing, and are left out if no patient's spacing is known; the
+    Dice of a class is called dice_NAME).
 
     It holds figures of single patients, so only `summarise` is used for what leaves a hospital. Raises MedFLError
     without rows.
@@ -204,7 +219,11 @@ def report(rows: list[dict]) -> dict:
     return {
         **summarise(rows),
         "sites": {site: summarise([row for row in rows if row["site"] == site]) for site in sites},
-        "patients": [{name: row.get(name) for name in names} for row in rows],
+        "patients": [
+            {name: row.get(name) for name in names}
+            | {f"dice_{name}": value for name, value in row.get("classes", {}).items()}
+            for row in rows
+        ],
     }
 
 
@@ -251,6 +270,18 @@ def _summary_in_mm(rows: list[dict]) -> dict:
             **{name: float(np.mean(values)) for name, values in means.items()},
             "patients": len(rows),
         },
+    }
+
+
+def _summary_of_classes(scores: list[dict[str, float]]) -> dict:
+    """classes of the patients' `score_classes`; an empty dict without any."""
+    if not scores:
+        return {}
+    of_each = {name: [one[name] for one in scores] for name in scores[0]}
+    return {
+        "classes": {
+            name: {**_mean_and_median(dices), "ci95": mean_interval(dices)} for name, dices in of_each.items()
+        }
     }
 
 

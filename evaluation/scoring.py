@@ -8,7 +8,7 @@ from dataset import Dataset
 from evaluation import metrics
 from evaluation.calibration import TemperatureFit, reliability
 from evaluation.failures import confidence, lesions
-from inference import predict_volume, to_mask
+from inference import predict_classes, predict_volume, to_mask
 from transunet import TransUNet
 
 
@@ -24,8 +24,9 @@ def score_patients(
     """A row of `metrics.score_patient` for each patient, for the whole volume at its own size.
 
     with_loss: add `metrics.loss_of_volume`.
-    closely: add reliability, lesions and confidence (evaluation/failures.py), and `metrics.score_in_mm` where
-    the patient's spacing is known; only the evaluation asks for them, and no hospital sends them.
+    closely: add reliability, lesions and confidence (evaluation/failures.py), `metrics.score_in_mm` where the
+    patient's spacing is known, and `metrics.score_classes` where the model outlines several; only the evaluation asks
+    for them, and no hospital sends them.
     """
     rows, patients = [], list(patients)
     spacings = {patient: dataset.spacing(patient) for patient in patients} if closely else {}
@@ -33,7 +34,7 @@ def score_patients(
         patients, desc="scoring", unit="patient", disable=None if progress else True, leave=False
     ):
         volume, truth = dataset.volume(patient)
-        probabilities = predict_volume(model, volume)
+        probabilities, classes = predict_classes(model, volume)
         prediction = to_mask(probabilities, threshold)
         rows.append(metrics.score_patient(patient, dataset.site(patient), prediction, truth))
         if with_loss:
@@ -42,6 +43,8 @@ def score_patients(
             rows[-1] |= lesions(prediction, truth)
             rows[-1]["reliability"] = reliability(probabilities, truth)
             rows[-1]["confidence"] = confidence(probabilities, prediction)
+            if model.classes == len(dataset.classes):
+                rows[-1]["classes"] = metrics.score_classes(prediction, classes, truth, dataset.classes)
         if spacing := spacings.get(patient):
             rows[-1] |= metrics.score_in_mm(prediction, truth, spacing)
     return rows

@@ -34,7 +34,18 @@ def table_lines(figures: dict, region: str) -> list[str]:
             f"{row['missed_patients']:>8}{number(row['hd95_in_plane_px']['mean'], 1):>22}"
             f"{row['hd95_in_plane_px']['slices_with_one_mask']:>20}"
         )
-    return lines + (lines_in_mm(figures) if "volume_cm3" in figures else [])
+    return lines + lines_of_classes(figures) + (lines_in_mm(figures) if "volume_cm3" in figures else [])
+
+
+def lines_of_classes(figures: dict) -> list[str]:
+    """The volume Dice of each class over all patients; nothing for a region as a whole."""
+    classes = figures.get("classes", {})
+    wide = max((len(name) for name in ("class", *classes)), default=0) + 2
+    lines = [f"\n{'class':{wide}}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}"] if classes else []
+    for name, row in classes.items():
+        interval = "{:.3f} to {:.3f}".format(*row["ci95"]) if row["ci95"] else NO_INTERVAL
+        lines.append(f"{name:{wide}}{number(row['mean']):>11}{number(row['median']):>8}{interval:>17}")
+    return lines
 
 
 def lines_in_mm(figures: dict) -> list[str]:
@@ -65,8 +76,8 @@ def without_mm(figures: dict) -> dict:
 
 
 def write_patients(figures: dict, path: Path) -> None:
-    """Write a line per patient as CSV: patient, site, slices, dice, iou, HD95 in the plane, slices with one mask, and
-    `metrics.FIGURES_IN_MM` where a spacing is known."""
+    """Write a line per patient as CSV: patient, site, slices, dice, iou, HD95 in the plane, slices with one mask,
+    `metrics.FIGURES_IN_MM` where a spacing is known, and the Dice of each class where there are several."""
     patients = figures["patients"]
     write_csv(path, [list(patients[0]), *(row.values() for row in patients)])
 

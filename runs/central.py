@@ -59,6 +59,7 @@ class CentralTraining:
         processes: Processes | None = None,
     ):
         dataset.check_trainable(split.train)
+        dataset.check_classes(settings.classes)
         self.chooses = bool(dataset.with_tumour(split.val))  # without tumour, every empty mask is perfect
         if settings.schedule == "plateau" and not self.chooses:
             raise MedFLError(
@@ -74,7 +75,7 @@ class CentralTraining:
             self.processes.whole_batches(self.learner.model)
             self.learner.loss = loss_of_all
         self.batches = TrainingBatches(
-            dataset, split.train, settings.image_size, settings.batch_size, settings.seed
+            dataset, split.train, settings.image_size, settings.batch_size, settings.seed, settings.classes
         )
         self.plateau = plateau(self.learner.optimiser) if settings.schedule == "plateau" else None
         self.progress = Progress()
@@ -94,7 +95,7 @@ class CentralTraining:
         """The network to begin with. Updates the settings to say what its encoder holds."""
         settings = self.settings
         if resume:  # its weights come with the state
-            return TransUNet(settings.model, settings.image_size, settings.norm)
+            return settings.network()
         if start:
             self.settings = go_on_from(start, settings)
             return start.model

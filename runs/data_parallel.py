@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batches import TrainingBatches
 from common import EXIT_BAD_INPUT, MedFLError
+from training import shares_and_entropy
 
 PATIENCE = timedelta(hours=6)  # for the first process, which scores while the others wait
 TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells each of several processes
@@ -144,18 +144,18 @@ class WholeBatchNorm(nn.BatchNorm2d):
 
 
 def loss_of_all(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """`training.segmentation_loss` of the batch of all processes, from this process's share (b, 1, h, w).
+    """`training.segmentation_loss` of the batch of all processes, from this process's share (b, classes, h, w).
 
     Sums go to all processes and gradients come back from all, so the mean of their gradients is the gradient of the
     whole batch.
     """
-    share = logits.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="sum")
-    number = torch.tensor(float(logits.numel()), device=logits.device)
-    parts = torch.stack([entropy, number, (share * masks).sum(), share.sum(), masks.sum()])
-    entropy, number, both, proposed, true = Sum.apply(parts).unbind()
-    dice = (2 * both + 1) / (proposed + true + 1)
-    return entropy / number + 1 - dice, dice
+    shares, entropy = shares_and_entropy(logits, masks)
+    number = torch.tensor(float(masks[:, 0].numel()), device=logits.device)
+    sums = [values.sum((0, 2, 3)) for values in (shares * masks, shares, masks)]
+    total = Sum.apply(torch.cat([torch.stack([entropy, number]), *sums]))
+    both, proposed, true = total[2:].reshape(3, -1)
+    dice = ((2 * both + 1) / (proposed + true + 1)).mean()
+    return total[0] / total[1] + 1 - dice, dice
 
 
 def _told(name: str, default: int) -> int:

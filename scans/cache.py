@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -20,7 +21,7 @@ from appearance.features import describe_volume
 from borders.limits import MAX_VOXELS, fits
 from common import MedFLError
 from scans.cohort import Patient
-from scans.pictures import read_mask_and_form, read_slice
+from scans.pictures import read_classes, read_mask_and_form, read_slice
 from storage.files import atomic_write, file_sha256
 
 CACHE = "MEDFL_CACHE"  # environment variable that --cache sets, for child processes; it changes no result
@@ -120,10 +121,12 @@ def _read_notes(path: Path) -> dict[str, list]:
         return {}
 
 
-def _content(root: Path, patients: list[Patient]) -> str:
-    """A digest of the content of these patients' files, in hexadecimal. It changes with every pixel and with a
-    patient's name."""
+def _content(root: Path, patients: list[Patient], numbers: Mapping[int, int]) -> str:
+    """A digest of the content of these patients' files, in hexadecimal. It changes with every pixel, with a
+    patient's name and with the classes."""
     digest = hashlib.sha256(f"{CACHE_VERSION}".encode())
+    if numbers:
+        digest.update(f"{sorted(numbers.items())}\n".encode())
     with Contents(root) as contents:
         for patient in patients:
             digest.update(f"{patient.name} {len(patient.images)}\n".encode())
@@ -132,10 +135,12 @@ def _content(root: Path, patients: list[Patient]) -> str:
     return digest.hexdigest()[:24]
 
 
-def cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
+def cache_of(root: Path, patients: list[Patient], numbers: Mapping[int, int], progress: bool) -> Path:
     """The cache of these files' content, independent of the names of their folder and site. It is built in a
-    temporary folder and renamed: if two processes build at once, the first one's cache stays."""
-    folder = cache_folder() / _content(root, patients)
+    temporary folder and renamed: if two processes build at once, the first one's cache stays.
+
+    numbers: the class of each label, if the masks hold several (`Task.numbers`)."""
+    folder = cache_folder() / _content(root, patients, numbers)
     if _is_whole(folder):
         with contextlib.suppress(OSError):
             os.utime(folder)  # marks it as in use
@@ -143,7 +148,7 @@ def cache_of(root: Path, patients: list[Patient], progress: bool) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # it may have been damaged by a cleaner or a full disk
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
-        _build_cache(beside, patients, progress)
+        _build_cache(beside, patients, numbers, progress)
         (beside / ROOT_NOTE).write_bytes(os.fsencode(root.resolve()))
         try:
             os.rename(beside, folder)
@@ -190,7 +195,7 @@ def _remove_stale(folder: Path, root: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
+def _build_cache(folder: Path, patients: list[Patient], numbers: Mapping[int, int], progress: bool) -> None:
     """Write `images.bin`, `masks.bin` (uint8, patient after patient) and `index.json`. Every file is read and
     thereby checked."""
     index, start = [], 0
@@ -198,7 +203,7 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
         for patient in tqdm(
             patients, desc="reading scans", unit="patient", disable=None if progress else True
         ):
-            volume, truth, other_forms = _read_pair(patient)
+            volume, truth, other_forms = _read_pair(patient, numbers)
             images.write(volume.tobytes())
             masks.write(truth.tobytes())
             index.append(
@@ -215,9 +220,9 @@ def _build_cache(folder: Path, patients: list[Patient], progress: bool) -> None:
     (folder / "index.json").write_text(json.dumps({"patients": index}), encoding="utf-8")
 
 
-def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
-    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8, and the number of masks that were not stored as 0
-    and 255. Raises MedFLError if a size differs."""
+def _read_pair(patient: Patient, numbers: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
+    """A patient's slices (S, H, W, 3) and masks (S, H, W), uint8 with 0 and 255 or the numbers of classes, and the
+    number of masks that were not stored as 0 and 255. Raises MedFLError if a size differs."""
     volume: list[np.ndarray] = []
     truth: list[np.ndarray] = []
     other_forms = 0
@@ -229,7 +234,7 @@ def _read_pair(patient: Patient) -> tuple[np.ndarray, np.ndarray, int]:
                 f"{volume[0].shape[1]}×{volume[0].shape[0]} pixels, more than can be read at once "
                 f"({MAX_VOXELS >> 20} million pixels); make them smaller"
             )
-        pixels, other = read_mask_and_form(mask)
+        pixels, other = (read_classes(mask, numbers), False) if numbers else read_mask_and_form(mask)
         truth.append(pixels)
         other_forms += other
         for path, pixels in ((image, volume[-1]), (mask, truth[-1])):

@@ -2,6 +2,7 @@
 stored."""
 
 import warnings
+from collections.abc import Mapping
 from io import SEEK_END, BytesIO
 from pathlib import Path, PurePath
 
@@ -81,6 +82,26 @@ def read_mask_and_form(path: PurePath, content: bytes | None = None) -> tuple[np
         f"{path} has the value {odd}, but a mask only holds 0 and 255, or 0 and 1; save it again with 255 "
         "for what is outlined"
     )
+
+
+def read_classes(path: PurePath, numbers: Mapping[int, int]) -> np.ndarray:
+    """The class of each pixel of a mask, (H, W) uint8, 0 outside of the region. numbers: the class of each value that
+    the file may hold besides 0. Raises MedFLError for another value and whatever `read_slice` refuses."""
+    picture = _open(path, None)
+    if picture.mode not in ("L", "P"):
+        raise MedFLError(
+            f"{path} has pixels of type {picture.mode}, but a mask of several classes is 8-bit grey; convert it first"
+        )
+    values = np.asarray(picture)
+    classes = np.zeros(256, np.uint8)
+    classes[list(numbers)] = list(numbers.values())
+    odd = np.setdiff1d(values, (0, *numbers))
+    if odd.size:
+        raise MedFLError(
+            f"{path} has the value {odd[0]}, but the classes of its task are {', '.join(map(str, numbers))}; save it "
+            "again with these, and 0 elsewhere"
+        )
+    return classes[values]
 
 
 def _outlined(picture: Image.Image) -> int:

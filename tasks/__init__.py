@@ -5,6 +5,8 @@ title          of the dataset, in tables and on cards
 region         what is outlined, in the words of pages and tables: "tumour", "hippocampus"
 channels       one to three; one fills all three of the network's input
 labels         values of a mask that mark the region; several are taken together
+classes        parts of the region, each with its name and its share of the labels, for models that outline each by
+               itself (optional)
 site           regular expression of a patient's name whose group is the site's code (optional)
 normalisation  of the pixels; there is only one (preprocessing.py)
 """
@@ -14,7 +16,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 import preprocessing
 from common import MedFLError
@@ -25,9 +27,19 @@ NAME = "task.toml"  # in a dataset's folder
 DEFAULT = "lgg"
 MOST_BYTES = 10_000  # of a task file
 MOST_LETTERS = 200  # of a patient's name; the site is looked for in these
+MOST_CLASSES = 8
 # A regular expression comes with a dataset, and some take for ever on a name of 50 letters: those that repeat a group,
 # or leave many choices.
 REPEATED_GROUP, CHOICES, MOST_CHOICES = re.compile(r"\)[*+{]"), re.compile(r"[*+{|]|(?<!\()\?"), 3
+
+
+class RegionClass(BaseModel):
+    """A part of the region, with the values of a mask that mark it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9 -]{0,29}$")
+    labels: tuple[int, ...] = Field(min_length=1, max_length=255)
 
 
 class Task(BaseModel):
@@ -40,6 +52,7 @@ class Task(BaseModel):
     region: str = Field(min_length=1, max_length=30)
     channels: tuple[Annotated[str, Field(max_length=30)], ...] = Field(min_length=1, max_length=3)
     labels: tuple[int, ...] = Field(min_length=1, max_length=255)
+    classes: tuple[RegionClass, ...] = Field(default=(), max_length=MOST_CLASSES)
     site: str | None = Field(default=None, max_length=1_000)
     normalisation: str = Field(max_length=60)
 
@@ -79,10 +92,25 @@ class Task(BaseModel):
             raise ValueError(f"normalisation must be {preprocessing.DESCRIPTION['name']}")
         return name
 
+    @model_validator(mode="after")
+    def _classes_are_the_region(self) -> "Task":
+        labels = [label for one in self.classes for label in one.labels]
+        names = {one.name.lower() for one in self.classes}
+        if self.classes and (sorted(labels) != sorted(set(self.labels)) or len(names) != len(self.classes)):
+            raise ValueError("classes must have different names, and hold each of the labels once")
+        if len(self.classes) == 1:
+            raise ValueError("one class is the region itself; leave classes out")
+        return self
+
     @property
     def outlines(self) -> tuple:
         """What is outlined, and in which images. If two tasks differ in this, their models outline different things."""
-        return self.region, self.channels, self.labels, self.normalisation
+        return self.region, self.channels, self.labels, self.classes, self.normalisation
+
+    @property
+    def numbers(self) -> dict[int, int]:
+        """The number of the class, from 1, of each label; empty if the region has no classes."""
+        return {label: number for number, one in enumerate(self.classes, start=1) for label in one.labels}
 
     def site_of(self, patient: str) -> str | None:
         """The site's code in a patient's name, or None."""
@@ -121,7 +149,7 @@ def read_task(path: Path) -> Task:
     except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            where = ".".join(map(str, first["loc"])) or "classes"  # the only entry that is checked beside others
             raise MedFLError(
                 f"{path}: {where}: {first['msg']}; correct it (tasks/lgg.toml shows one)"
             ) from error

@@ -456,7 +456,7 @@ def test_the_loss_of_a_volume_is_the_trainings():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 8, 8)).astype(np.float32)
     truth = rng.random((2, 8, 8)) < 0.3
-    wanted, _ = segmentation_loss(torch.from_numpy(logits), torch.from_numpy(truth).float())
+    wanted, _ = segmentation_loss(torch.from_numpy(logits)[:, None], torch.from_numpy(truth).float()[:, None])
     probabilities = 1 / (1 + np.exp(-logits))
     assert metrics.loss_of_volume(probabilities, truth) == pytest.approx(float(wanted), abs=1e-5)
     assert np.isfinite(metrics.loss_of_volume(1.0 - truth.astype(np.float32), truth))

@@ -4,7 +4,7 @@ downloads."""
 import csv
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -19,7 +19,7 @@ from deployment.app.turns import TURNS
 from evaluation import metrics
 from evaluation.components import COLUMNS, Component
 from evaluation.diameters import largest_diameter
-from inference import predict_volume, to_mask
+from inference import predict_classes, to_mask
 from transunet import TransUNet
 
 SPREAD_FLOOR = 0.05  # probability; a pixel below it in both readings is background and is not counted
@@ -27,10 +27,11 @@ SPREAD_FLOOR = 0.05  # probability; a pixel below it in both readings is backgro
 
 @dataclass
 class Prediction:
-    """The model's output for a case. probability: (S, H, W) float32; spread: (S,) float32, None until it is
-    requested."""
+    """The model's output for a case. probability: (S, H, W) float32; classes: the likeliest class of each pixel, from
+    1, (S, H, W) uint8, None for a region as a whole; spread: (S,) float32, None until it is requested."""
 
     probability: np.ndarray
+    classes: np.ndarray | None = None
     spread: np.ndarray | None = None
 
 
@@ -41,16 +42,17 @@ def predict_case(
     A DICOM study is prepared for the network as for training, and a NIfTI file is framed like one. In the
     black margins and outside the head there is no tumour. Several readers' scans take turns. told: receives
     the number of finished slices and of other scans in progress."""
-    return Prediction(_probability(model, case, told=told))
+    return Prediction(*_read(model, case, told=told))
 
 
-def _probability(
+def _read(
     model: TransUNet, case: Case, step: int = 1, told: Callable[[int, int], None] = lambda done, others: None
-) -> np.ndarray:
-    """step: -1 mirrors the slices, and mirrors the answer back."""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Probability and classes. step: -1 mirrors the slices, and mirrors the answer back."""
     groups = case.groups if case.feed is None else np.zeros(len(case.fed), int)
     volume = np.ascontiguousarray(case.fed[:, :, ::step])
     parts: list[np.ndarray] = []
+    of_parts: list[np.ndarray] = []
 
     def turn(done: int) -> AbstractContextManager:
         told(done + sum(map(len, parts)), TURNS.others)
@@ -58,15 +60,19 @@ def _probability(
 
     with TURNS.scan():
         for group in np.unique(groups):
-            parts.append(predict_volume(model, volume[groups == group], turn))
-    probability = np.concatenate(parts)[:, :, ::step]
-    return probability if case.feed is None else case.feed.onto_page(probability)
+            probability, classes = predict_classes(model, volume[groups == group], turn)
+            parts.append(probability)
+            of_parts.append(classes)
+    probability, classes = (np.concatenate(arrays)[:, :, ::step] for arrays in (parts, of_parts))
+    if case.feed is not None:  # the classes are not known on the page's own grid
+        return case.feed.onto_page(probability), None
+    return probability, classes if model.classes > 1 else None
 
 
 def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.ndarray:
     """For each slice, (S,) float32: the average change of the probability when the slice is mirrored, over
     the pixels where either reading is above 0.05; 0 if there are none. It needs a second pass."""
-    mirrored = _probability(model, case, step=-1)
+    mirrored, _ = _read(model, case, step=-1)
     spread = np.zeros(len(probability), np.float32)
     for number, (one, other) in enumerate(zip(probability, mirrored)):
         asked = np.maximum(one, other) > SPREAD_FLOOR
@@ -131,6 +137,21 @@ def summary(case: Case, rows: list[dict], mask: np.ndarray) -> dict:
     if case.truth is not None and (case.is_volume or len(rows) == 1):
         figures["dice"], figures["iou"] = agreement(mask, case.truth)
     return figures
+
+
+def class_texts(
+    case: Case, mask: np.ndarray, classes: np.ndarray | None, labels: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """How much of the mask (S, H, W) each class is, in words: in cm³ where the spacing is known. classes: as in a
+    `Prediction`; labels: the names, in the order of the numbers."""
+    if classes is None:
+        return []
+    counts = [np.count_nonzero((mask > 0) & (classes == number)) for number in range(1, len(labels) + 1)]
+    cm3 = float(np.prod(case.spacing)) / 1_000 if case.spacing else None
+    return [
+        (f"Of which {name}", f"{count:,} pixels" if cm3 is None else f"{count * cm3:.1f} cm³")
+        for name, count in zip(labels, counts)
+    ]
 
 
 def component_rows(parts: list[Component]) -> list[dict]:

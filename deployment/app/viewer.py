@@ -21,6 +21,7 @@ from deployment.app.nifti import mirror, write_nifti
 from deployment.app.pictures import flair_picture, marked, outline, png, probability_picture
 from deployment.app.readout import (
     Prediction,
+    class_texts,
     component_rows,
     csv_text,
     flip_spread,
@@ -74,6 +75,7 @@ def show_side(
     figures = summary(case, rows, done.mask)
     number = state.get("slice", 1 + int(np.argmax([row["tumour_pixels"] for row in rows])))
     lines = figure_texts(case, figures, done, checkpoint.task)
+    lines += class_texts(case, done.mask, prediction.classes, checkpoint.labels)
     show_figures(case, rows[number - 1], lines)
     show_components(done)
     more(checkpoint, case, prediction)

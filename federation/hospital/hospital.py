@@ -88,6 +88,7 @@ class Hospital:
         self.device = choose_device(identity.device)
         try:
             self.data = HospitalData(identity, federation, training.seed)
+            self.data.dataset.check_classes(training.classes)
         except MedFLError as error:
             raise HospitalError(Failure.DATA, str(error)) from error
         self.budget = patient_budget(identity, training, federation, len(self.data.split.train))
@@ -119,7 +120,7 @@ class Hospital:
     def received(self, task: Task, arrays: Record) -> TransUNet:
         """The network with the weights that came; parts that the message is
         without are those that are here."""
-        model = TransUNet(self.training.model, self.training.image_size, self.training.norm)
+        model = self.training.network()
         weights = from_record(arrays, self.federation.update_dtype)
         if task.without:
             came, weights = weights, torch.load(self.memory, weights_only=True)
@@ -246,13 +247,15 @@ class Hospital:
         if self.budget:
             noise = reserve(self.budget, settings, task)
             learner = PrivateLearner(model, mine, self.device, noise, len(patients))
-            batches = PatientBatches(self.data.dataset, patients, side, seed)
+            batches = PatientBatches(self.data.dataset, patients, side, seed, self.training.classes)
         elif self.data.unlabelled:
             painter = painter_of(self.identity, task.run).before(task.round)
             learner, batches = pretraining(model, mine, self.data.unlabelled, seed, painter)
         else:
             learner = Learner(model, mine, self.device)
-            batches = TrainingBatches(self.data.dataset, patients, side, mine.batch_size, seed)
+            batches = TrainingBatches(
+                self.data.dataset, patients, side, mine.batch_size, seed, self.training.classes
+            )
         if settings.moments == "keep" and (kept := self._moments(task.run).before(task.round)):
             learner.optimiser.load_state_dict(kept)
         if settings.strategy == "fedprox":

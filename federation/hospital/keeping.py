@@ -9,7 +9,6 @@ from federation.hospital.faults import HospitalError
 from federation.hospital.hospital import Hospital
 from federation.protocol.messages import Failure
 from federation.protocol.weights import Record, from_record, model_hash, unpack
-from transunet import TransUNet
 
 SAME = ("format", "architecture")  # entries of the metadata that say which network it is
 
@@ -30,7 +29,7 @@ def keep_model(
         raise HospitalError(
             Failure.PROTOCOL, "the model that came is not the announced one; nothing was written"
         )
-    model = TransUNet(settings.model, settings.image_size, settings.norm)
+    model = settings.network()
     try:
         about = json.loads(metadata)
         came = [about[name] for name in SAME]

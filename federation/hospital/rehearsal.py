@@ -9,7 +9,6 @@ from encoders.autoencoder import EncoderLearner, UnlabelledBatches
 from federation.hospital.hospital import Hospital
 from federation.hospital.pretraining import pretraining
 from training import Learner
-from transunet import TransUNet
 
 TRIED = 3  # steps
 
@@ -17,7 +16,7 @@ TRIED = 3  # steps
 def round_seconds(hospital: Hospital) -> float:
     """Seconds of a round's scoring and training, from scoring once and training a few steps of a new model."""
     training, federation = hospital.training, hospital.federation
-    model = TransUNet(training.model, training.image_size, training.norm).to(hospital.device)
+    model = training.network().to(hospital.device)
     mine = replace(training, ema_decay=0.0, batch_size=federation.batch_of_one(training.batch_size))
     learner: Learner | EncoderLearner
     batches: TrainingBatches | UnlabelledBatches
@@ -31,6 +30,7 @@ def round_seconds(hospital: Hospital) -> float:
             training.image_size,
             mine.batch_size,
             training.seed,
+            training.classes,
         )
     first, *others = itertools.islice(batches.epoch(1), TRIED + 1)
     learner.train_epoch([first])  # takes longer than those that follow

@@ -32,11 +32,13 @@ TRAINED: tuple[str, ...] = ("head.", "decoder.2.")  # the last layers
 
 class PatientBatches:
     """Like TrainingBatches, but with batches for DP-SGD: images (patients, SLICES, 3, side, side) and masks
-    (patients, SLICES, 1, side, side) of the patients that take part, (0,) if none does. Nobody may know who takes
+    (patients, SLICES, classes, side, side) of the patients that take part, (0,) if none does. Nobody may know who takes
     part, so the choice does not depend on the seed."""
 
-    def __init__(self, dataset: Dataset, patients: tuple[str, ...], side: int, seed: int):
-        self.patients = [TrainingBatches(dataset, (patient,), side, SLICES, seed) for patient in patients]
+    def __init__(self, dataset: Dataset, patients: tuple[str, ...], side: int, seed: int, classes: int = 1):
+        self.patients = [
+            TrainingBatches(dataset, (patient,), side, SLICES, seed, classes) for patient in patients
+        ]
 
     @property
     def slices(self) -> int:

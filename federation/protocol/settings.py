@@ -20,6 +20,7 @@ TRAINING_OPTIONS = [
     "model",
     "image_size",
     "norm",
+    "classes",
     "encoder",
     "batch_size",
     "lr",

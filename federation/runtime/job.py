@@ -38,7 +38,9 @@ def starting_model(
             say(note)
         words = {PRETRAINED: "timm's encoder", RANDOM: "random weights"}
         return model, words.get(training.encoder, f"encoder weights {training.encoder}"), None, training
-    checkpoint = load_start(arguments.init, training.model, training.image_size, training.norm)
+    checkpoint = load_start(
+        arguments.init, training.model, training.image_size, training.norm, training.classes
+    )
     split = checkpoint.metadata.get("data", {}).get("split_sha256")
     training = go_on_from(checkpoint, training)
     return checkpoint.model, f"checkpoint {arguments.init.name}", split, training
@@ -47,7 +49,12 @@ def starting_model(
 def network_of(path: Path) -> dict:
     """The settings that describe a checkpoint's network."""
     model = load_checkpoint(path).model
-    return {"model": model.name, "image_size": model.image_side, "norm": model.norm}
+    return {
+        "model": model.name,
+        "image_size": model.image_side,
+        "norm": model.norm,
+        "classes": model.classes,
+    }
 
 
 def announce_privacy(privacy: HospitalPrivacy, model: TransUNet, training: TrainingSettings) -> None:

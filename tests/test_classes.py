@@ -1,0 +1,232 @@
+"""A region with several classes: their masks, loss, probability and figures, in one place and in a federation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from running import run_here
+from test_tasks import volumes
+
+from benchmarks.local_federation import LocalHospital, run
+from checkpoint import load_checkpoint
+from common import MedFLError
+from dataset import load_dataset
+from deployment.app.card import card_rows
+from deployment.app.case import Case
+from deployment.app.readout import class_texts, predict_case
+from evaluation.metrics import score_classes
+from federation.hospital.faults import HospitalError
+from federation.hospital.hospital import Hospital
+from federation.protocol.settings import FederationSettings
+from inference import predict_classes, to_mask
+from preprocessing import network_input, volume_statistics
+from tasks import FOLDER, read_task
+from training import TrainingSettings, segmentation_loss
+from transunet import TransUNet
+
+MINI = {"model": "mini", "image_size": 32, "encoder": "random"}
+NAMES = ("anterior", "posterior")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ellipsoids of two classes, prepared: label 1 in front, 2 behind."""
+    folder = tmp_path_factory.mktemp("classes")
+    volumes(folder / "source", 12)
+    prepared = run_here(
+        "data/prepare_task.py",
+        "--task",
+        "hippocampus",
+        "--source",
+        folder / "source",
+        "--out",
+        folder / "data",
+    )
+    assert prepared.returncode == 0 and "--classes 2 it outlines anterior and posterior" in prepared.stdout
+    return folder / "data"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("labels = [2]", "labels = [1, 2]", "hold each of the labels once"),
+        ("labels = [2]", "labels = [3]", "hold each of the labels once"),
+        ("labels = [2]", "labels = []", "classes.1.labels"),
+        ('name = "posterior"', 'name = "Anterior"', "different names"),
+        ('name = "posterior"', 'name = "=1+1"', "classes.1.name"),
+        ('[[classes]]\nname = "posterior"\nlabels = [2]', "", "hold each of the labels once"),
+    ],
+)
+def test_wrong_classes_are_told_in_one_sentence(tmp_path, before, after, sentence):
+    text = (FOLDER / "hippocampus.toml").read_text()
+    assert before in text
+    (tmp_path / "own.toml").write_text(text.replace(before, after))
+    with pytest.raises(MedFLError, match=sentence):
+        read_task(tmp_path / "own.toml")
+
+
+def test_masks_hold_the_classes(data):
+    dataset = load_dataset(data, progress=False)
+    patient = dataset.patients[0]
+    _, truth = dataset.volume(patient.name)
+    assert dataset.classes == NAMES and set(np.unique(truth)) == {0, 1, 2}
+    assert dataset.tumour_pixels(patient.name) == np.count_nonzero(truth, axis=(1, 2)).tolist()
+    # the same files under a task that counts them the other way round are other data
+    text = (data / "task.toml").read_text()
+    turned = text.replace("labels = [1]", "labels = [0]").replace("labels = [2]", "labels = [1]")
+    (data / "task.toml").write_text(turned.replace("labels = [0]", "labels = [2]"))
+    try:
+        again = load_dataset(data, progress=False)
+        assert again.content != dataset.content
+        assert np.array_equal(again.volume(patient.name)[1] == 1, truth == 2)
+    finally:
+        (data / "task.toml").write_text(text)
+
+
+def test_a_value_of_no_class_is_refused(data, tmp_path):
+    folder = tmp_path / "data" / "h"
+    folder.mkdir(parents=True)
+    (tmp_path / "data" / "task.toml").write_text((data / "task.toml").read_text())
+    for name, value in (("h_1", 90), ("h_1_mask", 7)):
+        Image.new("L", (32, 32), value).save(folder / f"{name}.png")
+    with pytest.raises(MedFLError, match="has the value 7, but the classes of its task are 1, 2"):
+        load_dataset(tmp_path / "data", progress=False)
+
+
+def test_the_loss_is_that_of_a_softmax_with_the_background():
+    torch.manual_seed(0)
+    logits, classes = torch.randn(3, 2, 8, 8), torch.randint(0, 3, (3, 8, 8))
+    masks = torch.stack([classes == 1, classes == 2], dim=1).float()
+    whole = torch.cat([torch.zeros(3, 1, 8, 8), logits], dim=1)
+    shares = whole.softmax(dim=1)[:, 1:]
+    dice = [
+        (2 * (shares[:, k] * masks[:, k]).sum() + 1) / (shares[:, k].sum() + masks[:, k].sum() + 1)
+        for k in range(2)
+    ]
+    loss, mean = segmentation_loss(logits, masks)
+    assert mean.item() == pytest.approx(float(sum(dice) / 2), abs=1e-6)
+    assert loss.item() == pytest.approx(float(F.cross_entropy(whole, classes) + 1 - mean), abs=1e-5)
+
+
+def test_one_class_has_the_loss_of_a_sigmoid():
+    torch.manual_seed(0)
+    logits, masks = torch.randn(3, 1, 8, 8), torch.rand(3, 1, 8, 8)
+    share = logits.sigmoid()
+    dice = (2 * (share * masks).sum() + 1) / (share.sum() + masks.sum() + 1)
+    expected = F.binary_cross_entropy_with_logits(logits, masks) + 1 - dice
+    assert segmentation_loss(logits, masks)[0].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_region_is_what_a_softmax_leaves_of_the_background():
+    torch.manual_seed(0)
+    model = TransUNet("mini", 32, classes=3)
+    volume = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    probability, classes = predict_classes(model, volume)
+    assert set(np.unique(classes)) <= {1, 2, 3} and len(np.unique(classes)) > 1
+    with torch.inference_mode():
+        pixels = torch.from_numpy(volume)
+        logits = model(network_input(pixels, *volume_statistics(pixels), 32))
+        shares = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1).softmax(dim=1).numpy()
+    assert probability == pytest.approx(1 - shares[:, 0], abs=1e-5)
+    assert np.array_equal(classes, shares[:, 1:].argmax(axis=1) + 1)
+    model.temperature = 3.0  # makes it less sure, and moves no mask
+    assert np.array_equal(to_mask(predict_classes(model, volume)[0], 0.5), to_mask(probability, 0.5))
+
+
+def test_a_class_counts_only_inside_of_the_region():
+    classes, truth = np.array([[[1, 2, 2]]]), np.array([[[1, 2, 0]]])
+    inside = np.array([[[255, 255, 0]]])
+    assert score_classes(inside, classes, truth, NAMES) == {"anterior": 1.0, "posterior": 1.0}
+    everywhere = score_classes(np.full((1, 1, 3), 255), classes, truth, NAMES)
+    assert everywhere == {"anterior": 1.0, "posterior": pytest.approx(2 / 3)}
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory, home):
+    """The folder of a model that outlines both classes."""
+    out = tmp_path_factory.mktemp("trained")
+    options = ("--data-dir", data, "--out", out, "--model", "mini", "--encoder", "random", "--image-size", 32)
+    done = run_here("train_centralized.py", *options, "--classes", 2, "--steps", 150, "--batch-size", 8)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_both_classes_are_learnt_scored_and_written(data, trained, tmp_path):
+    best = trained / "transunet_centralized_best.pth"
+    table = tmp_path / "s.json"
+    scored = run_here(
+        "evaluate.py", "--checkpoint", best, "--data-dir", data, "--split", "all", "--json", table
+    )  # fmt: skip
+    figures = json.loads(table.read_text())
+    assert scored.returncode == 0 and "\nposterior " in scored.stdout, scored.stderr
+    assert list(figures["classes"]) == list(NAMES)
+    assert all(figures["classes"][name]["mean"] > 0.6 for name in NAMES), figures["classes"]
+    assert {f"dice_{name}" for name in NAMES} < figures["patients"][0].keys()
+    seen = run_here("predict.py", data / "h_00", "--checkpoint", best, "--out", tmp_path / "p")
+    assert seen.returncode == 0, seen.stderr
+    lines = (tmp_path / "p" / "predictions.csv").read_text().splitlines()
+    assert lines[0].endswith(",anterior_pixels,posterior_pixels")
+    for line in lines[1:]:
+        pixels, _, *of_classes = line.split(",")[3:]
+        assert int(pixels) == sum(map(int, of_classes))
+    labels = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "p").glob("*_mask.png"))]
+    truth = [np.asarray(Image.open(path)) for path in sorted((data / "h_00").glob("*_mask.png"))]
+    assert np.mean(np.stack(labels) == np.stack(truth)) > 0.9 and set(np.unique(labels)) == {0, 1, 2}
+    assert dict(card_rows(load_checkpoint(best), "0" * 64))["Classes"] == "anterior and posterior"
+
+
+def test_the_page_tells_how_much_each_class_is(data, trained):
+    checkpoint = load_checkpoint(trained / "transunet_centralized_best.pth")
+    volume, truth = load_dataset(data, progress=False).volume("h_00")
+    case = Case("h", ["1"] * len(volume), volume, np.zeros(len(volume), int), spacing=(10.0, 10.0, 10.0))
+    prediction = predict_case(checkpoint.model, case)
+    told = class_texts(case, truth, prediction.classes, checkpoint.labels)
+    assert [name for name, _ in told] == ["Of which anterior", "Of which posterior"]
+    assert sum(float(text.removesuffix(" cm³")) for _, text in told) == pytest.approx(np.count_nonzero(truth))
+    assert class_texts(case, truth, None, {}) == []
+
+
+@pytest.mark.slow
+def test_its_region_is_exported_for_the_browser(trained, tmp_path):
+    """The exporter itself compares the graph's masks with those of the checkpoint."""
+    best = trained / "transunet_centralized_best.pth"
+    done = run_here("deployment/export_onnx.py", "--checkpoint", best, "--out", tmp_path / "m.onnx")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_model_of_other_classes_is_refused(data, trained, tmp_path):
+    options = (
+        "train_centralized.py",
+        "--data-dir",
+        data,
+        "--out",
+        tmp_path,
+        "--encoder",
+        "random",
+        "--steps",
+        1,
+    )
+    many = run_here(*options, "--classes", 3)
+    assert many.returncode == 2 and "are anterior and posterior; give --classes 2, or 1" in many.stderr
+    best = trained / "transunet_centralized_best.pth"
+    other = run_here(*options, "--model", "mini", "--image-size", 32, "--init", best)
+    assert other.returncode == 2 and "2 classes; give" in other.stderr and "--classes 2" in other.stderr
+
+
+def test_a_federation_outlines_both_classes(data, tmp_path):
+    training = TrainingSettings(**MINI, classes=2, batch_size=8)
+    settings = FederationSettings(clients=2, rounds=1, partition="iid", round_timeout=1e6)
+    hospitals = [LocalHospital(tmp_path, cid, data) for cid in range(2)]
+    state, _ = run(hospitals, training, settings, tmp_path / "out")
+    best = load_checkpoint(tmp_path / "out" / "transunet_federated_best.pth")
+    assert state.model.classes == best.model.classes == 2 and list(best.labels) == list(NAMES)
+
+
+def test_a_hospital_without_these_classes_says_so(data, tmp_path):
+    training, settings = TrainingSettings(**MINI, classes=3), FederationSettings(clients=1, rounds=1)
+    with pytest.raises(HospitalError, match="are anterior and posterior; give --classes 2, or 1"):
+        Hospital(LocalHospital(tmp_path, 0, data).identity, training, settings, tmp_path / "memory")
