@@ -84,10 +84,11 @@ def read_mask_and_form(path: PurePath, content: bytes | None = None) -> tuple[np
     )
 
 
-def read_classes(path: PurePath, numbers: Mapping[int, int]) -> np.ndarray:
+def read_classes(path: PurePath, numbers: Mapping[int, int], content: bytes | None = None) -> np.ndarray:
     """The class of each pixel of a mask, (H, W) uint8, 0 outside of the region. numbers: the class of each value that
-    the file may hold besides 0. Raises MedFLError for another value and whatever `read_slice` refuses."""
-    picture = _open(path, None)
+    the file may hold besides 0; content: as in `read_slice`. Raises MedFLError for another value and whatever
+    `read_slice` refuses."""
+    picture = _open(path, content)
     if picture.mode not in ("L", "P"):
         raise MedFLError(
             f"{path} has pixels of type {picture.mode}, but a mask of several classes is 8-bit grey; convert it first"

@@ -149,7 +149,9 @@ def read_task(path: Path) -> Task:
     except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "classes"  # the only entry that is checked beside others
+            where = (
+                ".".join(map(str, first["loc"])) or "classes"
+            )  # the only entry that is checked beside others
             raise MedFLError(
                 f"{path}: {where}: {first['msg']}; correct it (tasks/lgg.toml shows one)"
             ) from error

@@ -16,6 +16,7 @@ from common import MedFLError
 from dataset import load_dataset
 from deployment.app.card import card_rows
 from deployment.app.case import Case
+from deployment.app.cases import add_truth, read_case
 from deployment.app.readout import class_texts, predict_case
 from evaluation.metrics import score_classes
 from federation.hospital.faults import HospitalError
@@ -188,6 +189,18 @@ def test_the_page_tells_how_much_each_class_is(data, trained):
     assert [name for name, _ in told] == ["Of which anterior", "Of which posterior"]
     assert sum(float(text.removesuffix(" cm³")) for _, text in told) == pytest.approx(np.count_nonzero(truth))
     assert class_texts(case, truth, None, {}) == []
+
+
+def test_the_page_takes_the_classes_masks_as_the_region(data):
+    task, folder = read_task(data / "task.toml"), data / "h_00"
+    files = [(path.name, path.read_bytes()) for path in sorted(folder.glob("*.png"))]
+    case = read_case(files, task)
+    _, truth = load_dataset(data, progress=False).volume("h_00")
+    assert np.array_equal(case.truth > 0, truth > 0)
+    masks = [(name, content) for name, content in files if "_mask" in name]
+    assert np.array_equal(add_truth(case, masks), case.truth)
+    with pytest.raises(MedFLError, match="has the value 2"):
+        read_case(files)
 
 
 @pytest.mark.slow

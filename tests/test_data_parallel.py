@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 from running import ROOT
-from two_processes import central, gradients
+from two_processes import central, gradients, of_several_classes
 
 from checkpoint import load_checkpoint
 from common import MedFLError
 from federation.protocol.weights import pack
 from runs.data_parallel import Processes
+from training import segmentation_loss
 
 NAMES = ("transunet_centralized_best.pth", "transunet_centralized_last.pth")
 
@@ -39,6 +40,12 @@ def test_two_processes_learn_what_one_learns(phantoms, tmp_path):
     for row, other in zip(*rows, strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
         assert row["step"] == other["step"] and row["learning_rate"] == other["learning_rate"]
+    logits, masks = of_several_classes()
+    loss, _ = segmentation_loss(logits.requires_grad_(), masks)
+    loss.backward()
+    losses, shares = zip(*(torch.load(tmp_path / f"classes_{rank}.pt") for rank in range(2)))
+    assert losses == pytest.approx([loss.item()] * 2, rel=1e-5)
+    assert torch.allclose(torch.cat(shares) / 2, logits.grad, atol=1e-7)  # torch takes the processes' mean
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
         path.name for path in (tmp_path / "alone").iterdir()
     }

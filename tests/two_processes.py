@@ -7,7 +7,7 @@ import torch
 
 from dataset import load_dataset
 from runs.central import CentralTraining
-from runs.data_parallel import Processes
+from runs.data_parallel import Processes, loss_of_all
 from split import make_split
 from training import TrainingSettings
 
@@ -31,8 +31,19 @@ def gradients(subject: CentralTraining) -> torch.Tensor:
     return torch.cat([weight.grad.flatten() for weight in learner.model.parameters()])
 
 
+def of_several_classes() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and masks (6, 2, 8, 8) of two classes."""
+    torch.manual_seed(0)
+    logits, classes = torch.randn(6, 2, 8, 8), torch.randint(0, 3, (6, 8, 8))
+    return logits, torch.stack([classes == 1, classes == 2], dim=1).float()
+
+
 def main(phantoms: Path, out: Path) -> None:
     processes = Processes()
+    logits, masks = (values[processes.share(6)] for values in of_several_classes())
+    loss, _ = loss_of_all(logits.requires_grad_(), masks)
+    loss.backward()
+    torch.save((loss.item(), logits.grad), out / f"classes_{processes.rank}.pt")
     step = gradients(central(phantoms, out / "step", processes=processes))
     if processes.first:
         torch.save(step, out / "step.pt")

@@ -196,7 +196,7 @@ def choose_case(checkpoint: Checkpoint, sha256: str) -> None:
             "reading the files"
         ):  # DICOM series are aligned with each other, which takes some seconds
             taken = take_uploads(chosen)
-            open_case(partial(read_case, taken))
+            open_case(partial(read_case, taken, task))
         st.rerun()
 
 

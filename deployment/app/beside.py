@@ -80,7 +80,7 @@ def take_other_date(checkpoint: Checkpoint) -> None:
     state.dates = state.get("dates", 0) + 1  # makes a new, empty uploader
     state.beside = state.beside_refusal = None
     try:
-        case = read_case(take_uploads(files))
+        case = read_case(take_uploads(files), checkpoint.task)
         state.beside = _segmented(checkpoint, case, f"Other date, {short(case.name)}")
     except MedFLError as error:
         state.beside_refusal = f"{error}."

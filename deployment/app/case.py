@@ -1,6 +1,6 @@
 """A case: the slices that a reader looks at together, and its limits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -38,11 +38,12 @@ class Case:
 
     name: of the patient or the file; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each
     slice the number of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H,
-    W) uint8 0/255 or None; spacing: mm between rows, columns and slices, or None; measured: whether the
-    spacing comes from the files; oriented: whether it is known that the patient's left is on the right of
-    each slice; notes: what a reader should know about how the files were read; feed: the network's input, if
-    it differs from the slices; nifti, dicom: the source image or series (dicom.Source), if there is one, to
-    write a mask in the same space; prepared: the hospital's prepared patient, if the case is one.
+    W) uint8 0/255 or None; numbers: the classes that values of a mask may mean (`Task.numbers`); spacing: mm
+    between rows, columns and slices, or None; measured: whether the spacing comes from the files; oriented:
+    whether it is known that the patient's left is on the right of each slice; notes: what a reader should
+    know about how the files were read; feed: the network's input, if it differs from the slices; nifti,
+    dicom: the source image or series (dicom.Source), if there is one, to write a mask in the same space;
+    prepared: the hospital's prepared patient, if the case is one.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     volume: np.ndarray
     groups: np.ndarray
     truth: np.ndarray | None = None
+    numbers: Mapping[int, int] = field(default_factory=dict)
     spacing: tuple[float, float, float] | None = None
     measured: bool = False
     oriented: bool = False

@@ -18,8 +18,9 @@ from scans.naming import IMAGE_SUFFIXES, group_volumes, is_mask, masked_stem, sl
 from scans.nifti_file import SUFFIXES as NIFTI
 from scans.nifti_file import other_format
 from scans.pairing import pair
-from scans.pictures import picture_size, read_mask_and_form, read_slice
+from scans.pictures import picture_size, read_classes, read_mask_and_form, read_slice
 from scans.spacing import NAME, read_spacing
+from tasks import LGG, Task
 
 DICOM = (".dcm", ".dicom", ".ima")  # or any other name, if the content is DICOM
 ONES = "{masks} with 1, or a palette, instead of 255: 1 is read as 255."
@@ -27,8 +28,9 @@ ONES = "{masks} with 1, or a palette, instead of 255: 1 is read as 255."
 KINDS = ["tif", "tiff", "png", "jpg", "jpeg", "zip", "nii", "gz", "nrrd", "json"]
 
 
-def read_case(files: list[tuple[str, bytes]]) -> Case:
-    """The case made of uploaded files, (name, content): slices, DICOM, one ZIP of either, or a NIfTI file.
+def read_case(files: list[tuple[str, bytes]], task: Task = LGG) -> Case:
+    """The case made of uploaded files, (name, content): slices, DICOM, one ZIP of either, or a NIfTI file. task: the
+    model's, whose classes pictures of masks may name.
 
     Raises MedFLError, in one sentence, for everything else.
     """
@@ -47,7 +49,7 @@ def read_case(files: list[tuple[str, bytes]]) -> Case:
         return read_nifti(files)
     if others := [(name, told) for name, _ in files if (told := other_format(name))]:
         raise MedFLError(f"{short(others[0][0])} {others[0][1]}")
-    return _read_slices(dict(files), bool(archives))
+    return _read_slices(dict(files), bool(archives), task)
 
 
 def _is_dicom(name: str, content: bytes) -> bool:
@@ -72,7 +74,7 @@ def _dicom() -> ModuleType:
     return dicom
 
 
-def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
+def _read_slices(files: dict[str, bytes], archive: bool, task: Task) -> Case:
     """A case of TIFF, PNG and JPEG slices, with masks and a prepared patient's `volume.json` among them.
 
     archive: whether the files came in a ZIP, which counts as a folder, like a folder in the files' names.
@@ -100,6 +102,7 @@ def _read_slices(files: dict[str, bytes], archive: bool) -> Case:
         slices=[path.name for path in order],
         volume=np.stack(pixels),
         groups=np.zeros(len(order), int) if together else np.arange(len(order)),
+        numbers=task.numbers,
     )
     if any(known):
         case.truth = _read_masks(
@@ -205,7 +208,12 @@ def _read_masks(
                 f"{short(path.name)} has no mask, but other slices have; add {short(path.stem)}_mask, or "
                 "leave out all masks"
             )
-        pixels, other = read_mask_and_form(*mask)
+        if case.numbers:  # or a whole region, as these pages save it
+            path, content = mask
+            inside = read_classes(path, {255: 1, **case.numbers}, content) > 0
+            pixels, other = np.where(inside, np.uint8(255), np.uint8(0)), False
+        else:
+            pixels, other = read_mask_and_form(*mask)
         other_forms += other
         if pixels.shape != shape[1:3]:
             raise MedFLError(
