@@ -176,7 +176,8 @@ def test_both_classes_are_learnt_scored_and_written(data, trained, tmp_path):
         assert int(pixels) == sum(map(int, of_classes))
     labels = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "p").glob("*_mask.png"))]
     truth = [np.asarray(Image.open(path)) for path in sorted((data / "h_00").glob("*_mask.png"))]
-    assert np.mean(np.stack(labels) == np.stack(truth)) > 0.9 and set(np.unique(labels)) == {0, 1, 2}
+    found, true = np.stack(labels), np.stack(truth)
+    assert np.mean(found[true > 0] == true[true > 0]) > 0.6 and set(np.unique(found)) == {0, 1, 2}
     assert dict(card_rows(load_checkpoint(best), "0" * 64))["Classes"] == "anterior and posterior"
 
 
