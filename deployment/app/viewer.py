@@ -74,8 +74,8 @@ def show_side(
     rows = slice_rows(case, prediction, threshold, done.mask)
     figures = summary(case, rows, done.mask)
     number = state.get("slice", 1 + int(np.argmax([row["tumour_pixels"] for row in rows])))
-    lines = figure_texts(case, figures, done, checkpoint.task)
-    lines += class_texts(case, done.mask, prediction.classes, checkpoint.labels)
+    of_classes = class_texts(case, done.mask, prediction.classes, checkpoint.labels)
+    lines = figure_texts(case, figures, done, checkpoint.task, of_classes)
     show_figures(case, rows[number - 1], lines)
     show_components(done)
     more(checkpoint, case, prediction)
@@ -88,8 +88,10 @@ def show_side(
         send_button(case.dicom, done, prediction.probability, threshold, checkpoint)
 
 
-def figure_texts(case: Case, figures: dict, done: Corrected, task: Task) -> list[tuple[str, str]]:
-    """The case's figures in words, with their units."""
+def figure_texts(
+    case: Case, figures: dict, done: Corrected, task: Task, of_classes: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """The case's figures in words, with their units. of_classes: from `class_texts`."""
     region, pictured = task.region, "head" if of_brain(task.channels) else "image"
     texts = [
         (region[:1].upper() + region[1:], f"{figures['tumour_pixels']:,} pixels"),
@@ -98,10 +100,10 @@ def figure_texts(case: Case, figures: dict, done: Corrected, task: Task) -> list
         ("Largest diameter", f"{figures['largest_diameter_px']:.1f} pixels"),
     ]
     if case.spacing:
-        texts += [
-            ("Volume", f"{figures['volume_cm3']:.1f} cm³"),
-            ("Largest diameter in mm", f"{figures['largest_diameter_mm']:.1f} mm"),
-        ]
+        texts.append(("Volume", f"{figures['volume_cm3']:.1f} cm³"))
+    texts += of_classes
+    if case.spacing:
+        texts.append(("Largest diameter in mm", f"{figures['largest_diameter_mm']:.1f} mm"))
     if done.interval:
         texts.append(("Volume, 80 %", "{:.1f} to {:.1f} cm³".format(*done.interval)))
     if done.parts and done.parts[0].diameters:
