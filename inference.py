@@ -1,6 +1,6 @@
 """Pixels in, mask out: the one way in which every script and the app use a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -78,3 +78,9 @@ def to_mask(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     """Probabilities of any shape to a mask of that shape, uint8, 255 where the probability reaches the
     threshold."""
     return np.where(probabilities >= np.float32(threshold), np.uint8(255), np.uint8(0))
+
+
+def labelled(mask: np.ndarray, classes: np.ndarray, labels: Iterable[int]) -> np.ndarray:
+    """The region's mask with the label of each pixel's class, uint8 of the mask's shape. classes: from
+    `predict_classes`; labels: of the classes in order."""
+    return np.where(mask > 0, np.array((0, *labels), np.uint8)[classes], np.uint8(0))

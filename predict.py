@@ -31,7 +31,7 @@ from common import ROOT, MedFLError, counted, run_script
 from dataset import add_mask_option
 from evaluation.components import COLUMNS as OF_COMPONENT
 from evaluation.components import find_components
-from inference import predict_classes, to_mask
+from inference import labelled, predict_classes, to_mask
 from runs.models import find_checkpoints
 from runs.usage import choose_device
 from scans.folders import refuse_dangling, walk
@@ -200,7 +200,7 @@ def predict_slices(arguments: argparse.Namespace) -> None:
         for file, probability, likeliest in zip(slices, probabilities, classes):
             mask = to_mask(probability, checkpoint.threshold)
             if labels:
-                mask = np.where(mask > 0, np.array((0, *labels.values()), np.uint8)[likeliest], np.uint8(0))
+                mask = labelled(mask, likeliest, labels.values())
             write_picture(mask, arguments.out / f"{names[file]}_mask.png")
             if arguments.probabilities:
                 write_picture(

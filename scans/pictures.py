@@ -77,9 +77,9 @@ def read_mask_and_form(path: PurePath, content: bytes | None = None) -> tuple[np
     numbers = np.asarray(picture) if picture.mode == "P" else mask
     if numbers.max() <= 1:
         return np.where(numbers == _outlined(picture), np.uint8(255), np.uint8(0)), True
-    odd = int(numbers[(numbers != 0) & (numbers != (1 if picture.mode == "P" else 255))][0])
+    odd = numbers[~np.isin(numbers, (0, 1 if picture.mode == "P" else 255))]
     raise MedFLError(
-        f"{path} has the value {odd}, but a mask only holds 0 and 255, or 0 and 1; save it again with 255 "
+        f"{path} has the value {odd.max()}, but a mask only holds 0 and 255, or 0 and 1; save it again with 255 "
         "for what is outlined"
     )
 

@@ -1,7 +1,9 @@
 """A region with several classes: their masks, loss, probability and figures, in one place and in a federation."""
 
+import gzip
 import json
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -15,14 +17,15 @@ from checkpoint import load_checkpoint
 from common import MedFLError
 from dataset import load_dataset
 from deployment.app.card import card_rows
-from deployment.app.case import Case
+from deployment.app.case import Case, as_trained
 from deployment.app.cases import add_truth, read_case
+from deployment.app.nifti import write_nifti
 from deployment.app.readout import class_texts, predict_case
 from evaluation.metrics import score_classes
 from federation.hospital.faults import HospitalError
 from federation.hospital.hospital import Hospital
 from federation.protocol.settings import FederationSettings
-from inference import predict_classes, to_mask
+from inference import labelled, predict_classes, to_mask
 from preprocessing import network_input, volume_statistics
 from tasks import read_task
 from training import TrainingSettings, segmentation_loss
@@ -173,6 +176,21 @@ def test_the_page_tells_how_much_each_class_is(data, trained):
     assert class_texts(case, truth, None, {}) == []
 
 
+def test_a_nifti_mask_of_the_page_holds_the_labels(data, trained):
+    """On the voxels of the scan that was opened, as in the label that it was prepared from."""
+    checkpoint, source = load_checkpoint(trained / "transunet_centralized_best.pth"), data.parent / "source"
+    scan = (source / "images" / "h_00.nii.gz").read_bytes()
+    case = as_trained(read_case([("h_00.nii.gz", scan)], checkpoint.task), checkpoint.task.channels)
+    prediction = predict_case(checkpoint.model, case)
+    mask = labelled(to_mask(prediction.probability, 0.5), prediction.classes, checkpoint.labels.values())
+    written = nibabel.Nifti1Image.from_bytes(gzip.decompress(write_nifti(case.nifti, mask, has_labels=True)))
+    true = np.asarray(nibabel.load(source / "labels" / "h_00.nii.gz").dataobj)
+    found = np.asarray(written.dataobj)
+    assert np.mean(found[true > 0] == true[true > 0]) > 0.6 and set(np.unique(found)) == {0, 1, 2}
+    region = nibabel.Nifti1Image.from_bytes(gzip.decompress(write_nifti(case.nifti, mask)))
+    assert np.array_equal(np.asarray(region.dataobj), found > 0)
+
+
 def test_the_page_takes_the_classes_masks_as_the_region(data):
     task, folder = read_task(data / "task.toml"), data / "h_00"
     files = [(path.name, path.read_bytes()) for path in sorted(folder.glob("*.png"))]
@@ -181,7 +199,7 @@ def test_the_page_takes_the_classes_masks_as_the_region(data):
     assert np.array_equal(case.truth > 0, truth > 0)
     masks = [(name, content) for name, content in files if "_mask" in name]
     assert np.array_equal(add_truth(case, masks), case.truth)
-    with pytest.raises(MedFLError, match="has the value 2"):
+    with pytest.raises(MedFLError, match="has the value 2, but a mask only holds 0 and 255"):
         read_case(files)
 
 

@@ -334,11 +334,12 @@ def mirror(case: Case) -> None:
         case.feed = case.feed.mirrored()
 
 
-def write_nifti(scan: "nibabel.Nifti1Image", mask: np.ndarray) -> bytes:
-    """A mask (S, H, W) uint8 0/255 as .nii.gz, voxel for voxel on the scan that was uploaded, 1 where there
-    is tumour."""
+def write_nifti(scan: "nibabel.Nifti1Image", mask: np.ndarray, has_labels: bool = False) -> bytes:
+    """A mask (S, H, W) uint8 as .nii.gz, voxel for voxel on the scan that was uploaded: 1 where there is tumour, or the
+    mask's own labels, if it has any."""
     axes = closest_axes(mirrored(scan.affine)[:3, :3])
-    return nifti_bytes(from_shown((mask > 0).astype(np.uint8), axes), scan.affine)
+    values = mask if has_labels else (mask > 0).astype(np.uint8)
+    return nifti_bytes(from_shown(values, axes), scan.affine)
 
 
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:

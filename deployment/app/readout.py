@@ -174,7 +174,7 @@ def mask_name(name: str) -> str:
 
 
 def zip_masks(case: Case, mask: np.ndarray, rows: list[dict], parts: list[dict] | None = None) -> bytes:
-    """All masks as PNG, 0 or 255 and of the slices' own size, and the read-out of slices and components as CSV,
+    """All masks as PNG, as given and of the slices' own size, and the read-out of slices and components as CSV,
     in one ZIP."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -34,6 +34,7 @@ from deployment.app.report import draw_report
 from deployment.app.scan_viewer import show_scan
 from deployment.app.sending import send_button
 from deployment.app.uploads import take_uploads
+from inference import labelled
 from tasks import Task
 
 if TYPE_CHECKING:  # radiology/ is optional
@@ -81,8 +82,8 @@ def show_side(
     more(checkpoint, case, prediction)
     correct(checkpoint, dict(card)["SHA-256"], case, done)
     downloads(
-        case, prediction.probability, done, rows,
-        texts_of_report(lines, done, threshold), number, card, state.doubts, checkpoint.task,
+        case, prediction, done, rows,
+        texts_of_report(lines, done, threshold), number, card, state.doubts, checkpoint,
     )  # fmt: skip
     if case.dicom is not None:
         send_button(case.dicom, done, prediction.probability, threshold, checkpoint)
@@ -222,23 +223,25 @@ def more(checkpoint: Checkpoint, case: Case, prediction: Prediction) -> None:
 
 def downloads(
     case: Case,
-    probability: np.ndarray,
+    prediction: Prediction,
     done: Corrected,
     rows: list[dict],
     figures: list[tuple[str, str]],
     number: int,
     card: list[tuple[str, str]],
     doubts: list[str],
-    task: Task,
+    checkpoint: Checkpoint,
 ) -> None:
     """The downloads; each is made when it is requested, in a thread that can't see the session."""
-    masks, parts = done.mask, component_rows(done.parts)
+    masks, parts, task = done.mask, component_rows(done.parts), checkpoint.task
+    classes = prediction.classes
+    written = masks if classes is None else labelled(masks, classes, checkpoint.labels.values())
 
     def report() -> bytes:
         index = int(np.argmax([row["tumour_pixels"] for row in rows]))
         slices = "one slice" if len(rows) == 1 else f"{len(rows)} slices"
         picture = outline(flair_picture(case.volume[index]), masks[index])
-        likely = probability_picture(probability[index])
+        likely = probability_picture(prediction.probability[index])
         pictures = [
             (
                 f"slice {index + 1}, {task.channels[len(task.channels) // 2]}, mask outlined",
@@ -251,13 +254,13 @@ def downloads(
     offers: list[tuple[str, Callable[[], str | bytes], str, str]] = [
         (
             "Mask of this slice",
-            lambda: png(masks[number - 1]),
+            lambda: png(written[number - 1]),
             mask_name(case.slices[number - 1]),
             "image/png",
         ),
         (
             "All masks (ZIP)",
-            lambda: zip_masks(case, masks, rows, parts),
+            lambda: zip_masks(case, written, rows, parts),
             f"{case.name}_masks.zip",
             "application/zip",
         ),
@@ -267,7 +270,12 @@ def downloads(
     ]
     if (scan := case.nifti) is not None:
         offers.append(
-            ("Mask (NIfTI)", lambda: write_nifti(scan, masks), f"{case.name}_mask.nii.gz", "application/gzip")
+            (
+                "Mask (NIfTI)",
+                lambda: write_nifti(scan, written, classes is not None),
+                f"{case.name}_mask.nii.gz",
+                "application/gzip",
+            )
         )
     if case.dicom is not None:
         offers += dicom_offers(case.dicom, case.name, masks)
