@@ -16,7 +16,7 @@ from scans.cache import Contents, cache_of
 from scans.cohort import SITE, Cohort, Patient, cohort_name, find_cohort
 from scans.naming import IMAGE_SUFFIXES, MASK_SUFFIX
 from scans.spacing import NAME, read_spacing
-from tasks import LGG, task_of
+from tasks import LGG, Task, task_of
 
 
 class Dataset:
@@ -29,8 +29,8 @@ class Dataset:
     what was not read, and what looks odd).
     """
 
-    def __init__(self, root: Path, patients: list[Patient], cache: Path):
-        self.root, self.patients, self.task = root, patients, task_of(root)
+    def __init__(self, root: Path, patients: list[Patient], cache: Path, task: Task | None):
+        self.root, self.patients, self.task = root, patients, task
         self.name = self.task.title if self.task else cohort_name(patients)
         self.region = (self.task or LGG).region
         self.classes = tuple(one.name for one in (self.task or LGG).classes)
@@ -155,7 +155,7 @@ def load_dataset(
     found = _cohort(Path(data_dir), site or "own", mask_suffix)
     task = task_of(found.root)
     cache = cache_of(found.root, found.patients, task.numbers if task else {}, progress)
-    dataset = Dataset(found.root, found.patients, cache)
+    dataset = Dataset(found.root, found.patients, cache, task)
     dataset.notes = [*found.left_out, *dataset.notes]
     return dataset
 
