@@ -270,7 +270,7 @@ def _check_weights(plan: Plan, weights: dict, source: Path) -> None:
     if {name: tuple(value.shape) for name, value in weights.items()} != {
         name: tuple(value.shape) for name, value in expected.items()
     }:
-        raise MedFLError(_of_another(plan.name, plan.image_side, plan.norm, source))
+        raise MedFLError(_of_another(plan.name, plan.image_side, plan.norm, plan.classes, source))
 
 
 def _refuse_no_numbers(weights: dict, source: Path) -> None:
@@ -283,10 +283,10 @@ def _refuse_no_numbers(weights: dict, source: Path) -> None:
         )
 
 
-def _of_another(name: object, side: object, norm: object, source: Path) -> str:
+def _of_another(name: object, side: object, norm: object, classes: Any, source: Path) -> str:
     return (
         f"{source} holds weights of another architecture than {name} at {side} pixels with {norm} "
-        "normalisation; choose a checkpoint of that model"
+        f"normalisation and {counted(classes, 'class')}; choose a checkpoint of that model"
     )
 
 
@@ -304,7 +304,9 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise MedFLError(_of_another(model.name, model.image_side, model.norm, source)) from error
+        raise MedFLError(
+            _of_another(model.name, model.image_side, model.norm, model.classes, source)
+        ) from error
 
 
 def _read(path: Path) -> Any:

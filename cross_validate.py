@@ -21,7 +21,7 @@ from common import MedFLError, add_settings, counted, run_script, settings_from,
 from dataset import Dataset, add_mask_option, load_dataset
 from evaluation.failures import as_lines, failures
 from evaluation.metrics import report
-from evaluation.scoring import score_patients
+from evaluation.scoring import classes_to_score, score_patients
 from evaluation.tables import table_lines, write_patients
 from runs.central import CentralTraining
 from runs.history import stored_settings
@@ -95,7 +95,10 @@ def fold_rows(
     training = CentralTraining(dataset, split, settings, device, out, resume)
     training.run()
     best = load_checkpoint(training.best, device)
-    rows = score_patients(best.model, dataset, split.test, best.threshold, progress=True, closely=True)
+    classes = classes_to_score(best.labels, dataset)
+    rows = score_patients(
+        best.model, dataset, split.test, best.threshold, progress=True, closely=True, classes=classes
+    )
     write_json(done, rows)
     return rows
 

@@ -106,7 +106,7 @@ class Dataset:
             f"are {' and '.join(self.classes)}" if self.classes else f"outline the {self.region} as a whole"
         )
         raise MedFLError(
-            f"the model is to have {classes} classes, but the masks in {self.root} {told}; give --classes "
+            f"the model is to have {classes} classes, but the masks in {self.root} {told}; the run needs --classes "
             f"{len(self.classes) or 1}{', or 1 for the whole' * bool(self.classes)}"
         )
 

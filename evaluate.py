@@ -23,7 +23,7 @@ from evaluation.comparison import COLUMNS, as_text, compare, draw_table, lines_o
 from evaluation.failures import as_lines, failures, without_sizes
 from evaluation.metrics import report
 from evaluation.overlays import draw_outlines
-from evaluation.scoring import fit_temperature, score_patients
+from evaluation.scoring import classes_to_score, fit_temperature, score_patients
 from evaluation.tables import sites_told, table_lines, without_mm, write_patients
 from inference import predict_volume, to_mask
 from runs.energy import Meter, in_words
@@ -207,8 +207,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
     else:
         patients = list(split_of(arguments, dataset, checkpoint, arguments.split).part(arguments.split))
     meter = Meter("inference", choose_device(arguments.device).type == "cuda") if arguments.energy else None
+    classes = classes_to_score(checkpoint.labels, dataset)
+    if checkpoint.labels and not classes:
+        print(
+            f"note: the masks don't tell {' and '.join(checkpoint.labels)} apart, so only the whole is scored"
+        )
     rows = score_patients(
-        checkpoint.model, dataset, patients, checkpoint.threshold, progress=True, closely=True
+        checkpoint.model,
+        dataset,
+        patients,
+        checkpoint.threshold,
+        progress=True,
+        closely=True,
+        classes=classes,
     )
     figures, failed = report(rows), failures(rows)
     print(f"{arguments.checkpoint} on {dataset.name}, {arguments.split}: {counted(len(rows), 'patient')}")

@@ -210,7 +210,7 @@ def predict_slices(arguments: argparse.Namespace) -> None:
             tumour = int(np.count_nonzero(mask))
             of_classes = (int(np.count_nonzero(mask == label)) for label in labels.values())
             rows.append((str(file), patient, slice_number(file), tumour, tumour / mask.size, *of_classes))
-    write_csv(arguments.out / TABLE, [(*COLUMNS, *(f"{name}_pixels" for name in labels)), *rows])
+    write_csv(arguments.out / TABLE, [(*COLUMNS, *(f"pixels of {name}" for name in labels)), *rows])
     write_csv(arguments.out / "components.csv", [("patient", *OF_COMPONENT), *parts])
     print(
         f"{counted(len(rows), 'slice')} segmented in {counted(len(volumes), 'volume')}, "

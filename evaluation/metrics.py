@@ -63,7 +63,7 @@ def iou(tp: int, fp: int, fn: int) -> float:
 
 def loss_of_volume(probabilities: np.ndarray, truth: ArrayLike) -> float:
     """The training's loss over a whole volume: binary cross-entropy + 1 - soft Dice
-    (`training.segmentation_loss`).
+    (`training.segmentation_loss`). Of a model of several classes it is that of the region.
 
     probabilities: (S, H, W) float32, 0 to 1; truth: (S, H, W), non-zero is tumour. The probability
     of the true class counts as at least 1e-7.
@@ -127,14 +127,17 @@ def score_patient(patient: str, site: str, prediction: ArrayLike, truth: ArrayLi
 
 def score_classes(
     prediction: np.ndarray, classes: np.ndarray, truth: np.ndarray, names: Sequence[str]
-) -> dict[str, float]:
-    """Volume Dice of each class, by name.
+) -> dict[str, dict]:
+    """For each class, by name: dice, of the volume, and there, whether the truth has it.
 
     prediction: the region's mask, non-zero inside; classes: the likeliest class of each pixel, from 1; truth: the true
     class, 0 outside of the region; all (S, H, W) uint8.
     """
     found = np.where(prediction > 0, classes, 0)
-    return {name: dice(*counts(found == k, truth == k)) for k, name in enumerate(names, start=1)}
+    return {
+        name: {"dice": dice(*counts(found == k, truth == k)), "there": bool((truth == k).any())}
+        for k, name in enumerate(names, start=1)
+    }
 
 
 def mean_interval(values: Sequence[float]) -> list[float] | None:
@@ -182,8 +185,8 @@ def summarise(rows: list[dict]) -> dict:
     predicted), patients_without_tumour (in their truth; their Dice is 1 or 0) and patients_scored. Where a
     row has `FIGURES_IN_MM`: hd95_mm and surface_dice_2mm (mean, median, undefined), and volume_cm3 (the means of
     truth, prediction, difference and absolute_difference over those patients, and patients). Where rows have
-    `score_classes`: classes (for each, mean, median and ci95 of its volume Dice). Raises MedFLError if there are no
-    rows.
+    `score_classes`: classes (for each, mean, median and ci95 of its volume Dice, and patients_without it in their
+    truth, whose Dice is 1 or 0). Raises MedFLError if there are no rows.
     """
     if not rows:
         raise MedFLError("there are no patients to score; choose a part of the split that has some")
@@ -221,7 +224,7 @@ def report(rows: list[dict]) -> dict:
         "sites": {site: summarise([row for row in rows if row["site"] == site]) for site in sites},
         "patients": [
             {name: row.get(name) for name in names}
-            | {f"dice_{name}": value for name, value in row.get("classes", {}).items()}
+            | {f"dice_{name}": one["dice"] for name, one in row.get("classes", {}).items()}
             for row in rows
         ],
     }
@@ -273,16 +276,20 @@ def _summary_in_mm(rows: list[dict]) -> dict:
     }
 
 
-def _summary_of_classes(scores: list[dict[str, float]]) -> dict:
+def _summary_of_classes(scores: list[dict[str, dict]]) -> dict:
     """classes of the patients' `score_classes`; an empty dict without any."""
     if not scores:
         return {}
-    of_each = {name: [one[name] for one in scores] for name in scores[0]}
-    return {
-        "classes": {
-            name: {**_mean_and_median(dices), "ci95": mean_interval(dices)} for name, dices in of_each.items()
+    summary = {}
+    for name in scores[0]:
+        dices = [one[name]["dice"] for one in scores]
+        without = sum(not one[name]["there"] for one in scores)
+        summary[name] = {
+            **_mean_and_median(dices),
+            "ci95": mean_interval(dices),
+            "patients_without": without,
         }
-    }
+    return {"classes": summary}
 
 
 def _mean_and_median(values: list[float]) -> dict:

@@ -1,6 +1,6 @@
 """A model's figures on the patients of a dataset."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -20,13 +20,14 @@ def score_patients(
     progress: bool = False,
     closely: bool = False,
     with_loss: bool = False,
+    classes: Sequence[str] = (),
 ) -> list[dict]:
     """A row of `metrics.score_patient` for each patient, for the whole volume at its own size.
 
     with_loss: add `metrics.loss_of_volume`.
     closely: add reliability, lesions and confidence (evaluation/failures.py), `metrics.score_in_mm` where the
-    patient's spacing is known, and `metrics.score_classes` where the model outlines several; only the evaluation asks
-    for them, and no hospital sends them.
+    patient's spacing is known; only the evaluation asks for them, and no hospital sends them.
+    classes: names of the classes that model and masks have in common, to add `metrics.score_classes`.
     """
     rows, patients = [], list(patients)
     spacings = {patient: dataset.spacing(patient) for patient in patients} if closely else {}
@@ -34,7 +35,7 @@ def score_patients(
         patients, desc="scoring", unit="patient", disable=None if progress else True, leave=False
     ):
         volume, truth = dataset.volume(patient)
-        probabilities, classes = predict_classes(model, volume)
+        probabilities, numbers = predict_classes(model, volume)
         prediction = to_mask(probabilities, threshold)
         rows.append(metrics.score_patient(patient, dataset.site(patient), prediction, truth))
         if with_loss:
@@ -43,11 +44,17 @@ def score_patients(
             rows[-1] |= lesions(prediction, truth)
             rows[-1]["reliability"] = reliability(probabilities, truth)
             rows[-1]["confidence"] = confidence(probabilities, prediction)
-            if model.classes == len(dataset.classes):
-                rows[-1]["classes"] = metrics.score_classes(prediction, classes, truth, dataset.classes)
+        if classes:
+            rows[-1]["classes"] = metrics.score_classes(prediction, numbers, truth, classes)
         if spacing := spacings.get(patient):
             rows[-1] |= metrics.score_in_mm(prediction, truth, spacing)
     return rows
+
+
+def classes_to_score(labels: Iterable[str], dataset: Dataset) -> tuple[str, ...]:
+    """The names of a model's classes (`Checkpoint.labels`) if the dataset's masks have the same, else nothing."""
+    names = tuple(labels)
+    return names if names == dataset.classes else ()
 
 
 def fit_temperature(model: TransUNet, dataset: Dataset, patients: Iterable[str]) -> float:

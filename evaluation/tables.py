@@ -41,11 +41,14 @@ def lines_of_classes(figures: dict) -> list[str]:
     """The volume Dice of each class over all patients; nothing for a region as a whole."""
     classes = figures.get("classes", {})
     wide = max((len(name) for name in ("class", *classes)), default=0) + 2
-    lines = [f"\n{'class':{wide}}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}"] if classes else []
+    lines = [f"\n{'class':{wide}}{'Dice mean':>11}{'median':>8}{'95 % interval':>17}{'patients without':>18}"]
     for name, row in classes.items():
         interval = "{:.3f} to {:.3f}".format(*row["ci95"]) if row["ci95"] else NO_INTERVAL
-        lines.append(f"{name:{wide}}{number(row['mean']):>11}{number(row['median']):>8}{interval:>17}")
-    return lines
+        lines.append(
+            f"{name:{wide}}{number(row['mean']):>11}{number(row['median']):>8}{interval:>17}"
+            f"{row['patients_without']:>18}"
+        )
+    return lines if classes else []
 
 
 def lines_in_mm(figures: dict) -> list[str]:

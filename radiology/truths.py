@@ -20,6 +20,7 @@ from common import MedFLError, counted
 from radiology.layout import LOG, MORE, TRAINING, UNMASKED, turn_in
 from radiology.prepared import PreparedPatient, content_of, find_patient, find_prepared
 from scans.pictures import picture_size
+from tasks import task_of
 
 FORMER = ".former"
 SAVING, OLD = ".saving-", "old"
@@ -110,8 +111,14 @@ def save_truth(
 
     Raises:
         ChangedMeanwhile: another truth was saved since.
-        MedFLError: the mask does not belong to these slices, or a file can't be written. Nothing has changed then.
+        MedFLError: the mask does not belong to these slices, the masks there hold several classes, or a file can't be
+            written. Nothing has changed then.
     """
+    if (task := task_of(patient.out)) and task.classes:
+        raise MedFLError(
+            f"the masks in {patient.out} tell {' and '.join(one.name for one in task.classes)} apart, and a saved mask "
+            "only tells the region; download the masks, correct them in another program, and put them there"
+        )
     with turn_in(patient.out):
         _recover(patient.out)
         here = find_patient(patient.out, patient.name)

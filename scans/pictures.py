@@ -89,7 +89,7 @@ def read_classes(path: PurePath, numbers: Mapping[int, int], content: bytes | No
     the file may hold besides 0; content: as in `read_slice`. Raises MedFLError for another value and whatever
     `read_slice` refuses."""
     picture = _open(path, content)
-    if picture.mode not in ("L", "P"):
+    if picture.mode != "L":  # a palette's numbers change when a picture is saved again
         raise MedFLError(
             f"{path} has pixels of type {picture.mode}, but a mask of several classes is 8-bit grey; convert it first"
         )

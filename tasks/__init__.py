@@ -38,7 +38,7 @@ class RegionClass(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9 -]{0,29}$")
+    name: str = Field(pattern=r"^[A-Za-z]([A-Za-z0-9 -]{0,28}[A-Za-z0-9])?$")
     labels: tuple[int, ...] = Field(min_length=1, max_length=255)
 
 

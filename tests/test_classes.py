@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from running import run_here
+from scripted import facts as said
 from test_tasks import volumes
 
 from benchmarks.local_federation import LocalHospital, run
@@ -20,14 +21,19 @@ from deployment.app.card import card_rows
 from deployment.app.case import Case, as_trained
 from deployment.app.cases import add_truth, read_case
 from deployment.app.nifti import write_nifti
+from deployment.app.pictures import png
 from deployment.app.readout import class_texts, predict_case
 from evaluation.metrics import score_classes
+from evaluation.scoring import classes_to_score
 from federation.hospital.faults import HospitalError
 from federation.hospital.hospital import Hospital
+from federation.protocol.answers import Facts, parse
 from federation.protocol.settings import FederationSettings
 from inference import labelled, predict_classes, to_mask
 from preprocessing import network_input, volume_statistics
-from tasks import read_task
+from radiology.prepared import find_prepared
+from radiology.truths import correction, save_truth
+from tasks import LGG, read_task
 from training import TrainingSettings, segmentation_loss
 from transunet import TransUNet
 
@@ -79,6 +85,9 @@ def test_a_value_of_no_class_is_refused(data, tmp_path):
         Image.new("L", (32, 32), value).save(folder / f"{name}.png")
     with pytest.raises(MedFLError, match="has the value 7, but the classes of its task are 1, 2"):
         load_dataset(tmp_path / "data", progress=False)
+    Image.new("L", (32, 32), 2).convert("P").save(folder / "h_1_mask.png")  # whose numbers are a palette's
+    with pytest.raises(MedFLError, match="pixels of type P"):
+        load_dataset(tmp_path / "data", progress=False)
 
 
 def test_the_loss_is_that_of_a_softmax_with_the_background():
@@ -124,9 +133,13 @@ def test_the_region_is_what_a_softmax_leaves_of_the_background():
 def test_a_class_counts_only_inside_of_the_region():
     classes, truth = np.array([[[1, 2, 2]]]), np.array([[[1, 2, 0]]])
     inside = np.array([[[255, 255, 0]]])
-    assert score_classes(inside, classes, truth, NAMES) == {"anterior": 1.0, "posterior": 1.0}
-    everywhere = score_classes(np.full((1, 1, 3), 255), classes, truth, NAMES)
-    assert everywhere == {"anterior": 1.0, "posterior": pytest.approx(2 / 3)}
+    assert score_classes(inside, classes, truth, NAMES) == {
+        "anterior": {"dice": 1.0, "there": True},
+        "posterior": {"dice": 1.0, "there": True},
+    }
+    everywhere = score_classes(np.full((1, 1, 3), 255), classes, truth, (*NAMES, "third"))
+    assert [one["dice"] for one in everywhere.values()] == [1.0, pytest.approx(2 / 3), 1.0]
+    assert not everywhere["third"]["there"]
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +163,12 @@ def test_both_classes_are_learnt_scored_and_written(data, trained, tmp_path):
     assert scored.returncode == 0 and "\nposterior " in scored.stdout, scored.stderr
     assert list(figures["classes"]) == list(NAMES)
     assert all(figures["classes"][name]["mean"] > 0.6 for name in NAMES), figures["classes"]
+    assert all(one["patients_without"] == 0 for one in figures["classes"].values())
     assert {f"dice_{name}" for name in NAMES} < figures["patients"][0].keys()
     seen = run_here("predict.py", data / "h_00", "--checkpoint", best, "--out", tmp_path / "p")
     assert seen.returncode == 0, seen.stderr
     lines = (tmp_path / "p" / "predictions.csv").read_text().splitlines()
-    assert lines[0].endswith(",anterior_pixels,posterior_pixels")
+    assert lines[0].endswith(",pixels of anterior,pixels of posterior")
     for line in lines[1:]:
         pixels, _, *of_classes = line.split(",")[3:]
         assert int(pixels) == sum(map(int, of_classes))
@@ -201,6 +215,45 @@ def test_the_page_takes_the_classes_masks_as_the_region(data):
     assert np.array_equal(add_truth(case, masks), case.truth)
     with pytest.raises(MedFLError, match="has the value 2, but a mask only holds 0 and 255"):
         read_case(files)
+    whole = [(name, png(255 * (truth[k] > 0).astype(np.uint8))) for k, (name, _) in enumerate(masks)]
+    assert np.array_equal(add_truth(case, whole), case.truth)  # as another model's page saves it
+
+
+def test_a_framed_scan_gets_its_classes_back_on_the_page():
+    torch.manual_seed(0)
+    model, values = TransUNet("mini", 32, classes=2), np.random.default_rng(0).gamma(4, 25, (40, 60, 6))
+    image = nibabel.Nifti1Image(values.astype(np.float32), np.diag([1.0, 1.0, 5.0, 1.0]))
+    case = read_case([("a.nii", image.to_bytes())])
+    assert case.feed is not None
+    prediction = predict_case(model, case)
+    assert prediction.classes.shape == prediction.probability.shape == case.volume.shape[:3]
+    _, fed = predict_classes(model, case.fed)
+    inside = case.feed.onto_page(np.ones(fed.shape, np.float32)) > 0
+    wanted = case.feed.onto_page(fed.astype(np.float32))
+    assert np.array_equal(prediction.classes[inside], wanted[inside])
+
+
+def test_no_whole_region_is_saved_among_masks_of_classes(data):
+    patient = find_prepared(data)[0]
+    mask = np.zeros((6, 24, 20), np.uint8)
+    with pytest.raises(MedFLError, match="tell anterior and posterior apart"):
+        save_truth(patient, mask, mask, correction("Ann", "m.pth", "0" * 64, 0.5), "", "")
+
+
+def test_other_classes_of_the_same_number_are_not_scored(data):
+    dataset = load_dataset(data, progress=False)
+    assert classes_to_score(NAMES, dataset) == NAMES
+    assert classes_to_score(reversed(NAMES), dataset) == () == classes_to_score((), dataset)
+
+
+def test_a_default_task_with_classes_is_another_task():
+    """Two hospitals that number the classes otherwise must not train together."""
+    core, oedema = ({"name": name, "labels": [label]} for name, label in (("core", 1), ("oedema", 2)))
+    one, other = (
+        parse(Facts, said("a", task=LGG.model_dump() | {"labels": (1, 2), "classes": classes}))
+        for classes in ([core, oedema], [oedema, core])
+    )
+    assert one.outlined != other.outlined and None not in (one.outlined, other.outlined)
 
 
 @pytest.mark.slow
@@ -224,7 +277,9 @@ def test_a_model_of_other_classes_is_refused(data, trained, tmp_path):
         1,
     )
     many = run_here(*options, "--classes", 3)
-    assert many.returncode == 2 and "are anterior and posterior; give --classes 2, or 1" in many.stderr
+    assert (
+        many.returncode == 2 and "are anterior and posterior; the run needs --classes 2, or 1" in many.stderr
+    )
     best = trained / "transunet_centralized_best.pth"
     other = run_here(*options, "--model", "mini", "--image-size", 32, "--init", best)
     assert other.returncode == 2 and "2 classes; give" in other.stderr and "--classes 2" in other.stderr
@@ -241,5 +296,5 @@ def test_a_federation_outlines_both_classes(data, tmp_path):
 
 def test_a_hospital_without_these_classes_says_so(data, tmp_path):
     training, settings = TrainingSettings(**MINI, classes=3), FederationSettings(clients=1, rounds=1)
-    with pytest.raises(HospitalError, match="are anterior and posterior; give --classes 2, or 1"):
+    with pytest.raises(HospitalError, match="are anterior and posterior; the run needs --classes 2, or 1"):
         Hospital(LocalHospital(tmp_path, 0, data).identity, training, settings, tmp_path / "memory")

@@ -165,7 +165,7 @@ def choose_case(checkpoint: Checkpoint, sha256: str) -> None:
         st.error(markdown(refusal))
     if patient := choose_patient(checkpoint, sha256):
         with st.spinner("reading the patient"):
-            open_case(partial(open_patient, patient))
+            open_case(partial(open_patient, patient, task))
         st.rerun()
     samples = sorted(SAMPLES.glob("*.zip"))
     if samples:
@@ -205,6 +205,7 @@ def predict(checkpoint: Checkpoint, sha256: str) -> None:
     state = st.session_state
     if state.get("predicted_by") == sha256:
         return
+    state.case.numbers = checkpoint.task.numbers  # of this model, for masks that are uploaded later
     channels = checkpoint.task.channels
     case = as_trained(state.case, channels)
     state.doubts = doubts(case.fed, checkpoint.metadata["preprocessing"].get("training_images"), channels)

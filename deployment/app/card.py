@@ -36,7 +36,7 @@ def _rows(checkpoint: Checkpoint, sha256: str, device: str | None) -> list[tuple
     rows = [
         ("Warning", warning(about)),
         ("Task", _task(about.get("task"))),
-        ("Classes", _classes(about)),
+        ("Classes", " and ".join(checkpoint.labels)),
         ("Trained", _origin(origin)),
         ("Data", _data(about.get("data", {}))),
         (
@@ -71,13 +71,6 @@ def _rows(checkpoint: Checkpoint, sha256: str, device: str | None) -> list[tuple
 def _task(task: dict | None) -> str | None:
     """What the model outlines, if its task is not the default."""
     return f"{task['title']}: {task['region']}, of {', '.join(task['channels'])}" if task else None
-
-
-def _classes(about: dict) -> str | None:
-    """The classes that the model tells apart, if there are several."""
-    if about["architecture"].get("classes", 1) == 1:
-        return None
-    return " and ".join(one["name"] for one in (about.get("task") or {}).get("classes", ()))
 
 
 def _origin(origin: dict) -> str:

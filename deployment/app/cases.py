@@ -208,13 +208,15 @@ def _read_masks(
                 f"{short(path.name)} has no mask, but other slices have; add {short(path.stem)}_mask, or "
                 "leave out all masks"
             )
-        if case.numbers:  # or a whole region, as these pages save it
-            path, content = mask
-            inside = read_classes(path, {255: 1, **case.numbers}, content) > 0
-            pixels, other = np.where(inside, np.uint8(255), np.uint8(0)), False
-        else:
+        try:
             pixels, other = read_mask_and_form(*mask)
-        other_forms += other
+        except MedFLError:
+            if not case.numbers:
+                raise
+            name, content = mask
+            inside = read_classes(name, case.numbers, content) > 0
+            pixels, other = np.where(inside, np.uint8(255), np.uint8(0)), True
+        other_forms += other and not case.numbers  # where 1 is a class
         if pixels.shape != shape[1:3]:
             raise MedFLError(
                 f"{short(mask[0].name)} is {pixels.shape[1]}×{pixels.shape[0]} pixels, but its slice is "

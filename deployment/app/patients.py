@@ -16,6 +16,7 @@ from deployment.app.cases import read_case
 from deployment.app.readout import Prediction, predict_case
 from inference import to_mask
 from scans.spacing import NAME
+from tasks import Task
 
 if TYPE_CHECKING:  # radiology/ is optional
     from radiology.prepared import PreparedPatient
@@ -30,9 +31,9 @@ def data_folder() -> Path | None:
     return Path(named) if named else None
 
 
-def open_patient(patient: "PreparedPatient") -> Case:
-    """The case of a prepared patient, with its truth if it has one. Raises MedFLError if this page can't hold
-    or read it."""
+def open_patient(patient: "PreparedPatient", task: Task) -> Case:
+    """The case of a prepared patient, with its truth if it has one; task: the model's. Raises MedFLError if this page
+    can't hold or read it."""
     from radiology.prepared import content_of
     from radiology.truths import version_of
 
@@ -44,7 +45,7 @@ def open_patient(patient: "PreparedPatient") -> Case:
                 f"{patient.name} has more than {MAX_UNPACKED >> 20} MB, which this page can't hold"
             )
         opened = Opened(patient, content_of(patient.images), version_of(patient))
-        case = read_case([(f"{patient.name}/{file.name}", file.read_bytes()) for file in files])
+        case = read_case([(f"{patient.name}/{file.name}", file.read_bytes()) for file in files], task)
     except OSError as error:
         raise MedFLError(f"{patient.name} can't be read ({error.strerror}); open it again") from error
     case.name, case.prepared = patient.name, opened
@@ -122,7 +123,7 @@ def _measure(checkpoint: Checkpoint, sha256: str, patients: "list[PreparedPatien
     for number, patient in enumerate(patients):
         progress.progress(number / len(patients), f"patient {number + 1} of {len(patients)}")
         try:
-            case = as_trained(open_patient(patient), checkpoint.task.channels)
+            case = as_trained(open_patient(patient, checkpoint.task), checkpoint.task.channels)
         except MedFLError as error:
             st.session_state.refusal = f"{error}."
             continue

@@ -64,9 +64,12 @@ def _read(
             parts.append(probability)
             of_parts.append(classes)
     probability, classes = (np.concatenate(arrays)[:, :, ::step] for arrays in (parts, of_parts))
-    if case.feed is not None:  # the classes are not known on the page's own grid
-        return case.feed.onto_page(probability), None
-    return probability, classes if model.classes > 1 else None
+    several = range(1, model.classes + 1) if model.classes > 1 else ()
+    if case.feed is None:
+        return probability, classes if several else None
+    onto = case.feed.onto_page
+    shares = [onto((classes == number).astype(np.float32)) for number in several]
+    return onto(probability), np.argmax(shares, axis=0).astype(np.uint8) + 1 if several else None
 
 
 def flip_spread(model: TransUNet, case: Case, probability: np.ndarray) -> np.ndarray:

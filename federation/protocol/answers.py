@@ -117,7 +117,11 @@ class Facts(Introduction):
     def outlined(self) -> tuple | None:
         """What is outlined in its data, and in what; None for the default."""
         task = self.task or LGG
-        is_default = task.name == DEFAULT and (task.region, task.channels) == (LGG.region, LGG.channels)
+        is_default = task.name == DEFAULT and (task.region, task.channels, task.classes) == (
+            LGG.region,
+            LGG.channels,
+            LGG.classes,
+        )
         return None if is_default else task.outlines
 
     @model_validator(mode="after")
