@@ -32,6 +32,7 @@ def test_round_trip_is_bit_equal(saved):
         "name": "tiny",
         "image_side": 32,
         "norm": "batch",
+        "classes": 1,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     assert loaded.threshold == 0.5 and loaded.state is None

@@ -37,7 +37,7 @@ def test_the_tasks_that_come_with_medfl():
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
-        ("labels = [1, 2] ", "labels = [0] ", "labels must be from 1 to 255"),
+        ("labels = [1, 2]\n", "labels = [0]\n", "labels must be from 1 to 255"),
         ('channels = ["T1"]', "channels = []", "channels"),
         ('channels = ["T1"]', 'channels = ["a", "b", "c", "d"]', "channels"),
         ('region = "hippocampus"', "", "region"),

@@ -38,12 +38,12 @@ class Case:
 
     name: of the patient or the file; slices: a name for each; volume: (S, H, W, 3) uint8; groups: for each
     slice the number of the volume that it is normalised with (0 for all slices of a patient); truth: (S, H,
-    W) uint8 0/255 or None; numbers: the classes that values of a mask may mean (`Task.numbers`); spacing: mm
-    between rows, columns and slices, or None; measured: whether the spacing comes from the files; oriented:
-    whether it is known that the patient's left is on the right of each slice; notes: what a reader should
-    know about how the files were read; feed: the network's input, if it differs from the slices; nifti,
-    dicom: the source image or series (dicom.Source), if there is one, to write a mask in the same space;
-    prepared: the hospital's prepared patient, if the case is one.
+    W) uint8 0/255 or None; spacing: mm between rows, columns and slices, or None; measured: whether the
+    spacing comes from the files; oriented: whether it is known that the patient's left is on the right of
+    each slice; notes: what a reader should know about how the files were read; feed: the network's input, if
+    it differs from the slices; nifti, dicom: the source image or series (dicom.Source), if there is one, to
+    write a mask in the same space; prepared: the hospital's prepared patient, if the case is one; numbers:
+    the classes that values of a mask may mean (`Task.numbers`).
     """
 
     name: str
@@ -51,7 +51,6 @@ class Case:
     volume: np.ndarray
     groups: np.ndarray
     truth: np.ndarray | None = None
-    numbers: Mapping[int, int] = field(default_factory=dict)
     spacing: tuple[float, float, float] | None = None
     measured: bool = False
     oriented: bool = False
@@ -60,6 +59,7 @@ class Case:
     nifti: "nibabel.Nifti1Image | None" = None
     dicom: "Source | None" = None
     prepared: "Opened | None" = None
+    numbers: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def fed(self) -> np.ndarray:

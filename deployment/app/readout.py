@@ -27,12 +27,12 @@ SPREAD_FLOOR = 0.05  # probability; a pixel below it in both readings is backgro
 
 @dataclass
 class Prediction:
-    """The model's output for a case. probability: (S, H, W) float32; classes: the likeliest class of each pixel, from
-    1, (S, H, W) uint8, None for a region as a whole; spread: (S,) float32, None until it is requested."""
+    """The model's output for a case. probability: (S, H, W) float32; spread: (S,) float32, None until it is
+    requested; classes: the likeliest class of each pixel, from 1, (S, H, W) uint8, None for a region as a whole."""
 
     probability: np.ndarray
-    classes: np.ndarray | None = None
     spread: np.ndarray | None = None
+    classes: np.ndarray | None = None
 
 
 def predict_case(
@@ -42,7 +42,8 @@ def predict_case(
     A DICOM study is prepared for the network as for training, and a NIfTI file is framed like one. In the
     black margins and outside the head there is no tumour. Several readers' scans take turns. told: receives
     the number of finished slices and of other scans in progress."""
-    return Prediction(*_read(model, case, told=told))
+    probability, classes = _read(model, case, told=told)
+    return Prediction(probability, classes=classes)
 
 
 def _read(

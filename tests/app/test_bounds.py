@@ -3,6 +3,7 @@
 import gzip
 import os
 import subprocess
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -105,16 +106,17 @@ def test_every_label_of_a_nifti_mask_is_tumour_and_it_may_come_with_the_scan():
 def test_each_slice_keeps_its_place_and_the_mirrored_reading_is_turned_back(monkeypatch):
     volume = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
     case = Case("a", ["a", "b", "c"], volume, np.arange(3))
+    model = SimpleNamespace(classes=1)
     monkeypatch.setattr(
-        readout, "predict_volume", lambda model, pixels, turn: pixels[..., 1] / np.float32(255)
+        readout, "predict_classes", lambda _, pixels, turn: (pixels[..., 1] / np.float32(255), pixels[..., 1])
     )
-    probability = predict_case(None, case).probability
+    probability = predict_case(model, case).probability
     assert np.array_equal(probability, volume[..., 1] / np.float32(255))
-    assert flip_spread(None, case, probability).tolist() == [0, 0, 0]
+    assert flip_spread(model, case, probability).tolist() == [0, 0, 0]
     left = np.zeros((1, 32, 32), np.float32)
     left[..., :8] = 0.8  # whatever is shown: what either reading sees is asked, and there they differ by 0.8
-    monkeypatch.setattr(readout, "predict_volume", lambda model, pixels, turn: left)
-    assert flip_spread(None, case, np.repeat(left, 3, axis=0)) == pytest.approx([0.8] * 3)
+    monkeypatch.setattr(readout, "predict_classes", lambda _, pixels, turn: (left, left))
+    assert flip_spread(model, case, np.repeat(left, 3, axis=0)) == pytest.approx([0.8] * 3)
 
 
 def test_lone_slices_have_no_dice_together_and_pixels_need_not_be_square():

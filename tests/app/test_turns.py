@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -56,10 +57,10 @@ def test_the_page_computes_within_turns_and_tells_what_is_done(monkeypatch):
         for start in range(0, len(volume), 2):
             with turn(start):
                 assert len(readout.TURNS._waiting) == 1
-        return np.zeros(volume.shape[:3], np.float32)
+        return np.zeros(volume.shape[:3], np.float32), np.ones(volume.shape[:3], np.uint8)
 
-    monkeypatch.setattr(readout, "predict_volume", network)
+    monkeypatch.setattr(readout, "predict_classes", network)
     told = []
     case = Case("a", list("abcde"), np.zeros((5, 32, 32, 3), np.uint8), np.array([0, 0, 0, 0, 1]))
-    readout.predict_case(None, case, lambda done, others: told.append((done, others)))
+    readout.predict_case(SimpleNamespace(classes=1), case, lambda done, others: told.append((done, others)))
     assert told == [(0, 0), (2, 0), (4, 0)]

@@ -3,6 +3,7 @@ large and sagittal DICOM series; and the network is given what the preparation m
 
 import gzip
 import struct
+from types import SimpleNamespace
 
 import nibabel
 import nrrd
@@ -233,10 +234,10 @@ def test_the_network_is_given_what_the_preparation_makes(
 
     def network(_, volume, turn):
         seen.append(volume)
-        return volume[..., 1] / np.float32(255)
+        return volume[..., 1] / np.float32(255), np.ones(volume.shape[:3], np.uint8)
 
-    monkeypatch.setattr("deployment.app.readout.predict_volume", network)
-    probability = predict_case(None, case).probability
+    monkeypatch.setattr("deployment.app.readout.predict_classes", network)
+    probability = predict_case(SimpleNamespace(classes=1), case).probability
     assert np.array_equal(seen[0], prepared.volume) and probability.shape == case.volume.shape[:3]
     shown = case.dicom.within(case.volume)[..., 1] / 255
     assert np.corrcoef(shown.ravel(), case.dicom.within(probability).ravel())[0, 1] > 0.97
