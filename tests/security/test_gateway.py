@@ -356,16 +356,15 @@ def audited(scene) -> list[dict]:
 
 
 def test_a_killed_hospital_comes_back_with_the_same_key(scene):
-    """The server holds the dead connection for about a minute; meanwhile nobody
-    else can use the key either."""
+    """The server may hold the dead connection for about a minute; then the hospital says so once, and waits. Where it
+    starts slowly, the server has dropped that connection before (test_lingering.py has the sentence)."""
     hospital = next(script for script in scene.scripts if script.name == "hospital-2")
     hospital.kill()
     again = scene.join(2)
-    again.wait_for("still holds a connection")
     again.wait_for(r"(?m)^[-\d :]+round \d+ of")
     scene.goes_on()
     last = [event for event in audited(scene) if event["event"] == "round"][-1]
-    assert "hospital-2" in last["hospitals"] and again.output.count("still holds a connection") == 1
+    assert "hospital-2" in last["hospitals"] and again.output.count("still holds a connection") <= 1
 
 
 def test_a_revocation_takes_effect_by_the_next_round_and_the_log_tells(scene):
