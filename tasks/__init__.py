@@ -149,9 +149,8 @@ def read_task(path: Path) -> Task:
     except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            where = (
-                ".".join(map(str, first["loc"])) or "classes"
-            )  # the only entry that is checked beside others
+            # only the classes are checked together with another entry, and then there is no place
+            where = ".".join(map(str, first["loc"])) or "classes"
             raise MedFLError(
                 f"{path}: {where}: {first['msg']}; correct it (tasks/lgg.toml shows one)"
             ) from error
